@@ -1,0 +1,207 @@
+"""Typed configuration of a run: TOML ⇄ models, strict keys, `section.key=value` overrides.
+
+One TOML file describes a run. Unknown keys and wrong types are refused with the file, the key and the nearest
+known name. The arguments in `[loss]` belong to the objective it names: `disttempnet.losses` checks them.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from disttempnet.errors import UserError, unknown_name
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Where samples come from, in which order, and how images are augmented."""
+
+    train: str = Field(
+        description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), or "
+        "embedded:emoji/train for the data set that ships with the package"
+    )
+    index: str = Field("", description="where the shard index is written; empty = beside the shards")
+    transform: Literal["open_clip", "tempnet", "emoji"] = Field(
+        "open_clip",
+        description="open_clip: random crop of 90-100 %; tempnet: crop of 50-100 %, flip, RandAugment(2, 7); "
+        "emoji: crop of 60-100 %, no flip (arrows have a direction)",
+    )
+    global_batch: int = Field(gt=1, description="samples a step over all ranks")
+    lanes: int = Field(
+        8, gt=0, description="parallel reading lanes; every world size that divides it sees the same batches"
+    )
+    shuffle_window: int = Field(16384, gt=0, description="samples a lane that are shuffled together")
+    tail: Literal["wrap", "drop"] = Field(
+        "wrap", description="last batch of an epoch: filled from the epoch's beginning, or dropped"
+    )
+    workers: int = Field(2, ge=0, description="loader processes a rank; 0 loads in the training process")
+    limit: int = Field(0, ge=0, description="use only the first this many readable samples; 0 = all")
+
+    @model_validator(mode="after")
+    def _batch_divides_into_lanes(self) -> DataConfig:
+        if self.global_batch % self.lanes:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of lanes {self.lanes}; "
+                "choose lanes that divide it"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The towers, by an open_clip name or one of the package's own (src/disttempnet/models/*.json)."""
+
+    name: str
+    pretrained: str = Field("", description="open_clip tag or a checkpoint to start from; empty = random")
+
+
+class LossConfig(BaseModel):
+    """`name` and the arguments of that objective; `disttempnet.losses.build_loss` checks them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class OptimConfig(Section):
+    """AdamW for the towers, Adam for the temperature; learning rates warm up linearly, then follow a cosine."""
+
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.02, ge=0, description="on matrices only: not on gains, biases, embeddings' scale")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    eps: float = Field(1e-6, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    lr_end: float = Field(0.0, ge=0, description="where the cosine ends")
+    grad_clip: float = Field(0.0, ge=0, description="largest gradient norm of the towers; 0 = no clipping")
+    temperature_lr: float = Field(3e-5, gt=0, description="learning rate of the objective's own parameters")
+    temperature_lr_decay: float = Field(0.9, gt=0, le=1, description="factor on it an epoch")
+
+
+class TrainConfig(Section):
+    """How long, how precise, what is saved when."""
+
+    epochs: int = Field(gt=0)
+    seed: int = 2024
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
+    compile: bool = Field(False, description="torch.compile the towers")
+    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = once an epoch")
+    keep: int = Field(2, gt=0, description="how many of the latest checkpoints stay")
+    stop_after_steps: int = Field(0, ge=0, description="end early at this step, schedules unchanged; 0 = full length")
+    timeout_minutes: float = Field(10.0, gt=0, description="how long a rank waits for the others")
+
+
+class EvalConfig(Section):
+    """What is measured during and after training."""
+
+    tasks: tuple[str, ...] = Field((), description="rows of evaluation/tasks.toml")
+    every_epochs: int = Field(1, gt=0)
+    batch: int = Field(256, gt=0)
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(description="name of the run; its folder is OUT/name", pattern=r"^[A-Za-z0-9._-]+$")
+    out: str = Field("runs", description="folder of run folders")
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig
+    optim: OptimConfig
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides (values in TOML; a bare word is a string).
+
+    Raises:
+        UserError: one line that names the file, the key, and what is known.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
+        raise UserError(f"{path}: no such config file (the package ships: {shipped}, in {CONFIG_FOLDER})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(table, override)
+    return config_from_table(table, str(path))
+
+
+def config_from_table(table: dict[str, Any], source: str) -> Config:
+    """Validate a plain table; `source` names it in errors."""
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as TOML that `load_config` reads back to an equal config."""
+    table = config.model_dump()
+    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for key, section in table.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in section.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, (bool, str)):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override '{override}' is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"override '{override}': '{section}' is a value, not a section")
+    table[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in one line; unknown keys name the nearest known one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in first["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        return unknown_name("key", where, [".".join([*map(str, first["loc"][:-1]), k]) for k in section.model_fields])
+    if first["type"] == "missing":
+        return f"key '{where}' is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"key '{where}': {message} (got {first['input']!r})" if first["type"] != "value_error" else f"[{where}] {message}"

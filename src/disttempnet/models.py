@@ -1,0 +1,163 @@
+"""The two towers, through open_clip: by name, from its checkpoints and into checkpoints that it opens.
+
+Own architectures are JSON files in models/, in open_clip's format. A saved model is a folder with
+`open_clip_config.json` and `open_clip_model.safetensors`: `open_clip.create_model_and_transforms("local-dir:FOLDER")`
+opens it, and so does `pretrained=FOLDER/open_clip_model.safetensors` where open_clip knows the architecture.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from disttempnet.errors import UserError, unknown_name
+
+MODEL_FOLDER = Path(__file__).parent / "models"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CONFIG_NAME = "open_clip_config.json"
+
+
+def _allow_torchvision_without_native_ops() -> None:
+    """Let torchvision's Python part load where its compiled part cannot.
+
+    The wheels that package registries carry for Linux are built for CUDA; beside a CPU-only torch their library
+    does not load and `import torchvision` fails at registering two operators that this project never calls.
+    Declaring these two is enough for everything used here (open_clip, timm, transforms).
+    """
+    spec = importlib.util.find_spec("torchvision")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for library in Path(folder).glob("_C*.so"):
+            try:
+                torch.ops.load_library(str(library))
+            except OSError:
+                stubs = torch.library.Library("torchvision", "FRAGMENT")
+                for name in ("nms", "qnms"):
+                    stubs.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                _STUBS.append(stubs)
+
+
+_STUBS: list[torch.library.Library] = []  # an operator lives as long as the library object that declared it
+_allow_torchvision_without_native_ops()
+
+import open_clip  # noqa: E402
+from open_clip.factory import load_checkpoint  # noqa: E402
+
+open_clip.add_model_config(MODEL_FOLDER)
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Towers:
+    """An image and a text tower with what is needed to feed them.
+
+    Attributes:
+        module: open_clip's model: `encode_image(pixels [b, 3, s, s])` and `encode_text(tokens [b, L])`.
+        tokenizer: list of captions → int64 tokens [b, L].
+        architecture: open_clip's `model_cfg`, as written into `open_clip_config.json`.
+        image_size: side of the square input in pixels.
+        mean, std: per channel, of pixels scaled to [0, 1].
+    """
+
+    name: str
+    module: nn.Module
+    tokenizer: Tokenizer
+    architecture: dict
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.architecture["embed_dim"])
+
+
+def load_model(name: str, pretrained: str = "") -> Towers:
+    """Build towers by name, randomly initialised or from weights.
+
+    Args:
+        name: an open_clip architecture (`ViT-B-32`), one of the package's own, `hf-hub:…` or `local-dir:FOLDER`.
+        pretrained: an open_clip tag, the path of weights (.safetensors, .pt), or a saved model's folder.
+
+    Raises:
+        UserError: unknown name or tag, missing or unfitting weights.
+    """
+    local = Path(pretrained, WEIGHTS_NAME) if pretrained and Path(pretrained).is_dir() else None
+    schema = name.startswith(("hf-hub:", "local-dir:"))
+    if not schema and name not in open_clip.list_models():
+        raise UserError(unknown_name("model", name, open_clip.list_models()))
+    silenced, root = logging.root.manager.disable, logging.getLogger()
+    handlers = list(root.handlers)
+    logging.disable(logging.WARNING)  # open_clip warns about random weights, which is what is asked for here
+    try:
+        module = open_clip.create_model(name, pretrained=str(local or pretrained) or None)
+        architecture = _architecture(name)
+    except (RuntimeError, FileNotFoundError, ValueError, OSError) as error:
+        what = f"model '{name}'" + (f" with weights '{local or pretrained}'" if pretrained else "")
+        raise UserError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        logging.disable(silenced)
+        root.handlers[:] = handlers
+    preprocess = open_clip.get_model_preprocess_cfg(module)
+    size = preprocess["size"]
+    tokenizer = open_clip.get_tokenizer(name)
+    return Towers(
+        name=name,
+        module=module,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        image_size=int(size if isinstance(size, int) else size[0]),
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+    )
+
+
+def _architecture(name: str) -> dict:
+    if name.startswith("local-dir:"):
+        return json.loads(Path(name.removeprefix("local-dir:"), CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
+    return open_clip.get_model_config(name.split("/")[-1] if name.startswith("hf-hub:") else name) or {}
+
+
+def save_model(towers: Towers, folder: Path, logit_scale: float) -> None:
+    """Write the towers as a folder that open_clip opens.
+
+    Args:
+        folder: an existing folder; files of the same name are replaced.
+        logit_scale: the inverse temperature exp(·) that open_clip's zero-shot code multiplies similarities with.
+    """
+    from safetensors.torch import save_file
+
+    weights = {key: value.detach().cpu().contiguous() for key, value in towers.module.state_dict().items()}
+    weights["logit_scale"] = torch.tensor(logit_scale).log().to(weights["logit_scale"].dtype)
+    save_file(weights, folder / WEIGHTS_NAME)
+    config = {
+        "model_cfg": towers.architecture,
+        "preprocess_cfg": {"mean": list(towers.mean), "std": list(towers.std)},
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(towers: Towers, folder: Path) -> None:
+    """Load the weights that `save_model` wrote into towers of the same architecture."""
+    load_checkpoint(towers.module, str(folder / WEIGHTS_NAME), strict=True)
+
+
+def encode_images(towers: Towers, pixels: Tensor) -> Tensor:
+    """uint8 pixels [b, 3, s, s] → unit features [b, D]; scaling and normalisation happen on the pixels' device."""
+    mean = torch.tensor(towers.mean, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(towers.std, device=pixels.device).view(1, 3, 1, 1)
+    scaled = pixels.float().div_(255).sub_(mean).div_(std)
+    # channels last: convolutions run up to 1.7 times faster on CPU, and on tensor cores
+    return towers.module.encode_image(scaled.contiguous(memory_format=torch.channels_last), normalize=True)
+
+
+def encode_texts(towers: Towers, tokens: Tensor) -> Tensor:
+    """int64 tokens [b, L] → unit features [b, D]."""
+    return towers.module.encode_text(tokens, normalize=True)
