@@ -1,0 +1,76 @@
+"""What every objective shares: its output, exact arithmetic, and a value that carries a closed-form gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LossOutput(NamedTuple):
+    """`total`: 0-d, its backward is this rank's share of the gradient; `metrics`: detached 0-d tensors."""
+
+    total: Tensor
+    metrics: dict[str, Tensor]
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Autocast off and float32 products in float32 (no TF32): at τ = .01 a bf16 similarity errs by 0.27 nat."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """float64 stays float64; everything narrower is computed in float32."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def check_features(image: Tensor, text: Tensor, ids: Tensor) -> None:
+    """Raise ValueError where shapes or types cannot be a batch of pairs."""
+    if image.ndim != 2 or image.shape != text.shape:
+        raise ValueError(f"features must both be [b, D], got {tuple(image.shape)} and {tuple(text.shape)}")
+    if ids.shape != image.shape[:1] or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64 [{image.shape[0]}], got {ids.dtype} {list(ids.shape)}")
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, value: Tensor, image: Tensor, text: Tensor, image_gradient: Tensor, text_gradient: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(image_gradient, text_gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        image_gradient, text_gradient = ctx.saved_tensors
+        return (
+            None,
+            (upstream * image_gradient).to(image_gradient.dtype),
+            (upstream * text_gradient).to(text_gradient.dtype),
+            None,
+            None,
+        )
+
+
+def with_gradient(value: Tensor, image: Tensor, text: Tensor, image_gradient: Tensor, text_gradient: Tensor) -> Tensor:
+    """`value`, with the given gradients with respect to `image` and `text` [b, D] (cast to their dtype)."""
+    result = _WithGradient.apply(value, image, text, image_gradient.to(image.dtype), text_gradient.to(text.dtype))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def only_gradient(term: Tensor) -> Tensor:
+    """Zero in value, `term` in gradient."""
+    return term - term.detach()

@@ -1,0 +1,109 @@
+"""The per-sample table of log u, shared out over the ranks: owner = id mod K, slot = id div K.
+
+Shapes: N samples, K ranks, B rows of the global batch. 8 bytes · N / K a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disttempnet import distributed
+
+NEVER = float("-inf")  # log u of a sample that was not visited yet
+
+
+class SampleState(nn.Module):
+    """log u_i of every sample, image and text side; −inf until the first visit.
+
+    Each rank holds only the samples it owns, so the buffer differs between ranks: it is in `state_dict()`, with
+    the world size it was written at, and must not be broadcast (`DistributedDataParallel(broadcast_buffers=False)`).
+
+    Attributes:
+        log_u: float32 [2, ceil(N / K)]; becomes float64 with the first float64 write.
+    """
+
+    log_u: Tensor
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__()
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be positive, got {num_samples}")
+        self.num_samples = num_samples
+        self.world_size = distributed.world_size()
+        self.rank = distributed.rank()
+        slots = -(-num_samples // self.world_size)
+        self.register_buffer("log_u", torch.full((2, slots), NEVER, dtype=torch.float32))
+
+    def read(self, ids: Tensor) -> Tensor:
+        """log u of the global batch, the same on every rank: ids int64 [B] → [2, B]. One all-reduce."""
+        self._check(ids)
+        owned = ids % self.world_size == self.rank
+        mine = self.log_u[:, ids // self.world_size]
+        return distributed.all_sum(torch.where(owned, mine, torch.zeros_like(mine)))
+
+    def write(self, ids: Tensor, log_u: Tensor) -> None:
+        """Store values [2, B] of the global batch; every rank keeps those it owns.
+
+        Equal ids must come with equal values, so that the order of writing does not matter.
+        """
+        if log_u.dtype == torch.float64 and self.log_u.dtype != torch.float64:
+            self.log_u = self.log_u.double()
+        slots = ids // self.world_size
+        owned = ids % self.world_size == self.rank
+        kept = torch.where(owned, log_u.to(self.log_u.dtype), self.log_u[:, slots])
+        # A row that is not owned must not collide with an owned row of the same slot: send it to a spare column.
+        padded = torch.cat([self.log_u, self.log_u.new_empty(2, 1)], dim=1)
+        padded[:, torch.where(owned, slots, self.log_u.shape[1])] = kept
+        self.log_u.copy_(padded[:, :-1])
+
+    def _check(self, ids: Tensor) -> None:
+        if distributed.world_size() != self.world_size:
+            raise RuntimeError(
+                f"the loss was built for {self.world_size} processes and now runs on {distributed.world_size()}: "
+                "build it after torch.distributed is initialised"
+            )
+        # On a GPU the look would cost a synchronisation a step; there indexing itself fails loudly.
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_samples:
+            raise IndexError(
+                f"sample ids must lie in [0, {self.num_samples}), got {int(ids.min())} to {int(ids.max())}: "
+                "num_samples is the size of the data set, not of the batch"
+            )
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"num_samples": self.num_samples, "world_size": self.world_size, "rank": self.rank}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        mine = self.get_extra_state()
+        if state["num_samples"] != self.num_samples:
+            raise RuntimeError(
+                f"the state holds {state['num_samples']} samples, this loss has {self.num_samples}: another data set"
+            )
+        if state != mine:
+            raise RuntimeError(
+                f"the state was written by rank {state['rank']} of {state['world_size']} and this is rank "
+                f"{self.rank} of {self.world_size}: collect all ranks' shards and call `redeal`"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        incoming = state_dict.get(prefix + "log_u")
+        if incoming is not None:
+            self.log_u = self.log_u.to(incoming.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def redeal(shards: Sequence[Tensor], num_samples: int, rank: int, world_size: int) -> Tensor:
+    """The shard of `rank` among `world_size` from the shards [2, ceil(N / K_old)] of all old ranks, in rank order.
+
+    id = slot · K + rank on both sides; needs no table of all N samples.
+    """
+    old = len(shards)
+    mine = shards[0].new_full((2, -(-num_samples // world_size)), NEVER)
+    for old_rank, shard in enumerate(shards):
+        ids = torch.arange(old_rank, num_samples, old)
+        take = ids[ids % world_size == rank]
+        mine[:, take // world_size] = shard[:, take // old]
+    return mine

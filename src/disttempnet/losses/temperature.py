@@ -1,0 +1,204 @@
+"""The four temperatures of the family: constant for all, predicted by a network (two forms); more come beside them.
+
+Shapes: b local rows, B global rows, D width, M prototypes. Every temperature maps a batch to τ of its image anchors
+and text anchors, and is a module: what it learns are its parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from disttempnet import distributed
+
+NetworkForm = Literal["icml24", "dist"]
+
+
+class Batch(NamedTuple):
+    """Detached features of this rank [b, D] and of all ranks [B, D], in rank order, and the number of the step."""
+
+    image: Tensor
+    text: Tensor
+    all_image: Tensor
+    all_text: Tensor
+    step: int
+
+
+class ConstantTemperature(nn.Module):
+    """One τ for every sample and both sides."""
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"temperature must be positive, got {tau}")
+        self.tau = tau
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        tau = batch.image.new_full((len(batch.image),), self.tau)
+        return tau, tau
+
+    def predict(self, image: Tensor, text: Tensor) -> Tensor:
+        return image.new_full((2, len(image)), self.tau)
+
+
+class NetworkTemperature(nn.Module):
+    """τ of every anchor from its own feature: one network for images, one for texts (TempNet, arXiv 2404.04575).
+
+    Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
+    in the global batch and world size changes nothing.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        form: NetworkForm,
+        prototypes: int,
+        tau_min: float,
+        tau_max: float,
+        rho: float,
+        dropout: float,
+        feature_scale: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if form not in NETWORKS:
+            raise ValueError(f"unknown network '{form}'; known: {', '.join(NETWORKS)}")
+        if not 0 < tau_min < tau_max:
+            raise ValueError(f"need 0 < tau_min < tau_max, got tau_min {tau_min} and tau_max {tau_max}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if prototypes < 1:
+            raise ValueError(f"prototypes must be positive, got {prototypes}")
+        self.dropout, self.feature_scale, self.seed = dropout, feature_scale, seed
+        generator = torch.Generator().manual_seed(seed)
+        network = NETWORKS[form]
+        self.image, self.text = (
+            network(embed_dim, prototypes, tau_min, tau_max, rho, generator) for _ in range(2)
+        )
+        self.prototypes_started = 0 if network.starts_from_features else prototypes
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
+        if self.training:
+            self._start_prototypes(batch)
+        return (
+            self.image(batch.image * self.feature_scale, self._mask(batch, side=0)),
+            self.text(batch.text * self.feature_scale, self._mask(batch, side=1)),
+        )
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, text: Tensor) -> Tensor:
+        """τ [2, n] without dropout, of features [n, D]."""
+        return torch.stack([self.image(image * self.feature_scale, None), self.text(text * self.feature_scale, None)])
+
+    def _mask(self, batch: Batch, side: int) -> Tensor | None:
+        """Dropout factors [b, D] of the local rows: 0, or 1 / (1 − dropout)."""
+        if not self.training or self.dropout == 0:
+            return None
+        rows, width = batch.image.shape
+        seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 63)
+        generator = torch.Generator(batch.image.device).manual_seed(seed)
+        # float32 draws whatever the features' type: the same mask at every precision
+        draws = torch.rand(len(batch.all_image), width, generator=generator, device=batch.image.device)
+        start = distributed.rank() * rows
+        return (draws[start : start + rows] >= self.dropout).to(batch.image.dtype) / (1 - self.dropout)
+
+    @torch.no_grad()
+    def _start_prototypes(self, batch: Batch) -> None:
+        """Fill prototypes with the first features seen, of the other modality: they stand for an anchor's negatives.
+
+        The first min(M, B) come from the first global batch, the rest from the following ones: M and B are
+        independent, and the rows are the same at every world size.
+        """
+        start, wanted = self.prototypes_started, self.image.prototypes.shape[0]
+        if start >= wanted:
+            return
+        count = min(wanted - start, len(batch.all_image))
+        self.image.prototypes[start : start + count] = batch.all_text[:count].to(self.image.prototypes.dtype)
+        self.text.prototypes[start : start + count] = batch.all_image[:count].to(self.text.prototypes.dtype)
+        self.prototypes_started = start + count
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"prototypes_started": self.prototypes_started}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.prototypes_started = state["prototypes_started"]
+
+
+class _PrototypeNetwork(nn.Module):
+    """What both published forms share: f = dropout(σ(Linear(x))), q = f · normalize(P)ᵀ, w = softmax(q / e^scaler)."""
+
+    starts_from_features = True
+
+    def __init__(
+        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.tau_min, self.tau_max, self.rho = tau_min, tau_max, rho
+        bound = 1 / math.sqrt(embed_dim)  # torch's own start of a Linear, drawn from our generator
+        self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.empty(embed_dim).uniform_(-bound, bound, generator=generator))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, embed_dim, generator=generator))
+        self.scaler = nn.Parameter(torch.tensor(math.log(0.01)))
+
+    def attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [b, D] → (w, σ(q)), each [b, M]. Parameters are used in x's dtype, so that float64 stays float64."""
+        dtype = x.dtype
+        hidden = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)).sigmoid()
+        if mask is not None:
+            hidden = hidden * mask
+        q = hidden @ F.normalize(self.prototypes.to(dtype), dim=1).T
+        return torch.softmax(q / self.scaler.to(dtype).exp(), dim=1), q.sigmoid()
+
+    def bounded(self, o: Tensor) -> Tensor:
+        """A smooth map onto (τ_min, τ_max): no hard clamp, which would block the gradient of the whole network."""
+        return (self.tau_max - self.tau_min) * o.sigmoid() + self.tau_min
+
+
+class IcmlNetwork(_PrototypeNetwork):
+    """τ = (τ_max − τ_min) σ(o) + τ_min with o = Linear_{M→1}((w − 1/M) ⊙ σ(q)) (arXiv 2404.04575, section 4)."""
+
+    def __init__(
+        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
+        self.out_weight = nn.Parameter(torch.ones(prototypes))
+        self.out_bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        w, s = self.attend(x, mask)
+        o = ((w - 1 / w.shape[1]) * s) @ self.out_weight.to(x.dtype) + self.out_bias.to(x.dtype)
+        return self.bounded(o)
+
+
+class DistNetwork(_PrototypeNetwork):
+    """The form of the first multi-node code: τ = (Linear_1(w ⊙ σ(q)) − Linear_2(σ(q) / M)) / ρ.
+
+    There τ was clamped at .001 with no upper bound. Here the same value passes through a sigmoid whose slope is 1
+    in the middle of (τ_min, τ_max): close to it inside, and the gradient never ends.
+    """
+
+    starts_from_features = False
+
+    def __init__(
+        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
+        self.out_weight_1 = nn.Parameter(torch.ones(prototypes))
+        self.out_weight_2 = nn.Parameter(torch.ones(prototypes))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        w, s = self.attend(x, mask)
+        first, second = (w * s) @ self.out_weight_1.to(x.dtype), s @ self.out_weight_2.to(x.dtype) / w.shape[1]
+        middle, width = (self.tau_max + self.tau_min) / 2, self.tau_max - self.tau_min
+        return self.bounded(4 * ((first - second) / self.rho - middle) / width)
+
+
+NETWORKS: dict[str, type[_PrototypeNetwork]] = {"icml24": IcmlNetwork, "dist": DistNetwork}
+
+Temperature = ConstantTemperature | NetworkTemperature
