@@ -51,8 +51,7 @@ class DataConfig(Section):
     def _batch_divides_into_lanes(self) -> DataConfig:
         if self.global_batch % self.lanes:
             raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of lanes {self.lanes}; "
-                "choose lanes that divide it"
+                f"global_batch {self.global_batch} is not a multiple of lanes {self.lanes}; choose lanes that divide it"
             )
         return self
 
@@ -204,4 +203,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key '{where}' is missing"
     message = first["msg"].removeprefix("Value error, ")
-    return f"key '{where}': {message} (got {first['input']!r})" if first["type"] != "value_error" else f"[{where}] {message}"
+    return (
+        f"key '{where}': {message} (got {first['input']!r})"
+        if first["type"] != "value_error"
+        else f"[{where}] {message}"
+    )

@@ -9,8 +9,10 @@ class UserError(Exception):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that does not exist: the nearest one first, then all that do."""
+    """The message for a name that does not exist: the nearest one, and what there is (of a long list, the near part)."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    near = get_close_matches(name, known, n=8, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}"
+    shown = known if len(known) <= 40 else near or known[:8]
+    more = f" and {len(known) - len(shown)} more" if len(shown) < len(known) else ""
+    return f"unknown {kind} '{name}'.{hint} Known: {', '.join(shown)}{more}"

@@ -38,7 +38,9 @@ class Objective:
         return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def _clip(num_samples: int, embed_dim: int, seed: int, *, temperature: float = 0.07, learnable: bool = True) -> nn.Module:
+def _clip(
+    num_samples: int, embed_dim: int, seed: int, *, temperature: float = 0.07, learnable: bool = True
+) -> nn.Module:
     return ClipLoss(temperature, learnable)
 
 

@@ -118,7 +118,13 @@ class GlobalContrastiveLoss(nn.Module):
         local = [positive, image_side.negatives, tau1.detach(), tau2.detach()]
         local += [image_side.log_mean, text_side.log_mean, image_side.mean_exponent, text_side.mean_exponent]
         gathered = distributed.all_gather(torch.stack(local, dim=1)).T
-        all_positive, negatives, tau, log_g, moment = gathered[0], gathered[1], gathered[2:4], gathered[4:6], gathered[6:]
+        all_positive, negatives, tau, log_g, moment = (
+            gathered[0],
+            gathered[1],
+            gathered[2:4],
+            gathered[4:6],
+            gathered[6:],
+        )
 
         log_u = self._track(all_ids, log_g)
         h = self._tau_gradient(log_u, log_g, moment, negatives)

@@ -77,9 +77,7 @@ class NetworkTemperature(nn.Module):
         self.dropout, self.feature_scale, self.seed = dropout, feature_scale, seed
         generator = torch.Generator().manual_seed(seed)
         network = NETWORKS[form]
-        self.image, self.text = (
-            network(embed_dim, prototypes, tau_min, tau_max, rho, generator) for _ in range(2)
-        )
+        self.image, self.text = (network(embed_dim, prototypes, tau_min, tau_max, rho, generator) for _ in range(2))
         self.prototypes_started = 0 if network.starts_from_features else prototypes
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

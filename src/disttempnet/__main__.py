@@ -1,0 +1,5 @@
+import sys
+
+from disttempnet.cli import main
+
+sys.exit(main())

@@ -1,0 +1,171 @@
+"""The command line: `disttempnet demo | train | evaluate | report`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from disttempnet.errors import UserError
+
+DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
+EXAMPLES = """examples:
+  disttempnet demo                                        train DistTempNet-v1 and CLIP on emoji, compare, report
+  disttempnet train configs/demo.toml name=mine train.epochs=20 loss.rho=3
+  disttempnet train configs/demo.toml --resume auto       continue after an interruption
+  torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
+  disttempnet evaluate runs/demo
+  disttempnet report runs/demo runs/demo-clip --out report.html
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="disttempnet",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train DistTempNet-v1 and CLIP on the embedded data, compare, report")
+    demo.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
+    demo.add_argument("--fresh", action="store_true", help="remove an earlier demo in that folder and start over")
+    demo.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config keys for both runs, e.g. train.epochs=2"
+    )
+
+    train = commands.add_parser(
+        "train",
+        help="train one run from a TOML config",
+        epilog="Any config key can be given as section.key=value. Keys:\n" + config_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", help="a TOML file, e.g. configs/demo.toml")
+    train.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|CHECKPOINT",
+        help="auto: continue from the run's last checkpoint if there is one; or a checkpoint folder",
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, e.g. optim.lr=1e-3")
+
+    evaluate = commands.add_parser("evaluate", help="zero-shot accuracy and retrieval of a run or an open_clip model")
+    evaluate.add_argument("target", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
+    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="rows of tasks.toml (default: all)")
+    evaluate.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
+    evaluate.add_argument("--out", metavar="FILE", help="write the results as JSON (default: RUN/results.json)")
+
+    report = commands.add_parser("report", help="one self-contained HTML page from one or more runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the one described in depth")
+    report.add_argument("--out", default="report.html", help="the page to write (default: report.html)")
+    return parser
+
+
+def config_reference() -> str:
+    """Every config key with its default and meaning, for `train --help`."""
+    if "train" not in sys.argv:  # only this page needs the config models
+        return ""
+    from disttempnet.config import Config, Section
+
+    lines = []
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            for key, inner in kind.model_fields.items():
+                default = "required" if inner.is_required() else f"default {inner.default!r}"
+                lines.append(f"  {name}.{key}  ({default})  {inner.description or ''}".rstrip())
+        elif name == "loss":
+            lines.append("  loss.name and the arguments of that objective, e.g. loss.rho, loss.tau_max, loss.gamma_min")
+        else:
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            lines.append(f"  {name}  ({default})  {field.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. What a user can fix ends in one line on stderr and code 2."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may also stand behind the flags: `train demo.toml --resume auto train.epochs=2`.
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unknown arguments: {' '.join(rest)} (see disttempnet {options.command or ''} --help)")
+    elif rest:
+        options.overrides += rest
+    if options.version:
+        from disttempnet import __version__
+
+        print(f"disttempnet {__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return {"demo": _demo, "train": _train, "evaluate": _evaluate, "report": _report}[options.command](options)
+    except UserError as error:
+        print(f"disttempnet: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("disttempnet: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _train(options: argparse.Namespace) -> int:
+    from disttempnet.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from disttempnet.training.trainer import train
+
+    return 0 if train(config, options.resume) else 143
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from disttempnet import distributed
+    from disttempnet.evaluation.readers import all_tasks
+    from disttempnet.evaluation.runner import evaluate
+    from disttempnet.evaluation.scores import to_record
+    from disttempnet.evaluation.table import results_table
+    from disttempnet.models import load_model
+    from disttempnet.training.checkpoint import load_run, write_atomically
+
+    out = Path(options.out) if options.out else None
+    if options.target.startswith("open_clip:"):
+        name, _, pretrained = options.target.removeprefix("open_clip:").partition("/")
+        towers, title = load_model(name, pretrained), options.target
+    else:
+        run = load_run(options.target)
+        towers, title = run.towers, f"{run.config.name} @ step {run.step}"
+        out = out or run.folder / "results.json"
+    with distributed.session() as device:
+        towers.module.to(device)
+        results = evaluate(towers, options.tasks or list(all_tasks()), device=device, batch=options.batch)
+        if distributed.is_main():
+            Console().print(results_table({title: results}))
+            if out is not None:
+                write_atomically(out, json.dumps({"model": title, **to_record(results)}, indent=2) + "\n")
+                print(f"results: {out}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from disttempnet.report import build_report
+
+    path = build_report([Path(run) for run in options.runs], Path(options.out))
+    print(f"report: {path.resolve()}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from disttempnet.demo import run_demo
+
+    return 0 if run_demo(Path(options.out), options.overrides, options.fresh) else 143

@@ -1,0 +1,51 @@
+"""`disttempnet demo`: DistTempNet-v1 and plain CLIP on the embedded data, one table, one page.
+
+Same towers, same data in the same order, same seed, same number of steps; only the objective differs. An
+interrupted demo continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from disttempnet.config import CONFIG_FOLDER, load_config
+from disttempnet.errors import UserError
+
+CONTENDERS = {"demo": (), "demo-clip": ("name=demo-clip", 'loss={name = "clip"}')}
+
+
+def run_demo(out: Path, overrides: Sequence[str], fresh: bool) -> bool:
+    """Train both runs into OUT, print the table, write OUT/demo-report.html; False where it was stopped on the way.
+
+    Args:
+        out: folder of run folders.
+        overrides: `section.key=value`, applied to both runs.
+        fresh: remove what an earlier demo left in `out` first; otherwise it is continued.
+    """
+    configs = [
+        load_config(CONFIG_FOLDER / "demo.toml", [*own, *overrides, f"out={json.dumps(str(out))}"])
+        for own in CONTENDERS.values()
+    ]
+    if [config.name for config in configs] != list(CONTENDERS):
+        raise UserError("demo: the names of its two runs are fixed; use --out FOLDER for another place")
+
+    from rich.console import Console
+
+    from disttempnet.evaluation.table import results_table
+    from disttempnet.report import build_report
+    from disttempnet.report.runs import read_run
+    from disttempnet.training.trainer import train
+
+    for config in configs:
+        if fresh:
+            shutil.rmtree(config.folder, ignore_errors=True)
+        if not train(config, resume="auto"):
+            return False
+    runs = [read_run(config.folder) for config in configs]
+    Console().print(results_table({run.title: run.final for run in runs}))
+    page = build_report([config.folder for config in configs], out / "demo-report.html")
+    print(f"report: {page.resolve()}")
+    return True

@@ -1,0 +1,271 @@
+"""Checkpoints that are whole or absent, and that continue at any world size.
+
+    RUN/checkpoints/step-00000042/
+        open_clip_model.safetensors, open_clip_config.json     the towers; open_clip opens the folder
+        trainer.pt                                             objective, optimizers, position, config, data digest
+        shard-00000-of-00002.pt                                a rank's part of the per-sample state, and its RNG
+    RUN/checkpoints/best.json                                  {"step": 42, "mean_recall": …}
+
+A folder gets its name when every file in it is on disk: a killed writer leaves only `.writing-…`, which the next
+start removes. Files are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from disttempnet import distributed
+from disttempnet.config import Config, config_from_table
+from disttempnet.errors import UserError
+from disttempnet.losses import build_loss
+from disttempnet.losses.sample_state import SampleState, redeal
+from disttempnet.models import Towers, load_model, load_weights, save_model
+
+FORMAT = 1
+# What may differ between the interrupted and the resumed run: nothing that the result depends on.
+MAY_CHANGE = {
+    "name", "out", "data.train", "data.index", "data.workers", "train.log_every", "train.checkpoint_every",
+    "train.keep", "train.stop_after_steps", "train.timeout_minutes", "train.compile", "eval",
+}  # fmt: skip
+
+
+def checkpoint_folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in checkpoint_folder(run).glob("step-*") if p.is_dir())
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    towers: Towers,
+    loss: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    config: Config,
+    index_digest: str,
+    logit_scale: float,
+    best: dict[str, float],
+    keep: int,
+) -> Path:
+    """Write a checkpoint from all ranks at once; it appears whole, or not at all."""
+    folder = checkpoint_folder(run)
+    target, writing = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
+    if distributed.is_main():
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    distributed.barrier()
+    own, shared = _split(loss)
+    shard = {"state": own, "rng": torch.get_rng_state()}
+    torch.save(shard, writing / _shard_name(distributed.rank(), distributed.world_size()))
+    if distributed.is_main():
+        save_model(towers, writing, logit_scale)
+        trainer = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": distributed.world_size(),
+            "objective": shared,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "config": config.model_dump(),
+            "index_digest": index_digest,
+            "num_samples": _num_samples(loss),
+            "logit_scale": towers.module.logit_scale.detach().cpu(),
+            "best": best,
+        }
+        torch.save(trainer, writing / "trainer.pt")
+    _sync_to_disk(writing)
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(writing, target)
+        write_atomically(folder / "best.json", json.dumps(best) + "\n")
+        kept = {f"step-{int(best['step']):08d}"} if best else set()
+        for old in list_checkpoints(run)[:-keep]:
+            if old.name not in kept:
+                shutil.rmtree(old)
+    distributed.barrier()
+    return target
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    *,
+    towers: Towers,
+    loss: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    config: Config,
+    index_digest: str,
+) -> tuple[int, dict[str, float]]:
+    """Restore everything in place, re-dealing per-sample state to this world size. Returns (step, best).
+
+    Raises:
+        UserError: another data set, another config, or a file that cannot be read.
+    """
+    trainer = _read(checkpoint / "trainer.pt")
+    _same_run(checkpoint, trainer, config, index_digest)
+    load_weights(towers, checkpoint)
+    with torch.no_grad():
+        towers.module.logit_scale.copy_(trainer["logit_scale"])
+    rng = _restore_objective(checkpoint, trainer, loss)
+    for optimizer, state in zip(optimizers, trainer["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    if rng is not None:
+        torch.set_rng_state(rng)
+    return trainer["step"], trainer["best"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, opened for evaluation, temperatures or further training."""
+
+    folder: Path
+    config: Config
+    towers: Towers
+    loss: nn.Module
+    step: int
+    num_samples: int
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a run folder (its best checkpoint, else its last) or one checkpoint folder; no data set is needed.
+
+    Raises:
+        UserError: no run, no checkpoint, or an unreadable file, by name.
+    """
+    path = Path(path)
+    checkpoint = path if (path / "trainer.pt").is_file() else _choose(path)
+    trainer = _read(checkpoint / "trainer.pt")
+    config = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")
+    towers = load_model(config.model.name)
+    load_weights(towers, checkpoint)
+    loss = build_loss(
+        config.loss.name,
+        num_samples=trainer["num_samples"],
+        embed_dim=towers.embed_dim,
+        seed=config.train.seed,
+        **config.loss.arguments,
+    )
+    _restore_objective(checkpoint, trainer, loss)
+    towers.module.eval()
+    loss.eval()
+    return Run(checkpoint.parent.parent, config, towers, loss, trainer["step"], trainer["num_samples"])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _choose(run: Path) -> Path:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder or checkpoint")
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise UserError(f"{run}: holds no checkpoint (expected {checkpoint_folder(run)}/step-…)")
+    best = checkpoint_folder(run) / "best.json"
+    if best.is_file():
+        step = json.loads(best.read_text(encoding="utf-8")).get("step", -1)
+        chosen = checkpoint_folder(run) / f"step-{int(step):08d}"
+        if chosen.is_dir():
+            return chosen
+    return checkpoints[-1]
+
+
+def _split(loss: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The objective's state_dict as (this rank's per-sample part, what all ranks share)."""
+    sharded = tuple(f"{name}." for name, module in loss.named_modules() if isinstance(module, SampleState))
+    own, shared = {}, {}
+    for key, value in loss.state_dict().items():
+        (own if key.startswith(sharded) else shared)[key] = value
+    return own, shared
+
+
+def _num_samples(loss: nn.Module) -> int:
+    return next((m.num_samples for m in loss.modules() if isinstance(m, SampleState)), 1)
+
+
+def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: nn.Module) -> torch.Tensor | None:
+    """Load the objective; its shards are taken as they are or re-dealt. Returns this rank's RNG state, if it is one."""
+    old, rank, world_size = trainer["world_size"], distributed.rank(), distributed.world_size()
+    template, _ = _split(loss)
+    if old == world_size:
+        shard = _read(checkpoint / _shard_name(rank, old))
+        loss.load_state_dict({**trainer["objective"], **shard["state"]})
+        return shard["rng"]
+    shards = [_read(checkpoint / _shard_name(r, old))["state"] for r in range(old)]
+    own = {
+        key: value if key.endswith("_extra_state") else redeal([s[key] for s in shards], trainer["num_samples"], rank, world_size)
+        for key, value in template.items()
+    }  # fmt: skip
+    loss.load_state_dict({**trainer["objective"], **own})
+    return None
+
+
+def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_digest: str) -> None:
+    if trainer["index_digest"] != index_digest:
+        raise UserError(
+            f"{checkpoint}: was trained on another data set (index {trainer['index_digest'][:12]}, "
+            f"{trainer['num_samples']} samples; now {index_digest[:12]}): per-sample state cannot be applied to it. "
+            "Give back the old data, or start a new run with another name"
+        )
+    for key, was, now in _differences(trainer["config"], config.model_dump()):
+        raise UserError(
+            f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
+            "or start a new run with another name"
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name, was, now = prefix + key, old.get(key), new.get(key)
+        if name in MAY_CHANGE:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += _differences(was, now, name + ".")
+        elif was != now:
+            found.append((name, was, now))
+    return found
+
+
+def _shard_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank:05d}-of-{world_size:05d}.pt"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the checkpoint is not whole") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0][:160]}") from None
+    if content.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
+    return content
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,53 @@
+"""Parameter groups and learning rates: AdamW for the towers, Adam for the temperature networks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from disttempnet.config import OptimConfig
+from disttempnet.losses.temperature import NetworkTemperature
+
+
+def build_optimizers(towers: nn.Module, loss: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """[AdamW of the towers] or [AdamW of the towers, Adam of the temperature networks].
+
+    Weight decay acts on matrices only: gains, biases and scalars (also a learnable logit scale) have none.
+    The temperature networks have an optimizer of their own, without weight decay (arXiv 2404.04575).
+    """
+    networks = [m for m in loss.modules() if isinstance(m, NetworkTemperature)]
+    own = [p for network in networks for p in network.parameters()]
+    owned = {id(p) for p in own}
+    rest = [p for p in [*towers.parameters(), *loss.parameters()] if p.requires_grad and id(p) not in owned]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    ]
+    if own:
+        optimizers.append(torch.optim.Adam(own, lr=config.temperature_lr, fused=True))
+    return optimizers
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up from 0 over `warmup_steps`, then a cosine from lr to lr_end at `total_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    return config.lr_end + 0.5 * (config.lr - config.lr_end) * (1 + math.cos(math.pi * progress))
+
+
+def temperature_learning_rate(config: OptimConfig, epoch: int) -> float:
+    """temperature_lr · decay^epoch."""
+    return config.temperature_lr * config.temperature_lr_decay**epoch
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,155 @@
+"""What a run shows and leaves behind: a progress bar, metrics.jsonl, eval.jsonl, TensorBoard, run.json."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from disttempnet.evaluation.scores import Scores, to_record
+
+PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
+
+
+class RunLog:
+    """The log of one run, written by rank 0 only; every other rank gets a silent one.
+
+    Args:
+        folder: the run folder.
+        steps: steps in all.
+        start: step to continue from; later lines of an interrupted run are cut off.
+        active: whether this rank writes.
+    """
+
+    def __init__(self, folder: Path, steps: int, start: int, active: bool) -> None:
+        self.active, self.folder, self.steps = active, folder, steps
+        self.console = Console(stderr=True, quiet=not active, highlight=False)
+        if not active:
+            return
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            _cut_after(folder / name, start)
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(folder.name, total=steps, completed=start, state="")
+        self._progress.start()
+        self._begun, self._start, self._last_line = time.monotonic(), start, 0.0
+
+    def say(self, text: str) -> None:
+        """One line above the progress bar."""
+        if self.active:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl and show it."""
+        if not self.active:
+            return
+        line = {"step": step, "epoch": round(epoch, 4), **metrics}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        state = _summary(metrics)
+        self._progress.update(self._task, completed=step, state=state)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self._last_line > PLAIN_LINE_SECONDS or step == self.steps):
+            self._last_line = now
+            remaining = (now - self._begun) / max(1, step - self._start) * (self.steps - step)
+            eta = datetime.timedelta(seconds=round(remaining))
+            self.say(f"{self.folder.name}  step {step}/{self.steps}  {state}  ETA {eta}")
+
+    def evaluation(self, step: int, epoch: float, results: Mapping[str, Scores]) -> None:
+        """Append a line to eval.jsonl."""
+        if not self.active:
+            return
+        line = {"step": step, "epoch": round(epoch, 4), **to_record(results)}
+        with (self.folder / "eval.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for task, scores in results.items():
+            for name, value in scores.metrics.items():
+                self._board.add_scalar(f"{task}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.active:
+            self._progress.stop()
+            self._metrics.close()
+            self._board.close()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision and command: what is needed to run the same thing again."""
+    versions = {"python": platform.python_version()}
+    for package in ("disttempnet", "torch", "torchvision", "open_clip_torch", "timm", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"versions": versions, "git": _git_revision(), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _git_revision() -> str:
+    """The revision of the checkout that the package runs from, with + where it was changed; empty when installed."""
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parents[3])}
+    try:
+        run = [
+            subprocess.run(["git", *words], cwd=here, env=environment, capture_output=True, text=True, timeout=10)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if run[0].returncode:
+        return ""
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def _summary(metrics: Mapping[str, float]) -> str:
+    parts = [f"{metrics['samples_per_second']:.0f} samples/s", f"loss {metrics['loss']:.4f}"]
+    if "tau/image_mean" in metrics:
+        parts.append(f"τ {metrics['tau/image_mean']:.4f}/{metrics['tau/text_mean']:.4f}")
+    if "gamma" in metrics:
+        parts.append(f"γ {metrics['gamma']:.2f}")
+    return "  ".join(parts)
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop lines past `step` (and a half-written last one), which the resumed run writes again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

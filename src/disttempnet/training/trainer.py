@@ -1,0 +1,341 @@
+"""The training loop, for one process or many.
+
+A step: Batch(images, tokens, ids) → towers → loss(features, ids), which gathers what it needs → backward → optimizers.
+Towers and objective are ONE module that DDP wraps; per-sample state travels in its state_dict and is never broadcast.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from disttempnet import distributed
+from disttempnet.config import Config, dump_config
+from disttempnet.data import Batch, open_training_data
+from disttempnet.errors import UserError
+from disttempnet.evaluation.runner import TaskResult, evaluate
+from disttempnet.losses import OBJECTIVES, LossOutput, build_loss
+from disttempnet.models import Towers, encode_images, encode_texts, load_model
+from disttempnet.training import checkpoint, optim, runlog
+
+
+class ContrastiveModel(nn.Module):
+    """Towers and objective as one module: uint8 images [b, 3, s, s], tokens [b, L], ids [b] → LossOutput."""
+
+    def __init__(self, towers: Towers, loss: nn.Module, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.towers, self.loss, self.autocast = towers.module, loss, autocast
+        self._encode: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (
+            lambda images: encode_images(towers, images),
+            lambda tokens: encode_texts(towers, tokens),
+        )
+
+    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
+        encode_image, encode_text = self._encode
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            image, text = encode_image(images), encode_text(tokens)
+        output: LossOutput = self.loss(image, text, ids)
+        return output
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Trainer:
+    """A run from its config to its last checkpoint.
+
+    Args:
+        config: the resolved config; the run folder is `config.folder`.
+        device: of this rank, from `distributed.session()`.
+        resume: `auto` continues from the last checkpoint where there is one, `never` refuses a folder that has any,
+            and a path continues from that checkpoint.
+    """
+
+    def __init__(self, config: Config, device: torch.device, resume: str = "never") -> None:
+        self.config, self.device, self.folder = config, device, config.folder
+        found = self._find_checkpoint(resume)
+        torch.manual_seed(config.train.seed)
+        self.towers = load_model(config.model.name, config.model.pretrained)
+        self.data = open_training_data(
+            config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
+        )
+        self.towers.module.to(device).train()
+        # The objective owns the temperature; open_clip's own logit scale is written at export (save_model).
+        self.towers.module.logit_scale.requires_grad_(False)
+        self.loss = build_objective(config, self.data.index.num_samples, self.towers.embed_dim).to(device)
+        self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
+        self.step, self.best = 0, {}
+        if found is not None:
+            self.step, self.best = checkpoint.load_checkpoint(found, **self._restorable())
+        if config.train.compile:
+            compile_towers(self.towers.module)
+        self.model = distributed.data_parallel(ContrastiveModel(self.towers, self.loss, self._autocast()), device)
+        self.steps_per_epoch = self.data.plan.steps
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
+        self.skipped = 0
+        self._unchecked: tuple[int, LossOutput, Tensor, Tensor] | None = None
+        self._logit_scale = 1 / 0.07
+
+    def run(self) -> bool:
+        """Train to the end, or to a stop signal; returns whether the end was reached."""
+        self._describe()
+        log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main())
+        try:
+            with StopSignal() as stop:
+                while self.step < self.last_step:
+                    if not self._run_epoch(stop):
+                        log.say(f"stopped at step {self.step}: continue with --resume auto")
+                        return False
+        finally:
+            log.close()
+        self._write_facts(finished=runlog.now())
+        return True
+
+    def _run_epoch(self, stop: StopSignal) -> bool:
+        """The rest of the current epoch; False where a stop was asked for (everything is saved then)."""
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        self.loss.set_epoch(epoch)
+        every = self.config.train.checkpoint_every
+        waited_since = clock = time.perf_counter()
+        wait, logged = 0.0, self.step
+        for batch in self.data.loader_from(epoch, start):
+            wait += time.perf_counter() - waited_since
+            output = self.train_step(batch)
+            self._name_skipped(batch.skipped)
+            if self.step % self.config.train.log_every == 0 or self.step == self.last_step:
+                now, done = time.perf_counter(), self.step - logged
+                rate = done * self.config.data.global_batch / (now - clock)
+                self._log(output, rate, wait / done)
+                clock, wait, logged = now, 0.0, self.step
+            epoch_ends = self.step % self.steps_per_epoch == 0
+            if epoch_ends or self.step == self.last_step:
+                self._end_epoch(epoch + 1, evaluated=epoch_ends)
+            elif every and self.step % every == 0:
+                self._save()
+            if self.step == self.last_step:
+                return True
+            if self._stop_agreed(stop):
+                if not (epoch_ends or (every and self.step % every == 0)):
+                    self._save()
+                return False
+            waited_since = time.perf_counter()
+        return True
+
+    def train_step(self, batch: Batch) -> LossOutput:
+        """One optimisation step on this rank's rows of a global batch."""
+        batch = batch.to(self.device)
+        epoch = self.step // self.steps_per_epoch
+        rates = [optim.learning_rate(self.config.optim, self.step, self.total_steps)]
+        rates += [optim.temperature_learning_rate(self.config.optim, epoch)] * (len(self.optimizers) - 1)
+        for optimizer, rate in zip(self.optimizers, rates, strict=True):
+            optim.set_learning_rate(optimizer, rate)
+            optimizer.zero_grad(set_to_none=True)
+        output: LossOutput = self.model(batch.images, batch.tokens, batch.ids)
+        output.total.backward()
+        norm = nn.utils.clip_grad_norm_(self.towers.module.parameters(), self.config.optim.grad_clip or math.inf)
+        self._check_finite()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        self._unchecked = (self.step, output, norm, batch.ids)
+        self.lr = rates[0]
+        return output
+
+    def _check_finite(self) -> None:
+        """Stop at a non-finite loss or gradient. Looks one step back, so that a GPU is never waited for."""
+        if self._unchecked is None:
+            return
+        step, output, norm, ids = self._unchecked
+        self._unchecked = None
+        if bool(torch.isfinite(output.total.detach()) & torch.isfinite(norm)):
+            return
+        terms = {name: float(value) for name, value in output.metrics.items()} | {"grad_norm": float(norm)}
+        report = {"step": step, "terms": {k: str(v) for k, v in terms.items()}, "ids": ids.tolist()}
+        path = self.folder / f"nonfinite-rank{distributed.rank()}.json"
+        checkpoint.write_atomically(path, json.dumps(report) + "\n")
+        raise UserError(
+            f"step {step} is not finite: loss {terms['loss']}, grad_norm {terms['grad_norm']}; all terms and the ids "
+            f"of its samples are in {path}. Lower optim.lr or set optim.grad_clip, then --resume auto"
+        )
+
+    def _log(self, output: LossOutput, rate: float, wait: float) -> None:
+        names = list(output.metrics)
+        values = torch.stack([output.metrics[name].float() for name in names]).tolist()  # one transfer
+        metrics = dict(zip(names, values, strict=True))
+        if "tau/image_mean" in metrics:
+            self._logit_scale = 2 / (metrics["tau/image_mean"] + metrics["tau/text_mean"])
+        norm = float(self._unchecked[2]) if self._unchecked else math.nan
+        metrics |= {"lr": self.lr, "grad_norm": norm, "samples_per_second": rate, "data_wait": wait}
+        metrics["skipped"] = self.skipped
+        self.log.step(self.step, self.step / self.steps_per_epoch, metrics)
+
+    def _end_epoch(self, epochs_done: int, evaluated: bool) -> None:
+        self._check_finite()
+        config = self.config.eval
+        due = epochs_done % config.every_epochs == 0 or epochs_done == self.config.train.epochs
+        if config.tasks and evaluated and due:
+            results = evaluate(self.towers, config.tasks, device=self.device, batch=config.batch)
+            self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
+            self._save_temperatures(results[config.tasks[0]])
+            score = float(np.mean([result.metrics["mean_recall"] for result in results.values()]))
+            if score > self.best.get("mean_recall", -math.inf):
+                self.best = {"step": self.step, "mean_recall": score}
+            self.log.say(f"{self.folder.name}  epoch {epochs_done}/{self.config.train.epochs}  {_one_line(results)}")
+        self._save()
+
+    def _save_temperatures(self, result: TaskResult) -> None:
+        """τ of the first evaluation task's pairs, for the report's histograms over time."""
+        if not distributed.is_main():
+            return
+        self.loss.eval()
+        tau = self.loss.temperatures(result.image_features, result.text_features).cpu().numpy()
+        self.loss.train()
+        folder = self.folder / "temperatures"
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / f"step-{self.step:08d}.npz", image=tau[0], text=tau[1])
+
+    def _save(self) -> None:
+        self._check_finite()
+        checkpoint.save_checkpoint(
+            self.folder,
+            self.step,
+            logit_scale=self._logit_scale,
+            best=self.best,
+            keep=self.config.train.keep,
+            **self._restorable(),
+        )
+
+    def _restorable(self) -> dict[str, Any]:
+        return {
+            "towers": self.towers,
+            "loss": self.loss,
+            "optimizers": self.optimizers,
+            "config": self.config,
+            "index_digest": self.data.index.digest,
+        }
+
+    def _stop_agreed(self, stop: StopSignal) -> bool:
+        """All ranks stop after the same step. With several, they ask each other only when they log."""
+        if distributed.world_size() > 1 and self.step % self.config.train.log_every:
+            return False
+        return distributed.any_rank(stop.requested, self.device)
+
+    def _name_skipped(self, skipped: tuple[str, ...]) -> None:
+        for name in skipped:
+            self.skipped += 1
+            if self.skipped <= 20:
+                self.log.say(f"skipped {name}")
+
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        found = checkpoint.list_checkpoints(self.folder)
+        if resume == "never":
+            if found or (self.folder / "config.toml").exists():
+                raise UserError(
+                    f"{self.folder}: this run exists already; continue it with --resume auto, "
+                    "or give the new one another name (name=…)"
+                )
+            return None
+        if resume == "auto":
+            return found[-1] if found else None
+        if not (Path(resume) / "trainer.pt").is_file():
+            raise UserError(f"{resume}: no checkpoint (a folder with trainer.pt); --resume auto takes the last one")
+        return Path(resume)
+
+    def _autocast(self) -> torch.dtype | None:
+        wanted = self.config.train.precision
+        return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda") else None
+
+    def _describe(self) -> None:
+        """Write config.toml and run.json before the first step."""
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(self.folder / "config.toml", dump_config(self.config))
+        self._write_facts(started=runlog.now())
+        distributed.barrier()
+
+    def _write_facts(self, **times: str) -> None:
+        if not distributed.is_main():
+            return
+        path = self.folder / "run.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        times = {k: v for k, v in times.items() if not (k == "started" and k in known)}
+        objective = OBJECTIVES[self.config.loss.name]
+        facts = {
+            **known,
+            **runlog.provenance(),
+            "objective": {"name": self.config.loss.name, "title": objective.title, "formula": objective.formula},
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "world_size": distributed.world_size(),
+            "index_digest": self.data.index.digest,
+            "num_samples": self.data.index.num_samples,
+            "parameters": sum(p.numel() for p in self.towers.module.parameters()),
+            **times,
+        }
+        checkpoint.write_atomically(path, json.dumps(facts, indent=2) + "\n")
+
+
+def train(config: Config, resume: str = "never") -> bool:
+    """Train one run in the processes that the launcher started; returns whether it reached its end."""
+    with distributed.session(config.train.timeout_minutes) as device:
+        return Trainer(config, device, resume).run()
+
+
+def build_objective(config: Config, num_samples: int, embed_dim: int) -> nn.Module:
+    """The objective that `[loss]` describes.
+
+    Raises:
+        UserError: an unknown name or argument, or a value out of range.
+    """
+    try:
+        return build_loss(
+            config.loss.name,
+            num_samples=num_samples,
+            embed_dim=embed_dim,
+            seed=config.train.seed,
+            **config.loss.arguments,
+        )
+    except ValueError as error:
+        raise UserError(f"[loss] {error}") from None
+
+
+def compile_towers(module: nn.Module) -> None:
+    """torch.compile both towers in place; the objective stays eager, its products are already library calls."""
+    module.visual.compile()
+    (module.text if hasattr(module, "text") else module.transformer).compile()
+
+
+def _one_line(results: dict[str, TaskResult]) -> str:
+    return "  ".join(
+        f"{name}: acc1 {r.metrics['acc1']:.3f} mean recall {r.metrics['mean_recall']:.3f}"
+        for name, r in results.items()
+    )
