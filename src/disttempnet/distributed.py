@@ -90,7 +90,8 @@ def all_gather(local: Tensor) -> Tensor:
         return local
     local = local.contiguous()
     gathered = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
-    dist.all_gather_into_tensor(gathered, local)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    gather(gathered, local)
     return gathered
 
 
@@ -124,15 +125,11 @@ def barrier() -> None:
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP over all ranks, or the module itself in one process.
-
-    Buffers are not broadcast: per-sample state is sharded over the ranks, each owns a different part.
-    """
+    """DDP over all ranks, or the module itself in one process."""
     if world_size() == 1:
         return module
     return nn.parallel.DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )

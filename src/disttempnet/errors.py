@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that does not exist: the nearest one, and what there is (of a long list, the near part)."""
+    """The message for a name that does not exist: the nearest one, and what there is (of many, the near ones)."""
     known = sorted(known)
     near = get_close_matches(name, known, n=8, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""

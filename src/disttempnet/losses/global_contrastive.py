@@ -188,8 +188,9 @@ class GlobalContrastiveLoss(nn.Module):
         limit = math.log(max(batch - 1, 1))
         if self.learns_tau and self.rho >= limit and distributed.is_main():
             warnings.warn(
-                f"rho = {self.rho:g} is not below log(B − 1) = {limit:.3g} at a global batch of {batch}: the gradient "
-                f"of the temperature is then never negative and every τ falls to its lower bound; choose rho < {limit:.3g}",
+                f"rho = {self.rho:g} is not below log(B − 1) = {limit:.3g} at a global batch of {batch}: the "
+                "gradient of the temperature is then never negative and every τ falls to its lower bound; "
+                f"choose rho < {limit:.3g}",
                 stacklevel=4,
             )
 

@@ -5,7 +5,7 @@ Shapes: N samples, K ranks, B rows of the global batch. 8 bytes · N / K a rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,13 @@ NEVER = float("-inf")  # log u of a sample that was not visited yet
 class SampleState(nn.Module):
     """log u_i of every sample, image and text side; −inf until the first visit.
 
-    Each rank holds only the samples it owns, so the buffer differs between ranks: it is in `state_dict()`, with
-    the world size it was written at, and must not be broadcast (`DistributedDataParallel(broadcast_buffers=False)`).
+    Each rank holds only the samples it owns. The table is in `state_dict()`, with the world size it was written at,
+    and moves with `.to()`, but it is no registered buffer: DDP broadcasts buffers from rank 0, at its construction
+    in any case, and would overwrite what the other ranks own.
 
-    Attributes:
-        log_u: float32 [2, ceil(N / K)]; becomes float64 with the first float64 write.
+    Writing is in place and in fixed shapes: rows that another rank owns go to a spare last column, so that the
+    device never waits and no row meets an owned one of the same slot.
     """
-
-    log_u: Tensor
 
     def __init__(self, num_samples: int) -> None:
         super().__init__()
@@ -36,13 +35,18 @@ class SampleState(nn.Module):
         self.world_size = distributed.world_size()
         self.rank = distributed.rank()
         slots = -(-num_samples // self.world_size)
-        self.register_buffer("log_u", torch.full((2, slots), NEVER, dtype=torch.float32))
+        self._table = torch.full((2, slots + 1), NEVER, dtype=torch.float32)
+
+    @property
+    def log_u(self) -> Tensor:
+        """This rank's part [2, ceil(N / K)]: float32, and float64 from the first float64 write on."""
+        return self._table[:, :-1]
 
     def read(self, ids: Tensor) -> Tensor:
         """log u of the global batch, the same on every rank: ids int64 [B] → [2, B]. One all-reduce."""
         self._check(ids)
         owned = ids % self.world_size == self.rank
-        mine = self.log_u[:, ids // self.world_size]
+        mine = self._table[:, ids // self.world_size]
         return distributed.all_sum(torch.where(owned, mine, torch.zeros_like(mine)))
 
     def write(self, ids: Tensor, log_u: Tensor) -> None:
@@ -50,15 +54,11 @@ class SampleState(nn.Module):
 
         Equal ids must come with equal values, so that the order of writing does not matter.
         """
-        if log_u.dtype == torch.float64 and self.log_u.dtype != torch.float64:
-            self.log_u = self.log_u.double()
-        slots = ids // self.world_size
+        if log_u.dtype == torch.float64 and self._table.dtype != torch.float64:
+            self._table = self._table.double()
         owned = ids % self.world_size == self.rank
-        kept = torch.where(owned, log_u.to(self.log_u.dtype), self.log_u[:, slots])
-        # A row that is not owned must not collide with an owned row of the same slot: send it to a spare column.
-        padded = torch.cat([self.log_u, self.log_u.new_empty(2, 1)], dim=1)
-        padded[:, torch.where(owned, slots, self.log_u.shape[1])] = kept
-        self.log_u.copy_(padded[:, :-1])
+        spare = self._table.shape[1] - 1
+        self._table[:, torch.where(owned, ids // self.world_size, spare)] = log_u.to(self._table.dtype)
 
     def _check(self, ids: Tensor) -> None:
         if distributed.world_size() != self.world_size:
@@ -88,11 +88,36 @@ class SampleState(nn.Module):
                 f"{self.rank} of {self.world_size}: collect all ranks' shards and call `redeal`"
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        incoming = state_dict.get(prefix + "log_u")
-        if incoming is not None:
-            self.log_u = self.log_u.to(incoming.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampleState:
+        super()._apply(fn, recurse)
+        self._table = fn(self._table)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "log_u"] = self.log_u.contiguous()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        incoming = state_dict.pop(prefix + "log_u", None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if incoming is None:
+            missing_keys.append(prefix + "log_u")
+        elif incoming.shape != self.log_u.shape:
+            error_msgs.append(f"{prefix}log_u: shape {tuple(incoming.shape)}, expected {tuple(self.log_u.shape)}")
+        else:
+            self._table = self._table.to(incoming.dtype)
+            self.log_u.copy_(incoming)
 
 
 def redeal(shards: Sequence[Tensor], num_samples: int, rank: int, world_size: int) -> Tensor:

@@ -209,10 +209,10 @@ def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: nn.Modul
         loss.load_state_dict({**trainer["objective"], **shard["state"]})
         return shard["rng"]
     shards = [_read(checkpoint / _shard_name(r, old))["state"] for r in range(old)]
-    own = {
-        key: value if key.endswith("_extra_state") else redeal([s[key] for s in shards], trainer["num_samples"], rank, world_size)
-        for key, value in template.items()
-    }  # fmt: skip
+    own = dict(template)
+    for key in own:
+        if not key.endswith("_extra_state"):
+            own[key] = redeal([shard[key] for shard in shards], trainer["num_samples"], rank, world_size)
     loss.load_state_dict({**trainer["objective"], **own})
     return None
 

@@ -91,7 +91,7 @@ class Trainer:
         self.towers.module.to(device).train()
         # The objective owns the temperature; open_clip's own logit scale is written at export (save_model).
         self.towers.module.logit_scale.requires_grad_(False)
-        self.loss = build_objective(config, self.data.index.num_samples, self.towers.embed_dim).to(device)
+        self.loss = build_objective(config, len(self.data.index), self.towers.embed_dim).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
         self.step, self.best = 0, {}
         if found is not None:
@@ -297,11 +297,11 @@ class Trainer:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "world_size": distributed.world_size(),
             "index_digest": self.data.index.digest,
-            "num_samples": self.data.index.num_samples,
+            "num_samples": len(self.data.index),
             "parameters": sum(p.numel() for p in self.towers.module.parameters()),
             **times,
         }
-        checkpoint.write_atomically(path, json.dumps(facts, indent=2) + "\n")
+        checkpoint.write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def train(config: Config, resume: str = "never") -> bool:
