@@ -1,0 +1,95 @@
+"""From shards to batches with stable sample ids.
+
+    shards.py      which .tar files a spec names, and what lies in one
+    index.py       dense sample ids → byte ranges;  indexing.py builds and checks the index
+    sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
+    transforms.py  decode and augment;  dataset.py  samples, batches, the loader
+    embedded.py    the data set that ships with the package
+
+`open_training_data` puts them together for a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from disttempnet.config import DataConfig
+from disttempnet.data.dataset import Batch, Sample, ShardDataset, make_loader
+from disttempnet.data.embedded import embedded_shards
+from disttempnet.data.index import ShardIndex
+from disttempnet.data.indexing import open_index
+from disttempnet.data.sampler import EpochPlan, PlanSampler
+from disttempnet.data.shards import ShardList, resolve_shards
+from disttempnet.data.transforms import decode, eval_transform, train_transform
+from disttempnet.errors import UserError
+from disttempnet.models import Towers
+
+__all__ = [
+    "Batch",
+    "EpochPlan",
+    "PlanSampler",
+    "Sample",
+    "ShardDataset",
+    "ShardIndex",
+    "ShardList",
+    "TrainingData",
+    "decode",
+    "embedded_shards",
+    "eval_transform",
+    "make_loader",
+    "open_index",
+    "open_training_data",
+    "resolve_shards",
+    "train_transform",
+]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything between the shards and the training loop of one rank."""
+
+    index: ShardIndex
+    plan: EpochPlan
+    dataset: ShardDataset
+    sampler: PlanSampler
+    loader: DataLoader
+
+    def loader_from(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, from a step on.
+
+        Raises:
+            UserError: samples cannot be read any more.
+        """
+        self.sampler.seek(epoch, start_step)
+        try:
+            yield from self.loader
+        except UserError as error:
+            # torch prefixes what a worker raised with the worker's traceback
+            raise UserError(str(error).rsplit("UserError: ")[-1].strip()) from None
+
+
+def open_training_data(
+    config: DataConfig, seed: int, towers: Towers, rank: int = 0, world_size: int = 1
+) -> TrainingData:
+    """Index, plan and loader that a config asks for; every rank calls this.
+
+    Args:
+        config: the run's [data].
+        seed: of order and augmentation.
+        towers: give image size and tokenizer.
+        rank, world_size: whose part of every batch to load.
+
+    Raises:
+        UserError: shards that are missing or changed, too few samples, a world size that lanes do not allow.
+    """
+    index = open_index(config.train, config.index)
+    plan = EpochPlan(index, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
+    plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
+    dataset = ShardDataset(index, train_transform(config.transform, towers.image_size), seed)
+    sampler = PlanSampler(plan, rank, world_size)
+    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available())
+    return TrainingData(index, plan, dataset, sampler, loader)

@@ -1,0 +1,160 @@
+"""Samples and batches: random access by (epoch, id), collated once, in the loader's processes."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from disttempnet.data.index import ShardIndex
+from disttempnet.data.sampler import PlanSampler
+from disttempnet.data.transforms import Transform, UnreadableImage, decode
+from disttempnet.errors import UserError
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+MAX_SKIPPED = 100  # unreadable samples in a row: then it is the data that is broken, not a sample
+PREFETCH = 4  # batches a worker holds ready
+
+
+class Sample(NamedTuple):
+    """One pair: image uint8 [3, s, s]; `skipped` names the unreadable samples that it stands in for."""
+
+    image: Tensor
+    caption: str
+    id: int
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step.
+
+    Attributes:
+        images: uint8 [b, 3, s, s].
+        tokens: int64 [b, L].
+        ids: int64 [b]; where a sample was unreadable, the id of the one that replaced it.
+        skipped: `SHARD.tar:KEY: reason` of every unreadable sample that was replaced.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    ids: Tensor
+    skipped: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On a device; copies from pinned memory do not wait."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "tokens", "ids")}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory; torch's loader calls this."""
+        return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.ids.pin_memory(), self.skipped)
+
+
+class ShardDataset(Dataset[Sample]):
+    """Decoded, augmented samples.
+
+    Args:
+        index: where samples lie.
+        transform: RGB image → uint8 [3, s, s], random through torch's default CPU generator.
+        seed: augmentation depends on (seed, epoch, id) only: neither on worker nor on order.
+    """
+
+    def __init__(self, index: ShardIndex, transform: Transform, seed: int) -> None:
+        self.index, self.transform, self.seed = index, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of (epoch, id), or the next usable one when it cannot be read.
+
+        Raises:
+            UserError: 100 in a row cannot be read, or a shard is gone.
+        """
+        epoch, sample = key
+        skipped: list[str] = []
+        while len(skipped) < MAX_SKIPPED:
+            try:
+                caption = _caption(self.index, sample)
+                image = decode(self.index.image_bytes(sample))
+            except (UnreadableImage, UnreadableCaption) as error:
+                skipped.append(f"{self.index.name(sample)}: {error}")
+                sample = self.index.next_usable(sample)
+                continue
+            return Sample(self._augment(image, epoch, sample), caption, sample, tuple(skipped))
+        raise UserError(f"{MAX_SKIPPED} samples in a row cannot be read, the first is {skipped[0]}")
+
+    def _augment(self, image: object, epoch: int, sample: int) -> Tensor:
+        text = f"{self.seed} {epoch} {sample}".encode()
+        state = torch.default_generator.get_state()  # with no workers this process is the trainer's own
+        try:
+            torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
+            return self.transform(image)  # type: ignore[arg-type]
+        finally:
+            torch.default_generator.set_state(state)
+
+
+class UnreadableCaption(ValueError):
+    """A caption that is empty or not UTF-8."""
+
+
+def _caption(index: ShardIndex, sample: int) -> str:
+    try:
+        caption = index.caption(sample).strip()
+    except UnicodeDecodeError:
+        raise UnreadableCaption("caption is not UTF-8") from None
+    if not caption:
+        raise UnreadableCaption("empty caption")
+    return caption
+
+
+class Collate:
+    """Samples → Batch, captions tokenised together."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        return Batch(
+            torch.stack([sample.image for sample in samples]),
+            self.tokenizer([sample.caption for sample in samples]),
+            torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            tuple(text for sample in samples for text in sample.skipped),
+        )
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the trainer answers it, and ends the workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def make_loader(
+    dataset: ShardDataset, sampler: PlanSampler, tokenizer: Tokenizer, workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """A loader of Batches in the sampler's order; `sampler.seek` before an iteration chooses epoch and step.
+
+    Args:
+        dataset: the samples.
+        sampler: the batches.
+        tokenizer: list of captions → int64 [b, L].
+        workers: processes, kept from epoch to epoch; 0 = load in this process.
+        pin_memory: page-lock the batches, for copies to a GPU that overlap with computing.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=Collate(tokenizer),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_start_worker,
+    )

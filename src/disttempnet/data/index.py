@@ -1,0 +1,233 @@
+"""The shard index: dense sample ids, and where in which shard each sample lies.
+
+Sample id = position in the index: the same in every epoch, every run and every world size. The index is one
+file beside the shards (safetensors, memory-mapped); `indexing.py` builds it and checks it against the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from disttempnet.data.shards import OK, REASONS, read_member, split_name
+from disttempnet.errors import UserError
+
+FORMAT = "disttempnet-index-1"
+OPEN_FILES = 64  # shards kept open by a process: a loader worker moves through a few at a time
+IMAGE, CAPTION, JSON = range(3)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the index knows of one shard; `size` in bytes, `note` says what is wrong with it as a whole."""
+
+    name: str
+    size: int
+    samples: int
+    fingerprint: str
+    note: str = ""
+
+
+class ShardIndex:
+    """Samples in tar order, as columns.
+
+    Attributes:
+        path: the index file; `folder`: where the shards are.
+        shards: one entry a shard.
+        first: int64 [S + 1], id of each shard's first sample, then the number of samples.
+        start: int64 [N], byte of a sample's first tar header.
+        spans: uint32 [N, 3, 2], (offset from start, size) in bytes of image, caption, JSON; size 0 = absent.
+        status: uint8 [N], place in `REASONS`; 0 = usable.
+        digest: hex sha256 over shard names, sizes, fingerprints, counts and the columns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        shards: tuple[Shard, ...],
+        columns: dict[str, NDArray[Any]],
+    ) -> None:
+        self.path, self.folder, self.shards = path, folder, shards
+        self.start, self.spans, self.status = columns["start"], columns["spans"], columns["status"]
+        self.first = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[Path, Path]]:
+        return load_index, (self.path, self.folder)  # another process maps the file, instead of a copy
+
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256(json.dumps([asdict(shard) for shard in self.shards], sort_keys=True).encode())
+        for column in (self.start, self.spans, self.status):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
+    @property
+    def usable(self) -> NDArray[np.int64]:
+        """Ids of all usable samples, ascending."""
+        return np.flatnonzero(self.status == OK)
+
+    @cached_property
+    def usable_counts(self) -> NDArray[np.int64]:
+        """int64 [S]: usable samples of each shard."""
+        counts = [np.count_nonzero(self.status[a:b] == OK) for a, b in pairwise(self.first)]
+        return np.array(counts, dtype=np.int64)
+
+    def usable_in(self, shard: int) -> NDArray[np.int64]:
+        """Ids of the usable samples of one shard, ascending."""
+        first, end = self.first[shard : shard + 2]
+        return np.flatnonzero(self.status[first:end] == OK) + first
+
+    def next_usable(self, sample: int) -> int:
+        """The first usable id after this one; after the last id the search starts over."""
+        for _ in range(len(self)):
+            sample = (sample + 1) % len(self)
+            if self.status[sample] == OK:
+                return sample
+        raise UserError(f"{self.folder}: no sample of these shards is usable")
+
+    def image_bytes(self, sample: int) -> bytes:
+        return self._read(sample, IMAGE)
+
+    def caption(self, sample: int) -> str:
+        return self._read(sample, CAPTION).decode("utf-8")
+
+    def metadata(self, sample: int) -> dict[str, Any] | None:
+        """The parsed .json of a sample; None where it has none."""
+        return json.loads(self._read(sample, JSON)) if self.spans[sample, JSON, 1] else None
+
+    def name(self, sample: int) -> str:
+        """`SHARD.tar:KEY`, with the key read from the shard."""
+        shard = self._shard_of(sample)
+        member = read_member(self._file(shard), int(self.start[sample]))
+        key = split_name(member.name)[0] if member else "?"
+        return f"{self.shards[shard].name}:{key}"
+
+    def problems(self, names: int = 3) -> str:
+        """One line a reason why samples are left out, with the first few names; empty if all are usable."""
+        lines = []
+        for code in np.unique(self.status[self.status != OK]):
+            samples = np.flatnonzero(self.status == code)
+            shown = ", ".join(self.name(int(sample)) for sample in samples[:names])
+            more = ", …" if len(samples) > names else ""
+            lines.append(f"{len(samples):,} samples left out, {REASONS[code]}: {shown}{more}")
+        for shard in self.shards:
+            if shard.note:
+                lines.append(f"{shard.name}: {shard.note}; {shard.samples:,} samples before it")
+            elif not shard.samples:
+                lines.append(f"{shard.name}: holds no samples")
+        return "\n".join(lines)
+
+    def _shard_of(self, sample: int) -> int:
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample id {sample} is not in [0, {len(self)})")
+        return int(np.searchsorted(self.first, sample, side="right")) - 1
+
+    def _read(self, sample: int, kind: int) -> bytes:
+        shard = self._shard_of(sample)
+        offset, size = (int(value) for value in self.spans[sample, kind])
+        data = os.pread(self._file(shard), size, int(self.start[sample]) + offset)
+        if len(data) < size:
+            path = self.folder / self.shards[shard].name
+            raise UserError(f"{path}: ends inside sample {sample}: it was cut off after indexing; restore it")
+        return data
+
+    def _file(self, shard: int) -> int:
+        """Descriptor of an open shard; reads carry their own offset, so forked processes may share it."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        path = self.folder / self.shards[shard].name
+        try:
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; restore the shard") from None
+        return self._files[shard]
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def save_index(index: ShardIndex) -> None:
+    """Write the index file; another process sees all of it or nothing."""
+    header = {
+        "format": FORMAT,
+        "shards": json.dumps([asdict(shard) for shard in index.shards]),
+        "digest": index.digest,
+    }
+    columns = {"start": index.start, "spans": index.spans, "status": index.status}
+    with writable(index.path) as temporary:
+        save_file(columns, temporary, metadata=header)
+        os.replace(temporary, index.path)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[Path]:
+    """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        yield temporary
+    except OSError as error:
+        raise UserError(
+            f"{path}: the index cannot be written ({error.strerror}); set data.index to a file that can"
+        ) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def load_index(path: Path, folder: Path, verify: bool = False) -> ShardIndex:
+    """Map an index file into memory.
+
+    Args:
+        path: the index file.
+        folder: where the shards are.
+        verify: read all of it and compare with the digest that it carries.
+
+    Raises:
+        UserError: the file is not an index of this version, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length < path.stat().st_size else b"")
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
+        columns = {}
+        for name, kind in (("start", np.int64), ("spans", np.uint32), ("status", np.uint8)):
+            begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
+            # asarray: plain views of the mapping, which are faster to index than np.memmap
+            columns[name] = np.asarray(np.memmap(path, kind, "r", offset=8 + length + begin, shape=shape))
+        shards = tuple(Shard(**shard) for shard in json.loads(metadata["shards"]))
+        index = ShardIndex(path, folder, shards, columns)
+        if verify and index.digest != metadata["digest"]:
+            raise ValueError("its content does not match its digest")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a usable shard index ({error}); delete it to index again") from None
+    return index

@@ -1,0 +1,179 @@
+"""The epoch plan: which samples make which batch, as a pure function of (index, seed, epoch).
+
+n usable samples, B a global batch, L lanes. An epoch shuffles the order of the shards and strings their usable
+samples together. The first ⌊n/B⌋·B of them are cut into L equal lanes; lane l gives B/L samples to every batch,
+from a window of consecutive samples that is shuffled as a whole. The n mod B samples that are left make one more
+batch, filled from the beginning of the string (tail = wrap), or wait for another epoch (tail = drop).
+
+So every sample comes once an epoch (wrapped ones twice), no batch holds a sample twice, a lane reads a window's
+worth of shards at a time, and rank r of K takes lanes [r·L/K, (r+1)·L/K): the same batches for every K that
+divides L. Work and memory grow with shards and windows, not with n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from disttempnet.data.index import ShardIndex
+from disttempnet.errors import UserError
+
+Ids = NDArray[np.int64]
+SHARDS, WINDOW, TAIL = range(3)  # what a random permutation is for: each draws from a stream of its own
+
+
+class EpochPlan:
+    """Random access to the batches of every epoch.
+
+    Args:
+        index: the samples.
+        global_batch: B, samples a step over all ranks; a multiple of lanes.
+        lanes: L; world sizes that divide it see the same batches.
+        seed: of every shuffle.
+        tail: what becomes of the last n mod B samples of an epoch.
+        shuffle_window: samples of a lane that are shuffled together, at most: windows of a lane are of one size,
+            as a short one at its end would mix badly.
+        limit: use only the first this many usable samples; 0 = all.
+
+    Raises:
+        UserError: fewer usable samples than one batch needs, or a batch that lanes do not divide.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        global_batch: int,
+        lanes: int,
+        seed: int,
+        tail: Literal["wrap", "drop"] = "wrap",
+        shuffle_window: int = 16384,
+        limit: int = 0,
+    ) -> None:
+        if global_batch % lanes:
+            raise UserError(f"global_batch {global_batch} is not a multiple of lanes {lanes}")
+        self.index, self.global_batch, self.lanes = index, global_batch, lanes
+        self.seed = seed
+        ends = np.cumsum(index.usable_counts)
+        if limit:
+            ends = np.minimum(ends, limit)
+        self._counts: Ids = np.diff(ends, prepend=0)
+        self.samples = int(ends[-1])
+        self._full_steps = self.samples // global_batch
+        if not self._full_steps:
+            raise UserError(
+                f"data.global_batch = {global_batch} is more than the {self.samples} usable samples of "
+                f"{index.folder}" + (f" within data.limit = {limit}" if limit else "")
+            )
+        self._lane_samples = self._full_steps * (global_batch // lanes)
+        windows = -(-self._lane_samples // shuffle_window)
+        self._window_samples = -(-self._lane_samples // windows)
+        ragged = self.samples % global_batch
+        self.steps = self._full_steps + (1 if ragged and tail == "wrap" else 0)
+        self._epoch = -1  # what the three below are for
+        self._order: Ids = np.empty(0, np.int64)
+        self._starts: Ids = np.empty(0, np.int64)
+        self._windows: dict[int, tuple[int, Ids]] = {}  # lane → (number, ids) of the window it is in
+
+    def batch(self, epoch: int, step: int) -> Ids:
+        """Ids of a global batch, int64 [B], in lane order."""
+        return self.local_batch(epoch, step, 0, 1)
+
+    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> Ids:
+        """Ids of one rank's part of a global batch, int64 [B / world_size].
+
+        Raises:
+            UserError: lanes are not a multiple of world_size.
+        """
+        if self.lanes % world_size:
+            raise UserError(
+                f"{world_size} processes cannot share data.lanes = {self.lanes} evenly; "
+                f"set data.lanes to a multiple of {world_size} that divides global_batch {self.global_batch}"
+            )
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is not in [0, {self.steps})")
+        self._turn_to(epoch)
+        share = self.lanes // world_size
+        if step == self._full_steps:
+            local = self.global_batch // world_size
+            return self._tail()[rank * local : (rank + 1) * local]
+        return np.concatenate([self._lane(lane, step) for lane in range(rank * share, (rank + 1) * share)])
+
+    def _turn_to(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._order = self._permutation(len(self._counts), SHARDS, epoch)
+            self._starts = np.cumsum([0, *self._counts[self._order]], dtype=np.int64)
+            self._windows.clear()
+            self._epoch = epoch
+
+    def _permutation(self, n: int, *stream: int) -> Ids:
+        """A shuffle of range(n) that only (seed, stream) decides, in every version of numpy: sorted raw bits."""
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, *stream]))
+        return np.argsort(bits.random_raw(n), kind="stable")
+
+    def _ids(self, begin: int, end: int) -> Ids:
+        """Ids at positions [begin, end) of the epoch's string of shards."""
+        first = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        last = int(np.searchsorted(self._starts, end, side="left"))
+        parts = []
+        for place in range(first, last):
+            shard, start = int(self._order[place]), int(self._starts[place])
+            kept = self.index.usable_in(shard)[: self._counts[shard]]
+            parts.append(kept[max(0, begin - start) : end - start])
+        return np.concatenate(parts)
+
+    def _lane(self, lane: int, step: int) -> Ids:
+        """What a lane gives to a full batch: int64 [B / L]."""
+        share = self.global_batch // self.lanes
+        position, end = step * share, (step + 1) * share
+        parts = []
+        while position < end:
+            number, offset = divmod(position, self._window_samples)
+            window = self._window(lane, number)
+            parts.append(window[offset : offset + end - position])
+            position += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _window(self, lane: int, number: int) -> Ids:
+        """Ids of one of a lane's windows, in shuffled order."""
+        cached = self._windows.get(lane)
+        if cached is None or cached[0] != number:
+            begin = number * self._window_samples
+            end = min(begin + self._window_samples, self._lane_samples)
+            ids = self._ids(lane * self._lane_samples + begin, lane * self._lane_samples + end)
+            shuffled = ids[self._permutation(len(ids), WINDOW, self._epoch, lane, number)]
+            cached = self._windows[lane] = (number, shuffled)
+        return cached[1]
+
+    def _tail(self) -> Ids:
+        """The batch of what is left over, filled from the epoch's beginning: int64 [B]."""
+        begin = self._full_steps * self.global_batch
+        missing = self.global_batch - (self.samples - begin)
+        ids = np.concatenate([self._ids(begin, self.samples), self._ids(0, missing)])
+        return ids[self._permutation(len(ids), TAIL, self._epoch)]
+
+
+class PlanSampler(Sampler[list[tuple[int, int]]]):
+    """One rank's batches of one epoch, from a step on, as lists of (epoch, id) for torch's DataLoader.
+
+    `seek` says which epoch and step the next iteration begins with, so that worker processes outlive an epoch.
+    """
+
+    def __init__(self, plan: EpochPlan, rank: int = 0, world_size: int = 1) -> None:
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self.epoch = self.start_step = 0
+
+    def seek(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        return max(0, self.plan.steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        for step in range(self.start_step, self.plan.steps):
+            ids = self.plan.local_batch(epoch, step, self.rank, self.world_size)
+            yield [(epoch, sample) for sample in ids.tolist()]

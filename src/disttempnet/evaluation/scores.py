@@ -1,0 +1,118 @@
+"""Scores with their chance levels: as JSON, and compared over runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+BETTER_RULE = "ahead of every other run by more than one binomial standard error of the difference"
+
+
+@dataclass
+class Scores:
+    """Scores of a task.
+
+    Attributes:
+        metrics: shares in [0, 1].
+        chance: what a uniformly random order of the answers gives, exactly.
+        trials: how many queries each metric is a share of.
+        samples: how many images were scored.
+        corrupt: keys of images that could not be decoded and are left out.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+    trials: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    corrupt: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return not self.corrupt
+
+    def add(self, key: str, value: float, chance: float, trials: int) -> None:
+        self.metrics[key], self.chance[key], self.trials[key] = value, chance, trials
+
+
+def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:
+    """Scores by task as plain values for a line of eval.jsonl, which also holds `step` and `epoch`."""
+    return {
+        "results": {task: scores.metrics for task, scores in results.items()},
+        "chance": {task: scores.chance for task, scores in results.items()},
+        "trials": {task: scores.trials for task, scores in results.items()},
+        "samples": {task: scores.samples for task, scores in results.items()},
+        "corrupt": {task: list(scores.corrupt) for task, scores in results.items() if scores.corrupt},
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> dict[str, Scores]:
+    """The inverse of `to_record`; trials that a record lacks are taken to be the samples."""
+    results = {}
+    for task, metrics in record["results"].items():
+        samples = int(record["samples"][task])
+        trials = record.get("trials", {}).get(task, {})
+        results[task] = Scores(
+            metrics=dict(metrics),
+            chance=dict(record["chance"][task]),
+            trials={key: int(trials.get(key, samples)) for key in metrics},
+            samples=samples,
+            corrupt=tuple(record.get("corrupt", {}).get(task, ())),
+        )
+    return results
+
+
+class Comparison(NamedTuple):
+    """One metric of one task over several runs; `best` is the index of a clear winner."""
+
+    metric: str
+    chance: float | None
+    values: tuple[float | None, ...]
+    best: int | None
+
+
+def tasks_of(runs: Sequence[Mapping[str, Scores]]) -> list[str]:
+    """The tasks that at least one run was measured on, in their order."""
+    return list(dict.fromkeys(task for results in runs for task in results))
+
+
+def compare(runs: Sequence[Mapping[str, Scores]], task: str) -> list[Comparison]:
+    """Each metric of a task, in the order in which the runs report them, and its clear winner if any."""
+    scores = [run.get(task, Scores()) for run in runs]
+    rows = []
+    for metric in dict.fromkeys(key for one in scores for key in one.metrics):
+        values = tuple(one.metrics.get(metric) for one in scores)
+        chance = next((one.chance[metric] for one in scores if metric in one.chance), None)
+        trials = min(one.trials[metric] for one in scores if metric in one.trials)
+        rows.append(Comparison(metric, chance, values, clearly_best(values, trials)))
+    return rows
+
+
+def clearly_best(values: Sequence[float | None], trials: int) -> int | None:
+    """Index of the value ahead of all others beyond the noise of the sample, or None.
+
+    Args:
+        values: shares in [0, 1], each of the same `trials` queries; None where a run lacks the metric.
+
+    The bound is one standard error of the difference between the best and the second best, as if independent:
+    sqrt(p(1−p)/n + q(1−q)/n). It does not cover the variation between seeds, which is often larger.
+    """
+    known = sorted(((value, i) for i, value in enumerate(values) if value is not None), reverse=True)
+    if len(known) < 2 or trials < 1:
+        return None
+    (best, index), (second, _) = known[:2]
+    error = ((best * (1 - best) + second * (1 - second)) / trials) ** 0.5
+    return index if best - second > error else None
+
+
+def percent(value: float | None) -> str:
+    """A share as per cent; two decimals below 1 %, where chance levels are."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f}" if value < 0.01 else f"{100 * value:.1f}"
+
+
+def metric_title(key: str) -> str:
+    """`image_to_text_recall@5` → `image → text R@5`; unknown keys stay as they are."""
+    titles = {"acc1": "zero-shot top-1", "acc5": "zero-shot top-5", "mean_recall": "mean recall"}
+    return titles.get(key, key.replace("_to_", " → ").replace("_recall@", " R@").replace("_", " "))

@@ -1,0 +1,237 @@
+"""Examples for the report, chosen by rule and not by hand: predictions, retrievals, extremes of temperature.
+
+A rule: images or captions are grouped by which runs get them right, and each group shows members evenly spread over
+the data. The model of a run is that of its last checkpoint.
+
+Legend: n images, t distinct captions, C classes, D width; R runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disttempnet.data import open_index
+from disttempnet.evaluation import TaskResult, embed_samples, evaluate
+from disttempnet.evaluation.readers import Sample, find_task, load_task
+from disttempnet.report.runs import RunRecord
+from disttempnet.training.checkpoint import Run, list_checkpoints, load_run
+
+PICTURE_SIDE = 128  # pixels: shown at 64, sharp on dense screens too
+TRAINING_PAIRS = 20_000  # embedded for the temperature gallery, evenly spread over larger data
+SHOWN_ANSWERS = 5
+GALLERY = 10
+
+
+class Answer(NamedTuple):
+    """One candidate of a ranking; a text or, in image retrieval, a picture (data URI) with its caption."""
+
+    text: str
+    picture: str
+    similarity: float
+    right: bool
+
+
+class Ranking(NamedTuple):
+    """One run's best answers; `place` is where the first right one stands, 1 = top."""
+
+    answers: list[Answer]
+    place: int
+    right_answer: Answer
+
+
+class Query(NamedTuple):
+    """What was asked (a picture or a text) and how each run ranked the candidates."""
+
+    text: str
+    picture: str
+    rankings: list[Ranking]
+
+
+class Group(NamedTuple):
+    """Queries that the same runs answer rightly, with how many there are in all."""
+
+    right: tuple[bool, ...]
+    count: int
+    total: int
+    queries: list[Query]
+
+
+class TemperaturePair(NamedTuple):
+    """A training pair and its two temperatures."""
+
+    picture: str
+    caption: str
+    image_tau: float
+    text_tau: float
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The extremes of τ on the training set of one run.
+
+    Attributes:
+        extremes: (side, "lowest" or "highest") → pairs, the most extreme first.
+        image_tau, text_tau: float [n] of all embedded pairs.
+        total: size of the training set, of which n are embedded.
+    """
+
+    extremes: dict[tuple[str, str], list[TemperaturePair]]
+    image_tau: np.ndarray
+    text_tau: np.ndarray
+    total: int
+
+
+def open_model(record: RunRecord) -> Run | None:
+    """The model of a run's last checkpoint on the best device there is; None before the first checkpoint."""
+    checkpoints = list_checkpoints(record.folder)
+    if not checkpoints:
+        return None
+    run = load_run(checkpoints[-1])
+    run.towers.module.to(_device())
+    run.loss.to(_device())
+    return run
+
+
+def evaluate_models(runs: Sequence[Run], tasks: Sequence[str], batch: int) -> list[dict[str, TaskResult]]:
+    """Each run's results, features included, on the tasks."""
+    return [evaluate(run.towers, tasks, device=_device(), batch=batch) for run in runs]
+
+
+def zero_shot_examples(results: Sequence[TaskResult], task: str, per_group: int) -> list[Group]:
+    """Images of a task and the classes that each run finds most similar."""
+    images = _images_of(task, results[0])
+    names = results[0].class_names
+    truth = results[0].labels.cpu()
+
+    def query(i: int, scores: Sequence[Tensor]) -> Query:
+        rankings = [_ranking(row, {int(truth[i])}, lambda c: (names[c], "")) for row in scores]
+        return Query(names[int(truth[i])], picture(images[i]), rankings)
+
+    similarities = [(r.image_features @ r.class_features.T).cpu() for r in results]
+    right = torch.stack([s.argmax(1) == truth for s in similarities], 1)
+    return _groups(right, per_group, lambda i: query(i, [s[i] for s in similarities]))
+
+
+def retrieval_examples(results: Sequence[TaskResult], task: str, to_text: bool, per_group: int) -> list[Group]:
+    """Captions found for images of a task (`to_text`), or images for captions.
+
+    An image's first caption stands for it; equal captions are one candidate that belongs to several images.
+    """
+    images, captions = _images_of(task, results[0]), results[0].captions
+    texts = list(dict.fromkeys(captions))
+    text_of = {text: t for t, text in enumerate(texts)}
+    images_of: list[set[int]] = [set() for _ in texts]
+    for i, caption in enumerate(captions):
+        images_of[text_of[caption]].add(i)
+    first_image = [min(members) for members in images_of]
+    similarities = [(r.image_features @ r.text_features[first_image].T).cpu() for r in results]
+
+    def text(t: int) -> tuple[str, str]:
+        return texts[t], ""
+
+    def image(i: int) -> tuple[str, str]:
+        return captions[i], picture(images[i])
+
+    if to_text:
+        asked, answered, relevant = image, text, [{text_of[caption]} for caption in captions]
+    else:
+        asked, answered, relevant = text, image, images_of
+        similarities = [s.T for s in similarities]
+
+    def query(q: int) -> Query:
+        return Query(*asked(q), [_ranking(s[q], relevant[q], answered) for s in similarities])
+
+    top = [s.argmax(1).tolist() for s in similarities]
+    right = torch.tensor([[best[q] in relevant[q] for best in top] for q in range(len(relevant))])
+    return _groups(right, per_group, query)
+
+
+def temperature_gallery(run: Run, batch: int) -> Gallery | None:
+    """The training pairs of lowest and highest τ; None where all of them have the same.
+
+    Raises:
+        UserError: the training shards are gone or changed.
+    """
+    samples, total = _training_samples(run)
+    images, texts, kept = embed_samples(run.towers, samples, device=_device(), batch=batch)
+    image_tau, text_tau = run.loss.temperatures(images, texts).double().cpu().numpy()
+    if max(np.ptp(image_tau), np.ptp(text_tau)) < 1e-6:
+        return None
+    extremes = {}
+    for side, tau in (("image", image_tau), ("text", text_tau)):
+        order = np.argsort(tau, kind="stable")
+        for end, chosen in (("lowest", order[:GALLERY]), ("highest", order[::-1][:GALLERY])):
+            extremes[side, end] = [
+                TemperaturePair(picture(kept[i]), kept[i].captions[0], float(image_tau[i]), float(text_tau[i]))
+                for i in chosen
+            ]
+    return Gallery(extremes, image_tau, text_tau, total)
+
+
+@lru_cache(maxsize=4096)
+def picture(sample: Sample) -> str:
+    """The sample's image as a small WebP in a data URI."""
+    image = sample.image()
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _images_of(task: str, result: TaskResult) -> list[Sample]:
+    by_key = {sample.key: sample for sample in load_task(find_task(task)).samples}
+    return [by_key[key] for key in result.keys]
+
+
+def _training_samples(run: Run) -> tuple[list[Sample], int]:
+    """Usable training samples, evenly spread where there are many, and how many there are in all."""
+    config = run.config.data
+    index = open_index(config.train, config.index, progress=False)
+    usable = index.usable[: config.limit or None]
+    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(len(usable), TRAINING_PAIRS)).astype(int))]
+    shards = np.searchsorted(index.first, chosen, side="right") - 1
+    samples = []
+    for i, shard in zip(chosen.tolist(), shards.tolist(), strict=True):
+        offset, size = (int(value) for value in index.spans[i, 0])  # of the image
+        path = index.folder / index.shards[shard].name
+        samples.append(Sample(index.name(i), path, int(index.start[i]) + offset, size, (index.caption(i),), ""))
+    return samples, len(usable)
+
+
+def _ranking(scores: Tensor, right: set[int], show: Callable[[int], tuple[str, str]]) -> Ranking:
+    order = torch.argsort(scores, descending=True, stable=True).tolist()
+    place = next(place for place, candidate in enumerate(order) if candidate in right)
+
+    def answer(candidate: int) -> Answer:
+        return Answer(*show(candidate), float(scores[candidate]), candidate in right)
+
+    return Ranking([answer(c) for c in order[:SHOWN_ANSWERS]], place + 1, answer(order[place]))
+
+
+def _groups(right: Tensor, per_group: int, query: Callable[[int], Query]) -> list[Group]:
+    """right [queries, R] → a group for each pattern that occurs: first those that more runs get right."""
+    patterns: dict[tuple[bool, ...], list[int]] = {}
+    for i, row in enumerate(right.tolist()):
+        patterns.setdefault(tuple(row), []).append(i)
+    groups = []
+    for pattern in sorted(patterns, key=lambda p: (-sum(p), [not hit for hit in p])):
+        members = patterns[pattern]
+        # middles of equal parts: neither the first nor the last member is special
+        parts = min(per_group, len(members))
+        chosen = [members[(2 * k + 1) * len(members) // (2 * parts)] for k in range(parts)]
+        groups.append(Group(pattern, len(members), len(right), [query(i) for i in chosen]))
+    return groups
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+

@@ -1,0 +1,197 @@
+"""Charts as SVG images in data URIs. One palette, readable with every common colour blindness (Okabe and Ito).
+
+Runs are told apart by hue and line style; the two sides of a pair by light hues of their own.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from disttempnet.evaluation.readers import task_title
+from disttempnet.evaluation.scores import metric_title, tasks_of
+from disttempnet.report.runs import RunRecord, Temperatures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5C00", "#555555")
+RUN_STYLES = ("-", "--", "-.", ":")
+SIDE_COLOURS = {"image": "#2A9FD6", "text": "#E69F00"}
+INK, FAINT = "#2b2f36", "#8a919c"
+RIDGES = 7  # snapshots shown at most
+WIDTH = 11.0  # inches of a chart that fills the page
+
+
+def run_colour(i: int) -> str:
+    return RUN_COLOURS[i % len(RUN_COLOURS)]
+
+
+def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
+    """Zero-shot top-1 and mean recall over the epochs: a row a task, a line a run, chance dotted."""
+    tasks = tasks_of([evaluation.scores for run in runs for evaluation in run.evaluations])
+    figure, axes = _grid(len(tasks), 2, height=2.5)
+    for row, task in zip(axes, tasks, strict=True):
+        for axis, metric in zip(row, ("acc1", "mean_recall"), strict=True):
+            chance = 0.0
+            for i, (run, title) in enumerate(zip(runs, titles, strict=True)):
+                points = [(e.epoch, e.scores[task]) for e in run.evaluations if task in e.scores]
+                points = [(epoch, scores) for epoch, scores in points if metric in scores.metrics]
+                if points:
+                    chance = points[-1][1].chance[metric]
+                    values = [100 * scores.metrics[metric] for _, scores in points]
+                    _line(axis, [epoch for epoch, _ in points], values, i, title, marker="o")
+            axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.2, label="chance")
+            axis.set(title=f"{task_title(task)}: {metric_title(metric)}", ylabel="%", xlabel="epoch")
+            axis.set_ylim(bottom=0)
+    _legend(figure, axes[0][0])
+    return _svg(figure)
+
+
+def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
+    """The loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
+    figure, axes = _grid(1, len(runs) + 2, height=2.5)
+    panels = list(axes[0])
+    for i, (run, title, axis) in enumerate(zip(runs, titles, panels, strict=False)):
+        _line(axis, *run.series("loss"), i, title)
+        axis.set(title=f"loss: {title}", xlabel="epoch")
+    for axis, key, name in ((panels[-2], "gamma", "inner learning rate γ"), (panels[-1], "lr", "learning rate")):
+        for i, (run, title) in enumerate(zip(runs, titles, strict=True)):
+            _line(axis, *run.series(key), i, title)
+        axis.set(title=name, xlabel="epoch")
+        if key == "gamma":
+            axis.set_ylim(0, 1.05)
+    return _svg(figure)
+
+
+def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
+    """τ of the training batches over the epochs, a panel a run: mean of each side with its minimum and maximum."""
+    figure, axes = _grid(1, len(runs), height=2.8, sharey=True)
+    for run, title, axis in zip(runs, titles, axes[0], strict=True):
+        for side, colour in SIDE_COLOURS.items():
+            epochs, mean = run.series(f"tau/{side}_mean")
+            _, low = run.series(f"tau/{side}_min")
+            _, high = run.series(f"tau/{side}_max")
+            if len(low) == len(mean) == len(high):
+                axis.fill_between(epochs, low, high, color=colour, alpha=0.22, linewidth=0)
+            axis.plot(epochs, mean, color=colour, linestyle="-" if side == "image" else "--", label=f"{side} side")
+        axis.set(title=f"τ: {title}", xlabel="epoch")
+        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("τ")
+    _legend(figure, axes[0][0])
+    return _svg(figure)
+
+
+def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
+    """Histograms of τ over time, earliest at the bottom, a column for each side."""
+    chosen = [snapshots[i] for i in _spread(len(snapshots), RIDGES)]
+    figure, axes = _grid(1, 2, height=0.9 + 0.5 * len(chosen))
+    for axis, (side, colour) in zip(axes[0], SIDE_COLOURS.items(), strict=True):
+        arrays = [getattr(snapshot, side) for snapshot in chosen]
+        edges = np.linspace(*_padded_range(np.concatenate(arrays)), 81)
+        centres = (edges[1:] + edges[:-1]) / 2
+        for place, values in enumerate(arrays):
+            density = _smooth(np.histogram(values, edges)[0].astype(float))
+            height = place + 1.5 * density / density.max()
+            order = 2 * (len(arrays) - place)  # earlier ridges in front of later ones
+            opacity = 0.35 + 0.6 * (place + 1) / len(arrays)
+            axis.fill_between(centres, place, height, color=_mixed(colour, opacity), zorder=order, linewidth=0)
+            axis.plot(centres, height, color=INK, linewidth=0.8, zorder=order + 1)
+        labels = [f"epoch {snapshot.epoch:.3g}" for snapshot in chosen]
+        axis.set_yticks(range(len(chosen)), labels)
+        axis.set(title=f"{side} side", xlabel="τ")
+        axis.spines["left"].set_visible(False)
+        axis.grid(visible=False, axis="y")
+    return _svg(figure)
+
+
+def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
+    """τ of the image side against τ of the text side: a point a training pair."""
+    figure, axes = _grid(1, 1, height=3.6, width=3.9)
+    shown = list(_spread(len(image_tau), 4000))
+    axes[0][0].scatter(image_tau[shown], text_tau[shown], s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
+    axes[0][0].set(xlabel="τ, image side", ylabel="τ, text side")
+    return _svg(figure)
+
+
+def _grid(
+    rows: int, columns: int, height: float, width: float = WIDTH, sharey: bool = False
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure without pyplot's global state, and its axes as rows."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        grid: np.ndarray = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    return figure, grid.tolist()
+
+
+def _line(axis: Axes, x: Any, y: Any, i: int, label: str, marker: str = "") -> None:
+    if len(x):
+        style = RUN_STYLES[i % len(RUN_STYLES)]
+        axis.plot(x, y, color=run_colour(i), linestyle=style, marker=marker, markersize=4, linewidth=1.7, label=label)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10)
+
+
+def _spread(n: int, most: int) -> np.ndarray:
+    """At most `most` of the indices 0 … n−1, evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+def _padded_range(values: np.ndarray) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _smooth(counts: np.ndarray) -> np.ndarray:
+    """Histogram counts through a Gaussian of one and a half bins: the shape, not the bins, is what a ridge shows."""
+    kernel = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    return np.convolve(counts, kernel / kernel.sum(), mode="same")
+
+
+def _mixed(colour: str, strength: float) -> tuple[float, ...]:
+    """The colour on white at this strength: opaque, so that a ridge hides the one behind it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return tuple(1 - strength * (1 - part) for part in parts)
+
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": "#c9ced6",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e9ecf0",
+    "axes.axisbelow": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "text.color": INK,
+}
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as a data URI. Letters stay letters, set in the reader's fonts; equal data give equal bytes."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "disttempnet", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,347 @@
+"""The index gives every sample one id for ever, reads it back, and names every fault of the shards."""
+
+import io
+import json
+import os
+import pickle
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from disttempnet.data import ShardIndex, embedded_shards, open_index, resolve_shards
+from disttempnet.errors import UserError
+from gloo import Pools
+
+from .conftest import png, sample, write_shard
+
+Write = Callable[..., Path]
+
+
+def refusal(spec: object, index_path: str = "") -> str:
+    """The one line that opening fails with."""
+    with pytest.raises(UserError) as caught:
+        open_index(str(spec), index_path, progress=False)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_resolves_folders_patterns_and_embedded_names(shards: Write) -> None:
+    folder = shards(1, 1, 1, 1)
+    names = tuple(f"{n:05d}.tar" for n in range(4))
+    assert resolve_shards(str(folder)).names == names
+    assert resolve_shards(f"{folder}/{{00001..00003}}.tar").names == names[1:]
+    assert resolve_shards(f"{folder}/0000{{0..1}}.tar").names == names[:2]
+    assert resolve_shards(f"{folder}/000{{00..01}}.tar").names == names[:2]
+    assert resolve_shards(f"{folder}/00002.tar").names == names[2:3]
+    assert resolve_shards("embedded:emoji/val").names == names[:2]
+    assert resolve_shards("embedded:emoji/val").folder == embedded_shards("emoji/val")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere", r"nowhere: no such folder; set data\.train"),
+        ("nowhere/{0..3}.tar", r"nowhere: no such folder"),
+        ("empty", r"empty: no \.tar shards in this folder"),
+        ("shards/{00000..00004}.tar", r"00002\.tar: no such shard \(and 2 more\)"),
+        ("shards/{00004..00000}.tar", "runs backwards"),
+        ("shards/{a,b}.tar", "braces hold a range of numbers"),
+        ("embedded:emoji/tests", r"unknown embedded data set 'emoji/tests'.*emoji/train"),
+    ],
+)
+def test_specs_that_name_nothing(shards: Write, tmp_path: Path, spec: str, message: str) -> None:
+    shards(1, 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        resolve_shards(spec if ":" in spec else str(tmp_path / spec))
+
+
+def test_reads_back_what_tarfile_reads() -> None:
+    index = open_index("embedded:emoji/val", progress=False)
+    sizes, number = 0, 0
+    for name in ("00000.tar", "00001.tar"):
+        with tarfile.open(index.folder / name) as shard:
+            contents = [(member.name, shard.extractfile(member).read()) for member in shard]  # type: ignore[union-attr]
+        for (image_name, image), (_, caption), (_, text) in zip(*[iter(contents)] * 3, strict=True):
+            assert index.image_bytes(number) == image
+            assert index.caption(number) == caption.decode()
+            assert index.metadata(number) == json.loads(text)
+            assert index.name(number) == f"{name}:{image_name.removesuffix('.webp')}"
+            sizes, number = sizes + len(image), number + 1
+    assert number == len(index) == 1172
+    assert sizes == int(index.spans[:, 0, 1].sum())
+    assert (index.status == 0).all()
+    assert index.problems() == ""
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("key", ["a.b/0001", "é" * 30, "folder/" + "n" * 40, "y" * 90])
+def test_reads_all_tar_dialects(tmp_path: Path, format: int, key: str) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(folder / "0.tar", {key: sample(3), "next": sample(4)}, format)
+    index = open_index(str(folder), progress=False)
+    assert [index.name(n) for n in range(len(index))] == [f"0.tar:{key}", "0.tar:next"]
+    assert [index.caption(n) for n in range(2)] == ["caption 3", "caption 4"]
+    assert index.image_bytes(1) == png(4)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_reads_names_longer_than_a_header(tmp_path: Path, format: int) -> None:
+    key = "folder/" * 30 + "sample-é"
+    write_shard(tmp_path / "0.tar", {key: sample(3), "next": sample(4)}, format)
+    index = open_index(str(tmp_path), progress=False)
+    assert [index.name(n) for n in range(len(index))] == [f"0.tar:{key}", "0.tar:next"]
+    assert index.metadata(0) == {"number": 3}
+
+
+def test_a_sample_is_a_run_of_members_of_one_key(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        shard.addfile(_entry("folder", tarfile.DIRTYPE))
+    first = {"a": {"txt": b"x", "seg.png": png(1), "JPG": png(2)}, "b": sample(7)}
+    write_shard(tmp_path / "1.tar", first)
+    with tarfile.open(tmp_path / "2.tar", "w") as shard:  # the same key twice in a row, folders between
+        for name in ("c.txt", "folder", "c.png", "c.txt", "c.png", "d", ".hidden"):
+            shard.addfile(*_member(name))
+    index = open_index(str(tmp_path), progress=False)
+    assert [index.name(n) for n in range(len(index))] == ["1.tar:a", "1.tar:b", "2.tar:c", "2.tar:c"]
+    assert index.image_bytes(0) == png(2)
+    assert index.metadata(0) is None
+    assert index.image_bytes(2) == index.image_bytes(3) == b"c.png"
+    assert "0.tar: holds no samples" in index.problems()
+
+
+def _entry(name: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info
+
+
+def _member(name: str) -> tuple[tarfile.TarInfo, object]:
+    info = _entry(name, tarfile.DIRTYPE if name == "folder" else tarfile.REGTYPE)
+    info.size = 0 if name == "folder" else len(name)
+    return info, io.BytesIO(name.encode())
+
+
+def test_ids_digest_and_file_are_stable(shards: Write) -> None:
+    folder = shards(3, 2)
+    first = open_index(str(folder), progress=False)
+    content, digest = first.path.read_bytes(), first.digest
+    again = open_index(str(folder), progress=False)
+    assert again.path.read_bytes() == content  # the second time nothing is written
+    assert again.digest == digest
+    first.path.unlink()
+    assert open_index(str(folder), progress=False).digest == digest
+    assert again.first.tolist() == [0, 3, 5]
+    assert [again.caption(n) for n in range(5)] == [f"caption {n}" for n in range(5)]
+    assert len(content) <= 33 * 5 + 1024
+    copy = pickle.loads(pickle.dumps(again))
+    assert isinstance(copy, ShardIndex)
+    assert copy.digest == digest
+    assert copy.caption(4) == "caption 4"
+
+
+def test_digest_tells_data_sets_apart(shards: Write) -> None:
+    folder = shards(3, 2)
+    whole = open_index(str(folder), progress=False)
+    part = open_index(f"{folder}/{{00000..00000}}.tar", progress=False)
+    assert whole.path != part.path
+    assert len(part) == 3
+    assert whole.digest != part.digest
+
+
+def test_unusable_samples_keep_their_ids_and_are_named(shards: Write) -> None:
+    changes = {
+        1: {"txt": b"no image"},
+        2: {"png": png(2)},
+        3: {"png": png(3), "txt": b" \n"},
+        4: {"png": png(4), "txt": b"\xff\xfe"},
+        5: {"png": b"", "txt": b"empty image"},
+        6: {"png": png(6), "txt": b""},
+    }
+    index = open_index(str(shards(3, 5, changes=changes)), progress=False)
+    assert len(index) == 8
+    assert index.usable.tolist() == [0, 7]
+    assert index.usable_counts.tolist() == [1, 1]
+    assert index.usable_in(1).tolist() == [7]
+    assert index.caption(7) == "caption 7"
+    assert [index.next_usable(n) for n in (0, 1, 6, 7)] == [7, 7, 7, 0]
+    problems = index.problems()
+    for line in (
+        "2 samples left out, no image: 00000.tar:000000001, 00001.tar:000000005",
+        "1 samples left out, no caption: 00000.tar:000000002",
+        "2 samples left out, empty caption: 00001.tar:000000003, 00001.tar:000000006",
+        "1 samples left out, caption is not UTF-8: 00001.tar:000000004",
+    ):
+        assert line in problems
+
+
+@pytest.mark.parametrize(("cut", "usable"), [(512 * 13 + 5, [0, 1]), (512 * 14 + 100, [0, 1]), (512 * 18, [0, 1, 2])])
+def test_a_shard_cut_before_indexing_gives_what_is_whole(shards: Write, cut: int, usable: list[int]) -> None:
+    """Each sample takes 3 members of a header and one block: sample 2 begins at block 12."""
+    folder = shards(4, 2)
+    os.truncate(folder / "00000.tar", cut)
+    index = open_index(str(folder), progress=False)
+    assert index.usable.tolist() == [*usable, len(index) - 2, len(index) - 1]
+    assert "00000.tar: " in index.problems()
+    assert f"byte {cut:,}" in index.problems()
+    if len(usable) == 2:
+        assert "1 samples left out, cut off by the end of the shard: 00000.tar:000000002" in index.problems()
+
+
+def test_a_damaged_header_is_named_and_ends_the_shard(shards: Write) -> None:
+    folder = shards(4)
+    data = bytearray((folder / "00000.tar").read_bytes())
+    data[512 * 12 + 20] ^= 0xFF
+    (folder / "00000.tar").write_bytes(data)
+    index = open_index(str(folder), progress=False)
+    assert index.usable.tolist() == [0, 1]
+    assert "00000.tar: no tar header at byte 6,144" in index.problems()
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"<html>" * 1000, b"\x1f\x8b" * 600])
+def test_files_that_are_no_tar(shards: Write, content: bytes) -> None:
+    folder = shards(1, 1)
+    (folder / "00001.tar").write_bytes(content)
+    assert "00001.tar: not a readable .tar shard" in refusal(folder)
+    assert not list(folder.glob("*index*"))  # nothing half-made stays behind
+
+
+def test_a_folder_without_a_usable_sample(shards: Write) -> None:
+    message = refusal(shards(2, changes={0: {"txt": b"a"}, 1: {"txt": b"b"}}))
+    assert "none of its 1 shards holds a usable sample: 2 samples left out, no image" in message
+
+
+def _rename(folder: Path) -> None:
+    (folder / "00001.tar").rename(folder / "00009.tar")
+
+
+def _cut(folder: Path) -> None:
+    os.truncate(folder / "00001.tar", 3000)
+
+
+def _change(folder: Path) -> None:
+    data = bytearray((folder / "00001.tar").read_bytes())
+    data[600] ^= 1
+    (folder / "00001.tar").write_bytes(data)
+
+
+def _grow(folder: Path) -> None:
+    with (folder / "00001.tar").open("ab") as file:
+        file.write(bytes(512))
+
+
+def _swap(folder: Path) -> None:
+    first, second = ((folder / f"0000{n}.tar").read_bytes() for n in range(2))
+    (folder / "00000.tar").write_bytes(second)
+    (folder / "00001.tar").write_bytes(first)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_rename, r"00009\.tar: this shard was renamed: it was indexed as 00001\.tar\. Rename it back"),
+        (lambda folder: (folder / "00001.tar").unlink(), r"00001\.tar: this shard is missing: .*2 samples, ids 3 to 4"),
+        (_cut, r"00001\.tar: this shard was cut off: it has 3,000 bytes, indexed were 10,240 bytes and 2 samples"),
+        (_change, r"00001\.tar: this shard has other content"),
+        (_grow, r"00001\.tar: this shard was changed: it has 10,752 bytes"),
+        (_swap, r"00000\.tar: this shard has other content"),
+        (lambda folder: write_shard(folder / "00002.tar", {"x": sample(1)}), r"00002\.tar: this shard was not there"),
+    ],
+    ids=["renamed", "deleted", "cut", "changed", "grown", "swapped", "added"],
+)
+def test_shards_that_differ_from_the_index(shards: Write, fault: Callable[[Path], object], message: str) -> None:
+    folder = shards(3, 2)
+    if fault is _swap:
+        folder = _same_size(folder)
+    open_index(str(folder), progress=False)
+    fault(folder)
+    text = refusal(folder)
+    assert re.search(message, text), text
+    assert f"delete {folder / 'all.index'} to index again" in text
+    assert "older checkpoints will not fit" in text
+
+
+def _same_size(folder: Path) -> Path:
+    for n in range(2):
+        write_shard(folder / f"0000{n}.tar", {"a": sample(n), "b": sample(n + 5)})
+    return folder
+
+
+def test_a_shard_that_changes_while_it_is_read(shards: Write) -> None:
+    folder = shards(3, 2)
+    index = open_index(str(folder), progress=False)
+    os.truncate(folder / "00001.tar", 1000)
+    with pytest.raises(UserError, match=r"00001\.tar: ends inside sample 4: .*restore it"):
+        index.image_bytes(4)
+    (folder / "00000.tar").unlink()
+    with pytest.raises(UserError, match=r"00000\.tar: cannot be read: No such file"):
+        index.image_bytes(0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+def test_a_damaged_index_says_how_to_make_it_again(shards: Write, damage: str) -> None:
+    folder = shards(3, 2)
+    path = open_index(str(folder), progress=False).path
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    content = {"flip": bytes(data), "cut": bytes(data[:-20]), "empty": b"", "other": b'{"index": 1}' * 10}
+    path.write_bytes(content[damage])
+    assert "all.index: not a usable shard index" in refusal(folder)
+    path.unlink()
+    assert len(open_index(str(folder), progress=False)) == 5
+
+
+def test_the_index_may_lie_elsewhere(shards: Write, tmp_path: Path) -> None:
+    folder = shards(3, 2)
+    path = tmp_path / "new" / "shards.index"
+    assert open_index(str(folder), str(path), progress=False).path == path
+    assert path.is_file()
+    assert [entry.suffix for entry in folder.iterdir()] == [".tar", ".tar"]
+    assert "names a folder" in refusal(folder, str(tmp_path))
+    (tmp_path / "file").write_text("")
+    message = refusal(folder, str(tmp_path / "file" / "index"))
+    assert "the index cannot be written" in message
+    assert "set data.index" in message
+
+
+def test_many_shards_need_few_open_files(shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disttempnet.data.index.OPEN_FILES", 3)
+    index = open_index(str(shards(*[1] * 8)), progress=False)
+    for _ in range(2):
+        assert [index.caption(n) for n in range(8)] == [f"caption {n}" for n in range(8)]
+        assert len(index._files) == 3
+    for number in (-1, 8):
+        with pytest.raises(IndexError):
+            index.caption(number)
+
+
+def open_on_a_rank(spec: str) -> str:
+    try:
+        return open_index(spec, progress=False).digest
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_agree(shards: Write, gloo: Pools) -> None:
+    folder = shards(3, 2)
+    answers = gloo(2, open_on_a_rank, str(folder))
+    assert set(answers) == {open_index(str(folder), progress=False).digest}
+
+
+def test_what_one_rank_finds_wrong_all_ranks_raise(shards: Write, gloo: Pools) -> None:
+    folder = shards(3, 2)
+    (folder / "00001.tar").write_bytes(b"no tar" * 200)
+    answers = gloo(2, open_on_a_rank, str(folder))
+    assert "00001.tar: not a readable .tar shard" in answers[0]
+    assert answers[1] == f"rank 0: {answers[0]}"
+
+
+def test_columns_are_small_and_typed(shards: Write) -> None:
+    index = open_index(str(shards(2)), progress=False)
+    assert (index.start.dtype, index.spans.dtype, index.status.dtype) == (np.int64, np.uint32, np.uint8)
+    assert sum(column.nbytes for column in (index.start, index.spans, index.status)) == 33 * 2

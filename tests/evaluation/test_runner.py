@@ -1,0 +1,202 @@
+"""Evaluation of towers whose answers are known by hand, on one process and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gloo import Pools
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation import TaskResult, embed_samples, evaluate, readers, runner
+from disttempnet.evaluation.protocols import Features, classifier, prompts, retrieval
+from disttempnet.evaluation.readers import all_tasks, find_task, load_task, read_samples
+from disttempnet.evaluation.scores import Scores
+from evaluation.toy import COLOURS, METRICS, colour_towers, evaluate_toy, toy_task, unit_rows, write_shard
+
+TRUE = [(colour, colour, colour) for colour in COLOURS]
+
+
+def run(folder: Path, patch: pytest.MonkeyPatch, batch: int = 4, **fields: object) -> TaskResult:
+    patch.setattr(readers, "all_tasks", lambda: {"toy": toy_task(folder, **fields)})
+    return evaluate(colour_towers(), ["toy"], device="cpu", batch=batch)["toy"]
+
+
+def test_true_colours_are_all_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", TRUE[:2])
+    write_shard(tmp_path / "1.tar", TRUE[2:])
+    result = run(tmp_path, monkeypatch)
+    assert result.metrics == dict.fromkeys(METRICS, 1.0)
+    assert tuple(result.metrics) == METRICS
+    assert result.chance["acc1"] == pytest.approx(1 / 6)
+    assert result.chance["image_to_text_recall@5"] == pytest.approx(5 / 6)
+    assert result.chance["text_to_image_recall@10"] == 1.0
+    assert result.class_names == tuple(sorted(COLOURS))
+    assert [result.class_names[i] for i in result.labels] == list(COLOURS)
+    assert result.keys == ("0.tar/00000", "0.tar/00001", *(f"1.tar/0000{i}" for i in range(4)))
+    assert result.captions == tuple(COLOURS)
+    torch.testing.assert_close(result.image_features, result.text_features, atol=1e-3, rtol=0)
+    assert result.complete
+    assert result.samples == 6
+
+
+def test_wrong_labels_and_captions_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        ("red", "a red square", "red"),
+        ("red", "a red square\nsomething green", "red"),  # its second caption is that of the green image, too
+        ("green", "something green", "blue"),  # mislabelled: predicted green
+        ("blue", "a blue square", "blue"),
+    ]
+    write_shard(tmp_path / "0.tar", rows)
+    result = run(tmp_path, monkeypatch, templates=("{c}", "a {c} thing"))
+    assert result.class_names == ("blue", "red")
+    # the green image is orthogonal to both classes: the tie goes to the first, blue, which is its label
+    assert result.metrics["acc1"] == 1.0
+    assert result.metrics["image_to_text_recall@1"] == 1.0
+    assert result.metrics["text_to_image_recall@1"] == 1.0
+    assert result.trials["image_to_text_recall@1"] == 4
+    assert result.trials["text_to_image_recall@1"] == 3  # equal captions are one candidate
+    # images own 1, 2, 1, 1 of 3 captions; the captions belong to 2, 2, 1 of 4 images
+    assert result.chance["image_to_text_recall@1"] == pytest.approx((1 + 2 + 1 + 1) / (4 * 3))
+    assert result.chance["text_to_image_recall@1"] == pytest.approx((2 + 2 + 1) / (3 * 4))
+
+
+def test_an_image_with_the_caption_of_another_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", [*TRUE[:5], ("red", "grey", "grey")])
+    result = run(tmp_path, monkeypatch)
+    assert result.metrics["acc1"] == pytest.approx(5 / 6)
+    assert result.metrics["mean_per_class_recall"] == pytest.approx(5 / 6)
+    assert result.metrics["image_to_text_recall@1"] == pytest.approx(5 / 6)
+    # grey is nearer to pink than to the red image captioned so; all others find their own image first
+    assert result.metrics["text_to_image_recall@1"] == pytest.approx(5 / 6)
+
+
+def test_batch_size_and_evaluating_twice_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", TRUE)
+    results = [run(tmp_path, monkeypatch, batch) for batch in (1, 4, 4, 100)]
+    assert all(result.metrics == results[0].metrics for result in results)
+    assert torch.equal(results[1].image_features, results[2].image_features)
+
+
+def test_pixels_beyond_the_cache_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", TRUE)
+    monkeypatch.setattr(runner, "PIXEL_CACHE_BYTES", 0)
+    cached = len(runner._pixels)
+    assert run(tmp_path, monkeypatch).metrics["acc1"] == 1.0
+    assert len(runner._pixels) == cached
+
+
+def test_corrupt_image_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", [TRUE[0], ("corrupt", "green", "green"), *TRUE[2:]])
+    result = run(tmp_path, monkeypatch)
+    assert not result.complete
+    assert result.corrupt == ("0.tar/00001",)
+    assert result.samples == len(result.image_features) == len(result.labels) == 5
+    assert "green" not in result.captions
+    assert result.metrics["acc1"] == 1.0
+
+
+def test_modes_and_random_state_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", TRUE)
+    monkeypatch.setattr(readers, "all_tasks", lambda: {"toy": toy_task(tmp_path)})
+    towers = colour_towers()
+    state, calls = torch.get_rng_state(), []
+    evaluate(towers, ["toy"], device="cpu", batch=4, progress=lambda *call: calls.append(call))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert towers.module.training
+    assert towers.module.dropout.training
+    assert not towers.module.frozen.training
+    assert calls == [("texts", 1, 2), ("texts", 2, 2), ("toy", 1, 2), ("toy", 2, 2)]
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", TRUE)
+    monkeypatch.setattr(readers, "all_tasks", lambda: {"toy": toy_task(tmp_path)})
+    towers = colour_towers()
+    monkeypatch.setattr(towers.module, "encode_image", lambda pixels, normalize: torch.full((len(pixels), 3), torch.nan))
+    with pytest.raises(UserError, match="task 'toy': the towers give features that are not finite"):
+        evaluate(towers, ["toy"], device="cpu")
+
+
+def test_embed_samples_drops_the_unreadable(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [TRUE[0], ("corrupt", "green", "green"), *TRUE[2:]])
+    images, texts, kept = embed_samples(colour_towers(), read_samples(str(tmp_path)), device="cpu", batch=2)
+    assert [sample.captions[0] for sample in kept] == [name for name in COLOURS if name != "green"]
+    torch.testing.assert_close(images, texts, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("red", "", "red")], "sample 00000: no caption"),
+        ([("red", "red", "")], "sample 0.tar/00000: no label"),
+        ([("corrupt", "red", "red")], "none of its 1 images can be decoded"),
+    ],
+)
+def test_unusable_samples_are_named(tmp_path, monkeypatch, rows, message) -> None:
+    write_shard(tmp_path / "0.tar", rows)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, monkeypatch)
+
+
+def test_broken_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"no \.tar shards in this folder"):
+        run(tmp_path, monkeypatch)
+    write_shard(tmp_path / "0.tar", TRUE)
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    with pytest.raises(UserError, match=r"0\.tar: not a readable tar shard"):
+        run(tmp_path, monkeypatch)
+
+
+def test_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown task 'emoji-rendering'. Did you mean 'emoji-renderings'"):
+        find_task("emoji-rendering")
+
+
+def test_shipped_tasks_have_the_promised_sizes() -> None:
+    sizes = {name: load_task(task) for name, task in all_tasks().items()}
+    assert {name: (len(data.samples), len(data.class_names)) for name, data in sizes.items()} == {
+        "emoji-renderings": (1172, 1914),
+        "emoji-concepts": (332, 83),
+    }
+
+
+def test_classifier_normalises_before_and_after_the_mean() -> None:
+    features = unit_rows(6, 4, seed=1) * torch.tensor([1.0, 5, 1, 1, 9, 1])[:, None]
+    expected = []
+    for c in range(2):
+        rows = [features[3 * c + t] / features[3 * c + t].norm() for t in range(3)]
+        mean = sum(rows) / 3
+        expected.append(mean / mean.norm())
+    torch.testing.assert_close(classifier(features, 3), torch.stack(expected))
+    assert prompts(["x", "{c}"], ["{c}", "a {c}!"]) == ["x", "a x!", "{c}", "a {c}!"]
+
+
+def test_retrieval_equals_a_loop_on_ragged_captions() -> None:
+    images, texts = unit_rows(30, 4, seed=2), unit_rows(20, 4, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    relevant = torch.rand(30, 20, generator=generator) < 0.1
+    relevant[torch.arange(30), torch.arange(30) % 20] = True
+    image_of, text_of = relevant.nonzero().T
+    scores = Scores()
+    retrieval(Features(images, torch.zeros(30), texts, texts, image_of, text_of), scores)
+    for way, similarity, right in (("image_to_text", images @ texts.T, relevant), ("text_to_image", texts @ images.T, relevant.T)):
+        for k in (1, 5, 10):
+            hits = [bool(right[i, row.argsort(descending=True)[:k]].any()) for i, row in enumerate(similarity)]
+            assert scores.metrics[f"{way}_recall@{k}"] == pytest.approx(sum(hits) / len(hits))
+    recalls = [value for key, value in scores.metrics.items() if "@" in key]
+    assert scores.metrics["mean_recall"] == pytest.approx(sum(recalls) / 6)
+
+
+def test_two_processes_give_the_same_as_one(tmp_path: Path, gloo: Pools) -> None:
+    # 5 batches of 2: the second rank has one fewer, and an unreadable image lies in its part
+    rows = [*TRUE, ("red", "grey", "grey"), ("corrupt", "blue", "blue"), ("green", "pink\nred", "pink")]
+    write_shard(tmp_path / "0.tar", rows)
+    alone = evaluate_toy(tmp_path)
+    assert alone["corrupt"] == ("0.tar/00007",)
+    for together in gloo(2, evaluate_toy, tmp_path):
+        assert together.keys() == alone.keys()
+        for key, value in alone.items():
+            assert np.array_equal(together[key], value) if isinstance(value, np.ndarray) else together[key] == value, key

@@ -1,0 +1,101 @@
+"""A task that can be scored by hand: images of one colour, and towers that read the mean colour."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from disttempnet.evaluation import evaluate, readers
+from disttempnet.evaluation.readers import Task
+from disttempnet.models import Towers
+
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "pink": (255, 120, 120),
+    "grey": (128, 128, 128),
+}
+METRICS = (
+    "acc1",
+    "acc5",
+    "mean_per_class_recall",
+    *(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+    "mean_recall",
+)
+
+
+class ColourModule(nn.Module):
+    """Both towers answer with a unit colour; dropout would change it if evaluation left it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm1d(3).eval()  # a part that training keeps in evaluation mode
+
+    def encode_image(self, pixels: Tensor, normalize: bool) -> Tensor:
+        return nn.functional.normalize(self.dropout(pixels.mean((2, 3))), dim=-1)
+
+    def encode_text(self, tokens: Tensor, normalize: bool) -> Tensor:
+        return nn.functional.normalize(self.dropout(tokens.float()), dim=-1)
+
+
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """The colour that a text names, or black."""
+    named = [next((rgb for name, rgb in COLOURS.items() if name in text), (0, 0, 0)) for text in texts]
+    return torch.tensor(named, dtype=torch.int64)
+
+
+def colour_towers() -> Towers:
+    return Towers("colours", ColourModule(), tokenize, {"embed_dim": 3}, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def write_shard(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+    """A shard of solid images: rows of (colour shown or "corrupt", captions one a line, label)."""
+    with tarfile.open(path, "w") as tar:
+        for i, (colour, captions, label) in enumerate(rows):
+            png = io.BytesIO()
+            Image.new("RGB", (12, 10), COLOURS.get(colour, (0, 0, 0))).save(png, "PNG")
+            image = b"\x89PNG no image" if colour == "corrupt" else png.getvalue()
+            parts = {"png": image, "txt": captions.encode(), "json": json.dumps({"label": label}).encode()}
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def toy_task(folder: Path, **fields: object) -> Task:
+    row = {
+        "name": "toy",
+        "display": "Toy colours",
+        "about": "Solid colours.",
+        "data": str(folder),
+        "classes_from": (),
+        "protocols": ("classification", "retrieval"),
+        "metrics": METRICS,
+        "templates": ("{c}",),
+        "tags": (),
+    }
+    return Task.model_validate({**row, **fields})
+
+
+def unit_rows(n: int, d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(n, d, generator=generator), dim=-1)
+
+
+def evaluate_toy(folder: Path) -> dict[str, object]:
+    """The result of the toy task on this rank, as plain values and arrays."""
+    with mock.patch.object(readers, "all_tasks", lambda: {"toy": toy_task(folder)}):
+        result = evaluate(colour_towers(), ["toy"], device="cpu", batch=2)["toy"]
+    return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in vars(result).items()}

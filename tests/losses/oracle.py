@@ -1,0 +1,158 @@
+"""The slow, obvious twins: float64, Python loops, a dict for the state, one process, linear not log domain.
+
+Nothing here is shared with the package. Symbols: x, y unit features [B, D] of images and texts, side 0 = image anchors,
+side 1 = text anchors, τ [2, B], u the running estimate of g, γ its learning rate, c = ½.
+
+    d_ij  = s_ij − s_ii           with s_ij = x_i·y_j for an image anchor, y_i·x_j for a text anchor
+    g_i   = mean over the negatives j of i of exp(d_ij/τ_i)          negatives: every column with another sample id
+    u     ← g at the first visit, (1−γ)u + γg later;  equal ids in a batch count once, with the mean of their g
+    p_ij  = exp(d_ij/τ_i) / (n_i u_i)
+
+    value = c · mean_i τ_i (log u_i + ρ), both sides summed
+    ∂x, ∂y  = (c/B) Σ_i Σ_j p_ij ∇d_ij                              (weights constant; τ_i · 1/τ_i cancels)
+    ∂τ_i    = (c/B) h_i,   batch: h = ρ − KL(softmax_j d_ij/τ_i ‖ uniform)
+                           fcco:  h = log u_i + ρ − Σ_j p_ij d_ij/τ_i, of which only the part that staleness of u adds
+                                  to the batch's h is clamped to ±5
+
+Linear sums are safe: |d/τ| ≤ 2/.005 = 400 and float64 holds e^±700.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+C = 0.5
+
+
+@dataclass
+class Step:
+    """What one step of the objective should give; sample-wise tensors are [2, B], NaN log u = never visited."""
+
+    value: float
+    grad_x: Tensor
+    grad_y: Tensor
+    grad_tau: Tensor
+    log_u: Tensor
+    h: Tensor
+
+
+@dataclass
+class Twin:
+    """The objective's per-sample state, `u[side][id]`, and the step that reads and writes it."""
+
+    rho: float = 0.0
+    tau_gradient: str = "fcco"
+    u: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+
+    def log_u(self, ids: list[int]) -> Tensor:
+        """[2, len(ids)], −inf where never visited."""
+        rows = [[math.log(side[i]) if i in side else -math.inf for i in ids] for side in self.u]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def step(self, x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, gamma: float) -> Step:
+        """Update u and return value and gradients of the estimator. tau: [2, B], a constant is repeated."""
+        x, y, tau = x.detach().double(), y.detach().double(), tau.detach().double()
+        ids = [int(i) for i in ids]
+        B = len(ids)
+        value, h = 0.0, torch.zeros(2, B, dtype=torch.float64)
+        grads = [torch.zeros_like(x), torch.zeros_like(y)]
+        for side, (anchors, columns) in enumerate(((x, y), (y, x))):
+            u = self.u[side]
+            negatives = [[j for j in range(B) if ids[j] != ids[i]] for i in range(B)]
+            d = [[float(anchors[i] @ (columns[j] - columns[i])) for j in range(B)] for i in range(B)]
+            e = [[math.exp(d[i][j] / float(tau[side, i])) for j in range(B)] for i in range(B)]
+            g = [sum(e[i][j] for j in negatives[i]) / len(negatives[i]) if negatives[i] else None for i in range(B)]
+            for sample in set(ids):
+                seen = [g[i] for i in range(B) if ids[i] == sample and g[i] is not None]
+                if seen:
+                    mean = sum(seen) / len(seen)
+                    u[sample] = (1 - gamma) * u[sample] + gamma * mean if sample in u else mean
+            for i in range(B):
+                n, t = len(negatives[i]), float(tau[side, i])
+                if n == 0:
+                    continue
+                u_i = u[ids[i]]
+                value += C / B * t * (math.log(u_i) + self.rho)
+                mean_d, kl = 0.0, 0.0
+                for j in negatives[i]:
+                    p, q = e[i][j] / (n * u_i), e[i][j] / (n * g[i])
+                    mean_d += p * d[i][j] / t
+                    kl += q * math.log(q * n) if q > 0 else 0.0
+                    # d_ij = a_i·(z_j − z_i): the anchor a_i, its negative z_j, its positive z_i
+                    grads[side][i] += C / B * p * (columns[j] - columns[i])
+                    grads[1 - side][j] += C / B * p * anchors[i]
+                    grads[1 - side][i] -= C / B * p * anchors[i]
+                h[side, i] = self.rho - kl
+                if self.tau_gradient == "fcco":
+                    staleness = (math.log(u_i) + self.rho - mean_d) - h[side, i]
+                    h[side, i] += min(5.0, max(-5.0, float(staleness)))
+        return Step(value, grads[0], grads[1], C / B * h, self.log_u(ids), h)
+
+
+def written_objective(x: Tensor, y: Tensor, tau: Tensor, rho: float) -> Tensor:
+    """c · mean_i [τ1 (log mean_j exp(d1_ij/τ1) + ρ) + τ2 (…)], for autograd; ids all different, γ = 1, first visits."""
+    B = len(x)
+    total = x.new_zeros(())
+    for side, (anchors, columns) in enumerate(((x, y), (y, x))):
+        for i in range(B):
+            others = [j for j in range(B) if j != i]
+            d = torch.stack([anchors[i] @ columns[j] - anchors[i] @ columns[i] for j in others])
+            total = total + tau[side, i] * ((d / tau[side, i]).exp().mean().log() + rho)
+    return C * total / B
+
+
+def written_objective_repeated(x: Tensor, y: Tensor, ids: Tensor, tau: float) -> Tensor:
+    """As above for one constant τ without ρ and with repeated ids: equal ids share the mean of their g."""
+    B, ids = len(x), [int(i) for i in ids]
+    total = x.new_zeros(())
+    for anchors, columns in ((x, y), (y, x)):
+        g = [
+            torch.stack(
+                [(anchors[i] @ (columns[j] - columns[i]) / tau).exp() for j in range(B) if ids[j] != ids[i]]
+            ).mean()
+            for i in range(B)
+        ]
+        for i in range(B):
+            same = [g[j] for j in range(B) if ids[j] == ids[i]]
+            total = total + tau * (sum(same) / len(same)).log()
+    return C * total / B
+
+
+def tempnet(weights: dict[str, Tensor], feature: Tensor, tau_min: float, tau_max: float, mask: Tensor) -> Tensor:
+    """The ICML'24 temperature of every row of `feature` [n, D]; mask [n, D]: 0 or 1/(1 − dropout), ones in eval mode.
+
+    f = mask·σ(W x + b);  q_m = f·P_m/‖P_m‖;  w = softmax(q / e^scaler);  o = Σ_m v_m (w_m − 1/M) σ(q_m) + v_0;
+    τ = (τ_max − τ_min) σ(o) + τ_min.   weights: W, b, P, scaler, v, v0.
+    """
+    M = len(weights["P"])
+    rows = []
+    for row, kept in zip(feature.detach(), mask, strict=True):
+        f = kept * torch.sigmoid(weights["W"] @ row + weights["b"])
+        q = torch.stack([f @ prototype / prototype.norm() for prototype in weights["P"]])
+        w = (q / weights["scaler"].exp()).exp()
+        w = w / w.sum()
+        o = sum(weights["v"][m] * (w[m] - 1 / M) * torch.sigmoid(q[m]) for m in range(M)) + weights["v0"]
+        rows.append((tau_max - tau_min) * torch.sigmoid(o) + tau_min)
+    return torch.stack(rows)
+
+
+def clip_objective(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
+    """½ (mean_i −log softmax_j(scale x_i·y_j)_i + the same with the sides exchanged), the scale held in [1, 100]."""
+    scale = torch.as_tensor(scale, dtype=x.dtype).clamp(1, 100)
+    total = x.new_zeros(())
+    for anchors, columns in ((x, y), (y, x)):
+        for i in range(len(x)):
+            logits = scale * torch.stack([anchors[i] @ z for z in columns])
+            total = total + torch.logsumexp(logits, 0) - logits[i]
+    return total / (2 * len(x))
+
+
+def inner_rate(epoch: int, gamma_min: float, epochs: int) -> float:
+    """γ(e) = ½(1 + cos(πe/E))(1 − γ_min) + γ_min for e < E, then γ_min."""
+    if epoch >= epochs:
+        return gamma_min
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs)) * (1 - gamma_min) + gamma_min

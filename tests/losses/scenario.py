@@ -1,0 +1,158 @@
+"""Batches, and the one loop that runs a loss over them: in this process, or on every rank of a pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from disttempnet import build_loss, distributed
+
+N, D, B = 19, 6, 8  # samples, width, rows of the global batch; N is no multiple of 2 or 4: the last shard is short
+
+# log(B − 1) = 1.95: a ρ below it has an optimal τ inside the bounds and gives no warning
+CONSTANT = {"name": "sogclr", "temperature": 0.05, "gamma": 0.8}
+NETWORK = {
+    "name": "tempnet",
+    "rho": 1.2,
+    "gamma": 0.8,
+    "tau_min": 0.02,
+    "tau_max": 0.3,
+    "prototypes": 5,
+    "dropout": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Unit features x, y [B, D], ids [B], and the epoch in which the step happens."""
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+    epoch: int = 0
+
+
+def pairs(rows: int, seed: int = 0, width: int = D, noise: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Unit rows x, y [rows, width] in float64, where y_i lies near x_i."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    y = x + noise * torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return F.normalize(x, dim=1), F.normalize(y, dim=1)
+
+
+def unique_batch(seed: int = 0, epoch: int = 0, rows: int = B) -> GlobalBatch:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return GlobalBatch(*pairs(rows, seed), torch.randperm(max(N, rows), generator=generator)[:rows], epoch)
+
+
+def stream(steps: int, seed: int = 0) -> list[GlobalBatch]:
+    """Batches with repeated ids in which samples never seen meet samples seen before; a new epoch every other step.
+
+    8 of 19 ids drawn with replacement: a batch has about 1.3 repeated ids, half of its samples are new in step 2.
+    """
+    generator = torch.Generator().manual_seed(2000 + seed)
+    batches = []
+    for step in range(steps):
+        ids = torch.randint(0, N, (B,), generator=generator)
+        ids[-1] = ids[0]  # rank 0 and the last rank meet the same sample in every step
+        batches.append(GlobalBatch(*pairs(B, seed=100 * seed + step), ids, epoch=step // 2))
+    return batches
+
+
+@dataclass
+class StepResult:
+    """One step on one rank. grad_x, grad_y: of the local rows, divided by K: the global objective's gradient.
+
+    parameters: mean over ranks of every parameter's gradient. log_u: [2, B] of the global batch, after the step.
+    """
+
+    total: Tensor
+    grad_x: Tensor
+    grad_y: Tensor
+    parameters: dict[str, Tensor]
+    log_u: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+def local_rows(rows: Tensor) -> Tensor:
+    share = len(rows) // distributed.world_size()
+    return rows[distributed.rank() * share : (distributed.rank() + 1) * share]
+
+
+def make(recipe: dict, num_samples: int = N, embed_dim: int = D, **changes: object) -> nn.Module:
+    arguments = {**recipe, **changes}
+    return build_loss(arguments.pop("name"), num_samples=num_samples, embed_dim=embed_dim, **arguments).double()
+
+
+def step(loss: nn.Module, batch: GlobalBatch, autocast: bool = False) -> StepResult:
+    """Forward and backward of this rank's rows; the loss's parameters are left with the mean gradient.
+
+    autocast: to bf16, around the forward pass as in training.
+    """
+    x, y = (local_rows(rows).detach().clone().requires_grad_() for rows in (batch.x, batch.y))
+    loss.zero_grad()
+    loss.set_epoch(batch.epoch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = loss(x, y, local_rows(batch.ids))
+    out.total.backward()
+    K = distributed.world_size()
+    for parameter in loss.parameters():
+        if parameter.grad is not None:
+            parameter.grad.copy_(distributed.all_sum(parameter.grad) / K)
+    return StepResult(
+        total=out.total.detach(),
+        grad_x=x.grad / K,
+        grad_y=y.grad / K,
+        parameters={name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None},
+        log_u=loss.state.read(batch.ids).clone() if hasattr(loss, "state") else None,
+        metrics={name: value.clone() for name, value in out.metrics.items()},
+    )
+
+
+def descend(loss: nn.Module, rate: float) -> None:
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            if parameter.grad is not None:
+                parameter -= rate * parameter.grad
+
+
+def run(recipe: dict, batches: list[GlobalBatch], rate: float = 0.3) -> list[StepResult]:
+    """Steps over the batches with plain gradient descent on the loss's own parameters in between."""
+    loss, results = make(recipe), []
+    for batch in batches:
+        results.append(step(loss, batch))
+        descend(loss, rate)
+    return results
+
+
+def joined(ranks: list[list[StepResult]]) -> list[StepResult]:
+    """The ranks' results as one process would give them: local rows joined, what all ranks share taken from rank 0."""
+    steps = []
+    for results in zip(*ranks, strict=True):
+        steps.append(
+            StepResult(
+                total=results[0].total,
+                grad_x=torch.cat([r.grad_x for r in results]),
+                grad_y=torch.cat([r.grad_y for r in results]),
+                parameters=results[0].parameters,
+                log_u=results[0].log_u,
+                metrics=results[0].metrics,
+            )
+        )
+        for other in results[1:]:  # the total is the global value, on every rank
+            torch.testing.assert_close(other.total, results[0].total, rtol=0, atol=0)
+            torch.testing.assert_close(other.log_u, results[0].log_u, rtol=0, atol=0)
+    return steps
+
+
+def assert_same_steps(actual: list[StepResult], expected: list[StepResult], tolerance: float = 1e-10) -> None:
+    close = {"rtol": tolerance, "atol": tolerance}
+    assert len(actual) == len(expected)
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        for what in ("total", "grad_x", "grad_y", "log_u", "parameters", "metrics"):
+            torch.testing.assert_close(
+                getattr(a, what), getattr(e, what), **close, msg=lambda m, n=number, w=what: f"step {n}, {w}: {m}"
+            )

@@ -1,0 +1,555 @@
+"""The estimator against its slow twin: values, gradients, state; in one process, over gloo ranks, at its edges."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from disttempnet import distributed
+from losses.oracle import Twin, inner_rate, written_objective, written_objective_repeated
+from losses.scenario import (
+    CONSTANT,
+    NETWORK,
+    B,
+    D,
+    GlobalBatch,
+    N,
+    assert_same_steps,
+    descend,
+    joined,
+    local_rows,
+    make,
+    pairs,
+    run,
+    step,
+    stream,
+    unique_batch,
+)
+from losses.twin_network import MODES, twin_taus, weights_of
+
+GAMMAS = (1.0, 0.8, 0.2)
+COSINE = {**NETWORK, "name": "disttempnet-v1", "gamma_min": 0.2, "gamma_decay_epochs": 2}
+del COSINE["gamma"]
+close = torch.testing.assert_close
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+# ---- against the twin, one process ----
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_constant_temperature_follows_the_twin(gamma: float, temperature: float) -> None:
+    loss = make(CONSTANT, temperature=temperature, gamma=gamma)
+    twin, tau = Twin(), torch.full((2, B), temperature, dtype=torch.float64)
+    for batch in stream(6):
+        expected, actual = twin.step(batch.x, batch.y, batch.ids, tau, gamma), step(loss, batch)
+        assert actual.total.item() == pytest.approx(expected.value, rel=1e-12)
+        close(actual.grad_x, expected.grad_x, **TIGHT)
+        close(actual.grad_y, expected.grad_y, **TIGHT)
+        close(actual.log_u, expected.log_u, **TIGHT)
+    everyone = torch.arange(N)
+    close(loss.state.read(everyone), twin.log_u(everyone.tolist()), **TIGHT)
+    assert twin.log_u(everyone.tolist()).isinf().any(), "the stream should leave a sample unvisited"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_network_temperature_follows_the_twin(gamma: float, mode: str) -> None:
+    """Also every parameter of both networks: ∂θ = Σ_i (c/B) h_i ∂τ_i/∂θ, through an own network twin."""
+    loss = make(NETWORK, gamma=gamma, tau_gradient=mode)
+    twin = Twin(rho=NETWORK["rho"], tau_gradient=mode)
+    for batch in stream(5):
+        actual = step(loss, batch)
+        parameters = weights_of(loss)
+        tau = twin_taus(parameters, batch.x, batch.y, NETWORK)
+        expected = twin.step(batch.x, batch.y, batch.ids, tau, gamma)
+        assert actual.total.item() == pytest.approx(expected.value, rel=1e-11)
+        close(actual.grad_x, expected.grad_x, **TIGHT)
+        close(actual.grad_y, expected.grad_y, **TIGHT)
+        close(actual.log_u, expected.log_u, **TIGHT)
+        (expected.grad_tau * tau).sum().backward()
+        for name, parameter in parameters.named():
+            close(actual.parameters[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        assert expected.h.abs().max() > 0.1, "hardly any τ-gradient: the case says little"
+        descend(loss, 0.3)
+
+
+@pytest.mark.parametrize("gamma", [0.8, 0.2])
+def test_staleness_is_clamped_and_nothing_else(gamma: float) -> None:
+    """A state far from the batch moves h by at most 5 from the batch's own h, which stays as it is."""
+    recipe = {**NETWORK, "tau_min": 0.005, "tau_max": 0.05}
+    twin, loss = Twin(rho=NETWORK["rho"]), make(recipe, gamma=gamma, tau_gradient="fcco")
+    batches = [GlobalBatch(*pairs(B, seed), torch.arange(B), 0) for seed in (3, 4, 5)]
+    for batch in batches:
+        actual, parameters = step(loss, batch), weights_of(loss)
+        tau = twin_taus(parameters, batch.x, batch.y, recipe)
+        expected = twin.step(batch.x, batch.y, batch.ids, tau, gamma)
+        (expected.grad_tau * tau).sum().backward()
+        for name, parameter in parameters.named():
+            close(actual.parameters[name], parameter.grad, rtol=1e-8, atol=1e-12)
+    free = Twin(rho=NETWORK["rho"], tau_gradient="batch")
+    batch_h = free.step(batch.x, batch.y, batch.ids, tau, gamma).h
+    moved = (expected.h - batch_h).abs()
+    assert moved.max() == pytest.approx(5.0), "this case should reach the clamp"
+    assert batch_h.max() <= NETWORK["rho"]
+
+
+# ---- against autograd of the written objective ----
+
+
+def test_gamma_one_is_autograd_of_the_objective_constant() -> None:
+    batch, tau = unique_batch(7), 0.07
+    loss = make(CONSTANT, temperature=tau, gamma=1.0)
+    step(loss, unique_batch(6))  # at γ = 1 the past does not count
+    actual = step(loss, batch)
+    x, y = batch.x.clone().requires_grad_(), batch.y.clone().requires_grad_()
+    value = written_objective(x, y, torch.full((2, B), tau, dtype=torch.float64), rho=0.0)
+    value.backward()
+    close(actual.total, value.detach(), **TIGHT)
+    close(actual.grad_x, x.grad, **TIGHT)
+    close(actual.grad_y, y.grad, **TIGHT)
+
+
+def test_gamma_one_is_autograd_of_the_objective_with_repeated_ids() -> None:
+    x, y = (rows.requires_grad_() for rows in pairs(B, 8))
+    ids, tau = torch.tensor([3, 5, 3, 1, 0, 5, 3, 9]), 0.07
+    value = written_objective_repeated(x, y, ids, tau)
+    value.backward()
+    actual = step(make(CONSTANT, temperature=tau, gamma=1.0), GlobalBatch(x.detach(), y.detach(), ids))
+    close(actual.total, value.detach(), **TIGHT)
+    close(actual.grad_x, x.grad, **TIGHT)
+    close(actual.grad_y, y.grad, **TIGHT)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["tempnet", "disttempnet", "disttempnet-v1"])
+def test_gamma_one_is_autograd_of_the_objective_network(name: str, mode: str) -> None:
+    """Features (through d only: the networks read detached features) and all parameters of both networks."""
+    recipe = {**NETWORK, "name": name, "gamma": 1.0, "tau_gradient": mode, "rho": 1.4}
+    if name == "disttempnet-v1":
+        del recipe["gamma"]
+        recipe.update(gamma_min=0.2, gamma_decay_epochs=3)  # γ(0) = 1
+    loss, batch = make(recipe), unique_batch(9)
+    step(loss, unique_batch(10))
+    actual, parameters = step(loss, batch), weights_of(loss)
+    x, y = batch.x.clone().requires_grad_(), batch.y.clone().requires_grad_()
+    value = written_objective(x, y, twin_taus(parameters, x, y, recipe), recipe["rho"])
+    value.backward()
+    close(actual.total, value.detach(), rtol=1e-11, atol=1e-12)
+    close(actual.grad_x, x.grad, **TIGHT)
+    close(actual.grad_y, y.grad, **TIGHT)
+    named = dict(parameters.named())
+    assert set(actual.parameters) == set(named), "every parameter of the loss is one of the networks'"
+    for key, parameter in named.items():
+        close(actual.parameters[key], parameter.grad, rtol=1e-9, atol=1e-13, msg=lambda m, n=key: f"{n}: {m}")
+
+
+# ---- world size is invisible ----
+
+RECIPES = {
+    "constant γ.8": CONSTANT,
+    "constant γ.2": {**CONSTANT, "gamma": 0.2},
+    "constant γ1": {**CONSTANT, "gamma": 1.0},
+    "network batch γ.8": {**NETWORK, "dropout": 0.5, "tau_gradient": "batch"},
+    "network fcco γ.2": {**NETWORK, "dropout": 0.5, "gamma": 0.2, "tau_gradient": "fcco"},
+    "network fcco γ1": {**NETWORK, "dropout": 0.5, "gamma": 1.0, "tau_gradient": "fcco"},
+    "network more prototypes than rows": {**NETWORK, "dropout": 0.5, "prototypes": 13},
+    "network dist": {**NETWORK, "dropout": 0.5, "network": "dist"},
+    "v1 cosine γ": {**COSINE, "dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_world_size_is_invisible(gloo, recipe: dict, world_size: int) -> None:
+    """Features, networks (mean over ranks), state, value and metrics, with parameters that move between steps."""
+    batches = stream(5, seed=3)
+    assert_same_steps(joined(gloo(world_size, run, recipe, batches)), run(recipe, batches))
+
+
+class Model(nn.Module):
+    """Linear towers and the objective, as one module: the way it is trained."""
+
+    def __init__(self, recipe: dict) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(9, D).double(), nn.Linear(7, D, bias=False).double()
+        self.loss = make(recipe)
+
+    def forward(self, pixels: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
+        return self.loss(F.normalize(self.image(pixels), dim=1), F.normalize(self.text(tokens), dim=1), ids).total
+
+
+def train_towers(recipe: dict, steps: int = 4) -> tuple[dict[str, Tensor], Tensor, list[float]]:
+    """Weights after some SGD steps, state of all samples, totals. Under torch.distributed through DDP."""
+    model = Model(recipe)
+    wrapped = distributed.data_parallel(model, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    totals = []
+    for number, batch in enumerate(stream(steps, seed=5)):
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.randn(B, 9, dtype=torch.float64, generator=generator)
+        tokens = torch.randn(B, 7, dtype=torch.float64, generator=generator)
+        model.loss.set_epoch(batch.epoch)
+        total = wrapped(local_rows(pixels), local_rows(tokens), local_rows(batch.ids))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return weights, model.loss.state.read(torch.arange(N)), totals
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("recipe", [CONSTANT, {**COSINE, "dropout": 0.5}], ids=["sogclr", "disttempnet-v1"])
+def test_data_parallel_training_is_one_process_training(gloo, recipe: dict, world_size: int) -> None:
+    weights, state, totals = train_towers(recipe)
+    start = Model(recipe).state_dict()
+    assert not torch.equal(weights["image.weight"], start["image.weight"])
+    for other_weights, other_state, other_totals in gloo(world_size, train_towers, recipe):
+        close(other_weights, weights, rtol=1e-10, atol=1e-10)
+        close(other_state, state, rtol=1e-10, atol=1e-10)
+        assert other_totals == pytest.approx(totals, rel=1e-10)
+
+
+# ---- edges ----
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, {**NETWORK, "rho": -0.5}], ids=["constant", "network"])
+def test_two_rows(recipe: dict) -> None:
+    """B = 2: one negative, so the softmax is a point, KL = 0 and ℓ = d/τ."""
+    batch = GlobalBatch(*pairs(2, 1), torch.tensor([4, 11]))
+    actual, loss = step(loss := make(recipe), batch), loss
+    tau = loss.temperatures(batch.x, batch.y).double()
+    twin = Twin(rho=recipe.get("rho", 0.0))
+    expected = twin.step(batch.x, batch.y, batch.ids, tau, 0.8)
+    assert actual.total.item() == pytest.approx(expected.value, rel=1e-12)
+    close(actual.grad_x, expected.grad_x, **TIGHT)
+    close(actual.grad_y, expected.grad_y, **TIGHT)
+    close(actual.log_u, expected.log_u, **TIGHT)
+    s = batch.x @ batch.y.T
+    close(actual.log_u[0], torch.stack([s[0, 1] - s[0, 0], s[1, 0] - s[1, 1]]) / tau[0], **TIGHT)
+    close(expected.h, torch.full((2, 2), twin.rho, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("visited", [False, True])
+@pytest.mark.parametrize("recipe", [CONSTANT, NETWORK], ids=["constant", "network"])
+def test_without_negatives_nothing_happens(recipe: dict, visited: bool) -> None:
+    """All ids equal: no contrast, so a finite value, zero gradients and an untouched state."""
+    loss = make(recipe)
+    if visited:
+        step(loss, GlobalBatch(*pairs(B, 2), torch.arange(B)))
+    before = loss.state.read(torch.arange(N)).clone()
+    actual = step(loss, GlobalBatch(*pairs(B, 1), torch.full((B,), 3)))
+    assert actual.total.isfinite()
+    assert all(value.isfinite() for value in actual.metrics.values())
+    close(actual.grad_x, torch.zeros_like(actual.grad_x), rtol=0, atol=0)
+    close(actual.grad_y, torch.zeros_like(actual.grad_y), rtol=0, atol=0)
+    for gradient in actual.parameters.values():
+        close(gradient, torch.zeros_like(gradient), rtol=0, atol=0)
+    close(loss.state.read(torch.arange(N)), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_smallest_temperature_and_extreme_similarities(gamma: float, dtype: torch.dtype) -> None:
+    """|d|/τ = 400: e^400 is far outside float32. First the worst possible pairs, then the best, then the worst.
+
+    So u is stale by hundreds of nats in both directions; all must stay finite, and right.
+    """
+    axis = F.one_hot(torch.arange(B) % 2, D).double() - F.one_hot((torch.arange(B) + 1) % 2, D).double()
+    axis = F.normalize(axis, dim=1)  # two opposite directions: similarities are +1 or −1
+    ids = torch.arange(B)
+    loss, twin = make(CONSTANT, temperature=0.005, gamma=gamma), Twin()
+    loss.to(dtype)
+    tau = torch.full((2, B), 0.005, dtype=torch.float64)
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for sign in (-1, 1, -1):
+        actual = step(loss, GlobalBatch(axis.to(dtype), sign * axis.to(dtype), ids))
+        expected = twin.step(axis, sign * axis, ids, tau, gamma)
+        assert actual.total.dtype == actual.grad_x.dtype == dtype
+        assert actual.total.item() == pytest.approx(expected.value, rel=1e-5)
+        close(actual.log_u.double(), expected.log_u, **tolerance)
+        close(actual.grad_x.double(), expected.grad_x, **tolerance)
+        close(actual.grad_y.double(), expected.grad_y, **tolerance)
+    assert expected.log_u.max() > 300
+
+
+def test_smallest_temperature_keeps_the_networks_gradient_finite() -> None:
+    recipe = {**NETWORK, "tau_min": 0.005, "tau_max": 0.006, "gamma": 0.2}
+    loss = make(recipe).float()
+    for seed, sign in enumerate((1, -1, 1)):
+        x, _ = pairs(B, seed)
+        actual = step(loss, GlobalBatch(x.float(), sign * x.float(), torch.arange(B)))
+        for value in (actual.total, actual.grad_x, actual.grad_y, *actual.parameters.values()):
+            assert value.isfinite().all()
+
+
+# ---- number formats ----
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, {**NETWORK, "dropout": 0.5}], ids=["constant", "network"])
+def test_half_precision_features(recipe: dict) -> None:
+    """bf16 features: the numbers are those of the same features in float32, gradients come back in bf16."""
+    half, full = make(recipe).float(), make(recipe).float()
+    for batch in stream(3):
+        x, y = batch.x.bfloat16(), batch.y.bfloat16()
+        low = step(half, GlobalBatch(x, y, batch.ids, batch.epoch))
+        high = step(full, GlobalBatch(x.float(), y.float(), batch.ids, batch.epoch))
+        assert low.grad_x.dtype == low.grad_y.dtype == torch.bfloat16
+        assert low.total.dtype == torch.float32
+        close(low.total, high.total, rtol=1e-6, atol=1e-7)
+        close(low.log_u, high.log_u, rtol=1e-6, atol=1e-6)
+        close(low.grad_x, high.grad_x.bfloat16(), rtol=1e-2, atol=1e-6)
+        close(low.grad_y, high.grad_y.bfloat16(), rtol=1e-2, atol=1e-6)
+        close(low.parameters, high.parameters, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, {**NETWORK, "dropout": 0.5}], ids=["constant", "network"])
+def test_autocast_does_not_reach_inside(recipe: dict) -> None:
+    plain, cast = make(recipe).float(), make(recipe).float()
+    for batch in stream(3):
+        batch = GlobalBatch(batch.x.float(), batch.y.float(), batch.ids, batch.epoch)
+        expected = step(plain, batch)
+        actual = step(cast, batch, autocast=True)
+        assert actual.total.dtype == torch.float32
+        assert_same_steps([actual], [expected], tolerance=0)
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, {**NETWORK, "dropout": 0.5}], ids=["constant", "network"])
+def test_float32_stays_near_float64(recipe: dict) -> None:
+    low, high = make(recipe).float(), make(recipe)
+    for batch in stream(4):
+        single = GlobalBatch(batch.x.float(), batch.y.float(), batch.ids, batch.epoch)
+        actual, expected = step(low, single), step(high, batch)
+        close(actual.total.double(), expected.total, rtol=1e-4, atol=1e-5)
+        close(actual.grad_x.double(), expected.grad_x, rtol=1e-3, atol=1e-5)
+
+
+def test_float64_features_stay_float64_in_a_loss_that_was_not_converted() -> None:
+    from disttempnet import build_loss
+
+    loss = build_loss("sogclr", num_samples=N, embed_dim=D, temperature=0.05, gamma=0.8)
+    twin, tau = Twin(), torch.full((2, B), 0.05, dtype=torch.float64)
+    for batch in stream(3):
+        actual, expected = step(loss, batch), twin.step(batch.x, batch.y, batch.ids, tau, 0.8)
+        assert actual.total.dtype == torch.float64
+        close(actual.grad_x, expected.grad_x, **TIGHT)
+
+
+# ---- memory, graph, metrics ----
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, Tensor):
+                self.elements = max(self.elements, item.numel())
+        return result
+
+
+def test_memory_does_not_grow_with_the_square_of_the_batch() -> None:
+    """Neither in passing (column or row tiles only), nor saved for the backward pass ([b, D], not b × B)."""
+    rows, width = 3000, 4
+    x, y = (side.float().requires_grad_() for side in pairs(rows, width=width))
+    loss = make(CONSTANT, num_samples=rows, embed_dim=width).float()
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(x, y, torch.arange(rows)).total.backward()
+    assert largest.elements <= rows * rows // 4
+    assert sum(saved) <= 10 * rows * width
+    assert x.grad.isfinite().all()
+
+
+def test_total_is_a_scalar_whose_gradient_scales_linearly() -> None:
+    """total is a leaf of nothing else: an outer factor (accumulation, scaling) reaches every gradient."""
+    batch = unique_batch(1)
+    gradients = []
+    for factor in (1.0, 3.0):
+        loss = make(NETWORK)
+        x, y = batch.x.clone().requires_grad_(), batch.y.clone().requires_grad_()
+        out = loss(x, y, batch.ids)
+        assert out.total.shape == ()
+        (factor * out.total).backward()
+        gradients.append([x.grad, y.grad, *(p.grad for p in loss.parameters())])
+    for once, thrice in zip(*gradients, strict=True):
+        close(thrice, 3 * once, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, NETWORK], ids=["constant", "network"])
+def test_metrics_are_detached_scalars(recipe: dict) -> None:
+    batch = unique_batch(1)
+    x = batch.x.clone().requires_grad_()
+    loss = make(recipe)
+    metrics = loss(x, batch.y, batch.ids).metrics
+    for name, value in metrics.items():
+        assert isinstance(value, Tensor), name
+        assert value.shape == (), name
+        assert not value.requires_grad, name
+    tau = loss.temperatures(batch.x, batch.y)
+    close(metrics["tau/image_mean"].double(), tau[0].double().mean(), rtol=1e-9, atol=0)
+    close(metrics["tau/text_mean"].double(), tau[1].double().mean(), rtol=1e-9, atol=0)
+
+
+# ---- ρ against the batch ----
+
+
+def test_rho_that_no_batch_can_reach_warns_once_with_both_numbers() -> None:
+    """KL(softmax ‖ uniform) ≤ log(B − 1), so h = ρ − KL > 0 for ever when ρ ≥ log(B − 1): τ has no optimum inside."""
+    loss = make(NETWORK, rho=2.5)
+    with pytest.warns(UserWarning, match=r"2\.5.*1\.9") as caught:  # log(8 − 1) = 1.9459
+        step(loss, unique_batch(1))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(loss, unique_batch(2))
+
+
+def test_rho_within_reach_is_silent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(make(NETWORK, rho=math.log(B - 1) - 0.01), unique_batch(1))
+
+
+# ---- properties ----
+
+rows_and_seed = {"rows": st.integers(2, 9), "seed": st.integers(0, 10_000)}
+quick = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+def visited(rows: int, seed: int, gamma: float = 0.6) -> tuple[nn.Module, Tensor]:
+    """A loss that has seen some of its samples, and ids with a repetition now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, N, (rows,), generator=generator)
+    loss = make(CONSTANT, gamma=gamma)
+    step(loss, GlobalBatch(*pairs(rows, seed + 1), torch.randint(0, N, (rows,), generator=generator)))
+    return loss, ids
+
+
+@quick
+@given(**rows_and_seed)
+def test_order_of_the_batch_does_not_matter(rows: int, seed: int) -> None:
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    (loss, ids), (again, _) = visited(rows, seed), visited(rows, seed)
+    x, y = pairs(rows, seed)
+    plain = step(loss, GlobalBatch(x, y, ids))
+    mixed = step(again, GlobalBatch(x[order], y[order], ids[order]))
+    close(mixed.total, plain.total, **TIGHT)
+    close(mixed.grad_x, plain.grad_x[order], **TIGHT)
+    close(mixed.grad_y, plain.grad_y[order], **TIGHT)
+    close(mixed.log_u, plain.log_u[:, order], **TIGHT)
+
+
+@quick
+@given(**rows_and_seed)
+def test_the_two_sides_are_mirror_images(rows: int, seed: int) -> None:
+    x, y = pairs(rows, seed)
+    ids = torch.arange(rows)
+    plain = step(make(CONSTANT), GlobalBatch(x, y, ids))
+    mirrored = step(make(CONSTANT), GlobalBatch(y, x, ids))
+    close(mirrored.total, plain.total, **TIGHT)
+    close(mirrored.grad_x, plain.grad_y, **TIGHT)
+    close(mirrored.log_u, plain.log_u.flip(0), **TIGHT)
+
+
+@quick
+@given(**rows_and_seed)
+def test_a_common_rotation_changes_nothing(rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=generator))[0]
+    x, y = pairs(rows, seed)
+    ids = torch.arange(rows)
+    plain = step(make(CONSTANT), GlobalBatch(x, y, ids))
+    turned = step(make(CONSTANT), GlobalBatch(x @ rotation, y @ rotation, ids))
+    close(turned.total, plain.total, rtol=1e-9, atol=1e-10)
+    close(turned.grad_x, plain.grad_x @ rotation, rtol=1e-9, atol=1e-10)
+
+
+@quick
+@given(**rows_and_seed, gamma=st.floats(0.01, 1.0))
+def test_state_moves_from_the_old_value_towards_the_batch(rows: int, seed: int, gamma: float) -> None:
+    """u is a mean of old and new: log u lies between them, and |log u| ≤ 2/τ always."""
+    ids = torch.arange(rows)
+    first, second = pairs(rows, seed), pairs(rows, seed + 1)
+    loss = make(CONSTANT, gamma=gamma)
+    old = step(loss, GlobalBatch(*first, ids)).log_u
+    new = step(loss, GlobalBatch(*second, ids)).log_u
+    batch = step(make(CONSTANT), GlobalBatch(*second, ids)).log_u
+    assert (new >= torch.minimum(old, batch) - 1e-9).all()
+    assert (new <= torch.maximum(old, batch) + 1e-9).all()
+    assert new.abs().max() <= 2 / CONSTANT["temperature"] + 1e-9
+
+
+@quick
+@given(**rows_and_seed)
+def test_value_grows_with_every_negative_similarity_and_falls_along_the_gradient(rows: int, seed: int) -> None:
+    """At γ = 1 total is the objective: smaller when pairs agree better, and when one follows −∂."""
+    x, y = pairs(rows, seed)
+    ids = torch.arange(rows)
+
+    def total(x: Tensor, y: Tensor) -> float:
+        return step(make(CONSTANT, gamma=1.0, temperature=0.2), GlobalBatch(x, y, ids)).total.item()
+
+    here = step(make(CONSTANT, gamma=1.0, temperature=0.2), GlobalBatch(x, y, ids))
+    assert total(x - 1e-4 * here.grad_x, y - 1e-4 * here.grad_y) < here.total.item()
+    anchor, column = 0, rows - 1
+    # adding e ⟂ to all x but x_anchor raises s only for (anchor, column): column's own positive must not move
+    others = torch.cat([x[1:], torch.zeros(1, D, dtype=x.dtype)])
+    direction = x[anchor] - others.T @ torch.linalg.pinv(others.T) @ x[anchor]
+    if rows <= D and direction.norm() > 1e-3:
+        raised = y.clone()
+        raised[column] += 0.1 * direction
+        assert total(x, raised) > here.total.item()
+
+
+@quick
+@given(**rows_and_seed, gamma=st.floats(0.05, 1.0), tau=st.floats(0.02, 1.0))
+def test_any_batch_follows_the_twin(rows: int, seed: int, gamma: float, tau: float) -> None:
+    loss, twin = make(CONSTANT, gamma=gamma, temperature=tau), Twin()
+    for number in range(2):
+        ids = torch.randint(0, 5, (rows,), generator=torch.Generator().manual_seed(seed + number))
+        x, y = pairs(rows, seed + number)
+        actual = step(loss, GlobalBatch(x, y, ids))
+        expected = twin.step(x, y, ids, torch.full((2, rows), tau, dtype=torch.float64), gamma)
+        if len(set(ids.tolist())) > 1:
+            assert actual.total.item() == pytest.approx(expected.value, rel=1e-10, abs=1e-12)
+        close(actual.grad_x, expected.grad_x, rtol=1e-9, atol=1e-11)
+        close(actual.grad_y, expected.grad_y, rtol=1e-9, atol=1e-11)
+        close(actual.log_u, expected.log_u, rtol=1e-9, atol=1e-11)
+
+
+def test_inner_rate_of_v1_reaches_the_state() -> None:
+    """log u after two visits tells which γ was used: log((1−γ)u + γg)."""
+    recipe = {**COSINE, "gamma_min": 0.3, "gamma_decay_epochs": 4}
+    first, second = unique_batch(1), unique_batch(2)
+    ids = torch.arange(B)
+    for epoch in range(6):
+        loss = make(recipe)
+        u = step(loss, GlobalBatch(first.x, first.y, ids, 0)).log_u.exp()
+        alone = step(make(recipe), GlobalBatch(second.x, second.y, ids, 0))
+        after = step(loss, GlobalBatch(second.x, second.y, ids, epoch)).log_u.exp()
+        # the prototypes of the fresh loss start from another batch: compare with its own τ instead of its g
+        tau = loss.temperatures(second.x, second.y).double()
+        g = Twin(rho=recipe["rho"]).step(second.x, second.y, ids, tau, 1.0).log_u.exp()
+        gamma = inner_rate(epoch, 0.3, 4)
+        close(after, (1 - gamma) * u + gamma * g, rtol=1e-10, atol=0)
+        assert alone.log_u.isfinite().all()

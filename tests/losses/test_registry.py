@@ -1,0 +1,156 @@
+"""build_loss: names, arguments, and what it says when they are wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import disttempnet
+import disttempnet.losses
+from disttempnet import OBJECTIVES, build_loss
+from losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch
+
+NAMES = ("clip", "disttempnet", "disttempnet-v1", "sogclr", "tempnet")
+FAMILY = ("disttempnet", "disttempnet-v1", "tempnet")
+
+
+def refused(match: str):
+    return pytest.raises(ValueError, match=match)
+
+
+def test_both_homes_are_one() -> None:
+    assert disttempnet.build_loss is disttempnet.losses.build_loss
+    assert set(NAMES) <= set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:rho:UserWarning")  # published defaults are for batches of thousands
+def test_defaults_train(name: str) -> None:
+    """With no argument of its own, in float32 as built: value, gradients, metrics, temperatures, state."""
+    loss = build_loss(name, num_samples=N, embed_dim=D)
+    loss.set_epoch(2)
+    batch = unique_batch(1)
+    x, y = (rows.float().requires_grad_() for rows in (batch.x, batch.y))
+    out = loss(x, y, batch.ids)
+    out.total.backward()
+    assert out.total.dtype == torch.float32
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().max() > 0
+    assert all(parameter.grad is not None for parameter in loss.parameters())
+    assert loss.temperatures(x, y).shape == (2, B)
+    assert any(key.endswith("log_u") for key in loss.state_dict()) == (name != "clip")
+
+
+def test_published_defaults() -> None:
+    v1, tempnet = OBJECTIVES["disttempnet-v1"].arguments, OBJECTIVES["tempnet"].arguments
+    assert (v1["gamma_min"], v1["gamma_decay_epochs"]) == (0.8, 20)
+    assert (tempnet["gamma"], tempnet["rho"], tempnet["tau_min"], tempnet["tau_max"]) == (0.8, 7, 0.005, 0.05)
+    assert tempnet["dropout"] == 0.5
+    assert OBJECTIVES["sogclr"].arguments["gamma"] == 0.8
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_seed_decides_the_start(name: str) -> None:
+    one, same, other = (build_loss(name, num_samples=N, embed_dim=D, seed=seed) for seed in (3, 3, 4))
+    x, y = pairs(4)
+    torch.testing.assert_close(one.temperatures(x, y), same.temperatures(x, y), rtol=0, atol=0)
+    assert not torch.equal(one.temperatures(x, y), other.temperatures(x, y))
+
+
+def test_building_does_not_move_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    make(NETWORK)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("wrong", "nearest"), [("disttempnet_v1", "disttempnet-v1"), ("sogcl", "sogclr")])
+def test_unknown_name_lists_what_exists(wrong: str, nearest: str) -> None:
+    with refused(f"'{wrong}'.*'{nearest}'") as caught:
+        build_loss(wrong, num_samples=N, embed_dim=D)
+    for name in NAMES:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "nearest"),
+    [
+        ("sogclr", "temprature", "temperature"),
+        ("disttempnet-v1", "gamma_mim", "gamma_min"),
+        ("disttempnet-v1", "gamma", "gamma_min"),
+        ("tempnet", "gamma_min", "gamma"),
+        ("clip", "learnible", "learnable"),
+    ],
+)
+def test_unknown_argument_lists_what_exists(name: str, wrong: str, nearest: str) -> None:
+    with refused(f"{name}.*'{wrong}'.*'{nearest}'") as caught:
+        build_loss(name, num_samples=N, embed_dim=D, **{wrong: 0.5})
+    for argument in OBJECTIVES[name].arguments:
+        assert argument in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["num_samples", "embed_dim"])
+def test_missing_argument_is_named(missing: str) -> None:
+    given = {"num_samples": N, "embed_dim": D}
+    del given[missing]
+    with pytest.raises((TypeError, ValueError), match=missing):
+        build_loss("sogclr", **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("sogclr", "temperature", 0.0),
+        ("sogclr", "temperature", -0.1),
+        ("sogclr", "gamma", 0.0),
+        ("sogclr", "gamma", 1.5),
+        ("sogclr", "num_samples", 0),
+        ("clip", "temperature", 0.0),
+        ("tempnet", "tau_min", 0.0),
+        ("tempnet", "tau_min", 0.05),
+        ("tempnet", "tau_max", 0.001),
+        ("tempnet", "dropout", 1.0),
+        ("tempnet", "dropout", -0.1),
+        ("tempnet", "prototypes", 0),
+        ("disttempnet-v1", "gamma_min", 0.0),
+        ("disttempnet-v1", "gamma_min", 1.2),
+        ("disttempnet-v1", "gamma_decay_epochs", 0),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, argument: str, value: float) -> None:
+    with refused(argument) as caught:
+        build_loss(name, **{"num_samples": N, "embed_dim": D, argument: value})
+    assert name in str(caught.value)
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "choices"), [("tau_gradient", ("fcco", "batch")), ("network", ("icml24", "dist"))]
+)
+def test_wrong_choice_lists_the_choices(argument: str, choices: tuple[str, ...]) -> None:
+    with refused("'fast'") as caught:
+        build_loss("tempnet", num_samples=N, embed_dim=D, **{argument: "fast"})
+    for choice in choices:
+        assert choice in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("sogclr", "temperature"), ("tempnet", "tau_min"), ("sogclr", "gamma")])
+def test_wrong_type_names_the_objective(name: str, argument: str) -> None:
+    with refused(name):
+        build_loss(name, num_samples=N, embed_dim=D, **{argument: "small"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("broken", ["rows", "width", "ids", "ids_dtype"])
+def test_wrong_batches_are_refused(name: str, broken: str) -> None:
+    x, y = pairs(4)
+    ids = torch.arange(4)
+    if broken == "rows":
+        y = y[:3]
+    elif broken == "width":
+        y = y[:, :-1]
+    elif broken == "ids":
+        ids = ids[:2]
+    else:
+        ids = ids.float()
+    with pytest.raises(ValueError, match=r"features|ids"):
+        build_loss(name, num_samples=N, embed_dim=D)(x, y, ids)

@@ -1,0 +1,269 @@
+"""The per-sample table: who owns what, reading and writing over ranks, saving, refusing, re-dealing."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from disttempnet import distributed
+from disttempnet.losses.sample_state import SampleState, redeal
+from losses.scenario import (
+    CONSTANT,
+    NETWORK,
+    B,
+    D,
+    GlobalBatch,
+    N,
+    StepResult,
+    assert_same_steps,
+    descend,
+    joined,
+    make,
+    pairs,
+    run,
+    step,
+    stream,
+)
+
+DROPOUT = {**NETWORK, "dropout": 0.5, "prototypes": 13}
+close = torch.testing.assert_close
+
+
+def table(num_samples: int) -> Tensor:
+    """A value of its own for every sample and side: id + side/2."""
+    return torch.arange(num_samples) + torch.tensor([[0.0], [0.5]])
+
+
+def shard(num_samples: int, rank: int, world_size: int) -> Tensor:
+    """The definition, as a loop: owner = id mod K, slot = id div K; places without a sample hold −inf."""
+    result = torch.full((2, math.ceil(num_samples / world_size)), -math.inf)
+    for i in range(num_samples):
+        if i % world_size == rank:
+            result[:, i // world_size] = table(num_samples)[:, i]
+    return result
+
+
+def test_starts_without_visits() -> None:
+    state = SampleState(N)
+    assert state.log_u.shape == (2, N)
+    assert state.log_u.dtype == torch.float32
+    assert (state.read(torch.arange(N)) == -math.inf).all()
+
+
+def write_and_read(num_samples: int, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """Write table values of ids `write` in two batches; this rank's buffer, and what `read` gives."""
+    state = SampleState(num_samples)
+    for ids in write.chunk(2):
+        state.write(ids, table(num_samples)[:, ids])
+    return state.log_u.clone(), state.read(read)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("num_samples", [19, 20, 3])
+def test_every_rank_keeps_what_it_owns_and_reads_all(gloo, num_samples: int, world_size: int) -> None:
+    everyone = torch.arange(num_samples)
+    write = torch.cat([everyone.flip(0), everyone[:2], everyone[-2:]])  # with repetitions
+    run_on = gloo if world_size > 1 else lambda _, function, *args: [function(*args)]
+    for rank, (buffer, read) in enumerate(run_on(world_size, write_and_read, num_samples, write, everyone)):
+        close(buffer, shard(num_samples, rank, world_size), rtol=0, atol=0)
+        close(read, table(num_samples), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_samples_that_were_not_written_stay_as_they_are(gloo, world_size: int) -> None:
+    """Ids of one slot on different ranks (0..3 at K = 4) must not touch each other."""
+    run_on = gloo if world_size > 1 else lambda _, function, *args: [function(*args)]
+    expected = torch.full((2, 8), -math.inf)
+    expected[:, [1, 6]] = table(8)[:, [1, 6]]
+    for _, read in run_on(world_size, write_and_read, 8, torch.tensor([1, 6]), torch.arange(8)):
+        close(read, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("ids", [[0, N], [-1, 2]])
+def test_ids_outside_the_data_set_are_refused(ids: list[int]) -> None:
+    loss = make(CONSTANT)
+    with pytest.raises(IndexError, match=rf"\[0, {N}\)"):
+        step(loss, GlobalBatch(*pairs(2), torch.tensor(ids)))
+    assert loss.state.log_u.isinf().all()
+
+
+def test_a_loss_built_for_another_world_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built before torch.distributed was initialised, it would silently own all samples on every rank."""
+    state = SampleState(N)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    with pytest.raises(RuntimeError, match=r"1 .*4"):
+        state.read(torch.arange(3))
+
+
+# ---- saving ----
+
+
+def run_saved(recipe: dict, batches: list[GlobalBatch], cut: int) -> tuple[list[StepResult], dict]:
+    """Steps up to `cut`, then the rest in a new loss that loaded the state through a file; and the saved state."""
+    loss, results = make(recipe), []
+    for batch in batches[:cut]:
+        results.append(step(loss, batch))
+        descend(loss, 0.3)
+    saved = copy.deepcopy(loss.state_dict())
+    loss = make(recipe)
+    loss.load_state_dict(saved)
+    for batch in batches[cut:]:
+        results.append(step(loss, batch))
+        descend(loss, 0.3)
+    return results, saved
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, DROPOUT], ids=["constant", "network"])
+@pytest.mark.parametrize("cut", [1, 3])
+def test_state_dict_continues_bit_for_bit(recipe: dict, cut: int) -> None:
+    """Parameters, table, step (dropout masks), and prototypes half started: 13 of them, 8 rows a batch."""
+    batches = stream(5)
+    results, saved = run_saved(recipe, batches, cut)
+    assert_same_steps(results, run(recipe, batches), tolerance=0)
+    (table_key,) = [key for key in saved if key.endswith("log_u")]
+    assert saved[table_key].shape == (2, N)
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, DROPOUT], ids=["constant", "network"])
+def test_state_dict_continues_bit_for_bit_over_ranks(gloo, recipe: dict) -> None:
+    batches = stream(5)
+    resumed = joined([results for results, _ in gloo(2, run_saved, recipe, batches, 3)])
+    assert_same_steps(resumed, joined(gloo(2, run, recipe, batches)), tolerance=0)
+
+
+def test_state_dict_goes_through_a_weights_only_file(tmp_path) -> None:
+    loss = make(DROPOUT)
+    step(loss, stream(1)[0])
+    torch.save(loss.state_dict(), tmp_path / "loss.pt")
+    other = make(DROPOUT)
+    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    close(other.state.log_u, loss.state.log_u, rtol=0, atol=0)
+    batch = stream(2)[1]
+    assert_same_steps([step(other, batch)], [step(loss, batch)], tolerance=0)
+
+
+def test_the_epoch_is_part_of_the_state() -> None:
+    """A resumed loss uses the γ it was saved at, before anyone calls set_epoch."""
+    recipe = {key: value for key, value in NETWORK.items() if key != "gamma"} | {"name": "disttempnet-v1"}
+    loss, other = (make(recipe, gamma_min=0.2, gamma_decay_epochs=4) for _ in range(2))
+    loss.set_epoch(3)
+    other.load_state_dict(loss.state_dict())
+    batch = stream(1)[0]
+    gamma = [one(batch.x, batch.y, batch.ids).metrics["gamma"].item() for one in (loss, other)]
+    assert gamma[0] == gamma[1] < 1
+
+
+def test_state_of_another_world_size_is_refused(gloo) -> None:
+    """Ranks hold different samples then; the message names both sizes, and what to do."""
+    states = [saved for _, saved in gloo(2, run_saved, CONSTANT, stream(2), 1)]
+    with pytest.raises(RuntimeError, match=r"0 of 2.*0 of 1.*redeal"):
+        make(CONSTANT).load_state_dict(states[0])
+    # two samples or one, on one rank or two: the buffers' shapes agree and do not help
+    single = make(CONSTANT, num_samples=1)
+    states = [saved for _, saved in gloo(2, saved_state, 1)]
+    with pytest.raises(RuntimeError, match=r"1 of 2.*0 of 1"):
+        single.load_state_dict(states[1])
+
+
+def saved_state(num_samples: int) -> tuple[None, dict]:
+    return None, make(CONSTANT, num_samples=num_samples).state_dict()
+
+
+def load_from_other_rank(states: list[dict]) -> str:
+    try:
+        make(CONSTANT).load_state_dict(states[1 - distributed.rank()])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_state_of_another_rank_is_refused(gloo) -> None:
+    states = [saved for _, saved in gloo(2, run_saved, CONSTANT, stream(2), 1)]
+    for rank, message in enumerate(gloo(2, load_from_other_rank, states)):
+        assert f"rank {1 - rank} of 2" in message
+        assert f"rank {rank} of 2" in message
+
+
+def test_state_of_another_data_set_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=rf"{N + 1}.*{N}"):
+        make(CONSTANT).load_state_dict(make(CONSTANT, num_samples=N + 1).state_dict())
+
+
+class Tower(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.loss = nn.Parameter(torch.eye(D, dtype=torch.float64)), loss
+
+    def forward(self, batch: GlobalBatch) -> Tensor:
+        return self.loss(batch.x @ self.weight, batch.y, batch.ids).total
+
+
+def wrap_visited_state() -> tuple[Tensor, Tensor]:
+    """This rank's buffer before and after DDP's constructor, which synchronises parameters."""
+    model = Tower(make(CONSTANT))
+    model.loss.state.write(torch.arange(N), table(N).double())
+    before = model.loss.state.log_u.clone()
+    distributed.data_parallel(model, torch.device("cpu"))
+    return before, model.loss.state.log_u.clone()
+
+
+def test_data_parallel_does_not_broadcast_the_table(gloo) -> None:
+    for rank, (before, after) in enumerate(gloo(2, wrap_visited_state)):
+        close(before, shard(N, rank, 2).double(), rtol=0, atol=0)
+        close(after, before, rtol=0, atol=0)
+
+
+# ---- another world size ----
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(num_samples=st.integers(1, 40), old=st.integers(1, 7), new=st.integers(1, 7))
+def test_redeal_gives_every_rank_what_it_owns(num_samples: int, old: int, new: int) -> None:
+    shards = [shard(num_samples, rank, old) for rank in range(old)]
+    for rank in range(new):
+        close(redeal(shards, num_samples, rank, new), shard(num_samples, rank, new), rtol=0, atol=0)
+
+
+def continue_redealt(recipe: dict, states: list[dict], batches: list[GlobalBatch]) -> list[StepResult]:
+    """Go on at this world size from the states of all old ranks."""
+    loss = make(recipe)
+    mine = redeal([saved["state.log_u"] for saved in states], N, distributed.rank(), distributed.world_size())
+    own = {key: value for key, value in loss.state_dict().items() if key.startswith("state.")}
+    loss.load_state_dict({**states[0], **own, "state.log_u": mine})
+    results = []
+    for batch in batches:
+        results.append(step(loss, batch))
+        descend(loss, 0.3)
+    return results
+
+
+@pytest.mark.parametrize("recipe", [CONSTANT, DROPOUT], ids=["constant", "network"])
+@pytest.mark.parametrize(("old", "new"), [(4, 1), (4, 2), (2, 4)])
+def test_training_goes_on_at_another_world_size(gloo, recipe: dict, old: int, new: int) -> None:
+    batches, cut = stream(5), 3
+    expected = run(recipe, batches)[cut:]
+    states = [saved for _, saved in gloo(old, run_saved, recipe, batches[:cut], cut)]
+    if new == 1:
+        actual = continue_redealt(recipe, states, batches[cut:])
+    else:
+        actual = joined(gloo(new, continue_redealt, recipe, states, batches[cut:]))
+    assert_same_steps(actual, expected)
+
+
+def test_evaluation_reads_and_does_not_write() -> None:
+    loss, batches = make(CONSTANT), stream(2)
+    step(loss, batches[0])
+    before = loss.state.log_u.clone()
+    loss.eval()
+    out = loss(batches[1].x, batches[1].y, batches[1].ids)
+    assert out.total.isfinite()
+    close(loss.state.log_u, before, rtol=0, atol=0)
+    loss.train()
+    assert step(loss, batches[1]).total == out.total
+    assert len(batches[1].ids) == B
