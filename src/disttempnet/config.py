@@ -121,7 +121,7 @@ class Config(Section):
     loss: LossConfig
     optim: OptimConfig
     train: TrainConfig
-    eval: EvalConfig = EvalConfig()
+    eval: EvalConfig = Field(default_factory=EvalConfig)
 
     @property
     def folder(self) -> Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from disttempnet.errors import UserError, unknown_name
 
@@ -67,7 +67,7 @@ class Towers:
     """
 
     name: str
-    module: nn.Module
+    module: open_clip.CLIP
     tokenizer: Tokenizer
     architecture: dict
     image_size: int

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gloo import Pools
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate, readers, runner
@@ -15,6 +14,7 @@ from disttempnet.evaluation.protocols import Features, classifier, prompts, retr
 from disttempnet.evaluation.readers import all_tasks, find_task, load_task, read_samples
 from disttempnet.evaluation.scores import Scores
 from evaluation.toy import COLOURS, METRICS, colour_towers, evaluate_toy, toy_task, unit_rows, write_shard
+from gloo import Pools
 
 TRUE = [(colour, colour, colour) for colour in COLOURS]
 
@@ -115,7 +115,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: p
     write_shard(tmp_path / "0.tar", TRUE)
     monkeypatch.setattr(readers, "all_tasks", lambda: {"toy": toy_task(tmp_path)})
     towers = colour_towers()
-    monkeypatch.setattr(towers.module, "encode_image", lambda pixels, normalize: torch.full((len(pixels), 3), torch.nan))
+    monkeypatch.setattr(towers.module, "encode_image", lambda pixels, **_: torch.full((len(pixels), 3), torch.nan))
     with pytest.raises(UserError, match="task 'toy': the towers give features that are not finite"):
         evaluate(towers, ["toy"], device="cpu")
 
@@ -151,7 +151,7 @@ def test_broken_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="unknown task 'emoji-rendering'. Did you mean 'emoji-renderings'"):
+    with pytest.raises(UserError, match=r"unknown task 'emoji-rendering'\. Did you mean 'emoji-renderings'"):
         find_task("emoji-rendering")
 
 
@@ -182,7 +182,8 @@ def test_retrieval_equals_a_loop_on_ragged_captions() -> None:
     image_of, text_of = relevant.nonzero().T
     scores = Scores()
     retrieval(Features(images, torch.zeros(30), texts, texts, image_of, text_of), scores)
-    for way, similarity, right in (("image_to_text", images @ texts.T, relevant), ("text_to_image", texts @ images.T, relevant.T)):
+    scored = images @ texts.T
+    for way, similarity, right in (("image_to_text", scored, relevant), ("text_to_image", scored.T, relevant.T)):
         for k in (1, 5, 10):
             hits = [bool(right[i, row.argsort(descending=True)[:k]].any()) for i, row in enumerate(similarity)]
             assert scores.metrics[f"{way}_recall@{k}"] == pytest.approx(sum(hits) / len(hits))
@@ -199,4 +200,4 @@ def test_two_processes_give_the_same_as_one(tmp_path: Path, gloo: Pools) -> None
     for together in gloo(2, evaluate_toy, tmp_path):
         assert together.keys() == alone.keys()
         for key, value in alone.items():
-            assert np.array_equal(together[key], value) if isinstance(value, np.ndarray) else together[key] == value, key
+            np.testing.assert_equal(together[key], value, err_msg=key)

@@ -96,6 +96,6 @@ def unit_rows(n: int, d: int, seed: int) -> Tensor:
 
 def evaluate_toy(folder: Path) -> dict[str, object]:
     """The result of the toy task on this rank, as plain values and arrays."""
-    with mock.patch.object(readers, "all_tasks", lambda: {"toy": toy_task(folder)}):
+    with mock.patch.object(readers, "all_tasks", return_value={"toy": toy_task(folder)}):
         result = evaluate(colour_towers(), ["toy"], device="cpu", batch=2)["toy"]
     return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in vars(result).items()}

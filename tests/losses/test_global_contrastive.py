@@ -164,6 +164,7 @@ RECIPES = {
     "network fcco γ1": {**NETWORK, "dropout": 0.5, "gamma": 1.0, "tau_gradient": "fcco"},
     "network more prototypes than rows": {**NETWORK, "dropout": 0.5, "prototypes": 13},
     "network dist": {**NETWORK, "dropout": 0.5, "network": "dist"},
+    "network mlp": {**NETWORK, "dropout": 0.5, "network": "mlp", "tau_gradient": "batch"},
     "v1 cosine γ": {**COSINE, "dropout": 0.5},
 }
 
@@ -323,6 +324,28 @@ def test_autocast_does_not_reach_inside(recipe: dict) -> None:
         actual = step(cast, batch, autocast=True)
         assert actual.total.dtype == torch.float32
         assert_same_steps([actual], [expected], tolerance=0)
+
+
+@pytest.mark.parametrize("wanted", ["medium", "highest"])
+def test_products_are_exact_inside_and_the_users_choice_stands_outside(wanted: str) -> None:
+    """TF32 (float32 matmul precision below "highest") is off in the loss, whatever the user chose for the towers."""
+    seen, chosen = set(), torch.get_float32_matmul_precision()
+
+    class Precision(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in function.__name__:
+                seen.add(torch.get_float32_matmul_precision())
+            return function(*args, **(kwargs or {}))
+
+    loss, batch = make(NETWORK).float(), unique_batch(1)
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        with Precision():
+            loss(batch.x.float(), batch.y.float(), batch.ids)
+        assert torch.get_float32_matmul_precision() == wanted
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+    assert seen == {"highest"}
 
 
 @pytest.mark.parametrize("recipe", [CONSTANT, {**NETWORK, "dropout": 0.5}], ids=["constant", "network"])

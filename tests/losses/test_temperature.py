@@ -90,7 +90,7 @@ def test_published_start() -> None:
     assert large.mean().abs() < 0.03
 
 
-@pytest.mark.parametrize("network", ["icml24", "dist"])
+@pytest.mark.parametrize("network", ["icml24", "dist", "mlp"])
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000), size=st.floats(0.1, 30))
 def test_temperatures_lie_within_the_bounds(network: str, seed: int, size: float) -> None:
@@ -131,15 +131,40 @@ def test_dist_form_follows_its_formula() -> None:
             close(actual, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("network", ["icml24", "dist"])
+def test_mlp_form_follows_its_formula() -> None:
+    """o = v · gelu(W x + a) + c, dropout on x, τ = (τ_max − τ_min) σ(o) + τ_min; it starts in the middle."""
+    recipe = {**DROPOUT, "network": "mlp"}
+    x, y = pairs(B, 2)
+    close(make(recipe).temperatures(x, y), torch.full((2, B), sum(BOUNDS) / 2, dtype=torch.float64))
+    loss = perturbed(recipe, 2)
+    recorder = Recorder(loss)
+    step(loss, GlobalBatch(x, y, torch.arange(B)))
+    masks = recorder.masks(0)
+    evaluated = loss.temperatures(x, y)
+    for side, (network, rows) in enumerate(zip(networks(loss), (x, y), strict=True)):
+        p = {name: value.detach() for name, value in network.named_parameters()}
+        for i, row in enumerate(rows):
+            for kept, actual in ((masks[side][i], recorder.calls[side][0][2][i]), (1, evaluated[side, i])):
+                z = p["weight"] @ (row * kept) + p["bias"]
+                hidden = z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+                o = p["out_weight"] @ hidden + p["out_bias"]
+                expected = (BOUNDS[1] - BOUNDS[0]) / (1 + torch.exp(-o)) + BOUNDS[0]
+                close(actual.detach(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("network", ["icml24", "dist", "mlp"])
 def test_gradient_reaches_every_parameter_and_no_feature(network: str) -> None:
-    """No hard clamp on the way. The networks read detached features: at ρ → ∞ features get no gradient through τ."""
+    """No hard clamp on the way. The networks read detached features: ρ, which only τ meets, moves no feature."""
     batch = unique_batch(1)
-    loss = perturbed({**NETWORK, "network": network}, 3, size=0.1)
-    quiet = step(loss, batch)
+    low, high = (perturbed({**NETWORK, "network": network}, 3, size=0.1) for _ in range(2))
+    high.rho = 1.9
+    quiet, loud = step(low, batch), step(high, batch)
+    assert set(quiet.parameters) == {name for name, _ in low.named_parameters()}
     for name, gradient in quiet.parameters.items():
         assert (gradient != 0).any(), name
-    assert set(quiet.parameters) == {name for name, _ in loss.named_parameters()}
+        assert not torch.equal(gradient, loud.parameters[name]), name
+    close(loud.grad_x, quiet.grad_x, rtol=0, atol=0)
+    close(loud.grad_y, quiet.grad_y, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["fcco", "batch"])
@@ -319,8 +344,9 @@ def test_evaluation_does_not_start_prototypes() -> None:
     close(prototypes(loss), before, rtol=0, atol=0)
 
 
-def test_dist_form_keeps_its_random_prototypes() -> None:
-    loss, batch = make({**NETWORK, "network": "dist"}), unique_batch(1)
-    before = [network.prototypes.detach().clone() for network in networks(loss)]
+@pytest.mark.parametrize("network", ["dist", "mlp"])
+def test_other_forms_keep_their_random_start(network: str) -> None:
+    loss, batch = make({**NETWORK, "network": network}), unique_batch(1)
+    before = [parameter.detach().clone() for parameter in loss.parameters()]
     step(loss, batch)
-    close([network.prototypes.detach() for network in networks(loss)], before, rtol=0, atol=0)
+    close([parameter.detach() for parameter in loss.parameters()], before, rtol=0, atol=0)

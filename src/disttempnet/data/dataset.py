@@ -157,4 +157,5 @@ def make_loader(
         persistent_workers=workers > 0,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the loader draws a seed an epoch: not from the trainer's generator
     )

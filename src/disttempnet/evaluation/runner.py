@@ -79,9 +79,7 @@ def evaluate(
         features = _embed_texts(towers, texts, device, batch, progress)
         for data in tasks:
             pixels = _task_pixels(data, towers.image_size, batch)
-            images, valid = _embed_images(
-                towers, pixels, len(data.samples), device, batch, progress, data.task.name
-            )
+            images, valid = _embed_images(towers, pixels, len(data.samples), device, batch, progress, data.task.name)
             results[data.task.name] = _score(data, images, valid, features, row)
     return results
 

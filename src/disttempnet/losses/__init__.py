@@ -10,26 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from disttempnet.errors import unknown_name
 from disttempnet.losses.clip import ClipLoss
-from disttempnet.losses.core import LossOutput
+from disttempnet.losses.core import LossOutput, Objective
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss, TauGradient
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma
 from disttempnet.losses.temperature import ConstantTemperature, NetworkForm, NetworkTemperature
 
-__all__ = ["OBJECTIVES", "ClipLoss", "GlobalContrastiveLoss", "LossOutput", "Objective", "build_loss"]
+__all__ = ["OBJECTIVES", "ClipLoss", "GlobalContrastiveLoss", "LossOutput", "Objective", "Recipe", "build_loss"]
 
 
 @dataclass(frozen=True)
-class Objective:
+class Recipe:
     """A row of the list: `build` takes num_samples, embed_dim, seed and the objective's own arguments."""
 
     title: str
     formula: str
     source: str
-    build: Callable[..., nn.Module]
+    build: Callable[..., Objective]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -40,11 +38,11 @@ class Objective:
 
 def _clip(
     num_samples: int, embed_dim: int, seed: int, *, temperature: float = 0.07, learnable: bool = True
-) -> nn.Module:
+) -> Objective:
     return ClipLoss(temperature, learnable)
 
 
-def _sogclr(num_samples: int, embed_dim: int, seed: int, *, temperature: float = 0.05, gamma: float = 0.8) -> nn.Module:
+def _sogclr(num_samples: int, embed_dim: int, seed: int, *, temperature: float = 0.05, gamma: float = 0.8) -> Objective:
     return GlobalContrastiveLoss(num_samples, ConstantTemperature(temperature), ConstantGamma(gamma))
 
 
@@ -57,7 +55,7 @@ def _network_objective(
     tau_gradient: TauGradient,
     network: NetworkForm,
     **shape: Any,
-) -> nn.Module:
+) -> Objective:
     temperature = NetworkTemperature(embed_dim, form=network, rho=rho, seed=seed, **shape)
     return GlobalContrastiveLoss(num_samples, temperature, schedule, rho, tau_gradient)
 
@@ -76,7 +74,7 @@ def _tempnet(
     dropout: float = 0.5,
     feature_scale: float = 1.0,
     tau_gradient: TauGradient = "fcco",
-) -> nn.Module:
+) -> Objective:
     return _network_objective(
         num_samples, embed_dim, seed, ConstantGamma(gamma), rho, tau_gradient, network,
         tau_min=tau_min, tau_max=tau_max, prototypes=prototypes, dropout=dropout, feature_scale=feature_scale,
@@ -98,7 +96,7 @@ def _disttempnet_v1(
     dropout: float = 0.5,
     feature_scale: float = 1.0,
     tau_gradient: TauGradient = "fcco",
-) -> nn.Module:
+) -> Objective:
     return _network_objective(
         num_samples, embed_dim, seed, CosineGamma(gamma_min, gamma_decay_epochs), rho, tau_gradient, network,
         tau_min=tau_min, tau_max=tau_max, prototypes=prototypes, dropout=dropout, feature_scale=feature_scale,
@@ -107,18 +105,18 @@ def _disttempnet_v1(
 
 _RGCL = "½ mean_i Σ_sides τ_i (log E_j exp(d_ij/τ_i) + ρ)"
 
-OBJECTIVES: dict[str, Objective] = {
-    "clip": Objective("CLIP", "½ mean_i Σ_sides log Σ_{j in batch} exp(d_ij/τ)", "arXiv 2103.00020", _clip),
-    "sogclr": Objective("SogCLR", "½ mean_i Σ_sides τ log E_j exp(d_ij/τ)", "arXiv 2202.12387", _sogclr),
-    "tempnet": Objective("TempNet", _RGCL + ", τ from a network, γ constant", "arXiv 2404.04575", _tempnet),
-    "disttempnet": Objective("DistTempNet", _RGCL + ", τ from a network, γ constant", "arXiv 2404.04575", _tempnet),
-    "disttempnet-v1": Objective(
+OBJECTIVES: dict[str, Recipe] = {
+    "clip": Recipe("CLIP", "½ mean_i Σ_sides log Σ_{j in batch} exp(d_ij/τ)", "arXiv 2103.00020", _clip),
+    "sogclr": Recipe("SogCLR", "½ mean_i Σ_sides τ log E_j exp(d_ij/τ)", "arXiv 2202.12387", _sogclr),
+    "tempnet": Recipe("TempNet", _RGCL + ", τ from a network, γ constant", "arXiv 2404.04575", _tempnet),
+    "disttempnet": Recipe("DistTempNet", _RGCL + ", τ from a network, γ constant", "arXiv 2404.04575", _tempnet),
+    "disttempnet-v1": Recipe(
         "DistTempNet-v1", _RGCL + ", τ from a network, γ on a cosine", "arXiv 2404.04575, 2407.01445", _disttempnet_v1
     ),
 }
 
 
-def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **arguments: Any) -> nn.Module:
+def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **arguments: Any) -> Objective:
     """Build an objective by name.
 
     Args:
@@ -137,12 +135,12 @@ def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **
     """
     if name not in OBJECTIVES:
         raise ValueError(unknown_name("objective", name, OBJECTIVES))
-    objective = OBJECTIVES[name]
+    recipe = OBJECTIVES[name]
     for argument in arguments:
-        if argument not in objective.arguments:
-            raise ValueError(unknown_name(f"argument of objective {name}:", argument, objective.arguments))
+        if argument not in recipe.arguments:
+            raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
     try:
-        return objective.build(num_samples, embed_dim, seed, **arguments)
+        return recipe.build(num_samples, embed_dim, seed, **arguments)
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
     except TypeError as error:

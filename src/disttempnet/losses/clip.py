@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from disttempnet import distributed
 from disttempnet.losses.core import (
     LossOutput,
+    Objective,
     check_features,
     compute_dtype,
     exact_arithmetic,
@@ -27,7 +28,7 @@ from disttempnet.losses.pairwise import Anchors, pull, row_statistics
 MAX_LOGIT_SCALE = 100.0
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(Objective):
     """The symmetric InfoNCE loss.
 
     Args:
@@ -47,9 +48,6 @@ class ClipLoss(nn.Module):
             self.logit_scale = nn.Parameter(scale)
         else:
             self.register_buffer("logit_scale", scale)
-
-    def set_epoch(self, epoch: float) -> None:
-        """Nothing here depends on the epoch."""
 
     def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor) -> LossOutput:
         """Features: this rank's rows [b, D], unit norm; ids int64 [b] (equal ids stay negatives, as in CLIP)."""

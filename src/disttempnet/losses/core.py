@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LossOutput(NamedTuple):
@@ -15,6 +15,21 @@ class LossOutput(NamedTuple):
 
     total: Tensor
     metrics: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """What training, evaluation and reports ask of an objective."""
+
+    def set_epoch(self, epoch: float) -> None:
+        """Called at the start of every epoch; objectives with schedules override it."""
+
+    def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor) -> LossOutput:
+        """This rank's rows [b, D] of unit norm and their sample ids, int64 [b] → loss and metrics."""
+        raise NotImplementedError
+
+    def temperatures(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """τ of image and text anchors [2, n] for unit features [n, D], as in evaluation, without gradient."""
+        raise NotImplementedError
 
 
 @contextmanager
@@ -46,14 +61,14 @@ def check_features(image: Tensor, text: Tensor, ids: Tensor) -> None:
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, value: Tensor, image: Tensor, text: Tensor, image_gradient: Tensor, text_gradient: Tensor
     ) -> Tensor:
         ctx.save_for_backward(image_gradient, text_gradient)
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         image_gradient, text_gradient = ctx.saved_tensors
         return (
             None,

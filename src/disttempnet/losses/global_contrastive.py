@@ -23,11 +23,12 @@ import warnings
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.losses.core import (
     LossOutput,
+    Objective,
     check_features,
     compute_dtype,
     exact_arithmetic,
@@ -46,7 +47,7 @@ TauGradient = Literal["fcco", "batch"]
 TAU_GRADIENTS: tuple[str, ...] = ("fcco", "batch")
 
 
-class GlobalContrastiveLoss(nn.Module):
+class GlobalContrastiveLoss(Objective):
     """The estimator × a temperature × a schedule of γ: SogCLR, TempNet and DistTempNet are rows of this family.
 
     Args:
@@ -177,7 +178,10 @@ class GlobalContrastiveLoss(nn.Module):
                 f"tau/{name}_min": tau[side].amin(),
                 f"tau/{name}_max": tau[side].amax(),
                 f"tau/{name}_std": tau[side].std(correction=0),
-                f"log_u/{name}_mean": log_u[side].mean(),
+                f"log_u/{name}_mean": log_u[side]
+                .masked_fill(log_u[side] == -math.inf, math.nan)
+                .nanmean()
+                .nan_to_num(),
             }
             if self.learns_tau:
                 metrics[f"tau_gradient/{name}_mean"] = h[side].mean()

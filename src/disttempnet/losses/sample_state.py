@@ -128,7 +128,7 @@ def redeal(shards: Sequence[Tensor], num_samples: int, rank: int, world_size: in
     old = len(shards)
     mine = shards[0].new_full((2, -(-num_samples // world_size)), NEVER)
     for old_rank, shard in enumerate(shards):
-        ids = torch.arange(old_rank, num_samples, old)
+        ids = torch.arange(old_rank, max(num_samples, old_rank), old)  # empty where there are more ranks than samples
         take = ids[ids % world_size == rank]
         mine[:, take // world_size] = shard[:, take // old]
     return mine

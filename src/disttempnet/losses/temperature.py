@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from disttempnet import distributed
 
-NetworkForm = Literal["icml24", "dist"]
+NetworkForm = Literal["icml24", "dist", "mlp"]
 
 
 class Batch(NamedTuple):
@@ -48,6 +48,17 @@ class ConstantTemperature(nn.Module):
 class NetworkTemperature(nn.Module):
     """τ of every anchor from its own feature: one network for images, one for texts (TempNet, arXiv 2404.04575).
 
+    Args:
+        embed_dim: D.
+        form: `icml24` and `dist` are the published networks, `mlp` a plain one that tells samples apart better.
+        prototypes: M of the published forms; hidden units of the mlp.
+        tau_min, tau_max: open bounds of τ.
+        rho: weight of τ in the objective; only the `dist` form divides by it.
+        dropout: share of the hidden (mlp: input) units that are dropped in training.
+        feature_scale: what the unit features are multiplied by; √D gives entries of unit size. At 1 the hidden layer
+            hardly varies between samples and neither does τ.
+        seed: of the start and of the dropout masks.
+
     Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
     in the global batch and world size changes nothing.
     """
@@ -78,7 +89,8 @@ class NetworkTemperature(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         network = NETWORKS[form]
         self.image, self.text = (network(embed_dim, prototypes, tau_min, tau_max, rho, generator) for _ in range(2))
-        self.prototypes_started = 0 if network.starts_from_features else prototypes
+        self.prototypes_wanted = prototypes if network.starts_from_features else 0
+        self.prototypes_started = 0
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
@@ -113,12 +125,14 @@ class NetworkTemperature(nn.Module):
         The first min(M, B) come from the first global batch, the rest from the following ones: M and B are
         independent, and the rows are the same at every world size.
         """
-        start, wanted = self.prototypes_started, self.image.prototypes.shape[0]
-        if start >= wanted:
+        start, count = (
+            self.prototypes_started,
+            min(self.prototypes_wanted - self.prototypes_started, len(batch.all_image)),
+        )
+        if count == 0:
             return
-        count = min(wanted - start, len(batch.all_image))
-        self.image.prototypes[start : start + count] = batch.all_text[:count].to(self.image.prototypes.dtype)
-        self.text.prototypes[start : start + count] = batch.all_image[:count].to(self.text.prototypes.dtype)
+        for network, other in ((self.image, batch.all_text), (self.text, batch.all_image)):
+            network.get_parameter("prototypes")[start : start + count] = other[:count]
         self.prototypes_started = start + count
 
     def get_extra_state(self) -> dict[str, int]:
@@ -128,7 +142,21 @@ class NetworkTemperature(nn.Module):
         self.prototypes_started = state["prototypes_started"]
 
 
-class _PrototypeNetwork(nn.Module):
+class _BoundedNetwork(nn.Module):
+    """One modality's network: features [b, D] → τ [b] in (τ_min, τ_max)."""
+
+    starts_from_features = False
+
+    def __init__(self, tau_min: float, tau_max: float) -> None:
+        super().__init__()
+        self.tau_min, self.tau_max = tau_min, tau_max
+
+    def bounded(self, o: Tensor) -> Tensor:
+        """A smooth map onto (τ_min, τ_max): no hard clamp, which would block the gradient of the whole network."""
+        return (self.tau_max - self.tau_min) * o.sigmoid() + self.tau_min
+
+
+class _PrototypeNetwork(_BoundedNetwork):
     """What both published forms share: f = dropout(σ(Linear(x))), q = f · normalize(P)ᵀ, w = softmax(q / e^scaler)."""
 
     starts_from_features = True
@@ -136,8 +164,8 @@ class _PrototypeNetwork(nn.Module):
     def __init__(
         self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
     ) -> None:
-        super().__init__()
-        self.tau_min, self.tau_max, self.rho = tau_min, tau_max, rho
+        super().__init__(tau_min, tau_max)
+        self.rho = rho
         bound = 1 / math.sqrt(embed_dim)  # torch's own start of a Linear, drawn from our generator
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim).uniform_(-bound, bound, generator=generator))
         self.bias = nn.Parameter(torch.empty(embed_dim).uniform_(-bound, bound, generator=generator))
@@ -152,10 +180,6 @@ class _PrototypeNetwork(nn.Module):
             hidden = hidden * mask
         q = hidden @ F.normalize(self.prototypes.to(dtype), dim=1).T
         return torch.softmax(q / self.scaler.to(dtype).exp(), dim=1), q.sigmoid()
-
-    def bounded(self, o: Tensor) -> Tensor:
-        """A smooth map onto (τ_min, τ_max): no hard clamp, which would block the gradient of the whole network."""
-        return (self.tau_max - self.tau_min) * o.sigmoid() + self.tau_min
 
 
 class IcmlNetwork(_PrototypeNetwork):
@@ -197,6 +221,27 @@ class DistNetwork(_PrototypeNetwork):
         return self.bounded(4 * ((first - second) / self.rho - middle) / width)
 
 
-NETWORKS: dict[str, type[_PrototypeNetwork]] = {"icml24": IcmlNetwork, "dist": DistNetwork}
+class MlpNetwork(_BoundedNetwork):
+    """τ from two layers: o = v · gelu(W x + a) + c. Starts with v = 0: every τ in the middle of its range."""
+
+    def __init__(
+        self, embed_dim: int, hidden: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(tau_min, tau_max)
+        self.weight = nn.Parameter(torch.randn(hidden, embed_dim, generator=generator) / math.sqrt(embed_dim))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.out_weight = nn.Parameter(torch.zeros(hidden))
+        self.out_bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = F.gelu(F.linear(x if mask is None else x * mask, self.weight.to(x.dtype), self.bias.to(x.dtype)))
+        return self.bounded(hidden @ self.out_weight.to(x.dtype) + self.out_bias.to(x.dtype))
+
+
+NETWORKS: dict[str, type[_PrototypeNetwork] | type[MlpNetwork]] = {
+    "icml24": IcmlNetwork,
+    "dist": DistNetwork,
+    "mlp": MlpNetwork,
+}
 
 Temperature = ConstantTemperature | NetworkTemperature

@@ -41,11 +41,12 @@ class Answer(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """One run's best answers; `place` is where the first right one stands, 1 = top."""
+    """One run's best answers; the first right one stands at `place`, 1 = top; `average` similarity of all."""
 
     answers: list[Answer]
     place: int
     right_answer: Answer
+    average: float
 
 
 class Query(NamedTuple):
@@ -60,7 +61,7 @@ class Group(NamedTuple):
     """Queries that the same runs answer rightly, with how many there are in all."""
 
     right: tuple[bool, ...]
-    count: int
+    size: int
     total: int
     queries: list[Query]
 
@@ -135,16 +136,15 @@ def retrieval_examples(results: Sequence[TaskResult], task: str, to_text: bool, 
     first_image = [min(members) for members in images_of]
     similarities = [(r.image_features @ r.text_features[first_image].T).cpu() for r in results]
 
-    def text(t: int) -> tuple[str, str]:
-        return texts[t], ""
+    def text(place: int) -> tuple[str, str]:
+        return texts[place], ""
 
-    def image(i: int) -> tuple[str, str]:
-        return captions[i], picture(images[i])
+    def image(place: int) -> tuple[str, str]:
+        return captions[place], picture(images[place])
 
-    if to_text:
-        asked, answered, relevant = image, text, [{text_of[caption]} for caption in captions]
-    else:
-        asked, answered, relevant = text, image, images_of
+    asked, answered = (image, text) if to_text else (text, image)
+    relevant = [{text_of[caption]} for caption in captions] if to_text else images_of
+    if not to_text:
         similarities = [s.T for s in similarities]
 
     def query(q: int) -> Query:
@@ -214,7 +214,8 @@ def _ranking(scores: Tensor, right: set[int], show: Callable[[int], tuple[str, s
     def answer(candidate: int) -> Answer:
         return Answer(*show(candidate), float(scores[candidate]), candidate in right)
 
-    return Ranking([answer(c) for c in order[:SHOWN_ANSWERS]], place + 1, answer(order[place]))
+    shown = [answer(c) for c in order[:SHOWN_ANSWERS]]
+    return Ranking(shown, place + 1, answer(order[place]), float(scores.mean()))
 
 
 def _groups(right: Tensor, per_group: int, query: Callable[[int], Query]) -> list[Group]:
@@ -234,4 +235,3 @@ def _groups(right: Tensor, per_group: int, query: Callable[[int], Query]) -> lis
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-

@@ -13,7 +13,8 @@ from jinja2 import Environment, StrictUndefined
 
 from disttempnet.config import Config, dump_config
 from disttempnet.errors import UserError
-from disttempnet.evaluation.readers import all_tasks, task_title
+from disttempnet.evaluation import readers
+from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
 from disttempnet.report import examples, plots
 from disttempnet.report.runs import RunRecord, distinct_titles, read_run
@@ -40,7 +41,7 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
         raise UserError("no run folder was given")
     titles = distinct_titles(runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4f}".format}
+    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     models = [examples.open_model(run) for run in runs]
     page = template.render(
@@ -83,7 +84,7 @@ def _results(runs: Sequence[RunRecord]) -> dict[str, Any]:
             if row.best is not None:
                 wins[row.best] += 1
         samples = max(scores[task].samples for scores in final if task in scores)
-        about = all_tasks()[task].about if task in all_tasks() else ""
+        about = readers.all_tasks()[task].about if task in readers.all_tasks() else ""
         tables.append({"title": task_title(task), "about": about, "samples": samples, "rows": comparisons})
     return {"tables": tables, "wins": wins, "metric_rows": rows, "better_rule": BETTER_RULE}
 
@@ -105,7 +106,7 @@ def _charts(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:
 
 def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence[Run | None]) -> list[dict[str, Any]]:
     """A gallery for every run whose temperatures differ; where the training data is gone, the reason instead."""
-    galleries = []
+    galleries: list[dict[str, Any]] = []
     for run, title, model in zip(runs, titles, models, strict=True):
         if model is None or not run.has_own_temperatures:
             continue
@@ -128,7 +129,7 @@ def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequenc
                     "image": np.quantile(gallery.image_tau, [0, 0.05, 0.5, 0.95, 1]).tolist(),
                     "text": np.quantile(gallery.text_tau, [0, 0.05, 0.5, 0.95, 1]).tolist(),
                 },
-                "correlation": float(np.corrcoef(ranks)[0, 1]),
+                "correlation": float(np.asarray(np.corrcoef(ranks))[0, 1]),
                 "scatter": plots.scatter_chart(gallery.image_tau, gallery.text_tau),
             }
         )
@@ -138,7 +139,7 @@ def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequenc
 def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence[Run | None]) -> dict[str, Any]:
     """Zero-shot and retrieval examples on the tasks that all runs with a checkpoint share."""
     opened = [(title, model) for title, model in zip(titles, models, strict=True) if model is not None]
-    known = [task for task in tasks_of([run.final for run in runs]) if task in all_tasks()]
+    known = [task for task in tasks_of([run.final for run in runs]) if task in readers.all_tasks()]
     shared = [task for task in known if all(task in model.config.eval.tasks for _, model in opened)]
     if not opened or not shared:
         return {"titles": [], "steps": [], "tasks": []}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
@@ -20,18 +22,53 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Arguments = ParamSpec("Arguments")
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5C00", "#555555")
 RUN_STYLES = ("-", "--", "-.", ":")
 SIDE_COLOURS = {"image": "#2A9FD6", "text": "#E69F00"}
 INK, FAINT = "#2b2f36", "#8a919c"
 RIDGES = 7  # snapshots shown at most
 WIDTH = 11.0  # inches of a chart that fills the page
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": "#c9ced6",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e9ecf0",
+    "axes.axisbelow": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "text.color": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "disttempnet",
+}
+
+
+def styled(chart: Callable[Arguments, str]) -> Callable[Arguments, str]:
+    """Draw under the page's style; matplotlib is imported when the first chart is drawn."""
+
+    @wraps(chart)
+    def draw(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
+        from matplotlib import rc_context
+
+        with rc_context(_STYLE):
+            return chart(*args, **kwargs)
+
+    return draw
 
 
 def run_colour(i: int) -> str:
     return RUN_COLOURS[i % len(RUN_COLOURS)]
 
 
+@styled
 def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """Zero-shot top-1 and mean recall over the epochs: a row a task, a line a run, chance dotted."""
     tasks = tasks_of([evaluation.scores for run in runs for evaluation in run.evaluations])
@@ -53,6 +90,7 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     return _svg(figure)
 
 
+@styled
 def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """The loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
     figure, axes = _grid(1, len(runs) + 2, height=2.5)
@@ -69,6 +107,7 @@ def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     return _svg(figure)
 
 
+@styled
 def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """τ of the training batches over the epochs, a panel a run: mean of each side with its minimum and maximum."""
     figure, axes = _grid(1, len(runs), height=2.8, sharey=True)
@@ -87,6 +126,7 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     return _svg(figure)
 
 
+@styled
 def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
     """Histograms of τ over time, earliest at the bottom, a column for each side."""
     chosen = [snapshots[i] for i in _spread(len(snapshots), RIDGES)]
@@ -110,11 +150,13 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
     return _svg(figure)
 
 
+@styled
 def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
     """τ of the image side against τ of the text side: a point a training pair."""
     figure, axes = _grid(1, 1, height=3.6, width=3.9)
     shown = list(_spread(len(image_tau), 4000))
-    axes[0][0].scatter(image_tau[shown], text_tau[shown], s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
+    points = image_tau[shown], text_tau[shown]
+    axes[0][0].scatter(*points, s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
     axes[0][0].set(xlabel="τ, image side", ylabel="τ, text side")
     return _svg(figure)
 
@@ -123,12 +165,10 @@ def _grid(
     rows: int, columns: int, height: float, width: float = WIDTH, sharey: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure without pyplot's global state, and its axes as rows."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
-        grid: np.ndarray = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    grid: np.ndarray = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure, grid.tolist()
 
 
@@ -150,7 +190,8 @@ def _spread(n: int, most: int) -> np.ndarray:
 
 
 def _padded_range(values: np.ndarray) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
+    """The range of all but the outermost 0.1 % at each end, which would flatten everything else."""
+    low, high = np.quantile(values, [0.001, 0.999]).tolist()
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return low - margin, high + margin
 
@@ -167,31 +208,9 @@ def _mixed(colour: str, strength: float) -> tuple[float, ...]:
     return tuple(1 - strength * (1 - part) for part in parts)
 
 
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "axes.titlesize": 11.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.labelcolor": FAINT,
-    "axes.edgecolor": "#c9ced6",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e9ecf0",
-    "axes.axisbelow": True,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "text.color": INK,
-}
-
-
 def _svg(figure: Figure) -> str:
-    """The figure as a data URI. Letters stay letters, set in the reader's fonts; equal data give equal bytes."""
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "disttempnet", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    """The figure as a data URI. Letters stay letters, set in the page's font; equal data give equal bytes."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"'DejaVu Sans'[^;]*sans-serif", "system-ui, sans-serif", buffer.getvalue())
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

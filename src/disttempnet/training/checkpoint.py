@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from disttempnet import distributed
 from disttempnet.config import Config, config_from_table
 from disttempnet.errors import UserError
-from disttempnet.losses import build_loss
+from disttempnet.losses import Objective, build_loss
 from disttempnet.losses.sample_state import SampleState, redeal
 from disttempnet.models import Towers, load_model, load_weights, save_model
 
@@ -52,7 +51,7 @@ def save_checkpoint(
     step: int,
     *,
     towers: Towers,
-    loss: nn.Module,
+    loss: Objective,
     optimizers: list[torch.optim.Optimizer],
     config: Config,
     index_digest: str,
@@ -103,7 +102,7 @@ def load_checkpoint(
     checkpoint: Path,
     *,
     towers: Towers,
-    loss: nn.Module,
+    loss: Objective,
     optimizers: list[torch.optim.Optimizer],
     config: Config,
     index_digest: str,
@@ -133,7 +132,7 @@ class Run:
     folder: Path
     config: Config
     towers: Towers
-    loss: nn.Module
+    loss: Objective
     step: int
     num_samples: int
 
@@ -187,20 +186,21 @@ def _choose(run: Path) -> Path:
     return checkpoints[-1]
 
 
-def _split(loss: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(loss: Objective) -> tuple[dict[str, Any], dict[str, Any]]:
     """The objective's state_dict as (this rank's per-sample part, what all ranks share)."""
     sharded = tuple(f"{name}." for name, module in loss.named_modules() if isinstance(module, SampleState))
-    own, shared = {}, {}
+    own: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     for key, value in loss.state_dict().items():
         (own if key.startswith(sharded) else shared)[key] = value
     return own, shared
 
 
-def _num_samples(loss: nn.Module) -> int:
+def _num_samples(loss: Objective) -> int:
     return next((m.num_samples for m in loss.modules() if isinstance(m, SampleState)), 1)
 
 
-def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: nn.Module) -> torch.Tensor | None:
+def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objective) -> torch.Tensor | None:
     """Load the objective; its shards are taken as they are or re-dealt. Returns this rank's RNG state, if it is one."""
     old, rank, world_size = trainer["world_size"], distributed.rank(), distributed.world_size()
     template, _ = _split(loss)

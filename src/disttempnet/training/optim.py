@@ -43,9 +43,11 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr_end + 0.5 * (config.lr - config.lr_end) * (1 + math.cos(math.pi * progress))
 
 
-def temperature_learning_rate(config: OptimConfig, epoch: int) -> float:
-    """temperature_lr · decay^epoch."""
-    return config.temperature_lr * config.temperature_lr_decay**epoch
+def temperature_learning_rate(config: OptimConfig, step: int, epoch: int) -> float:
+    """temperature_lr · decay^epoch after the same linear warm-up: before the towers have moved all similarities are
+    alike, every τ is pushed down at once, and a fast start ends at the lower bound."""
+    warm_up = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.temperature_lr * config.temperature_lr_decay**epoch * warm_up
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

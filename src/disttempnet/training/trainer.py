@@ -24,7 +24,7 @@ from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, open_training_data
 from disttempnet.errors import UserError
 from disttempnet.evaluation.runner import TaskResult, evaluate
-from disttempnet.losses import OBJECTIVES, LossOutput, build_loss
+from disttempnet.losses import OBJECTIVES, LossOutput, Objective, build_loss
 from disttempnet.models import Towers, encode_images, encode_texts, load_model
 from disttempnet.training import checkpoint, optim, runlog
 
@@ -32,7 +32,7 @@ from disttempnet.training import checkpoint, optim, runlog
 class ContrastiveModel(nn.Module):
     """Towers and objective as one module: uint8 images [b, 3, s, s], tokens [b, L], ids [b] → LossOutput."""
 
-    def __init__(self, towers: Towers, loss: nn.Module, autocast: torch.dtype | None) -> None:
+    def __init__(self, towers: Towers, loss: Objective, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.towers, self.loss, self.autocast = towers.module, loss, autocast
         self._encode: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (
@@ -93,11 +93,11 @@ class Trainer:
         self.towers.module.logit_scale.requires_grad_(False)
         self.loss = build_objective(config, len(self.data.index), self.towers.embed_dim).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
-        self.step, self.best = 0, {}
+        self.step, self.best = 0, dict[str, float]()
         if found is not None:
             self.step, self.best = checkpoint.load_checkpoint(found, **self._restorable())
         if config.train.compile:
-            compile_towers(self.towers.module)
+            compile_towers(self.towers)
         self.model = distributed.data_parallel(ContrastiveModel(self.towers, self.loss, self._autocast()), device)
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -156,7 +156,7 @@ class Trainer:
         batch = batch.to(self.device)
         epoch = self.step // self.steps_per_epoch
         rates = [optim.learning_rate(self.config.optim, self.step, self.total_steps)]
-        rates += [optim.temperature_learning_rate(self.config.optim, epoch)] * (len(self.optimizers) - 1)
+        rates += [optim.temperature_learning_rate(self.config.optim, self.step, epoch)] * (len(self.optimizers) - 1)
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
@@ -310,7 +310,7 @@ def train(config: Config, resume: str = "never") -> bool:
         return Trainer(config, device, resume).run()
 
 
-def build_objective(config: Config, num_samples: int, embed_dim: int) -> nn.Module:
+def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objective:
     """The objective that `[loss]` describes.
 
     Raises:
@@ -328,8 +328,9 @@ def build_objective(config: Config, num_samples: int, embed_dim: int) -> nn.Modu
         raise UserError(f"[loss] {error}") from None
 
 
-def compile_towers(module: nn.Module) -> None:
+def compile_towers(towers: Towers) -> None:
     """torch.compile both towers in place; the objective stays eager, its products are already library calls."""
+    module = towers.module
     module.visual.compile()
     (module.text if hasattr(module, "text") else module.transformer).compile()
 

@@ -1,0 +1,220 @@
+"""Samples and batches: reproducible whatever loads them, and broken ones are replaced, named and counted."""
+
+import os
+import pickle
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from disttempnet.config import DataConfig
+from disttempnet.data import (
+    Batch,
+    EpochPlan,
+    ShardDataset,
+    TrainingData,
+    eval_transform,
+    open_index,
+    open_training_data,
+    train_transform,
+)
+from disttempnet.errors import UserError
+
+from .conftest import png
+
+Write = Callable[..., Path]
+fork = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def tokenizer(captions: Sequence[str]) -> Tensor:
+    """The first 12 bytes of a caption."""
+    return torch.tensor([list(caption.encode()[:12].ljust(12)) for caption in captions])
+
+
+TOWERS: Any = SimpleNamespace(image_size=24, tokenizer=tokenizer)
+
+
+def data_of(folder: Path | str, seed: int = 5, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainingData:
+    options: dict[str, Any] = {"global_batch": 4, "lanes": 2, "workers": 0, "transform": "tempnet"}
+    return open_training_data(DataConfig(train=str(folder), **(options | changes)), seed, TOWERS, rank, world_size)
+
+
+def same(first: Batch, second: Batch) -> bool:
+    tensors = ((getattr(first, n), getattr(second, n)) for n in ("images", "tokens", "ids"))
+    return all(torch.equal(a, b) for a, b in tensors) and first.skipped == second.skipped
+
+
+def test_batches_carry_the_plans_samples(shards: Write) -> None:
+    data = data_of(shards(5, 6))
+    batches = list(data.loader_from(0))
+    assert len(batches) == data.plan.steps == 3
+    for step, batch in enumerate(batches):
+        assert batch.ids.tolist() == data.plan.batch(0, step).tolist()
+        assert torch.equal(batch.tokens, tokenizer([f"caption {n}" for n in batch.ids.tolist()]))
+        assert (batch.images.shape, batch.images.dtype) == ((4, 3, 24, 24), torch.uint8)
+        assert (batch.ids.dtype, batch.tokens.dtype) == (torch.int64, torch.int64)
+        assert batch.skipped == ()
+
+
+def test_image_caption_and_id_belong_together(shards: Write) -> None:
+    index = open_index(str(shards(4, 4)), progress=False)
+    dataset = ShardDataset(index, eval_transform(7), 0)
+    assert len(dataset) == 8
+    for number in range(8):
+        sample = dataset[0, number]
+        assert (sample.id, sample.caption) == (number, f"caption {number}")
+        assert sample.image[:, 3, 3].tolist() == [number, 0, 77]
+
+
+@fork
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_count_changes_nothing(workers: int) -> None:
+    options = {"global_batch": 64, "transform": "emoji"}
+    alone = data_of("embedded:emoji/val_concepts", **options)
+    helped = data_of("embedded:emoji/val_concepts", workers=workers, **options)
+    for epoch, start in ((0, 0), (1, 2)):  # workers persist from one to the next
+        expected, batches = (list(data.loader_from(epoch, start)) for data in (alone, helped))
+        assert len(batches) == 6 - start
+        assert all(map(same, batches, expected))
+
+
+@fork
+def test_an_iteration_that_stops_early_leaves_nothing_behind() -> None:
+    options = {"global_batch": 32, "transform": "emoji"}
+    alone = data_of("embedded:emoji/val_concepts", **options)
+    helped = data_of("embedded:emoji/val_concepts", workers=2, **options)
+    for _ in helped.loader_from(0):
+        break
+    assert all(map(same, helped.loader_from(3, 4), alone.loader_from(3, 4)))
+
+
+def test_world_size_changes_nothing(shards: Write) -> None:
+    folder = shards(9, 8)
+    whole = list(data_of(folder).loader_from(1))
+    parts = [data_of(folder, rank=rank, world_size=2).loader_from(1) for rank in range(2)]
+    for batch, (first, second) in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(batch.images, torch.cat([first.images, second.images]))
+        assert torch.equal(batch.ids, torch.cat([first.ids, second.ids]))
+    with pytest.raises(UserError, match=r"3 processes cannot share data\.lanes = 2"):
+        data_of(folder, world_size=3)
+
+
+def test_augmentation_depends_on_seed_epoch_and_id_only() -> None:
+    index = open_index("embedded:emoji/val_concepts", progress=False)
+    dataset, other = (ShardDataset(index, train_transform("emoji", 24), seed) for seed in (1, 2))
+    view = dataset[3, 7].image
+    torch.rand(5)
+    dataset[3, 8]
+    assert torch.equal(dataset[3, 7].image, view)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[3, 7].image, view)
+    assert not torch.equal(dataset[4, 7].image, view)
+    assert not torch.equal(other[3, 7].image, view)
+    assert not torch.equal(dataset[3, 8].image, view)
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    data = data_of("embedded:emoji/val_concepts", global_batch=64)
+    torch.manual_seed(11)
+    expected = torch.rand(4)
+    torch.manual_seed(11)
+    for _ in zip(range(2), data.loader_from(0), strict=False):
+        pass
+    assert torch.equal(torch.rand(4), expected)
+
+
+@fork
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_samples_are_replaced_named_and_counted(shards: Write, workers: int) -> None:
+    changes = {
+        2: {"png": b"garbage" * 30, "txt": b"two"},
+        3: {"png": png(3)[:-30], "txt": b"three"},
+        7: {"png": b"garbage" * 30, "txt": b"seven"},
+        5: {"txt": b"known to the index: never drawn"},
+    }
+    data = data_of(shards(4, 4, changes=changes), workers=workers, tail="drop", global_batch=2)
+    batches = list(data.loader_from(0))
+    assert len(batches) == 3  # 7 usable as far as the index knows
+    named, drawn = [], []
+    for step, batch in enumerate(batches):
+        named += batch.skipped
+        for planned, got, text in zip(
+            data.plan.batch(0, step).tolist(), batch.ids.tolist(), batch.tokens.tolist(), strict=True
+        ):
+            drawn.append(planned)
+            assert got == {2: 4, 3: 4, 7: 0}.get(planned, planned)
+            assert bytes(text).decode().strip() == f"caption {got}"
+    texts = {
+        2: ["00000.tar:000000002: cannot identify image", "00000.tar:000000003: cannot decode image"],
+        3: ["00000.tar:000000003: cannot decode image"],
+        7: ["00001.tar:000000007: cannot identify image"],
+    }
+    expected = [text for planned in drawn for text in texts.get(planned, [])]
+    assert len(named) == len(expected) >= 2
+    assert all(name.startswith(text) for name, text in zip(named, expected, strict=True))
+
+
+def test_captions_that_changed_after_indexing_are_skipped_too(shards: Write) -> None:
+    """Only the middle of a large shard can change unseen, so this one is changed under an open index."""
+    folder = shards(3)
+    index = open_index(str(folder), progress=False)
+    for replacement, reason in ((b" " * 9, "empty caption"), (b"\xff" * 9, "caption is not UTF-8")):
+        data = (folder / "00000.tar").read_bytes().replace(b"caption 1", replacement)
+        (folder / "00000.tar").write_bytes(data)
+        sample = ShardDataset(index, eval_transform(8), 0)[0, 1]
+        assert (sample.id, sample.skipped) == (2, (f"00000.tar:000000001: {reason}",))
+        (folder / "00000.tar").write_bytes(data.replace(replacement, b"caption 1"))
+
+
+@fork
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_data_ends_in_one_line(shards: Write, workers: int) -> None:
+    changes = {n: {"png": b"garbage", "txt": b"text"} for n in range(6)}
+    folder = shards(6, changes=changes)
+    with pytest.raises(UserError) as caught:
+        list(data_of(folder, workers=workers).loader_from(0))
+    assert str(caught.value).startswith("100 samples in a row cannot be read, the first is 00000.tar:00000000")
+    assert "\n" not in str(caught.value)
+
+
+@fork
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_lost_while_training_ends_in_one_line(shards: Write, workers: int) -> None:
+    folder = shards(6)
+    data = data_of(folder, workers=workers)
+    os.truncate(folder / "00000.tar", 600)
+    with pytest.raises(UserError, match=r"^\S*00000\.tar: ends inside sample \d.*restore it$"):
+        list(data.loader_from(0))
+
+
+@fork
+def test_workers_leave_interrupts_to_the_trainer(shards: Write) -> None:
+    data = data_of(shards(9, 9), workers=1)
+    batches = data.loader_from(0)
+    first = next(batches)
+    (worker,) = data.loader._iterator._workers
+    os.kill(worker.pid, signal.SIGINT)
+    assert 1 + sum(1 for _ in batches) == data.plan.steps
+    assert len(first.ids) == 4
+    assert worker.is_alive()
+
+
+def test_limit_takes_the_first_usable_samples(shards: Write) -> None:
+    data = data_of(shards(5, 6, changes={1: {"txt": b"no image"}}), limit=7)
+    ids = [sample for batch in data.loader_from(2) for sample in batch.ids.tolist()]
+    assert set(ids) == {0, 2, 3, 4, 5, 6, 7}
+    assert isinstance(data.plan, EpochPlan)
+
+
+def test_batches_move_as_a_whole() -> None:
+    batch = Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.ones(2, 5).long(), torch.arange(2), ("x: y",))
+    moved = batch.to("meta")
+    assert {tensor.device.type for tensor in (moved.images, moved.tokens, moved.ids)} == {"meta"}
+    assert moved.skipped == ("x: y",)
+    assert same(batch.to("cpu"), batch)
+    if torch.cuda.is_available():
+        assert batch.pin_memory().images.is_pinned()

@@ -1,0 +1,53 @@
+"""Imports go down only: a lower floor never knows an upper one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import disttempnet
+
+ROOT = Path(disttempnet.__file__).parent
+FLOORS = [
+    {"errors"},
+    {"config", "distributed"},
+    {"losses", "models"},
+    {"data"},
+    {"evaluation"},
+    {"training"},
+    {"report"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+
+
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        place = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if place == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{a.name}" for a in node.names]
+            for name in names:
+                parts = name.split(".")
+                if parts[0] != "disttempnet" or len(parts) < 2 or parts[1] not in FLOOR:
+                    continue
+                if FLOOR[parts[1]] > FLOOR[place]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, wrong
+
+
+def test_every_module_has_a_floor() -> None:
+    found = {p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert found - {"__init__"} == set(FLOOR)
+
+
+def test_only_distributed_imports_torch_distributed() -> None:
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert path.name == "distributed.py" or "import torch.distributed" not in text, path

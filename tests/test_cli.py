@@ -1,0 +1,66 @@
+"""The command line: help that teaches, one clear line for what a user can fix, and a quick start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from disttempnet.cli import main
+from disttempnet.config import CONFIG_FOLDER
+
+DEBUG = str(CONFIG_FOLDER / "debug.toml")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_help_and_config_errors_come_without_torch() -> None:
+    code = f"""
+import sys
+from disttempnet.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    pass
+main(["train", {DEBUG!r}, "optim.lrr=1"])
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code, "train"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "optim.temperature_lr" in done.stdout
+    assert "Did you mean 'optim.lr'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "missing.toml"], "missing.toml: no such config file"),
+        (["train", DEBUG, "data.train=/no/where"], "/no/where"),
+        (["train", DEBUG, "model.name=ViT-B-23"], "Did you mean 'ViT-B-32'"),
+        (["train", DEBUG, "loss.name=sogclip"], "unknown objective 'sogclip'. Did you mean 'sogclr'"),
+        (["train", DEBUG, "loss.roh=2"], "unknown argument of objective disttempnet-v1: 'roh'. Did you mean 'rho'"),
+        (["train", DEBUG, "--resume", "runs/none"], "runs/none: no checkpoint"),
+        (["evaluate", "runs/none"], "runs/none: no such run folder"),
+        (["evaluate", "open_clip:ViT-B-32/no-such-tag"], "no-such-tag"),
+        (["report", "runs/none"], "runs/none"),
+    ],
+)
+def test_what_a_user_can_fix_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", DEBUG, "--epochs", "3"])
+    assert "unknown arguments: --epochs" in capsys.readouterr().err

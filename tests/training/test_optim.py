@@ -1,0 +1,41 @@
+"""Learning rates by formula, and which parameter is in which group."""
+
+from __future__ import annotations
+
+import pytest
+
+from disttempnet.config import OptimConfig
+from disttempnet.losses import build_loss
+from disttempnet.models import load_model
+from disttempnet.training.optim import build_optimizers, learning_rate, temperature_learning_rate
+
+
+def test_warm_up_then_cosine() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=4, lr_end=0.2)
+    rates = [learning_rate(config, step, 24) for step in range(25)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[14] == pytest.approx(0.6)
+    assert rates[24] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_the_temperature_decays_by_epoch_after_the_same_warm_up() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=2, temperature_lr=3e-5)
+    assert temperature_learning_rate(config, 0, 0) == pytest.approx(1.5e-5)
+    assert temperature_learning_rate(config, 9, 2) == pytest.approx(3e-5 * 0.81)
+
+
+def test_every_trained_parameter_is_in_one_group() -> None:
+    towers = load_model("demo-vit-32").module
+    towers.logit_scale.requires_grad_(False)
+    for name in ("clip", "sogclr", "disttempnet-v1"):
+        loss = build_loss(name, num_samples=9, embed_dim=64)
+        optimizers = build_optimizers(towers, loss, OptimConfig(lr=1e-3, weight_decay=0.3))
+        seen = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+        wanted = [id(p) for m in (towers, loss) for p in m.parameters() if p.requires_grad]
+        assert sorted(seen) == sorted(wanted)
+        decayed = {id(p) for o in optimizers for g in o.param_groups if g["weight_decay"] for p in g["params"]}
+        assert all(p.ndim >= 2 for p in towers.parameters() if id(p) in decayed)
+        assert not decayed & {id(p) for p in loss.parameters()}
+        assert len(optimizers) == (2 if name == "disttempnet-v1" else 1)

@@ -1,0 +1,228 @@
+"""A run is what its config says: golden losses, exact resume, any world size, nothing lost and nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from disttempnet.config import CONFIG_FOLDER, Config, load_config
+from disttempnet.errors import UserError
+from disttempnet.training.checkpoint import list_checkpoints, load_run
+from disttempnet.training.trainer import Trainer, train
+
+GOLDEN = Path(__file__).parent / "golden_losses.txt"
+GOLDEN_TOLERANCE = 2e-3  # relative; other processors and thread counts sum in another order
+WORLD_SIZE_TOLERANCE = 2e-4  # relative, float32, over 20 steps
+
+
+def debug(out: Path, *overrides: str) -> Config:
+    return load_config(CONFIG_FOLDER / "debug.toml", [f"out={json.dumps(str(out))}", *overrides])
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records] == sorted({r["step"] for r in records}), "every step stands once, in order"
+    return {r["step"]: r["loss"] for r in records}
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def same_ending(a: Path, b: Path) -> None:
+    """The last checkpoints of two runs hold the same bits: towers, objective, per-sample state, optimizers."""
+    first, second = list_checkpoints(a)[-1], list_checkpoints(b)[-1]
+    assert first.name == second.name
+    assert (first / "open_clip_model.safetensors").read_bytes() == (second / "open_clip_model.safetensors").read_bytes()
+    for name in ("trainer.pt", "shard-00000-of-00001.pt"):
+        one, two = (torch.load(folder / name, weights_only=True) for folder in (first, second))
+        for content in (one, two):
+            content.pop("config", None)  # name and place differ
+        same(one, two, name)
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "disttempnet", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps of the debug config, undisturbed."""
+    out = tmp_path_factory.mktemp("straight")
+    assert train(debug(out))
+    return out / "debug"
+
+
+def test_golden_losses(straight: Path) -> None:
+    golden = np.loadtxt(GOLDEN)
+    measured = losses(straight)
+    np.testing.assert_allclose([measured[int(step)] for step, _ in golden], golden[:, 1], rtol=GOLDEN_TOLERANCE)
+
+
+def test_a_run_leaves_what_it_promises(straight: Path) -> None:
+    for name in ("config.toml", "run.json", "metrics.jsonl", "eval.jsonl", "tensorboard", "checkpoints/best.json"):
+        assert (straight / name).exists(), name
+    facts = json.loads((straight / "run.json").read_text(encoding="utf-8"))
+    assert {"versions", "git", "started", "finished", "index_digest", "num_samples"} <= facts.keys()
+    run = load_run(straight)
+    assert run.step == 20
+    tau = np.load(straight / "temperatures" / "step-00000020.npz")
+    assert ((tau["image"] > 0.005) & (tau["image"] < 0.15)).all()
+
+
+@pytest.mark.parametrize("stop", [7, 10])
+def test_stop_and_resume_is_bit_exact(stop: int, straight: Path, tmp_path: Path) -> None:
+    assert train(debug(tmp_path, f"train.stop_after_steps={stop}"))
+    assert list_checkpoints(tmp_path / "debug")[-1].name == f"step-{stop:08d}"
+    assert train(debug(tmp_path), resume="auto")
+    assert losses(tmp_path / "debug") == losses(straight)
+    same_ending(tmp_path / "debug", straight)
+
+
+def test_resume_of_a_finished_run_changes_nothing(straight: Path) -> None:
+    before = losses(straight)
+    config = debug(straight.parent)
+    assert train(config, resume="auto")
+    assert losses(straight) == before
+
+
+def test_loader_workers_change_nothing(straight: Path, tmp_path: Path) -> None:
+    assert train(debug(tmp_path, "data.workers=2", "train.stop_after_steps=5"))
+    assert list(losses(tmp_path / "debug").values()) == list(losses(straight).values())[:5]
+
+
+def test_two_processes_train_the_same_curve_and_continue_as_one(straight: Path, tmp_path: Path) -> None:
+    config = str(CONFIG_FOLDER / "debug.toml")
+    arguments = ["train", config, f"out={tmp_path}", "train.stop_after_steps=13"]
+    subprocess.run(command(*arguments, processes=2), check=True, timeout=240, env=environment(), capture_output=True)
+    last = list_checkpoints(tmp_path / "debug")[-1]
+    assert sorted(p.name for p in last.glob("shard-*")) == ["shard-00000-of-00002.pt", "shard-00001-of-00002.pt"]
+    assert train(debug(tmp_path), resume="auto")
+    together, alone = losses(tmp_path / "debug"), losses(straight)
+    assert together.keys() == alone.keys()
+    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=WORLD_SIZE_TOLERANCE, atol=1e-5)
+    table, expected = (
+        torch.load(list_checkpoints(run)[-1] / "shard-00000-of-00001.pt", weights_only=True)["state"]["state.log_u"]
+        for run in (tmp_path / "debug", straight)
+    )
+    assert torch.equal(table.isinf(), expected.isinf())
+    torch.testing.assert_close(table, expected, rtol=1e-3, atol=1e-3)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not get going")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_killed_run_ends_with_the_same_weights(number: signal.Signals, straight: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(CONFIG_FOLDER / "debug.toml"), f"out={tmp_path}", "train.checkpoint_every=3"]
+    run = tmp_path / "debug"
+    with subprocess.Popen(command(*arguments), env=environment(), stdout=-1, stderr=-1, text=True) as process:
+        wait_for_step(run, 8, process)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 143
+        assert len(losses(run)) == int(list_checkpoints(run)[-1].name.removeprefix("step-")), "saved where it stopped"
+    assert train(debug(tmp_path, "train.checkpoint_every=3"), resume="auto")
+    assert losses(run) == losses(straight)
+    same_ending(run, straight)
+
+
+def test_an_existing_run_is_not_overwritten(straight: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="exists already; continue it with --resume auto"):
+        train(debug(straight.parent))
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()} == before
+
+
+def test_another_config_is_refused_by_key(straight: Path) -> None:
+    with pytest.raises(UserError, match=r"optim.lr was 0.001 and is 0.002 now"):
+        train(debug(straight.parent, "optim.lr=2e-3"), resume="auto")
+    with pytest.raises(UserError, match=r"loss.rho was 2.4 and is 2.0 now"):
+        train(debug(straight.parent, "loss.rho=2.0"), resume="auto")
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(straight: Path) -> None:
+    with pytest.raises(UserError, match="was trained on another data set"):
+        train(debug(straight.parent, "data.train=embedded:emoji/val"), resume="auto")
+
+
+def test_an_unfinished_checkpoint_is_ignored_and_a_damaged_one_named(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "debug")
+    folder = tmp_path / "debug" / "checkpoints"
+    (folder / ".writing-step-00000099").mkdir()
+    assert list_checkpoints(tmp_path / "debug")[-1].name == "step-00000020"
+    damaged = folder / "step-00000020" / "trainer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"trainer.pt: cannot be read"):
+        train(debug(tmp_path), resume="auto")
+
+
+def test_a_step_that_is_not_finite_stops_with_its_samples(tmp_path: Path) -> None:
+    trainer = Trainer(debug(tmp_path), torch.device("cpu"))
+    with torch.no_grad():
+        next(p for p in trainer.towers.module.parameters() if p.ndim > 1).fill_(torch.nan)
+    with pytest.raises(UserError, match="step 1 is not finite"):
+        trainer.run()
+    report = json.loads((tmp_path / "debug" / "nonfinite-rank0.json").read_text(encoding="utf-8"))
+    assert len(report["ids"]) == 32
+    assert not list_checkpoints(tmp_path / "debug")
+
+
+def test_open_clip_opens_a_checkpoint(straight: Path) -> None:
+    run = load_run(straight)
+    import open_clip
+
+    folder = list_checkpoints(straight)[-1]
+    module, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    named, _, _ = open_clip.create_model_and_transforms(
+        "demo-vit-32", pretrained=str(folder / "open_clip_model.safetensors")
+    )
+    tokens = run.towers.tokenizer(["a cat", "two dogs"])
+    expected = run.towers.module.encode_text(tokens)
+    torch.testing.assert_close(module.eval().encode_text(tokens), expected)
+    torch.testing.assert_close(named.eval().encode_text(tokens), expected)
+    assert 1 < float(module.logit_scale.detach().exp()) < 200
+
+
+@pytest.mark.parametrize("loss", ['{name="clip"}', '{name="sogclr"}', '{name="tempnet", rho=2.0, network="dist"}'])
+def test_other_objectives_train(loss: str, tmp_path: Path) -> None:
+    assert train(debug(tmp_path, f"loss={loss}", "train.stop_after_steps=3", "eval.tasks=[]"))
+    assert all(np.isfinite(list(losses(tmp_path / "debug").values())))
