@@ -53,7 +53,11 @@ assert "torch" not in sys.modules, "torch was imported"
     ],
 )
 def test_what_a_user_can_fix_is_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, *arguments)

@@ -131,8 +131,9 @@ class Collate:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the trainer answers it, and ends the workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and a scheduler's SIGTERM, reach every process of a job; the trainer answers and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -46,7 +46,7 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
     models = [examples.open_model(run) for run in runs]
     page = template.render(
         runs=[_run_facts(i, run, title) for i, (run, title) in enumerate(zip(runs, titles, strict=True))],
-        **_results(runs),
+        **_results(runs, titles),
         **_charts(runs, titles),
         galleries=_galleries(runs, titles, models),
         examples=_examples(runs, titles, models),
@@ -64,7 +64,6 @@ def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
     return {
         "title": title,
         "colour": plots.run_colour(i),
-        "formula": run.facts["objective"]["formula"],
         "finished": run.finished,
         "step": last["step"],
         "epoch": last["epoch"],
@@ -73,7 +72,7 @@ def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
     }
 
 
-def _results(runs: Sequence[RunRecord]) -> dict[str, Any]:
+def _results(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:
     """The headline table, and on how many of its rows each run is clearly ahead."""
     final = [run.final for run in runs]
     tables, wins, rows = [], [0] * len(runs), 0
@@ -86,7 +85,17 @@ def _results(runs: Sequence[RunRecord]) -> dict[str, Any]:
         samples = max(scores[task].samples for scores in final if task in scores)
         about = readers.all_tasks()[task].about if task in readers.all_tasks() else ""
         tables.append({"title": task_title(task), "about": about, "samples": samples, "rows": comparisons})
-    return {"tables": tables, "wins": wins, "metric_rows": rows, "better_rule": BETTER_RULE}
+    return {"tables": tables, "verdict": _verdict(titles, wins, rows), "better_rule": BETTER_RULE}
+
+
+def _verdict(titles: Sequence[str], wins: Sequence[int], rows: int) -> str:
+    """Who is ahead where, in a sentence; empty for a single run."""
+    if len(titles) < 2:
+        return ""
+    ahead = [f"{title} is clearly ahead in {n}" for title, n in zip(titles, wins, strict=True) if n]
+    if not ahead:
+        return f"In all {rows} measurements the runs are too close to tell." if rows else ""
+    return f"Of {rows} measurements, {', '.join(ahead)}; in {rows - sum(wins)} the runs are too close to tell."
 
 
 def _charts(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ RUN_STYLES = ("-", "--", "-.", ":")
 SIDE_COLOURS = {"image": "#2A9FD6", "text": "#E69F00"}
 INK, FAINT = "#2b2f36", "#8a919c"
 RIDGES = 7  # snapshots shown at most
+PANELS = 4  # in a row
 WIDTH = 11.0  # inches of a chart that fills the page
 _STYLE = {
     "font.family": "sans-serif",
@@ -84,7 +85,8 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
                     values = [100 * scores.metrics[metric] for _, scores in points]
                     _line(axis, [epoch for epoch, _ in points], values, i, title, marker="o")
             axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.2, label="chance")
-            axis.set(title=f"{task_title(task)}: {metric_title(metric)}", ylabel="%", xlabel="epoch")
+            _epochs(axis, f"{task_title(task)}: {metric_title(metric)}")
+            axis.set_ylabel("%")
             axis.set_ylim(bottom=0)
     _legend(figure, axes[0][0])
     return _svg(figure)
@@ -93,15 +95,21 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
 @styled
 def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """The loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
-    figure, axes = _grid(1, len(runs) + 2, height=2.5)
-    panels = list(axes[0])
-    for i, (run, title, axis) in enumerate(zip(runs, titles, panels, strict=False)):
+    panels, columns = len(runs) + 2, min(len(runs) + 2, PANELS)
+    figure, grid = _grid(-(-panels // columns), columns, height=2.5)
+    axes = [axis for row in grid for axis in row]
+    for unused in axes[panels:]:
+        unused.set_visible(False)
+    for i, (run, title, axis) in enumerate(zip(runs, titles, axes, strict=False)):
         _line(axis, *run.series("loss"), i, title)
-        axis.set(title=f"loss: {title}", xlabel="epoch")
-    for axis, key, name in ((panels[-2], "gamma", "inner learning rate γ"), (panels[-1], "lr", "learning rate")):
+        _epochs(axis, f"loss: {title}")
+    for axis, key, name in (
+        (axes[panels - 2], "gamma", "inner learning rate γ"),
+        (axes[panels - 1], "lr", "learning rate"),
+    ):
         for i, (run, title) in enumerate(zip(runs, titles, strict=True)):
             _line(axis, *run.series(key), i, title)
-        axis.set(title=name, xlabel="epoch")
+        _epochs(axis, name)
         if key == "gamma":
             axis.set_ylim(0, 1.05)
     return _svg(figure)
@@ -119,7 +127,7 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
             if len(low) == len(mean) == len(high):
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.22, linewidth=0)
             axis.plot(epochs, mean, color=colour, linestyle="-" if side == "image" else "--", label=f"{side} side")
-        axis.set(title=f"τ: {title}", xlabel="epoch")
+        _epochs(axis, f"τ: {title}")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("τ")
     _legend(figure, axes[0][0])
@@ -145,6 +153,7 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
         labels = [f"epoch {snapshot.epoch:.3g}" for snapshot in chosen]
         axis.set_yticks(range(len(chosen)), labels)
         axis.set(title=f"{side} side", xlabel="τ")
+        axis.locator_params(axis="x", nbins=6)
         axis.spines["left"].set_visible(False)
         axis.grid(visible=False, axis="y")
     return _svg(figure)
@@ -170,6 +179,11 @@ def _grid(
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     grid: np.ndarray = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure, grid.tolist()
+
+
+def _epochs(axis: Axes, title: str) -> None:
+    axis.set(title=title, xlabel="epoch")
+    axis.locator_params(axis="x", nbins=6, integer=True)
 
 
 def _line(axis: Axes, x: Any, y: Any, i: int, label: str, marker: str = "") -> None:
