@@ -45,6 +45,8 @@ def decode(data: bytes) -> Image.Image:
             return to_rgb(image)
     except UnidentifiedImageError:
         raise UnreadableImage("cannot identify image") from None
+    except MemoryError:  # that is the machine's fault, not the image's
+        raise
     except Exception as error:  # decoders raise all kinds on damaged bytes
         raise UnreadableImage(f"cannot decode image: {' '.join(str(error).split()) or repr(error)}") from None
 

@@ -104,7 +104,7 @@ class Trainer:
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
         self.skipped = 0
         self._unchecked: tuple[int, LossOutput, Tensor, Tensor] | None = None
-        self._logit_scale = 1 / 0.07
+        self._metrics: dict[str, Tensor] = {}
 
     def run(self) -> bool:
         """Train to the end, or to a stop signal; returns whether the end was reached."""
@@ -167,7 +167,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        self._unchecked = (self.step, output, norm, batch.ids)
+        self._unchecked, self._metrics = (self.step, output, norm, batch.ids), output.metrics
         self.lr = rates[0]
         return output
 
@@ -192,8 +192,6 @@ class Trainer:
         names = list(output.metrics)
         values = torch.stack([output.metrics[name].float() for name in names]).tolist()  # one transfer
         metrics = dict(zip(names, values, strict=True))
-        if "tau/image_mean" in metrics:
-            self._logit_scale = 2 / (metrics["tau/image_mean"] + metrics["tau/text_mean"])
         norm = float(self._unchecked[2]) if self._unchecked else math.nan
         metrics |= {"lr": self.lr, "grad_norm": norm, "samples_per_second": rate, "data_wait": wait}
         metrics["skipped"] = self.skipped
@@ -229,7 +227,7 @@ class Trainer:
         checkpoint.save_checkpoint(
             self.folder,
             self.step,
-            logit_scale=self._logit_scale,
+            logit_scale=2 / float(self._metrics["tau/image_mean"] + self._metrics["tau/text_mean"]),
             best=self.best,
             keep=self.config.train.keep,
             **self._restorable(),
