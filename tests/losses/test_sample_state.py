@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from disttempnet import distributed
+from disttempnet import build_loss, distributed
 from disttempnet.losses.sample_state import SampleState, redeal
 from losses.scenario import (
     CONSTANT,
@@ -267,3 +267,9 @@ def test_evaluation_reads_and_does_not_write() -> None:
     loss.train()
     assert step(loss, batches[1]).total == out.total
     assert len(batches[1].ids) == B
+
+
+def test_half_precision_parameters_leave_the_table_alone() -> None:
+    loss = build_loss("disttempnet", num_samples=4, embed_dim=2)
+    assert loss.bfloat16().state.log_u.dtype == torch.float32
+    assert next(loss.parameters()).dtype == torch.bfloat16

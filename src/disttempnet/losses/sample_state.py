@@ -90,7 +90,9 @@ class SampleState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampleState:
         super()._apply(fn, recurse)
-        self._table = fn(self._table)
+        moved = fn(self._table)
+        # .half() and .bfloat16() are for parameters: at log u = 60 bf16 tells values apart by a quarter of a nat
+        self._table = moved if moved.dtype in (torch.float32, torch.float64) else self._table.to(moved.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
