@@ -3,6 +3,8 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,15 +194,29 @@ def test_a_shard_lost_while_training_ends_in_one_line(shards: Write, workers: in
 
 
 @fork
-def test_workers_leave_interrupts_to_the_trainer(shards: Write) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_the_trainer(shards: Write, number: signal.Signals) -> None:
     data = data_of(shards(9, 9), workers=1)
     batches = data.loader_from(0)
     first = next(batches)
     (worker,) = data.loader._iterator._workers
-    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, number)
     assert 1 + sum(1 for _ in batches) == data.plan.steps
     assert len(first.ids) == 4
     assert worker.is_alive()
+
+
+def test_a_process_with_workers_ends(shards: Write) -> None:
+    """Whatever ends it: workers that ignore SIGTERM would keep multiprocessing waiting for ever."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from data.test_dataset import data_of\n"
+        "data = data_of(sys.argv[2], workers=2)\n"
+        "next(data.loader_from(0))\n"
+        "raise SystemExit(3)"
+    )
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", script, tests, str(shards(9, 9))]
+    assert subprocess.run(command, timeout=60, check=False, capture_output=True).returncode == 3
 
 
 def test_limit_takes_the_first_usable_samples(shards: Write) -> None:

@@ -151,11 +151,13 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_killed_run_ends_with_the_same_weights(number: signal.Signals, straight: Path, tmp_path: Path) -> None:
+    # As a scheduler or a terminal does it: the whole process group gets the signal, loader workers too.
     arguments = ["train", str(CONFIG_FOLDER / "debug.toml"), f"out={tmp_path}", "train.checkpoint_every=3"]
+    start = command(*arguments, "data.workers=2")
     run = tmp_path / "debug"
-    with subprocess.Popen(command(*arguments), env=environment(), stdout=-1, stderr=-1, text=True) as process:
+    with subprocess.Popen(start, env=environment(), stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
         wait_for_step(run, 8, process)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         process.communicate(timeout=60)
     if number != signal.SIGKILL:
         assert process.returncode == 143

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import os
 import signal
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -131,9 +134,10 @@ class Collate:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach every process of a job; the trainer answers and ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave the trainer's process group: Ctrl-C, or a signal to the group, is the trainer's to answer, who needs no
+    dead workers while it saves. (Ignoring SIGTERM instead would hang Python's exit, which ends workers with it.)"""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -149,7 +153,7 @@ def make_loader(
         workers: processes, kept from epoch to epoch; 0 = load in this process.
         pin_memory: page-lock the batches, for copies to a GPU that overlap with computing.
     """
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=Collate(tokenizer),
@@ -160,3 +164,19 @@ def make_loader(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed an epoch: not from the trainer's generator
     )
+    atexit.register(_end_workers, weakref.ref(loader))
+    return loader
+
+
+def _end_workers(reference: weakref.ref[DataLoader]) -> None:
+    """End a loader's workers before the interpreter exits.
+
+    At exit multiprocessing sends its processes a SIGTERM and waits for them; these ignore it, so it would wait
+    for ever. torch has no public way to end persistent workers.
+    """
+    loader = reference()
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()  # one that is stuck; the others have ended
