@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
 import signal
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -153,7 +151,7 @@ def make_loader(
         workers: processes, kept from epoch to epoch; 0 = load in this process.
         pin_memory: page-lock the batches, for copies to a GPU that overlap with computing.
     """
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=Collate(tokenizer),
@@ -164,19 +162,3 @@ def make_loader(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed an epoch: not from the trainer's generator
     )
-    atexit.register(_end_workers, weakref.ref(loader))
-    return loader
-
-
-def _end_workers(reference: weakref.ref[DataLoader]) -> None:
-    """End a loader's workers before the interpreter exits.
-
-    At exit multiprocessing sends its processes a SIGTERM and waits for them; these ignore it, so it would wait
-    for ever. torch has no public way to end persistent workers.
-    """
-    loader = reference()
-    iterator = getattr(loader, "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
-        for worker in iterator._workers:
-            worker.kill()  # one that is stuck; the others have ended

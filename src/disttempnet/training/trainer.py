@@ -85,6 +85,7 @@ class Trainer:
         found = self._find_checkpoint(resume)
         torch.manual_seed(config.train.seed)
         self.towers = load_model(config.model.name, config.model.pretrained)
+        build_objective(config, 1, self.towers.embed_dim)  # a wrong [loss] is refused before any shard is read
         self.data = open_training_data(
             config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
         )
