@@ -34,7 +34,7 @@ assert "torch" not in sys.modules, "torch was imported"
 """
     done = subprocess.run([sys.executable, "-c", code, "train"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "optim.temperature_lr" in done.stdout
+    assert "optim.weight_decay" in done.stdout
     assert "Did you mean 'optim.lr'" in done.stderr
 
 

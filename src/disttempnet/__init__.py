@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from disttempnet.config import load_config as load_config
     from disttempnet.losses import OBJECTIVES as OBJECTIVES
+    from disttempnet.losses import Features as Features
     from disttempnet.losses import build_loss as build_loss
     from disttempnet.models import load_model as load_model
     from disttempnet.training.checkpoint import load_run as load_run
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Features": "disttempnet.losses",
     "OBJECTIVES": "disttempnet.losses",
     "build_loss": "disttempnet.losses",
     "load_config": "disttempnet.config",
@@ -25,7 +27,7 @@ _HOMES = {
     "load_run": "disttempnet.training.checkpoint",
 }
 
-__all__ = ["OBJECTIVES", "__version__", "build_loss", "load_config", "load_model", "load_run"]
+__all__ = ["OBJECTIVES", "Features", "__version__", "build_loss", "load_config", "load_model", "load_run"]
 
 
 def __getattr__(name: str) -> Any:

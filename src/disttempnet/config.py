@@ -75,7 +75,7 @@ class LossConfig(BaseModel):
 
 
 class OptimConfig(Section):
-    """AdamW for the towers, Adam for the temperature; learning rates warm up linearly, then follow a cosine."""
+    """AdamW for the towers: linear warm-up, then a cosine. The temperature's own rate is in [loss]."""
 
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.02, ge=0, description="on matrices only: not on gains, biases, embeddings' scale")
@@ -85,8 +85,6 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     lr_end: float = Field(0.0, ge=0, description="where the cosine ends")
     grad_clip: float = Field(0.0, ge=0, description="largest gradient norm of the towers; 0 = no clipping")
-    temperature_lr: float = Field(3e-5, gt=0, description="learning rate of the objective's own parameters")
-    temperature_lr_decay: float = Field(0.9, gt=0, le=1, description="factor on it an epoch")
 
 
 class TrainConfig(Section):

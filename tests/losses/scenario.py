@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disttempnet import build_loss, distributed
+from disttempnet import Features, build_loss, distributed
 
 N, D, B = 19, 6, 8  # samples, width, rows of the global batch; N is no multiple of 2 or 4: the last shard is short
 
@@ -96,7 +96,7 @@ def step(loss: nn.Module, batch: GlobalBatch, autocast: bool = False) -> StepRes
     loss.zero_grad()
     loss.set_epoch(batch.epoch)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = loss(x, y, local_rows(batch.ids))
+        out = loss(Features.unit(x, y), local_rows(batch.ids))
     out.total.backward()
     K = distributed.world_size()
     for parameter in loss.parameters():
@@ -107,7 +107,7 @@ def step(loss: nn.Module, batch: GlobalBatch, autocast: bool = False) -> StepRes
         grad_x=x.grad / K,
         grad_y=y.grad / K,
         parameters={name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None},
-        log_u=loss.state.read(batch.ids).clone() if hasattr(loss, "state") else None,
+        log_u=loss.state.read(batch.ids).clone() if getattr(loss, "state", None) is not None else None,
         metrics={name: value.clone() for name, value in out.metrics.items()},
     )
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttempnet import distributed
+from disttempnet import Features, distributed
 from losses.oracle import Twin, inner_rate, written_objective, written_objective_repeated
 from losses.scenario import (
     CONSTANT,
@@ -187,7 +187,7 @@ class Model(nn.Module):
         self.loss = make(recipe)
 
     def forward(self, pixels: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
-        return self.loss(F.normalize(self.image(pixels), dim=1), F.normalize(self.text(tokens), dim=1), ids).total
+        return self.loss(Features.of(self.image(pixels), self.text(tokens)), ids).total
 
 
 def train_towers(recipe: dict, steps: int = 4) -> tuple[dict[str, Tensor], Tensor, list[float]]:
@@ -341,7 +341,7 @@ def test_products_are_exact_inside_and_the_users_choice_stands_outside(wanted: s
     torch.set_float32_matmul_precision(wanted)
     try:
         with Precision():
-            loss(batch.x.float(), batch.y.float(), batch.ids)
+            loss(Features.unit(batch.x.float(), batch.y.float()), batch.ids)
         assert torch.get_float32_matmul_precision() == wanted
     finally:
         torch.set_float32_matmul_precision(chosen)
@@ -397,7 +397,7 @@ def test_memory_does_not_grow_with_the_square_of_the_batch() -> None:
         return tensor
 
     with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(x, y, torch.arange(rows)).total.backward()
+        loss(Features.unit(x, y), torch.arange(rows)).total.backward()
     assert largest.elements <= rows * rows // 4
     assert sum(saved) <= 10 * rows * width
     assert x.grad.isfinite().all()
@@ -410,7 +410,7 @@ def test_total_is_a_scalar_whose_gradient_scales_linearly() -> None:
     for factor in (1.0, 3.0):
         loss = make(NETWORK)
         x, y = batch.x.clone().requires_grad_(), batch.y.clone().requires_grad_()
-        out = loss(x, y, batch.ids)
+        out = loss(Features.unit(x, y), batch.ids)
         assert out.total.shape == ()
         (factor * out.total).backward()
         gradients.append([x.grad, y.grad, *(p.grad for p in loss.parameters())])
@@ -423,7 +423,7 @@ def test_metrics_are_detached_scalars(recipe: dict) -> None:
     batch = unique_batch(1)
     x = batch.x.clone().requires_grad_()
     loss = make(recipe)
-    metrics = loss(x, batch.y, batch.ids).metrics
+    metrics = loss(Features.unit(x, batch.y), batch.ids).metrics
     for name, value in metrics.items():
         assert isinstance(value, Tensor), name
         assert value.shape == (), name

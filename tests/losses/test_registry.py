@@ -7,7 +7,7 @@ import torch
 
 import disttempnet
 import disttempnet.losses
-from disttempnet import OBJECTIVES, build_loss
+from disttempnet import OBJECTIVES, Features, build_loss
 from losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch
 
 NAMES = ("clip", "disttempnet", "disttempnet-v1", "sogclr", "tempnet")
@@ -31,7 +31,7 @@ def test_defaults_train(name: str) -> None:
     loss.set_epoch(2)
     batch = unique_batch(1)
     x, y = (rows.float().requires_grad_() for rows in (batch.x, batch.y))
-    out = loss(x, y, batch.ids)
+    out = loss(Features.unit(x, y), batch.ids)
     out.total.backward()
     assert out.total.dtype == torch.float32
     assert x.grad.isfinite().all()
@@ -78,7 +78,7 @@ def test_unknown_name_lists_what_exists(wrong: str, nearest: str) -> None:
         ("disttempnet-v1", "gamma_mim", "gamma_min"),
         ("disttempnet-v1", "gamma", "gamma_min"),
         ("tempnet", "gamma_min", "gamma"),
-        ("clip", "learnible", "learnable"),
+        ("clip", "tau_mim", "tau_min"),
     ],
 )
 def test_unknown_argument_lists_what_exists(name: str, wrong: str, nearest: str) -> None:
@@ -153,4 +153,4 @@ def test_wrong_batches_are_refused(name: str, broken: str) -> None:
     else:
         ids = ids.float()
     with pytest.raises(ValueError, match=r"features|ids"):
-        build_loss(name, num_samples=N, embed_dim=D)(x, y, ids)
+        build_loss(name, num_samples=N, embed_dim=D)(Features.unit(x, y), ids)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from disttempnet import build_loss, distributed
-from disttempnet.losses.sample_state import SampleState, redeal
+from disttempnet import Features, build_loss, distributed
+from disttempnet.losses.sample_state import NEVER, SampleState, redeal
 from losses.scenario import (
     CONSTANT,
     NETWORK,
@@ -50,18 +50,18 @@ def shard(num_samples: int, rank: int, world_size: int) -> Tensor:
 
 
 def test_starts_without_visits() -> None:
-    state = SampleState(N)
-    assert state.log_u.shape == (2, N)
-    assert state.log_u.dtype == torch.float32
+    state = SampleState(N, {"log_u": NEVER})
+    assert state.local("log_u").shape == (2, N)
+    assert state.local("log_u").dtype == torch.float32
     assert (state.read(torch.arange(N)) == -math.inf).all()
 
 
 def write_and_read(num_samples: int, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     """Write table values of ids `write` in two batches; this rank's buffer, and what `read` gives."""
-    state = SampleState(num_samples)
+    state = SampleState(num_samples, {"log_u": NEVER})
     for ids in write.chunk(2):
         state.write(ids, table(num_samples)[:, ids])
-    return state.log_u.clone(), state.read(read)
+    return state.local("log_u").clone(), state.read(read)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -90,12 +90,12 @@ def test_ids_outside_the_data_set_are_refused(ids: list[int]) -> None:
     loss = make(CONSTANT)
     with pytest.raises(IndexError, match=rf"\[0, {N}\)"):
         step(loss, GlobalBatch(*pairs(2), torch.tensor(ids)))
-    assert loss.state.log_u.isinf().all()
+    assert loss.state.local("log_u").isinf().all()
 
 
 def test_a_loss_built_for_another_world_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Built before torch.distributed was initialised, it would silently own all samples on every rank."""
-    state = SampleState(N)
+    state = SampleState(N, {"log_u": NEVER})
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(RuntimeError, match=r"1 .*4"):
         state.read(torch.arange(3))
@@ -143,7 +143,7 @@ def test_state_dict_goes_through_a_weights_only_file(tmp_path) -> None:
     torch.save(loss.state_dict(), tmp_path / "loss.pt")
     other = make(DROPOUT)
     other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
-    close(other.state.log_u, loss.state.log_u, rtol=0, atol=0)
+    close(other.state.local("log_u"), loss.state.local("log_u"), rtol=0, atol=0)
     batch = stream(2)[1]
     assert_same_steps([step(other, batch)], [step(loss, batch)], tolerance=0)
 
@@ -155,7 +155,7 @@ def test_the_epoch_is_part_of_the_state() -> None:
     loss.set_epoch(3)
     other.load_state_dict(loss.state_dict())
     batch = stream(1)[0]
-    gamma = [one(batch.x, batch.y, batch.ids).metrics["gamma"].item() for one in (loss, other)]
+    gamma = [one(Features.unit(batch.x, batch.y), batch.ids).metrics["gamma"].item() for one in (loss, other)]
     assert gamma[0] == gamma[1] < 1
 
 
@@ -201,16 +201,16 @@ class Tower(nn.Module):
         self.weight, self.loss = nn.Parameter(torch.eye(D, dtype=torch.float64)), loss
 
     def forward(self, batch: GlobalBatch) -> Tensor:
-        return self.loss(batch.x @ self.weight, batch.y, batch.ids).total
+        return self.loss(Features.unit(batch.x @ self.weight, batch.y), batch.ids).total
 
 
 def wrap_visited_state() -> tuple[Tensor, Tensor]:
     """This rank's buffer before and after DDP's constructor, which synchronises parameters."""
     model = Tower(make(CONSTANT))
     model.loss.state.write(torch.arange(N), table(N).double())
-    before = model.loss.state.log_u.clone()
+    before = model.loss.state.local("log_u").clone()
     distributed.data_parallel(model, torch.device("cpu"))
-    return before, model.loss.state.log_u.clone()
+    return before, model.loss.state.local("log_u").clone()
 
 
 def test_data_parallel_does_not_broadcast_the_table(gloo) -> None:
@@ -259,11 +259,11 @@ def test_training_goes_on_at_another_world_size(gloo, recipe: dict, old: int, ne
 def test_evaluation_reads_and_does_not_write() -> None:
     loss, batches = make(CONSTANT), stream(2)
     step(loss, batches[0])
-    before = loss.state.log_u.clone()
+    before = loss.state.local("log_u").clone()
     loss.eval()
-    out = loss(batches[1].x, batches[1].y, batches[1].ids)
+    out = loss(Features.unit(batches[1].x, batches[1].y), batches[1].ids)
     assert out.total.isfinite()
-    close(loss.state.log_u, before, rtol=0, atol=0)
+    close(loss.state.local("log_u"), before, rtol=0, atol=0)
     loss.train()
     assert step(loss, batches[1]).total == out.total
     assert len(batches[1].ids) == B
@@ -271,5 +271,5 @@ def test_evaluation_reads_and_does_not_write() -> None:
 
 def test_half_precision_parameters_leave_the_table_alone() -> None:
     loss = build_loss("disttempnet", num_samples=4, embed_dim=2)
-    assert loss.bfloat16().state.log_u.dtype == torch.float32
+    assert loss.bfloat16().state.local("log_u").dtype == torch.float32
     assert next(loss.parameters()).dtype == torch.bfloat16

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from disttempnet import Features
 from losses.scenario import (
     CONSTANT,
     NETWORK,
@@ -175,7 +176,7 @@ def test_following_the_gradient_leads_to_the_root(mode: str) -> None:
     batch = unique_batch(2)
     for _ in range(400):
         optimizer.zero_grad()
-        out = loss(batch.x, batch.y, batch.ids)
+        out = loss(Features.unit(batch.x, batch.y), batch.ids)
         out.total.backward()
         optimizer.step()
     tau = loss.temperatures(batch.x, batch.y)
@@ -261,7 +262,7 @@ def masks_of(recipe: dict, batches: list[GlobalBatch]) -> list[tuple[Tensor, Ten
     loss = make(recipe)
     recorder = Recorder(loss)
     for batch in batches:
-        loss(local_rows(batch.x), local_rows(batch.y), local_rows(batch.ids))
+        loss(Features.unit(local_rows(batch.x), local_rows(batch.y)), local_rows(batch.ids))
     return [recorder.masks(number) for number in range(len(batches))]
 
 
@@ -278,7 +279,7 @@ def test_evaluation_has_no_dropout() -> None:
     loss, batch = make(DROPOUT), unique_batch(1)
     trained = step(loss, batch).metrics["tau/image_mean"]
     loss.eval()
-    outs = [loss(batch.x, batch.y, batch.ids) for _ in range(2)]
+    outs = [loss(Features.unit(batch.x, batch.y), batch.ids) for _ in range(2)]
     assert outs[0].total == outs[1].total
     tau = twin_taus(weights_of(loss), batch.x, batch.y, DROPOUT)
     close(outs[0].metrics["tau/image_mean"], tau[0].mean().detach(), rtol=1e-10, atol=0)
@@ -325,7 +326,7 @@ def test_more_prototypes_than_rows() -> None:
 def prototypes_after_training(batches: list[GlobalBatch]) -> tuple[Tensor, Tensor]:
     loss = make(NETWORK, prototypes=13)
     for batch in batches:
-        loss(local_rows(batch.x), local_rows(batch.y), local_rows(batch.ids))
+        loss(Features.unit(local_rows(batch.x), local_rows(batch.y)), local_rows(batch.ids))
     return prototypes(loss)
 
 
@@ -339,7 +340,7 @@ def test_prototypes_are_the_same_at_every_world_size(gloo, world_size: int) -> N
 def test_evaluation_does_not_start_prototypes() -> None:
     loss, batch = make(NETWORK).eval(), unique_batch(1)
     before = prototypes(loss)
-    loss(batch.x, batch.y, batch.ids)
+    loss(Features.unit(batch.x, batch.y), batch.ids)
     loss.temperatures(batch.x, batch.y)
     close(prototypes(loss), before, rtol=0, atol=0)
 

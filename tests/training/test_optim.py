@@ -23,15 +23,16 @@ def test_warm_up_then_cosine() -> None:
 
 
 def test_the_temperature_decays_by_epoch_after_the_same_warm_up() -> None:
-    config = OptimConfig(lr=1.0, warmup_steps=2, temperature_lr=3e-5)
-    assert temperature_learning_rate(config, 0, 0) == pytest.approx(1.5e-5)
-    assert temperature_learning_rate(config, 9, 2) == pytest.approx(3e-5 * 0.81)
+    config = OptimConfig(lr=1.0, warmup_steps=2)
+    network = build_loss("disttempnet", num_samples=9, embed_dim=8, tau_lr=3e-5, tau_lr_decay=0.9).temperature
+    assert temperature_learning_rate(config, 0, network.learning_rate(0)) == pytest.approx(1.5e-5)
+    assert temperature_learning_rate(config, 9, network.learning_rate(2)) == pytest.approx(3e-5 * 0.81)
 
 
 def test_every_trained_parameter_is_in_one_group() -> None:
     towers = load_model("demo-vit-32").module
     towers.logit_scale.requires_grad_(False)
-    for name in ("clip", "sogclr", "disttempnet-v1"):
+    for name in ("clip", "sogclr", "isogclr", "fastclip-v0", "fastclip-v3", "disttempnet-v1"):
         loss = build_loss(name, num_samples=9, embed_dim=64)
         optimizers = build_optimizers(towers, loss, OptimConfig(lr=1e-3, weight_decay=0.3))
         seen = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -40,4 +41,4 @@ def test_every_trained_parameter_is_in_one_group() -> None:
         decayed = {id(p) for o in optimizers for g in o.param_groups if g["weight_decay"] for p in g["params"]}
         assert all(p.ndim >= 2 for p in towers.parameters() if id(p) in decayed)
         assert not decayed & {id(p) for p in loss.parameters()}
-        assert len(optimizers) == (2 if name == "disttempnet-v1" else 1)
+        assert len(optimizers) == (2 if name in ("disttempnet-v1", "fastclip-v3") else 1)

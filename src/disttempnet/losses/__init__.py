@@ -11,109 +11,127 @@ from dataclasses import dataclass
 from typing import Any
 
 from disttempnet.errors import unknown_name
-from disttempnet.losses.clip import ClipLoss
-from disttempnet.losses.core import LossOutput, Objective
-from disttempnet.losses.global_contrastive import GlobalContrastiveLoss, TauGradient
+from disttempnet.losses.core import Context, Features, LossOutput, Objective
+from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
+from disttempnet.losses.sample_state import SampleState
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma
-from disttempnet.losses.temperature import ConstantTemperature, NetworkForm, NetworkTemperature
+from disttempnet.losses.temperature import (
+    ConstantTemperature,
+    LearnableTemperature,
+    PerSampleTemperature,
+    Temperature,
+)
+from disttempnet.losses.tempnet import NetworkTemperature
 
-__all__ = ["OBJECTIVES", "ClipLoss", "GlobalContrastiveLoss", "LossOutput", "Objective", "Recipe", "build_loss"]
+__all__ = ["OBJECTIVES", "Features", "GlobalContrastiveLoss", "LossOutput", "Objective", "Recipe", "build_loss"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the list: `build` takes num_samples, embed_dim, seed and the objective's own arguments."""
+    """A row of the list.
+
+    Attributes:
+        title: the objective's written name.
+        formula: what it minimises, in the symbols of docs/objectives.md.
+        temperature, gamma: kinds, in words.
+        source: paper.
+        arguments: its own arguments and their defaults.
+        build: takes a Context and the arguments.
+    """
 
     title: str
     formula: str
+    temperature: str
+    gamma: str
     source: str
+    arguments: dict[str, Any]
     build: Callable[..., Objective]
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The objective's own arguments and their defaults."""
-        parameters = inspect.signature(self.build).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    def bytes_a_sample(self) -> int:
+        """Of per-sample state in float32, over all ranks."""
+        objective = self.build(Context(num_samples=1, embed_dim=8), **self.arguments)
+        return sum(m.bytes_a_sample for m in objective.modules() if isinstance(m, SampleState))
 
 
-def _clip(
-    num_samples: int, embed_dim: int, seed: int, *, temperature: float = 0.07, learnable: bool = True
-) -> Objective:
-    return ClipLoss(temperature, learnable)
+def _own(part: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that a part leaves to the user, and their defaults."""
+    parameters = inspect.signature(part).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def _sogclr(num_samples: int, embed_dim: int, seed: int, *, temperature: float = 0.05, gamma: float = 0.8) -> Objective:
-    return GlobalContrastiveLoss(num_samples, ConstantTemperature(temperature), ConstantGamma(gamma))
-
-
-def _network_objective(
-    num_samples: int,
-    embed_dim: int,
-    seed: int,
-    schedule: Gamma,
-    rho: float,
-    tau_gradient: TauGradient,
-    network: NetworkForm,
-    **shape: Any,
-) -> Objective:
-    temperature = NetworkTemperature(embed_dim, form=network, rho=rho, seed=seed, **shape)
-    return GlobalContrastiveLoss(num_samples, temperature, schedule, rho, tau_gradient)
-
-
-def _tempnet(
-    num_samples: int,
-    embed_dim: int,
-    seed: int,
+def _family(
+    title: str,
+    temperature: type[Temperature],
+    gamma: type[Gamma] | None,
+    source: str,
+    /,
     *,
-    rho: float = 7.0,
-    gamma: float = 0.8,
-    tau_min: float = 0.005,
-    tau_max: float = 0.05,
-    network: NetworkForm = "icml24",
-    prototypes: int = 256,
-    dropout: float = 0.5,
-    feature_scale: float = 1.0,
-    tau_gradient: TauGradient = "fcco",
-) -> Objective:
-    return _network_objective(
-        num_samples, embed_dim, seed, ConstantGamma(gamma), rho, tau_gradient, network,
-        tau_min=tau_min, tau_max=tau_max, prototypes=prototypes, dropout=dropout, feature_scale=feature_scale,
-    )  # fmt: skip
+    robust: bool = True,
+    **defaults: Any,
+) -> Recipe:
+    """A row of the family: one estimator × a temperature × a schedule of γ. `defaults` are the published values."""
+    of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
+    of_loss = ["rho"] * (robust and temperature.learns) + ["tau_gradient"] * (gamma is not None and temperature.learns)
+    own = _own(GlobalContrastiveLoss)
+    arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}
+    assert defaults.keys() <= arguments.keys()
+    arguments |= defaults
+
+    def build(context: Context, **given: Any) -> Objective:
+        return GlobalContrastiveLoss(
+            context,
+            temperature(context, **{name: given[name] for name in of_temperature}),
+            gamma(**{name: given[name] for name in of_gamma}) if gamma else None,
+            robust=robust,
+            **{name: given[name] for name in of_loss},
+        )
+
+    expectation = "log E_j exp(d_ij/τ)" if gamma else "log Σ_{j in batch} exp(d_ij/τ)"
+    if robust:
+        expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
+    kinds = {None: "–", ConstantGamma: "constant", CosineGamma: "cosine"}
+    return Recipe(title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build)
 
 
-def _disttempnet_v1(
-    num_samples: int,
-    embed_dim: int,
-    seed: int,
-    *,
-    rho: float = 7.0,
-    gamma_min: float = 0.8,
-    gamma_decay_epochs: float = 20.0,
-    tau_min: float = 0.005,
-    tau_max: float = 0.05,
-    network: NetworkForm = "icml24",
-    prototypes: int = 256,
-    dropout: float = 0.5,
-    feature_scale: float = 1.0,
-    tau_gradient: TauGradient = "fcco",
-) -> Objective:
-    return _network_objective(
-        num_samples, embed_dim, seed, CosineGamma(gamma_min, gamma_decay_epochs), rho, tau_gradient, network,
-        tau_min=tau_min, tau_max=tau_max, prototypes=prototypes, dropout=dropout, feature_scale=feature_scale,
-    )  # fmt: skip
-
-
-_RGCL = "½ mean_i Σ_sides τ_i (log E_j exp(d_ij/τ_i) + ρ)"
+_ISOGCLR: dict[str, Any] = {"tau_optimizer": "momentum", "temperature": 0.01, "tau_min": 0.005, "tau_max": 0.05}
+_FASTCLIP: dict[str, Any] = {"gamma_min": 0.2, "gamma_decay_epochs": 18.0}
+_V3: dict[str, Any] = {"rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}
 
 OBJECTIVES: dict[str, Recipe] = {
-    "clip": Recipe("CLIP", "½ mean_i Σ_sides log Σ_{j in batch} exp(d_ij/τ)", "arXiv 2103.00020", _clip),
-    "sogclr": Recipe("SogCLR", "½ mean_i Σ_sides τ log E_j exp(d_ij/τ)", "arXiv 2202.12387", _sogclr),
-    "tempnet": Recipe("TempNet", _RGCL + ", τ from a network, γ constant", "arXiv 2404.04575", _tempnet),
-    "disttempnet": Recipe("DistTempNet", _RGCL + ", τ from a network, γ constant", "arXiv 2404.04575", _tempnet),
-    "disttempnet-v1": Recipe(
-        "DistTempNet-v1", _RGCL + ", τ from a network, γ on a cosine", "arXiv 2404.04575, 2407.01445", _disttempnet_v1
+    "clip": _family("CLIP", LearnableTemperature, None, "arXiv 2103.00020", robust=False),
+    "clip-constant": _family(
+        "CLIP, constant τ", ConstantTemperature, None, "arXiv 2103.00020", robust=False, temperature=0.07
     ),
-}
+    "clip-per-sample": _family(
+        "CLIP, τ per sample", PerSampleTemperature, None, "arXiv 2103.00020, 2305.11965", robust=False,
+        temperature=0.07, tau_lr=1e-3,
+    ),
+    "sogclr": _family("SogCLR", ConstantTemperature, ConstantGamma, "arXiv 2202.12387"),
+    "isogclr": _family(
+        "iSogCLR", PerSampleTemperature, ConstantGamma, "arXiv 2305.11965",
+        rho=8.0, tau_lr=0.03, tau_beta=0.5, **_ISOGCLR,
+    ),
+    "tempnet": _family("TempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0),
+    "disttempnet": _family("DistTempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0),
+    "disttempnet-v1": _family(
+        "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445", rho=7.0
+    ),
+    "fastclip-v0": _family(
+        "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP
+    ),
+    "fastclip-v1": _family(
+        "FastCLIP-v1", ConstantTemperature, CosineGamma, "arXiv 2407.01445", temperature=0.03, **_FASTCLIP
+    ),
+    "fastclip-v2": _family(
+        "FastCLIP-v2", PerSampleTemperature, CosineGamma, "arXiv 2407.01445", rho=7.0, **_FASTCLIP
+    ),
+    "fastclip-v3": _family(
+        "FastCLIP-v3", LearnableTemperature, CosineGamma, "arXiv 2407.01445", **_V3, **_FASTCLIP
+    ),
+    "fastclip-v3-constant-gamma": _family(
+        "FastCLIP-v3, constant γ", LearnableTemperature, ConstantGamma, "arXiv 2407.01445", **_V3, gamma=0.2
+    ),
+}  # fmt: skip
 
 
 def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **arguments: Any) -> Objective:
@@ -127,8 +145,8 @@ def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **
         arguments: the objective's own; see `OBJECTIVES[name].arguments`.
 
     Returns:
-        A module called as `loss(image_features, text_features, ids)` with this rank's rows; build it after
-        torch.distributed is initialised. It has `set_epoch(epoch)` and `temperatures(image, text)`.
+        A module called as `loss(Features.of(image_embeddings, text_embeddings), ids)` with this rank's rows; build it
+        after torch.distributed is initialised. It has `set_epoch(epoch)` and `temperatures(image, text)`.
 
     Raises:
         ValueError: unknown name or argument (the message lists what exists), or a value out of range.
@@ -140,7 +158,7 @@ def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **
         if argument not in recipe.arguments:
             raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
     try:
-        return recipe.build(num_samples, embed_dim, seed, **arguments)
+        return recipe.build(Context(num_samples, embed_dim, seed), **{**recipe.arguments, **arguments})
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
     except TypeError as error:

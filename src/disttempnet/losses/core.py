@@ -7,7 +7,41 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """This rank's rows of a global batch of pairs, all [b, D]; make one with `of` or `unit`.
+
+    Attributes:
+        image, text: unit rows, which the contrastive objectives compare.
+        image_embedding, text_embedding: the same rows before normalising, which VICReg compares.
+    """
+
+    image: Tensor
+    text: Tensor
+    image_embedding: Tensor
+    text_embedding: Tensor
+
+    @classmethod
+    def of(cls, image_embedding: Tensor, text_embedding: Tensor) -> Features:
+        """Features of what the towers give, of any norm."""
+        unit = F.normalize(image_embedding, dim=-1), F.normalize(text_embedding, dim=-1)
+        return cls(*unit, image_embedding, text_embedding)
+
+    @classmethod
+    def unit(cls, image: Tensor, text: Tensor) -> Features:
+        """Features of rows that have norm 1 already; nothing is normalised again."""
+        return cls(image, text, image, text)
+
+
+class Context(NamedTuple):
+    """What a run gives to every objective: N samples (ids lie in [0, N)), feature width D, the run's seed."""
+
+    num_samples: int
+    embed_dim: int
+    seed: int = 0
 
 
 class LossOutput(NamedTuple):
@@ -23,13 +57,25 @@ class Objective(nn.Module):
     def set_epoch(self, epoch: float) -> None:
         """Called at the start of every epoch; objectives with schedules override it."""
 
-    def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor) -> LossOutput:
-        """This rank's rows [b, D] of unit norm and their sample ids, int64 [b] → loss and metrics."""
+    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+        """This rank's rows and their sample ids, int64 [b] → loss and metrics."""
         raise NotImplementedError
 
-    def temperatures(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """τ of image and text anchors [2, n] for unit features [n, D], as in evaluation, without gradient."""
-        raise NotImplementedError
+    def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor | None:
+        """τ of image and text anchors [2, n] as in evaluation, without gradient.
+
+        Args:
+            image, text: unit features [n, D] of any pairs.
+            ids: int64 [n], where the pairs are training samples. Every rank gives the same ones.
+
+        Returns:
+            None where there is no τ, or where only training samples have one (of their own) and ids are not given.
+        """
+        return None
+
+    def tracked_temperatures(self) -> Tensor | None:
+        """τ [2, n] that this rank keeps for training samples it has seen; None where τ is not kept a sample."""
+        return None
 
 
 @contextmanager
@@ -51,8 +97,9 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def check_features(image: Tensor, text: Tensor, ids: Tensor) -> None:
+def check_features(features: Features, ids: Tensor) -> None:
     """Raise ValueError where shapes or types cannot be a batch of pairs."""
+    image, text = features.image, features.text
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(f"features must both be [b, D], got {tuple(image.shape)} and {tuple(text.shape)}")
     if ids.shape != image.shape[:1] or ids.dtype != torch.int64:
@@ -84,6 +131,19 @@ def with_gradient(value: Tensor, image: Tensor, text: Tensor, image_gradient: Te
     result = _WithGradient.apply(value, image, text, image_gradient.to(image.dtype), text_gradient.to(text.dtype))
     assert isinstance(result, Tensor)
     return result
+
+
+def tau_metrics(tau: Tensor) -> dict[str, Tensor]:
+    """mean, min, max and std of τ [2, B] of image and text anchors."""
+    metrics: dict[str, Tensor] = {}
+    for side, name in zip(tau.detach(), ("image", "text"), strict=True):
+        metrics |= {
+            f"tau/{name}_mean": side.mean(),
+            f"tau/{name}_min": side.amin(),
+            f"tau/{name}_max": side.amax(),
+            f"tau/{name}_std": side.std(correction=0),
+        }
+    return metrics
 
 
 def only_gradient(term: Tensor) -> Tensor:

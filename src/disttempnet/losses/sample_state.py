@@ -1,11 +1,11 @@
-"""The per-sample table of log u, shared out over the ranks: owner = id mod K, slot = id div K.
+"""Tables with a few numbers for every sample and side, shared out over the ranks: owner = id mod K, slot = id div K.
 
-Shapes: N samples, K ranks, B rows of the global batch. 8 bytes · N / K a rank.
+Shapes: N samples, K ranks, B rows of the global batch, C columns. 8 bytes · C · N / K a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from disttempnet import distributed
 
-NEVER = float("-inf")  # log u of a sample that was not visited yet
+NEVER = float("-inf")  # log u of a sample that was not visited yet; also fills slots behind the last sample
 
 
 class SampleState(nn.Module):
-    """log u_i of every sample, image and text side; −inf until the first visit.
+    """Columns of numbers for every sample, image and text side: log u, or a temperature and its momenta.
+
+    Args:
+        num_samples: N.
+        columns: name → value that every sample starts with.
 
     Each rank holds only the samples it owns. The table is in `state_dict()`, with the world size it was written at,
     and moves with `.to()`, but it is no registered buffer: DDP broadcasts buffers from rank 0, at its construction
@@ -27,38 +31,48 @@ class SampleState(nn.Module):
     device never waits and no row meets an owned one of the same slot.
     """
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, columns: Mapping[str, float]) -> None:
         super().__init__()
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}")
         self.num_samples = num_samples
+        self.columns = dict(columns)
         self.world_size = distributed.world_size()
         self.rank = distributed.rank()
         slots = -(-num_samples // self.world_size)
-        self._table = torch.full((2, slots + 1), NEVER, dtype=torch.float32)
+        starts = torch.tensor([start for start in columns.values() for _ in range(2)], dtype=torch.float32)
+        self._table = starts[:, None].repeat(1, slots + 1)
 
     @property
-    def log_u(self) -> Tensor:
-        """This rank's part [2, ceil(N / K)]: float32, and float64 from the first float64 write on."""
-        return self._table[:, :-1]
+    def bytes_a_sample(self) -> int:
+        """In float32, over all ranks."""
+        return 4 * len(self._table)
+
+    def local(self, column: str) -> Tensor:
+        """This rank's part of a column [2, ceil(N / K)]: float32, and float64 from the first float64 write on."""
+        row = 2 * list(self.columns).index(column)
+        return self._table[row : row + 2, :-1]
 
     def read(self, ids: Tensor) -> Tensor:
-        """log u of the global batch, the same on every rank: ids int64 [B] → [2, B]. One all-reduce."""
+        """The rows of the global batch, the same on every rank: ids int64 [B] → [2C, B]. One all-reduce.
+
+        Image and text side of the first column, then of the second …
+        """
         self._check(ids)
         owned = ids % self.world_size == self.rank
         mine = self._table[:, ids // self.world_size]
         return distributed.all_sum(torch.where(owned, mine, torch.zeros_like(mine)))
 
-    def write(self, ids: Tensor, log_u: Tensor) -> None:
-        """Store values [2, B] of the global batch; every rank keeps those it owns.
+    def write(self, ids: Tensor, values: Tensor) -> None:
+        """Store values [2C, B] of the global batch; every rank keeps those it owns.
 
         Equal ids must come with equal values, so that the order of writing does not matter.
         """
-        if log_u.dtype == torch.float64 and self._table.dtype != torch.float64:
+        if values.dtype == torch.float64 and self._table.dtype != torch.float64:
             self._table = self._table.double()
         owned = ids % self.world_size == self.rank
         spare = self._table.shape[1] - 1
-        self._table[:, torch.where(owned, ids // self.world_size, spare)] = log_u.to(self._table.dtype)
+        self._table[:, torch.where(owned, ids // self.world_size, spare)] = values.to(self._table.dtype)
 
     def _check(self, ids: Tensor) -> None:
         if distributed.world_size() != self.world_size:
@@ -96,7 +110,8 @@ class SampleState(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "log_u"] = self.log_u.contiguous()
+        for column in self.columns:
+            destination[prefix + column] = self.local(column).contiguous()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -109,23 +124,25 @@ class SampleState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        incoming = state_dict.pop(prefix + "log_u", None)
+        incoming = {column: state_dict.pop(prefix + column, None) for column in self.columns}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if incoming is None:
-            missing_keys.append(prefix + "log_u")
-        elif incoming.shape != self.log_u.shape:
-            error_msgs.append(f"{prefix}log_u: shape {tuple(incoming.shape)}, expected {tuple(self.log_u.shape)}")
-        else:
-            self._table = self._table.to(incoming.dtype)
-            self.log_u.copy_(incoming)
+        for column, values in incoming.items():
+            expected = self.local(column).shape
+            if values is None:
+                missing_keys.append(prefix + column)
+            elif values.shape != expected:
+                error_msgs.append(f"{prefix}{column}: shape {tuple(values.shape)}, expected {tuple(expected)}")
+            else:
+                self._table = self._table.to(values.dtype)
+                self.local(column).copy_(values)
 
 
 def redeal(shards: Sequence[Tensor], num_samples: int, rank: int, world_size: int) -> Tensor:
-    """The shard of `rank` among `world_size` from the shards [2, ceil(N / K_old)] of all old ranks, in rank order.
+    """A column's shard of `rank` among `world_size` from those [2, ceil(N / K_old)] of all old ranks, in rank order.
 
-    id = slot · K + rank on both sides; needs no table of all N samples.
+    id = slot · K + rank on both sides; needs no table of all N samples. Slots behind the last sample hold −inf.
     """
     old = len(shards)
     mine = shards[0].new_full((2, -(-num_samples // world_size)), NEVER)
@@ -134,3 +151,35 @@ def redeal(shards: Sequence[Tensor], num_samples: int, rank: int, world_size: in
         take = ids[ids % world_size == rank]
         mine[:, take // world_size] = shard[:, take // old]
     return mine
+
+
+def _groups(ids: Tensor) -> Tensor:
+    """A number in [0, B) for every row [B], equal where ids are.
+
+    Fixed shapes only (sort, scatter): the host never waits for the device.
+    """
+    order = ids.argsort(stable=True)
+    ordered = ids[order]
+    starts = torch.ones_like(ordered)
+    starts[1:] = (ordered[1:] != ordered[:-1]).long()
+    group = torch.empty_like(ids)
+    group[order] = starts.cumsum(0) - 1
+    return group
+
+
+def log_mean_over_equal_ids(ids: Tensor, log_g: Tensor) -> Tensor:
+    """log of the mean of g over rows of equal id, for every row: ids [B], log_g [2, B] → [2, B]."""
+    index = _groups(ids).expand_as(log_g)
+    count = torch.zeros_like(log_g).scatter_add_(1, index, torch.ones_like(log_g))
+    largest = torch.full_like(log_g, -torch.inf).scatter_reduce_(1, index, log_g, "amax")
+    finite = torch.where(largest == -torch.inf, 0.0, largest)
+    shifted = (log_g - finite.gather(1, index)).exp()
+    total = torch.zeros_like(log_g).scatter_add_(1, index, shifted)
+    return (finite + total.log() - count.log()).gather(1, index)
+
+
+def mean_over_equal_ids(ids: Tensor, values: Tensor) -> Tensor:
+    """The mean over rows of equal id, for every row: ids [B], values [2, B] → [2, B]."""
+    index = _groups(ids).expand_as(values)
+    count = torch.zeros_like(values).scatter_add_(1, index, torch.ones_like(values))
+    return (torch.zeros_like(values).scatter_add_(1, index, values) / count).gather(1, index)

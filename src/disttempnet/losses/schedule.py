@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConstantGamma:
-    """γ(e) = gamma. γ = 1 forgets the past: the mini-batch objective."""
+    """γ(e) = gamma. γ = 1 forgets the past: the mini-batch objective (SogCLR, arXiv 2202.12387)."""
 
-    gamma: float
+    gamma: float = 0.8
 
     def __post_init__(self) -> None:
         _check("gamma", self.gamma)
@@ -23,18 +23,18 @@ class ConstantGamma:
 class CosineGamma:
     """γ(e) = ½ (1 + cos(π e / E)) (1 − γ_min) + γ_min for e < E, then γ_min (FastCLIP, arXiv 2407.01445, eq. 6)."""
 
-    gamma_min: float
-    decay_epochs: float
+    gamma_min: float = 0.8
+    gamma_decay_epochs: float = 20.0
 
     def __post_init__(self) -> None:
         _check("gamma_min", self.gamma_min)
-        if not self.decay_epochs > 0:
-            raise ValueError(f"gamma_decay_epochs must be positive, got {self.decay_epochs}")
+        if not self.gamma_decay_epochs > 0:
+            raise ValueError(f"gamma_decay_epochs must be positive, got {self.gamma_decay_epochs}")
 
     def __call__(self, epoch: float) -> float:
-        if epoch >= self.decay_epochs:
+        if epoch >= self.gamma_decay_epochs:
             return self.gamma_min
-        return 0.5 * (1 + math.cos(math.pi * epoch / self.decay_epochs)) * (1 - self.gamma_min) + self.gamma_min
+        return 0.5 * (1 + math.cos(math.pi * epoch / self.gamma_decay_epochs)) * (1 - self.gamma_min) + self.gamma_min
 
 
 Gamma = ConstantGamma | CosineGamma

@@ -1,7 +1,11 @@
-"""The four temperatures of the family: constant for all, predicted by a network (two forms); more come beside them.
+"""Temperatures: where τ of every anchor comes from, and how it is learned. Networks are in tempnet.py.
 
-Shapes: b local rows, B global rows, D width, M prototypes. Every temperature maps a batch to τ of its image anchors
-and text anchors, and is a module: what it learns are its parameters.
+    Constant      one τ, never changed                               SogCLR, FastCLIP-v1
+    Learnable     one τ, a parameter                                 CLIP, FastCLIP-v0, FastCLIP-v3
+    PerSample     one τ a training sample and side, in a table       iSogCLR, FastCLIP-v2
+    Network       predicted from the anchor's feature                TempNet
+
+Shapes: b local rows, B global rows, D width, N samples.
 """
 
 from __future__ import annotations
@@ -10,238 +14,248 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttempnet import distributed
-
-NetworkForm = Literal["icml24", "dist", "mlp"]
+from disttempnet.losses.core import Context
+from disttempnet.losses.sample_state import SampleState, mean_over_equal_ids
 
 
 class Batch(NamedTuple):
-    """Detached features of this rank [b, D] and of all ranks [B, D], in rank order, and the number of the step."""
+    """Detached unit features of this rank [b, D] and of all ranks [B, D] in rank order, all ids [B], and the step."""
 
     image: Tensor
     text: Tensor
     all_image: Tensor
     all_text: Tensor
+    all_ids: Tensor
     step: int
 
+    @property
+    def mine(self) -> slice:
+        """This rank's rows among all."""
+        start = distributed.rank() * len(self.image)
+        return slice(start, start + len(self.image))
 
-class ConstantTemperature(nn.Module):
-    """One τ for every sample and both sides."""
 
-    def __init__(self, tau: float) -> None:
+class Temperature(nn.Module):
+    """What the contrastive objectives ask of a temperature.
+
+    Attributes:
+        kind: in words, for lists.
+        learns: whether τ changes; the objective then computes its gradient.
+        tau_lr: learning rate of an optimizer of its own; 0 = it has no parameters, or they are trained with the
+            towers and at their rate.
+    """
+
+    kind = ""
+    learns = True
+    tau_lr = 0.0
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """τ of this rank's image and text anchors, each [b]; differentiable in the parameters."""
+        raise NotImplementedError
+
+    def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        """∂F_i/∂τ_i [2, B] of the global batch, for temperatures that are no parameters.
+
+        counted: bool [B], False for a row that had no negatives and so says nothing.
+        """
+
+    def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor | None:
+        """τ [2, n] of pairs from unit features [n, D] or sample ids [n]; None where it takes ids and there are none."""
+        raise NotImplementedError
+
+    def tracked(self) -> Tensor | None:
+        """τ [2, n] of the training samples that this rank keeps; None where τ is not kept a sample."""
+        return None
+
+    def learning_rate(self, epoch: float) -> float:
+        """Of the optimizer that trains the parameters, where it is their own."""
+        return self.tau_lr
+
+    def set_epoch(self, epoch: float) -> None:
+        """Called when an epoch begins."""
+
+
+def check_bounds(tau_min: float, tau_max: float) -> None:
+    """Raise ValueError unless 0 < tau_min < tau_max."""
+    if not 0 < tau_min < tau_max:
+        raise ValueError(f"need 0 < tau_min < tau_max, got tau_min {tau_min} and tau_max {tau_max}")
+
+
+def check_start(tau: float) -> None:
+    """Raise ValueError unless τ is positive."""
+    if not tau > 0:
+        raise ValueError(f"temperature must be positive, got {tau}")
+
+
+class ConstantTemperature(Temperature):
+    """One τ for every sample and both sides.
+
+    Args:
+        context: not needed.
+        temperature: τ.
+    """
+
+    kind = "constant"
+    learns = False
+
+    def __init__(self, context: Context, *, temperature: float = 0.05) -> None:
         super().__init__()
-        if not tau > 0:
-            raise ValueError(f"temperature must be positive, got {tau}")
-        self.tau = tau
+        check_start(temperature)
+        self.tau = temperature
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         tau = batch.image.new_full((len(batch.image),), self.tau)
         return tau, tau
 
-    def predict(self, image: Tensor, text: Tensor) -> Tensor:
+    def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
         return image.new_full((2, len(image)), self.tau)
 
 
-class NetworkTemperature(nn.Module):
-    """τ of every anchor from its own feature: one network for images, one for texts (TempNet, arXiv 2404.04575).
+class LearnableTemperature(Temperature):
+    """One τ = exp(−logit_scale), a parameter, brought back into its bounds before every step.
 
     Args:
-        embed_dim: D.
-        form: `icml24` and `dist` are the published networks, `mlp` a plain one that tells samples apart better.
-        prototypes: M of the published forms; hidden units of the mlp.
-        tau_min, tau_max: open bounds of τ.
-        rho: weight of τ in the objective; only the `dist` form divides by it.
-        dropout: share of the hidden (mlp: input) units that are dropped in training.
-        feature_scale: what the unit features are multiplied by; √D gives entries of unit size. At 1 the hidden layer
-            hardly varies between samples and neither does τ.
-        seed: of the start and of the dropout masks.
-
-    Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
-    in the global batch and world size changes nothing.
+        context: not needed.
+        temperature: where τ starts.
+        tau_min, tau_max: bounds; (.01, 1) are CLIP's logit scale in [1, 100].
+        tau_lr: learning rate of an Adam of its own; 0 = trained with the towers, at their rate.
+        tau_threshold: tau_lr is a third in epochs that begin with τ below this (FastCLIP-v3, arXiv 2407.01445);
+            0 = never.
     """
+
+    kind = "one, learnable"
 
     def __init__(
         self,
-        embed_dim: int,
+        context: Context,
         *,
-        form: NetworkForm,
-        prototypes: int,
-        tau_min: float,
-        tau_max: float,
-        rho: float,
-        dropout: float,
-        feature_scale: float,
-        seed: int,
+        temperature: float = 0.07,
+        tau_min: float = 0.01,
+        tau_max: float = 1.0,
+        tau_lr: float = 0.0,
+        tau_threshold: float = 0.0,
     ) -> None:
         super().__init__()
-        if form not in NETWORKS:
-            raise ValueError(f"unknown network '{form}'; known: {', '.join(NETWORKS)}")
-        if not 0 < tau_min < tau_max:
-            raise ValueError(f"need 0 < tau_min < tau_max, got tau_min {tau_min} and tau_max {tau_max}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        if prototypes < 1:
-            raise ValueError(f"prototypes must be positive, got {prototypes}")
-        self.dropout, self.feature_scale, self.seed = dropout, feature_scale, seed
-        generator = torch.Generator().manual_seed(seed)
-        network = NETWORKS[form]
-        self.image, self.text = (network(embed_dim, prototypes, tau_min, tau_max, rho, generator) for _ in range(2))
-        self.prototypes_wanted = prototypes if network.starts_from_features else 0
-        self.prototypes_started = 0
+        check_start(temperature)
+        check_bounds(tau_min, tau_max)
+        if tau_lr < 0 or tau_threshold < 0:
+            raise ValueError(f"tau_lr {tau_lr} and tau_threshold {tau_threshold} must not be negative")
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.bounds = (-math.log(tau_max), -math.log(tau_min))
+        self.tau_lr, self.tau_threshold = tau_lr, tau_threshold
+        self.slowed = temperature < tau_threshold
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
-        if self.training:
-            self._start_prototypes(batch)
-        return (
-            self.image(batch.image * self.feature_scale, self._mask(batch, side=0)),
-            self.text(batch.text * self.feature_scale, self._mask(batch, side=1)),
-        )
+        with torch.no_grad():
+            self.logit_scale.clamp_(*self.bounds)
+        tau = (-self.logit_scale.to(batch.image.dtype)).exp().expand(len(batch.image))
+        return tau, tau
 
     @torch.no_grad()
-    def predict(self, image: Tensor, text: Tensor) -> Tensor:
-        """τ [2, n] without dropout, of features [n, D]."""
-        return torch.stack([self.image(image * self.feature_scale, None), self.text(text * self.feature_scale, None)])
+    def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
+        return (-self.logit_scale.clamp(*self.bounds).to(image.dtype)).exp().expand(2, len(image))
 
-    def _mask(self, batch: Batch, side: int) -> Tensor | None:
-        """Dropout factors [b, D] of the local rows: 0, or 1 / (1 − dropout)."""
-        if not self.training or self.dropout == 0:
-            return None
-        rows, width = batch.image.shape
-        seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 63)
-        generator = torch.Generator(batch.image.device).manual_seed(seed)
-        # float32 draws whatever the features' type: the same mask at every precision
-        draws = torch.rand(len(batch.all_image), width, generator=generator, device=batch.image.device)
-        start = distributed.rank() * rows
-        return (draws[start : start + rows] >= self.dropout).to(batch.image.dtype) / (1 - self.dropout)
+    def set_epoch(self, epoch: float) -> None:
+        # once an epoch, not every step as published: reading a number from a GPU would make every step wait
+        self.slowed = math.exp(-float(self.logit_scale.detach())) < self.tau_threshold
 
-    @torch.no_grad()
-    def _start_prototypes(self, batch: Batch) -> None:
-        """Fill prototypes with the first features seen, of the other modality: they stand for an anchor's negatives.
+    def learning_rate(self, epoch: float) -> float:
+        return self.tau_lr / 3 if self.slowed else self.tau_lr
 
-        The first min(M, B) come from the first global batch, the rest from the following ones: M and B are
-        independent, and the rows are the same at every world size.
-        """
-        start, count = (
-            self.prototypes_started,
-            min(self.prototypes_wanted - self.prototypes_started, len(batch.all_image)),
-        )
-        if count == 0:
-            return
-        for network, other in ((self.image, batch.all_text), (self.text, batch.all_image)):
-            network.get_parameter("prototypes")[start : start + count] = other[:count]
-        self.prototypes_started = start + count
+    def get_extra_state(self) -> dict[str, bool]:
+        return {"slowed": self.slowed}
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"prototypes_started": self.prototypes_started}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.prototypes_started = state["prototypes_started"]
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        self.slowed = state["slowed"]
 
 
-class _BoundedNetwork(nn.Module):
-    """One modality's network: features [b, D] → τ [b] in (τ_min, τ_max)."""
-
-    starts_from_features = False
-
-    def __init__(self, tau_min: float, tau_max: float) -> None:
-        super().__init__()
-        self.tau_min, self.tau_max = tau_min, tau_max
-
-    def bounded(self, o: Tensor) -> Tensor:
-        """A smooth map onto (τ_min, τ_max): no hard clamp, which would block the gradient of the whole network."""
-        return (self.tau_max - self.tau_min) * o.sigmoid() + self.tau_min
-
-
-class _PrototypeNetwork(_BoundedNetwork):
-    """What both published forms share: f = dropout(σ(Linear(x))), q = f · normalize(P)ᵀ, w = softmax(q / e^scaler)."""
-
-    starts_from_features = True
-
-    def __init__(
-        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
-    ) -> None:
-        super().__init__(tau_min, tau_max)
-        self.rho = rho
-        bound = 1 / math.sqrt(embed_dim)  # torch's own start of a Linear, drawn from our generator
-        self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim).uniform_(-bound, bound, generator=generator))
-        self.bias = nn.Parameter(torch.empty(embed_dim).uniform_(-bound, bound, generator=generator))
-        self.prototypes = nn.Parameter(torch.randn(prototypes, embed_dim, generator=generator))
-        self.scaler = nn.Parameter(torch.tensor(math.log(0.01)))
-
-    def attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [b, D] → (w, σ(q)), each [b, M]. Parameters are used in x's dtype, so that float64 stays float64."""
-        dtype = x.dtype
-        hidden = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)).sigmoid()
-        if mask is not None:
-            hidden = hidden * mask
-        q = hidden @ F.normalize(self.prototypes.to(dtype), dim=1).T
-        return torch.softmax(q / self.scaler.to(dtype).exp(), dim=1), q.sigmoid()
-
-
-class IcmlNetwork(_PrototypeNetwork):
-    """τ = (τ_max − τ_min) σ(o) + τ_min with o = Linear_{M→1}((w − 1/M) ⊙ σ(q)) (arXiv 2404.04575, section 4)."""
-
-    def __init__(
-        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
-    ) -> None:
-        super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
-        self.out_weight = nn.Parameter(torch.ones(prototypes))
-        self.out_bias = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        w, s = self.attend(x, mask)
-        o = ((w - 1 / w.shape[1]) * s) @ self.out_weight.to(x.dtype) + self.out_bias.to(x.dtype)
-        return self.bounded(o)
-
-
-class DistNetwork(_PrototypeNetwork):
-    """The form of the first multi-node code: τ = (Linear_1(w ⊙ σ(q)) − Linear_2(σ(q) / M)) / ρ.
-
-    There τ was clamped at .001 with no upper bound. Here the same value passes through a sigmoid whose slope is 1
-    in the middle of (τ_min, τ_max): close to it inside, and the gradient never ends.
-    """
-
-    starts_from_features = False
-
-    def __init__(
-        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
-    ) -> None:
-        super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
-        self.out_weight_1 = nn.Parameter(torch.ones(prototypes))
-        self.out_weight_2 = nn.Parameter(torch.ones(prototypes))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        w, s = self.attend(x, mask)
-        first, second = (w * s) @ self.out_weight_1.to(x.dtype), s @ self.out_weight_2.to(x.dtype) / w.shape[1]
-        middle, width = (self.tau_max + self.tau_min) / 2, self.tau_max - self.tau_min
-        return self.bounded(4 * ((first - second) / self.rho - middle) / width)
-
-
-class MlpNetwork(_BoundedNetwork):
-    """τ from two layers: o = v · gelu(W x + a) + c. Starts with v = 0: every τ in the middle of its range."""
-
-    def __init__(
-        self, embed_dim: int, hidden: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
-    ) -> None:
-        super().__init__(tau_min, tau_max)
-        self.weight = nn.Parameter(torch.randn(hidden, embed_dim, generator=generator) / math.sqrt(embed_dim))
-        self.bias = nn.Parameter(torch.zeros(hidden))
-        self.out_weight = nn.Parameter(torch.zeros(hidden))
-        self.out_bias = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = F.gelu(F.linear(x if mask is None else x * mask, self.weight.to(x.dtype), self.bias.to(x.dtype)))
-        return self.bounded(hidden @ self.out_weight.to(x.dtype) + self.out_bias.to(x.dtype))
-
-
-NETWORKS: dict[str, type[_PrototypeNetwork] | type[MlpNetwork]] = {
-    "icml24": IcmlNetwork,
-    "dist": DistNetwork,
-    "mlp": MlpNetwork,
+TauOptimizer = Literal["momentum", "adam"]
+# columns beside τ, and what they start with
+_COLUMNS: dict[str, dict[str, float]] = {
+    "momentum": {"momentum": 0.0},
+    "adam": {"exp_avg": 0.0, "exp_avg_sq": 0.0, "visits": 0.0},
 }
 
-Temperature = ConstantTemperature | NetworkTemperature
+
+class PerSampleTemperature(Temperature):
+    """τ_i of every training sample and side, learned from its own gradient each time the sample comes.
+
+    `momentum` (iSogCLR, arXiv 2305.11965): m ← (1 − β) m + β h, τ ← τ − η m.
+    `adam` (FastCLIP-v2, arXiv 2407.01445): Adam with the visits of the sample as its step count.
+    Both bring τ back into its bounds.
+
+    Args:
+        context: gives N.
+        temperature: where every τ starts.
+        tau_min, tau_max: bounds.
+        tau_lr: η.
+        tau_optimizer: `momentum` or `adam`.
+        tau_beta: β of `momentum`, β1 of `adam`, as written above: with `adam` the share of the past that stays.
+        tau_beta2: β2 of `adam`.
+
+    State: τ and what the optimizer keeps, in a table shared out over the ranks.
+    """
+
+    kind = "per sample"
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        temperature: float = 0.03,
+        tau_min: float = 0.01,
+        tau_max: float = 1.0,
+        tau_lr: float = 0.0133,
+        tau_optimizer: TauOptimizer = "adam",
+        tau_beta: float = 0.9,
+        tau_beta2: float = 0.999,
+    ) -> None:
+        super().__init__()
+        check_bounds(tau_min, tau_max)
+        if tau_optimizer not in _COLUMNS:
+            raise ValueError(f"unknown tau_optimizer '{tau_optimizer}'; known: {', '.join(_COLUMNS)}")
+        if not tau_min <= temperature <= tau_max:
+            raise ValueError(f"temperature {temperature} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}]")
+        if not (tau_lr > 0 and 0 < tau_beta < 1 and 0 < tau_beta2 < 1):
+            raise ValueError(
+                f"need tau_lr > 0, tau_beta in (0, 1), tau_beta2 in (0, 1): got {tau_lr}, {tau_beta}, {tau_beta2}"
+            )
+        self.tau_min, self.tau_max, self.rate = tau_min, tau_max, tau_lr
+        self.optimizer, self.betas = tau_optimizer, (tau_beta, tau_beta2)
+        self.state = SampleState(context.num_samples, {"tau": temperature, **_COLUMNS[tau_optimizer]})
+        self._rows: Tensor | None = None  # the table's rows of the batch under way: one all-reduce a step
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self._rows = self.state.read(batch.all_ids).to(batch.image.dtype)
+        image, text = self._rows[:2, batch.mine]
+        return image, text
+
+    @torch.no_grad()
+    def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        assert self._rows is not None, "learn follows forward"
+        gradient = mean_over_equal_ids(ids, gradient)
+        tau, *moments = self._rows.unflatten(0, (-1, 2))
+        if self.optimizer == "momentum":
+            beta = self.betas[0]
+            moments = [(1 - beta) * moments[0] + beta * gradient]
+            step = moments[0]
+        else:
+            beta1, beta2 = self.betas
+            visits = moments[2] + 1
+            first = beta1 * moments[0] + (1 - beta1) * gradient
+            second = beta2 * moments[1] + (1 - beta2) * gradient.square()
+            moments = [first, second, visits]
+            step = first / (1 - beta1**visits) / ((second / (1 - beta2**visits)).sqrt() + 1e-8)
+        tau = (tau - self.rate * step).clamp(self.tau_min, self.tau_max)
+        self.state.write(ids, torch.where(counted, torch.cat([tau, *moments]), self._rows))
+
+    def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor | None:
+        return None if ids is None else self.state.read(ids)[:2].to(image.dtype)
+
+    def tracked(self) -> Tensor:
+        tau = self.state.local("tau")
+        owned = torch.arange(tau.shape[1]) * self.state.world_size + self.state.rank < self.state.num_samples
+        return tau[:, owned.to(tau.device)]

@@ -163,7 +163,10 @@ def temperature_gallery(run: Run, batch: int) -> Gallery | None:
     """
     samples, total = _training_samples(run)
     images, texts, kept = embed_samples(run.towers, samples, device=_device(), batch=batch)
-    image_tau, text_tau = run.loss.temperatures(images, texts).double().cpu().numpy()
+    tau = run.loss.temperatures(images, texts)
+    if tau is None:
+        return None
+    image_tau, text_tau = tau.double().cpu().numpy()
     if max(np.ptp(image_tau), np.ptp(text_tau)) < 1e-6:
         return None
     extremes = {}

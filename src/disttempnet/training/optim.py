@@ -1,4 +1,4 @@
-"""Parameter groups and learning rates: AdamW for the towers, Adam for the temperature networks."""
+"""Parameter groups and learning rates: AdamW for the towers, Adam for a temperature with a rate of its own."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import torch
 from torch import nn
 
 from disttempnet.config import OptimConfig
-from disttempnet.losses.temperature import NetworkTemperature
+from disttempnet.losses.temperature import Temperature
 
 
 def build_optimizers(towers: nn.Module, loss: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """[AdamW of the towers] or [AdamW of the towers, Adam of the temperature networks].
+    """[AdamW of the towers] or [AdamW of the towers, Adam of the temperature].
 
     Weight decay acts on matrices only: gains, biases and scalars (also a learnable logit scale) have none.
-    The temperature networks have an optimizer of their own, without weight decay (arXiv 2404.04575).
+    A temperature with a `tau_lr` has an optimizer of its own, without weight decay (arXiv 2404.04575).
     """
-    networks = [m for m in loss.modules() if isinstance(m, NetworkTemperature)]
-    own = [p for network in networks for p in network.parameters()]
+    own = [p for temperature in own_rate(loss) for p in temperature.parameters()]
     owned = {id(p) for p in own}
     rest = [p for p in [*towers.parameters(), *loss.parameters()] if p.requires_grad and id(p) not in owned]
     groups = [
@@ -30,8 +29,13 @@ def build_optimizers(towers: nn.Module, loss: nn.Module, config: OptimConfig) ->
         torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     ]
     if own:
-        optimizers.append(torch.optim.Adam(own, lr=config.temperature_lr, fused=True))
+        optimizers.append(torch.optim.Adam(own, lr=own_rate(loss)[0].tau_lr, fused=True))
     return optimizers
+
+
+def own_rate(loss: nn.Module) -> list[Temperature]:
+    """The temperature, where it is trained at a learning rate of its own; else nothing."""
+    return [m for m in loss.modules() if isinstance(m, Temperature) and m.tau_lr]
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -43,11 +47,11 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr_end + 0.5 * (config.lr - config.lr_end) * (1 + math.cos(math.pi * progress))
 
 
-def temperature_learning_rate(config: OptimConfig, step: int, epoch: int) -> float:
-    """temperature_lr · decay^epoch after the same linear warm-up: before the towers have moved all similarities are
+def temperature_learning_rate(config: OptimConfig, step: int, rate: float) -> float:
+    """The temperature's own rate after the same linear warm-up: before the towers have moved all similarities are
     alike, every τ is pushed down at once, and a fast start ends at the lower bound."""
     warm_up = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    return config.temperature_lr * config.temperature_lr_decay**epoch * warm_up
+    return rate * warm_up
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -24,7 +24,7 @@ from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, open_training_data
 from disttempnet.errors import UserError
 from disttempnet.evaluation.runner import TaskResult, evaluate
-from disttempnet.losses import OBJECTIVES, LossOutput, Objective, build_loss
+from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss
 from disttempnet.models import Towers, encode_images, encode_texts, load_model
 from disttempnet.training import checkpoint, optim, runlog
 
@@ -36,15 +36,16 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.towers, self.loss, self.autocast = towers.module, loss, autocast
         self._encode: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (
-            lambda images: encode_images(towers, images),
-            lambda tokens: encode_texts(towers, tokens),
+            lambda images: encode_images(towers, images, normalize=False),
+            lambda tokens: encode_texts(towers, tokens, normalize=False),
         )
 
     def forward(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
         encode_image, encode_text = self._encode
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             image, text = encode_image(images), encode_text(tokens)
-        output: LossOutput = self.loss(image, text, ids)
+            features = Features.of(image, text)
+        output: LossOutput = self.loss(features, ids)
         return output
 
 
@@ -157,7 +158,9 @@ class Trainer:
         batch = batch.to(self.device)
         epoch = self.step // self.steps_per_epoch
         rates = [optim.learning_rate(self.config.optim, self.step, self.total_steps)]
-        rates += [optim.temperature_learning_rate(self.config.optim, self.step, epoch)] * (len(self.optimizers) - 1)
+        for temperature in optim.own_rate(self.loss):
+            rate = temperature.learning_rate(epoch)
+            rates.append(optim.temperature_learning_rate(self.config.optim, self.step, rate))
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
@@ -213,26 +216,35 @@ class Trainer:
         self._save()
 
     def _save_temperatures(self, result: TaskResult) -> None:
-        """τ of the first evaluation task's pairs, for the report's histograms over time."""
+        """τ of the first evaluation task's pairs, or of the training samples where only those have one."""
         if not distributed.is_main():
             return
         self.loss.eval()
-        tau = self.loss.temperatures(result.image_features, result.text_features).cpu().numpy()
+        tau = self.loss.temperatures(result.image_features, result.text_features)
         self.loss.train()
+        if tau is None:
+            tau = self.loss.tracked_temperatures()
+        if tau is None:
+            return
         folder = self.folder / "temperatures"
         folder.mkdir(exist_ok=True)
-        np.savez(folder / f"step-{self.step:08d}.npz", image=tau[0], text=tau[1])
+        np.savez(folder / f"step-{self.step:08d}.npz", image=tau[0].cpu().numpy(), text=tau[1].cpu().numpy())
 
     def _save(self) -> None:
         self._check_finite()
         checkpoint.save_checkpoint(
             self.folder,
             self.step,
-            logit_scale=2 / float(self._metrics["tau/image_mean"] + self._metrics["tau/text_mean"]),
+            logit_scale=self._logit_scale(),
             best=self.best,
             keep=self.config.train.keep,
             **self._restorable(),
         )
+
+    def _logit_scale(self) -> float:
+        """What open_clip multiplies similarities with: one over the mean τ; CLIP's own start where there is none."""
+        taus = [float(self._metrics[key]) for key in ("tau/image_mean", "tau/text_mean") if key in self._metrics]
+        return len(taus) / sum(taus) if taus else 1 / 0.07
 
     def _restorable(self) -> dict[str, Any]:
         return {
