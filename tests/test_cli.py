@@ -68,3 +68,22 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", DEBUG, "--epochs", "3"])
     assert "unknown arguments: --epochs" in capsys.readouterr().err
+
+
+def test_objectives_lists_every_name_with_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    from disttempnet import OBJECTIVES
+
+    assert main(["objectives"]) == 0
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    assert [block.split()[0] for block in blocks] == list(OBJECTIVES)
+    for block, recipe in zip(blocks, OBJECTIVES.values(), strict=True):
+        words = block.split()
+        assert {f"{key}={value!r}" for key, value in recipe.arguments.items()} <= set(words)
+        assert recipe.formula in block
+        assert recipe.source in block
+    assert main(["objectives", "isogclr"]) == 0
+    shown = capsys.readouterr().out
+    # log u, τ and its momentum, two sides, four bytes each
+    assert "state 24 bytes a sample" in shown
+    assert "CLIP" not in shown
+    assert "Did you mean 'sogclr'" in fails(capsys, "objectives", "sogcl")

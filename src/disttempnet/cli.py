@@ -1,10 +1,11 @@
-"""The command line: `disttempnet demo | train | evaluate | report`. Heavy imports wait until a command needs them."""
+"""The command line: `disttempnet COMMAND`. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ EXAMPLES = """examples:
   disttempnet train configs/demo.toml name=mine train.epochs=20 loss.rho=3
   disttempnet train configs/demo.toml --resume auto       continue after an interruption
   torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
+  disttempnet objectives                                  what [loss] name can be
   disttempnet evaluate runs/demo
   disttempnet report runs/demo runs/demo-clip --out report.html
 """
@@ -52,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: continue from the run's last checkpoint if there is one; or a checkpoint folder",
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, e.g. optim.lr=1e-3")
+
+    objectives = commands.add_parser(
+        "objectives", help="what [loss] name can be: formula, temperature, γ, state a sample, defaults, source"
+    )
+    objectives.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
 
     evaluate = commands.add_parser("evaluate", help="zero-shot accuracy and retrieval of a run or an open_clip model")
     evaluate.add_argument("target", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
@@ -104,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return {"demo": _demo, "train": _train, "evaluate": _evaluate, "report": _report}[options.command](options)
+        run = {"demo": _demo, "train": _train, "objectives": _objectives, "evaluate": _evaluate, "report": _report}
+        return run[options.command](options)
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2
@@ -123,6 +131,24 @@ def _train(options: argparse.Namespace) -> int:
     from disttempnet.training.trainer import train
 
     return 0 if train(config, options.resume) else 143
+
+
+def _objectives(options: argparse.Namespace) -> int:
+    from disttempnet.errors import unknown_name
+    from disttempnet.losses import OBJECTIVES
+
+    for name in options.names or OBJECTIVES:
+        if name not in OBJECTIVES:
+            raise UserError(unknown_name("objective", name, OBJECTIVES))
+        recipe = OBJECTIVES[name]
+        defaults = "  ".join(f"{key}={value!r}" for key, value in recipe.arguments.items())
+        print(f"{name}  ({recipe.title}; {recipe.source})")
+        print(f"  minimises    {recipe.formula}")
+        print(
+            f"  temperature  {recipe.temperature};  γ {recipe.gamma};  state {recipe.bytes_a_sample()} bytes a sample"
+        )
+        print(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15) + "\n")
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
