@@ -16,7 +16,7 @@ FLOORS = [
     {"evaluation"},
     {"training"},
     {"report"},
-    {"demo"},
+    {"demo", "compare"},
     {"cli"},
     {"__main__"},
 ]

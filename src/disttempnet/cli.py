@@ -18,8 +18,29 @@ EXAMPLES = """examples:
   disttempnet train configs/demo.toml --resume auto       continue after an interruption
   torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
   disttempnet objectives                                  what [loss] name can be
+  disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
   disttempnet evaluate runs/demo
   disttempnet report runs/demo runs/demo-clip --out report.html
+"""
+
+COMPARE = """The file says which runs: a base config, seeds, and one table a run.
+
+  config = "demo.toml"                     the run config that all runs start from
+  out = "runs/compare"                     folder of run folders, RUN--seed-S
+  seeds = [1, 2, 3]                        all runs of the first seed come first
+  [common]                                 config keys of every run:  train.epochs = 4
+  [vary]                                   every run at each value:   data.global_batch = [32, 128, 512]
+  [runs.clip]                              one table a run; its loss replaces the base's as a whole
+  loss = { name = "clip" }
+
+All configs are checked before the first run starts. What is finished is skipped; after Ctrl-C or a kill the same
+command continues where every run stopped. At the end: the table mean (std) over seeds, OUT/report.html and
+OUT/results.jsonl (a line a run; `disttempnet report` reads it without the run folders).
+
+examples:
+  disttempnet compare configs/compare.toml --list
+  disttempnet compare configs/compare.toml --jobs 4
+  disttempnet compare configs/compare.toml seeds=[1] train.epochs=2 out=runs/quick
 """
 
 
@@ -59,6 +80,19 @@ def build_parser() -> argparse.ArgumentParser:
         "objectives", help="what [loss] name can be: formula, temperature, γ, state a sample, defaults, source"
     )
     objectives.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
+
+    compare = commands.add_parser(
+        "compare",
+        help="train objectives x seeds from a grid file, compare them over seeds",
+        description=COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("grid", help="a TOML file, e.g. configs/compare.toml")
+    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, a process each (default: 1)")
+    compare.add_argument("--list", action="store_true", help="print the grid and how far each run is; train nothing")
+    compare.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the file, or config keys of every run"
+    )
 
     evaluate = commands.add_parser("evaluate", help="zero-shot accuracy and retrieval of a run or an open_clip model")
     evaluate.add_argument("target", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
@@ -111,8 +145,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        run = {"demo": _demo, "train": _train, "objectives": _objectives, "evaluate": _evaluate, "report": _report}
-        return run[options.command](options)
+        run = {
+            "demo": _demo,
+            "train": _train,
+            "compare": _compare,
+            "objectives": _objectives,
+            "evaluate": _evaluate,
+            "report": _report,
+        }[options.command]
+        return run(options)
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2
@@ -149,6 +190,12 @@ def _objectives(options: argparse.Namespace) -> int:
         )
         print(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15) + "\n")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from disttempnet.compare import run_compare
+
+    return run_compare(Path(options.grid), options.overrides, options.jobs, options.list)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -132,9 +132,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line that names the file, the key, and what is known.
     """
+    table = read_table(path)
+    for override in overrides:
+        apply_override(table, override)
+    return config_from_table(table, str(path))
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """The plain table of a TOML file.
+
+    Raises:
+        UserError: one line that names the file.
+    """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
         raise UserError(f"{path}: no such config file (the package ships: {shipped}, in {CONFIG_FOLDER})") from None
@@ -142,9 +154,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply_override(table, override)
-    return config_from_table(table, str(path))
 
 
 def config_from_table(table: dict[str, Any], source: str) -> Config:
@@ -152,7 +161,7 @@ def config_from_table(table: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(table)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{source}: {explain(error, Config)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -173,7 +182,8 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set the key that `section.key=value` names in a plain table; the value is TOML, a bare word a string."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override '{override}' is not of the form section.key=value")
@@ -189,12 +199,12 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _explain(error: ValidationError) -> str:
-    """The first fault in one line; unknown keys name the nearest known one."""
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first fault in one line; unknown keys name the nearest one that `model` knows."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = model
         for part in first["loc"][:-1]:
             section = section.model_fields[str(part)].annotation
         return unknown_name("key", where, [".".join([*map(str, first["loc"][:-1]), k]) for k in section.model_fields])

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,21 +225,24 @@ def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_d
             f"{trainer['num_samples']} samples; now {index_digest[:12]}): per-sample state cannot be applied to it. "
             "Give back the old data, or start a new run with another name"
         )
-    for key, was, now in _differences(trainer["config"], config.model_dump()):
+    for key, was, now in differences(trainer["config"], config.model_dump(), MAY_CHANGE):
         raise UserError(
             f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
             "or start a new run with another name"
         )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], but: Collection[str] = (), prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """(section.key, old value, new value) of all that two configs as tables differ in, but for the keys in `but`."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         name, was, now = prefix + key, old.get(key), new.get(key)
-        if name in MAY_CHANGE:
+        if name in but:
             continue
         if isinstance(was, dict) and isinstance(now, dict):
-            found += _differences(was, now, name + ".")
+            found += differences(was, now, but, name + ".")
         elif was != now:
             found.append((name, was, now))
     return found

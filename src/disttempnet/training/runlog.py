@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from disttempnet.evaluation.scores import Scores, to_record
 
+Report = Callable[[int, int, Mapping[str, float]], None]
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
 
 
@@ -30,11 +31,13 @@ class RunLog:
         steps: steps in all.
         start: step to continue from; later lines of an interrupted run are cut off.
         active: whether this rank writes.
+        report: takes the place of the progress bar and of all lines on the console: called with (step, steps,
+            metrics) at the start and at each logged step.
     """
 
-    def __init__(self, folder: Path, steps: int, start: int, active: bool) -> None:
-        self.active, self.folder, self.steps = active, folder, steps
-        self.console = Console(stderr=True, quiet=not active, highlight=False)
+    def __init__(self, folder: Path, steps: int, start: int, active: bool, report: Report | None = None) -> None:
+        self.active, self.folder, self.steps, self._report = active, folder, steps, report
+        self.console = Console(stderr=True, quiet=not active or report is not None, highlight=False)
         if not active:
             return
         for name in ("metrics.jsonl", "eval.jsonl"):
@@ -52,11 +55,13 @@ class RunLog:
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=report is not None or not self.console.is_terminal,
         )
         self._task = self._progress.add_task(folder.name, total=steps, completed=start, state="")
         self._progress.start()
         self._begun, self._start, self._last_line = time.monotonic(), start, 0.0
+        if report is not None:
+            report(start, steps, {})
 
     def say(self, text: str) -> None:
         """One line above the progress bar."""
@@ -72,6 +77,9 @@ class RunLog:
         self._metrics.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        if self._report is not None:
+            self._report(step, self.steps, metrics)
+            return
         state = _summary(metrics)
         self._progress.update(self._task, completed=step, state=state)
         now = time.monotonic()

@@ -79,10 +79,13 @@ class Trainer:
         device: of this rank, from `distributed.session()`.
         resume: `auto` continues from the last checkpoint where there is one, `never` refuses a folder that has any,
             and a path continues from that checkpoint.
+        report: told of the progress in place of the console; see `RunLog`.
     """
 
-    def __init__(self, config: Config, device: torch.device, resume: str = "never") -> None:
-        self.config, self.device, self.folder = config, device, config.folder
+    def __init__(
+        self, config: Config, device: torch.device, resume: str = "never", report: runlog.Report | None = None
+    ) -> None:
+        self.config, self.device, self.folder, self.report = config, device, config.folder, report
         found = self._find_checkpoint(resume)
         torch.manual_seed(config.train.seed)
         self.towers = load_model(config.model.name, config.model.pretrained)
@@ -111,7 +114,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, or to a stop signal; returns whether the end was reached."""
         self._describe()
-        log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main())
+        log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
         try:
             with StopSignal() as stop:
                 while self.step < self.last_step:
@@ -315,10 +318,10 @@ class Trainer:
         checkpoint.write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
-def train(config: Config, resume: str = "never") -> bool:
+def train(config: Config, resume: str = "never", report: runlog.Report | None = None) -> bool:
     """Train one run in the processes that the launcher started; returns whether it reached its end."""
     with distributed.session(config.train.timeout_minutes) as device:
-        return Trainer(config, device, resume).run()
+        return Trainer(config, device, resume, report).run()
 
 
 def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objective:

@@ -1,0 +1,99 @@
+"""`disttempnet compare`: a grid of objectives × seeds, resumable; what is done is skipped.
+
+Nothing here knows an objective: the grid file names them, and every run is an ordinary run folder that
+`disttempnet train`, `evaluate` and `report` understand as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from disttempnet.compare.display import Display
+from disttempnet.compare.grid import Grid, State, load_grid, state_of
+from disttempnet.compare.pool import Outcome, Pool
+from disttempnet.errors import UserError
+
+__all__ = ["load_grid", "run_compare"]
+
+
+def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: bool = False) -> int:
+    """Train what is left of a grid, then print the table over seeds and write report.html and results.jsonl.
+
+    Args:
+        path: the grid's TOML file.
+        overrides: `key=value` of the file, or of every run.
+        jobs: runs at a time, each in a process of its own.
+        only_list: print the grid and how far each run is, and do nothing else.
+
+    Returns:
+        The exit code: 0, 1 where runs have failed, 143 where it was stopped.
+
+    Raises:
+        UserError: a mistake in the file, or a run folder that holds another run.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least 1")
+    if "RANK" in os.environ:
+        raise UserError("compare starts its own processes: call it without torchrun, and give --jobs N")
+    grid = load_grid(path, overrides)
+    states = {config.name: state_of(config) for config in grid.configs}
+    if only_list:
+        _print_list(grid, states)
+        return 0
+    for name, state in states.items():
+        if state.kind == "differs":
+            raise UserError(f"{name}: {state.why}")
+    outcome = _train(grid, states, jobs)
+    if outcome.stopped:
+        print("stopped; everything is saved: continue with the same command")
+        return 143
+    done = [config.folder for config in grid.configs if state_of(config).kind == "done"]
+    if done:
+        _report(done, grid.out)
+    if outcome.failed:
+        print(f"{len(outcome.failed)} of {len(grid.configs)} runs failed; the same command tries them again:")
+        for name, reason in outcome.failed.items():
+            print(f"  {name}: {reason}")
+        return 1
+    return 0
+
+
+def _train(grid: Grid, states: dict[str, State], jobs: int) -> Outcome:
+    left = [config for config in grid.configs if states[config.name].kind != "done"]
+    if not left:
+        return Outcome()
+    grid.out.mkdir(parents=True, exist_ok=True)
+    with Display(len(grid.configs), len(grid.configs) - len(left)) as display:
+        return Pool(left, jobs, _gpus(), display, grid.out / "workers.log").run()
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    count = torch.cuda.device_count()
+    return named[:count] if named else [str(i) for i in range(count)]
+
+
+def _report(folders: Sequence[Path], out: Path) -> None:
+    """TABLE"""
+
+
+def _print_list(grid: Grid, states: dict[str, State]) -> None:
+    table = Table(box=None)
+    for heading in ("run", "objective", "state"):
+        table.add_column(heading)
+    for config in grid.configs:
+        state = states[config.name]
+        words = f"{state.kind}: {state.why}" if state.why else state.kind
+        table.add_row(Text(config.name), Text(config.loss.name), Text(words))
+    Console().print(table)
+    done = sum(state.kind == "done" for state in states.values())
+    print(f"{done} of {len(states)} runs are done, in {grid.out}")

@@ -1,0 +1,210 @@
+"""The grid of a comparison: a TOML file → one checked config a run, and how far each of them is.
+
+    config = "demo.toml"      what all runs start from: a path relative to the file, or a shipped config
+    out = "runs/compare"      folder of run folders
+    seeds = [1, 2, 3]         train.seed; all runs of the first seed come first
+    [common]                  overrides for every run
+    [vary]                    "section.key" = [values]: every run at each of them
+    [runs.NAME]               overrides of one run; its `loss` replaces that of the base as a whole
+
+Sections may be nested tables or dotted keys. Later wins: base, common, run, vary, command line.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from disttempnet.config import (
+    CONFIG_FOLDER,
+    Config,
+    Section,
+    apply_override,
+    config_from_table,
+    explain,
+    load_config,
+    read_table,
+)
+from disttempnet.errors import UserError
+from disttempnet.evaluation.readers import find_task
+from disttempnet.training.checkpoint import differences, list_checkpoints
+from disttempnet.training.trainer import build_objective
+
+SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}
+# What may change between two calls of the command without making a run another run.
+MAY_CHANGE = {
+    "name", "out", "data.index", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
+    "train.timeout_minutes", "train.compile",
+}  # fmt: skip
+
+
+class GridFile(Section):
+    """The keys of a comparison's file."""
+
+    config: str
+    out: str = "runs/compare"
+    seeds: tuple[int, ...] = Field(min_length=1)
+    common: dict[str, Any] = Field(default_factory=dict)
+    vary: dict[str, Any] = Field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs of a comparison, in the order in which they are trained."""
+
+    out: Path
+    configs: tuple[Config, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is: `done`, `begun`, `new`, or `differs` (its folder holds another run: `why`)."""
+
+    kind: str
+    why: str = ""
+
+
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read a comparison's file and check every config of it, the arguments of its objective included.
+
+    Args:
+        path: the TOML file.
+        overrides: `key=value`; keys of the file (`seeds`, `out`, `runs.clip.loss`, …), or else keys of every run.
+
+    Raises:
+        UserError: one line that names the file, the run, the key, and what is known.
+    """
+    path = Path(path)
+    table = read_table(path)
+    own = [override for override in overrides if re.split(r"[.=]", override)[0].strip() in GridFile.model_fields]
+    for override in own:
+        apply_override(table, override)
+    try:
+        file = GridFile.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, GridFile)}") from None
+    if len(set(file.seeds)) < len(file.seeds):
+        raise UserError(f"{path}: seeds holds a number twice")
+    rest = [override for override in overrides if override not in own]
+    _refuse_set_by_grid("command line", {override.partition("=")[0].strip(): None for override in rest})
+    configs = tuple(_configs(path, file, rest))
+    names = [config.name for config in configs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{path}: two runs have the name {min(twice)}; name them apart")
+    _check_objectives(path, configs)
+    return Grid(Path(file.out), configs)
+
+
+def state_of(config: Config) -> State:
+    """What the run's folder says about it."""
+    folder = config.folder
+    if not (folder / "config.toml").is_file():
+        return State("new")
+    try:
+        was = load_config(folder / "config.toml")
+    except UserError as error:
+        return State("differs", str(error))
+    for key, old, new in differences(was.model_dump(), config.model_dump(), MAY_CHANGE):
+        return State("differs", f"{folder}: {key} was {old!r} and is {new!r} now: give another out, or remove it")
+    facts = folder / "run.json"
+    if facts.is_file() and "finished" in json.loads(facts.read_text(encoding="utf-8")):
+        return State("done")
+    found = list_checkpoints(folder)
+    return State(
+        "begun", f"saved at step {int(found[-1].name.removeprefix('step-'))}" if found else "nothing saved yet"
+    )
+
+
+def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:
+    base = read_table(_base_path(path, file.config))
+    config_from_table(base, file.config)  # its own mistakes carry its own name
+    common, vary = _nested(file.common), _flat(_nested(file.vary))
+    _refuse_set_by_grid(f"{path}: common", _flat(common))
+    _refuse_set_by_grid(f"{path}: vary", vary)
+    for key, values in vary.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{path}: vary: '{key}' is not a list of values")
+    labels = _labels(list(vary))
+    for seed, values, (run, own) in product(file.seeds, product(*vary.values()), file.runs.items()):
+        changes = _nested(own)
+        _refuse_set_by_grid(f"{path}: runs.{run}", _flat(changes))
+        table = _merge(copy.deepcopy(base), common)
+        if "loss" in changes:
+            table.pop("loss", None)
+        _merge(table, changes)
+        for key, value in zip(vary, values, strict=True):
+            _merge(table, _nested({key: value}))
+        for override in overrides:
+            apply_override(table, override)
+        varied = [f"{label}-{value}" for label, value in zip(labels, values, strict=True)]
+        table["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join([run, *varied, f"seed-{seed}"]))
+        table["out"] = file.out
+        table.setdefault("train", {})["seed"] = seed
+        yield config_from_table(table, f"{path}: {table['name']}")
+
+
+def _check_objectives(path: Path, configs: Sequence[Config]) -> None:
+    """Refuse a wrong [loss] and an unknown task before the first run starts."""
+    for config in configs:
+        try:
+            build_objective(config, 1, 8)
+            for task in config.eval.tasks:
+                find_task(task)
+        except UserError as error:
+            raise UserError(f"{path}: {config.name}: {error}") from None
+
+
+def _base_path(path: Path, config: str) -> Path:
+    for folder in (path.parent, CONFIG_FOLDER):
+        if (folder / config).is_file():
+            return folder / config
+    raise UserError(f"{path}: config: {path.parent / config}: no such file, and the package ships none of that name")
+
+
+def _refuse_set_by_grid(where: str, flat: dict[str, Any]) -> None:
+    for key in flat.keys() & SET_BY_GRID.keys():
+        raise UserError(f"{where}: '{key}' cannot be set there; it comes from {SET_BY_GRID[key]}")
+
+
+def _labels(keys: list[str]) -> list[str]:
+    """The last part of each varied key, or all of it where last parts repeat."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return last if len(set(last)) == len(last) else keys
+
+
+def _nested(table: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested tables."""
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        *sections, last = key.split(".")
+        inner = {last: _nested(value) if isinstance(value, dict) else value}
+        for section in reversed(sections):
+            inner = {section: inner}
+        _merge(result, inner)
+    return result
+
+
+def _merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay `changes` over `table`, key by key, in place."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = copy.deepcopy(value)
+    return table
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
