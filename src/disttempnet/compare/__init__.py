@@ -18,6 +18,7 @@ from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.errors import UserError
+from disttempnet.training.checkpoint import write_atomically
 
 __all__ = ["load_grid", "run_compare"]
 
@@ -83,7 +84,19 @@ def _gpus() -> list[str]:
 
 
 def _report(folders: Sequence[Path], out: Path) -> None:
-    """TABLE"""
+    """Print the table over seeds; write OUT/results.jsonl and OUT/report.html."""
+    from disttempnet.report.compact import read_results, write_compact
+    from disttempnet.report.comparison import comparison_page
+    from disttempnet.report.groups import compare_groups
+    from disttempnet.report.tables import text_table
+
+    results = read_results(folders)
+    write_atomically(out / "results.jsonl", write_compact(results))
+    comparison = compare_groups(results)
+    write_atomically(out / "report.html", comparison_page(comparison))
+    Console().print(text_table(comparison))
+    print(f"results: {(out / 'results.jsonl').resolve()}")
+    print(f"report: {(out / 'report.html').resolve()}")
 
 
 def _print_list(grid: Grid, states: dict[str, State]) -> None:

@@ -119,7 +119,9 @@ def state_of(config: Config) -> State:
     if facts.is_file() and "finished" in json.loads(facts.read_text(encoding="utf-8")):
         return State("done")
     found = list_checkpoints(folder)
-    return State("begun", f"saved at step {int(found[-1].name.removeprefix('step-'))}" if found else "nothing saved yet")
+    return State(
+        "begun", f"saved at step {int(found[-1].name.removeprefix('step-'))}" if found else "nothing saved yet"
+    )
 
 
 def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:

@@ -113,9 +113,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, or to a stop signal; returns whether the end was reached."""
         self._describe()
-        log = self.log = runlog.RunLog(
-            self.folder, self.last_step, self.step, distributed.is_main(), self.report
-        )
+        log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
         try:
             with StopSignal() as stop:
                 while self.step < self.last_step:
