@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from disttempnet.report.plots import FAINT, INK, RUN_COLOURS, SIDE_COLOURS, epoc
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = 5  # panels in a row
 GREY = "#d3d8df"
@@ -60,11 +62,8 @@ def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool)
         chance: share in [0, 1].
         over_batch: x is the global batch (powers of two, error bars), else epochs (bands).
     """
-    figure, cells = grid(-(-len(series) // COLUMNS), min(COLUMNS, max(len(series), 3)), height=2.0, sharey=True)
-    axes = [axis for row in cells for axis in row]
-    for unused in axes[len(series) :]:
-        unused.set_visible(False)
-    for axis, own in zip(axes, series, strict=False):
+    figure, axes = _panels(len(series), "%")
+    for axis, own in zip(axes, series, strict=True):
         for other in series:
             if other is not own:
                 axis.plot(other.x, other.mean, color=GREY, linewidth=1.0, zorder=1)
@@ -81,10 +80,8 @@ def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool)
             epoch_axis(axis, "")
         if chance is not None:
             axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.1)
-        axis.set_title(own.title, fontsize=9.5)
+        _heading(axis, own.title)
         axis.set_ylim(bottom=0)
-    for row in cells:
-        row[0].set_ylabel("%")
     return svg(figure)
 
 
@@ -92,7 +89,7 @@ def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool)
 def parts_chart(comparison: Comparison, task: str) -> str:
     """Accuracy on frequent, middling and rare concepts: a row a group, mean ± std."""
     order = list(range(len(comparison.groups)))
-    figure, cells = grid(1, 1, height=1.1 + 0.34 * len(order), width=8.5)
+    figure, cells = grid(1, 1, height=1.1 + 0.3 * len(order))
     axis = cells[0][0]
     for (metric, (name, marker)), colour in zip(PARTS.items(), RUN_COLOURS, strict=False):
         column = Column(task, metric)
@@ -114,15 +111,25 @@ def parts_chart(comparison: Comparison, task: str) -> str:
 @styled
 def tau_chart(groups: Sequence[Group]) -> str:
     """τ of the image side in the training batches: mean over the seeds, band from the least to the greatest."""
-    figure, cells = grid(-(-len(groups) // COLUMNS), min(COLUMNS, max(len(groups), 3)), height=2.0, sharey=True)
-    axes = [axis for row in cells for axis in row]
-    for unused in axes[len(groups) :]:
-        unused.set_visible(False)
-    for axis, group in zip(axes, groups, strict=False):
+    figure, axes = _panels(len(groups), "τ")
+    for axis, group in zip(axes, groups, strict=True):
         _tau_panel(axis, group)
-    for row in cells:
-        row[0].set_ylabel("τ")
     return svg(figure)
+
+
+def _panels(n: int, unit: str) -> tuple[Figure, list[Axes]]:
+    """A figure with n panels of one y axis, at most `COLUMNS` in a row."""
+    figure, cells = grid(-(-n // COLUMNS), min(COLUMNS, max(n, 3)), height=2.0, sharey=True)
+    axes = [axis for row in cells for axis in row]
+    for unused in axes[n:]:
+        unused.set_visible(False)
+    for row in cells:
+        row[0].set_ylabel(unit)
+    return figure, axes[:n]
+
+
+def _heading(axis: Axes, title: str) -> None:
+    axis.set_title(fill(title, 26), fontsize=9.0)
 
 
 def _tau_panel(axis: Axes, group: Group) -> None:
@@ -134,5 +141,5 @@ def _tau_panel(axis: Axes, group: Group) -> None:
     axis.fill_between(x, part["min"].min(0), part["max"].max(0), color=colour, alpha=0.25, linewidth=0)
     axis.plot(x, part["mean"].mean(0), color=colour, linewidth=1.7)
     epoch_axis(axis, "")
-    axis.set_title(group.title, fontsize=9.5)
+    _heading(axis, group.title)
     axis.set_ylim(bottom=0)
