@@ -52,17 +52,14 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
             raise UserError(f"{name}: {state.why}")
     outcome = _train(grid, states, jobs)
     if outcome.stopped:
-        print("stopped; everything is saved: continue with the same command")
+        _print_failed(outcome, len(grid.configs))
+        print("stopped: continue with the same command")
         return 143
     done = [config.folder for config in grid.configs if state_of(config).kind == "done"]
     if done:
         _report(done, grid.out)
-    if outcome.failed:
-        print(f"{len(outcome.failed)} of {len(grid.configs)} runs failed; the same command tries them again:")
-        for name, reason in outcome.failed.items():
-            print(f"  {name}: {reason}")
-        return 1
-    return 0
+    _print_failed(outcome, len(grid.configs))
+    return 1 if outcome.failed else 0
 
 
 def _train(grid: Grid, states: dict[str, State], jobs: int) -> Outcome:
@@ -97,6 +94,13 @@ def _report(folders: Sequence[Path], out: Path) -> None:
     Console().print(text_table(comparison))
     print(f"results: {(out / 'results.jsonl').resolve()}")
     print(f"report: {(out / 'report.html').resolve()}")
+
+
+def _print_failed(outcome: Outcome, total: int) -> None:
+    if outcome.failed:
+        print(f"{len(outcome.failed)} of {total} runs failed; the same command tries them again:")
+    for name, reason in outcome.failed.items():
+        print(f"  {name}: {reason}")
 
 
 def _print_list(grid: Grid, states: dict[str, State]) -> None:
