@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from disttempnet.config import Config, dump_config
 from disttempnet.errors import UserError
@@ -19,8 +19,6 @@ from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, pe
 from disttempnet.report import examples, plots
 from disttempnet.report.runs import RunRecord, distinct_titles, read_run
 from disttempnet.training.checkpoint import Run, write_atomically
-
-TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def build_report(run_folders: Sequence[Path], out: Path) -> Path:
@@ -40,11 +38,8 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
     if not runs:
         raise UserError("no run folder was given")
     titles = distinct_titles(runs)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     models = [examples.open_model(run) for run in runs]
-    page = template.render(
+    page = open_template("page.html").render(
         runs=[_run_facts(i, run, title) for i, (run, title) in enumerate(zip(runs, titles, strict=True))],
         **_results(runs, titles),
         **_charts(runs, titles),
@@ -57,6 +52,16 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
+
+
+def open_template(name: str) -> Template:
+    """A page of this folder, with the filters that write numbers."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
+    return environment.get_template(name)
 
 
 def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
