@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -33,7 +34,7 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "tau_max": 0.3,
     "tau_lr": 0.01,
     "gamma_decay_epochs": 2.0,
-    "prototypes": 5,
+    "prototypes": 13,  # the first batch starts eight of them
     "dropout": 0.5,
 }
 EVERY = {
@@ -162,6 +163,21 @@ def run(recipe: dict, batches: list[GlobalBatch], rate: float = 0.3) -> list[Ste
         results.append(step(loss, batch))
         descend(loss, rate)
     return results
+
+
+def run_saved(recipe: dict, batches: list[GlobalBatch], cut: int) -> tuple[list[StepResult], dict]:
+    """Steps up to `cut`, then the rest in a new loss that loaded the state; and the saved state."""
+    loss, results = make(recipe), []
+    for batch in batches[:cut]:
+        results.append(step(loss, batch))
+        descend(loss, 0.3)
+    saved = copy.deepcopy(loss.state_dict())
+    loss = make(recipe)
+    loss.load_state_dict(saved)
+    for batch in batches[cut:]:
+        results.append(step(loss, batch))
+        descend(loss, 0.3)
+    return results, saved
 
 
 def joined(ranks: list[list[StepResult]]) -> list[StepResult]:
