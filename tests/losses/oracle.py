@@ -14,6 +14,9 @@ side 1 = text anchors, τ [2, B], u the running estimate of g, γ its learning r
                            fcco:  h = log u_i + ρ − Σ_j p_ij d_ij/τ_i, of which only the part that staleness of u adds
                                   to the batch's h is clamped to ±5
 
+Not robust: without the leading τ_i and without ρ, so that p gets a factor 1/τ_i and τ_i h is −Σ_j p_ij d_ij/τ_i,
+clamped alike. Without γ (CLIP): every column counts, also i itself, nothing is kept, and g is a sum.
+
 Linear sums are safe: |d/τ| ≤ 2/.005 = 400 and float64 holds e^±700.
 """
 
@@ -46,6 +49,7 @@ class Twin:
 
     rho: float = 0.0
     tau_gradient: str = "fcco"
+    robust: bool = True
     u: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
 
     def log_u(self, ids: list[int]) -> Tensor:
@@ -53,7 +57,7 @@ class Twin:
         rows = [[math.log(side[i]) if i in side else -math.inf for i in ids] for side in self.u]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def step(self, x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, gamma: float) -> Step:
+    def step(self, x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, gamma: float | None) -> Step:
         """Update u and return value and gradients of the estimator. tau: [2, B], a constant is repeated."""
         x, y, tau = x.detach().double(), y.detach().double(), tau.detach().double()
         ids = [int(i) for i in ids]
@@ -62,11 +66,11 @@ class Twin:
         grads = [torch.zeros_like(x), torch.zeros_like(y)]
         for side, (anchors, columns) in enumerate(((x, y), (y, x))):
             u = self.u[side]
-            negatives = [[j for j in range(B) if ids[j] != ids[i]] for i in range(B)]
+            negatives = [[j for j in range(B) if ids[j] != ids[i] or gamma is None] for i in range(B)]
             d = [[float(anchors[i] @ (columns[j] - columns[i])) for j in range(B)] for i in range(B)]
             e = [[math.exp(d[i][j] / float(tau[side, i])) for j in range(B)] for i in range(B)]
             g = [sum(e[i][j] for j in negatives[i]) / len(negatives[i]) if negatives[i] else None for i in range(B)]
-            for sample in set(ids):
+            for sample in set(ids) if gamma is not None else ():
                 seen = [g[i] for i in range(B) if ids[i] == sample and g[i] is not None]
                 if seen:
                     mean = sum(seen) / len(seen)
@@ -75,33 +79,79 @@ class Twin:
                 n, t = len(negatives[i]), float(tau[side, i])
                 if n == 0:
                     continue
-                u_i = u[ids[i]]
-                value += C / B * t * (math.log(u_i) + self.rho)
-                mean_d, kl = 0.0, 0.0
+                u_i = u[ids[i]] if gamma is not None else g[i]
+                weight = t if self.robust else 1.0
+                value += C / B * (weight * (math.log(u_i) + self.rho) + (math.log(B) if gamma is None else 0.0))
+                mean_d, batch_d, kl = 0.0, 0.0, 0.0
                 for j in negatives[i]:
                     p, q = e[i][j] / (n * u_i), e[i][j] / (n * g[i])
                     mean_d += p * d[i][j] / t
+                    batch_d += q * d[i][j] / t
                     kl += q * math.log(q * n) if q > 0 else 0.0
                     # d_ij = a_i·(z_j − z_i): the anchor a_i, its negative z_j, its positive z_i
-                    grads[side][i] += C / B * p * (columns[j] - columns[i])
-                    grads[1 - side][j] += C / B * p * anchors[i]
-                    grads[1 - side][i] -= C / B * p * anchors[i]
-                h[side, i] = self.rho - kl
+                    pull = C / B * p * weight / t
+                    grads[side][i] += pull * (columns[j] - columns[i])
+                    grads[1 - side][j] += pull * anchors[i]
+                    grads[1 - side][i] -= pull * anchors[i]
+                fresh, full = (self.rho - kl, math.log(u_i) + self.rho - mean_d) if self.robust else (-batch_d, -mean_d)
+                h[side, i] = fresh
                 if self.tau_gradient == "fcco":
-                    staleness = (math.log(u_i) + self.rho - mean_d) - h[side, i]
-                    h[side, i] += min(5.0, max(-5.0, float(staleness)))
+                    h[side, i] += min(5.0, max(-5.0, float(full - fresh)))
+                if not self.robust:
+                    h[side, i] /= t
         return Step(value, grads[0], grads[1], C / B * h, self.log_u(ids), h)
 
 
-def written_objective(x: Tensor, y: Tensor, tau: Tensor, rho: float) -> Tensor:
-    """c · mean_i [τ1 (log mean_j exp(d1_ij/τ1) + ρ) + τ2 (…)], for autograd; ids all different, γ = 1, first visits."""
+@dataclass
+class PerSampleTau:
+    """τ of every sample and side, its own optimizer's memory, and how one gradient moves it."""
+
+    start: float
+    bounds: tuple[float, float]
+    rate: float
+    optimizer: str
+    beta: float
+    beta2: float = 0.0
+    tau: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+    memory: tuple[dict[int, list[float]], dict[int, list[float]]] = field(default_factory=lambda: ({}, {}))
+
+    def read(self, ids: list[int]) -> Tensor:
+        """[2, len(ids)]."""
+        return torch.tensor([[side.get(i, self.start) for i in ids] for side in self.tau], dtype=torch.float64)
+
+    def learn(self, ids: list[int], h: Tensor, has_negatives: bool = True) -> None:
+        """h [2, B]; equal ids move once, with the mean of theirs."""
+        for side in (0, 1):
+            for sample in set(ids) if has_negatives else ():
+                rows = [float(h[side, i]) for i in range(len(ids)) if ids[i] == sample]
+                slope = sum(rows) / len(rows)
+                m, v, visits = self.memory[side].get(sample, [0.0, 0.0, 0.0])
+                if self.optimizer == "momentum":
+                    m = (1 - self.beta) * m + self.beta * slope
+                    move = m
+                else:
+                    visits += 1
+                    m = self.beta * m + (1 - self.beta) * slope
+                    v = self.beta2 * v + (1 - self.beta2) * slope**2
+                    move = m / (1 - self.beta**visits) / (math.sqrt(v / (1 - self.beta2**visits)) + 1e-8)
+                self.memory[side][sample] = [m, v, visits]
+                moved = self.tau[side].get(sample, self.start) - self.rate * move
+                self.tau[side][sample] = min(self.bounds[1], max(self.bounds[0], moved))
+
+
+def written_objective(x: Tensor, y: Tensor, tau: Tensor, rho: float, robust: bool = True) -> Tensor:
+    """c · mean_i [τ1 (log mean_j exp(d1_ij/τ1) + ρ) + τ2 (…)], for autograd; ids all different, γ = 1, first visits.
+
+    Not robust: c · mean_i [log mean_j exp(d1_ij/τ1) + …].
+    """
     B = len(x)
     total = x.new_zeros(())
     for side, (anchors, columns) in enumerate(((x, y), (y, x))):
         for i in range(B):
             others = [j for j in range(B) if j != i]
             d = torch.stack([anchors[i] @ columns[j] - anchors[i] @ columns[i] for j in others])
-            total = total + tau[side, i] * ((d / tau[side, i]).exp().mean().log() + rho)
+            log_g = (d / tau[side, i]).exp().mean().log()
+            total = total + (tau[side, i] * (log_g + rho) if robust else log_g)
     return C * total / B
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disttempnet import Features, build_loss, distributed
+from disttempnet import OBJECTIVES, Features, build_loss, distributed
+from disttempnet.losses.sample_state import SampleState
 
 N, D, B = 19, 6, 8  # samples, width, rows of the global batch; N is no multiple of 2 or 4: the last shard is short
 
@@ -24,6 +27,22 @@ NETWORK = {
     "dropout": 0.0,
 }
 
+SMALL = {  # values for eight rows; each objective takes those that it has
+    "temperature": 0.06,
+    "rho": 1.2,
+    "tau_min": 0.02,
+    "tau_max": 0.3,
+    "tau_lr": 0.01,
+    "gamma_decay_epochs": 2.0,
+    "prototypes": 13,  # the first batch starts eight of them
+    "dropout": 0.5,
+}
+EVERY = {
+    name: {"name": name, **{key: value for key, value in SMALL.items() if key in row.arguments}}
+    for name, row in OBJECTIVES.items()
+}
+every_objective = pytest.mark.parametrize("recipe", EVERY.values(), ids=EVERY.keys())
+
 
 @dataclass(frozen=True)
 class GlobalBatch:
@@ -33,6 +52,12 @@ class GlobalBatch:
     y: Tensor
     ids: Tensor
     epoch: int = 0
+
+    def first(self, rows: int) -> GlobalBatch:
+        return GlobalBatch(self.x[:rows], self.y[:rows], self.ids[:rows], self.epoch)
+
+    def to(self, dtype: torch.dtype) -> GlobalBatch:
+        return GlobalBatch(self.x.to(dtype), self.y.to(dtype), self.ids, self.epoch)
 
 
 def pairs(rows: int, seed: int = 0, width: int = D, noise: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -66,15 +91,27 @@ def stream(steps: int, seed: int = 0) -> list[GlobalBatch]:
 class StepResult:
     """One step on one rank. grad_x, grad_y: of the local rows, divided by K: the global objective's gradient.
 
-    parameters: mean over ranks of every parameter's gradient. log_u: [2, B] of the global batch, after the step.
+    parameters: mean over ranks of every parameter's gradient. kept: what the loss remembers after the step: buffers,
+    and of each per-sample table the rows of the global batch, [2C, B].
     """
 
     total: Tensor
     grad_x: Tensor
     grad_y: Tensor
     parameters: dict[str, Tensor]
-    log_u: Tensor | None
+    kept: dict[str, Tensor]
     metrics: dict[str, Tensor]
+
+    @property
+    def log_u(self) -> Tensor:
+        return self.kept["state"]
+
+
+def kept(loss: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    tables = {name: module for name, module in loss.named_modules() if isinstance(module, SampleState)}
+    return {name: table.read(ids).clone() for name, table in tables.items()} | {
+        name: buffer.clone() for name, buffer in loss.named_buffers()
+    }
 
 
 def local_rows(rows: Tensor) -> Tensor:
@@ -107,7 +144,7 @@ def step(loss: nn.Module, batch: GlobalBatch, autocast: bool = False) -> StepRes
         grad_x=x.grad / K,
         grad_y=y.grad / K,
         parameters={name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None},
-        log_u=loss.state.read(batch.ids).clone() if getattr(loss, "state", None) is not None else None,
+        kept=kept(loss, batch.ids),
         metrics={name: value.clone() for name, value in out.metrics.items()},
     )
 
@@ -128,6 +165,21 @@ def run(recipe: dict, batches: list[GlobalBatch], rate: float = 0.3) -> list[Ste
     return results
 
 
+def run_saved(recipe: dict, batches: list[GlobalBatch], cut: int) -> tuple[list[StepResult], dict]:
+    """Steps up to `cut`, then the rest in a new loss that loaded the state; and the saved state."""
+    loss, results = make(recipe), []
+    for batch in batches[:cut]:
+        results.append(step(loss, batch))
+        descend(loss, 0.3)
+    saved = copy.deepcopy(loss.state_dict())
+    loss = make(recipe)
+    loss.load_state_dict(saved)
+    for batch in batches[cut:]:
+        results.append(step(loss, batch))
+        descend(loss, 0.3)
+    return results, saved
+
+
 def joined(ranks: list[list[StepResult]]) -> list[StepResult]:
     """The ranks' results as one process would give them: local rows joined, what all ranks share taken from rank 0."""
     steps = []
@@ -138,13 +190,13 @@ def joined(ranks: list[list[StepResult]]) -> list[StepResult]:
                 grad_x=torch.cat([r.grad_x for r in results]),
                 grad_y=torch.cat([r.grad_y for r in results]),
                 parameters=results[0].parameters,
-                log_u=results[0].log_u,
+                kept=results[0].kept,
                 metrics=results[0].metrics,
             )
         )
         for other in results[1:]:  # the total is the global value, on every rank
             torch.testing.assert_close(other.total, results[0].total, rtol=0, atol=0)
-            torch.testing.assert_close(other.log_u, results[0].log_u, rtol=0, atol=0)
+            torch.testing.assert_close(other.kept, results[0].kept, rtol=0, atol=0)
     return steps
 
 
@@ -152,7 +204,7 @@ def assert_same_steps(actual: list[StepResult], expected: list[StepResult], tole
     close = {"rtol": tolerance, "atol": tolerance}
     assert len(actual) == len(expected)
     for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        for what in ("total", "grad_x", "grad_y", "log_u", "parameters", "metrics"):
+        for what in ("total", "grad_x", "grad_y", "kept", "parameters", "metrics"):
             torch.testing.assert_close(
                 getattr(a, what), getattr(e, what), **close, msg=lambda m, n=number, w=what: f"step {n}, {w}: {m}"
             )

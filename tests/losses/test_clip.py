@@ -78,9 +78,8 @@ def test_smallest_batches(rows: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("recipe", [CLIP, FIXED, {**CLIP, "temperature": 0.0101}], ids=["learnable", "fixed", "bound"])
-def test_world_size_is_invisible(gloo, recipe: dict, world_size: int) -> None:
-    batches = stream(4)
+def test_world_size_is_invisible_at_the_bound(gloo, world_size: int) -> None:
+    recipe, batches = {**CLIP, "temperature": 0.0101}, stream(4)
     assert_same_steps(joined(gloo(world_size, run, recipe, batches, 3.0)), run(recipe, batches, 3.0))
 
 
@@ -102,38 +101,6 @@ def test_agrees_with_open_clip(gloo, world_size: int) -> None:
     close(actual[0].grad_y, y.grad, **TIGHT)
     (gradient,) = actual[0].parameters.values()
     close(gradient, log_scale.grad, **TIGHT)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_features(autocast: bool) -> None:
-    batch = unique_batch(5)
-    x, y = batch.x.bfloat16(), batch.y.bfloat16()
-    low = step(make(CLIP).float(), GlobalBatch(x, y, batch.ids), autocast=autocast)
-    high = step(make(CLIP).float(), GlobalBatch(x.float(), y.float(), batch.ids))
-    assert low.grad_x.dtype == low.grad_y.dtype == torch.bfloat16
-    close(low.total, high.total, rtol=1e-6, atol=0)
-    close(low.grad_x, high.grad_x.bfloat16(), rtol=1e-2, atol=1e-6)
-    close(low.grad_y, high.grad_y.bfloat16(), rtol=1e-2, atol=1e-6)
-
-
-def test_float32_autocast_changes_nothing() -> None:
-    batch = unique_batch(6)
-    batch = GlobalBatch(batch.x.float(), batch.y.float(), batch.ids)
-    cast, plain = (step(make(CLIP).float(), batch, autocast=on) for on in (True, False))
-    assert_same_steps([cast], [plain], tolerance=0)
-
-
-def test_state_dict_round_trip() -> None:
-    loss = make(CLIP, temperature=0.2)
-    other = make(CLIP)
-    other.load_state_dict(loss.state_dict())
-    assert_same_steps([step(other, unique_batch(1))], [step(loss, unique_batch(1))], tolerance=0)
-
-
-def test_metrics_are_detached_scalars() -> None:
-    for name, value in step(make(CLIP), unique_batch(1)).metrics.items():
-        assert value.shape == (), name
-        assert not value.requires_grad, name
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -8,9 +8,29 @@ import torch
 import disttempnet
 import disttempnet.losses
 from disttempnet import OBJECTIVES, Features, build_loss
+from disttempnet.losses.sample_state import SampleState
 from losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch
 
-NAMES = ("clip", "disttempnet", "disttempnet-v1", "sogclr", "tempnet")
+NAMES = (
+    "clip",
+    "clip-constant",
+    "clip-per-sample",
+    "cyclip",
+    "disttempnet",
+    "disttempnet-v1",
+    "fastclip-v0",
+    "fastclip-v1",
+    "fastclip-v2",
+    "fastclip-v3",
+    "fastclip-v3-constant-gamma",
+    "isogclr",
+    "onlineclr",
+    "siglip",
+    "sogclr",
+    "tempnet",
+    "vicreg",
+)
+WITHOUT_STATE = {"clip", "clip-constant", "clip-per-sample", "cyclip", "siglip", "vicreg"}
 FAMILY = ("disttempnet", "disttempnet-v1", "tempnet")
 
 
@@ -20,7 +40,7 @@ def refused(match: str):
 
 def test_both_homes_are_one() -> None:
     assert disttempnet.build_loss is disttempnet.losses.build_loss
-    assert set(NAMES) <= set(OBJECTIVES)
+    assert set(NAMES) == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,16 +57,66 @@ def test_defaults_train(name: str) -> None:
     assert x.grad.isfinite().all()
     assert x.grad.abs().max() > 0
     assert all(parameter.grad is not None for parameter in loss.parameters())
-    assert loss.temperatures(x, y).shape == (2, B)
-    assert any(key.endswith("log_u") for key in loss.state_dict()) == (name != "clip")
+    tau = loss.temperatures(x, y, batch.ids)
+    assert tau is None if name == "vicreg" else tau.shape == (2, B)
+    assert any(key.endswith("log_u") for key in loss.state_dict()) == (name not in WITHOUT_STATE)
 
 
-def test_published_defaults() -> None:
-    v1, tempnet = OBJECTIVES["disttempnet-v1"].arguments, OBJECTIVES["tempnet"].arguments
-    assert (v1["gamma_min"], v1["gamma_decay_epochs"]) == (0.8, 20)
-    assert (tempnet["gamma"], tempnet["rho"], tempnet["tau_min"], tempnet["tau_max"]) == (0.8, 7, 0.005, 0.05)
-    assert tempnet["dropout"] == 0.5
-    assert OBJECTIVES["sogclr"].arguments["gamma"] == 0.8
+CONSTANT, ONE, PER_SAMPLE, NETWORK_KIND = "constant", "one, learnable", "per sample", "network"
+COSINE = {"gamma_min": 0.2, "gamma_decay_epochs": 18}
+BOUNDED = {"tau_min": 0.005, "tau_max": 0.05}
+PUBLISHED = {  # temperature, γ, values
+    "clip": (ONE, "–", {"temperature": 0.07, "tau_min": 0.01, "tau_max": 1, "tau_lr": 0}),
+    "clip-constant": (CONSTANT, "–", {"temperature": 0.07}),
+    "clip-per-sample": (PER_SAMPLE, "–", {}),
+    "sogclr": (CONSTANT, "constant", {"gamma": 0.8, "temperature": 0.05}),
+    "isogclr": (
+        PER_SAMPLE,
+        "constant",
+        {"temperature": 0.01, **BOUNDED, "rho": 8, "tau_lr": 0.03, "tau_beta": 0.5, "tau_optimizer": "momentum"},
+    ),
+    "tempnet": (NETWORK_KIND, "constant", {"gamma": 0.8, "rho": 7, **BOUNDED, "dropout": 0.5}),
+    "disttempnet": (NETWORK_KIND, "constant", {"gamma": 0.8, **BOUNDED}),
+    "disttempnet-v1": (
+        NETWORK_KIND,
+        "cosine",
+        {"gamma_min": 0.8, "gamma_decay_epochs": 20, "tau_lr": 3e-5, "tau_lr_decay": 0.9},
+    ),
+    "fastclip-v0": (ONE, "cosine", {"temperature": 0.07, **COSINE, "tau_lr": 0}),
+    "fastclip-v1": (CONSTANT, "cosine", COSINE),
+    "fastclip-v2": (
+        PER_SAMPLE,
+        "cosine",
+        {
+            **COSINE,
+            "temperature": 0.03,
+            "tau_min": 0.01,
+            "tau_max": 1,
+            "rho": 7,
+            "tau_lr": 0.0133,
+            "tau_optimizer": "adam",
+        },
+    ),
+    "fastclip-v3": (ONE, "cosine", {**COSINE, "rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03, "temperature": 0.07}),
+    "fastclip-v3-constant-gamma": (ONE, "constant", {"gamma": 0.2, "rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}),
+    "siglip": (ONE, "–", {"temperature": 0.1, "bias": -10}),
+    "cyclip": (ONE, "–", {"in_modal": 0.25, "cross_modal": 0.25, "temperature": 0.07, "tau_min": 0.01, "tau_max": 1}),
+    "vicreg": ("–", "–", {"invariance": 25, "variance": 25, "covariance": 1}),
+    "onlineclr": (CONSTANT, "constant", {"temperature": 0.01, "gamma": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_defaults(name: str) -> None:
+    row, (temperature, gamma, values) = OBJECTIVES[name], PUBLISHED[name]
+    assert (row.temperature, row.gamma) == (temperature, gamma)
+    assert {key: row.arguments[key] for key in values} == values
+    assert ("rho" in row.arguments) == (row.title.startswith(("iSog", "Temp", "Dist", "FastCLIP-v2", "FastCLIP-v3")))
+    assert row.title
+    assert row.source.startswith("arXiv ")
+    loss = build_loss(name, num_samples=N, embed_dim=D)
+    per_sample = sum(2 * 4 * len(m.columns) for m in loss.modules() if isinstance(m, SampleState))
+    assert row.bytes_a_sample() == per_sample
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -79,6 +149,8 @@ def test_unknown_name_lists_what_exists(wrong: str, nearest: str) -> None:
         ("disttempnet-v1", "gamma", "gamma_min"),
         ("tempnet", "gamma_min", "gamma"),
         ("clip", "tau_mim", "tau_min"),
+        ("siglip", "bais", "bias"),
+        ("vicreg", "covarience", "covariance"),
     ],
 )
 def test_unknown_argument_lists_what_exists(name: str, wrong: str, nearest: str) -> None:
@@ -114,6 +186,22 @@ def test_missing_argument_is_named(missing: str) -> None:
         ("disttempnet-v1", "gamma_min", 0.0),
         ("disttempnet-v1", "gamma_min", 1.2),
         ("disttempnet-v1", "gamma_decay_epochs", 0),
+        ("siglip", "temperature", 0.0),
+        ("cyclip", "temperature", -1.0),
+        ("cyclip", "in_modal", -0.5),
+        ("cyclip", "cross_modal", -0.5),
+        ("vicreg", "invariance", -1.0),
+        ("vicreg", "variance", -1.0),
+        ("vicreg", "covariance", -1.0),
+        ("onlineclr", "temperature", 0.0),
+        ("onlineclr", "gamma", 0.0),
+        ("isogclr", "temperature", 0.06),
+        ("isogclr", "tau_beta", 1.0),
+        ("fastclip-v2", "tau_beta2", 1.0),
+        ("fastclip-v2", "tau_lr", -0.5),
+        ("fastclip-v3", "tau_lr", -0.5),
+        ("fastclip-v3", "tau_threshold", -0.5),
+        ("fastclip-v1", "gamma_min", 0.0),
     ],
 )
 def test_values_out_of_range_are_named(name: str, argument: str, value: float) -> None:
@@ -133,7 +221,19 @@ def test_wrong_choice_lists_the_choices(argument: str, choices: tuple[str, ...])
         assert choice in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "argument"), [("sogclr", "temperature"), ("tempnet", "tau_min"), ("sogclr", "gamma")])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("sogclr", "temperature"),
+        ("tempnet", "tau_min"),
+        ("sogclr", "gamma"),
+        ("siglip", "temperature"),
+        ("siglip", "bias"),
+        ("cyclip", "in_modal"),
+        ("vicreg", "variance"),
+        ("onlineclr", "gamma"),
+    ],
+)
 def test_wrong_type_names_the_objective(name: str, argument: str) -> None:
     with refused(name):
         build_loss(name, num_samples=N, embed_dim=D, **{argument: "small"})

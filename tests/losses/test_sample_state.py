@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -16,17 +15,12 @@ from disttempnet.losses.sample_state import NEVER, SampleState, redeal
 from losses.scenario import (
     CONSTANT,
     NETWORK,
-    B,
     D,
     GlobalBatch,
     N,
-    StepResult,
-    assert_same_steps,
-    descend,
-    joined,
     make,
     pairs,
-    run,
+    run_saved,
     step,
     stream,
 )
@@ -102,50 +96,6 @@ def test_a_loss_built_for_another_world_size_says_so(monkeypatch: pytest.MonkeyP
 
 
 # ---- saving ----
-
-
-def run_saved(recipe: dict, batches: list[GlobalBatch], cut: int) -> tuple[list[StepResult], dict]:
-    """Steps up to `cut`, then the rest in a new loss that loaded the state through a file; and the saved state."""
-    loss, results = make(recipe), []
-    for batch in batches[:cut]:
-        results.append(step(loss, batch))
-        descend(loss, 0.3)
-    saved = copy.deepcopy(loss.state_dict())
-    loss = make(recipe)
-    loss.load_state_dict(saved)
-    for batch in batches[cut:]:
-        results.append(step(loss, batch))
-        descend(loss, 0.3)
-    return results, saved
-
-
-@pytest.mark.parametrize("recipe", [CONSTANT, DROPOUT], ids=["constant", "network"])
-@pytest.mark.parametrize("cut", [1, 3])
-def test_state_dict_continues_bit_for_bit(recipe: dict, cut: int) -> None:
-    """Parameters, table, step (dropout masks), and prototypes half started: 13 of them, 8 rows a batch."""
-    batches = stream(5)
-    results, saved = run_saved(recipe, batches, cut)
-    assert_same_steps(results, run(recipe, batches), tolerance=0)
-    (table_key,) = [key for key in saved if key.endswith("log_u")]
-    assert saved[table_key].shape == (2, N)
-
-
-@pytest.mark.parametrize("recipe", [CONSTANT, DROPOUT], ids=["constant", "network"])
-def test_state_dict_continues_bit_for_bit_over_ranks(gloo, recipe: dict) -> None:
-    batches = stream(5)
-    resumed = joined([results for results, _ in gloo(2, run_saved, recipe, batches, 3)])
-    assert_same_steps(resumed, joined(gloo(2, run, recipe, batches)), tolerance=0)
-
-
-def test_state_dict_goes_through_a_weights_only_file(tmp_path) -> None:
-    loss = make(DROPOUT)
-    step(loss, stream(1)[0])
-    torch.save(loss.state_dict(), tmp_path / "loss.pt")
-    other = make(DROPOUT)
-    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
-    close(other.state.local("log_u"), loss.state.local("log_u"), rtol=0, atol=0)
-    batch = stream(2)[1]
-    assert_same_steps([step(other, batch)], [step(loss, batch)], tolerance=0)
 
 
 def test_the_epoch_is_part_of_the_state() -> None:
@@ -228,45 +178,6 @@ def test_redeal_gives_every_rank_what_it_owns(num_samples: int, old: int, new: i
     shards = [shard(num_samples, rank, old) for rank in range(old)]
     for rank in range(new):
         close(redeal(shards, num_samples, rank, new), shard(num_samples, rank, new), rtol=0, atol=0)
-
-
-def continue_redealt(recipe: dict, states: list[dict], batches: list[GlobalBatch]) -> list[StepResult]:
-    """Go on at this world size from the states of all old ranks."""
-    loss = make(recipe)
-    mine = redeal([saved["state.log_u"] for saved in states], N, distributed.rank(), distributed.world_size())
-    own = {key: value for key, value in loss.state_dict().items() if key.startswith("state.")}
-    loss.load_state_dict({**states[0], **own, "state.log_u": mine})
-    results = []
-    for batch in batches:
-        results.append(step(loss, batch))
-        descend(loss, 0.3)
-    return results
-
-
-@pytest.mark.parametrize("recipe", [CONSTANT, DROPOUT], ids=["constant", "network"])
-@pytest.mark.parametrize(("old", "new"), [(4, 1), (4, 2), (2, 4)])
-def test_training_goes_on_at_another_world_size(gloo, recipe: dict, old: int, new: int) -> None:
-    batches, cut = stream(5), 3
-    expected = run(recipe, batches)[cut:]
-    states = [saved for _, saved in gloo(old, run_saved, recipe, batches[:cut], cut)]
-    if new == 1:
-        actual = continue_redealt(recipe, states, batches[cut:])
-    else:
-        actual = joined(gloo(new, continue_redealt, recipe, states, batches[cut:]))
-    assert_same_steps(actual, expected)
-
-
-def test_evaluation_reads_and_does_not_write() -> None:
-    loss, batches = make(CONSTANT), stream(2)
-    step(loss, batches[0])
-    before = loss.state.local("log_u").clone()
-    loss.eval()
-    out = loss(Features.unit(batches[1].x, batches[1].y), batches[1].ids)
-    assert out.total.isfinite()
-    close(loss.state.local("log_u"), before, rtol=0, atol=0)
-    loss.train()
-    assert step(loss, batches[1]).total == out.total
-    assert len(batches[1].ids) == B
 
 
 def test_half_precision_parameters_leave_the_table_alone() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 from disttempnet.errors import unknown_name
 from disttempnet.losses.core import Context, Features, LossOutput, Objective
+from disttempnet.losses.cyclip import CyClipLoss
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
+from disttempnet.losses.onlineclr import OnlineClrLoss
 from disttempnet.losses.sample_state import SampleState
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma
+from disttempnet.losses.siglip import SigLipLoss
 from disttempnet.losses.temperature import (
     ConstantTemperature,
     LearnableTemperature,
@@ -22,6 +25,7 @@ from disttempnet.losses.temperature import (
     Temperature,
 )
 from disttempnet.losses.tempnet import NetworkTemperature
+from disttempnet.losses.vicreg import VicRegLoss
 
 __all__ = ["OBJECTIVES", "Features", "GlobalContrastiveLoss", "LossOutput", "Objective", "Recipe", "build_loss"]
 
@@ -93,6 +97,13 @@ def _family(
     return Recipe(title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build)
 
 
+def _minibatch(
+    title: str, loss: type[Objective], formula: str, source: str, *, temperature: str = "–", gamma: str = "–"
+) -> Recipe:
+    """A row that is no member of the family: its arguments and their published values stand in its signature."""
+    return Recipe(title, formula, temperature, gamma, source, _own(loss), loss)
+
+
 _ISOGCLR: dict[str, Any] = {"tau_optimizer": "momentum", "temperature": 0.01, "tau_min": 0.005, "tau_max": 0.05}
 _FASTCLIP: dict[str, Any] = {"gamma_min": 0.2, "gamma_decay_epochs": 18.0}
 _V3: dict[str, Any] = {"rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}
@@ -130,6 +141,21 @@ OBJECTIVES: dict[str, Recipe] = {
     ),
     "fastclip-v3-constant-gamma": _family(
         "FastCLIP-v3, constant γ", LearnableTemperature, ConstantGamma, "arXiv 2407.01445", **_V3, gamma=0.2
+    ),
+    "siglip": _minibatch(
+        "SigLIP", SigLipLoss, "−(1/B) Σ_ij log σ(±(s_ij/τ + b))", "arXiv 2303.15343",
+        temperature=LearnableTemperature.kind,
+    ),
+    "cyclip": _minibatch(
+        "CyCLIP", CyClipLoss, "CLIP + (λ_in/B) Σ_ij (x_i·x_j − y_i·y_j)² + (λ_cross/B) Σ_ij (s_ij − s_ji)²",
+        "arXiv 2205.14459", temperature=LearnableTemperature.kind,
+    ),
+    "vicreg": _minibatch(
+        "VICReg", VicRegLoss, "λ MSE(x, y) + μ mean_d max(0, 1 − std_d) + ν Σ_{d≠e} cov_de²/D", "arXiv 2105.04906"
+    ),
+    "onlineclr": _minibatch(
+        "onlineCLR", OnlineClrLoss, "τ log E_neg exp(s/τ) + 10 τ log E_pos exp(−s/10τ)", "arXiv 2305.11965 (code)",
+        temperature=ConstantTemperature.kind, gamma="constant",
     ),
 }  # fmt: skip
 

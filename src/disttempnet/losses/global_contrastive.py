@@ -41,7 +41,7 @@ from disttempnet.losses.core import (
     with_gradient,
 )
 from disttempnet.losses.pairwise import Anchors, pull, row_statistics
-from disttempnet.losses.sample_state import NEVER, SampleState, log_mean_over_equal_ids
+from disttempnet.losses.sample_state import NEVER, SampleState, follow, log_mean_over_equal_ids
 from disttempnet.losses.schedule import Gamma
 from disttempnet.losses.temperature import Batch, Temperature
 
@@ -172,11 +172,7 @@ class GlobalContrastiveLoss(Objective):
             return log_g
         old = self.state.read(ids).to(log_g.dtype)
         log_g = log_mean_over_equal_ids(ids, log_g)
-        gamma = self.gamma(self.epoch)
-        kept = math.log1p(-gamma) if gamma < 1 else -math.inf
-        blended = torch.logaddexp(old + kept, log_g + math.log(gamma))
-        new = torch.where(old == -math.inf, log_g, blended)
-        new = torch.where(log_g == -math.inf, old, new)
+        new = follow(old, log_g, self.gamma(self.epoch))
         if self.training:
             self.state.write(ids, new)
         return new

@@ -9,7 +9,7 @@ Columns whose sample id equals the row's are no negatives and are left out; with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,14 +77,22 @@ def pull(
     p_ij is the weight that anchor i (a local row) gives to column j; p'_ji the weight that anchor j of the other
     modality, on whichever rank, gives to row i. Both come from the same similarity s_ij.
     """
-    result = torch.empty_like(rows)
-    for piece in _tiles(len(rows), len(columns)):
-        similarity = rows[piece] @ columns.T
+
+    def weigh(similarity: Tensor, piece: slice) -> Tensor:
         weight = torch.addcmul(row_anchors.offset[piece, None], similarity, row_anchors.slope[piece, None]).exp_()
         weight += torch.addcmul(column_anchors.offset, similarity, column_anchors.slope).exp_()
         if row_ids is not None and column_ids is not None:
             weight.masked_fill_(row_ids[piece, None] == column_ids, 0.0)
-        torch.mm(weight, columns, out=result[piece])
+        return weight
+
+    return weighted_columns(rows, columns, weigh)
+
+
+def weighted_columns(rows: Tensor, columns: Tensor, weigh: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Σ_j w_ij column_j for every row [b, D]; `weigh` makes w [tile, B] of the similarities of a slice of the rows."""
+    result = torch.empty_like(rows)
+    for piece in _tiles(len(rows), len(columns)):
+        torch.mm(weigh(rows[piece] @ columns.T, piece), columns, out=result[piece])
     return result
 
 

@@ -5,6 +5,7 @@ Shapes: N samples, K ranks, B rows of the global batch, C columns. 8 bytes · C 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -137,6 +138,17 @@ class SampleState(nn.Module):
             else:
                 self._table = self._table.to(values.dtype)
                 self.local(column).copy_(values)
+
+
+def follow(old: Tensor, log_g: Tensor, gamma: float) -> Tensor:
+    """log((1−γ) u + γ g) from log u and log g of one shape.
+
+    log g at the first visit (log u = −inf), and log u where the batch had nothing to say (log g = −inf).
+    """
+    kept = math.log1p(-gamma) if gamma < 1 else -math.inf
+    blended = torch.logaddexp(old + kept, log_g + math.log(gamma))
+    new = torch.where(old == NEVER, log_g, blended)
+    return torch.where(log_g == -math.inf, old, new)
 
 
 def redeal(shards: Sequence[Tensor], num_samples: int, rank: int, world_size: int) -> Tensor:

@@ -1,0 +1,104 @@
+"""onlineCLR: all negative pairs of the data set against all positive ones, each followed by one number.
+
+    minimise   τn · log E_neg exp(s / τn) + τp · log E_pos exp(−s / τp)
+
+over negative pairs (i, j) of different samples and positive pairs (i, i), s = x_i·y_j, both directions. The two means
+run over the whole data set; u_neg and u_pos follow them over the steps: u ← (1−γ) u + γ g with g the batch's mean. The
+gradient has the weights exp(s/τn) / u_neg and exp(−s/τp) / u_pos, detached. From the bimodal code of iSogCLR
+(arXiv 2305.11965), where it is a baseline.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from disttempnet import distributed
+from disttempnet.losses.core import (
+    Context,
+    Features,
+    LossOutput,
+    Objective,
+    check_features,
+    compute_dtype,
+    exact_arithmetic,
+    tau_metrics,
+    with_gradient,
+)
+from disttempnet.losses.pairwise import Anchors, pull, row_statistics
+from disttempnet.losses.sample_state import NEVER, follow
+from disttempnet.losses.schedule import ConstantGamma
+from disttempnet.losses.temperature import check_start
+
+POSITIVE_FACTOR = 10.0  # τp / τn
+
+
+class OnlineClrLoss(Objective):
+    """Pooled contrast with two scalar states.
+
+    Args:
+        context: not needed.
+        temperature: τn; τp is ten times that.
+        gamma: γ.
+
+    Equal ids are no negatives of each other. A batch without negatives has no first term, and leaves u_neg as it is.
+
+    State: `log_u`, [log u_neg, log u_pos], equal on all ranks; −inf = never seen.
+    """
+
+    log_u: Tensor
+
+    def __init__(self, context: Context, *, temperature: float = 0.01, gamma: float = 0.5) -> None:
+        super().__init__()
+        check_start(temperature)
+        self.tau, self.gamma = temperature, ConstantGamma(gamma)
+        self.register_buffer("log_u", torch.full((2,), NEVER, dtype=torch.float64))
+
+    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+        """This rank's rows [b, D]. Metrics: loss, log_u of both states, and mean, min, max, std of τn."""
+        check_features(features, ids)
+        with exact_arithmetic(ids.device):
+            return self._step(features.image, features.text, ids)
+
+    def _step(self, image: Tensor, text: Tensor, ids: Tensor) -> LossOutput:
+        dtype = compute_dtype(image)
+        tau, tau_positive = self.tau, POSITIVE_FACTOR * self.tau
+        x, y = image.detach().to(dtype), text.detach().to(dtype)
+        all_image, all_text = distributed.all_gather(image).to(dtype), distributed.all_gather(text).to(dtype)
+        all_ids = distributed.all_gather(ids)
+        batch = len(all_ids)
+
+        # the text side's similarities are the image side's, transposed: both directions have one mean
+        taus = x.new_full((len(x),), tau)
+        negative = row_statistics(x, all_text, torch.zeros_like(taus), taus, ids, all_ids)
+        local = torch.stack([negative.log_mean, negative.negatives, (x * y).sum(1)], dim=1)
+        log_mean, counts, positive = distributed.all_gather(local).T
+        pairs = counts.sum()
+        log_negative = torch.logsumexp(log_mean + counts.log(), 0) - pairs.log()
+        log_negative = torch.where(pairs > 0, log_negative, NEVER)
+        log_positive = torch.logsumexp(-positive / tau_positive, 0) - math.log(batch)
+        log_g = torch.stack([log_negative, log_positive])
+        log_u = follow(self.log_u.to(dtype), log_g, self.gamma.gamma)
+        if self.training:
+            self.log_u.copy_(log_u)
+
+        # each direction has half of the negatives' weight: rows as anchors, and columns as anchors
+        weight = Anchors.of(
+            *(v.expand(batch) for v in (log_u.new_tensor(tau), log_u.new_zeros(()), log_u[0], 2 * pairs))
+        )
+        own = Anchors(weight.slope[: len(x)], weight.offset[: len(x)])
+        attraction = (-(x * y).sum(1, keepdim=True) / tau_positive - log_u[1]).exp() / batch
+        ranks = batch // len(x)  # the mean over ranks is taken of what must be the sum
+        image_gradient = ranks * (pull(x, all_text, own, weight, ids, all_ids) - attraction * y)
+        text_gradient = ranks * (pull(y, all_image, own, weight, ids, all_ids) - attraction * x)
+
+        value = torch.where(pairs > 0, tau * log_u[0], 0.0) + tau_positive * log_u[1]
+        total = with_gradient(value, image, text, image_gradient, text_gradient)
+        metrics = {"loss": value, **tau_metrics(taus[:1].expand(2, 1)), "log_u/positive": log_u[1]}
+        metrics["log_u/negative"] = torch.where(log_u[0] == NEVER, 0.0, log_u[0])
+        return LossOutput(total, metrics)
+
+    def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor:
+        return image.new_full((2, len(image)), self.tau, dtype=compute_dtype(image))
