@@ -47,6 +47,15 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in checkpoint_folder(run).glob("step-*") if p.is_dir())
 
 
+def weights_folder(pretrained: str) -> str:
+    """`model.pretrained`, with a run folder replaced by its best checkpoint (else its last).
+
+    Raises:
+        UserError: a run folder without a checkpoint.
+    """
+    return str(_choose(Path(pretrained))) if pretrained and checkpoint_folder(Path(pretrained)).is_dir() else pretrained
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -148,8 +157,7 @@ def load_run(path: str | Path) -> Run:
     checkpoint = path if (path / "trainer.pt").is_file() else _choose(path)
     trainer = _read(checkpoint / "trainer.pt")
     config = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")
-    towers = load_model(config.model.name)
-    load_weights(towers, checkpoint)
+    towers = load_model(config.model.name, str(checkpoint))
     loss = build_loss(
         config.loss.name,
         num_samples=trainer["num_samples"],
@@ -225,7 +233,8 @@ def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_d
             f"{trainer['num_samples']} samples; now {index_digest[:12]}): per-sample state cannot be applied to it. "
             "Give back the old data, or start a new run with another name"
         )
-    for key, was, now in differences(trainer["config"], config.model_dump(), MAY_CHANGE):
+    old = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")  # keys it lacks: their defaults
+    for key, was, now in differences(old.model_dump(), config.model_dump(), MAY_CHANGE):
         raise UserError(
             f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
             "or start a new run with another name"
