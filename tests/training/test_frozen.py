@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +87,10 @@ def test_stop_and_resume_is_bit_exact(straight: Path, pretrained: Path, tmp_path
 def steps_on_this_rank(out: str, pretrained: str, objective: str) -> tuple[list[float], list[torch.Tensor]]:
     """Losses of six steps, and what the objective has learned by then (its table's rows in the order of ids)."""
     trainer = Trainer(frozen(Path(out), Path(pretrained), f"loss={objective}"), torch.device("cpu"))
-    found = [trainer.train_step(batch).metrics["loss"].item() for _, batch in zip(range(6), _batches(trainer))]
+    found = [trainer.train_step(batch).metrics["loss"].item() for batch in islice(trainer.data.loader_from(0), 6)]
     learned = [p.detach() for p in trainer.loss.parameters()]
     table = getattr(trainer.loss.temperature, "state", trainer.loss.state)
     return found, [*learned, table.read(torch.arange(320))]
-
-
-def _batches(trainer: Trainer):
-    return trainer.data.loader_from(0)
 
 
 @pytest.mark.parametrize("objective", ['{name="disttempnet-v1", rho=2.4, tau_lr=1e-3}', '{name="isogclr", rho=2.4}'])

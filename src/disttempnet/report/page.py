@@ -9,15 +9,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 
 from disttempnet.config import Config, dump_config
 from disttempnet.errors import UserError
 from disttempnet.evaluation import readers
 from disttempnet.evaluation.readers import task_title
-from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
+from disttempnet.evaluation.scores import BETTER_RULE, compare, tasks_of
 from disttempnet.report import examples, plots
 from disttempnet.report.runs import RunRecord, distinct_titles, read_run
+from disttempnet.report.template import fill
 from disttempnet.training.checkpoint import Run, write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -40,11 +40,9 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
     if not runs:
         raise UserError("no run folder was given")
     titles = distinct_titles(runs)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     models = [examples.open_model(run) for run in runs]
-    page = template.render(
+    page = fill(
+        TEMPLATE,
         runs=[_run_facts(i, run, title) for i, (run, title) in enumerate(zip(runs, titles, strict=True))],
         **_results(runs, titles),
         **_charts(runs, titles),

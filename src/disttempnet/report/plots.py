@@ -73,7 +73,7 @@ def run_colour(i: int) -> str:
 def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """Zero-shot top-1 and mean recall over the epochs: a row a task, a line a run, chance dotted."""
     tasks = tasks_of([evaluation.scores for run in runs for evaluation in run.evaluations])
-    figure, axes = _grid(len(tasks), 2, height=2.5)
+    figure, axes = new_figure(len(tasks), 2, height=2.5)
     for row, task in zip(axes, tasks, strict=True):
         for axis, metric in zip(row, ("acc1", "mean_recall"), strict=True):
             chance = 0.0
@@ -89,14 +89,14 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
             axis.set_ylabel("%")
             axis.set_ylim(bottom=0)
     _legend(figure, axes[0][0])
-    return _svg(figure)
+    return as_data_uri(figure)
 
 
 @styled
 def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """The loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
     panels, columns = len(runs) + 2, min(len(runs) + 2, PANELS)
-    figure, grid = _grid(-(-panels // columns), columns, height=2.5)
+    figure, grid = new_figure(-(-panels // columns), columns, height=2.5)
     axes = [axis for row in grid for axis in row]
     for unused in axes[panels:]:
         unused.set_visible(False)
@@ -112,13 +112,13 @@ def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
         _epochs(axis, name)
         if key == "gamma":
             axis.set_ylim(0, 1.05)
-    return _svg(figure)
+    return as_data_uri(figure)
 
 
 @styled
 def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """τ of the training batches over the epochs, a panel a run: mean of each side with its minimum and maximum."""
-    figure, axes = _grid(1, len(runs), height=2.8, sharey=True)
+    figure, axes = new_figure(1, len(runs), height=2.8, sharey=True)
     for run, title, axis in zip(runs, titles, axes[0], strict=True):
         for side, colour in SIDE_COLOURS.items():
             epochs, mean = run.series(f"tau/{side}_mean")
@@ -131,14 +131,14 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("τ")
     _legend(figure, axes[0][0])
-    return _svg(figure)
+    return as_data_uri(figure)
 
 
 @styled
 def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
     """Histograms of τ over time, earliest at the bottom, a column for each side."""
-    chosen = [snapshots[i] for i in _spread(len(snapshots), RIDGES)]
-    figure, axes = _grid(1, 2, height=0.9 + 0.5 * len(chosen))
+    chosen = [snapshots[i] for i in spread(len(snapshots), RIDGES)]
+    figure, axes = new_figure(1, 2, height=0.9 + 0.5 * len(chosen))
     for axis, (side, colour) in zip(axes[0], SIDE_COLOURS.items(), strict=True):
         arrays = [getattr(snapshot, side) for snapshot in chosen]
         edges = np.linspace(*_padded_range(np.concatenate(arrays)), 81)
@@ -156,21 +156,21 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
         axis.locator_params(axis="x", nbins=6)
         axis.spines["left"].set_visible(False)
         axis.grid(visible=False, axis="y")
-    return _svg(figure)
+    return as_data_uri(figure)
 
 
 @styled
 def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
     """τ of the image side against τ of the text side: a point a training pair."""
-    figure, axes = _grid(1, 1, height=3.6, width=3.9)
-    shown = list(_spread(len(image_tau), 4000))
+    figure, axes = new_figure(1, 1, height=3.6, width=3.9)
+    shown = list(spread(len(image_tau), 4000))
     points = image_tau[shown], text_tau[shown]
     axes[0][0].scatter(*points, s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
     axes[0][0].set(xlabel="τ, image side", ylabel="τ, text side")
-    return _svg(figure)
+    return as_data_uri(figure)
 
 
-def _grid(
+def new_figure(
     rows: int, columns: int, height: float, width: float = WIDTH, sharey: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure without pyplot's global state, and its axes as rows."""
@@ -198,7 +198,7 @@ def _legend(figure: Figure, axis: Axes) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10)
 
 
-def _spread(n: int, most: int) -> np.ndarray:
+def spread(n: int, most: int) -> np.ndarray:
     """At most `most` of the indices 0 … n−1, evenly, the first and the last among them."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
@@ -222,7 +222,7 @@ def _mixed(colour: str, strength: float) -> tuple[float, ...]:
     return tuple(1 - strength * (1 - part) for part in parts)
 
 
-def _svg(figure: Figure) -> str:
+def as_data_uri(figure: Figure) -> str:
     """The figure as a data URI. Letters stay letters, set in the page's font; equal data give equal bytes."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})

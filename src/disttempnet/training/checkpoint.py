@@ -137,7 +137,10 @@ def load_checkpoint(
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, opened for evaluation, temperatures or further training."""
+    """A trained run, opened for evaluation, temperatures or further training.
+
+    `index_digest` names the training samples that ids and per-sample state belong to; empty = not known.
+    """
 
     folder: Path
     config: Config
@@ -145,6 +148,7 @@ class Run:
     loss: Objective
     step: int
     num_samples: int
+    index_digest: str = ""
 
 
 def load_run(path: str | Path) -> Run:
@@ -168,7 +172,8 @@ def load_run(path: str | Path) -> Run:
     _restore_objective(checkpoint, trainer, loss)
     towers.module.eval()
     loss.eval()
-    return Run(checkpoint.parent.parent, config, towers, loss, trainer["step"], trainer["num_samples"])
+    folder, digest = checkpoint.parent.parent, trainer["index_digest"]
+    return Run(folder, config, towers, loss, trainer["step"], trainer["num_samples"], digest)
 
 
 def write_atomically(path: Path, text: str) -> None:
