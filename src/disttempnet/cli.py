@@ -44,6 +44,20 @@ examples:
   disttempnet compare configs/compare.toml seeds=[1] train.epochs=2 out=runs/quick
 """
 
+REPORT = """The ending of --out says what is written:
+
+  .html    run folders with different configs: a page about these runs in depth, the first before all;
+           several seeds of a config, a folder of run folders, or compact results: a page about groups of seeds
+  .md .tex .csv    the table over seeds: mean (standard deviation), the best in bold, those within one standard
+           deviation of it marked (csv: the raw numbers)
+  .jsonl   compact results, a line a run: enough to make all tables again without the run folders
+
+examples:
+  disttempnet report runs/demo runs/demo-clip --out report.html
+  disttempnet report runs/compare --out table.tex --metrics emoji-concepts/acc1 emoji-concepts/mean_recall
+  disttempnet report docs/results/compare.jsonl --out table.md
+"""
+
 TEMPERATURE = """Without --shards, --images or --captions: of the run's own training data.
 
 The table has a row a sample: id (its place in the training data, where it is from there), key, caption, tau_image,
@@ -119,9 +133,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
     evaluate.add_argument("--out", metavar="FILE", help="write the results as JSON (default: RUN/results.json)")
 
-    report = commands.add_parser("report", help="one self-contained HTML page from one or more runs")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the one described in depth")
-    report.add_argument("--out", default="report.html", help="the page to write (default: report.html)")
+    report = commands.add_parser(
+        "report",
+        help="a page about runs, or tables over seeds: HTML, Markdown, LaTeX, CSV",
+        description=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, folder of run folders, or compact .jsonl")
+    report.add_argument(
+        "--out", default="report.html", metavar="FILE", help=".html .md .tex .csv .jsonl (default: report.html)"
+    )
+    report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
 
     temperature = commands.add_parser(
         "temperature",
@@ -272,9 +294,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from disttempnet.report import build_report
+    from disttempnet.report import write_report
 
-    path = build_report([Path(run) for run in options.runs], Path(options.out))
+    path = write_report([Path(run) for run in options.runs], Path(options.out), options.metrics)
     print(f"report: {path.resolve()}")
     return 0
 

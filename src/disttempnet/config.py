@@ -209,8 +209,9 @@ def apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault in one line; unknown keys name the nearest one that `model` knows."""
-    first = error.errors()[0]
+    """The first fault in one line, an unknown key before all: it names the nearest one that `model` knows."""
+    faults = error.errors()
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section: Any = model

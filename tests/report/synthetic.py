@@ -29,7 +29,7 @@ def write_run(
         {
             "name": folder.name,
             "data": {"train": train, "global_batch": 16},
-            "model": {"name": "demo-convnext-48"},
+            "model": {"name": "demo-convnext-32"},
             "loss": {"name": "disttempnet-v1", "rho": 2.0} if spread else {"name": "clip"},
             "optim": {"lr": 1e-3},
             "train": {"epochs": 4},

@@ -18,6 +18,7 @@ from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.errors import UserError
+from disttempnet.training.checkpoint import write_atomically
 
 __all__ = ["load_grid", "run_compare"]
 
@@ -51,17 +52,14 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
             raise UserError(f"{name}: {state.why}")
     outcome = _train(grid, states, jobs)
     if outcome.stopped:
-        print("stopped; everything is saved: continue with the same command")
+        _print_failed(outcome, len(grid.configs))
+        print("stopped: continue with the same command")
         return 143
     done = [config.folder for config in grid.configs if state_of(config).kind == "done"]
     if done:
         _report(done, grid.out)
-    if outcome.failed:
-        print(f"{len(outcome.failed)} of {len(grid.configs)} runs failed; the same command tries them again:")
-        for name, reason in outcome.failed.items():
-            print(f"  {name}: {reason}")
-        return 1
-    return 0
+    _print_failed(outcome, len(grid.configs))
+    return 1 if outcome.failed else 0
 
 
 def _train(grid: Grid, states: dict[str, State], jobs: int) -> Outcome:
@@ -83,7 +81,26 @@ def _gpus() -> list[str]:
 
 
 def _report(folders: Sequence[Path], out: Path) -> None:
-    """TABLE"""
+    """Print the table over seeds; write OUT/results.jsonl and OUT/report.html."""
+    from disttempnet.report.compact import read_results, write_compact
+    from disttempnet.report.comparison import comparison_page
+    from disttempnet.report.groups import compare_groups
+    from disttempnet.report.tables import text_table
+
+    results = read_results(folders)
+    write_atomically(out / "results.jsonl", write_compact(results))
+    comparison = compare_groups(results)
+    write_atomically(out / "report.html", comparison_page(comparison))
+    Console().print(text_table(comparison))
+    print(f"results: {(out / 'results.jsonl').resolve()}")
+    print(f"report: {(out / 'report.html').resolve()}")
+
+
+def _print_failed(outcome: Outcome, total: int) -> None:
+    if outcome.failed:
+        print(f"{len(outcome.failed)} of {total} runs failed; the same command tries them again:")
+    for name, reason in outcome.failed.items():
+        print(f"  {name}: {reason}")
 
 
 def _print_list(grid: Grid, states: dict[str, State]) -> None:

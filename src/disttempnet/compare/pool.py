@@ -21,9 +21,8 @@ from disttempnet.config import Config
 
 @dataclass
 class Outcome:
-    """What became of the runs: names of those finished now, name → one line of those that failed, whether stopped."""
+    """What became of the runs: name → one line of those that failed, and whether all was stopped on the way."""
 
-    finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
 
@@ -118,9 +117,7 @@ class Pool:
     def _ended(self, worker: _Worker, end: Ended) -> None:
         assert worker.run is not None
         name = worker.run.name
-        if end.outcome == "finished":
-            self.outcome.finished.append(name)
-        elif end.outcome == "failed":
+        if end.outcome == "failed":
             self.outcome.failed[name] = end.reason
         self._display.ended(name, end.outcome, end.reason, time.monotonic() - worker.begun)
 

@@ -114,5 +114,12 @@ def percent(value: float | None) -> str:
 
 def metric_title(key: str) -> str:
     """`image_to_text_recall@5` → `image → text R@5`; unknown keys stay as they are."""
-    titles = {"acc1": "zero-shot top-1", "acc5": "zero-shot top-5", "mean_recall": "mean recall"}
+    titles = {
+        "acc1": "zero-shot top-1",
+        "acc5": "zero-shot top-5",
+        "mean_recall": "mean recall",
+        "acc1_head": "top-1, head",
+        "acc1_middle": "top-1, middle",
+        "acc1_tail": "top-1, tail",
+    }
     return titles.get(key, key.replace("_to_", " → ").replace("_recall@", " R@").replace("_", " "))

@@ -9,18 +9,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from disttempnet.config import Config, dump_config
 from disttempnet.errors import UserError
 from disttempnet.evaluation import readers
 from disttempnet.evaluation.readers import task_title
-from disttempnet.evaluation.scores import BETTER_RULE, compare, tasks_of
+from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
 from disttempnet.report import examples, plots
 from disttempnet.report.runs import RunRecord, distinct_titles, read_run
-from disttempnet.report.template import fill
 from disttempnet.training.checkpoint import Run, write_atomically
-
-TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def build_report(run_folders: Sequence[Path], out: Path) -> Path:
@@ -41,8 +39,7 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
         raise UserError("no run folder was given")
     titles = distinct_titles(runs)
     models = [examples.open_model(run) for run in runs]
-    page = fill(
-        TEMPLATE,
+    page = open_template("page.html").render(
         runs=[_run_facts(i, run, title) for i, (run, title) in enumerate(zip(runs, titles, strict=True))],
         **_results(runs, titles),
         **_charts(runs, titles),
@@ -55,6 +52,16 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
+
+
+def open_template(name: str) -> Template:
+    """A page of this folder, with the filters that write numbers."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
+    return environment.get_template(name)
 
 
 def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def run_colour(i: int) -> str:
 def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """Zero-shot top-1 and mean recall over the epochs: a row a task, a line a run, chance dotted."""
     tasks = tasks_of([evaluation.scores for run in runs for evaluation in run.evaluations])
-    figure, axes = new_figure(len(tasks), 2, height=2.5)
+    figure, axes = grid(len(tasks), 2, height=2.5)
     for row, task in zip(axes, tasks, strict=True):
         for axis, metric in zip(row, ("acc1", "mean_recall"), strict=True):
             chance = 0.0
@@ -85,40 +85,40 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
                     values = [100 * scores.metrics[metric] for _, scores in points]
                     _line(axis, [epoch for epoch, _ in points], values, i, title, marker="o")
             axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.2, label="chance")
-            _epochs(axis, f"{task_title(task)}: {metric_title(metric)}")
+            epoch_axis(axis, f"{task_title(task)}: {metric_title(metric)}")
             axis.set_ylabel("%")
             axis.set_ylim(bottom=0)
     _legend(figure, axes[0][0])
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
 def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """The loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
     panels, columns = len(runs) + 2, min(len(runs) + 2, PANELS)
-    figure, grid = new_figure(-(-panels // columns), columns, height=2.5)
-    axes = [axis for row in grid for axis in row]
+    figure, cells = grid(-(-panels // columns), columns, height=2.5)
+    axes = [axis for row in cells for axis in row]
     for unused in axes[panels:]:
         unused.set_visible(False)
     for i, (run, title, axis) in enumerate(zip(runs, titles, axes, strict=False)):
         _line(axis, *run.series("loss"), i, title)
-        _epochs(axis, f"loss: {title}")
+        epoch_axis(axis, f"loss: {title}")
     for axis, key, name in (
         (axes[panels - 2], "gamma", "inner learning rate γ"),
         (axes[panels - 1], "lr", "learning rate"),
     ):
         for i, (run, title) in enumerate(zip(runs, titles, strict=True)):
             _line(axis, *run.series(key), i, title)
-        _epochs(axis, name)
+        epoch_axis(axis, name)
         if key == "gamma":
             axis.set_ylim(0, 1.05)
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
 def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     """τ of the training batches over the epochs, a panel a run: mean of each side with its minimum and maximum."""
-    figure, axes = new_figure(1, len(runs), height=2.8, sharey=True)
+    figure, axes = grid(1, len(runs), height=2.8, sharey=True)
     for run, title, axis in zip(runs, titles, axes[0], strict=True):
         for side, colour in SIDE_COLOURS.items():
             epochs, mean = run.series(f"tau/{side}_mean")
@@ -127,18 +127,18 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
             if len(low) == len(mean) == len(high):
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.22, linewidth=0)
             axis.plot(epochs, mean, color=colour, linestyle="-" if side == "image" else "--", label=f"{side} side")
-        _epochs(axis, f"τ: {title}")
+        epoch_axis(axis, f"τ: {title}")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("τ")
     _legend(figure, axes[0][0])
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
 def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
     """Histograms of τ over time, earliest at the bottom, a column for each side."""
     chosen = [snapshots[i] for i in spread(len(snapshots), RIDGES)]
-    figure, axes = new_figure(1, 2, height=0.9 + 0.5 * len(chosen))
+    figure, axes = grid(1, 2, height=0.9 + 0.5 * len(chosen))
     for axis, (side, colour) in zip(axes[0], SIDE_COLOURS.items(), strict=True):
         arrays = [getattr(snapshot, side) for snapshot in chosen]
         edges = np.linspace(*_padded_range(np.concatenate(arrays)), 81)
@@ -156,32 +156,33 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
         axis.locator_params(axis="x", nbins=6)
         axis.spines["left"].set_visible(False)
         axis.grid(visible=False, axis="y")
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
 def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
     """τ of the image side against τ of the text side: a point a training pair."""
-    figure, axes = new_figure(1, 1, height=3.6, width=3.9)
+    figure, axes = grid(1, 1, height=3.6, width=3.9)
     shown = list(spread(len(image_tau), 4000))
     points = image_tau[shown], text_tau[shown]
     axes[0][0].scatter(*points, s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
     axes[0][0].set(xlabel="τ, image side", ylabel="τ, text side")
-    return as_data_uri(figure)
+    return svg(figure)
 
 
-def new_figure(
+def grid(
     rows: int, columns: int, height: float, width: float = WIDTH, sharey: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure without pyplot's global state, and its axes as rows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height * rows), layout="constrained")
-    grid: np.ndarray = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
-    return figure, grid.tolist()
+    axes: np.ndarray = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    return figure, axes.tolist()
 
 
-def _epochs(axis: Axes, title: str) -> None:
+def epoch_axis(axis: Axes, title: str) -> None:
+    """The title, and epochs below."""
     axis.set(title=title, xlabel="epoch")
     axis.locator_params(axis="x", nbins=6, integer=True)
 
@@ -222,7 +223,7 @@ def _mixed(colour: str, strength: float) -> tuple[float, ...]:
     return tuple(1 - strength * (1 - part) for part in parts)
 
 
-def as_data_uri(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as a data URI. Letters stay letters, set in the page's font; equal data give equal bytes."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})

@@ -11,14 +11,13 @@ import numpy as np
 from disttempnet.data.transforms import UnreadableImage
 from disttempnet.losses import OBJECTIVES
 from disttempnet.report.examples import picture
+from disttempnet.report.page import open_template
 from disttempnet.report.plots import scatter_chart
 from disttempnet.report.temperature import analysis, plots
 from disttempnet.report.temperature.analysis import Parameter
 from disttempnet.report.temperature.census import Census
-from disttempnet.report.template import fill
 from disttempnet.training.checkpoint import Run, write_atomically
 
-TEMPLATE = Path(__file__).with_name("page.html")
 EXTREMES = 20
 OF_CLUSTER = 6  # examples
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -40,8 +39,7 @@ def write_page(run: Run, census: Census, out: Path) -> Path:
     own = any(np.ptp(values) > SAME for values in tau.values())
     learned = analysis.parameters(run.loss)
     several = any(p.values.size > 1 for of_side in learned.values() for p in of_side)
-    page = fill(
-        TEMPLATE,
+    page = open_template("temperature/page.html").render(
         title=f"Temperatures of {run.config.name}",
         objective=OBJECTIVES[run.config.loss.name].title,
         run=run,

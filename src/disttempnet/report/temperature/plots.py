@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from disttempnet.report.plots import FAINT, INK, SIDE_COLOURS, WIDTH, as_data_uri, new_figure, spread, styled
+from disttempnet.report.plots import FAINT, INK, SIDE_COLOURS, WIDTH, grid, spread, styled, svg
 from disttempnet.report.temperature.analysis import Binned, Cluster, Parameter, Projection
 
 POINTS = 4000  # of a scatter plot
@@ -17,7 +17,7 @@ SIDE_STYLES = {"image": "-", "text": "--"}
 @styled
 def distribution_chart(tau: Mapping[str, np.ndarray]) -> str:
     """How τ is spread: a histogram, and all values in order."""
-    figure, axes = new_figure(1, 2, height=3.0)
+    figure, axes = grid(1, 2, height=3.0)
     values = np.concatenate(list(tau.values()))
     edges = np.linspace(values.min(), values.max() + 1e-12, 61).tolist()
     for side, of_side in tau.items():
@@ -29,13 +29,13 @@ def distribution_chart(tau: Mapping[str, np.ndarray]) -> str:
     axes[0][0].set(title="Histogram", xlabel="τ", ylabel="samples")
     axes[0][1].set(title="In order", xlabel="% of the samples with a lower τ", ylabel="τ")
     axes[0][1].legend(frameon=False)
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
 def binned_chart(bins: Binned, what: str) -> str:
     """τ against a number: a faint point a sample, median and quartiles a bin."""
-    figure, axes = new_figure(1, len(bins.tau), height=3.2, sharey=True)
+    figure, axes = grid(1, len(bins.tau), height=3.2, sharey=True)
     jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(bins.of_item))
     shown = spread(len(bins.of_item), POINTS)
     for axis, (side, tau) in zip(axes[0], bins.tau.items(), strict=True):
@@ -53,14 +53,14 @@ def binned_chart(bins: Binned, what: str) -> str:
         axis.set(title=f"{side} side: {told}", xlabel=what)
         axis.grid(visible=False, axis="x")
     axes[0][0].set_ylabel("τ")
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
 def cluster_chart(found: Sequence[Cluster]) -> str:
     """τ in each cluster: a box from quartile to quartile, whiskers from 5 to 95 %."""
     sides = list(found[0].tau)
-    figure, axes = new_figure(1, len(sides), height=0.8 + 0.3 * len(found), sharey=True)
+    figure, axes = grid(1, len(sides), height=0.8 + 0.3 * len(found), sharey=True)
     for axis, side in zip(axes[0], sides, strict=True):
         boxes = axis.boxplot(
             [cluster.tau[side] for cluster in found],
@@ -81,13 +81,13 @@ def cluster_chart(found: Sequence[Cluster]) -> str:
         axis.grid(visible=False, axis="y")
     axes[0][0].set_ylabel("cluster")
     axes[0][0].invert_yaxis()
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
 def projection_chart(found: Mapping[str, Projection]) -> str:
     """Features coloured by τ, with the prototypes among them, on two principal axes."""
-    figure, axes = new_figure(1, len(found), height=4.6, width=WIDTH if len(found) > 1 else WIDTH / 2)
+    figure, axes = grid(1, len(found), height=4.6, width=WIDTH if len(found) > 1 else WIDTH / 2)
     for axis, (side, projection) in zip(axes[0], found.items(), strict=True):
         shown = spread(len(projection.anchors), POINTS)
         if len(projection.others):
@@ -108,7 +108,7 @@ def projection_chart(found: Mapping[str, Projection]) -> str:
         axis.set(title=f"{side} side", xlabel=f"first axis ({first} of the variance)", ylabel=f"second axis ({second})")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
-    return as_data_uri(figure)
+    return svg(figure)
 
 
 @styled
@@ -116,8 +116,8 @@ def parameter_chart(found: Mapping[str, Sequence[Parameter]]) -> str:
     """A histogram of each learned tensor, both sides in one panel."""
     names = list(dict.fromkeys(p.name for of_side in found.values() for p in of_side if p.values.size > 1))
     columns = min(4, len(names))
-    figure, grid = new_figure(-(-len(names) // columns), columns, height=2.4)
-    axes: list[Any] = [axis for row in grid for axis in row]
+    figure, cells = grid(-(-len(names) // columns), columns, height=2.4)
+    axes: list[Any] = [axis for row in cells for axis in row]
     for unused in axes[len(names) :]:
         unused.set_visible(False)
     for axis, name in zip(axes, names, strict=False):
@@ -129,4 +129,4 @@ def parameter_chart(found: Mapping[str, Sequence[Parameter]]) -> str:
             axis.hist(of_side, edges, histtype="step", linewidth=1.4, label=f"{side} side", **style)
         axis.set(title=name, yticks=[])
     axes[0].legend(frameon=False, fontsize=8)
-    return as_data_uri(figure)
+    return svg(figure)

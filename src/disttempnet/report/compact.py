@@ -1,0 +1,172 @@
+"""Compact results: what a comparison needs of a run, one JSON line a run, a few kilobytes each.
+
+Runs too long to repeat are kept as such a file, with seeds and versions, and the tables are made from it again.
+Configs stay plain tables here: a file written years ago must not fail a stricter config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.scores import Scores, from_record, to_record
+from disttempnet.report.runs import Evaluation, RunRecord, read_run
+
+FORMAT = 1
+CURVE_POINTS = 32  # of the τ trajectory
+KEPT_FACTS = (
+    "objective", "versions", "git", "device", "world_size", "index_digest", "num_samples", "parameters", "started",
+    "finished",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is compared of a run.
+
+    Attributes:
+        config: the resolved config as a plain table.
+        facts: those of run.json that say what was run, with what.
+        seconds: from the first start to the end, pauses included; None where it has not ended.
+        evaluations: by step.
+        tau: side → mean, min, max, std of τ over the pairs of the first task at the end; empty where unknown.
+        tau_curve: "epoch", "mean", "min", "max" of the image side's τ in the training batches, equally long lists.
+    """
+
+    name: str
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    seconds: float | None
+    evaluations: tuple[Evaluation, ...]
+    tau: dict[str, list[float]]
+    tau_curve: dict[str, list[float]]
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["train"]["seed"])
+
+    @property
+    def objective(self) -> str:
+        """The objective's written name."""
+        return str(self.facts["objective"]["title"])
+
+    @property
+    def finished(self) -> bool:
+        return "finished" in self.facts
+
+    @property
+    def final(self) -> dict[str, Scores]:
+        return self.evaluations[-1].scores if self.evaluations else {}
+
+
+def read_results(paths: Sequence[Path]) -> list[Result]:
+    """Results from run folders, folders of run folders, and compact files, in any mixture.
+
+    Raises:
+        UserError: a path that is none of these, or a damaged file.
+    """
+    results: list[Result] = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            results += _read_compact(path)
+        elif path.is_dir() and not (path / "config.toml").is_file():
+            folders = sorted(folder.parent for folder in path.glob("*/run.json"))
+            if not folders:
+                raise UserError(f"{path}: neither a run folder (it has no config.toml) nor a folder of run folders")
+            results += [compact(read_run(folder)) for folder in folders]
+        else:
+            results.append(compact(read_run(path)))
+    return results
+
+
+def compact(run: RunRecord) -> Result:
+    """What is compared of a run folder."""
+    facts = {key: run.facts[key] for key in KEPT_FACTS if key in run.facts}
+    seconds = None
+    if run.finished and "started" in facts:
+        begun, ended = (datetime.fromisoformat(facts[key]) for key in ("started", "finished"))
+        seconds = (ended - begun).total_seconds()
+    tau = {}
+    if run.temperatures:
+        last = run.temperatures[-1]
+        for side, values in (("image", last.image), ("text", last.text)):
+            tau[side] = [float(f(values.astype(float))) for f in (np.mean, np.min, np.max, np.std)]
+    curve = {}
+    epochs, mean = run.series("tau/image_mean")
+    low, high = run.series("tau/image_min")[1], run.series("tau/image_max")[1]
+    if len(epochs):
+        shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), CURVE_POINTS)).round().astype(int))
+        whole = len(low) == len(mean) == len(high)
+        parts = (epochs, mean, low if whole else mean, high if whole else mean)
+        curve = {
+            key: values[shown].tolist() for key, values in zip(("epoch", "mean", "min", "max"), parts, strict=True)
+        }
+    table = json.loads(run.config.model_dump_json())  # plain: tuples become lists, as they come back from a file
+    return Result(run.config.name, table, facts, seconds, run.evaluations, tau, curve)
+
+
+def write_compact(results: Sequence[Result]) -> str:
+    """The text of a compact file: one line a result, floats at 6 digits."""
+    return "".join(json.dumps(_rounded(_to_line(result)), ensure_ascii=False) + "\n" for result in results)
+
+
+def _to_line(result: Result) -> dict[str, Any]:
+    final = to_record(result.final)
+    return {
+        "format": FORMAT,
+        "name": result.name,
+        "seed": result.seed,
+        "config": result.config,
+        "facts": result.facts,
+        "seconds": result.seconds,
+        "final": final,
+        "curve": [
+            {"step": e.step, "epoch": e.epoch, "results": {task: s.metrics for task, s in e.scores.items()}}
+            for e in result.evaluations
+        ],
+        "tau": result.tau,
+        "tau_curve": result.tau_curve,
+    }
+
+
+def _read_compact(path: Path) -> Iterator[Result]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield _from_line(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: line {number} is not a compact result") from None
+
+
+def _from_line(line: dict[str, Any]) -> Result:
+    if line["format"] != FORMAT:
+        raise ValueError
+    final = line["final"]
+    evaluations = tuple(
+        Evaluation(point["step"], point["epoch"], from_record({**final, "results": point["results"]}))
+        for point in line["curve"]
+    )
+    result = Result(
+        line["name"], line["config"], line["facts"], line["seconds"], evaluations, line["tau"], line["tau_curve"]
+    )
+    if result.seed != line["seed"] or not result.objective:
+        raise ValueError
+    return result
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) if key != "config" else inner for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,162 @@
+"""The report over seeds, and the choice of the report by the file's ending."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.readers import task_title
+from disttempnet.report import comparison_plots as plots
+from disttempnet.report.compact import Result, read_results, write_compact
+from disttempnet.report.groups import Column, Comparison, Group, compare_groups, families
+from disttempnet.report.page import build_report, open_template
+from disttempnet.report.tables import cell_text, csv_table, latex_table, legend, markdown_table
+from disttempnet.training.checkpoint import write_atomically
+
+TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
+SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
+
+
+def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -> Path:
+    """Write what the ending of `out` asks for.
+
+    Args:
+        paths: run folders, folders of run folders, compact files.
+        out: .html a page, .md .tex .csv the table over seeds, .jsonl compact results.
+        metrics: `TASK/METRIC` columns; empty = every task's main metrics.
+
+    A page is about single runs, in depth, where run folders are given and no two of them share a config; else it is
+    about groups of seeds.
+
+    Raises:
+        UserError: a path that is no run, an unknown ending or metric, a damaged file.
+    """
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"{out}: the ending says what is written, one of {', '.join(SUFFIXES)}")
+    results = read_results(paths)
+    if out.suffix == ".jsonl":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, write_compact(results))
+        return out
+    single = all((path / "config.toml").is_file() for path in paths)
+    if out.suffix == ".html" and single and not metrics and not _share_a_config(results):
+        return build_report(paths, out)
+    comparison = compare_groups(results, metrics)
+    text = comparison_page(comparison) if out.suffix == ".html" else TABLES[out.suffix](comparison)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, text)
+    return out
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The HTML page about groups of seeds: table, learning curves, batch size, head to tail, τ."""
+    groups = comparison.groups
+    headlines = _headlines(comparison)
+    with_parts = dict.fromkeys(c.task for c in comparison.columns if c.metric in plots.PARTS)
+    with_tau = [group for group in groups if any(result.tau_curve for result in group.results)]
+    same_batch = families(groups)
+    return open_template("comparison.html").render(
+        title=_title(groups),
+        groups=groups,
+        columns=comparison.columns,
+        tasks=[(task_title(task), sum(c.task == task for c in comparison.columns)) for task in _tasks(comparison)],
+        rows=list(zip(groups, comparison.cells, strict=True)),
+        chance=comparison.chance,
+        unfinished=comparison.unfinished,
+        legend=legend(comparison),
+        cell=cell_text,
+        learning=[
+            (column.title, plots.line_chart([plots.learning_series(g, column) for g in groups], chance, False))
+            for column, chance in headlines
+        ],
+        batches=[
+            (column.title, plots.line_chart([plots.batch_series(f, column) for f in same_batch], chance, True))
+            for column, chance in headlines
+            if same_batch
+        ],
+        parts=[(task_title(task), plots.parts_chart(comparison, task)) for task in with_parts],
+        tau=plots.tau_chart(with_tau) if with_tau else "",
+        tau_rows=[(group.title, *_final_tau(group)) for group in groups],
+        differences=_differences(groups),
+        provenance=_provenance([result for group in groups for result in group.results]),
+    )
+
+
+def _share_a_config(results: Sequence[Result]) -> bool:
+    finished = [result for result in results if result.finished]
+    return bool(finished) and any(len(group.results) > 1 for group in compare_groups(finished).groups)
+
+
+def _tasks(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(column.task for column in comparison.columns))
+
+
+def _headlines(comparison: Comparison) -> list[tuple[Column, float | None]]:
+    """The first column of each task, with chance."""
+    found: dict[str, tuple[Column, float | None]] = {}
+    for column, chance in zip(comparison.columns, comparison.chance, strict=True):
+        found.setdefault(column.task, (column, chance))
+    return list(found.values())
+
+
+def _title(groups: Sequence[Group]) -> str:
+    seeds = sorted({len(group.results) for group in groups})
+    number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    what = groups[0].title if len(groups) == 1 else f"{len(groups)} configurations"
+    return f"{what}, {number} seed{'s' if seeds != [1] else ''} each"
+
+
+def _final_tau(group: Group) -> list[str]:
+    """For each side: mean, least, greatest and spread of the final τ, averaged over the seeds but for the bounds."""
+    words = []
+    for side in ("image", "text"):
+        known = [result.tau[side] for result in group.results if side in result.tau]
+        if not known:
+            words.append("–")
+            continue
+        mean, low, high, std = zip(*known, strict=True)
+        average = [sum(values) / len(values) for values in (mean, std)]
+        words.append(f"{average[0]:.4f} ± {average[1]:.4f}, {min(low):.4f} to {max(high):.4f}")
+    return words
+
+
+def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Config keys whose values differ between the groups."""
+    tables = [_flat(group.results[0].config) for group in groups]
+    keys = dict.fromkeys(key for table in tables for key in table if key not in ("name", "out", "train.seed"))
+    rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _provenance(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """What the runs were made with; several values where they differ."""
+
+    def values(name: str) -> str:
+        found = dict.fromkeys(str(result.facts.get(name) or "–") for result in results)
+        return ", ".join(found)
+
+    seconds = [result.seconds for result in results if result.seconds is not None]
+    versions = dict.fromkeys(json.dumps(result.facts.get("versions", {}), sort_keys=True) for result in results)
+    return [
+        ("runs", str(len(results))),
+        ("seeds", ", ".join(map(str, sorted({result.seed for result in results})))),
+        ("training data", ", ".join(dict.fromkeys(str(result.config["data"]["train"]) for result in results))),
+        ("training samples", values("num_samples")),
+        ("data index (sha256)", values("index_digest")),
+        ("towers", ", ".join(dict.fromkeys(str(result.config["model"]["name"]) for result in results))),
+        ("device", values("device")),
+        ("processes a run", values("world_size")),
+        ("git revision", values("git")),
+        ("run time in all", f"{sum(seconds) / 60:.1f} min, pauses included" if seconds else "–"),
+        ("versions", "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(one).items()) for one in versions)),
+    ]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,128 @@
+"""The table over seeds as text for a terminal, Markdown, LaTeX (booktabs) and CSV; per cent, but raw shares in CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.table import Table
+from rich.text import Text
+
+from disttempnet.evaluation.readers import task_title
+from disttempnet.evaluation.scores import metric_title, percent
+from disttempnet.report.groups import MARK_RULE, Cell, Column, Comparison
+
+_TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "→": r"$\rightarrow$", "γ": r"$\gamma$", "τ": r"$\tau$",
+    "ρ": r"$\rho$", "–": "--",
+}  # fmt: skip
+_DAGGER = {"near": "†"}
+
+
+def cell_text(cell: Cell | None) -> str:
+    """`33.5 (1.2)`: mean and standard deviation in per cent; two decimals where the mean is below 1 %."""
+    if cell is None:
+        return "–"
+    digits = 2 if cell.mean < 0.01 else 1
+    spread = "" if cell.std is None else f" ({100 * cell.std:.{digits}f})"
+    return f"{100 * cell.mean:.{digits}f}{spread}"
+
+
+def legend(comparison: Comparison) -> str:
+    """What the numbers and marks are."""
+    counts = sorted({len(group.results) for group in comparison.groups})
+    if counts == [1]:
+        return "per cent, one seed each; best in bold"
+    return f"per cent, mean (sample standard deviation) over the seeds; {MARK_RULE}"
+
+
+def text_table(comparison: Comparison) -> Table:
+    """For a terminal: a row a group, chance last."""
+    table = Table(caption=legend(comparison), caption_justify="left")
+    table.add_column("")
+    table.add_column("seeds", justify="right", style="dim")
+    for column in comparison.columns:
+        table.add_column(Text(f"{task_title(column.task)}\n{metric_title(column.metric)}"), justify="right")
+    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+        words = [_styled(cell) for cell in cells]
+        table.add_row(Text(group.title), str(len(group.results)), *words)
+    table.add_section()
+    table.add_row("chance", "", *(percent(value) for value in comparison.chance), style="dim")
+    return table
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """A pipe table; the best in bold, those within reach with a dagger."""
+    heads = ["", "seeds", *(column.title for column in comparison.columns)]
+    rows = [heads, ["---", "--:", *("--:" for _ in comparison.columns)]]
+    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+        words = [f"**{cell_text(c)}**" if c and c.mark == "best" else cell_text(c) + _dagger(c) for c in cells]
+        rows.append([group.title, str(len(group.results)), *words])
+    rows.append(["chance", "", *(percent(value) for value in comparison.chance)])
+    lines = ["| " + " | ".join(word.replace("|", "\\|") for word in row) + " |" for row in rows]
+    return "\n".join(lines) + f"\n\n{legend(comparison)}\n"
+
+
+def latex_table(comparison: Comparison) -> str:
+    """A booktabs tabular; needs \\usepackage{booktabs}."""
+    spans = [(task, len(list(columns))) for task, columns in groupby(comparison.columns, lambda c: c.task)]
+    tasks = " & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_tex(task_title(task))}}}" for task, n in spans)
+    rules, place = [], 3
+    for _, n in spans:
+        rules.append(f"\\cmidrule(lr){{{place}-{place + n - 1}}}")
+        place += n
+    metrics = " & ".join(_tex(metric_title(column.metric)) for column in comparison.columns)
+    lines = [
+        f"% {legend(comparison)}".replace("†", "dagger"),
+        f"\\begin{{tabular}}{{lr{'r' * len(comparison.columns)}}}",
+        "\\toprule",
+        f" & & {tasks} \\\\",
+        " ".join(rules),
+        f" & seeds & {metrics} \\\\",
+        "\\midrule",
+    ]
+    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+        lines.append(f"{_tex(group.title)} & {len(group.results)} & {' & '.join(_tex_cell(c) for c in cells)} \\\\")
+    chance = " & ".join(_tex(percent(value)) for value in comparison.chance)
+    lines += ["\\midrule", f"chance & & {chance} \\\\", "\\bottomrule", "\\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def csv_table(comparison: Comparison) -> str:
+    """A line a group and metric: shares in [0, 1] as they are, std empty for one seed."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["group", "task", "metric", "mean", "std", "n", "chance", "mark"])
+    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+        for column, cell, chance in zip(comparison.columns, cells, comparison.chance, strict=True):
+            if cell is not None:
+                writer.writerow(_csv_row(group.title, column, cell, chance))
+    return buffer.getvalue()
+
+
+def _csv_row(title: str, column: Column, cell: Cell, chance: float | None) -> Sequence[object]:
+    std = "" if cell.std is None else repr(cell.std)
+    known = "" if chance is None else repr(chance)
+    return [title, column.task, column.metric, repr(cell.mean), std, cell.n, known, cell.mark]
+
+
+def _styled(cell: Cell | None) -> Text:
+    return Text(cell_text(cell) + _dagger(cell), "bold" if cell and cell.mark == "best" else "")
+
+
+def _dagger(cell: Cell | None) -> str:
+    return _DAGGER.get(cell.mark, "") if cell else ""
+
+
+def _tex_cell(cell: Cell | None) -> str:
+    text = _tex(cell_text(cell))
+    if cell and cell.mark == "best":
+        return f"\\textbf{{{text}}}"
+    return f"{text}$^\\dagger$" if cell and cell.mark == "near" else text
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)

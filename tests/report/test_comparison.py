@@ -1,0 +1,157 @@
+"""Tables and page over seeds: what they say, in every format, and the same again from a compact file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from disttempnet.errors import UserError
+from disttempnet.report import write_report
+from disttempnet.report.compact import read_results, write_compact
+from disttempnet.report.comparison import comparison_page
+from disttempnet.report.comparison_plots import batch_series, learning_series
+from disttempnet.report.groups import Column, compare_groups, families
+from disttempnet.report.tables import csv_table, latex_table, markdown_table, text_table
+from report.invented import result
+from report.synthetic import write_run
+from report.test_report import Page, assert_self_contained
+
+TASK = "emoji-concepts"
+CLIP = (0.20, 0.22, 0.24)
+TEMPNET = (0.23, 0.25, 0.27)  # ± 0.02
+OTHER = (0.004, 0.006)
+
+
+def runs() -> list:
+    made = [result("clip", s, {TASK: {"acc1": v, "acc1_head": 0.5, "acc1_tail": 0.1}}) for s, v in enumerate(CLIP)]
+    made += [result("x", s, {TASK: {"acc1": v}}, title="A_B & τ|<b>") for s, v in enumerate(TEMPNET)]
+    return made + [result("sogclr", s, {TASK: {"acc1": v}}) for s, v in enumerate(OTHER)]
+
+
+def test_markdown() -> None:
+    lines = markdown_table(compare_groups(runs())).splitlines()
+    assert lines[0] == (
+        "|  | seeds | Unseen concepts: zero-shot top-1 | Unseen concepts: top-1, head | Unseen concepts: top-1, tail |"
+    )
+    assert lines[2] == "| CLIP | 3 | 22.0 (2.0) | 50.0 (0.0) | 10.0 (0.0) |"
+    assert lines[3] == "| A_B & τ\\|<b> | 3 | **25.0 (2.0)** | – | – |"
+    assert lines[4] == "| SogCLR | 2 | 0.50 (0.14) | – | – |"
+    assert lines[5] == "| chance |  | 1.0 | 1.0 | 1.0 |"
+    near = markdown_table(compare_groups([*runs()[:3], result("x", 0, {TASK: {"acc1": 0.235}})]))
+    assert "| 3 | 22.0 (2.0)† |" in near
+    assert "| x | 1 | **23.5** |" in near
+
+
+def test_latex_is_escaped_and_complete() -> None:
+    text = latex_table(compare_groups(runs()))
+    assert r"A\_B \& $\tau$|<b> & 3 & \textbf{25.0 (2.0)} & -- & -- \\" in text
+    assert r"\multicolumn{3}{c}{Unseen concepts}" in text
+    assert r"\cmidrule(lr){3-5}" in text
+    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    assert {line.replace(r"\&", "").count("&") for line in rows} == {4}
+    assert text.count("{") == text.count("}")
+
+
+def test_csv_carries_raw_numbers() -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_table(compare_groups(runs(), [f"{TASK}/acc1"])))))
+    assert [row["group"] for row in rows] == ["CLIP", "A_B & τ|<b>", "SogCLR"]
+    for row, values in zip(rows, (CLIP, TEMPNET, OTHER), strict=True):
+        assert float(row["mean"]) == pytest.approx(np.mean(values), rel=1e-14)
+        assert float(row["std"]) == pytest.approx(np.std(values, ddof=1), rel=1e-14)
+        assert int(row["n"]) == len(values)
+        assert float(row["chance"]) == 0.01
+    assert [row["mark"] for row in rows] == ["", "best", ""]
+    (single,) = csv.DictReader(io.StringIO(csv_table(compare_groups(runs()[:1], [f"{TASK}/acc1"]))))
+    assert single["std"] == ""
+
+
+def test_terminal() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(text_table(compare_groups(runs())))
+    text = console.export_text()
+    assert "25.0 (2.0)" in text
+    assert "sample standard deviation" in text
+
+
+def test_a_compact_file_makes_the_same_tables(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "grid" / f"clip--seed-{i}", acc1=0.3 + i / 10) for i in (1, 2)]
+    for i, folder in enumerate(folders):
+        config = (folder / "config.toml").read_text().replace("seed = 2024", f"seed = {i}")
+        (folder / "config.toml").write_text(config)
+    small = write_report([tmp_path / "grid"], tmp_path / "results.jsonl")
+    assert len(small.read_text().splitlines()) == 2
+    assert max(map(len, small.read_text().splitlines())) < 6000
+    first = json.loads(small.read_text().splitlines()[0])
+    assert (first["seed"], first["seconds"], first["facts"]["versions"]["torch"]) == (0, 240.0, "2.9")
+    tau = np.load(folders[0] / "temperatures" / "step-00000040.npz")["text"]
+    assert first["tau"]["text"] == pytest.approx([tau.mean(), tau.min(), tau.max(), tau.std()], rel=1e-5)
+    for name in ("table.md", "table.tex", "table.csv"):
+        direct = write_report([tmp_path / "grid"], tmp_path / name).read_text()
+        again = write_report([small], tmp_path / f"again-{name}").read_text()
+        assert again == direct
+        assert "0.45" in direct or "45.0 (7.1)" in direct
+    assert write_compact(read_results([small])) == small.read_text()
+    assert write_compact(read_results(folders)) == small.read_text()
+
+
+def test_curves_and_batches_are_means_over_seeds() -> None:
+    made = [
+        result("clip", s, {TASK: {"acc1": v + batch / 1000}}, batch=batch, varied=f"--global_batch-{batch}")
+        for batch in (32, 128)
+        for s, v in enumerate(CLIP)
+    ]
+    groups = compare_groups(made).groups
+    column = Column(TASK, "acc1")
+    curve = learning_series(groups[0], column)
+    np.testing.assert_allclose(curve.x, [1, 2, 3, 4])
+    np.testing.assert_allclose(curve.mean, 100 * (np.mean(CLIP) + 0.032) * curve.x / 4)
+    np.testing.assert_allclose(curve.std, 100 * np.std(CLIP, ddof=1) * curve.x / 4)
+    line = batch_series(families(groups)[0], column)
+    np.testing.assert_allclose(line.x, [32, 128])
+    np.testing.assert_allclose(line.mean, [22 + 3.2, 22 + 12.8])
+    assert "Accuracy against batch size" in Page(comparison_page(compare_groups(made))).text
+
+
+def test_the_page_over_seeds_is_self_contained_and_escaped() -> None:
+    page = Page(comparison_page(compare_groups([*runs(), result("late", 1, {TASK: {"acc1": 0.9}}, finished=False)])))
+    assert_self_contained(page)
+    assert page.ids == ["results", "learning", "parts", "temperatures", "provenance"]
+    for part in ("3 configurations, 2 to 3 seeds each", "A_B & τ|<b>", "25.0 (2.0)", "0123abcd", "torch 2.9"):
+        assert part in page.text, part
+    assert "Left out, because unfinished: late--seed-1." in page.text
+    assert "90.0" not in page.text
+    assert [a["class"] for tag, a in page.tags if tag == "td" and a.get("class") in ("best", "near")] == ["best"]
+
+
+def test_the_page_of_runs_without_evaluations() -> None:
+    page = Page(comparison_page(compare_groups([result("clip", s, {}) for s in (1, 2)])))
+    assert page.ids == ["results", "learning", "temperatures", "provenance"]
+
+
+def test_what_is_given_decides_the_page(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "grid" / "a")
+    alone = write_report([one], tmp_path / "one.html").read_text()
+    assert 'id="zero-shot"' in alone
+    grouped = write_report([tmp_path / "grid"], tmp_path / "grid.html").read_text()
+    assert 'id="zero-shot"' not in grouped
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"format": 1}\n')
+    for path, message in (
+        (tmp_path / "empty", "neither a run folder"),
+        (tmp_path / "none", "not a run folder"),
+        (tmp_path / "none.jsonl", "cannot be read"),
+        (tmp_path / "bad.jsonl", "line 1 is not a compact result"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_report([path], tmp_path / "table.md")
+    with pytest.raises(UserError, match=r"table.pdf: the ending says what is written, one of .html, .md"):
+        write_report([write_run(tmp_path / "a")], tmp_path / "table.pdf")
