@@ -25,16 +25,18 @@ def test_help_and_config_errors_come_without_torch() -> None:
     code = f"""
 import sys
 from disttempnet.cli import main
-try:
-    main(["train", "--help"])
-except SystemExit:
-    pass
+for command in ("train", "temperature"):
+    try:
+        main([command, "--help"])
+    except SystemExit:
+        pass
 main(["train", {DEBUG!r}, "optim.lrr=1"])
 assert "torch" not in sys.modules, "torch was imported"
 """
     done = subprocess.run([sys.executable, "-c", code, "train"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "optim.weight_decay" in done.stdout
+    assert "log_u_image" in done.stdout
     assert "Did you mean 'optim.lr'" in done.stderr
 
 
@@ -50,6 +52,7 @@ assert "torch" not in sys.modules, "torch was imported"
         (["evaluate", "runs/none"], "runs/none: no such run folder"),
         (["evaluate", "open_clip:ViT-B-32/no-such-tag"], "no-such-tag"),
         (["report", "runs/none"], "runs/none"),
+        (["temperature", "runs/none"], "runs/none: no such run folder"),
     ],
 )
 def test_what_a_user_can_fix_is_one_line(

@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
   disttempnet evaluate runs/demo
   disttempnet report runs/demo runs/demo-clip --out report.html
+  disttempnet temperature runs/demo --gallery temperatures.html
 """
 
 COMPARE = """The file says which runs: a base config, seeds, and one table a run.
@@ -55,6 +56,24 @@ examples:
   disttempnet report runs/demo runs/demo-clip --out report.html
   disttempnet report runs/compare --out table.tex --metrics emoji-concepts/acc1 emoji-concepts/mean_recall
   disttempnet report docs/results/compare.jsonl --out table.md
+"""
+
+TEMPERATURE = """Without --shards, --images or --captions: of the run's own training data.
+
+The table has a row a sample: id (its place in the training data, where it is from there), key, caption, tau_image,
+tau_text, log_u_image, log_u_text (the tracked normalisers of training samples), and the chosen keys of its .json. What
+a sample does not have is empty. Data sets of any size are streamed; torchrun shares the work between GPUs.
+
+The page (--gallery) shows the lowest and highest τ with pictures, how τ is spread, how it goes with concept frequency
+and caption ambiguity, clusters, the network's prototypes among the features, and what the network has learned.
+
+Objectives with a τ for each training sample (isogclr, fastclip-v2, clip-per-sample) know no other samples.
+
+examples:
+  disttempnet temperature runs/demo --gallery temperatures.html --frequency-by subgroup
+  disttempnet temperature runs/demo --shards '/cc3m/{00000..00331}.tar' --out cc3m.parquet
+  disttempnet temperature runs/demo --images photos --out photos.csv --gallery photos.html
+  disttempnet temperature runs/demo --captions captions.txt
 """
 
 
@@ -125,6 +144,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default="report.html", metavar="FILE", help=".html .md .tex .csv .jsonl (default: report.html)"
     )
     report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
+
+    temperature = commands.add_parser(
+        "temperature",
+        help="τ of every sample of a data set as a table, and a page about them",
+        description=TEMPERATURE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    temperature.add_argument("target", metavar="RUN", help="a run folder (its last checkpoint) or a checkpoint folder")
+    data = temperature.add_mutually_exclusive_group()
+    data.add_argument("--shards", default="", metavar="SPEC", help="pairs: webdataset shards, as in data.train")
+    data.add_argument("--images", default="", metavar="DIR", help="images only: .jpg .jpeg .png .webp, at any depth")
+    data.add_argument("--captions", default="", metavar="FILE", help="captions only: one a line")
+    temperature.add_argument("--out", default="temperatures.csv", metavar="FILE", help="table, .csv or .parquet")
+    temperature.add_argument(
+        "--columns", nargs="*", default=["label"], metavar="KEY", help="keys of the samples' .json (default: label)"
+    )
+    temperature.add_argument("--gallery", metavar="FILE.html", help="write a page as well")
+    temperature.add_argument(
+        "--frequency-by", default="label", metavar="KEY", help="key of the .json that is counted (default: label)"
+    )
+    temperature.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
     return parser
 
 
@@ -174,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "objectives": _objectives,
             "evaluate": _evaluate,
             "report": _report,
+            "temperature": _temperature,
         }[options.command]
         return run(options)
     except UserError as error:
@@ -257,6 +298,26 @@ def _report(options: argparse.Namespace) -> int:
 
     path = write_report([Path(run) for run in options.runs], Path(options.out), options.metrics)
     print(f"report: {path.resolve()}")
+    return 0
+
+
+def _temperature(options: argparse.Namespace) -> int:
+    from disttempnet.report.temperature.command import Source, write_temperatures
+
+    out, gallery = Path(options.out), Path(options.gallery) if options.gallery else None
+    rows = write_temperatures(
+        options.target,
+        Source(options.shards, options.images, options.captions),
+        out,
+        columns=options.columns,
+        gallery=gallery,
+        frequency_by=options.frequency_by,
+        batch=options.batch,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"temperatures: {out.resolve()} ({rows:,} rows)")
+        if gallery:
+            print(f"page: {gallery.resolve()}")
     return 0
 
 

@@ -60,7 +60,11 @@ class ModelConfig(Section):
     """The towers, by an open_clip name or one of the package's own (src/disttempnet/models/*.json)."""
 
     name: str
-    pretrained: str = Field("", description="open_clip tag or a checkpoint to start from; empty = random")
+    pretrained: str = Field(
+        "",
+        description="what to start from: an open_clip tag, a file of weights, a checkpoint folder, or a run folder "
+        "(its best checkpoint); empty = random",
+    )
 
 
 class LossConfig(BaseModel):
@@ -84,13 +88,18 @@ class OptimConfig(Section):
     eps: float = Field(1e-6, gt=0)
     warmup_steps: int = Field(0, ge=0)
     lr_end: float = Field(0.0, ge=0, description="where the cosine ends")
-    grad_clip: float = Field(0.0, ge=0, description="largest gradient norm of the towers; 0 = no clipping")
+    grad_clip: float = Field(
+        0.0, ge=0, description="largest gradient norm of the towers (frozen: of the rest); 0 = none"
+    )
 
 
 class TrainConfig(Section):
-    """How long, how precise, what is saved when."""
+    """How long, how precise, what is trained, what is saved when."""
 
     epochs: int = Field(gt=0)
+    freeze: Literal["", "towers"] = Field(
+        "", description="towers: keep those of model.pretrained as they are and train the temperature only"
+    )
     seed: int = 2024
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
     compile: bool = Field(False, description="torch.compile the towers")

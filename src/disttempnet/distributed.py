@@ -125,8 +125,8 @@ def barrier() -> None:
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP over all ranks, or the module itself in one process."""
-    if world_size() == 1:
+    """DDP over all ranks; the module itself in one process, or where no parameter is trained (DDP refuses that)."""
+    if world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     return nn.parallel.DistributedDataParallel(
         module,

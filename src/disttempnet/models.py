@@ -84,7 +84,8 @@ def load_model(name: str, pretrained: str = "") -> Towers:
 
     Args:
         name: an open_clip architecture (`ViT-B-32`), one of the package's own, `hf-hub:…` or `local-dir:FOLDER`.
-        pretrained: an open_clip tag, the path of weights (.safetensors, .pt), or a saved model's folder.
+        pretrained: an open_clip tag, the path of weights (.safetensors, .pt), or a saved model's folder, which
+            also says how its pixels are normalised.
 
     Raises:
         UserError: unknown name or tag, missing or unfitting weights.
@@ -106,6 +107,8 @@ def load_model(name: str, pretrained: str = "") -> Towers:
         logging.disable(silenced)
         root.handlers[:] = handlers
     preprocess = open_clip.get_model_preprocess_cfg(module)
+    if local and (local.parent / CONFIG_NAME).is_file():
+        preprocess |= json.loads((local.parent / CONFIG_NAME).read_text(encoding="utf-8"))["preprocess_cfg"]
     size = preprocess["size"]
     tokenizer = open_clip.get_tokenizer(name)
     return Towers(

@@ -187,7 +187,7 @@ def toy_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = write_run(tmp_path / "runs" / "a", tasks=("toy",), train=str(tmp_path / "train"))
     loss = torch.nn.Identity()
     # τ grows with the green part of the image and with the blue part of the text
-    loss.temperatures = lambda images, texts: torch.stack([images[:, 1], texts[:, 2]]) / 10
+    loss.temperatures = lambda images, texts, ids: torch.stack([images[:, 1], texts[:, 2]]) / 10
 
     def opened(record: object) -> Run:
         return Run(folder, read_run(folder).config, colour_towers(), loss, 40, 6)

@@ -181,6 +181,15 @@ def test_another_config_is_refused_by_key(straight: Path) -> None:
         train(debug(straight.parent, "loss.rho=2.0"), resume="auto")
 
 
+def test_a_key_that_an_older_checkpoint_lacks_has_its_default(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "debug")
+    path = list_checkpoints(tmp_path / "debug")[-1] / "trainer.pt"
+    content = torch.load(path, weights_only=True)
+    del content["config"]["train"]["freeze"]
+    torch.save(content, path)
+    assert train(debug(tmp_path), resume="auto")
+
+
 def test_a_checkpoint_of_another_data_set_is_refused(straight: Path) -> None:
     with pytest.raises(UserError, match="was trained on another data set"):
         train(debug(straight.parent, "data.train=embedded:emoji/val"), resume="auto")

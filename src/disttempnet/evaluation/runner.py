@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from disttempnet.evaluation.scores import Scores
 from disttempnet.models import Towers, encode_images, encode_texts
 
 Progress = Callable[[str, int, int], None]
+AnySample = TypeVar("AnySample", bound=Sample)
 Pixels = tuple[Tensor, Tensor]  # uint8 [b, 3, s, s], and bool [b]: which of them could be decoded
 PIXEL_CACHE_BYTES = 2**30  # larger tasks (a rank's share) are decoded anew at every evaluation
 DECODE_THREADS = 4
@@ -85,8 +87,8 @@ def evaluate(
 
 
 def embed_samples(
-    towers: Towers, samples: Sequence[Sample], *, device: torch.device | str, batch: int = 256
-) -> tuple[Tensor, Tensor, list[Sample]]:
+    towers: Towers, samples: Sequence[AnySample], *, device: torch.device | str, batch: int = 256
+) -> tuple[Tensor, Tensor, list[AnySample]]:
     """Unit features (images [n, D], first captions [n, D]) of the decodable samples, and these samples.
 
     Every rank calls this with the same samples and gets the same result. Nothing is kept in memory.
@@ -95,11 +97,18 @@ def embed_samples(
     with _evaluation_mode(towers.module):
         pixels = _decoded(samples, towers.image_size, batch)
         images, valid = _embed_images(towers, pixels, len(samples), device, batch)
-        kept = [sample for sample, good in zip(samples, valid.tolist(), strict=True) if good]
-        texts = list(dict.fromkeys(sample.captions[0] for sample in kept))
-        row = {text: i for i, text in enumerate(texts)}
-        features = _embed_texts(towers, texts, device, batch)
-    return images[valid], features[[row[sample.captions[0]] for sample in kept]], kept
+    kept = [sample for sample, good in zip(samples, valid.tolist(), strict=True) if good]
+    texts = embed_captions(towers, [sample.captions[0] for sample in kept], device=device, batch=batch)
+    return images[valid], texts, kept
+
+
+def embed_captions(towers: Towers, captions: Sequence[str], *, device: torch.device | str, batch: int = 256) -> Tensor:
+    """Unit features [n, D] of n captions, equal ones embedded once; every rank calls this and gets the same."""
+    texts = list(dict.fromkeys(captions))
+    row = {text: i for i, text in enumerate(texts)}
+    with _evaluation_mode(towers.module):
+        features = _embed_texts(towers, texts, torch.device(device), batch)
+    return features[torch.tensor([row[caption] for caption in captions], dtype=torch.int64, device=features.device)]
 
 
 def _score(data: TaskData, images: Tensor, valid: Tensor, texts: Tensor, row: dict[str, int]) -> TaskResult:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disttempnet.data import open_index
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate
 from disttempnet.evaluation.readers import Sample, find_task, load_task
 from disttempnet.report.runs import RunRecord
+from disttempnet.report.temperature.items import evenly_spread, training_pairs
 from disttempnet.training.checkpoint import Run, list_checkpoints, load_run
 
 PICTURE_SIDE = 128  # pixels: shown at 64, sharp on dense screens too
@@ -161,9 +161,10 @@ def temperature_gallery(run: Run, batch: int) -> Gallery | None:
     Raises:
         UserError: the training shards are gone or changed.
     """
-    samples, total = _training_samples(run)
+    pairs = training_pairs(run)
+    samples = pairs.read(evenly_spread(len(pairs), TRAINING_PAIRS))
     images, texts, kept = embed_samples(run.towers, samples, device=_device(), batch=batch)
-    tau = run.loss.temperatures(images, texts)
+    tau = run.loss.temperatures(images, texts, torch.tensor([item.id for item in kept], device=_device()))
     if tau is None:
         return None
     image_tau, text_tau = tau.double().cpu().numpy()
@@ -177,7 +178,7 @@ def temperature_gallery(run: Run, batch: int) -> Gallery | None:
                 TemperaturePair(picture(kept[i]), kept[i].captions[0], float(image_tau[i]), float(text_tau[i]))
                 for i in chosen
             ]
-    return Gallery(extremes, image_tau, text_tau, total)
+    return Gallery(extremes, image_tau, text_tau, len(pairs))
 
 
 @lru_cache(maxsize=4096)
@@ -193,21 +194,6 @@ def picture(sample: Sample) -> str:
 def _images_of(task: str, result: TaskResult) -> list[Sample]:
     by_key = {sample.key: sample for sample in load_task(find_task(task)).samples}
     return [by_key[key] for key in result.keys]
-
-
-def _training_samples(run: Run) -> tuple[list[Sample], int]:
-    """Usable training samples, evenly spread where there are many, and how many there are in all."""
-    config = run.config.data
-    index = open_index(config.train, config.index, progress=False)
-    usable = index.usable[: config.limit or None]
-    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(len(usable), TRAINING_PAIRS)).astype(int))]
-    shards = np.searchsorted(index.first, chosen, side="right") - 1
-    samples = []
-    for i, shard in zip(chosen.tolist(), shards.tolist(), strict=True):
-        offset, size = (int(value) for value in index.spans[i, 0])  # of the image
-        path = index.folder / index.shards[shard].name
-        samples.append(Sample(index.name(i), path, int(index.start[i]) + offset, size, (index.caption(i),), ""))
-    return samples, len(usable)
 
 
 def _ranking(scores: Tensor, right: set[int], show: Callable[[int], tuple[str, str]]) -> Ranking:

@@ -137,7 +137,7 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
 @styled
 def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
     """Histograms of τ over time, earliest at the bottom, a column for each side."""
-    chosen = [snapshots[i] for i in _spread(len(snapshots), RIDGES)]
+    chosen = [snapshots[i] for i in spread(len(snapshots), RIDGES)]
     figure, axes = grid(1, 2, height=0.9 + 0.5 * len(chosen))
     for axis, (side, colour) in zip(axes[0], SIDE_COLOURS.items(), strict=True):
         arrays = [getattr(snapshot, side) for snapshot in chosen]
@@ -163,7 +163,7 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
 def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
     """τ of the image side against τ of the text side: a point a training pair."""
     figure, axes = grid(1, 1, height=3.6, width=3.9)
-    shown = list(_spread(len(image_tau), 4000))
+    shown = list(spread(len(image_tau), 4000))
     points = image_tau[shown], text_tau[shown]
     axes[0][0].scatter(*points, s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
     axes[0][0].set(xlabel="τ, image side", ylabel="τ, text side")
@@ -199,7 +199,7 @@ def _legend(figure: Figure, axis: Axes) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10)
 
 
-def _spread(n: int, most: int) -> np.ndarray:
+def spread(n: int, most: int) -> np.ndarray:
     """At most `most` of the indices 0 … n−1, evenly, the first and the last among them."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 

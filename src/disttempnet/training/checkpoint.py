@@ -47,6 +47,15 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in checkpoint_folder(run).glob("step-*") if p.is_dir())
 
 
+def weights_folder(pretrained: str) -> str:
+    """`model.pretrained`, with a run folder replaced by its best checkpoint (else its last).
+
+    Raises:
+        UserError: a run folder without a checkpoint.
+    """
+    return str(_choose(Path(pretrained))) if pretrained and checkpoint_folder(Path(pretrained)).is_dir() else pretrained
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -128,7 +137,10 @@ def load_checkpoint(
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, opened for evaluation, temperatures or further training."""
+    """A trained run, opened for evaluation, temperatures or further training.
+
+    `index_digest` names the training samples that ids and per-sample state belong to; empty = not known.
+    """
 
     folder: Path
     config: Config
@@ -136,6 +148,7 @@ class Run:
     loss: Objective
     step: int
     num_samples: int
+    index_digest: str = ""
 
 
 def load_run(path: str | Path) -> Run:
@@ -148,8 +161,7 @@ def load_run(path: str | Path) -> Run:
     checkpoint = path if (path / "trainer.pt").is_file() else _choose(path)
     trainer = _read(checkpoint / "trainer.pt")
     config = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")
-    towers = load_model(config.model.name)
-    load_weights(towers, checkpoint)
+    towers = load_model(config.model.name, str(checkpoint))
     loss = build_loss(
         config.loss.name,
         num_samples=trainer["num_samples"],
@@ -160,7 +172,8 @@ def load_run(path: str | Path) -> Run:
     _restore_objective(checkpoint, trainer, loss)
     towers.module.eval()
     loss.eval()
-    return Run(checkpoint.parent.parent, config, towers, loss, trainer["step"], trainer["num_samples"])
+    folder, digest = checkpoint.parent.parent, trainer["index_digest"]
+    return Run(folder, config, towers, loss, trainer["step"], trainer["num_samples"], digest)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -225,7 +238,8 @@ def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_d
             f"{trainer['num_samples']} samples; now {index_digest[:12]}): per-sample state cannot be applied to it. "
             "Give back the old data, or start a new run with another name"
         )
-    for key, was, now in differences(trainer["config"], config.model_dump(), MAY_CHANGE):
+    old = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")  # keys it lacks: their defaults
+    for key, was, now in differences(old.model_dump(), config.model_dump(), MAY_CHANGE):
         raise UserError(
             f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
             "or start a new run with another name"

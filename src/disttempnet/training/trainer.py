@@ -30,11 +30,14 @@ from disttempnet.training import checkpoint, optim, runlog
 
 
 class ContrastiveModel(nn.Module):
-    """Towers and objective as one module: uint8 images [b, 3, s, s], tokens [b, L], ids [b] → LossOutput."""
+    """Towers and objective as one module: uint8 images [b, 3, s, s], tokens [b, L], ids [b] → LossOutput.
 
-    def __init__(self, towers: Towers, loss: Objective, autocast: torch.dtype | None) -> None:
+    Frozen towers record no graph.
+    """
+
+    def __init__(self, towers: Towers, loss: Objective, autocast: torch.dtype | None, frozen: bool = False) -> None:
         super().__init__()
-        self.towers, self.loss, self.autocast = towers.module, loss, autocast
+        self.towers, self.loss, self.autocast, self.frozen = towers.module, loss, autocast, frozen
         self._encode: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (
             lambda images: encode_images(towers, images, normalize=False),
             lambda tokens: encode_texts(towers, tokens, normalize=False),
@@ -42,7 +45,8 @@ class ContrastiveModel(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
         encode_image, encode_text = self._encode
-        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with autocast, torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             image, text = encode_image(images), encode_text(tokens)
             features = Features.of(image, text)
         output: LossOutput = self.loss(features, ids)
@@ -88,12 +92,14 @@ class Trainer:
         self.config, self.device, self.folder, self.report = config, device, config.folder, report
         found = self._find_checkpoint(resume)
         torch.manual_seed(config.train.seed)
-        self.towers = load_model(config.model.name, config.model.pretrained)
-        build_objective(config, 1, self.towers.embed_dim)  # a wrong [loss] is refused before any shard is read
+        self.towers = load_model(config.model.name, checkpoint.weights_folder(config.model.pretrained))
+        # a wrong [loss] is refused before any shard is read
+        refuse_if_nothing_is_trained(config, build_objective(config, 1, self.towers.embed_dim))
         self.data = open_training_data(
             config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
         )
-        self.towers.module.to(device).train()
+        self.frozen = config.train.freeze == "towers"
+        self.towers.module.to(device).train(not self.frozen).requires_grad_(not self.frozen)
         # The objective owns the temperature; open_clip's own logit scale is written at export (save_model).
         self.towers.module.logit_scale.requires_grad_(False)
         self.loss = build_objective(config, len(self.data.index), self.towers.embed_dim).to(device)
@@ -103,7 +109,8 @@ class Trainer:
             self.step, self.best = checkpoint.load_checkpoint(found, **self._restorable())
         if config.train.compile:
             compile_towers(self.towers)
-        self.model = distributed.data_parallel(ContrastiveModel(self.towers, self.loss, self._autocast()), device)
+        model = ContrastiveModel(self.towers, self.loss, self._autocast(), self.frozen)
+        self.model = distributed.data_parallel(model, device)
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
@@ -168,8 +175,11 @@ class Trainer:
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
         output: LossOutput = self.model(batch.images, batch.tokens, batch.ids)
-        output.total.backward()
-        norm = nn.utils.clip_grad_norm_(self.towers.module.parameters(), self.config.optim.grad_clip or math.inf)
+        if output.total.requires_grad:  # frozen towers and a τ for every sample: the objective has written its table
+            output.total.backward()
+        trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
+        limit = self.config.optim.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
         self._check_finite()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -340,6 +350,22 @@ def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objecti
         )
     except ValueError as error:
         raise UserError(f"[loss] {error}") from None
+
+
+def refuse_if_nothing_is_trained(config: Config, loss: Objective) -> None:
+    """Raise UserError where frozen towers would be random, or would leave nothing to train."""
+    if config.train.freeze != "towers":
+        return
+    if not config.model.pretrained and not config.model.name.startswith(("hf-hub:", "local-dir:")):
+        raise UserError(
+            'train.freeze = "towers" needs trained ones: set model.pretrained to an open_clip tag, a checkpoint folder '
+            "or a run folder"
+        )
+    if not any(p.requires_grad for p in loss.parameters()) and loss.tracked_temperatures() is None:
+        raise UserError(
+            f'train.freeze = "towers" leaves nothing to train: objective {config.loss.name} learns no temperature; '
+            "take one that does, such as disttempnet-v1 (a network), fastclip-v3 (one τ) or isogclr (one a sample)"
+        )
 
 
 def compile_towers(towers: Towers) -> None:

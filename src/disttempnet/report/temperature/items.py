@@ -1,0 +1,164 @@
+"""What temperatures are asked of: pairs in shards, images in a folder, or captions in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from disttempnet.data import ShardIndex, open_index
+from disttempnet.data.shards import IMAGE_SUFFIXES
+from disttempnet.data.transforms import UnreadableImage
+from disttempnet.errors import UserError
+from disttempnet.evaluation.readers import Sample
+from disttempnet.training.checkpoint import Run
+
+PAIR = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Item(Sample):
+    """A sample with what is known of it.
+
+    Attributes:
+        id: its place in the index, where it is one of the run's training samples.
+        facts: its .json.
+    """
+
+    id: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def image(self) -> Image.Image:
+        """The decoded RGB image; UnreadableImage where its file cannot be read or is none."""
+        try:
+            return super().image()
+        except OSError as error:
+            raise UnreadableImage(str(error.strerror)) from None
+
+
+class Items:
+    """A data set that is read a few items at a time.
+
+    Attributes:
+        sides: which of `image` and `text` its items have.
+        about: what they are, for a reader.
+    """
+
+    sides: tuple[str, ...] = PAIR
+    about: str = ""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, positions: Sequence[int] | np.ndarray) -> list[Item]:
+        """The items at these positions of 0 … len − 1; images are not decoded yet."""
+        raise NotImplementedError
+
+
+class Pairs(Items):
+    """Usable pairs of shards, in the order of the index; the first `limit`, where that is not 0."""
+
+    def __init__(self, index: ShardIndex, about: str, training: bool, limit: int = 0) -> None:
+        self.index, self.about, self.training = index, about, training
+        self.ids = index.usable[: limit or None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, positions: Sequence[int] | np.ndarray) -> list[Item]:
+        return [self._item(int(i)) for i in self.ids[np.asarray(positions, dtype=np.int64)]]
+
+    def _item(self, i: int) -> Item:
+        index = self.index
+        shard = int(np.searchsorted(index.first, i, side="right")) - 1
+        offset, size = (int(value) for value in index.spans[i, 0])  # of the image
+        try:
+            facts = index.metadata(i)
+        except ValueError:  # training does not read it, so it may be anything
+            facts = None
+        return Item(
+            key=index.name(i),
+            shard=index.folder / index.shards[shard].name,
+            offset=int(index.start[i]) + offset,
+            size=size,
+            captions=(index.caption(i).strip(),),
+            label="",
+            id=i if self.training else None,
+            facts=facts if isinstance(facts, dict) else {},
+        )
+
+
+def training_pairs(run: Run) -> Pairs:
+    """The samples that a run was trained on.
+
+    Raises:
+        UserError: the shards are gone, or are others than it was trained on.
+    """
+    config = run.config.data
+    index = open_index(config.train, config.index, progress=False)
+    if run.index_digest not in ("", index.digest):
+        raise UserError(
+            f"{config.train}: these are not the shards that {run.config.name} was trained on (index "
+            f"{run.index_digest[:12]}, now {index.digest[:12]}): ids do not fit; name other data with --shards"
+        )
+    return Pairs(index, f"the training data, {config.train}", True, config.limit)
+
+
+def shard_pairs(run: Run, spec: str) -> Pairs:
+    """The pairs of any shards; those of the run's own training data keep their ids."""
+    index = open_index(spec)
+    return Pairs(index, spec, training=index.digest == run.index_digest)
+
+
+class ImageFolder(Items):
+    """All .jpg, .jpeg, .png and .webp under a folder, sorted by path."""
+
+    sides = ("image",)
+
+    def __init__(self, folder: str) -> None:
+        self.root, self.about = Path(folder), folder
+        if not self.root.is_dir():
+            raise UserError(f"{folder}: no such folder of images")
+        found = (path for path in self.root.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+        self.paths = sorted(path for path in found if not path.is_dir())
+        if not self.paths:
+            raise UserError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, positions: Sequence[int] | np.ndarray) -> list[Item]:
+        paths = [self.paths[int(i)] for i in positions]
+        return [Item(path.relative_to(self.root).as_posix(), path, 0, -1, ("",), "") for path in paths]
+
+
+class CaptionFile(Items):
+    """The lines of a UTF-8 text file that are not blank; keys are line numbers, from 1."""
+
+    sides = ("text",)
+
+    def __init__(self, file: str) -> None:
+        self.about = file
+        try:
+            lines = Path(file).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: captions cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        self.lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+        if not self.lines:
+            raise UserError(f"{file}: no captions in it (one a line)")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def read(self, positions: Sequence[int] | np.ndarray) -> list[Item]:
+        chosen = [self.lines[int(i)] for i in positions]
+        return [Item(str(number), Path(self.about), 0, 0, (line,), "") for number, line in chosen]
+
+
+def evenly_spread(n: int, most: int) -> np.ndarray:
+    """At most `most` of the positions 0 … n − 1, evenly."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
