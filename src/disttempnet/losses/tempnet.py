@@ -33,6 +33,8 @@ class NetworkTemperature(Temperature):
         shuffle: an ablation: in training every anchor gets the τ of another, random pair of the batch. What that
             costs is what the temperatures being one's own is worth.
         tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch.
+        tau_start_epoch: the networks wait until then. Before the towers have moved all similarities are alike, the
+            best τ lies below tau_min, and a network that follows it there hardly comes back.
 
     Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
     in the global batch and world size changes nothing.
@@ -54,6 +56,7 @@ class NetworkTemperature(Temperature):
         shuffle: bool = False,
         tau_lr: float = 3e-5,
         tau_lr_decay: float = 0.9,
+        tau_start_epoch: int = 0,
     ) -> None:
         super().__init__()
         if network not in NETWORKS:
@@ -66,7 +69,9 @@ class NetworkTemperature(Temperature):
         if not (tau_lr > 0 and 0 < tau_lr_decay <= 1):
             raise ValueError(f"need tau_lr > 0 and 0 < tau_lr_decay <= 1, got {tau_lr} and {tau_lr_decay}")
         self.dropout, self.feature_scale, self.shuffle, self.seed = dropout, feature_scale, shuffle, context.seed
-        self.tau_lr, self.tau_lr_decay = tau_lr, tau_lr_decay
+        if tau_start_epoch < 0:
+            raise ValueError(f"tau_start_epoch must not be negative, got {tau_start_epoch}")
+        self.tau_lr, self.tau_lr_decay, self.tau_start_epoch = tau_lr, tau_lr_decay, tau_start_epoch
         generator = torch.Generator().manual_seed(context.seed)
         form = NETWORKS[network]
         self.image, self.text = (
@@ -76,7 +81,7 @@ class NetworkTemperature(Temperature):
         self.prototypes_started = 0
 
     def learning_rate(self, epoch: float) -> float:
-        return self.tau_lr * self.tau_lr_decay ** int(epoch)
+        return self.tau_lr * self.tau_lr_decay ** int(epoch) if epoch >= self.tau_start_epoch else 0.0
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
