@@ -28,8 +28,8 @@ class NetworkTemperature(Temperature):
         tau_min, tau_max: open bounds of τ.
         rho: weight of τ in the objective; only the `dist` form divides by it.
         dropout: share of the hidden (mlp: input) units that are dropped in training.
-        feature_scale: what the unit features are multiplied by; √D gives entries of unit size. At 1 the hidden layer
-            hardly varies between samples and neither does τ.
+        feature_scale: what the unit features are multiplied by; 0 = √D, which gives entries of unit size. At 1, as
+            published, the hidden layer hardly varies between samples, and neither does τ.
         shuffle: an ablation: in training every anchor gets the τ of another, random pair of the batch. What that
             costs is what the temperatures being one's own is worth.
         tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch.
@@ -68,7 +68,10 @@ class NetworkTemperature(Temperature):
             raise ValueError(f"prototypes must be positive, got {prototypes}")
         if not (tau_lr > 0 and 0 < tau_lr_decay <= 1):
             raise ValueError(f"need tau_lr > 0 and 0 < tau_lr_decay <= 1, got {tau_lr} and {tau_lr_decay}")
-        self.dropout, self.feature_scale, self.shuffle, self.seed = dropout, feature_scale, shuffle, context.seed
+        if feature_scale < 0:
+            raise ValueError(f"feature_scale must not be negative, got {feature_scale}")
+        self.dropout, self.shuffle, self.seed = dropout, shuffle, context.seed
+        self.feature_scale = feature_scale or math.sqrt(context.embed_dim)
         if tau_start_epoch < 0:
             raise ValueError(f"tau_start_epoch must not be negative, got {tau_start_epoch}")
         self.tau_lr, self.tau_lr_decay, self.tau_start_epoch = tau_lr, tau_lr_decay, tau_start_epoch

@@ -1,0 +1,43 @@
+"""Fill the tables of docs/results.md from the compact results beside it: `fill_results.py [--check]`.
+
+A table stands between `<!-- disttempnet report FILE.jsonl … -->`, the command that makes it (with --out table.md), and
+`<!-- end -->`. So no number there is typed by hand. --check changes nothing and fails where a table is not what its
+command gives; a test calls it.
+"""
+
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from disttempnet.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+TABLE = re.compile(r"(<!-- disttempnet (report [^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(command: str) -> str:
+    """What the command writes; its paths are relative to the top of the repository."""
+    words = [str(ROOT / word) if word.endswith(".jsonl") else word for word in shlex.split(command)]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "table.md")
+        if main([*words, "--out", str(out)]):
+            raise SystemExit(f"{PAGE}: this command failed: disttempnet {command}")
+        return out.read_text(encoding="utf-8")
+
+
+def filled(text: str) -> str:
+    """The page with every table made anew."""
+    return TABLE.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", text)
+
+
+if __name__ == "__main__":
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before)
+    if "--check" in sys.argv[1:]:
+        if before != after:
+            raise SystemExit(f"{PAGE}: a table is not what its command gives; run tools/fill_results.py")
+    else:
+        PAGE.write_text(after, encoding="utf-8")
