@@ -36,7 +36,7 @@ from disttempnet.config import (
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
 from disttempnet.training.checkpoint import differences, list_checkpoints
-from disttempnet.training.trainer import build_objective
+from disttempnet.training.model import build_objective
 
 SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}
 # What may change between two calls of the command without making a run another run.

@@ -26,9 +26,10 @@ import torch
 from disttempnet import distributed
 from disttempnet.config import Config, config_from_table
 from disttempnet.errors import UserError
-from disttempnet.losses import Objective, build_loss
+from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, redeal
 from disttempnet.models import Towers, load_model, load_weights, save_model
+from disttempnet.training.model import build_objective
 
 FORMAT = 1
 # What may differ between the interrupted and the resumed run: nothing that the result depends on.
@@ -162,13 +163,7 @@ def load_run(path: str | Path) -> Run:
     trainer = _read(checkpoint / "trainer.pt")
     config = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")
     towers = load_model(config.model.name, str(checkpoint))
-    loss = build_loss(
-        config.loss.name,
-        num_samples=trainer["num_samples"],
-        embed_dim=towers.embed_dim,
-        seed=config.train.seed,
-        **config.loss.arguments,
-    )
+    loss = build_objective(config, trainer["num_samples"], towers.embed_dim)
     _restore_objective(checkpoint, trainer, loss)
     towers.module.eval()
     loss.eval()

@@ -1,0 +1,78 @@
+"""What is trained: towers and objective as one module, and the objective that a config describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from disttempnet.config import Config
+from disttempnet.errors import UserError
+from disttempnet.losses import Features, LossOutput, Objective, build_loss
+from disttempnet.models import Towers, encode_images, encode_texts
+
+
+class ContrastiveModel(nn.Module):
+    """Towers and objective as one module: uint8 images [b, 3, s, s], tokens [b, L], ids [b] → LossOutput.
+
+    Frozen towers record no graph.
+    """
+
+    def __init__(self, towers: Towers, loss: Objective, autocast: torch.dtype | None, frozen: bool = False) -> None:
+        super().__init__()
+        self.towers, self.loss, self.autocast, self.frozen = towers.module, loss, autocast, frozen
+        self._encode: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (
+            lambda images: encode_images(towers, images, normalize=False),
+            lambda tokens: encode_texts(towers, tokens, normalize=False),
+        )
+
+    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
+        encode_image, encode_text = self._encode
+        autocast = torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with autocast, torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            image, text = encode_image(images), encode_text(tokens)
+            features = Features.of(image, text)
+        output: LossOutput = self.loss(features, ids)
+        return output
+
+
+def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objective:
+    """The objective that `[loss]` describes.
+
+    Raises:
+        UserError: an unknown name or argument, or a value out of range.
+    """
+    try:
+        return build_loss(
+            config.loss.name,
+            num_samples=num_samples,
+            embed_dim=embed_dim,
+            seed=config.train.seed,
+            **config.loss.arguments,
+        )
+    except ValueError as error:
+        raise UserError(f"[loss] {error}") from None
+
+
+def refuse_if_nothing_is_trained(config: Config, loss: Objective) -> None:
+    """Raise UserError where frozen towers would be random, or would leave nothing to train."""
+    if config.train.freeze != "towers":
+        return
+    if not config.model.pretrained and not config.model.name.startswith(("hf-hub:", "local-dir:")):
+        raise UserError(
+            'train.freeze = "towers" needs trained ones: set model.pretrained to an open_clip tag, a checkpoint folder '
+            "or a run folder"
+        )
+    if not any(p.requires_grad for p in loss.parameters()) and loss.tracked_temperatures() is None:
+        raise UserError(
+            f'train.freeze = "towers" leaves nothing to train: objective {config.loss.name} learns no temperature; '
+            "take one that does, such as disttempnet-v1 (a network), fastclip-v3 (one τ) or isogclr (one a sample)"
+        )
+
+
+def compile_towers(towers: Towers) -> None:
+    """torch.compile both towers in place; the objective stays eager, its products are already library calls."""
+    module = towers.module
+    module.visual.compile()
+    (module.text if hasattr(module, "text") else module.transformer).compile()
