@@ -115,4 +115,5 @@ def percent(value: float | None) -> str:
 def metric_title(key: str) -> str:
     """`image_to_text_recall@5` → `image → text R@5`; unknown keys stay as they are."""
     titles = {"acc1": "zero-shot top-1", "acc5": "zero-shot top-5", "mean_recall": "mean recall"}
+    titles |= {f"acc1_{third}": f"zero-shot top-1, {third}" for third in ("head", "middle", "tail")}
     return titles.get(key, key.replace("_to_", " → ").replace("_recall@", " R@").replace("_", " "))
