@@ -27,8 +27,9 @@ class DataConfig(Section):
     """Where samples come from, in which order, and how images are augmented."""
 
     train: str = Field(
-        description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), or "
-        "embedded:emoji/train for the data set that ships with the package"
+        description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
+        "embedded:emoji/train for the data set that ships with the package, or generated:scenes/train for a "
+        "synthetic one with a long tail"
     )
     index: str = Field("", description="where the shard index is written; empty = beside the shards")
     transform: Literal["open_clip", "tempnet", "emoji"] = Field(

@@ -88,6 +88,55 @@ def test_pixels_beyond_the_cache_are_streamed(tmp_path: Path, monkeypatch: pytes
     assert len(runner._pixels) == cached
 
 
+def with_frequencies(folder: Path, trained: dict[str, int], rows: list[tuple[str, str, str]]) -> dict[str, object]:
+    """Fields of a task on `rows` whose training shard holds that many samples of each label."""
+    (folder / "train").mkdir()
+    write_shard(folder / "train" / "0.tar", [(label, label, label) for label, n in trained.items() for _ in range(n)])
+    write_shard(folder / "0.tar", rows)
+    return {"frequency_from": str(folder / "train"), "metrics": ("acc1", "acc1_head", "acc1_middle", "acc1_tail")}
+
+
+def test_head_middle_and_tail_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        ("red", "red", "red"),
+        ("grey", "red", "red"),  # grey is nearest to pink
+        ("green", "green", "green"),
+        ("blue", "blue", "blue"),
+        ("blue", "pink", "pink"),  # predicted blue
+        ("blue", "yellow", "yellow"),  # predicted blue
+    ]
+    trained = {"pink": 5, "red": 3, "yellow": 1, "blue": 1}
+    # images in order of frequency: pink 5 | red 3, red 3 | blue 1 | yellow 1 | green 0. Pink ends at 1 of 6 images,
+    # its middle at 0.5: head. Red covers 1 to 3, middle 2: already the middle third. Blue before yellow by name,
+    # 3 to 4: middle. Yellow and green: tail.
+    result = run(tmp_path, monkeypatch, **with_frequencies(tmp_path, trained, rows))
+    assert result.frequency.tolist() == [3, 3, 0, 1, 5, 1]
+    expected = {"acc1": 3 / 6, "acc1_head": 0.0, "acc1_middle": 2 / 3, "acc1_tail": 1 / 2}
+    assert result.metrics == pytest.approx(expected)
+    assert result.trials == {"acc1": 6, "acc1_head": 1, "acc1_middle": 3, "acc1_tail": 2}
+    assert result.chance == pytest.approx(dict.fromkeys(expected, 1 / 5))
+
+
+def test_frequency_follows_the_readable_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("red", "red", "red"), ("corrupt", "green", "green"), ("green", "green", "green"), ("blue", "blue", "blue")]
+    result = run(tmp_path, monkeypatch, **with_frequencies(tmp_path, {"red": 3, "green": 2, "blue": 1}, rows))
+    assert result.frequency.tolist() == [3, 2, 1]
+    assert result.trials == {"acc1": 3, "acc1_head": 1, "acc1_middle": 1, "acc1_tail": 1}
+
+
+def test_without_training_data_there_is_no_frequency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "0.tar", TRUE)
+    assert run(tmp_path, monkeypatch).frequency.tolist() == []
+
+
+def test_frequencies_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = with_frequencies(tmp_path, {"red": 3}, [TRUE[0], ("corrupt", "green", "green"), TRUE[2]])
+    with pytest.raises(UserError, match="none of its readable images is in the tail by training frequency"):
+        run(tmp_path, monkeypatch, **fields)
+    with pytest.raises(UserError, match=r"task 'toy': sample 0\.tar/00000: no 'group' to count"):
+        run(tmp_path, monkeypatch, **fields, frequency_by="group")
+
+
 def test_corrupt_image_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(tmp_path / "0.tar", [TRUE[0], ("corrupt", "green", "green"), *TRUE[2:]])
     result = run(tmp_path, monkeypatch)
@@ -160,7 +209,15 @@ def test_shipped_tasks_have_the_promised_sizes() -> None:
     assert {name: (len(data.samples), len(data.class_names)) for name, data in sizes.items()} == {
         "emoji-renderings": (1172, 1914),
         "emoji-concepts": (332, 83),
+        "scenes": (1200, 200),
     }
+    thirds = {name: [data.third.count(third) for third in range(3)] for name, data in sizes.items()}
+    assert thirds["scenes"] == [67 * 6, 66 * 6, 67 * 6]
+    for name, counts in thirds.items():  # groups stay whole: near thirds, not exactly
+        assert all(abs(count - sum(counts) / 3) < 0.05 * sum(counts) for count in counts), (name, counts)
+    for data in sizes.values():
+        ranges = [[f for f, t in zip(data.frequency, data.third, strict=True) if t == third] for third in range(3)]
+        assert min(ranges[0]) >= max(ranges[1]) >= min(ranges[1]) >= max(ranges[2])
 
 
 def test_classifier_normalises_before_and_after_the_mean() -> None:
@@ -181,7 +238,7 @@ def test_retrieval_equals_a_loop_on_ragged_captions() -> None:
     relevant[torch.arange(30), torch.arange(30) % 20] = True
     image_of, text_of = relevant.nonzero().T
     scores = Scores()
-    retrieval(Features(images, torch.zeros(30), texts, texts, image_of, text_of), scores)
+    retrieval(Features(images, torch.zeros(30), texts, texts, image_of, text_of, torch.zeros(0)), scores)
     scored = images @ texts.T
     for way, similarity, right in (("image_to_text", scored, relevant), ("text_to_image", scored.T, relevant.T)):
         for k in (1, 5, 10):

@@ -4,7 +4,8 @@
     index.py       dense sample ids → byte ranges;  indexing.py builds and checks the index
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
     transforms.py  decode and augment;  dataset.py  samples, batches, the loader
-    embedded.py    the data set that ships with the package
+    embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
+    cache.py       where both are made into shards on first use
 
 `open_training_data` puts them together for a config.
 """
@@ -23,6 +24,7 @@ from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
 from disttempnet.data.indexing import open_index
 from disttempnet.data.sampler import EpochPlan, PlanSampler
+from disttempnet.data.scenes import generated_shards
 from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.transforms import decode, eval_transform, train_transform
 from disttempnet.errors import UserError
@@ -40,6 +42,7 @@ __all__ = [
     "decode",
     "embedded_shards",
     "eval_transform",
+    "generated_shards",
     "make_loader",
     "open_index",
     "open_training_data",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from disttempnet.data.embedded import embedded_shards
+from disttempnet.data.scenes import generated_shards
 from disttempnet.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -58,13 +59,16 @@ def resolve_shards(spec: str) -> ShardList:
 
     Args:
         spec: a folder (its *.tar, sorted by name), a path with ranges in its file name
-            (`cc12m/{00000..01242}.tar`, zero-padded as written), or `embedded:DATASET/SPLIT`.
+            (`cc12m/{00000..01242}.tar`, zero-padded as written), `embedded:DATASET/SPLIT`, or
+            `generated:DATASET/SPLIT`.
 
     Raises:
         UserError: nothing is there, or a shard of the pattern is missing.
     """
     if spec.startswith("embedded:"):
         spec = str(embedded_shards(spec.removeprefix("embedded:")))
+    elif spec.startswith("generated:"):
+        spec = str(generated_shards(spec.removeprefix("generated:")))
     path = Path(spec).expanduser()
     if path.is_dir():
         names = sorted(entry.name for entry in path.glob("*.tar") if not entry.name.startswith("."))
@@ -74,7 +78,7 @@ def resolve_shards(spec: str) -> ShardList:
     if path.suffix != ".tar":
         raise UserError(
             f"{path}: no such folder; set data.train to a folder of .tar shards, a pattern such as "
-            "FOLDER/{00000..01242}.tar, or embedded:emoji/train"
+            "FOLDER/{00000..01242}.tar, embedded:emoji/train, or generated:scenes/train"
         )
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder, named by data.train = '{spec}'")

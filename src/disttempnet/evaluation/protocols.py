@@ -18,6 +18,7 @@ from disttempnet.evaluation.metrics import first_hit, mean_per_class_recall, rec
 from disttempnet.evaluation.scores import Scores
 
 RECALL_KS = (1, 5, 10)
+THIRDS = ("head", "middle", "tail")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Features:
         texts: [t, D], the distinct captions.
         image_of, text_of: int64 [p], image `image_of[k]` is captioned by text `text_of[k]`. An image may have
             several captions and a caption may belong to several images.
+        third: int64 [n], the image's place in THIRDS by training frequency; empty where that is unknown.
     """
 
     images: Tensor
@@ -39,6 +41,7 @@ class Features:
     texts: Tensor
     image_of: Tensor
     text_of: Tensor
+    third: Tensor
 
 
 def prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -52,12 +55,18 @@ def classifier(prompt_features: Tensor, templates: int) -> Tensor:
 
 
 def classification(features: Features, scores: Scores) -> None:
-    """The most similar class is the prediction: acc1, acc5, mean_per_class_recall."""
+    """The most similar class is the prediction: acc1, acc5, mean_per_class_recall.
+
+    Where training frequencies are known also acc1_head, acc1_middle, acc1_tail, of the images of each third.
+    """
     n, classes = len(features.images), len(features.classes)
     places = first_hit(features.images, features.classes, torch.arange(n), features.labels)
     for k in (1, 5):
         scores.add(f"acc{k}", recall_at(places, k), min(k, classes) / classes, n)
     scores.add("mean_per_class_recall", mean_per_class_recall(places, features.labels), 1 / classes, n)
+    for i, name in enumerate(THIRDS if len(features.third) else ()):
+        inside = places[features.third == i]
+        scores.add(f"acc1_{name}", recall_at(inside, 1), 1 / classes, len(inside))
 
 
 def retrieval(features: Features, scores: Scores) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import tarfile
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -36,6 +38,8 @@ class Task(Section):
     metrics: tuple[str, ...]
     templates: tuple[str, ...]
     tags: tuple[str, ...]
+    frequency_from: str = ""
+    frequency_by: str = "label"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Sample:
         shard, offset, size: where the bytes of its image lie.
         captions: one or more.
         label: name of its class; empty where the shard gives none.
+        facts: all that its JSON says.
     """
 
     key: str
@@ -55,6 +60,7 @@ class Sample:
     size: int
     captions: tuple[str, ...]
     label: str
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     def image(self) -> Image.Image:
         """The decoded RGB image; UnreadableImage where its bytes are none."""
@@ -65,12 +71,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task measures on: n samples, the index of each one's class, and the class names in order."""
+    """What a task measures on.
+
+    Attributes:
+        samples: n images.
+        class_names: C names in order; labels: of each sample, the index of its class.
+        frequency: of each sample, how many training samples share its value of `frequency_by`; and
+        third: 0 head, 1 middle, 2 tail. Both are empty where the task names no `frequency_from`.
+    """
 
     task: Task
     samples: tuple[Sample, ...]
     class_names: tuple[str, ...]
     labels: tuple[int, ...]
+    frequency: tuple[int, ...]
+    third: tuple[int, ...]
 
 
 @cache
@@ -99,7 +114,8 @@ def load_task(task: Task) -> TaskData:
     """Index a task's shards; kept in memory, as training evaluates again and again.
 
     Raises:
-        UserError: missing or broken shards; a sample without label, or with one that is no class name.
+        UserError: missing or broken shards; a sample without label, or with one that is no class name; one
+            without the value that frequencies are counted of.
     """
     samples = read_samples(task.data)
     sources = task.classes_from or (task.data,)
@@ -109,7 +125,27 @@ def load_task(task: Task) -> TaskData:
         if not sample.label or sample.label not in index:
             what = f"label '{sample.label}' is no class name" if sample.label else "no label"
             raise UserError(f"task '{task.name}': sample {sample.key}: {what}")
-    return TaskData(task, samples, class_names, tuple(index[s.label] for s in samples))
+    frequency, third = _frequencies(task, samples) if task.frequency_from else ((), ())
+    return TaskData(task, samples, class_names, tuple(index[s.label] for s in samples), frequency, third)
+
+
+def _frequencies(task: Task, samples: Sequence[Sample]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Training frequency of each sample's group, and its third, as the head of tasks.toml defines them."""
+
+    def group(sample: Sample) -> str:
+        if task.frequency_by not in sample.facts:
+            raise UserError(f"task '{task.name}': sample {sample.key}: no '{task.frequency_by}' to count")
+        return str(sample.facts[task.frequency_by])
+
+    trained = Counter(group(sample) for sample in read_samples(task.frequency_from))
+    groups = [group(sample) for sample in samples]
+    images = Counter(groups)
+    third, before = {}, 0
+    for name in sorted(images, key=lambda name: (-trained[name], name)):
+        middle = 2 * before + images[name]  # twice the place of the group's middle image
+        third[name] = 3 * middle // (2 * len(samples))
+        before += images[name]
+    return tuple(trained[name] for name in groups), tuple(third[name] for name in groups)
 
 
 @cache
@@ -142,9 +178,10 @@ def _sample(tar: tarfile.TarFile, shard: Path, key: str, parts: dict[str, tarfil
     image = next((parts[suffix] for suffix in parts if suffix in IMAGE_SUFFIXES), None)
     try:
         captions = tuple(line.strip() for line in text("txt").splitlines() if line.strip())
-        label = str(json.loads(text("json") or "{}").get("label", ""))
+        facts = json.loads(text("json") or "{}")
+        label = str(facts.get("label", ""))
     except ValueError as error:
         raise UserError(f"{shard}: sample {key}: unreadable caption or label: {error}") from None
     if image is None or not captions:
         raise UserError(f"{shard}: sample {key}: no {'image' if image is None else 'caption'}")
-    return Sample(name, shard, image.offset_data, image.size, captions, label)
+    return Sample(name, shard, image.offset_data, image.size, captions, label, facts)

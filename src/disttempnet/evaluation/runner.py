@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from disttempnet import distributed
 from disttempnet.data.transforms import UnreadableImage, eval_transform
 from disttempnet.errors import UserError
-from disttempnet.evaluation.protocols import PROTOCOLS, Features, classifier, prompts
+from disttempnet.evaluation.protocols import PROTOCOLS, THIRDS, Features, classifier, prompts
 from disttempnet.evaluation.readers import Sample, TaskData, find_task, load_task
 from disttempnet.evaluation.scores import Scores
 from disttempnet.models import Towers, encode_images, encode_texts
@@ -41,6 +41,7 @@ class TaskResult(Scores):
         text_features: [n, D], of each image's first caption.
         class_features: [C, D].
         labels: int64 [n], index into `class_names`.
+        frequency: int64 [n], training samples of each image's group, as tasks.toml defines it; empty if unknown.
         captions: first caption of each image; keys: SHARD/KEY of each image.
     """
 
@@ -48,6 +49,7 @@ class TaskResult(Scores):
     text_features: Tensor
     class_features: Tensor
     labels: Tensor
+    frequency: Tensor
     class_names: tuple[str, ...]
     captions: tuple[str, ...]
     keys: tuple[str, ...]
@@ -121,17 +123,22 @@ def _score(data: TaskData, images: Tensor, valid: Tensor, texts: Tensor, row: di
     images = images[valid]
     if not (images.isfinite().all() and texts.isfinite().all()):
         raise UserError(f"task '{task.name}': the towers give features that are not finite")
+    frequency, third = _of_kept(data.frequency, valid), _of_kept(data.third, valid)
+    lost = [name for i, name in enumerate(THIRDS) if data.third and not (third == i).any()]
+    if lost:
+        raise UserError(f"task '{task.name}': none of its readable images is in the {lost[0]} by training frequency")
     distinct = dict.fromkeys(caption for sample in kept for caption in sample.captions)
     captions = {text: i for i, text in enumerate(distinct)}
     pairs = [(i, captions[c]) for i, sample in enumerate(kept) for c in dict.fromkeys(sample.captions)]
     prompt_rows = [row[prompt] for prompt in prompts(data.class_names, task.templates)]
     features = Features(
         images=images,
-        labels=torch.tensor(data.labels, device=images.device)[valid],
+        labels=_of_kept(data.labels, valid),
         classes=classifier(texts[prompt_rows], len(task.templates)),
         texts=texts[[row[text] for text in captions]],
         image_of=torch.tensor([i for i, _ in pairs]),
         text_of=torch.tensor([t for _, t in pairs]),
+        third=third,
     )
     scores = Scores()
     for protocol in task.protocols:
@@ -146,10 +153,17 @@ def _score(data: TaskData, images: Tensor, valid: Tensor, texts: Tensor, row: di
         text_features=texts[[row[sample.captions[0]] for sample in kept]],
         class_features=features.classes,
         labels=features.labels,
+        frequency=frequency,
         class_names=data.class_names,
         captions=tuple(sample.captions[0] for sample in kept),
         keys=tuple(sample.key for sample in kept),
     )
+
+
+def _of_kept(values: Sequence[int], valid: Tensor) -> Tensor:
+    """The readable images' values as int64, on the device of `valid` [n]; of no values, none."""
+    every = torch.tensor(values, dtype=torch.int64, device=valid.device)
+    return every[valid] if len(values) else every
 
 
 def _texts(data: TaskData) -> Iterator[str]:
