@@ -129,7 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="zero-shot accuracy and retrieval of a run or an open_clip model")
     evaluate.add_argument("target", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
-    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="rows of tasks.toml (default: all)")
+    evaluate.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="rows of tasks.toml (default: the run's own, else all)"
+    )
     evaluate.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
     evaluate.add_argument("--out", metavar="FILE", help="write the results as JSON (default: RUN/results.json)")
 
@@ -277,14 +279,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out else None
     if options.target.startswith("open_clip:"):
         name, _, pretrained = options.target.removeprefix("open_clip:").partition("/")
-        towers, title = load_model(name, pretrained), options.target
+        towers, title, tasks = load_model(name, pretrained), options.target, []
     else:
         run = load_run(options.target)
-        towers, title = run.towers, f"{run.config.name} @ step {run.step}"
+        towers, title, tasks = run.towers, f"{run.config.name} @ step {run.step}", list(run.config.eval.tasks)
         out = out or run.folder / "results.json"
     with distributed.session() as device:
         towers.module.to(device)
-        results = evaluate(towers, options.tasks or list(all_tasks()), device=device, batch=options.batch)
+        results = evaluate(towers, options.tasks or tasks or list(all_tasks()), device=device, batch=options.batch)
         if distributed.is_main():
             Console().print(results_table({title: results}))
             if out is not None:

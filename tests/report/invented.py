@@ -74,4 +74,5 @@ def result(
         evaluations,
         {side: [0.03, 0.02, 0.05, 0.004] for side in ("image", "text")},
         {key: values.tolist() for key, values in curve.items()},
+        {"frequency": [5, 50], "image": [0.02, 0.03], "text": [0.04, 0.01], "spearman": [0.5 + 0.1 * seed, -0.25]},
     )

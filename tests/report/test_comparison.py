@@ -100,6 +100,28 @@ def test_a_compact_file_makes_the_same_tables(tmp_path: Path) -> None:
     assert write_compact(read_results(folders)) == small.read_text()
 
 
+def test_tau_against_frequency_of_a_run_and_over_seeds(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "v1")
+    frequency = np.repeat([3, 20], 100)
+    last = folder / "temperatures" / "step-00000040.npz"
+    tau = {side: values + 0.001 * frequency for side, values in np.load(last).items()}
+    np.savez(last, **tau, frequency=frequency)
+    (found,) = read_results([folder])
+    by_frequency = found.tau_by_frequency
+    assert by_frequency["frequency"] == [3, 20]
+    for side in ("image", "text"):
+        rare, frequent = tau[side][:100], tau[side][100:]
+        assert by_frequency[side] == pytest.approx([np.median(rare), np.median(frequent)])
+        # a group of ties against values: Spearman from the ranks by its definition
+        ranks = np.argsort(np.argsort(tau[side])).astype(float)
+        expected = np.corrcoef(frequency, ranks)[0, 1]
+        assert by_frequency["spearman"][["image", "text"].index(side)] == pytest.approx(expected)
+    page = Page(comparison_page(compare_groups(runs())))
+    assert "-0.25 (0.00)" in page.text
+    seeds = [0.5 + 0.1 * seed for seed in compare_groups(runs()).groups[0].seeds]
+    assert f"{np.mean(seeds):.2f} ({np.std(seeds, ddof=1):.2f})" in page.text
+
+
 def test_curves_and_batches_are_means_over_seeds() -> None:
     made = [
         result("clip", s, {TASK: {"acc1": v + batch / 1000}}, batch=batch, varied=f"--global_batch-{batch}")
@@ -121,7 +143,7 @@ def test_curves_and_batches_are_means_over_seeds() -> None:
 def test_the_page_over_seeds_is_self_contained_and_escaped() -> None:
     page = Page(comparison_page(compare_groups([*runs(), result("late", 1, {TASK: {"acc1": 0.9}}, finished=False)])))
     assert_self_contained(page)
-    assert page.ids == ["results", "learning", "parts", "temperatures", "provenance"]
+    assert page.ids == ["results", "learning", "parts", "temperatures", "frequency", "provenance"]
     for part in ("3 configurations, 2 to 3 seeds each", "A_B & τ|<b>", "25.0 (2.0)", "0123abcd", "torch 2.9"):
         assert part in page.text, part
     assert "Left out, because unfinished: late--seed-1." in page.text
@@ -131,7 +153,7 @@ def test_the_page_over_seeds_is_self_contained_and_escaped() -> None:
 
 def test_the_page_of_runs_without_evaluations() -> None:
     page = Page(comparison_page(compare_groups([result("clip", s, {}) for s in (1, 2)])))
-    assert page.ids == ["results", "learning", "temperatures", "provenance"]
+    assert page.ids == ["results", "learning", "temperatures", "frequency", "provenance"]
 
 
 def test_what_is_given_decides_the_page(tmp_path: Path) -> None:

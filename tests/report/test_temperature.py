@@ -20,6 +20,7 @@ from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import decode, eval_transform, open_index
 from disttempnet.errors import UserError
 from disttempnet.report import examples
+from disttempnet.report.binning import average_ranks, binned, spearman
 from disttempnet.report.temperature import analysis, items, measure
 from disttempnet.report.temperature.census import Census
 from disttempnet.report.temperature.command import Source, write_temperatures
@@ -310,25 +311,25 @@ def test_two_processes_measure_the_same(gloo: Pools, network: Path) -> None:
 
 def test_rank_correlation_by_hand() -> None:
     a, b = np.array([1.0, 2.0, 2.0, 3.0]), np.array([4.0, 1.0, 3.0, 2.0])
-    assert analysis.average_ranks(a).tolist() == [0.0, 1.5, 1.5, 3.0]
+    assert average_ranks(a).tolist() == [0.0, 1.5, 1.5, 3.0]
     # ranks of a minus 1.5: (−1.5, 0, 0, 1.5); of b: (1.5, −1.5, .5, −.5)
-    assert analysis.spearman(a, b) == pytest.approx(-3.0 / np.sqrt(4.5 * 5.0))
-    assert analysis.spearman(a, np.exp(a)) == pytest.approx(1.0)
-    assert analysis.spearman(a, np.ones(4)) is None
+    assert spearman(a, b) == pytest.approx(-3.0 / np.sqrt(4.5 * 5.0))
+    assert spearman(a, np.exp(a)) == pytest.approx(1.0)
+    assert spearman(a, np.ones(4)) is None
 
 
 def test_bins() -> None:
     values = np.array([1.0, 1.0, 2.0, np.nan, 4.0])
-    bins = analysis.binned(values, {"image": np.array([1.0, 3.0, 5.0, 100.0, 7.0])})
+    bins = binned(values, {"image": np.array([1.0, 3.0, 5.0, 100.0, 7.0])})
     assert bins is not None
     assert (bins.names, bins.sizes, bins.of_item.tolist()) == (["1", "2", "4"], [2, 1, 1], [0, 0, 1, 2])
     assert bins.quartiles["image"].tolist() == [[1.5, 5, 7], [2, 5, 7], [2.5, 5, 7]]
-    many = analysis.binned(np.arange(1000.0), {"text": -np.arange(1000.0)})
+    many = binned(np.arange(1000.0), {"text": -np.arange(1000.0)})
     assert many is not None
     assert many.sizes == [125] * 8
     assert many.names[:2] == ["0–124", "125–249"]
     assert many.correlation["text"] == pytest.approx(-1.0)
-    assert analysis.binned(np.ones(5), {"image": np.arange(5.0)}) is None
+    assert binned(np.ones(5), {"image": np.arange(5.0)}) is None
 
 
 def test_clusters_and_axes_of_made_up_features() -> None:

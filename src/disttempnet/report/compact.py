@@ -17,7 +17,8 @@ import numpy as np
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
-from disttempnet.report.runs import Evaluation, RunRecord, read_run
+from disttempnet.report.binning import binned
+from disttempnet.report.runs import Evaluation, RunRecord, Temperatures, read_run
 
 FORMAT = 1
 CURVE_POINTS = 32  # of the τ trajectory
@@ -38,6 +39,9 @@ class Result:
         evaluations: by step.
         tau: side → mean, min, max, std of τ over the pairs of the first task at the end; empty where unknown.
         tau_curve: "epoch", "mean", "min", "max" of the image side's τ in the training batches, equally long lists.
+        tau_by_frequency: final τ against how often a pair's concept was trained on: "frequency" (median of the bin),
+            "image", "text" (median τ of the bin), equally long, and "spearman" of [image, text] over the pairs;
+            empty where τ is alike for all or frequencies are unknown.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Result:
     evaluations: tuple[Evaluation, ...]
     tau: dict[str, list[float]]
     tau_curve: dict[str, list[float]]
+    tau_by_frequency: dict[str, list[float]]
 
     @property
     def seed(self) -> int:
@@ -108,8 +113,22 @@ def compact(run: RunRecord) -> Result:
         curve = {
             key: values[shown].tolist() for key, values in zip(("epoch", "mean", "min", "max"), parts, strict=True)
         }
+    by_frequency = _by_frequency(run.temperatures[-1]) if run.temperatures else {}
     table = json.loads(run.config.model_dump_json())  # plain: tuples become lists, as they come back from a file
-    return Result(run.config.name, table, facts, seconds, run.evaluations, tau, curve)
+    return Result(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency)
+
+
+def _by_frequency(last: Temperatures) -> dict[str, list[float]]:
+    sides = {"image": last.image, "text": last.text}
+    bins = None if last.frequency is None else binned(last.frequency.astype(float), sides)
+    if bins is None or last.frequency is None or None in bins.correlation.values():
+        return {}
+    places = range(len(bins.names))
+    return {
+        "frequency": [float(np.median(last.frequency[bins.of_item == place])) for place in places],
+        **{side: bins.quartiles[side][1].tolist() for side in sides},
+        "spearman": [float(value) for value in bins.correlation.values() if value is not None],
+    }
 
 
 def write_compact(results: Sequence[Result]) -> str:
@@ -133,6 +152,7 @@ def _to_line(result: Result) -> dict[str, Any]:
         ],
         "tau": result.tau,
         "tau_curve": result.tau_curve,
+        "tau_by_frequency": result.tau_by_frequency,
     }
 
 
@@ -157,7 +177,14 @@ def _from_line(line: dict[str, Any]) -> Result:
         for point in line["curve"]
     )
     result = Result(
-        line["name"], line["config"], line["facts"], line["seconds"], evaluations, line["tau"], line["tau_curve"]
+        name=line["name"],
+        config=line["config"],
+        facts=line["facts"],
+        seconds=line["seconds"],
+        evaluations=evaluations,
+        tau=line["tau"],
+        tau_curve=line["tau_curve"],
+        tau_by_frequency=line["tau_by_frequency"],
     )
     if result.seed != line["seed"] or not result.objective:
         raise ValueError

@@ -11,7 +11,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import task_title
 from disttempnet.report import comparison_plots as plots
 from disttempnet.report.compact import Result, read_results, write_compact
-from disttempnet.report.groups import Column, Comparison, Group, compare_groups, families
+from disttempnet.report.groups import Column, Comparison, Group, cell_of, compare_groups, families
 from disttempnet.report.page import build_report, open_template
 from disttempnet.report.tables import cell_text, csv_table, latex_table, legend, markdown_table
 from disttempnet.training.checkpoint import write_atomically
@@ -57,6 +57,7 @@ def comparison_page(comparison: Comparison) -> str:
     headlines = _headlines(comparison)
     with_parts = dict.fromkeys(c.task for c in comparison.columns if c.metric in plots.PARTS)
     with_tau = [group for group in groups if any(result.tau_curve for result in group.results)]
+    with_frequency = [group for group in groups if any(result.tau_by_frequency for result in group.results)]
     same_batch = families(groups)
     return open_template("comparison.html").render(
         title=_title(groups),
@@ -79,6 +80,8 @@ def comparison_page(comparison: Comparison) -> str:
         ],
         parts=[(task_title(task), plots.parts_chart(comparison, task)) for task in with_parts],
         tau=plots.tau_chart(with_tau) if with_tau else "",
+        frequency=plots.frequency_chart(with_frequency) if with_frequency else "",
+        frequency_rows=[(group.title, *_correlations(group)) for group in with_frequency],
         tau_rows=[(group.title, *_final_tau(group)) for group in groups],
         differences=_differences(groups),
         provenance=_provenance([result for group in groups for result in group.results]),
@@ -121,6 +124,13 @@ def _final_tau(group: Group) -> list[str]:
         average = [sum(values) / len(values) for values in (mean, std)]
         words.append(f"{average[0]:.4f} ± {average[1]:.4f}, {min(low):.4f} to {max(high):.4f}")
     return words
+
+
+def _correlations(group: Group) -> list[str]:
+    """For each side: Spearman's correlation of τ with the frequency of the concept, mean (std) over the seeds."""
+    known = [result.tau_by_frequency["spearman"] for result in group.results if result.tau_by_frequency]
+    cells = [cell_of(values) for values in zip(*known, strict=True)]
+    return [f"{cell.mean:.2f}" + (f" ({cell.std:.2f})" if cell.std is not None else "") for cell in cells if cell]
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:

@@ -117,6 +117,24 @@ def tau_chart(groups: Sequence[Group]) -> str:
     return svg(figure)
 
 
+@styled
+def frequency_chart(groups: Sequence[Group]) -> str:
+    """Final τ against how often a concept was trained on: median of the bin, one thin line a seed and side."""
+    figure, axes = _panels(len(groups), "τ")
+    for axis, group in zip(axes, groups, strict=True):
+        for result in group.results:
+            curve = result.tau_by_frequency
+            for side in ("image", "text") if curve else ():
+                axis.plot(
+                    curve["frequency"], curve[side], color=SIDE_COLOURS[side], linewidth=1.1, marker="o", markersize=2.5
+                )
+        axis.set_xscale("log")
+        axis.set_xlabel("training samples", fontsize=9.0)
+        _heading(axis, group.title)
+        axis.set_ylim(bottom=0)
+    return svg(figure)
+
+
 def _panels(n: int, unit: str) -> tuple[Figure, list[Axes]]:
     """A figure with n panels of one y axis, at most `COLUMNS` in a row."""
     figure, cells = grid(-(-n // COLUMNS), min(COLUMNS, max(n, 3)), height=2.0, sharey=True)

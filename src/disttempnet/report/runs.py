@@ -26,11 +26,16 @@ class Evaluation(NamedTuple):
 
 
 class Temperatures(NamedTuple):
-    """τ of every pair of the first evaluation task after `epoch` epochs: float [n] for each side."""
+    """τ of every pair of the first evaluation task after `epoch` epochs: float [n] for each side.
+
+    Of training samples where only those have a τ. frequency: [n], training samples of the pair's concept; None where
+    that is unknown.
+    """
 
     epoch: float
     image: np.ndarray
     text: np.ndarray
+    frequency: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ def _temperatures(folder: Path, evaluations: Sequence[Evaluation]) -> Iterator[T
             continue
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                yield Temperatures(evaluation.epoch, arrays["image"], arrays["text"])
+                frequency = arrays.get("frequency")
+                yield Temperatures(evaluation.epoch, arrays["image"], arrays["text"], frequency)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not a file of temperatures: {error}") from None

@@ -216,13 +216,18 @@ class Trainer:
         self.loss.eval()
         tau = self.loss.temperatures(result.image_features, result.text_features)
         self.loss.train()
+        known = tau is not None and len(result.frequency) > 0
         if tau is None:
             tau = self.loss.tracked_temperatures()
         if tau is None:
             return
+        image, text = tau.cpu().numpy()
         folder = self.folder / "temperatures"
         folder.mkdir(exist_ok=True)
-        np.savez(folder / f"step-{self.step:08d}.npz", image=tau[0].cpu().numpy(), text=tau[1].cpu().numpy())
+        arrays: dict[str, Any] = {"image": image, "text": text}
+        if known:
+            arrays["frequency"] = result.frequency.cpu().numpy()
+        np.savez(folder / f"step-{self.step:08d}.npz", **arrays)
 
     def _save(self) -> None:
         self._check_finite()

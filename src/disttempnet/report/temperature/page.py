@@ -10,6 +10,7 @@ import numpy as np
 
 from disttempnet.data.transforms import UnreadableImage
 from disttempnet.losses import OBJECTIVES
+from disttempnet.report.binning import binned, spearman
 from disttempnet.report.examples import picture
 from disttempnet.report.page import open_template
 from disttempnet.report.plots import scatter_chart
@@ -60,16 +61,16 @@ def write_page(run: Run, census: Census, out: Path) -> Path:
 
 
 def _analyses(run: Run, census: Census, tau: dict[str, np.ndarray]) -> dict[str, Any]:
-    frequency = analysis.binned(census.frequency(), tau)
+    frequency = binned(census.frequency(), tau)
     ambiguity, meaning = census.ambiguity()
-    ambiguous = analysis.binned(ambiguity, tau)
+    ambiguous = binned(ambiguity, tau)
     projected = analysis.projections(census, run.loss)
     found = analysis.clusters(census)
     pair, by = len(tau) == 2, census.frequency_by
     return {
         "distribution_chart": plots.distribution_chart(tau),
         "scatter_chart": scatter_chart(tau["image"], tau["text"]) if pair else "",
-        "pair_correlation": analysis.spearman(tau["image"], tau["text"]) if pair else None,
+        "pair_correlation": spearman(tau["image"], tau["text"]) if pair else None,
         "extremes": [
             (side, end, _tiles(census, rows))
             for side in census.sides

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from disttempnet.report.binning import Binned
 from disttempnet.report.plots import FAINT, INK, SIDE_COLOURS, WIDTH, grid, spread, styled, svg
-from disttempnet.report.temperature.analysis import Binned, Cluster, Parameter, Projection
+from disttempnet.report.temperature.analysis import Cluster, Parameter, Projection
 
 POINTS = 4000  # of a scatter plot
 SIDE_STYLES = {"image": "-", "text": "--"}
