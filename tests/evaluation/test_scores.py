@@ -69,5 +69,5 @@ def test_table_of_one_run_says_what_is_incomplete() -> None:
 
 def test_titles() -> None:
     assert metric_title("image_to_text_recall@10") == "image → text R@10"
-    assert metric_title("acc1_tail") == "zero-shot top-1, tail"
+    assert metric_title("acc1_tail") == "top-1, tail"
     assert [percent(value) for value in (None, 0.000522, 0.5)] == ["–", "0.05", "50.0"]

@@ -67,7 +67,9 @@ def same_ending(a: Path, b: Path) -> None:
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     return [sys.executable, *launcher, "-m", "disttempnet", *arguments]
 
 
@@ -124,7 +126,9 @@ def test_loader_workers_change_nothing(straight: Path, tmp_path: Path) -> None:
 def test_two_processes_train_the_same_curve_and_continue_as_one(straight: Path, tmp_path: Path) -> None:
     config = str(CONFIG_FOLDER / "debug.toml")
     arguments = ["train", config, f"out={tmp_path}", "train.stop_after_steps=13"]
-    subprocess.run(command(*arguments, processes=2), check=True, timeout=240, env=environment(), capture_output=True)
+    launched = command(*arguments, processes=2)
+    done = subprocess.run(launched, timeout=240, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     last = list_checkpoints(tmp_path / "debug")[-1]
     assert sorted(p.name for p in last.glob("shard-*")) == ["shard-00000-of-00002.pt", "shard-00001-of-00002.pt"]
     assert train(debug(tmp_path), resume="auto")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from disttempnet.report.groups import Cell, Column, Comparison, Group, cell_of
+from disttempnet.report.groups import THIRDS, Cell, Column, Comparison, Group, cell_of
 from disttempnet.report.plots import FAINT, INK, RUN_COLOURS, SIDE_COLOURS, epoch_axis, grid, styled, svg
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 5  # panels in a row
 GREY = "#d3d8df"
-PARTS = {"acc1_head": ("head", "o"), "acc1_middle": ("middle", "s"), "acc1_tail": ("tail", "^")}
+PARTS = dict(zip(THIRDS, (("head", "o"), ("middle", "s"), ("tail", "^")), strict=True))
 
 
 class Series(NamedTuple):

@@ -19,7 +19,8 @@ from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.report.compact import Result
 
-MAIN_METRICS = ("acc1", "mean_recall", "acc1_head", "acc1_middle", "acc1_tail")
+THIRDS = ("acc1_head", "acc1_middle", "acc1_tail")
+MAIN_METRICS = ("acc1", "mean_recall", *THIRDS)
 ROUNDING = 1e-12
 MARK_RULE = "best in bold; † within one standard deviation of it (the larger of the two groups')"
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import metric_title, percent
-from disttempnet.report.groups import MARK_RULE, Cell, Column, Comparison
+from disttempnet.report.groups import MARK_RULE, THIRDS, Cell, Column, Comparison
 
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
@@ -40,17 +40,17 @@ def legend(comparison: Comparison) -> str:
 
 
 def text_table(comparison: Comparison) -> Table:
-    """For a terminal: a row a group, chance last."""
+    """For a terminal: a row a group, chance last. Head, middle and tail would not fit and are left to the page."""
+    shown = [i for i, column in enumerate(comparison.columns) if column.metric not in THIRDS] or [0]
     table = Table(caption=legend(comparison), caption_justify="left")
-    table.add_column("")
+    table.add_column("", min_width=16, overflow="fold")
     table.add_column("seeds", justify="right", style="dim")
-    for column in comparison.columns:
+    for column in (comparison.columns[i] for i in shown):
         table.add_column(Text(f"{task_title(column.task)}\n{metric_title(column.metric)}"), justify="right")
     for group, cells in zip(comparison.groups, comparison.cells, strict=True):
-        words = [_styled(cell) for cell in cells]
-        table.add_row(Text(group.title), str(len(group.results)), *words)
+        table.add_row(Text(group.title), str(len(group.results)), *(_styled(cells[i]) for i in shown))
     table.add_section()
-    table.add_row("chance", "", *(percent(value) for value in comparison.chance), style="dim")
+    table.add_row("chance", "", *(percent(comparison.chance[i]) for i in shown), style="dim")
     return table
 
 
