@@ -46,6 +46,7 @@ from disttempnet.losses.schedule import Gamma
 from disttempnet.losses.temperature import Batch, Temperature
 
 C = 0.5  # both sides of a pair are averaged
+RHO_SHARE = 0.4  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
 STALENESS_LIMIT = 5.0  # on the part of the τ gradient that comes from an old u
 
 TauGradient = Literal["fcco", "batch"]
@@ -61,7 +62,7 @@ class GlobalContrastiveLoss(Objective):
         gamma: the inner learning rate as a function of the epoch. None: no past and no state; every column counts,
             also the pair itself and equal ids, as in CLIP's cross-entropy.
         robust: whether ω(τ) = τ, else 1.
-        rho: ρ of the robust form, where τ is learned.
+        rho: ρ of the robust form, where τ is learned; 0 = 0.4 · log(B − 1), with B the global batch.
         tau_gradient: `fcco`: h = log u + ρ − Σ_j p_ij d_ij / τ, with u as tracked; what an old u adds to it is
             clamped to ±5, so that it is exact where u is fresh (γ = 1) and bounded elsewhere.
             `batch`: h = ρ − KL(softmax of the batch ‖ uniform), bounded by itself.
@@ -118,8 +119,7 @@ class GlobalContrastiveLoss(Objective):
         all_text = distributed.all_gather(text).to(dtype)
         all_ids = distributed.all_gather(ids)
         x, y = image.detach().to(dtype), text.detach().to(dtype)
-        if not self._warned:
-            self._warn_if_tau_has_no_optimum(len(all_ids))
+        rho = self._resolve_rho(len(all_ids))
 
         batch = Batch(x, y, all_image, all_text, all_ids, self.step)
         tau1, tau2 = self.temperature(batch)
@@ -141,7 +141,7 @@ class GlobalContrastiveLoss(Objective):
 
         log_u = self._track(all_ids, log_g)
         weight = tau if self.robust else torch.ones_like(tau)
-        h = self._tau_gradient(tau, log_u, log_g, moment, negatives)
+        h = self._tau_gradient(rho, tau, log_u, log_g, moment, negatives)
         # the weight of column j in an anchor's gradient is ω/τ · p_ij
         anchors = [Anchors.of(tau[i], all_positive, log_u[i] - (weight / tau)[i].log(), negatives) for i in (0, 1)]
         own = [Anchors(a.slope[batch.mine], a.offset[batch.mine]) for a in anchors]
@@ -151,7 +151,7 @@ class GlobalContrastiveLoss(Objective):
         image_gradient = scale * (pull(x, all_text, own[0], anchors[1], *same) - r * y)
         text_gradient = scale * (pull(y, all_image, own[1], anchors[0], *same) - r * x)
 
-        value = C * torch.where(negatives > 0, weight * (log_u + self.rho), 0.0).sum(0).mean()
+        value = C * torch.where(negatives > 0, weight * (log_u + rho), 0.0).sum(0).mean()
         if self.gamma is None:
             value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
         total = with_gradient(value, image, text, image_gradient, text_gradient)
@@ -177,11 +177,13 @@ class GlobalContrastiveLoss(Objective):
             self.state.write(ids, new)
         return new
 
-    def _tau_gradient(self, tau: Tensor, log_u: Tensor, log_g: Tensor, moment: Tensor, negatives: Tensor) -> Tensor:
+    def _tau_gradient(
+        self, rho: float, tau: Tensor, log_u: Tensor, log_g: Tensor, moment: Tensor, negatives: Tensor
+    ) -> Tensor:
         """h = ∂F_i/∂τ_i [2, B]; 0 for a row without negatives."""
         stale_moment = torch.expm1(log_g - log_u) * moment  # what an old u adds to Σ_j p_ij d_ij / τ
         if self.robust:
-            h, staleness = self.rho + log_g - moment, (log_u - log_g) - stale_moment  # ρ − KL(softmax ‖ uniform)
+            h, staleness = rho + log_g - moment, (log_u - log_g) - stale_moment  # ρ − KL(softmax ‖ uniform)
         else:
             h, staleness = -moment, -stale_moment
         if self.tau_gradient == "fcco":
@@ -202,16 +204,20 @@ class GlobalContrastiveLoss(Objective):
                 metrics[f"tau_gradient/{name}_mean"] = h[side].mean()
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _warn_if_tau_has_no_optimum(self, batch: int) -> None:
-        self._warned = True
+    def _resolve_rho(self, batch: int) -> float:
+        """ρ at this global batch; warns once where τ has no optimum at it."""
         limit = math.log(max(batch - 1, 1))
-        if self.temperature.learns and self.robust and self.rho >= limit and distributed.is_main():
+        if not (self.robust and self.temperature.learns):
+            return 0.0
+        if self.rho and self.rho >= limit and not self._warned and distributed.is_main():
             warnings.warn(
                 f"rho = {self.rho:g} is not below log(B − 1) = {limit:.3g} at a global batch of {batch}: the "
                 "gradient of the temperature is then never negative and every τ falls to its lower bound; "
-                f"choose rho < {limit:.3g}",
+                f"choose rho < {limit:.3g}, or 0 for {RHO_SHARE:g} · log(B − 1)",
                 stacklevel=4,
             )
+        self._warned = True
+        return self.rho or RHO_SHARE * limit
 
     @torch.no_grad()
     def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor | None:

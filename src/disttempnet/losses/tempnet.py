@@ -32,8 +32,8 @@ class NetworkTemperature(Temperature):
             published, the hidden layer hardly varies between samples, and neither does τ.
         shuffle: an ablation: in training every anchor gets the τ of another, random pair of the batch. What that
             costs is what the temperatures being one's own is worth.
-        tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch.
-        tau_start_epoch: the networks wait until then. Before the towers have moved all similarities are alike, the
+        tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch after the first.
+        tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved all similarities are alike, the
             best τ lies below tau_min, and a network that follows it there hardly comes back.
 
     Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
@@ -84,7 +84,8 @@ class NetworkTemperature(Temperature):
         self.prototypes_started = 0
 
     def learning_rate(self, epoch: float) -> float:
-        return self.tau_lr * self.tau_lr_decay ** int(epoch) if epoch >= self.tau_start_epoch else 0.0
+        trained = int(epoch) - self.tau_start_epoch
+        return self.tau_lr * self.tau_lr_decay**trained if trained >= 0 else 0.0
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
@@ -213,6 +214,8 @@ class DistNetwork(_PrototypeNetwork):
     def __init__(
         self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
     ) -> None:
+        if not rho:
+            raise ValueError("network dist divides by rho: give it a number other than 0")
         super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
         self.out_weight_1 = nn.Parameter(torch.ones(prototypes))
         self.out_weight_2 = nn.Parameter(torch.ones(prototypes))

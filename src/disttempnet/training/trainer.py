@@ -162,8 +162,9 @@ class Trainer:
         limit = self.config.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
         self._check_finite()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        for optimizer, rate in zip(self.optimizers, rates, strict=True):
+            if rate:  # a temperature that waits must not gather moments of the gradients it waits out
+                optimizer.step()
         self.step += 1
         self._unchecked, self._metrics = (self.step, output, norm, batch.ids), output.metrics
         self.lr = rates[0]
