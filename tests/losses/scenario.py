@@ -23,6 +23,8 @@ NETWORK = {
     "gamma": 0.8,
     "tau_min": 0.02,
     "tau_max": 0.3,
+    "network": "icml24",
+    "feature_scale": 1.0,
     "prototypes": 5,
     "dropout": 0.0,
 }

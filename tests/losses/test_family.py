@@ -128,6 +128,27 @@ def test_v3_slows_down_below_the_threshold() -> None:
     assert rates == pytest.approx([2e-4, 2e-4 / 3, 2e-4])
 
 
+def test_v3_keeps_its_rate_within_an_epoch_also_when_resumed() -> None:
+    loss, resumed = (build_loss("fastclip-v3", num_samples=N, embed_dim=D, temperature=0.05) for _ in range(2))
+    loss.set_epoch(1)
+    with torch.no_grad():
+        log_scale(loss).fill_(-math.log(0.02))
+    resumed.load_state_dict(loss.state_dict())
+    for one in (loss, resumed):
+        one.set_epoch(1)
+        assert one.temperature.learning_rate(1) == pytest.approx(2e-4)
+        one.set_epoch(2)
+        assert one.temperature.learning_rate(2) == pytest.approx(2e-4 / 3)
+
+
+def test_evaluation_leaves_a_scale_outside_its_bounds_alone() -> None:
+    loss = make(EVERY["fastclip-v3"]).eval()
+    with torch.no_grad():
+        log_scale(loss).fill_(9.0)
+    step(loss, unique_batch(1))
+    assert log_scale(loss).item() == 9.0
+
+
 # ---- τ per sample ----
 
 
@@ -156,7 +177,9 @@ def test_per_sample_temperature_follows_the_twin(name: str, mode: str) -> None:
     assert len(memory) == (1 if optimizer == "momentum" else 3)
     everyone = torch.arange(N)
     close(loss.temperatures(*pairs(N), everyone), table.read(everyone.tolist()), **TIGHT)
-    close(loss.tracked_temperatures(), table.read(everyone.tolist()), **TIGHT)
+    seen = sorted({int(i) for batch in stream(6) for i in batch.ids})
+    assert len(seen) < N, "the stream should leave a sample unseen"
+    close(loss.tracked_temperatures(), table.read(seen), **TIGHT)
     assert loss.temperatures(*pairs(N)) is None
     assert not list(loss.parameters())
     assert table.read(everyone.tolist()).std() > 1e-3
@@ -197,6 +220,8 @@ def test_clip_per_sample_counts_equal_ids_as_negatives() -> None:
     close(repeated.grad_x, plain.grad_x, rtol=0, atol=0)
 
 
-def test_per_sample_table_is_of_the_training_samples_only() -> None:
-    """N = 3 on the one rank: no column of the table beyond them is shown."""
-    assert make(EVERY["isogclr"], num_samples=3).tracked_temperatures().shape == (2, 3)
+def test_per_sample_temperatures_are_tracked_once_seen() -> None:
+    loss = make(EVERY["isogclr"])
+    assert loss.tracked_temperatures().shape == (2, 0)
+    step(loss, unique_batch(2))
+    assert loss.tracked_temperatures().shape == (2, B)

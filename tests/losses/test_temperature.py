@@ -10,17 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from disttempnet import Features
+from disttempnet import Features, build_loss
+from disttempnet.losses.temperature import Batch
 from losses.scenario import (
     CONSTANT,
     NETWORK,
     B,
     D,
     GlobalBatch,
+    N,
+    assert_same_steps,
     descend,
+    joined,
     local_rows,
     make,
     pairs,
+    run,
     step,
     stream,
     unique_batch,
@@ -351,3 +356,45 @@ def test_other_forms_keep_their_random_start(network: str) -> None:
     before = [parameter.detach().clone() for parameter in loss.parameters()]
     step(loss, batch)
     close([parameter.detach() for parameter in loss.parameters()], before, rtol=0, atol=0)
+
+
+# ---- the network's own choices ----
+
+
+def test_networks_wait_at_rate_zero_and_decay_from_their_start() -> None:
+    network = build_loss("disttempnet-v1", num_samples=N, embed_dim=D, tau_lr=1e-3, tau_start_epoch=2).temperature
+    assert [network.learning_rate(epoch) for epoch in range(5)] == pytest.approx([0, 0, 1e-3, 9e-4, 8.1e-4])
+
+
+def test_rho_zero_is_a_share_of_the_batchs_limit() -> None:
+    """ρ = .4 · log(B − 1): the value of a fresh objective differs from that without ρ by c Σ_sides mean τ ρ."""
+    batch = unique_batch(3)
+    actual = step(make(NETWORK, rho=0.0), batch)
+    told = step(make(NETWORK, rho=0.4 * math.log(B - 1)), batch)
+    assert_same_steps([actual], [told], tolerance=1e-12)
+    assert step(make(NETWORK, rho=0.1), batch).total < actual.total
+
+
+def test_feature_scale_zero_is_root_width() -> None:
+    x, y = pairs(4)
+    automatic, told = (make(NETWORK, feature_scale=scale) for scale in (0.0, D**0.5))
+    assert torch.equal(automatic.temperatures(x, y), told.temperatures(x, y))
+    assert not torch.equal(automatic.temperatures(x, y), make(NETWORK).temperatures(x, y))
+
+
+def test_shuffle_gives_every_pair_the_temperature_of_another_in_training_only() -> None:
+    batch = unique_batch(5)
+    plain, shuffled = make(NETWORK, prototypes=3), make(NETWORK, prototypes=3, shuffle=True)
+    asked = Batch(batch.x, batch.y, batch.x, batch.y, batch.ids, 0)
+    own, others = plain.temperature(asked), shuffled.temperature(asked)
+    for mine, other in zip(own, others, strict=True):
+        assert not torch.allclose(mine, other)
+        close(mine.sort().values, other.sort().values)
+    shuffled.eval()
+    close(shuffled.temperature(asked)[0], plain.temperature(asked)[0])
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_shuffle_crosses_ranks(gloo, world_size: int) -> None:
+    recipe, batches = {**NETWORK, "shuffle": True}, stream(3, seed=3)
+    assert_same_steps(joined(gloo(world_size, run, recipe, batches)), run(recipe, batches))

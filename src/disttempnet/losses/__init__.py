@@ -6,6 +6,7 @@ To add an objective, add a row to `OBJECTIVES` (and a file, where it is no membe
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,20 @@ OBJECTIVES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
+def _check_type(what: str, default: Any, value: Any) -> None:
+    """Raise ValueError unless the value is of its default's kind: a finite number, a whole one, a truth, a word."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, int),
+        float: number,
+        str: isinstance(value, str),
+    }[type(default)]
+    if not fits:
+        kind = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}[type(default)]
+        raise ValueError(f"{what} must be {kind}, got {value!r}")
+
+
 def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **arguments: Any) -> Objective:
     """Build an objective by name.
 
@@ -184,9 +199,8 @@ def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **
     for argument in arguments:
         if argument not in recipe.arguments:
             raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
+        _check_type(f"objective {name}: {argument}", recipe.arguments[argument], arguments[argument])
     try:
         return recipe.build(Context(num_samples, embed_dim, seed), **{**recipe.arguments, **arguments})
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
-    except TypeError as error:
-        raise ValueError(f"objective {name}: wrong type of an argument: {error}") from None

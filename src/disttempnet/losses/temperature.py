@@ -67,7 +67,7 @@ class Temperature(nn.Module):
         raise NotImplementedError
 
     def tracked(self) -> Tensor | None:
-        """τ [2, n] of the training samples that this rank keeps; None where τ is not kept a sample."""
+        """τ [2, n] of the seen training samples that this rank keeps; None where τ is not kept a sample."""
         return None
 
     def learning_rate(self, epoch: float) -> float:
@@ -149,9 +149,10 @@ class LearnableTemperature(Temperature):
         self.slowed = temperature < tau_threshold
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            self.logit_scale.clamp_(*self.bounds)
-        tau = (-self.logit_scale.to(batch.image.dtype)).exp().expand(len(batch.image))
+        if self.training:
+            with torch.no_grad():
+                self.logit_scale.clamp_(*self.bounds)
+        tau = (-self.logit_scale.clamp(*self.bounds).to(batch.image.dtype)).exp().expand(len(batch.image))
         return tau, tau
 
     @torch.no_grad()
@@ -183,7 +184,7 @@ _COLUMNS: dict[str, dict[str, float]] = {
 class PerSampleTemperature(Temperature):
     """τ_i of every training sample and side, learned from its own gradient each time the sample comes.
 
-    `momentum` (iSogCLR, arXiv 2305.11965): m ← (1 − β) m + β h, τ ← τ − η m.
+    `momentum` (iSogCLR, arXiv 2305.11965): m ← β m + (1 − β) h, τ ← τ − η m.
     `adam` (FastCLIP-v2, arXiv 2407.01445): Adam with the visits of the sample as its step count.
     Both bring τ back into its bounds.
 
@@ -193,7 +194,7 @@ class PerSampleTemperature(Temperature):
         tau_min, tau_max: bounds.
         tau_lr: η.
         tau_optimizer: `momentum` or `adam`.
-        tau_beta: β of `momentum`, β1 of `adam`, as written above: with `adam` the share of the past that stays.
+        tau_beta: β of `momentum`, β1 of `adam`: the share of the past that stays.
         tau_beta2: β2 of `adam`.
 
     State: τ and what the optimizer keeps, in a table shared out over the ranks.
@@ -240,7 +241,7 @@ class PerSampleTemperature(Temperature):
         tau, *moments = self._rows.unflatten(0, (-1, 2))
         if self.optimizer == "momentum":
             beta = self.betas[0]
-            moments = [(1 - beta) * moments[0] + beta * gradient]
+            moments = [beta * moments[0] + (1 - beta) * gradient]
             step = moments[0]
         else:
             beta1, beta2 = self.betas
@@ -256,6 +257,5 @@ class PerSampleTemperature(Temperature):
         return None if ids is None else self.state.read(ids)[:2].to(image.dtype)
 
     def tracked(self) -> Tensor:
-        tau = self.state.local("tau")
-        owned = torch.arange(tau.shape[1]) * self.state.world_size + self.state.rank < self.state.num_samples
-        return tau[:, owned.to(tau.device)]
+        last = list(self.state.columns)[-1]  # the momentum, or the number of visits: 0 until a sample is seen
+        return self.state.local("tau")[:, (self.state.local(last) != 0).any(0)]

@@ -33,8 +33,8 @@ class NetworkTemperature(Temperature):
         shuffle: an ablation: in training every anchor gets the τ of another, random pair of the batch. What that
             costs is what the temperatures being one's own is worth.
         tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch after the first.
-        tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved all similarities are alike, the
-            best τ lies below tau_min, and a network that follows it there hardly comes back.
+        tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved all similarities are
+            alike, the best τ lies below tau_min, and a network that follows it there hardly comes back.
 
     Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
     in the global batch and world size changes nothing.

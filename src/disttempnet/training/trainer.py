@@ -103,6 +103,9 @@ class Trainer:
         """Train to the end, or to a stop signal; returns whether the end was reached."""
         self._describe()
         log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
+        for temperature in optim.own_rate(self.loss):
+            if not temperature.learning_rate(self.config.train.epochs - 1):
+                log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
         try:
             with StopSignal() as stop:
                 while self.step < self.last_step:
@@ -205,13 +208,14 @@ class Trainer:
             self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
             self._save_temperatures(results[config.tasks[0]])
             score = float(np.mean([result.metrics["mean_recall"] for result in results.values()]))
-            if score > self.best.get("mean_recall", -math.inf):
+            # frozen towers score alike all along: their best checkpoint is the last
+            if score > self.best.get("mean_recall", -math.inf) and not self.frozen:
                 self.best = {"step": self.step, "mean_recall": score}
             self.log.say(f"{self.folder.name}  epoch {epochs_done}/{self.config.train.epochs}  {_one_line(results)}")
         self._save()
 
     def _save_temperatures(self, result: TaskResult) -> None:
-        """τ of the first evaluation task's pairs, or of the training samples where only those have one."""
+        """τ of the first evaluation task's pairs; where only training samples have one, of those that rank 0 keeps."""
         if not distributed.is_main():
             return
         self.loss.eval()
