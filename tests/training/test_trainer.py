@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,21 @@ def test_two_processes_train_the_same_curve_and_continue_as_one(straight: Path, 
     )
     assert torch.equal(table.isinf(), expected.isinf())
     torch.testing.assert_close(table, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_waiting_temperature_neither_moves_nor_gathers_moments(tmp_path: Path) -> None:
+    config = debug(tmp_path, "loss.tau_start_epoch=1", "loss.prototypes=4", "eval.tasks=[]")
+    trainer = Trainer(config, torch.device("cpu"))
+    epoch = trainer.steps_per_epoch
+    networks, adam = trainer.loss.temperature.image, trainer.optimizers[1]
+    first = networks.weight.detach().clone()
+    for batch in islice(trainer.data.loader_from(0), epoch):
+        trainer.train_step(batch)
+    assert torch.equal(networks.weight, first)
+    assert not adam.state
+    trainer.train_step(next(trainer.data.loader_from(1)))
+    moved = (networks.weight - first).abs()
+    assert moved.max().item() == pytest.approx(1e-3, rel=1e-2), "Adam's first step is as long as its rate"
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:

@@ -73,7 +73,9 @@ class Trainer:
         self.config, self.device, self.folder, self.report = config, device, config.folder, report
         found = self._find_checkpoint(resume)
         torch.manual_seed(config.train.seed)
-        self.towers = load_model(config.model.name, checkpoint.weights_folder(config.model.pretrained))
+        # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
+        weights = str(found) if found else checkpoint.weights_folder(config.model.pretrained)
+        self.towers = load_model(config.model.name, weights)
         # a wrong [loss] is refused before any shard is read
         refuse_if_nothing_is_trained(config, build_objective(config, 1, self.towers.embed_dim))
         self.data = open_training_data(
@@ -303,6 +305,7 @@ class Trainer:
             return
         path = self.folder / "run.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known.pop("finished", None)  # of an earlier, shorter goal
         times = {k: v for k, v in times.items() if not (k == "started" and k in known)}
         objective = OBJECTIVES[self.config.loss.name]
         facts = {
