@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from disttempnet.cli import main
-from disttempnet.compare import worker
+from disttempnet.compare import display, pool, worker
 from disttempnet.compare.grid import load_grid, state_of
-from disttempnet.config import CONFIG_FOLDER
+from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError
 from disttempnet.training import trainer
 from disttempnet.training.trainer import train
@@ -61,7 +67,9 @@ def test_the_shipped_grid_is_valid_and_the_first_seed_comes_first() -> None:
     grid = load_grid(CONFIG_FOLDER / "compare.toml", ["vary.data.global_batch=[32,64]"])
     names = [config.name for config in grid.configs]
     assert names[0] == "clip--global_batch-32--seed-1"
-    assert [name.rpartition("-")[2] for name in names] == ["1"] * 8 + ["2"] * 8 + ["3"] * 8
+    each = len(names) // 3
+    assert [name.rpartition("-")[2] for name in names] == ["1"] * each + ["2"] * each + ["3"] * each
+    assert each == 2 * len({name.partition("--")[0] for name in names})
     assert {config.data.global_batch for config in grid.configs if "global_batch-64" in config.name} == {64}
     assert grid.configs[-1].train.seed == 3
 
@@ -79,6 +87,29 @@ def test_a_run_lays_its_keys_over_the_base_and_replaces_its_loss(tmp_path: Path)
     assert (slow.optim.lr, slow.optim.grad_clip, slow.optim.warmup_steps) == (5e-4, 2, 5)
     assert (slow.loss.name, slow.loss.arguments) == ("sogclr", {})  # nothing of debug.toml's rho
     assert slow.data.limit == 64
+
+
+def test_no_loss_key_is_lost(tmp_path: Path) -> None:
+    """debug.toml's loss is disttempnet-v1 with its own arguments."""
+    base = load_config(CONFIG_FOLDER / "debug.toml").loss.arguments
+    text = 'config = "debug.toml"\nseeds = [1]\n[common]\nloss.tau_max = 0.3\nloss.tau_min = 0.02\n'
+    text += '[runs]\na.loss = { name = "disttempnet-v1", rho = 1.5, tau_min = 0.01 }\nb.loss.rho = 2.5\n'
+    arguments = [config.loss.arguments for config in load_grid(write(tmp_path, text)).configs]
+    assert arguments[0] == {"tau_max": 0.3, "tau_min": 0.01, "rho": 1.5}
+    assert arguments[1] == base | {"tau_max": 0.3, "tau_min": 0.02, "rho": 2.5}
+    grid = load_grid(write(tmp_path, text), ["vary={loss.tau_max=[0.4, 0.5], optim.lr=[1e-3]}"])
+    assert [config.loss.arguments["tau_max"] for config in grid.configs] == [0.4, 0.4, 0.5, 0.5]
+    with pytest.raises(UserError, match=r"c--seed-1: .*unknown argument .*'tau_max'"):
+        load_grid(write(tmp_path, text + 'c.loss = { name = "clip-constant" }\n'))
+    alone = load_grid(write(tmp_path, 'config = "debug.toml"\nseeds = [1]\n[common]\nloss.name = "clip"\n[runs.x]'))
+    assert alone.configs[0].loss.model_dump() == {"name": "clip"}
+
+
+def test_values_in_names(tmp_path: Path) -> None:
+    text = 'config = "debug.toml"\nseeds = [1]\n[runs]\na.loss = { name = "siglip" }\n'
+    vary = 'vary={loss.bias=[-5.0, 2], eval.tasks=[["emoji-concepts"]]}'
+    names = [config.name for config in load_grid(write(tmp_path, text), [vary]).configs]
+    assert names == ["a--bias--5.0--tasks-emoji-concepts--seed-1", "a--bias-2--tasks-emoji-concepts--seed-1"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +169,97 @@ def test_a_folder_with_another_config_is_an_error(finished: Path, capsys: pytest
     assert "clip--seed-1: optim.lr was 0.001 and is 0.5 now" in capsys.readouterr().err
     assert main(["compare", str(finished), "data.workers=1", "--list"]) == 0  # no matter to the result
     assert "4 of 4 runs are done" in capsys.readouterr().out
+
+
+def test_one_command_at_a_time_in_a_folder(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (finished.parent / "out" / "lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(["compare", str(finished)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "another compare is at work here" in error
+        assert "\n" not in error
+        assert main(["compare", str(finished), "--list"]) == 0
+    assert main(["compare", str(finished)]) == 0
+
+
+def test_an_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, out=str(tmp_path / "grid.toml" / "out"))
+    assert main(["compare", str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "grid.toml is no folder" in error
+    assert "\n" not in error
+
+
+class Shown(display.Display):
+    """A display that ends a pool which waits for nothing."""
+
+    ticks = 0
+
+    def tick(self) -> None:
+        self.ticks += 1
+        assert self.ticks < 4, "it waits for ever"
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+def test_a_signal_while_workers_start_ends_them_all(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Process:
+        """A worker that has not come so far as to notice a signal: it ends at the word of the pool only."""
+
+        def __init__(self, target: object, args: tuple[Connection, object], name: str) -> None:
+            self.connection, self.name = Connection(os.dup(args[0].fileno())), name
+            self.thread = threading.Thread(target=self.work, daemon=True)
+
+        def work(self) -> None:
+            assert self.connection.recv() is None
+            self.connection.close()
+
+        def start(self) -> None:
+            if self.name == f"worker-{moment}":
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0)  # a handler runs between two steps of the interpreter
+            self.thread.start()
+
+        def is_alive(self) -> bool:
+            return self.thread.is_alive()
+
+        def join(self) -> None:
+            self.thread.join(5)
+            assert not self.is_alive()
+
+        def terminate(self) -> None:
+            told.append(self.name)
+
+        def kill(self) -> None:
+            pass
+
+    context = SimpleNamespace(Process=Process, Pipe=multiprocessing.Pipe)
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: context)
+    configs = load_grid(write(tmp_path)).configs
+    outcome = pool.Pool(configs, 3, [], Shown(len(configs), 0), tmp_path / "log").run()
+    assert outcome == pool.Outcome(stopped=True)
+    assert told == [f"worker-{number}" for number in range(moment)]
+
+
+def test_a_run_that_fails_at_its_start_does_not_shorten_the_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    shown = display.Display(4, 0)
+    metrics: dict[str, Any] = {}
+    shown.began("bad")
+    now[0] = 2.0
+    shown.ended("bad", "failed", "by hand", 2.0)
+    assert "ETA" not in shown._overall(), "nothing is known of the speed yet"
+    shown.began("good")
+    shown.progress("good", 0, 10, metrics)
+    now[0] = 12.0
+    shown.progress("good", 5, 10, metrics)
+    assert shown._overall().endswith("ETA 0:01:00")  # half a run in 12 s; 2.5 are left
+    shown.ended("good", "failed", "half way", 10.0)
+    assert shown._overall().endswith("ETA 0:00:48")  # 2 are left
 
 
 def test_a_fault_of_the_program_is_named_and_logged(

@@ -192,6 +192,27 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one table of dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def defaults() -> dict[str, Any]:
+    """Dotted key → default, of every key that has one; those of an objective's arguments are not known here."""
+    result: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys = {f"{name}.{key}": inner for key, inner in kind.model_fields.items()}
+        else:
+            keys = {name: field}
+        result |= {key: one.default for key, one in keys.items() if not one.is_required()}
+    return result
+
+
 def apply_override(table: dict[str, Any], override: str) -> None:
     """Set the key that `section.key=value` names in a plain table; the value is TOML, a bare word a string."""
     key, equals, text = override.partition("=")

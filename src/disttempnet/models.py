@@ -88,12 +88,13 @@ def load_model(name: str, pretrained: str = "") -> Towers:
             also says how its pixels are normalised.
 
     Raises:
-        UserError: unknown name or tag, missing or unfitting weights.
+        UserError: unknown name or tag, missing or unfitting weights, a damaged `open_clip_config.json`.
     """
     local = Path(pretrained, WEIGHTS_NAME) if pretrained and Path(pretrained).is_dir() else None
     schema = name.startswith(("hf-hub:", "local-dir:"))
     if not schema and name not in open_clip.list_models():
         raise UserError(unknown_name("model", name, open_clip.list_models()))
+    given = _read_config(local.parent, "preprocess_cfg") if local and (local.parent / CONFIG_NAME).is_file() else {}
     silenced, root = logging.root.manager.disable, logging.getLogger()
     handlers = list(root.handlers)
     logging.disable(logging.WARNING)  # open_clip warns about random weights, which is what is asked for here
@@ -106,9 +107,7 @@ def load_model(name: str, pretrained: str = "") -> Towers:
     finally:
         logging.disable(silenced)
         root.handlers[:] = handlers
-    preprocess = open_clip.get_model_preprocess_cfg(module)
-    if local and (local.parent / CONFIG_NAME).is_file():
-        preprocess |= json.loads((local.parent / CONFIG_NAME).read_text(encoding="utf-8"))["preprocess_cfg"]
+    preprocess = open_clip.get_model_preprocess_cfg(module) | given
     size = preprocess["size"]
     tokenizer = open_clip.get_tokenizer(name)
     return Towers(
@@ -124,8 +123,18 @@ def load_model(name: str, pretrained: str = "") -> Towers:
 
 def _architecture(name: str) -> dict:
     if name.startswith("local-dir:"):
-        return json.loads(Path(name.removeprefix("local-dir:"), CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
+        return _read_config(Path(name.removeprefix("local-dir:")), "model_cfg")
     return open_clip.get_model_config(name.split("/")[-1] if name.startswith("hf-hub:") else name) or {}
+
+
+def _read_config(folder: Path, section: str) -> dict:
+    """A section of a folder's `open_clip_config.json`."""
+    path = folder / CONFIG_NAME
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))[section])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not an open_clip config with a '{section}'"
+        raise UserError(f"{path}: {why}") from None
 
 
 def save_model(towers: Towers, folder: Path, logit_scale: float) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,8 @@ def test_two_generations_have_equal_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path))
     second = generated_shards("scenes/val")
     assert second != first
+    versions = [".".join(version(package).split(".")[:2]) for package in ("numpy", "pillow")]
+    assert first.parent.name.endswith("-numpy-{}-pillow-{}".format(*versions))
     names = [path.name for path in sorted(first.iterdir())]
     assert names == [path.name for path in sorted(second.iterdir())] == ["00000.tar", "00001.tar"]
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)

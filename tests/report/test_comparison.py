@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from disttempnet.errors import UserError
 from disttempnet.report import write_report
 from disttempnet.report.compact import read_results, write_compact
 from disttempnet.report.comparison import comparison_page
-from disttempnet.report.comparison_plots import batch_series, learning_series
+from disttempnet.report.comparison_plots import batch_series, frequency_panel, learning_series, tau_series
 from disttempnet.report.groups import Column, compare_groups, families
 from disttempnet.report.tables import csv_table, latex_table, markdown_table, text_table
 from report.invented import result
@@ -46,6 +47,18 @@ def test_markdown() -> None:
     near = markdown_table(compare_groups([*runs()[:3], result("x", 0, {TASK: {"acc1": 0.235}})]))
     assert "| 3 | 22.0 (2.0)† |" in near
     assert "| x | 1 | **23.5** |" in near
+
+
+def test_a_cell_of_fewer_seeds_says_so_everywhere() -> None:
+    made = [result("clip", s, {TASK: {"acc1": v} | ({"mean_recall": v} if s else {})}) for s, v in enumerate(CLIP)]
+    comparison = compare_groups([*made, result("x", 0, {TASK: {"acc1": 0.1, "mean_recall": 0.1}})])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(text_table(comparison))
+    tables = [markdown_table(comparison), latex_table(comparison), console.export_text()]
+    for text in [*tables, Page(comparison_page(comparison)).text]:
+        assert "22.0 (2.0)" in text
+        assert "23.0 (1.4) n=2" in text
+        assert text.count("n=") == 1
 
 
 def test_latex_is_escaped_and_complete() -> None:
@@ -140,6 +153,31 @@ def test_curves_and_batches_are_means_over_seeds() -> None:
     assert "Accuracy against batch size" in Page(comparison_page(compare_groups(made))).text
 
 
+def test_tau_of_seeds_that_logged_at_other_epochs_is_averaged_at_the_same_epochs() -> None:
+    made = [result("clip", s, {TASK: {"acc1": 0.1}}) for s in (1, 2)]
+    for one, epochs, slope in zip(made, ([0.5, 1, 2, 4], [1, 3, 4]), (0.01, 0.03), strict=True):
+        mean = slope * np.array(epochs)
+        one.tau_curve.update(epoch=epochs, mean=mean.tolist(), min=(mean - 0.001).tolist(), max=(2 * mean).tolist())
+    (group,) = compare_groups(made).groups
+    x, mean, low, high = tau_series(group)
+    np.testing.assert_allclose(x, [1, 2, 3, 4])
+    np.testing.assert_allclose(mean, 0.02 * x)
+    np.testing.assert_allclose(low, 0.01 * x - 0.001)
+    np.testing.assert_allclose(high, 0.06 * x)
+
+
+def test_a_concept_that_was_never_trained_on_is_on_the_chart() -> None:
+    made = result("clip", 1, {TASK: {"acc1": 0.1}})
+    made.tau_by_frequency.update(frequency=[0, 1, 10, 1000], image=[0.02] * 4, text=[0.03] * 4)
+    axis = Figure().subplots()
+    frequency_panel(axis, compare_groups([made]).groups[0])
+    x = axis.transAxes.inverted().transform(axis.transData.transform([(f, 0.02) for f in (0, 1, 10, 1000)]))[:, 0]
+    assert (x > 0).all()
+    assert (x < 1).all()
+    assert (np.diff(x) > 0.05).all()
+    assert x[3] - x[2] == pytest.approx(2 * (x[2] - x[1]))  # logarithmic from 1 on
+
+
 def test_the_page_over_seeds_is_self_contained_and_escaped() -> None:
     page = Page(comparison_page(compare_groups([*runs(), result("late", 1, {TASK: {"acc1": 0.9}}, finished=False)])))
     assert_self_contained(page)
@@ -160,6 +198,11 @@ def test_what_is_given_decides_the_page(tmp_path: Path) -> None:
     one = write_run(tmp_path / "grid" / "a")
     alone = write_report([one], tmp_path / "one.html").read_text()
     assert 'id="zero-shot"' in alone
+    again = write_run(tmp_path / "after" / "a", acc1=0.5)  # the same config and seed after a change of the code
+    two = write_report([one, again], tmp_path / "two.html").read_text()
+    assert 'id="zero-shot"' in two
+    (again / "config.toml").write_text((again / "config.toml").read_text().replace("seed = 2024", "seed = 7"))
+    assert 'id="zero-shot"' not in write_report([one, again], tmp_path / "seeds.html").read_text()
     grouped = write_report([tmp_path / "grid"], tmp_path / "grid.html").read_text()
     assert 'id="zero-shot"' not in grouped
 
@@ -177,3 +220,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
             write_report([path], tmp_path / "table.md")
     with pytest.raises(UserError, match=r"table.pdf: the ending says what is written, one of .html, .md"):
         write_report([write_run(tmp_path / "a")], tmp_path / "table.pdf")
+    for out, message in (("bad.jsonl/new/x.md", "bad.jsonl is no folder"), ("empty.md", "it is a folder")):
+        (tmp_path / "empty.md").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f"{out}: cannot be written: .*{message}"):
+            write_report([tmp_path / "not even read"], tmp_path / out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from disttempnet.config import DataConfig, EvalConfig, TrainConfig
 from disttempnet.errors import UserError
 from disttempnet.report.groups import Cell, Column, cell_of, compare_groups, families, mark
 from report.invented import result
@@ -59,6 +60,24 @@ def test_runs_that_differ_only_in_seed_name_and_place_are_one_group() -> None:
     assert cell is not None
     assert (cell.mean, cell.std, cell.n) == (pytest.approx(0.2), pytest.approx(0.1), 3)
     assert comparison.chance == (0.01,)
+
+
+def test_what_the_result_does_not_depend_on_tells_no_runs_apart_nor_do_keys_that_old_lines_lack() -> None:
+    old, new, slow = (result("clip", seed, scores(0.1 * seed)) for seed in (1, 2, 3))
+    new.config["data"] |= {"transform": DataConfig.model_fields["transform"].default, "lanes": 8, "workers": 7}
+    new.config["eval"] = {"tasks": [], "every_epochs": EvalConfig().every_epochs, "batch": 16}
+    new.config["train"] |= {"freeze": TrainConfig.model_fields["freeze"].default, "log_every": 3, "compile": True}
+    new.config["data"]["index"] = "elsewhere"
+    slow.config["train"] |= {"checkpoint_every": 3, "keep": 9, "timeout_minutes": 99.0}
+    assert [group.seeds for group in compare_groups([old, new, slow]).groups] == [[1, 2, 3]]
+    new.config["data"]["gone"] = "a key of long ago"
+    slow.config["data"]["lanes"] = 4
+    assert [group.seeds for group in compare_groups([old, new, slow]).groups] == [[1], [2], [3]]
+
+
+def test_negative_values_are_no_separators() -> None:
+    runs = [result("clip", 1, scores(0.1), varied=f"--bias-{bias}--lr-1e-3", bias=bias) for bias in (-0.5, 2)]
+    assert [g.title for g in compare_groups(runs).groups] == ["CLIP, bias -0.5, lr 1e-3", "CLIP, bias 2, lr 1e-3"]
 
 
 def test_what_varies_is_in_the_title_and_batches_form_families() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from disttempnet.data import open_index
 from disttempnet.errors import UserError
 from disttempnet.evaluation import readers
 from disttempnet.report import build_report, examples, read_run
@@ -185,12 +186,13 @@ def toy_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_shard(tmp_path / "train" / "0.tar", [*rows, ("red", EVIL, "red"), ("corrupt", "red", "red")])
     monkeypatch.setattr(readers, "all_tasks", lambda: {"toy": toy_task(tmp_path / "val")})
     folder = write_run(tmp_path / "runs" / "a", tasks=("toy",), train=str(tmp_path / "train"))
+    digest = open_index(str(tmp_path / "train"), progress=False).digest
     loss = torch.nn.Identity()
     # τ grows with the green part of the image and with the blue part of the text
     loss.temperatures = lambda images, texts, ids: torch.stack([images[:, 1], texts[:, 2]]) / 10
 
     def opened(record: object) -> Run:
-        return Run(folder, read_run(folder).config, colour_towers(), loss, 40, 6)
+        return Run(folder, read_run(folder).config, colour_towers(), loss, 40, 6, digest)
 
     monkeypatch.setattr(examples, "open_model", opened)
     return folder
@@ -224,7 +226,7 @@ def test_groups_tell_the_runs_apart(toy_run: Path) -> None:
     blind = colour_towers()
     blind.module.encode_image = lambda pixels, normalize: torch.eye(3)[:1].repeat(len(pixels), 1)  # sees red only
     run = examples.open_model(SimpleNamespace())
-    other = Run(run.folder, run.config, blind, run.loss, 40, 6)
+    other = Run(run.folder, run.config, blind, run.loss, 40, 6, run.index_digest)
     results = [result["toy"] for result in examples.evaluate_models([run, other], ["toy"], batch=4)]
     groups = examples.zero_shot_examples(results, "toy", per_group=2)
     assert [(group.right, group.size) for group in groups] == [

@@ -20,7 +20,7 @@ from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import decode, eval_transform, open_index
 from disttempnet.errors import UserError
 from disttempnet.report import examples
-from disttempnet.report.binning import average_ranks, binned, spearman
+from disttempnet.report.binning import average_ranks, binned, evenly_spread, spearman
 from disttempnet.report.temperature import analysis, items, measure
 from disttempnet.report.temperature.census import Census
 from disttempnet.report.temperature.command import Source, write_temperatures
@@ -223,6 +223,9 @@ def test_one_temperature_for_all_is_said(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--out", "tau.txt"], "tau.txt: the table must be a .csv or a .parquet file"),
+        (["--out", "blank.txt/new/tau.csv"], "blank.txt/new/tau.csv: cannot be written: "),
+        (["--gallery", "blank.txt/page.html"], "blank.txt/page.html: cannot be written: "),
+        (["--gallery", "empty"], "empty: cannot be written: it is a folder"),
         (["--columns", "caption"], "--columns caption: the table has a column of that name already"),
         (["--images", "none"], "none: no such folder of images"),
         (["--images", "empty"], "empty: no images in it (jpeg, jpg, png, webp)"),
@@ -307,6 +310,13 @@ def test_two_processes_measure_the_same(gloo: Pools, network: Path) -> None:
     expected = np.concatenate(measured_here(str(network)), axis=1)
     for chunks in gloo(2, measured_here, str(network)):
         np.testing.assert_allclose(np.concatenate(chunks, axis=1), expected, rtol=1e-5)
+
+
+def test_an_even_choice_has_both_ends() -> None:
+    assert evenly_spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spread(8, 3).tolist() in ([0, 3, 7], [0, 4, 7])
+    assert evenly_spread(3, 5).tolist() == [0, 1, 2]
+    assert evenly_spread(0, 5).tolist() == []
 
 
 def test_rank_correlation_by_hand() -> None:

@@ -6,8 +6,10 @@ Nothing here knows an objective: the grid file names them, and every run is an o
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +20,7 @@ from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.errors import UserError
-from disttempnet.training.checkpoint import write_atomically
+from disttempnet.training.checkpoint import refuse_unwritable, write_atomically
 
 __all__ = ["load_grid", "run_compare"]
 
@@ -36,17 +38,24 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
         The exit code: 0, 1 where runs have failed, 143 where it was stopped.
 
     Raises:
-        UserError: a mistake in the file, or a run folder that holds another run.
+        UserError: a mistake in the file, a run folder that holds another run, an `out` that cannot be written or that
+            another such command is at work in.
     """
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1")
     if "RANK" in os.environ:
         raise UserError("compare starts its own processes: call it without torchrun, and give --jobs N")
     grid = load_grid(path, overrides)
-    states = {config.name: state_of(config) for config in grid.configs}
     if only_list:
-        _print_list(grid, states)
+        _print_list(grid, _states(grid))
         return 0
+    refuse_unwritable(grid.out / "results.jsonl")
+    with _alone_in(grid.out):
+        return _run(grid, jobs)
+
+
+def _run(grid: Grid, jobs: int) -> int:
+    states = _states(grid)
     for name, state in states.items():
         if state.kind == "differs":
             raise UserError(f"{name}: {state.why}")
@@ -62,11 +71,26 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
     return 1 if outcome.failed else 0
 
 
+def _states(grid: Grid) -> dict[str, State]:
+    return {config.name: state_of(config) for config in grid.configs}
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Refuse a second command on one folder; the kernel releases the lock, however this process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another compare is at work here: wait for its end, or give another out") from None
+        yield
+
+
 def _train(grid: Grid, states: dict[str, State], jobs: int) -> Outcome:
     left = [config for config in grid.configs if states[config.name].kind != "done"]
     if not left:
         return Outcome()
-    grid.out.mkdir(parents=True, exist_ok=True)
     with Display(len(grid.configs), len(grid.configs) - len(left)) as display:
         return Pool(left, jobs, _gpus(), display, grid.out / "workers.log").run()
 

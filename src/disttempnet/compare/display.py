@@ -23,7 +23,7 @@ class Display:
     def __init__(self, total: int, done: int) -> None:
         self._total, self._done, self._to_do = total, done, total - done
         self._share: dict[str, float] = {}  # of each run of this call, what it has done
-        self._before: dict[str, float] = {}  # of that, what was done before this call
+        self._before: dict[str, float] = {}  # of that, what was not done by this call
         self._state: dict[str, str] = {}  # running ones
         self._bars: dict[str, TaskID] = {}
         self._console = Console(stderr=True, highlight=False)
@@ -64,10 +64,13 @@ class Display:
         self._update()
 
     def ended(self, name: str, outcome: str, reason: str, seconds: float) -> None:
-        """A run has ended; the share of a failed one counts as done, for there is no more to wait for."""
+        """A run has ended. What a failed one has left is nothing to wait for, nor is it work that took no time."""
         self._state.pop(name)
         self._progress.remove_task(self._bars.pop(name))
         if outcome != "stopped":
+            if outcome == "failed":
+                share = self._share[name]
+                self._before[name] = 1.0 - (share - self._before.get(name, share))
             self._share[name] = 1.0
             self._done += outcome == "finished"
         text = {"finished": f"finished in {_clock(seconds)}", "failed": f"FAILED: {reason}"}.get(outcome, "stopped")

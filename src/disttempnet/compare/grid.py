@@ -4,10 +4,13 @@
     out = "runs/compare"      folder of run folders
     seeds = [1, 2, 3]         train.seed; all runs of the first seed come first
     [common]                  overrides for every run
+    [runs.NAME]               overrides of one run
     [vary]                    "section.key" = [values]: every run at each of them
-    [runs.NAME]               overrides of one run; its `loss` replaces that of the base as a whole
 
-Sections may be nested tables or dotted keys. Later wins: base, common, run, vary, command line.
+Sections may be nested tables or dotted keys. Later wins, key by key: base, common, run, vary, command line. One section
+is special, as arguments belong to an objective: where common, run or vary give `loss.name`, nothing of the base's
+`loss` is left. The `loss` keys of common are laid under those of every run; an objective that does not know one of
+them is an error, not silence.
 """
 
 from __future__ import annotations
@@ -30,20 +33,16 @@ from disttempnet.config import (
     apply_override,
     config_from_table,
     explain,
+    flat,
     load_config,
     read_table,
 )
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
-from disttempnet.training.checkpoint import differences, list_checkpoints
+from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences, list_checkpoints
 from disttempnet.training.model import build_objective
 
 SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}
-# What may change between two calls of the command without making a run another run.
-MAY_CHANGE = {
-    "name", "out", "data.index", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.timeout_minutes", "train.compile",
-}  # fmt: skip
 
 
 class GridFile(Section):
@@ -113,7 +112,7 @@ def state_of(config: Config) -> State:
         was = load_config(folder / "config.toml")
     except UserError as error:
         return State("differs", str(error))
-    for key, old, new in differences(was.model_dump(), config.model_dump(), MAY_CHANGE):
+    for key, old, new in differences(was.model_dump(), config.model_dump(), NOT_PART_OF_THE_RESULT):
         return State("differs", f"{folder}: {key} was {old!r} and is {new!r} now: give another out, or remove it")
     facts = folder / "run.json"
     if facts.is_file() and "finished" in json.loads(facts.read_text(encoding="utf-8")):
@@ -127,8 +126,8 @@ def state_of(config: Config) -> State:
 def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:
     base = read_table(_base_path(path, file.config))
     config_from_table(base, file.config)  # its own mistakes carry its own name
-    common, vary = _nested(file.common), _flat(_nested(file.vary))
-    _refuse_set_by_grid(f"{path}: common", _flat(common))
+    common, vary = _nested(file.common), flat(_nested(file.vary))
+    _refuse_set_by_grid(f"{path}: common", flat(common))
     _refuse_set_by_grid(f"{path}: vary", vary)
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
@@ -136,16 +135,16 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
     labels = _labels(list(vary))
     for seed, values, (run, own) in product(file.seeds, product(*vary.values()), file.runs.items()):
         changes = _nested(own)
-        _refuse_set_by_grid(f"{path}: runs.{run}", _flat(changes))
-        table = _merge(copy.deepcopy(base), common)
-        if "loss" in changes:
+        _refuse_set_by_grid(f"{path}: runs.{run}", flat(changes))
+        table = copy.deepcopy(base)
+        layers = [common, changes, _nested(dict(zip(vary, values, strict=True)))]
+        if any("loss.name" in flat(layer) for layer in layers):
             table.pop("loss", None)
-        _merge(table, changes)
-        for key, value in zip(vary, values, strict=True):
-            _merge(table, _nested({key: value}))
+        for layer in layers:
+            _merge(table, layer)
         for override in overrides:
             apply_override(table, override)
-        varied = [f"{label}-{value}" for label, value in zip(labels, values, strict=True)]
+        varied = [f"{label}-{_word(value)}" for label, value in zip(labels, values, strict=True)]
         table["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join([run, *varied, f"seed-{seed}"]))
         table["out"] = file.out
         table.setdefault("train", {})["seed"] = seed
@@ -175,6 +174,12 @@ def _refuse_set_by_grid(where: str, flat: dict[str, Any]) -> None:
         raise UserError(f"{where}: '{key}' cannot be set there; it comes from {SET_BY_GRID[key]}")
 
 
+def _word(value: Any) -> str:
+    """A value in a name: a sign apart without dashes at its ends or in a row, which part the words of a name."""
+    sign = "-" if isinstance(value, (int, float)) and value < 0 else ""
+    return sign + re.sub(r"[^A-Za-z0-9._]+", "-", str(value)).strip("-")
+
+
 def _labels(keys: list[str]) -> list[str]:
     """The last part of each varied key, or all of it where last parts repeat."""
     last = [key.rpartition(".")[2] for key in keys]
@@ -201,10 +206,3 @@ def _merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             table[key] = copy.deepcopy(value)
     return table
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

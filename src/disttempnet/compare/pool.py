@@ -58,8 +58,9 @@ class Pool:
         """Train all runs, or until SIGINT or SIGTERM; then every run in progress saves a checkpoint first."""
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._workers = [self._start(number) for number in range(self._jobs)]
-            for worker in self._workers:
+            for number in range(self._jobs):
+                self._start(number)
+            for worker in list(self._workers):  # _deal takes those out that it lets go
                 self._deal(worker)
             while self._workers:
                 self._watch()
@@ -67,10 +68,12 @@ class Pool:
             for number, handler in before.items():
                 signal.signal(number, handler)
             for worker in self._workers:
-                worker.process.kill()
+                if worker.process.is_alive():
+                    worker.process.kill()
         return self.outcome
 
     def _start(self, number: int) -> _Worker:
+        """Start a worker's process; it waits for `_deal`."""
         threads = max(1, (os.cpu_count() or 1) // self._jobs)
         if limit := os.environ.get("OMP_NUM_THREADS", ""):
             threads = min(threads, max(1, int(limit)))
@@ -79,9 +82,11 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs, place), name=f"worker-{number}")
+        worker = _Worker(place, process, ours)
+        self._workers.append(worker)  # before it starts: a signal from now on reaches it, or else _deal lets it go
         process.start()
         theirs.close()
-        return _Worker(place, process, ours)
+        return worker
 
     def _deal(self, worker: _Worker) -> None:
         """Give a free worker its next run, or let it go."""
@@ -136,9 +141,7 @@ class Pool:
         reason = f"its process ended unexpectedly ({why}); what it had saved is kept, see {self._log}"
         self._ended(worker, Ended("failed", reason))
         if self._waiting:
-            fresh = self._start(worker.place.number)
-            self._workers.append(fresh)
-            self._deal(fresh)
+            self._deal(self._start(worker.place.number))
 
     def _on_signal(self, number: int, frame: object) -> None:
         """First signal: every worker saves and ends. Second: they are killed; the last checkpoints stay."""

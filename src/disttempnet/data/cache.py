@@ -19,7 +19,7 @@ def cached_shards(dataset: str, split: str, shards: Iterable[str], write: Callab
     Several processes may call this at once: each writes a folder of its own, the first to rename it wins.
 
     Args:
-        dataset: name that changes whenever the bytes would.
+        dataset: name that changes whenever what makes the bytes does, as far as its caller can tell.
         split: name of the folder in it.
         shards: file names that the folder holds.
         write: writes these files into an empty folder, with the same bytes every time.

@@ -7,7 +7,11 @@ varies: place, size, rotation, shade, background, noise, and often a smaller sec
 first. Rare parts look like common ones (maroon like red, a ring like a circle).
 
 A caption may leave parts of the concept out ("a striped red shape"), so captions differ in how many concepts
-they fit. Everything is a function of SEED; splits are made on first use, in the cache folder.
+they fit. Splits are made on first use, in the cache folder.
+
+Everything is a function of SEED, this file, NumPy (its random streams and arithmetic) and Pillow (resizing, PNG). The
+cache folder's name tells all four, versions as major.minor. What it does not tell is not promised to give the same
+bytes: a patch release, another build of either, another processor.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from disttempnet.data.cache import cached_shards, write_shard
@@ -135,7 +140,10 @@ def generated_shards(name: str) -> Path:
     counts, split = known[name], name.removeprefix("scenes/")
     shards = [f"{number:05d}.tar" for number in range(-(-sum(counts) // SHARD_SAMPLES))]
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # another generator, another folder
-    return cached_shards(f"scenes-{SEED}-{source}", split, shards, partial(_write_split, split, counts, shards))
+    libraries = (("numpy", np.__version__), ("pillow", PIL.__version__))
+    made_with = "-".join(f"{library}-{'.'.join(version.split('.')[:2])}" for library, version in libraries)
+    dataset = f"scenes-{SEED}-{source}-{made_with}"
+    return cached_shards(dataset, split, shards, partial(_write_split, split, counts, shards))
 
 
 def zipf_counts() -> list[int]:

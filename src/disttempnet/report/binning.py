@@ -1,4 +1,4 @@
-"""τ against a number that the items have: bins of that number, and the rank correlation."""
+"""τ against a number that the items have: bins of that number, the rank correlation; and an even choice of items."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 BINS = 8
+
+
+def evenly_spread(n: int, most: int) -> np.ndarray:
+    """At most `most` of the positions 0 … n − 1, evenly, the first and the last among them: int64."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(np.int64))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
-from disttempnet.report.binning import binned
+from disttempnet.report.binning import binned, evenly_spread
 from disttempnet.report.runs import Evaluation, RunRecord, Temperatures, read_run
 
 FORMAT = 1
@@ -107,7 +107,7 @@ def compact(run: RunRecord) -> Result:
     epochs, mean = run.series("tau/image_mean")
     low, high = run.series("tau/image_min")[1], run.series("tau/image_max")[1]
     if len(epochs):
-        shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), CURVE_POINTS)).round().astype(int))
+        shown = evenly_spread(len(epochs), CURVE_POINTS)
         whole = len(low) == len(mean) == len(high)
         parts = (epochs, mean, low if whole else mean, high if whole else mean)
         curve = {

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from disttempnet.config import flat
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import task_title
 from disttempnet.report import comparison_plots as plots
 from disttempnet.report.compact import Result, read_results, write_compact
-from disttempnet.report.groups import Column, Comparison, Group, cell_of, compare_groups, families
+from disttempnet.report.groups import Column, Comparison, Group, by_config, cell_of, compare_groups, families
 from disttempnet.report.page import build_report, open_template
 from disttempnet.report.tables import cell_text, csv_table, latex_table, legend, markdown_table
-from disttempnet.training.checkpoint import write_atomically
+from disttempnet.training.checkpoint import refuse_unwritable, write_atomically
 
 TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
 SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
@@ -28,21 +28,22 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) 
         out: .html a page, .md .tex .csv the table over seeds, .jsonl compact results.
         metrics: `TASK/METRIC` columns; empty = every task's main metrics.
 
-    A page is about single runs, in depth, where run folders are given and no two of them share a config; else it is
-    about groups of seeds.
+    A page is about single runs, in depth, where run folders are given and no config has two seeds among them; else it
+    is about groups of seeds.
 
     Raises:
-        UserError: a path that is no run, an unknown ending or metric, a damaged file.
+        UserError: a path that is no run, an unknown ending or metric, a damaged file, or `out` cannot be written.
     """
     if out.suffix not in SUFFIXES:
         raise UserError(f"{out}: the ending says what is written, one of {', '.join(SUFFIXES)}")
+    refuse_unwritable(out)
     results = read_results(paths)
     if out.suffix == ".jsonl":
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, write_compact(results))
         return out
     single = all((path / "config.toml").is_file() for path in paths)
-    if out.suffix == ".html" and single and not metrics and not _share_a_config(results):
+    if out.suffix == ".html" and single and not metrics and not _have_seeds(results):
         return build_report(paths, out)
     comparison = compare_groups(results, metrics)
     text = comparison_page(comparison) if out.suffix == ".html" else TABLES[out.suffix](comparison)
@@ -88,9 +89,10 @@ def comparison_page(comparison: Comparison) -> str:
     )
 
 
-def _share_a_config(results: Sequence[Result]) -> bool:
+def _have_seeds(results: Sequence[Result]) -> bool:
+    """Whether a config was run with several seeds; one seed twice (before and after a change) is not that."""
     finished = [result for result in results if result.finished]
-    return bool(finished) and any(len(group.results) > 1 for group in compare_groups(finished).groups)
+    return any(len({result.seed for result in same}) > 1 for same in by_config(finished))
 
 
 def _tasks(comparison: Comparison) -> list[str]:
@@ -135,7 +137,7 @@ def _correlations(group: Group) -> list[str]:
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """Config keys whose values differ between the groups."""
-    tables = [_flat(group.results[0].config) for group in groups]
+    tables = [flat(group.results[0].config) for group in groups]
     keys = dict.fromkeys(key for table in tables for key in table if key not in ("name", "out", "train.seed"))
     rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -163,10 +165,3 @@ def _provenance(results: Sequence[Result]) -> list[tuple[str, str]]:
         ("run time in all", f"{sum(seconds) / 60:.1f} min, pauses included" if seconds else "–"),
         ("versions", "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(one).items()) for one in versions)),
     ]
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

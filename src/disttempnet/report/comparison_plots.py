@@ -122,17 +122,22 @@ def frequency_chart(groups: Sequence[Group]) -> str:
     """Final τ against how often a concept was trained on: median of the bin, one thin line a seed and side."""
     figure, axes = _panels(len(groups), "τ")
     for axis, group in zip(axes, groups, strict=True):
-        for result in group.results:
-            curve = result.tau_by_frequency
-            for side in ("image", "text") if curve else ():
-                axis.plot(
-                    curve["frequency"], curve[side], color=SIDE_COLOURS[side], linewidth=1.1, marker="o", markersize=2.5
-                )
-        axis.set_xscale("log")
-        axis.set_xlabel("training samples", fontsize=9.0)
-        _heading(axis, group.title)
-        axis.set_ylim(bottom=0)
+        frequency_panel(axis, group)
     return svg(figure)
+
+
+def frequency_panel(axis: Axes, group: Group) -> None:
+    """One group of `frequency_chart`; concepts that were never trained on stand at 0, left of 1."""
+    for result in group.results:
+        curve = result.tau_by_frequency
+        for side in ("image", "text") if curve else ():
+            axis.plot(
+                curve["frequency"], curve[side], color=SIDE_COLOURS[side], linewidth=1.1, marker="o", markersize=2.5
+            )
+    axis.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on
+    axis.set_xlabel("training samples", fontsize=9.0)
+    _heading(axis, group.title)
+    axis.set_ylim(bottom=0)
 
 
 def _panels(n: int, unit: str) -> tuple[Figure, list[Axes]]:
@@ -150,14 +155,26 @@ def _heading(axis: Axes, title: str) -> None:
     axis.set_title(fill(title, 26), fontsize=9.0)
 
 
-def _tau_panel(axis: Axes, group: Group) -> None:
+def tau_series(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, mean over the seeds, least and greatest τ: at every epoch that some seed logged and all have reached.
+
+    Between the epochs that a seed logged, its curve is a straight line.
+    """
     curves = [result.tau_curve for result in group.results if result.tau_curve]
-    shortest = min(len(curve["epoch"]) for curve in curves)  # equal but for a run that logged otherwise
-    part = {key: np.array([curve[key][:shortest] for curve in curves]) for key in ("epoch", "mean", "min", "max")}
-    x = part["epoch"][0]
+    every = np.unique(np.concatenate([curve["epoch"] for curve in curves]))
+    first, last = (f(curve["epoch"][end] for curve in curves) for f, end in ((max, 0), (min, -1)))
+    x = every[(every >= first) & (every <= last)]
+    mean, low, high = (
+        np.array([np.interp(x, curve["epoch"], curve[key]) for curve in curves]) for key in ("mean", "min", "max")
+    )
+    return x, mean.mean(0), low.min(0), high.max(0)
+
+
+def _tau_panel(axis: Axes, group: Group) -> None:
+    x, mean, low, high = tau_series(group)
     colour = SIDE_COLOURS["image"]
-    axis.fill_between(x, part["min"].min(0), part["max"].max(0), color=colour, alpha=0.25, linewidth=0)
-    axis.plot(x, part["mean"].mean(0), color=colour, linewidth=1.7)
+    axis.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+    axis.plot(x, mean, color=colour, linewidth=1.7)
     epoch_axis(axis, "")
     _heading(axis, group.title)
     axis.set_ylim(bottom=0)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate
 from disttempnet.evaluation.readers import Sample, find_task, load_task
+from disttempnet.report.binning import evenly_spread
 from disttempnet.report.runs import RunRecord
-from disttempnet.report.temperature.items import evenly_spread, training_pairs
+from disttempnet.report.temperature.items import training_pairs
 from disttempnet.training.checkpoint import Run, list_checkpoints, load_run
 
 PICTURE_SIDE = 128  # pixels: shown at 64, sharp on dense screens too

@@ -1,4 +1,5 @@
 """Runs that differ only in their seed are one group; a group's metric is a mean with the spread over its seeds.
+Keys that the result does not depend on (data.workers, …) do not tell runs apart.
 
 The marking rule: the highest mean of a column is the best. Another one is within reach where it lies no further from
 the best than one standard deviation, the larger of the two groups'. Nothing else is claimed.
@@ -7,6 +8,7 @@ the best than one standard deviation, the larger of the two groups'. Nothing els
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from disttempnet.config import defaults, flat
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.report.compact import Result
+from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT
 
 THIRDS = ("acc1_head", "acc1_middle", "acc1_tail")
 MAIN_METRICS = ("acc1", "mean_recall", *THIRDS)
@@ -144,23 +148,29 @@ def families(groups: Sequence[Group]) -> list[list[Group]]:
     return [sorted(family, key=lambda g: g.batch) for family in found.values() if len(family) > 1]
 
 
-def _grouped(results: Sequence[Result]) -> list[Group]:
+def by_config(results: Sequence[Result]) -> list[list[Result]]:
+    """Runs of one config together, in the order of the first of each."""
     members: dict[str, list[Result]] = {}
     for result in results:
         members.setdefault(_key(result.config), []).append(result)
-    for same in members.values():
+    return list(members.values())
+
+
+def _grouped(results: Sequence[Result]) -> list[Group]:
+    members = by_config(results)
+    for same in members:
         seed, times = Counter(result.seed for result in same).most_common(1)[0]
         if times > 1:
             names = sorted({result.name for result in same if result.seed == seed})
             raise UserError(f"seed {seed} of {', '.join(names)} was given {times} times; give each run once")
-    ordered = [tuple(sorted(same, key=lambda r: r.seed)) for same in members.values()]
+    ordered = [tuple(sorted(same, key=lambda r: r.seed)) for same in members]
     titles = _titles([same[0] for same in ordered])
     return [Group(title, line, same) for (title, line), same in zip(titles, ordered, strict=True)]
 
 
 def _titles(firsts: Sequence[Result]) -> list[tuple[str, str]]:
     """(title, title without the batch size) a group: the objective, its run's name where needed, what varies."""
-    stems = [result.name.partition("--seed-")[0].split("--") for result in firsts]
+    stems = [re.split(r"--(?!\d)", result.name.partition("--seed-")[0]) for result in firsts]  # but bias--0.1: −0.1
     objectives = [result.objective for result in firsts]
     names: dict[str, set[str]] = {}
     for objective, stem in zip(objectives, stems, strict=True):
@@ -179,12 +189,10 @@ def _titles(firsts: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def _key(config: dict[str, Any], without_batch: bool = False) -> str:
-    """The config without what names the run, as text."""
-    table = {key: value for key, value in config.items() if key not in ("name", "out")}
-    table["train"] = {key: value for key, value in table["train"].items() if key != "seed"}
-    if without_batch:
-        table["data"] = {key: value for key, value in table["data"].items() if key != "global_batch"}
-    return json.dumps(table, sort_keys=True)
+    """What the result depends on but for the seed, as text; keys that an old config lacks have their defaults."""
+    left_out = {*NOT_PART_OF_THE_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
+    table = defaults() | flat(config)
+    return json.dumps({key: value for key, value in table.items() if key not in left_out}, sort_keys=True)
 
 
 def _columns(results: Sequence[Result], metrics: Sequence[str]) -> tuple[Column, ...]:

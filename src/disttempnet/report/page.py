@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from disttempnet.config import Config, dump_config
+from disttempnet.config import Config, dump_config, flat
 from disttempnet.errors import UserError
 from disttempnet.evaluation import readers
 from disttempnet.evaluation.readers import task_title
@@ -222,14 +222,7 @@ def _duration(facts: dict[str, Any]) -> str:
 
 def _differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
     """Config keys whose values differ between the runs; the name aside."""
-    tables = [_flat(config.model_dump()) for config in configs]
+    tables = [flat(config.model_dump()) for config in configs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys if key not in ("name", "out")]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -16,6 +16,7 @@ import numpy as np
 
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import metric_title, tasks_of
+from disttempnet.report.binning import evenly_spread
 from disttempnet.report.runs import RunRecord, Temperatures
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
 @styled
 def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
     """Histograms of τ over time, earliest at the bottom, a column for each side."""
-    chosen = [snapshots[i] for i in spread(len(snapshots), RIDGES)]
+    chosen = [snapshots[i] for i in evenly_spread(len(snapshots), RIDGES)]
     figure, axes = grid(1, 2, height=0.9 + 0.5 * len(chosen))
     for axis, (side, colour) in zip(axes[0], SIDE_COLOURS.items(), strict=True):
         arrays = [getattr(snapshot, side) for snapshot in chosen]
@@ -163,7 +164,7 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
 def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
     """τ of the image side against τ of the text side: a point a training pair."""
     figure, axes = grid(1, 1, height=3.6, width=3.9)
-    shown = list(spread(len(image_tau), 4000))
+    shown = list(evenly_spread(len(image_tau), 4000))
     points = image_tau[shown], text_tau[shown]
     axes[0][0].scatter(*points, s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
     axes[0][0].set(xlabel="τ, image side", ylabel="τ, text side")
@@ -197,11 +198,6 @@ def _legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10)
-
-
-def spread(n: int, most: int) -> np.ndarray:
-    """At most `most` of the indices 0 … n−1, evenly, the first and the last among them."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
 def _padded_range(values: np.ndarray) -> tuple[float, float]:

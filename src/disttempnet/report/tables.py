@@ -22,13 +22,16 @@ _TEX = {
 _DAGGER = {"near": "†"}
 
 
-def cell_text(cell: Cell | None) -> str:
-    """`33.5 (1.2)`: mean and standard deviation in per cent; two decimals where the mean is below 1 %."""
+def cell_text(cell: Cell | None, seeds: int) -> str:
+    """`33.5 (1.2)`: mean and standard deviation in per cent; two decimals where the mean is below 1 %.
+
+    Where fewer than the group's `seeds` have measured it, how many: `33.5 (1.2) n=2`.
+    """
     if cell is None:
         return "–"
     digits = 2 if cell.mean < 0.01 else 1
     spread = "" if cell.std is None else f" ({100 * cell.std:.{digits}f})"
-    return f"{100 * cell.mean:.{digits}f}{spread}"
+    return f"{100 * cell.mean:.{digits}f}{spread}" + (f" n={cell.n}" if cell.n < seeds else "")
 
 
 def legend(comparison: Comparison) -> str:
@@ -48,7 +51,8 @@ def text_table(comparison: Comparison) -> Table:
     for column in (comparison.columns[i] for i in shown):
         table.add_column(Text(f"{task_title(column.task)}\n{metric_title(column.metric)}"), justify="right")
     for group, cells in zip(comparison.groups, comparison.cells, strict=True):
-        table.add_row(Text(group.title), str(len(group.results)), *(_styled(cells[i]) for i in shown))
+        n = len(group.results)
+        table.add_row(Text(group.title), str(n), *(_styled(cells[i], n) for i in shown))
     table.add_section()
     table.add_row("chance", "", *(percent(comparison.chance[i]) for i in shown), style="dim")
     return table
@@ -59,8 +63,9 @@ def markdown_table(comparison: Comparison) -> str:
     heads = ["", "seeds", *(column.title for column in comparison.columns)]
     rows = [heads, ["---", "--:", *("--:" for _ in comparison.columns)]]
     for group, cells in zip(comparison.groups, comparison.cells, strict=True):
-        words = [f"**{cell_text(c)}**" if c and c.mark == "best" else cell_text(c) + _dagger(c) for c in cells]
-        rows.append([group.title, str(len(group.results)), *words])
+        n = len(group.results)
+        words = [f"**{cell_text(c, n)}**" if c and c.mark == "best" else cell_text(c, n) + _dagger(c) for c in cells]
+        rows.append([group.title, str(n), *words])
     rows.append(["chance", "", *(percent(value) for value in comparison.chance)])
     lines = ["| " + " | ".join(word.replace("|", "\\|") for word in row) + " |" for row in rows]
     return "\n".join(lines) + f"\n\n{legend(comparison)}\n"
@@ -85,7 +90,8 @@ def latex_table(comparison: Comparison) -> str:
         "\\midrule",
     ]
     for group, cells in zip(comparison.groups, comparison.cells, strict=True):
-        lines.append(f"{_tex(group.title)} & {len(group.results)} & {' & '.join(_tex_cell(c) for c in cells)} \\\\")
+        n = len(group.results)
+        lines.append(f"{_tex(group.title)} & {n} & {' & '.join(_tex_cell(c, n) for c in cells)} \\\\")
     chance = " & ".join(_tex(percent(value)) for value in comparison.chance)
     lines += ["\\midrule", f"chance & & {chance} \\\\", "\\bottomrule", "\\end{tabular}"]
     return "\n".join(lines) + "\n"
@@ -109,16 +115,16 @@ def _csv_row(title: str, column: Column, cell: Cell, chance: float | None) -> Se
     return [title, column.task, column.metric, repr(cell.mean), std, cell.n, known, cell.mark]
 
 
-def _styled(cell: Cell | None) -> Text:
-    return Text(cell_text(cell) + _dagger(cell), "bold" if cell and cell.mark == "best" else "")
+def _styled(cell: Cell | None, seeds: int) -> Text:
+    return Text(cell_text(cell, seeds) + _dagger(cell), "bold" if cell and cell.mark == "best" else "")
 
 
 def _dagger(cell: Cell | None) -> str:
     return _DAGGER.get(cell.mark, "") if cell else ""
 
 
-def _tex_cell(cell: Cell | None) -> str:
-    text = _tex(cell_text(cell))
+def _tex_cell(cell: Cell | None, seeds: int) -> str:
+    text = _tex(cell_text(cell, seeds))
     if cell and cell.mark == "best":
         return f"\\textbf{{{text}}}"
     return f"{text}$^\\dagger$" if cell and cell.mark == "near" else text

@@ -32,11 +32,13 @@ from disttempnet.models import Towers, load_model, load_weights, save_model
 from disttempnet.training.model import build_objective
 
 FORMAT = 1
-# What may differ between the interrupted and the resumed run: nothing that the result depends on.
-MAY_CHANGE = {
-    "name", "out", "data.train", "data.index", "data.workers", "train.log_every", "train.checkpoint_every",
-    "train.keep", "train.stop_after_steps", "train.timeout_minutes", "train.compile", "eval",
+# Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
+NOT_PART_OF_THE_RESULT = {
+    "name", "out", "data.index", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
+    "train.timeout_minutes", "train.compile", "eval.batch",
 }  # fmt: skip
+# What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).
+MAY_CHANGE = NOT_PART_OF_THE_RESULT | {"data.train", "train.stop_after_steps", "eval"}
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -140,7 +142,7 @@ def load_checkpoint(
 class Run:
     """A trained run, opened for evaluation, temperatures or further training.
 
-    `index_digest` names the training samples that ids and per-sample state belong to; empty = not known.
+    `index_digest` names the training samples that ids and per-sample state belong to.
     """
 
     folder: Path
@@ -149,7 +151,7 @@ class Run:
     loss: Objective
     step: int
     num_samples: int
-    index_digest: str = ""
+    index_digest: str
 
 
 def load_run(path: str | Path) -> Run:
@@ -178,6 +180,26 @@ def write_atomically(path: Path, text: str) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise UserError where a file of this path cannot be written: learnt before the work, not after it.
+
+    Nothing is made; folders of the path may be missing.
+    """
+    try:
+        folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
+        if path.is_dir():
+            why = "it is a folder"
+        elif not folder.is_dir():
+            why = f"{folder} is no folder"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            why = f"{folder} does not allow it"
+        else:
+            return
+    except OSError as error:
+        why = str(error.strerror)
+    raise UserError(f"{path}: cannot be written: {why}")
 
 
 def _choose(run: Path) -> Path:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disttempnet.report.temperature.items import PAIR, Item, Items, evenly_spread
+from disttempnet.report.binning import evenly_spread
+from disttempnet.report.temperature.items import PAIR, Item, Items
 from disttempnet.report.temperature.measure import Chunk
 from disttempnet.report.temperature.table import fact_text
 

@@ -19,7 +19,7 @@ from disttempnet.report.temperature.items import CaptionFile, ImageFolder, Items
 from disttempnet.report.temperature.measure import measure, refuse_without_temperatures
 from disttempnet.report.temperature.page import write_page
 from disttempnet.report.temperature.table import check_table, columns_of, open_table
-from disttempnet.training.checkpoint import Run, list_checkpoints, load_run
+from disttempnet.training.checkpoint import Run, list_checkpoints, load_run, refuse_unwritable
 
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
 NAMED = 20  # unreadable images that are named
@@ -52,9 +52,12 @@ def write_temperatures(
         batch: images or captions embedded at once.
 
     Raises:
-        UserError: no run, no τ, no data, or a table that cannot be written.
+        UserError: no run, no τ, no data, or a table or page that cannot be written.
     """
     check_table(out, columns)
+    for path in (out, gallery):
+        if path is not None:
+            refuse_unwritable(path)
     with distributed.session() as device:
         checkpoints = list_checkpoints(Path(target))
         run = load_run(checkpoints[-1] if checkpoints else target)

@@ -100,7 +100,7 @@ def training_pairs(run: Run) -> Pairs:
     """
     config = run.config.data
     index = open_index(config.train, config.index, progress=False)
-    if run.index_digest not in ("", index.digest):
+    if run.index_digest != index.digest:
         raise UserError(
             f"{config.train}: these are not the shards that {run.config.name} was trained on (index "
             f"{run.index_digest[:12]}, now {index.digest[:12]}): ids do not fit; name other data with --shards"
@@ -157,8 +157,3 @@ class CaptionFile(Items):
     def read(self, positions: Sequence[int] | np.ndarray) -> list[Item]:
         chosen = [self.lines[int(i)] for i in positions]
         return [Item(str(number), Path(self.about), 0, 0, (line,), "") for number, line in chosen]
-
-
-def evenly_spread(n: int, most: int) -> np.ndarray:
-    """At most `most` of the positions 0 … n − 1, evenly."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from disttempnet.report.binning import Binned
-from disttempnet.report.plots import FAINT, INK, SIDE_COLOURS, WIDTH, grid, spread, styled, svg
+from disttempnet.report.binning import Binned, evenly_spread
+from disttempnet.report.plots import FAINT, INK, SIDE_COLOURS, WIDTH, grid, styled, svg
 from disttempnet.report.temperature.analysis import Cluster, Parameter, Projection
 
 POINTS = 4000  # of a scatter plot
@@ -25,7 +25,7 @@ def distribution_chart(tau: Mapping[str, np.ndarray]) -> str:
         style: dict[str, Any] = {"color": SIDE_COLOURS[side], "linestyle": SIDE_STYLES[side], "label": f"{side} side"}
         axes[0][0].hist(of_side, edges, color=SIDE_COLOURS[side], alpha=0.3)
         axes[0][0].hist(of_side, edges, histtype="step", linewidth=1.5, **style)
-        shown = spread(len(of_side), 1000)
+        shown = evenly_spread(len(of_side), 1000)
         axes[0][1].plot(100 * shown / max(len(of_side) - 1, 1), np.sort(of_side)[shown], linewidth=1.8, **style)
     axes[0][0].set(title="Histogram", xlabel="τ", ylabel="samples")
     axes[0][1].set(title="In order", xlabel="% of the samples with a lower τ", ylabel="τ")
@@ -38,7 +38,7 @@ def binned_chart(bins: Binned, what: str) -> str:
     """τ against a number: a faint point a sample, median and quartiles a bin."""
     figure, axes = grid(1, len(bins.tau), height=3.2, sharey=True)
     jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(bins.of_item))
-    shown = spread(len(bins.of_item), POINTS)
+    shown = evenly_spread(len(bins.of_item), POINTS)
     for axis, (side, tau) in zip(axes[0], bins.tau.items(), strict=True):
         colour = SIDE_COLOURS[side]
         places = (bins.of_item + jitter)[shown]
@@ -90,7 +90,7 @@ def projection_chart(found: Mapping[str, Projection]) -> str:
     """Features coloured by τ, with the prototypes among them, on two principal axes."""
     figure, axes = grid(1, len(found), height=4.6, width=WIDTH if len(found) > 1 else WIDTH / 2)
     for axis, (side, projection) in zip(axes[0], found.items(), strict=True):
-        shown = spread(len(projection.anchors), POINTS)
+        shown = evenly_spread(len(projection.anchors), POINTS)
         if len(projection.others):
             x, y = projection.others[shown].T
             axis.scatter(

@@ -1,0 +1,32 @@
+"""Towers from another program's folder: what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from disttempnet.errors import UserError
+from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, load_model, save_model
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_cfg": {}}', '{"preprocess_cfg": 3}'])
+def test_a_damaged_config_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS_NAME).touch()
+    (tmp_path / CONFIG_NAME).write_text(content)
+    with pytest.raises(UserError, match=f"{CONFIG_NAME}: not an open_clip config with a 'preprocess_cfg'"):
+        load_model("demo-vit-32", str(tmp_path))
+
+
+def test_the_folder_says_how_pixels_are_normalised(tmp_path: Path) -> None:
+    towers = load_model("demo-vit-32")
+    save_model(towers, tmp_path, logit_scale=10.0)
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    config["preprocess_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+    again = load_model("demo-vit-32", str(tmp_path))
+    assert (again.mean, again.std, again.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), towers.image_size)
+    for key, value in towers.module.state_dict().items():
+        assert key == "logit_scale" or torch.equal(again.module.state_dict()[key], value)
