@@ -129,10 +129,12 @@ def test_tau_against_frequency_of_a_run_and_over_seeds(tmp_path: Path) -> None:
         ranks = np.argsort(np.argsort(tau[side])).astype(float)
         expected = np.corrcoef(frequency, ranks)[0, 1]
         assert by_frequency["spearman"][["image", "text"].index(side)] == pytest.approx(expected)
-    page = Page(comparison_page(compare_groups(runs())))
-    assert "-0.25 (0.00)" in page.text
     seeds = [0.5 + 0.1 * seed for seed in compare_groups(runs()).groups[0].seeds]
-    assert f"{np.mean(seeds):.2f} ({np.std(seeds, ddof=1):.2f})" in page.text
+    text = Page(comparison_page(compare_groups(runs()))).text
+    for shown in (text, markdown_table(compare_groups(runs()))):
+        assert "-0.25 (0.00)" in shown
+        assert f"{np.mean(seeds):.2f} ({np.std(seeds, ddof=1):.2f})" in shown
+        assert "0.0300 ± 0.0040, 0.0200 to 0.0500" in shown
 
 
 def test_curves_and_batches_are_means_over_seeds() -> None:

@@ -11,9 +11,9 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import task_title
 from disttempnet.report import comparison_plots as plots
 from disttempnet.report.compact import Result, read_results, write_compact
-from disttempnet.report.groups import Column, Comparison, Group, by_config, cell_of, compare_groups, families
+from disttempnet.report.groups import Column, Comparison, Group, by_config, compare_groups, families
 from disttempnet.report.page import build_report, open_template
-from disttempnet.report.tables import cell_text, csv_table, latex_table, legend, markdown_table
+from disttempnet.report.tables import cell_text, correlations, csv_table, final_tau, latex_table, legend, markdown_table
 from disttempnet.training.checkpoint import refuse_unwritable, write_atomically
 
 TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
@@ -82,8 +82,8 @@ def comparison_page(comparison: Comparison) -> str:
         parts=[(task_title(task), plots.parts_chart(comparison, task)) for task in with_parts],
         tau=plots.tau_chart(with_tau) if with_tau else "",
         frequency=plots.frequency_chart(with_frequency) if with_frequency else "",
-        frequency_rows=[(group.title, *_correlations(group)) for group in with_frequency],
-        tau_rows=[(group.title, *_final_tau(group)) for group in groups],
+        frequency_rows=[(group.title, *correlations(group)) for group in with_frequency],
+        tau_rows=[(group.title, *final_tau(group)) for group in groups],
         differences=_differences(groups),
         provenance=_provenance([result for group in groups for result in group.results]),
     )
@@ -112,27 +112,6 @@ def _title(groups: Sequence[Group]) -> str:
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     what = groups[0].title if len(groups) == 1 else f"{len(groups)} configurations"
     return f"{what}, {number} seed{'s' if seeds != [1] else ''} each"
-
-
-def _final_tau(group: Group) -> list[str]:
-    """For each side: mean, least, greatest and spread of the final τ, averaged over the seeds but for the bounds."""
-    words = []
-    for side in ("image", "text"):
-        known = [result.tau[side] for result in group.results if side in result.tau]
-        if not known:
-            words.append("–")
-            continue
-        mean, low, high, std = zip(*known, strict=True)
-        average = [sum(values) / len(values) for values in (mean, std)]
-        words.append(f"{average[0]:.4f} ± {average[1]:.4f}, {min(low):.4f} to {max(high):.4f}")
-    return words
-
-
-def _correlations(group: Group) -> list[str]:
-    """For each side: Spearman's correlation of τ with the frequency of the concept, mean (std) over the seeds."""
-    known = [result.tau_by_frequency["spearman"] for result in group.results if result.tau_by_frequency]
-    cells = [cell_of(values) for values in zip(*known, strict=True)]
-    return [f"{cell.mean:.2f}" + (f" ({cell.std:.2f})" if cell.std is not None else "") for cell in cells if cell]
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import metric_title, percent
-from disttempnet.report.groups import MARK_RULE, THIRDS, Cell, Column, Comparison
+from disttempnet.report.groups import MARK_RULE, THIRDS, Cell, Column, Comparison, Group, cell_of
 
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
@@ -67,8 +67,48 @@ def markdown_table(comparison: Comparison) -> str:
         words = [f"**{cell_text(c, n)}**" if c and c.mark == "best" else cell_text(c, n) + _dagger(c) for c in cells]
         rows.append([group.title, str(n), *words])
     rows.append(["chance", "", *(percent(value) for value in comparison.chance)])
-    lines = ["| " + " | ".join(word.replace("|", "\\|") for word in row) + " |" for row in rows]
-    return "\n".join(lines) + f"\n\n{legend(comparison)}\n"
+    return f"{_pipes(rows)}\n{legend(comparison)}\n{_tau_markdown(comparison)}"
+
+
+def _tau_markdown(comparison: Comparison) -> str:
+    """Below it, where τ differs between pairs: its final spread, and its correlation with concept frequency."""
+    own = [group for group in comparison.groups if any(result.tau_by_frequency for result in group.results)]
+    if not own:
+        return ""
+    rows = [
+        ["τ at the end", "image side", "text side", "rank correlation with frequency, image", "text"],
+        ["---", *["--:"] * 4],
+    ]
+    rows += [[group.title, *final_tau(group), *correlations(group)] for group in own]
+    return (
+        f"\n{_pipes(rows)}\nτ of the first task's pairs: mean ± std over the pairs, range; then Spearman's correlation "
+        "with how often the concept was trained on, mean (standard deviation) over the seeds\n"
+    )
+
+
+def _pipes(rows: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |\n" for row in rows)
+
+
+def final_tau(group: Group) -> list[str]:
+    """For each side: mean, least, greatest and spread of the final τ, averaged over the seeds but for the bounds."""
+    words = []
+    for side in ("image", "text"):
+        known = [result.tau[side] for result in group.results if side in result.tau]
+        if not known:
+            words.append("–")
+            continue
+        mean, low, high, std = zip(*known, strict=True)
+        average = [sum(values) / len(values) for values in (mean, std)]
+        words.append(f"{average[0]:.4f} ± {average[1]:.4f}, {min(low):.4f} to {max(high):.4f}")
+    return words
+
+
+def correlations(group: Group) -> list[str]:
+    """For each side: Spearman's correlation of τ with the frequency of the concept, mean (std) over the seeds."""
+    known = [result.tau_by_frequency["spearman"] for result in group.results if result.tau_by_frequency]
+    cells = [cell_of(values) for values in zip(*known, strict=True)]
+    return [f"{cell.mean:.2f}" + (f" ({cell.std:.2f})" if cell.std is not None else "") for cell in cells if cell]
 
 
 def latex_table(comparison: Comparison) -> str:
