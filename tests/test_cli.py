@@ -51,6 +51,7 @@ assert "torch" not in sys.modules, "torch was imported"
         (["train", DEBUG, "--resume", "runs/none"], "runs/none: no checkpoint"),
         (["evaluate", "runs/none"], "runs/none: no such run folder"),
         (["evaluate", "open_clip:ViT-B-32/no-such-tag"], "no-such-tag"),
+        (["evaluate", "open_clip:demo-vit-32", "--out", f"{DEBUG}/x.json"], "is no folder"),
         (["report", "runs/none"], "runs/none"),
         (["temperature", "runs/none"], "runs/none: no such run folder"),
     ],

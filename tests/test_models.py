@@ -30,3 +30,11 @@ def test_the_folder_says_how_pixels_are_normalised(tmp_path: Path) -> None:
     assert (again.mean, again.std, again.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), towers.image_size)
     for key, value in towers.module.state_dict().items():
         assert key == "logit_scale" or torch.equal(again.module.state_dict()[key], value)
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    save_model(load_model("demo-vit-32"), tmp_path, logit_scale=10.0)
+    weights = tmp_path / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{WEIGHTS_NAME}' cannot be loaded"):
+        load_model("demo-vit-32", str(tmp_path))

@@ -274,9 +274,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from disttempnet.evaluation.scores import to_record
     from disttempnet.evaluation.table import results_table
     from disttempnet.models import load_model
-    from disttempnet.training.checkpoint import load_run, write_atomically
+    from disttempnet.training.checkpoint import load_run, refuse_unwritable, write_atomically
 
     out = Path(options.out) if options.out else None
+    if out is not None:
+        refuse_unwritable(out)
     if options.target.startswith("open_clip:"):
         name, _, pretrained = options.target.removeprefix("open_clip:").partition("/")
         towers, title, tasks = load_model(name, pretrained), options.target, []
@@ -290,6 +292,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if distributed.is_main():
             Console().print(results_table({title: results}))
             if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(out, json.dumps({"model": title, **to_record(results)}, indent=2) + "\n")
                 print(f"results: {out}")
     return 0

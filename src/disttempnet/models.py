@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from disttempnet.errors import UserError, unknown_name
@@ -101,7 +102,7 @@ def load_model(name: str, pretrained: str = "") -> Towers:
     try:
         module = open_clip.create_model(name, pretrained=str(local or pretrained) or None)
         architecture = _architecture(name)
-    except (RuntimeError, FileNotFoundError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         what = f"model '{name}'" + (f" with weights '{local or pretrained}'" if pretrained else "")
         raise UserError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     finally:
