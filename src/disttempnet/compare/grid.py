@@ -40,7 +40,7 @@ from disttempnet.config import (
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences, list_checkpoints
-from disttempnet.training.model import build_objective
+from disttempnet.training.model import resolved
 
 SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}
 
@@ -99,8 +99,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     names = [config.name for config in configs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path}: two runs have the name {min(twice)}; name them apart")
-    _check_objectives(path, configs)
-    return Grid(Path(file.out), configs)
+    return Grid(Path(file.out), tuple(_resolved(path, configs)))
 
 
 def state_of(config: Config) -> State:
@@ -151,13 +150,13 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
         yield config_from_table(table, f"{path}: {table['name']}")
 
 
-def _check_objectives(path: Path, configs: Sequence[Config]) -> None:
-    """Refuse a wrong [loss] and an unknown task before the first run starts."""
+def _resolved(path: Path, configs: Sequence[Config]) -> Iterator[Config]:
+    """The configs in full; a wrong [loss] and an unknown task are refused before the first run starts."""
     for config in configs:
         try:
-            build_objective(config, 1, 8)
             for task in config.eval.tasks:
                 find_task(task)
+            yield resolved(config)
         except UserError as error:
             raise UserError(f"{path}: {config.name}: {error}") from None
 

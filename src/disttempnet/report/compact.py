@@ -115,6 +115,7 @@ def compact(run: RunRecord) -> Result:
         }
     by_frequency = _by_frequency(run.temperatures[-1]) if run.temperatures else {}
     table = json.loads(run.config.model_dump_json())  # plain: tuples become lists, as they come back from a file
+    table["out"] = Path(table["out"]).name  # where it lay on somebody's disk is nobody else's business
     return Result(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency)
 
 

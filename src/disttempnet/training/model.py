@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from disttempnet.config import Config
+from disttempnet.config import Config, LossConfig
 from disttempnet.errors import UserError
-from disttempnet.losses import Features, LossOutput, Objective, build_loss
+from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss
 from disttempnet.models import Towers, encode_images, encode_texts
 
 
@@ -53,6 +53,17 @@ def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objecti
         )
     except ValueError as error:
         raise UserError(f"[loss] {error}") from None
+
+
+def resolved(config: Config) -> Config:
+    """The config with every argument of its objective written out: defaults may change, a run's config must not.
+
+    Raises:
+        UserError: an unknown objective or argument, or a value out of range.
+    """
+    build_objective(config, 1, 8)
+    arguments = {**OBJECTIVES[config.loss.name].arguments, **config.loss.arguments}
+    return config.model_copy(update={"loss": LossConfig(name=config.loss.name, **arguments)})
 
 
 def refuse_if_nothing_is_trained(config: Config, loss: Objective) -> None:

@@ -31,6 +31,7 @@ from disttempnet.training.model import (
     build_objective,
     compile_towers,
     refuse_if_nothing_is_trained,
+    resolved,
 )
 
 
@@ -70,7 +71,8 @@ class Trainer:
     def __init__(
         self, config: Config, device: torch.device, resume: str = "never", report: runlog.Report | None = None
     ) -> None:
-        self.config, self.device, self.folder, self.report = config, device, config.folder, report
+        self.config = config = resolved(config)
+        self.device, self.folder, self.report = device, config.folder, report
         found = self._find_checkpoint(resume)
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
