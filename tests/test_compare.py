@@ -23,6 +23,7 @@ from disttempnet.compare import display, pool, worker
 from disttempnet.compare.grid import load_grid, state_of
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError
+from disttempnet.losses import OBJECTIVES
 from disttempnet.training import trainer
 from disttempnet.training.trainer import train
 
@@ -85,7 +86,8 @@ def test_a_run_lays_its_keys_over_the_base_and_replaces_its_loss(tmp_path: Path)
     assert list(configs) == ["clip--seed-7", "v1--seed-7", "slow--seed-7"]
     slow = configs["slow--seed-7"]
     assert (slow.optim.lr, slow.optim.grad_clip, slow.optim.warmup_steps) == (5e-4, 2, 5)
-    assert (slow.loss.name, slow.loss.arguments) == ("sogclr", {})  # nothing of debug.toml's rho
+    # nothing of debug.toml's rho, and every argument written out
+    assert (slow.loss.name, slow.loss.arguments) == ("sogclr", OBJECTIVES["sogclr"].arguments)
     assert slow.data.limit == 64
 
 
@@ -95,14 +97,15 @@ def test_no_loss_key_is_lost(tmp_path: Path) -> None:
     text = 'config = "debug.toml"\nseeds = [1]\n[common]\nloss.tau_max = 0.3\nloss.tau_min = 0.02\n'
     text += '[runs]\na.loss = { name = "disttempnet-v1", rho = 1.5, tau_min = 0.01 }\nb.loss.rho = 2.5\n'
     arguments = [config.loss.arguments for config in load_grid(write(tmp_path, text)).configs]
-    assert arguments[0] == {"tau_max": 0.3, "tau_min": 0.01, "rho": 1.5}
-    assert arguments[1] == base | {"tau_max": 0.3, "tau_min": 0.02, "rho": 2.5}
+    defaults = OBJECTIVES["disttempnet-v1"].arguments
+    assert arguments[0] == defaults | {"tau_max": 0.3, "tau_min": 0.01, "rho": 1.5}
+    assert arguments[1] == defaults | base | {"tau_max": 0.3, "tau_min": 0.02, "rho": 2.5}
     grid = load_grid(write(tmp_path, text), ["vary={loss.tau_max=[0.4, 0.5], optim.lr=[1e-3]}"])
     assert [config.loss.arguments["tau_max"] for config in grid.configs] == [0.4, 0.4, 0.5, 0.5]
     with pytest.raises(UserError, match=r"c--seed-1: .*unknown argument .*'tau_max'"):
         load_grid(write(tmp_path, text + 'c.loss = { name = "clip-constant" }\n'))
     alone = load_grid(write(tmp_path, 'config = "debug.toml"\nseeds = [1]\n[common]\nloss.name = "clip"\n[runs.x]'))
-    assert alone.configs[0].loss.model_dump() == {"name": "clip"}
+    assert alone.configs[0].loss.model_dump() == {"name": "clip", **OBJECTIVES["clip"].arguments}
 
 
 def test_values_in_names(tmp_path: Path) -> None:
