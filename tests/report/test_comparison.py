@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from disttempnet.errors import UserError
-from disttempnet.report import write_report
+from disttempnet.report import comparison_plots, write_report
 from disttempnet.report.compact import read_results, write_compact
 from disttempnet.report.comparison import comparison_page
 from disttempnet.report.comparison_plots import batch_series, frequency_panel, learning_series, tau_series
@@ -173,6 +173,7 @@ def test_a_concept_that_was_never_trained_on_is_on_the_chart() -> None:
     made.tau_by_frequency.update(frequency=[0, 1, 10, 1000], image=[0.02] * 4, text=[0.03] * 4)
     axis = Figure().subplots()
     frequency_panel(axis, compare_groups([made]).groups[0])
+    axis.autoscale_view()
     x = axis.transAxes.inverted().transform(axis.transData.transform([(f, 0.02) for f in (0, 1, 10, 1000)]))[:, 0]
     assert (x > 0).all()
     assert (x < 1).all()
@@ -226,3 +227,20 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         (tmp_path / "empty.md").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=f"{out}: cannot be written: .*{message}"):
             write_report([tmp_path / "not even read"], tmp_path / out)
+
+
+def test_every_panel_shows_all_of_its_temperatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The panels share one axis: a later one's higher τ must not fall outside it."""
+    drawn = []
+    monkeypatch.setattr(comparison_plots, "svg", lambda figure: drawn.append(figure) or "")
+    groups = compare_groups(runs()).groups
+    for i, group in enumerate(groups):
+        for one in group.results:
+            one.tau_curve["max"][:] = [0.1 * (i + 1)] * len(one.tau_curve["max"])
+            one.tau_by_frequency["image"][:] = [0.1 * (i + 1)] * 2
+    comparison_plots.tau_chart(groups)
+    comparison_plots.frequency_chart(groups)
+    for figure in drawn:
+        low, high = figure.axes[0].get_ylim()
+        assert low == 0
+        assert high >= 0.1 * len(groups)

@@ -81,7 +81,7 @@ def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool)
         if chance is not None:
             axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.1)
         _heading(axis, own.title)
-        axis.set_ylim(bottom=0)
+    _from_zero(axes)
     return svg(figure)
 
 
@@ -114,6 +114,7 @@ def tau_chart(groups: Sequence[Group]) -> str:
     figure, axes = _panels(len(groups), "τ")
     for axis, group in zip(axes, groups, strict=True):
         _tau_panel(axis, group)
+    _from_zero(axes)
     return svg(figure)
 
 
@@ -123,6 +124,7 @@ def frequency_chart(groups: Sequence[Group]) -> str:
     figure, axes = _panels(len(groups), "τ")
     for axis, group in zip(axes, groups, strict=True):
         frequency_panel(axis, group)
+    _from_zero(axes)
     return svg(figure)
 
 
@@ -137,7 +139,6 @@ def frequency_panel(axis: Axes, group: Group) -> None:
     axis.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on
     axis.set_xlabel("training samples", fontsize=9.0)
     _heading(axis, group.title)
-    axis.set_ylim(bottom=0)
 
 
 def _panels(n: int, unit: str) -> tuple[Figure, list[Axes]]:
@@ -149,6 +150,11 @@ def _panels(n: int, unit: str) -> tuple[Figure, list[Axes]]:
     for row in cells:
         row[0].set_ylabel(unit)
     return figure, axes[:n]
+
+
+def _from_zero(axes: Sequence[Axes]) -> None:
+    """The y axis that all panels share, from 0: once all are drawn, as setting a limit ends its fitting to the data."""
+    axes[0].set_ylim(bottom=0)
 
 
 def _heading(axis: Axes, title: str) -> None:
@@ -177,4 +183,3 @@ def _tau_panel(axis: Axes, group: Group) -> None:
     axis.plot(x, mean, color=colour, linewidth=1.7)
     epoch_axis(axis, "")
     _heading(axis, group.title)
-    axis.set_ylim(bottom=0)

@@ -129,15 +129,14 @@ def mark(cells: Sequence[Cell | None]) -> list[Cell | None]:
     if len(known) < 2:
         return list(cells)
     best = max(known, key=lambda cell: cell.mean)
-    place = next(i for i, cell in enumerate(cells) if cell is best)
 
-    def marked(i: int, cell: Cell | None) -> Cell | None:
-        if cell is None or i == place:
+    def marked(cell: Cell | None) -> Cell | None:
+        if cell is None or cell.mean >= best.mean - ROUNDING:  # equal ones are all the best
             return cell and cell._replace(mark="best")
         reach = max(best.std or 0.0, cell.std or 0.0)
         return cell._replace(mark="near" if best.mean - cell.mean <= reach + ROUNDING else "")
 
-    return [marked(i, cell) for i, cell in enumerate(cells)]
+    return [marked(cell) for cell in cells]
 
 
 def families(groups: Sequence[Group]) -> list[list[Group]]:
