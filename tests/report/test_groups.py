@@ -34,7 +34,7 @@ def test_mean_and_sample_deviation_are_numpys() -> None:
         # best 0.50 ± 0.02: 0.48 lies on the edge, 0.47 outside by its own 0.01, 0.46 inside by its own 0.05
         ([(0.48, 0.01), (0.50, 0.02), (0.47, 0.01), (0.46, 0.05)], ["near", "best", "", "near"]),
         ([(0.50, None), (0.49, None)], ["best", ""]),
-        ([(0.50, None), (0.50, None)], ["best", "near"]),
+        ([(0.50, None), (0.50, None)], ["best", "best"]),
         ([(0.50, 0.1), None], ["", None]),
         ([None, (0.3, 0.0), (0.4, 0.0)], [None, "", "best"]),
     ],
