@@ -49,6 +49,7 @@ assert "torch" not in sys.modules, "torch was imported"
         (["train", DEBUG, "loss.name=sogclip"], "unknown objective 'sogclip'. Did you mean 'sogclr'"),
         (["train", DEBUG, "loss.roh=2"], "unknown argument of objective disttempnet-v1: 'roh'. Did you mean 'rho'"),
         (["train", DEBUG, "--resume", "runs/none"], "runs/none: no checkpoint"),
+        (["train", DEBUG, *(f"data.train=/x/{i}.tar" for i in range(3))], "'data.train' is given 3 times; quote"),
         (["evaluate", "runs/none"], "runs/none: no such run folder"),
         (["evaluate", "open_clip:ViT-B-32/no-such-tag"], "no-such-tag"),
         (["evaluate", "open_clip:demo-vit-32", "--out", f"{DEBUG}/x.json"], "is no folder"),

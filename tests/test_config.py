@@ -57,9 +57,3 @@ def test_missing_key_missing_file_and_broken_toml_name_the_file(tmp_path: Path) 
     (tmp_path / "broken.toml").write_text("name = \n")
     with pytest.raises(UserError, match=r"broken.toml: not valid TOML"):
         load_config(tmp_path / "broken.toml")
-
-
-def test_a_key_given_twice_is_refused() -> None:
-    """As a shell gives an unquoted data.train=/x/{0..2}.tar."""
-    with pytest.raises(UserError, match=r"'data.train' is given 3 times; quote"):
-        load_config(CONFIG_FOLDER / "debug.toml", [f"data.train=/x/{i}.tar" for i in range(3)])

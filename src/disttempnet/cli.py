@@ -209,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        _refuse_repeated(getattr(options, "overrides", ()))
         run = {
             "demo": _demo,
             "train": _train,
@@ -228,6 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _refuse_repeated(overrides: Sequence[str]) -> None:
+    """Raise UserError where a key is given twice, as an unquoted {0..9} pattern gives it in a shell."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"'{key}' is given {keys.count(key)} times; quote a pattern in braces: '{key}=…'")
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -143,18 +143,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: one line that names the file, the key, and what is known.
     """
     table = read_table(path)
-    refuse_repeated(overrides)
     for override in overrides:
         apply_override(table, override)
     return config_from_table(table, str(path))
-
-
-def refuse_repeated(overrides: Sequence[str]) -> None:
-    """Raise UserError where a key is given twice, as an unquoted {0..9} pattern gives it in a shell."""
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise UserError(f"'{key}' is given {keys.count(key)} times; quote a pattern in braces: '{key}=…'")
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
