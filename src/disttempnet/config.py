@@ -23,15 +23,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class SourceConfig(Section):
+    """One place that training samples come from."""
+
+    path: str = Field(description="as data.train")
+    weight: float = Field(1.0, gt=0, description="how often an epoch reads each of its samples, on average")
+    index: str = Field("", description="file where the index is written; empty = beside the data")
+    caption_key: str = Field("", description="key of a sample's .json that holds its caption or captions; empty = .txt")
+
+
 class DataConfig(Section):
     """Where samples come from, in which order, and how images are augmented."""
 
-    train: str = Field(
+    train: str | tuple[SourceConfig, ...] = Field(
         description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
         "embedded:emoji/train for the data set that ships with the package, or generated:scenes/train for a "
-        "synthetic one with a long tail"
+        "synthetic one with a long tail; or a list of sources, [{path = …, weight = …}, …]"
     )
-    index: str = Field("", description="where the shard index is written; empty = beside the shards")
     transform: Literal["open_clip", "tempnet", "emoji"] = Field(
         "open_clip",
         description="open_clip: random crop of 90-100 %; tempnet: crop of 50-100 %, flip, RandAugment(2, 7); "
@@ -47,6 +55,16 @@ class DataConfig(Section):
     )
     workers: int = Field(2, ge=0, description="loader processes a rank; 0 loads in the training process")
     limit: int = Field(0, ge=0, description="use only the first this many readable samples; 0 = all")
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """What `train` names, as a list."""
+        return (SourceConfig(path=self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def about(self) -> str:
+        """What `train` names, in words."""
+        return ", ".join(source.path for source in self.sources)
 
     @model_validator(mode="after")
     def _batch_divides_into_lanes(self) -> DataConfig:
@@ -187,6 +205,8 @@ def dump_config(config: Config) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, (bool, str)):
         return json.dumps(value, ensure_ascii=False)
     return repr(value)

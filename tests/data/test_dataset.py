@@ -18,7 +18,7 @@ from disttempnet.config import DataConfig
 from disttempnet.data import (
     Batch,
     EpochPlan,
-    ShardDataset,
+    PairDataset,
     TrainingData,
     eval_transform,
     open_index,
@@ -65,7 +65,7 @@ def test_batches_carry_the_plans_samples(shards: Write) -> None:
 
 def test_image_caption_and_id_belong_together(shards: Write) -> None:
     index = open_index(str(shards(4, 4)), progress=False)
-    dataset = ShardDataset(index, eval_transform(7), 0)
+    dataset = PairDataset(index, eval_transform(7), 0)
     assert len(dataset) == 8
     for number in range(8):
         sample = dataset[0, number]
@@ -108,7 +108,7 @@ def test_world_size_changes_nothing(shards: Write) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_id_only() -> None:
     index = open_index("embedded:emoji/val_concepts", progress=False)
-    dataset, other = (ShardDataset(index, train_transform("emoji", 24), seed) for seed in (1, 2))
+    dataset, other = (PairDataset(index, train_transform("emoji", 24), seed) for seed in (1, 2))
     view = dataset[3, 7].image
     torch.rand(5)
     dataset[3, 8]
@@ -167,7 +167,7 @@ def test_captions_that_changed_after_indexing_are_skipped_too(shards: Write) -> 
     for replacement, reason in ((b" " * 9, "empty caption"), (b"\xff" * 9, "caption is not UTF-8")):
         data = (folder / "00000.tar").read_bytes().replace(b"caption 1", replacement)
         (folder / "00000.tar").write_bytes(data)
-        sample = ShardDataset(index, eval_transform(8), 0)[0, 1]
+        sample = PairDataset(index, eval_transform(8), 0)[0, 1]
         assert (sample.id, sample.skipped) == (2, (f"00000.tar:000000001: {reason}",))
         (folder / "00000.tar").write_bytes(data.replace(replacement, b"caption 1"))
 

@@ -68,7 +68,7 @@ def test_reads_back_what_tarfile_reads() -> None:
             contents = [(member.name, shard.extractfile(member).read()) for member in shard]  # type: ignore[union-attr]
         for (image_name, image), (_, caption), (_, text) in zip(*[iter(contents)] * 3, strict=True):
             assert index.image_bytes(number) == image
-            assert index.caption(number) == caption.decode()
+            assert index.captions(number)[0] == caption.decode()
             assert index.metadata(number) == json.loads(text)
             assert index.name(number) == f"{name}:{image_name.removesuffix('.webp')}"
             sizes, number = sizes + len(image), number + 1
@@ -86,7 +86,7 @@ def test_reads_all_tar_dialects(tmp_path: Path, format: int, key: str) -> None:
     write_shard(folder / "0.tar", {key: sample(3), "next": sample(4)}, format)
     index = open_index(str(folder), progress=False)
     assert [index.name(n) for n in range(len(index))] == [f"0.tar:{key}", "0.tar:next"]
-    assert [index.caption(n) for n in range(2)] == ["caption 3", "caption 4"]
+    assert [index.captions(n)[0] for n in range(2)] == ["caption 3", "caption 4"]
     assert index.image_bytes(1) == png(4)
 
 
@@ -137,12 +137,12 @@ def test_ids_digest_and_file_are_stable(shards: Write) -> None:
     first.path.unlink()
     assert open_index(str(folder), progress=False).digest == digest
     assert again.first.tolist() == [0, 3, 5]
-    assert [again.caption(n) for n in range(5)] == [f"caption {n}" for n in range(5)]
+    assert [again.captions(n)[0] for n in range(5)] == [f"caption {n}" for n in range(5)]
     assert len(content) <= 33 * 5 + 1024
     copy = pickle.loads(pickle.dumps(again))
     assert isinstance(copy, ShardIndex)
     assert copy.digest == digest
-    assert copy.caption(4) == "caption 4"
+    assert copy.captions(4)[0] == "caption 4"
 
 
 def test_digest_tells_data_sets_apart(shards: Write) -> None:
@@ -168,7 +168,7 @@ def test_unusable_samples_keep_their_ids_and_are_named(shards: Write) -> None:
     assert index.usable.tolist() == [0, 7]
     assert index.usable_counts.tolist() == [1, 1]
     assert index.usable_in(1).tolist() == [7]
-    assert index.caption(7) == "caption 7"
+    assert index.captions(7)[0] == "caption 7"
     assert [index.next_usable(n) for n in (0, 1, 6, 7)] == [7, 7, 7, 0]
     problems = index.problems()
     for line in (
@@ -302,22 +302,22 @@ def test_the_index_may_lie_elsewhere(shards: Write, tmp_path: Path) -> None:
     assert open_index(str(folder), str(path), progress=False).path == path
     assert path.is_file()
     assert [entry.suffix for entry in folder.iterdir()] == [".tar", ".tar"]
-    assert "names a folder" in refusal(folder, str(tmp_path))
+    assert "would be a folder" in refusal(folder, str(tmp_path))
     (tmp_path / "file").write_text("")
     message = refusal(folder, str(tmp_path / "file" / "index"))
     assert "the index cannot be written" in message
-    assert "set data.index" in message
+    assert "name a file that can" in message
 
 
 def test_many_shards_need_few_open_files(shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disttempnet.data.index.OPEN_FILES", 3)
     index = open_index(str(shards(*[1] * 8)), progress=False)
     for _ in range(2):
-        assert [index.caption(n) for n in range(8)] == [f"caption {n}" for n in range(8)]
+        assert [index.captions(n)[0] for n in range(8)] == [f"caption {n}" for n in range(8)]
         assert len(index._files) == 3
     for number in (-1, 8):
         with pytest.raises(IndexError):
-            index.caption(number)
+            index.captions(number)[0]
 
 
 def open_on_a_rank(spec: str) -> str:

@@ -51,14 +51,14 @@ def epoch_of(plan: EpochPlan, epoch: int) -> np.ndarray:
 def fresh(plan: EpochPlan, tail: Literal["wrap", "drop"]) -> EpochPlan:
     """The same plan, with nothing in its caches."""
     window = plan._window_samples
-    return EpochPlan(plan.index, plan.global_batch, plan.lanes, plan.seed, tail, window, plan.samples)
+    return EpochPlan(plan.source, plan.global_batch, plan.lanes, plan.seed, tail, window, plan.samples)
 
 
 @quick
 @given(plans(tail="wrap"), st.integers(0, 3))
 def test_every_usable_sample_comes_once_and_the_tail_wraps(plan: EpochPlan, epoch: int) -> None:
     batches = epoch_of(plan, epoch)
-    usable = plan.index.usable[: plan.samples]
+    usable = plan.source.usable[: plan.samples]
     assert batches.shape == (-(-len(usable) // plan.global_batch), plan.global_batch)
     ids, times = np.unique(batches, return_counts=True)
     assert ids.tolist() == usable.tolist()
@@ -72,7 +72,7 @@ def test_a_dropped_tail_repeats_nothing(plan: EpochPlan, epoch: int) -> None:
     batches = epoch_of(plan, epoch)
     assert len(batches) == plan.samples // plan.global_batch
     assert len(np.unique(batches)) == batches.size
-    assert set(batches.ravel()) <= set(plan.index.usable[: plan.samples].tolist())
+    assert set(batches.ravel()) <= set(plan.source.usable[: plan.samples].tolist())
 
 
 @quick
@@ -181,7 +181,7 @@ def test_world_sizes_that_lanes_do_not_allow() -> None:
     with pytest.raises(UserError, match=r"3 processes cannot share data.lanes = 8 .*multiple of 3"):
         plan.local_batch(0, 0, 0, 3)
     with pytest.raises(UserError, match="global_batch 10 is not a multiple of lanes 4"):
-        EpochPlan(plan.index, 10, 4, 0)
+        EpochPlan(plan.source, 10, 4, 0)
     for step in (-1, plan.steps):
         with pytest.raises(IndexError):
             plan.batch(0, step)

@@ -1,7 +1,8 @@
 """From shards to batches with stable sample ids.
 
     shards.py      which .tar files a spec names, and what lies in one
-    index.py       dense sample ids → byte ranges;  indexing.py builds and checks the index
+    source.py      what training asks of data: samples with dense ids
+    index.py       webdataset shards as one: ids → byte ranges;  indexing.py builds and checks the index
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
     transforms.py  decode and augment;  dataset.py  samples, batches, the loader
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
@@ -12,20 +13,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 
-from disttempnet.config import DataConfig
-from disttempnet.data.dataset import Batch, Sample, ShardDataset, make_loader
+from disttempnet.config import DataConfig, SourceConfig
+from disttempnet.data.dataset import Batch, PairDataset, Sample, make_loader
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
 from disttempnet.data.indexing import open_index
 from disttempnet.data.sampler import EpochPlan, PlanSampler
 from disttempnet.data.scenes import generated_shards
 from disttempnet.data.shards import ShardList, resolve_shards
+from disttempnet.data.source import Source
 from disttempnet.data.transforms import decode, eval_transform, train_transform
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
@@ -33,11 +35,12 @@ from disttempnet.models import Towers
 __all__ = [
     "Batch",
     "EpochPlan",
+    "PairDataset",
     "PlanSampler",
     "Sample",
-    "ShardDataset",
     "ShardIndex",
     "ShardList",
+    "Source",
     "TrainingData",
     "decode",
     "embedded_shards",
@@ -45,19 +48,35 @@ __all__ = [
     "generated_shards",
     "make_loader",
     "open_index",
+    "open_source",
     "open_training_data",
     "resolve_shards",
     "train_transform",
 ]
 
 
+def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Source:
+    """The samples that a run reads; every rank calls this.
+
+    Args:
+        sources: where they come from.
+        progress: show a bar on standard error while an index is made.
+
+    Raises:
+        UserError: data that is missing or has changed since it was indexed.
+    """
+    if len(sources) != 1:
+        raise UserError("data.train: a run reads one source so far")
+    return open_index(sources[0].path, sources[0].index, progress)
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """Everything between the shards and the training loop of one rank."""
 
-    index: ShardIndex
+    source: Source
     plan: EpochPlan
-    dataset: ShardDataset
+    dataset: PairDataset
     sampler: PlanSampler
     loader: DataLoader
 
@@ -89,10 +108,10 @@ def open_training_data(
     Raises:
         UserError: shards that are missing or changed, too few samples, a world size that lanes do not allow.
     """
-    index = open_index(config.train, config.index)
-    plan = EpochPlan(index, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
+    source = open_source(config.sources)
+    plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
     plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
-    dataset = ShardDataset(index, train_transform(config.transform, towers.image_size), seed)
+    dataset = PairDataset(source, train_transform(config.transform, towers.image_size), seed)
     sampler = PlanSampler(plan, rank, world_size)
     loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available())
-    return TrainingData(index, plan, dataset, sampler, loader)
+    return TrainingData(source, plan, dataset, sampler, loader)

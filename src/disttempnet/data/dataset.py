@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from disttempnet.data.index import ShardIndex
 from disttempnet.data.sampler import PlanSampler
+from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.data.transforms import Transform, UnreadableImage, decode
 from disttempnet.errors import UserError
 
@@ -58,20 +58,21 @@ class Batch:
         return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.ids.pin_memory(), self.skipped)
 
 
-class ShardDataset(Dataset[Sample]):
+class PairDataset(Dataset[Sample]):
     """Decoded, augmented samples.
 
     Args:
-        index: where samples lie.
+        source: where samples lie.
         transform: RGB image → uint8 [3, s, s], random through torch's default CPU generator.
-        seed: augmentation depends on (seed, epoch, id) only: neither on worker nor on order.
+        seed: augmentation, and which of several captions, depend on (seed, epoch, id) only: neither on worker nor
+            on order.
     """
 
-    def __init__(self, index: ShardIndex, transform: Transform, seed: int) -> None:
-        self.index, self.transform, self.seed = index, transform, seed
+    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (epoch, id), or the next usable one when it cannot be read.
@@ -83,37 +84,27 @@ class ShardDataset(Dataset[Sample]):
         skipped: list[str] = []
         while len(skipped) < MAX_SKIPPED:
             try:
-                caption = _caption(self.index, sample)
-                image = decode(self.index.image_bytes(sample))
+                captions = self.source.captions(sample)
+                image = decode(self.source.image_bytes(sample))
             except (UnreadableImage, UnreadableCaption) as error:
-                skipped.append(f"{self.index.name(sample)}: {error}")
-                sample = self.index.next_usable(sample)
+                skipped.append(f"{self.source.name(sample)}: {error}")
+                sample = self.source.next_usable(sample)
                 continue
-            return Sample(self._augment(image, epoch, sample), caption, sample, tuple(skipped))
+            pixels, caption = self._draw(image, captions, epoch, sample)
+            return Sample(pixels, caption, sample, tuple(skipped))
         raise UserError(f"{MAX_SKIPPED} samples in a row cannot be read, the first is {skipped[0]}")
 
-    def _augment(self, image: object, epoch: int, sample: int) -> Tensor:
+    def _draw(self, image: object, captions: Sequence[str], epoch: int, sample: int) -> tuple[Tensor, str]:
+        """The augmented image, and one of the captions."""
         text = f"{self.seed} {epoch} {sample}".encode()
         state = torch.default_generator.get_state()  # with no workers this process is the trainer's own
         try:
             torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
-            return self.transform(image)  # type: ignore[arg-type]
+            pixels = self.transform(image)  # type: ignore[arg-type]
+            chosen = int(torch.randint(len(captions), ())) if len(captions) > 1 else 0
+            return pixels, captions[chosen]
         finally:
             torch.default_generator.set_state(state)
-
-
-class UnreadableCaption(ValueError):
-    """A caption that is empty or not UTF-8."""
-
-
-def _caption(index: ShardIndex, sample: int) -> str:
-    try:
-        caption = index.caption(sample).strip()
-    except UnicodeDecodeError:
-        raise UnreadableCaption("caption is not UTF-8") from None
-    if not caption:
-        raise UnreadableCaption("empty caption")
-    return caption
 
 
 class Collate:
@@ -140,7 +131,7 @@ def _start_worker(_: int) -> None:
 
 
 def make_loader(
-    dataset: ShardDataset, sampler: PlanSampler, tokenizer: Tokenizer, workers: int, pin_memory: bool = False
+    dataset: PairDataset, sampler: PlanSampler, tokenizer: Tokenizer, workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """A loader of Batches in the sampler's order; `sampler.seek` before an iteration chooses epoch and step.
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from disttempnet.data.shards import OK, REASONS, read_member, split_name
+from disttempnet.data.source import Source, usable_captions
 from disttempnet.errors import UserError
 
 FORMAT = "disttempnet-index-1"
@@ -41,16 +41,15 @@ class Shard:
     note: str = ""
 
 
-class ShardIndex:
-    """Samples in tar order, as columns.
+class ShardIndex(Source):
+    """Samples of webdataset shards in tar order, as columns; a group is a shard.
 
     Attributes:
         path: the index file; `folder`: where the shards are.
         shards: one entry a shard.
-        first: int64 [S + 1], id of each shard's first sample, then the number of samples.
         start: int64 [N], byte of a sample's first tar header.
         spans: uint32 [N, 3, 2], (offset from start, size) in bytes of image, caption, JSON; size 0 = absent.
-        status: uint8 [N], place in `REASONS`; 0 = usable.
+        status: place in `REASONS`.
         digest: hex sha256 over shard names, sizes, fingerprints, counts and the columns.
     """
 
@@ -62,6 +61,7 @@ class ShardIndex:
         columns: dict[str, NDArray[Any]],
     ) -> None:
         self.path, self.folder, self.shards = path, folder, shards
+        self.where = str(folder)
         self.start, self.spans, self.status = columns["start"], columns["spans"], columns["status"]
         self.first = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -79,35 +79,11 @@ class ShardIndex:
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
-    @property
-    def usable(self) -> NDArray[np.int64]:
-        """Ids of all usable samples, ascending."""
-        return np.flatnonzero(self.status == OK)
-
-    @cached_property
-    def usable_counts(self) -> NDArray[np.int64]:
-        """int64 [S]: usable samples of each shard."""
-        counts = [np.count_nonzero(self.status[a:b] == OK) for a, b in pairwise(self.first)]
-        return np.array(counts, dtype=np.int64)
-
-    def usable_in(self, shard: int) -> NDArray[np.int64]:
-        """Ids of the usable samples of one shard, ascending."""
-        first, end = self.first[shard : shard + 2]
-        return np.flatnonzero(self.status[first:end] == OK) + first
-
-    def next_usable(self, sample: int) -> int:
-        """The first usable id after this one; after the last id the search starts over."""
-        for _ in range(len(self)):
-            sample = (sample + 1) % len(self)
-            if self.status[sample] == OK:
-                return sample
-        raise UserError(f"{self.folder}: no sample of these shards is usable")
-
     def image_bytes(self, sample: int) -> bytes:
         return self._read(sample, IMAGE)
 
-    def caption(self, sample: int) -> str:
-        return self._read(sample, CAPTION).decode("utf-8")
+    def captions(self, sample: int) -> tuple[str, ...]:
+        return usable_captions([self._read(sample, CAPTION)])
 
     def metadata(self, sample: int) -> dict[str, Any] | None:
         """The parsed .json of a sample; None where it has none."""
@@ -115,7 +91,7 @@ class ShardIndex:
 
     def name(self, sample: int) -> str:
         """`SHARD.tar:KEY`, with the key read from the shard."""
-        shard = self._shard_of(sample)
+        shard = self.group_of(sample)
         member = read_member(self._file(shard), int(self.start[sample]))
         key = split_name(member.name)[0] if member else "?"
         return f"{self.shards[shard].name}:{key}"
@@ -135,13 +111,8 @@ class ShardIndex:
                 lines.append(f"{shard.name}: holds no samples")
         return "\n".join(lines)
 
-    def _shard_of(self, sample: int) -> int:
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample id {sample} is not in [0, {len(self)})")
-        return int(np.searchsorted(self.first, sample, side="right")) - 1
-
     def _read(self, sample: int, kind: int) -> bytes:
-        shard = self._shard_of(sample)
+        shard = self.group_of(sample)
         offset, size = (int(value) for value in self.spans[sample, kind])
         data = os.pread(self._file(shard), size, int(self.start[sample]) + offset)
         if len(data) < size:
@@ -194,7 +165,8 @@ def writable(path: Path) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         raise UserError(
-            f"{path}: the index cannot be written ({error.strerror}); set data.index to a file that can"
+            f"{path}: the index cannot be written ({error.strerror}); name a file that can in "
+            "data.train = [{path = …, index = FILE}]"
         ) from None
     finally:
         with suppress(OSError):

@@ -82,7 +82,7 @@ def index_file(shards: ShardList, index_path: str) -> Path:
         return shards.folder / f"{shards.label}.index"
     path = Path(index_path).expanduser()
     if path.is_dir():
-        raise UserError(f"{path}: data.index names a folder; give the path of a file")
+        raise UserError(f"{path}: the index would be a folder; name a file")
     return path
 
 

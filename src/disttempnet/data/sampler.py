@@ -1,4 +1,4 @@
-"""The epoch plan: which samples make which batch, as a pure function of (index, seed, epoch).
+"""The epoch plan: which samples make which batch, as a pure function of (source, seed, epoch).
 
 n usable samples, B a global batch, L lanes. An epoch shuffles the order of the shards and strings their usable
 samples together. The first ⌊n/B⌋·B of them are cut into L equal lanes; lane l gives B/L samples to every batch,
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from disttempnet.data.index import ShardIndex
+from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 
 Ids = NDArray[np.int64]
@@ -30,7 +30,7 @@ class EpochPlan:
     """Random access to the batches of every epoch.
 
     Args:
-        index: the samples.
+        source: the samples.
         global_batch: B, samples a step over all ranks; a multiple of lanes.
         lanes: L; world sizes that divide it see the same batches.
         seed: of every shuffle.
@@ -45,7 +45,7 @@ class EpochPlan:
 
     def __init__(
         self,
-        index: ShardIndex,
+        source: Source,
         global_batch: int,
         lanes: int,
         seed: int,
@@ -55,9 +55,9 @@ class EpochPlan:
     ) -> None:
         if global_batch % lanes:
             raise UserError(f"global_batch {global_batch} is not a multiple of lanes {lanes}")
-        self.index, self.global_batch, self.lanes = index, global_batch, lanes
+        self.source, self.global_batch, self.lanes = source, global_batch, lanes
         self.seed = seed
-        ends = np.cumsum(index.usable_counts)
+        ends = np.cumsum(source.usable_counts)
         if limit:
             ends = np.minimum(ends, limit)
         self._counts: Ids = np.diff(ends, prepend=0)
@@ -66,7 +66,7 @@ class EpochPlan:
         if not self._full_steps:
             raise UserError(
                 f"data.global_batch = {global_batch} is more than the {self.samples} usable samples of "
-                f"{index.folder}" + (f" within data.limit = {limit}" if limit else "")
+                f"{source.where}" + (f" within data.limit = {limit}" if limit else "")
             )
         self._lane_samples = self._full_steps * (global_batch // lanes)
         windows = -(-self._lane_samples // shuffle_window)
@@ -121,7 +121,7 @@ class EpochPlan:
         parts = []
         for place in range(first, last):
             shard, start = int(self._order[place]), int(self._starts[place])
-            kept = self.index.usable_in(shard)[: self._counts[shard]]
+            kept = self.source.usable_in(shard)[: self._counts[shard]]
             parts.append(kept[max(0, begin - start) : end - start])
         return np.concatenate(parts)
 

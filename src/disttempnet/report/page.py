@@ -190,7 +190,7 @@ def _provenance(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         row("towers", [run.config.model.name for run in runs]),
         row("start", [run.config.model.pretrained or "random weights" for run in runs]),
         row("parameters", [f"{fact['parameters']:,}" if "parameters" in fact else "" for fact in facts]),
-        row("training data", [run.config.data.train for run in runs]),
+        row("training data", [run.config.data.about for run in runs]),
         row("training samples", [f"{fact['num_samples']:,}" if "num_samples" in fact else "" for fact in facts]),
         row("data index (sha256)", [fact.get("index_digest") for fact in facts]),
         row("global batch", [f"{run.config.data.global_batch:,}" for run in runs]),

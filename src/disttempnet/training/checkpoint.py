@@ -34,7 +34,7 @@ from disttempnet.training.model import build_objective
 FORMAT = 1
 # Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
 NOT_PART_OF_THE_RESULT = {
-    "name", "out", "data.index", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
+    "name", "out", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
     "train.timeout_minutes", "train.compile", "eval.batch",
 }  # fmt: skip
 # What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).

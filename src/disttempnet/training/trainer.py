@@ -87,7 +87,7 @@ class Trainer:
         self.towers.module.to(device).train(not self.frozen).requires_grad_(not self.frozen)
         # The objective owns the temperature; open_clip's own logit scale is written at export (save_model).
         self.towers.module.logit_scale.requires_grad_(False)
-        self.loss = build_objective(config, len(self.data.index), self.towers.embed_dim).to(device)
+        self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
         self.step, self.best = 0, dict[str, float]()
         if found is not None:
@@ -260,7 +260,7 @@ class Trainer:
             "loss": self.loss,
             "optimizers": self.optimizers,
             "config": self.config,
-            "index_digest": self.data.index.digest,
+            "index_digest": self.data.source.digest,
         }
 
     def _stop_agreed(self, stop: StopSignal) -> bool:
@@ -316,8 +316,8 @@ class Trainer:
             "objective": {"name": self.config.loss.name, "title": objective.title, "formula": objective.formula},
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "world_size": distributed.world_size(),
-            "index_digest": self.data.index.digest,
-            "num_samples": len(self.data.index),
+            "index_digest": self.data.source.digest,
+            "num_samples": len(self.data.source),
             "parameters": sum(p.numel() for p in self.towers.module.parameters()),
             **times,
         }

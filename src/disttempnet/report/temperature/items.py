@@ -85,7 +85,7 @@ class Pairs(Items):
             shard=index.folder / index.shards[shard].name,
             offset=int(index.start[i]) + offset,
             size=size,
-            captions=(index.caption(i).strip(),),
+            captions=index.captions(i),
             label="",
             id=i if self.training else None,
             facts=facts if isinstance(facts, dict) else {},
@@ -99,13 +99,13 @@ def training_pairs(run: Run) -> Pairs:
         UserError: the shards are gone, or are others than it was trained on.
     """
     config = run.config.data
-    index = open_index(config.train, config.index, progress=False)
+    index = open_index(config.sources[0].path, config.sources[0].index, progress=False)
     if run.index_digest != index.digest:
         raise UserError(
-            f"{config.train}: these are not the shards that {run.config.name} was trained on (index "
+            f"{config.about}: these are not the shards that {run.config.name} was trained on (index "
             f"{run.index_digest[:12]}, now {index.digest[:12]}): ids do not fit; name other data with --shards"
         )
-    return Pairs(index, f"the training data, {config.train}", True, config.limit)
+    return Pairs(index, f"the training data, {config.about}", True, config.limit)
 
 
 def shard_pairs(run: Run, spec: str) -> Pairs:

@@ -1,0 +1,110 @@
+"""What training and tools ask of data: samples with dense ids, in groups that lie together.
+
+Sample id = position in the source: the same in every epoch, every run and every world size. A source is pickled into
+loader workers, so it holds paths and mappings, not content.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttempnet.errors import UserError
+
+OK = 0  # the status of a usable sample
+
+
+class UnreadableCaption(ValueError):
+    """A sample without a caption that could be used; the message says why."""
+
+
+class Source(ABC):
+    """Samples: image bytes and captions by id.
+
+    Attributes:
+        where: folder, file or pattern, for messages.
+        status: uint8 [N]; 0 = usable, else what is wrong.
+        first: int64 [G + 1], id of the first sample of each group (a shard, a row group, all of a folder), then N.
+            Samples of a group are read together: the epoch plan shuffles groups, then windows of samples.
+        digest: hex; equal digests mean equal samples under equal ids.
+    """
+
+    where: str
+    status: NDArray[np.uint8]
+    first: NDArray[np.int64]
+
+    @property
+    @abstractmethod
+    def digest(self) -> str: ...
+
+    @abstractmethod
+    def image_bytes(self, sample: int) -> bytes:
+        """The encoded image. Raises UserError where what was indexed is gone."""
+
+    @abstractmethod
+    def captions(self, sample: int) -> tuple[str, ...]:
+        """The captions of a sample, at least one, none empty. Raises UnreadableCaption."""
+
+    @abstractmethod
+    def name(self, sample: int) -> str:
+        """What a sample is called where it lies, for messages: `SHARD.tar:KEY`."""
+
+    @abstractmethod
+    def problems(self, names: int = 3) -> str:
+        """One line a reason why samples are left out, with the first few names; empty if all are usable."""
+
+    def metadata(self, sample: int) -> dict[str, Any] | None:
+        """What else is known of a sample; None where nothing is."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 (nothing to do where no files are kept open)
+        """Give open files back; a later read opens them again."""
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    @cached_property
+    def usable_counts(self) -> NDArray[np.int64]:
+        """int64 [G]: usable samples of each group."""
+        counts = [np.count_nonzero(self.status[a:b] == OK) for a, b in pairwise(self.first)]
+        return np.array(counts, dtype=np.int64)
+
+    @property
+    def usable(self) -> NDArray[np.int64]:
+        """Ids of all usable samples, ascending."""
+        return np.flatnonzero(self.status == OK)
+
+    def usable_in(self, group: int) -> NDArray[np.int64]:
+        """Ids of the usable samples of one group, ascending."""
+        first, end = self.first[group : group + 2]
+        return np.flatnonzero(self.status[first:end] == OK) + first
+
+    def next_usable(self, sample: int) -> int:
+        """The first usable id after this one; after the last id the search starts over."""
+        for _ in range(len(self)):
+            sample = (sample + 1) % len(self)
+            if self.status[sample] == OK:
+                return sample
+        raise UserError(f"{self.where}: no sample of this data is usable")
+
+    def group_of(self, sample: int) -> int:
+        """Number of the group that a sample is in. Raises IndexError."""
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample id {sample} is not in [0, {len(self)})")
+        return int(np.searchsorted(self.first, sample, side="right")) - 1
+
+
+def usable_captions(texts: list[bytes | str]) -> tuple[str, ...]:
+    """Stripped captions without the empty ones. Raises UnreadableCaption: not UTF-8, or none is left."""
+    try:
+        found = [(text.decode("utf-8") if isinstance(text, bytes) else text).strip() for text in texts]
+    except UnicodeDecodeError:
+        raise UnreadableCaption("caption is not UTF-8") from None
+    if not any(found):
+        raise UnreadableCaption("empty caption")
+    return tuple(text for text in found if text)
