@@ -57,3 +57,9 @@ def test_missing_key_missing_file_and_broken_toml_name_the_file(tmp_path: Path) 
     (tmp_path / "broken.toml").write_text("name = \n")
     with pytest.raises(UserError, match=r"broken.toml: not valid TOML"):
         load_config(tmp_path / "broken.toml")
+
+
+def test_another_objective_starts_from_its_own_defaults() -> None:
+    config = load_config(CONFIG_FOLDER / "demo.toml", ["loss.gamma=0.5", "loss.name=sogclr"])
+    assert config.loss.arguments == {"gamma": 0.5}
+    assert load_config(CONFIG_FOLDER / "demo.toml", ["loss.rho=1.5"]).loss.arguments["gamma_decay_epochs"] == 4

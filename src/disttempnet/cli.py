@@ -158,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--shards", default="", metavar="SPEC", help="pairs: webdataset shards, as in data.train")
     data.add_argument("--images", default="", metavar="DIR", help="images only: .jpg .jpeg .png .webp, at any depth")
     data.add_argument("--captions", default="", metavar="FILE", help="captions only: one a line")
-    temperature.add_argument("--out", default="temperatures.csv", metavar="FILE", help="table, .csv or .parquet")
+    temperature.add_argument("--out", metavar="FILE", help="table, .csv or .parquet (default: RUN/temperatures.csv)")
     temperature.add_argument(
         "--columns", nargs="*", default=["label"], metavar="KEY", help="keys of the samples' .json (default: label)"
     )
@@ -184,7 +184,9 @@ def config_reference() -> str:
                 default = "required" if inner.is_required() else f"default {inner.default!r}"
                 lines.append(f"  {name}.{key}  ({default})  {inner.description or ''}".rstrip())
         elif name == "loss":
-            lines.append("  loss.name and the arguments of that objective, e.g. loss.rho, loss.tau_max, loss.gamma_min")
+            lines.append(
+                "  loss.name and the arguments of that objective, e.g. loss.rho, loss.tau_max; another name drops the file's"
+            )
         else:
             default = "required" if field.is_required() else f"default {field.default!r}"
             lines.append(f"  {name}  ({default})  {field.description or ''}".rstrip())
@@ -318,7 +320,8 @@ def _report(options: argparse.Namespace) -> int:
 def _temperature(options: argparse.Namespace) -> int:
     from disttempnet.report.temperature.command import Source, write_temperatures
 
-    out, gallery = Path(options.out), Path(options.gallery) if options.gallery else None
+    out = Path(options.out or Path(options.target, "temperatures.csv"))
+    gallery = Path(options.gallery) if options.gallery else None
     rows = write_temperatures(
         options.target,
         Source(options.shards, options.images, options.captions),

@@ -157,10 +157,14 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides (values in TOML; a bare word is a string).
 
+    An override of `loss.name` takes the file's whole [loss] out: its arguments belong to the objective it names.
+
     Raises:
         UserError: one line that names the file, the key, and what is known.
     """
     table = read_table(path)
+    if any(override.partition("=")[0].strip() == "loss.name" for override in overrides):
+        table["loss"] = {}
     for override in overrides:
         apply_override(table, override)
     return config_from_table(table, str(path))

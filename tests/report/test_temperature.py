@@ -396,3 +396,11 @@ def test_frequency_ambiguity_and_extremes_by_hand() -> None:
     values, meaning = given.ambiguity()
     np.testing.assert_array_equal(values, [3, 1.5, np.nan])
     assert "gives" in meaning
+
+
+def test_the_table_lies_in_the_run_unless_a_place_is_named(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(network.parent)
+    Path("captions.txt").write_text("a red apple\n", encoding="utf-8")
+    assert main(["temperature", network.name, "--captions", "captions.txt"]) == 0
+    assert len(rows_of(network / "temperatures.csv")) == 1
+    assert not Path("temperatures.csv").exists()

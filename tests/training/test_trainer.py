@@ -104,8 +104,11 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [7, 10])
-def test_stop_and_resume_is_bit_exact(stop: int, straight: Path, tmp_path: Path) -> None:
+def test_stop_and_resume_is_bit_exact(
+    stop: int, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(debug(tmp_path, f"train.stop_after_steps={stop}"))
+    assert f"stopped at step {stop} of 20" in capsys.readouterr().err
     assert list_checkpoints(tmp_path / "debug")[-1].name == f"step-{stop:08d}"
     assert train(debug(tmp_path), resume="auto")
     assert losses(tmp_path / "debug") == losses(straight)

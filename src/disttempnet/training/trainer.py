@@ -116,6 +116,11 @@ class Trainer:
                     if not self._run_epoch(stop):
                         log.say(f"stopped at step {self.step}: continue with --resume auto")
                         return False
+            if self.step < self.total_steps:
+                log.say(
+                    f"stopped at step {self.step} of {self.total_steps}, as train.stop_after_steps says: "
+                    "continue with a larger one, or 0, and --resume auto"
+                )
         finally:
             log.close()
         self._write_facts(finished=runlog.now())
@@ -317,7 +322,7 @@ class Trainer:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "world_size": distributed.world_size(),
             "index_digest": self.data.source.digest,
-            "num_samples": len(self.data.source),
+            "num_samples": self.data.plan.samples,
             "parameters": sum(p.numel() for p in self.towers.module.parameters()),
             **times,
         }
