@@ -185,7 +185,7 @@ def config_reference() -> str:
                 lines.append(f"  {name}.{key}  ({default})  {inner.description or ''}".rstrip())
         elif name == "loss":
             lines.append(
-                "  loss.name and the arguments of that objective, e.g. loss.rho, loss.tau_max; another name drops the file's"
+                "  loss.name and the arguments of that objective, e.g. loss.rho; another name drops the file's [loss]"
             )
         else:
             default = "required" if field.is_required() else f"default {field.default!r}"
