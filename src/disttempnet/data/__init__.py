@@ -3,6 +3,7 @@
     shards.py      which .tar files a spec names, and what lies in one
     source.py      what training asks of data: samples with dense ids
     index.py       webdataset shards as one: ids → byte ranges;  indexing.py builds and checks the index
+    listing.py     what is no tar, as a source;  listing_index.py keeps its rows, rows.py and parquet.py read them
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
     transforms.py  decode and augment;  dataset.py  samples, batches, the loader
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
@@ -24,6 +25,7 @@ from disttempnet.data.dataset import Batch, PairDataset, Sample, make_loader
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
 from disttempnet.data.indexing import open_index
+from disttempnet.data.listing import is_listing, open_listing
 from disttempnet.data.sampler import EpochPlan, PlanSampler
 from disttempnet.data.scenes import generated_shards
 from disttempnet.data.shards import ShardList, resolve_shards
@@ -48,6 +50,7 @@ __all__ = [
     "generated_shards",
     "make_loader",
     "open_index",
+    "open_listing",
     "open_source",
     "open_training_data",
     "resolve_shards",
@@ -67,6 +70,8 @@ def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Sourc
     """
     if len(sources) != 1:
         raise UserError("data.train: a run reads one source so far")
+    if is_listing(sources[0]):
+        return open_listing(sources[0], progress)
     return open_index(sources[0].path, sources[0].index, progress)
 
 

@@ -82,7 +82,7 @@ def resolve_shards(spec: str) -> ShardList:
         )
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder, named by data.train = '{spec}'")
-    expanded = tuple(_expand(path.name))
+    expanded = tuple(expand_braces(path.name))
     missing = [name for name in expanded if not (path.parent / name).is_file()]
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -93,7 +93,7 @@ def resolve_shards(spec: str) -> ShardList:
     return ShardList(path.parent, expanded, re.sub(r"[{}]", "", path.stem))
 
 
-def _expand(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
     """`a{08..10}.tar` → a08.tar, a09.tar, a10.tar; several ranges nest, the last runs fastest."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
@@ -105,7 +105,7 @@ def _expand(pattern: str) -> Iterator[str]:
     if int(first) > int(last):
         raise UserError(f"'{pattern}': the range {match.group()} runs backwards")
     for number in range(int(first), int(last) + 1):
-        for rest in _expand(pattern[match.end() :]):
+        for rest in expand_braces(pattern[match.end() :]):
             yield f"{pattern[: match.start()]}{number:0{len(first)}d}{rest}"
 
 
