@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -134,7 +135,7 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
     Raises:
         UserError: it cannot be read, has no such keys, or no usable row.
     """
-    start, status, digest = [0], bytearray(), hashlib.sha256()
+    start, status, digest = array("q", [0]), bytearray(), hashlib.sha256()
     with writable(path) as temporary, temporary.open("wb") as file:
         file.write(bytes(HEADER_BYTES))
         for text, code in _judged(_with_bar(layout, progress), layout, settings):
