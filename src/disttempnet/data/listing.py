@@ -91,8 +91,9 @@ class Listing(Source):
         return self.columns.row(sample)[2]
 
     def name(self, sample: int) -> str:
-        """`LISTING:IMAGE`, or the number of a row without image."""
-        return f"{Path(self.where).name}:{printable(self.columns.row(sample)[0]) or f'row {sample + 1}'}"
+        """`LISTING:IMAGE`, or the number of a row without image; `FILE.parquet:ROW`, from 0."""
+        image = printable(self.columns.row(sample)[0]) or f"row {sample + 1}"
+        return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
 
     def problems(self, names: int = 3) -> str:
         lines = []
