@@ -1,6 +1,7 @@
 """Every layout that is no tar gives dense, stable ids, and names its faults."""
 
 import csv
+import errno
 import importlib.util
 import io
 import json
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from disttempnet.config import SourceConfig
-from disttempnet.data import EpochPlan, PairDataset, ShardIndex, eval_transform, open_source
+from disttempnet.data import EpochPlan, PairDataset, ShardIndex, eval_transform, open_listing, open_source
 from disttempnet.data import parquet as parquet_module
 from disttempnet.data import rows as rows_module
 from disttempnet.data.listing import Listing
@@ -490,6 +491,8 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = images_and_texts(tmp_path, 2).path
     assert "images lie in it; leave images = 'x' out" in refusal(folder, images="x")
     assert "a folder of images has no image_key" in refusal(folder, image_key="x")
+    with pytest.raises(UserError, match="nowhere: no such folder of images"):
+        open_listing(SourceConfig(path=str(tmp_path / "nowhere")), progress=False)
 
 
 class Interrupted(Exception):
@@ -509,6 +512,15 @@ def test_indexing_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(rows_module.Table, "rows", cut)
     with pytest.raises(Interrupted):
         open_source((config,), progress=False)
+    assert [p.name for p in (tmp_path / "clip_train").iterdir()] == ["cc3m_train.json"]
+    monkeypatch.undo()
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    message = refusal(config.path, images=config.images)
+    assert "cc3m_train.json.index: the index cannot be written (No space left on device)" in message
     assert [p.name for p in (tmp_path / "clip_train").iterdir()] == ["cc3m_train.json"]
     monkeypatch.undo()
     assert len(open_source((config,), progress=False)) == 5
