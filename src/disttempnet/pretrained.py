@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import timm
-import torch
 from open_clip import CustomTextCLIP
 from open_clip.hf_configs import arch_dict
 from open_clip.hf_model import HFTextEncoder
