@@ -201,7 +201,7 @@ def test_two_processes_start_it_and_one_goes_on(name: str, tmp_path: Path, gloo:
 
     for moved in tmp_path.glob("moved-*"):
         moved.rename(tmp_path / moved.name.removeprefix("moved-"))
-    alone = [*overrides, f"out={json.dumps(str(tmp_path / 'alone'))}", "train.stop_after_steps=4"]
+    alone = [*overrides, f"out={json.dumps(str(tmp_path / 'alone'))}", "train.stop_after_steps=4", "data.workers=1"]
     go(name, alone)
     one = load_config(CONFIG_FOLDER / f"{name}.toml", alone)
     for ours, expected in zip(metrics(config.folder), metrics(one.folder), strict=True):
