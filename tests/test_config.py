@@ -63,3 +63,35 @@ def test_another_objective_starts_from_its_own_defaults() -> None:
     config = load_config(CONFIG_FOLDER / "demo.toml", ["loss.gamma=0.5", "loss.name=sogclr"])
     assert config.loss.arguments == {"gamma": 0.5}
     assert load_config(CONFIG_FOLDER / "demo.toml", ["loss.rho=1.5"]).loss.arguments["gamma_decay_epochs"] == 4
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+
+
+def test_a_file_holds_what_differs_from_the_config_it_names(tmp_path: Path) -> None:
+    first = "config = 'debug.toml'\nname = 'first'\n[optim]\nlr = 0.5\n[loss]\nrho = 3.0\n"
+    second = "config = 'first.toml'\nname = 'second'\n[data]\nlimit = 64\n[loss]\nname = 'sogclr'\n"
+    write(tmp_path, first=first, second=second)
+    base, one, two = (load_config(path) for path in (DEBUG, tmp_path / "first.toml", tmp_path / "second.toml"))
+    assert (one.name, one.optim.lr, one.optim.warmup_steps) == ("first", 0.5, base.optim.warmup_steps)
+    assert one.loss.arguments == {**base.loss.arguments, "rho": 3.0}, "key by key"
+    assert (two.name, two.optim, two.data.limit, two.data.train) == ("second", one.optim, 64, base.data.train)
+    assert (two.loss.name, two.loss.arguments) == ("sogclr", {}), "arguments belong to an objective"
+    assert load_config(tmp_path / "second.toml", ["optim.lr=2.0"]).optim.lr == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config = 'loop.toml'", r"one.toml: its config leads back to it"),
+        ("config = 'nope.toml'", r"one.toml: config: .*nope.toml: no such file"),
+        ("config = 3", r"one.toml: config must name a file, got 3"),
+        ("config = 'debug.toml'\n[optim]\nrate = 1", r"one.toml: unknown key 'optim.rate'"),
+    ],
+)
+def test_a_wrong_base_is_named(text: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path, one=text, loop="config = 'one.toml'")
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "one.toml")

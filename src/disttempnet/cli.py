@@ -44,6 +44,12 @@ examples:
   disttempnet compare configs/compare.toml seeds=[1] train.epochs=2 out=runs/quick
 """
 
+TRAIN = """Any config key can be given as section.key=value. A file with config = "BASE.toml" (a path relative to it, or
+a shipped config) holds only what differs from BASE; a loss with a name replaces BASE's as a whole.
+
+Keys:
+"""
+
 REPORT = """The ending of --out says what is written:
 
   .html    run folders with different configs: a page about these runs in depth, the first before all;
@@ -97,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train one run from a TOML config",
-        epilog="Any config key can be given as section.key=value. Keys:\n" + config_reference(),
+        epilog=TRAIN + config_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", help="a TOML file, e.g. configs/demo.toml")

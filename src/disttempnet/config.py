@@ -6,6 +6,7 @@ known name. The arguments in `[loss]` belong to the objective it names: `disttem
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 from collections.abc import Sequence
@@ -94,6 +95,38 @@ class ModelConfig(Section):
         description="what to start from: an open_clip tag, a file of weights, a checkpoint folder, or a run folder "
         "(its best checkpoint); empty = random",
     )
+    image_pretrained: str = Field(
+        "", description="weights of a timm image tower alone: a file, or a name (resnet50.tv_in1k) to download"
+    )
+    text_pretrained: str = Field(
+        "", description="weights of a Hugging Face text tower alone: a folder, or a name (distilbert-base-uncased)"
+    )
+    lock_image: bool = Field(False, description="keep the image tower as it is, but for a projection laid on it")
+    unlocked_image_groups: int = Field(
+        0, ge=0, description="last groups of layers of a locked image tower that are trained"
+    )
+    lock_text: bool = Field(False, description="keep the text tower as it is, but for a projection laid on it")
+    unlocked_text_layers: int = Field(0, ge=0, description="last layers of a locked text tower that are trained")
+    batch_norm: Literal["global", "frozen"] = Field(
+        "global",
+        description="global: BatchNorm takes the statistics of the global batch, whatever the world size; "
+        "frozen: those of the weights it starts from",
+    )
+
+    @model_validator(mode="after")
+    def _weights_of_one_place(self) -> ModelConfig:
+        if self.pretrained and (self.image_pretrained or self.text_pretrained):
+            raise ValueError("give pretrained (both towers), or image_pretrained and text_pretrained, not all")
+        locks = {
+            "image": (self.lock_image, self.image_pretrained, "unlocked_image_groups", self.unlocked_image_groups),
+            "text": (self.lock_text, self.text_pretrained, "unlocked_text_layers", self.unlocked_text_layers),
+        }
+        for side, (locked, own, key, unlocked) in locks.items():
+            if unlocked and not locked:
+                raise ValueError(f"{key} is for a locked tower: set lock_{side} = true")
+            if locked and not (own or self.pretrained or ":" in self.name):
+                raise ValueError(f"lock_{side} would keep random weights: set {side}_pretrained or pretrained")
+        return self
 
 
 class LossConfig(BaseModel):
@@ -172,12 +205,71 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line that names the file, the key, and what is known.
     """
-    table = read_table(path)
+    table = read_run(path)
     if any(override.partition("=")[0].strip() == "loss.name" for override in overrides):
         table["loss"] = {}
     for override in overrides:
         apply_override(table, override)
     return config_from_table(table, str(path))
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The plain table of a run's TOML file, laid over that of the file which its key `config` names, if it has one.
+
+    Later wins, key by key. One section is special, as arguments belong to an objective: where `loss.name` is given,
+    nothing of the other file's `loss` is left.
+
+    Raises:
+        UserError: one line that names the file.
+    """
+    path, tables = Path(path), list[dict[str, Any]]()
+    seen: set[Path] = set()
+    while True:
+        if path.resolve() in seen:
+            raise UserError(f"{path}: its config leads back to it")
+        seen.add(path.resolve())
+        table = read_table(path)
+        tables.append(table)
+        base = table.pop("config", None)
+        if base is None:
+            break
+        if not isinstance(base, str):
+            raise UserError(f"{path}: config must name a file, got {base!r}")
+        path = base_path(path, base)
+    result = tables.pop()
+    for table in reversed(tables):
+        lay_over(result, table)
+    return result
+
+
+def base_path(path: Path, config: str) -> Path:
+    """The file that `config` in another file means: relative to that file, or a config that the package ships.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (path.parent, CONFIG_FOLDER):
+        if (folder / config).is_file():
+            return folder / config
+    raise UserError(f"{path}: config: {path.parent / config}: no such file, and the package ships none of that name")
+
+
+def lay_over(table: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Lay `changes` over a run's table in place, key by key; a `loss.name` in them replaces the whole `loss`."""
+    loss = changes.get("loss")
+    if isinstance(loss, dict) and "name" in loss:
+        table.pop("loss", None)
+    merge(table, changes)
+
+
+def merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay `changes` over `table`, key by key, in place."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            merge(table[key], value)
+        else:
+            table[key] = copy.deepcopy(value)
+    return table
 
 
 def read_table(path: str | Path) -> dict[str, Any]:

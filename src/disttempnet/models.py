@@ -2,7 +2,8 @@
 
 Own architectures are JSON files in models/, in open_clip's format. A saved model is a folder with
 `open_clip_config.json` and `open_clip_model.safetensors`: `open_clip.create_model_and_transforms("local-dir:FOLDER")`
-opens it, and so does `pretrained=FOLDER/open_clip_model.safetensors` where open_clip knows the architecture.
+opens it, and so does `pretrained=FOLDER/open_clip_model.safetensors` where open_clip knows the architecture. With a
+Hugging Face text tower the folder also holds that tower's config and tokenizer, and `load_model` opens it, offline.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,11 @@ _allow_torchvision_without_native_ops()
 import open_clip  # noqa: E402
 from open_clip.factory import load_checkpoint  # noqa: E402
 
+from disttempnet import pretrained as parts  # noqa: E402 (torchvision is imported there too)
+
 open_clip.add_model_config(MODEL_FOLDER)
+
+PREPROCESS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -80,37 +86,50 @@ class Towers:
         return int(self.architecture["embed_dim"])
 
 
-def load_model(name: str, pretrained: str = "") -> Towers:
+def load_model(name: str, pretrained: str = "", *, image_pretrained: str = "", text_pretrained: str = "") -> Towers:
     """Build towers by name, randomly initialised or from weights.
 
     Args:
         name: an open_clip architecture (`ViT-B-32`), one of the package's own, `hf-hub:…` or `local-dir:FOLDER`.
-        pretrained: an open_clip tag, the path of weights (.safetensors, .pt), or a saved model's folder, which
-            also says how its pixels are normalised.
+        pretrained: weights of both towers: an open_clip tag, the path of a file (.safetensors, .pt), or a saved
+            model's folder, which also says how its pixels are normalised.
+        image_pretrained: weights of a timm image tower alone, and the normalisation that goes with them: a file, or
+            a name that timm knows.
+        text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, or a name of the hub.
 
     Raises:
         UserError: unknown name or tag, missing or unfitting weights, a damaged `open_clip_config.json`.
     """
-    local = Path(pretrained, WEIGHTS_NAME) if pretrained and Path(pretrained).is_dir() else None
+    folder = _saved_folder(pretrained)
+    weights = str(folder / WEIGHTS_NAME) if folder else pretrained
     schema = name.startswith(("hf-hub:", "local-dir:"))
     if not schema and name not in open_clip.list_models():
         raise UserError(unknown_name("model", name, open_clip.list_models()))
-    given = _read_config(local.parent, "preprocess_cfg") if local and (local.parent / CONFIG_NAME).is_file() else {}
+    given: dict = {}
+    saved: dict = {}
+    if folder and (folder / CONFIG_NAME).is_file():
+        given, saved = _read_config(folder, "preprocess_cfg"), _read_config(folder, "model_cfg")
     silenced, root = logging.root.manager.disable, logging.getLogger()
     handlers = list(root.handlers)
     logging.disable(logging.WARNING)  # open_clip warns about random weights, which is what is asked for here
     try:
-        module = open_clip.create_model(name, pretrained=str(local or pretrained) or None)
-        architecture = _architecture(name)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        what = f"model '{name}'" + (f" with weights '{local or pretrained}'" if pretrained else "")
+        # open_clip reads no weights beside a schema: a saved folder then stands for the one it began from
+        origin = f"local-dir:{folder}" if schema and saved else name
+        architecture = _architecture(origin)
+        if "init_logit_bias" in saved:
+            architecture["init_logit_bias"] = saved["init_logit_bias"]
+        module, tokenizer = _build(origin, architecture, folder, weights, text_pretrained)
+        if image_pretrained:
+            given = given | parts.load_image_tower(module, image_pretrained)
+    except (RuntimeError, ValueError, OSError, SafetensorError, pickle.UnpicklingError) as error:
+        named = {"weights": weights, "image weights": image_pretrained, "text weights": text_pretrained}
+        what = ", ".join([f"model '{name}'", *(f"{kind} '{path}'" for kind, path in named.items() if path)])
         raise UserError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     finally:
         logging.disable(silenced)
         root.handlers[:] = handlers
-    preprocess = open_clip.get_model_preprocess_cfg(module) | given
+    preprocess = {**PREPROCESS, **open_clip.get_model_preprocess_cfg(module), **given}
     size = preprocess["size"]
-    tokenizer = open_clip.get_tokenizer(name)
     return Towers(
         name=name,
         module=module,
@@ -120,6 +139,35 @@ def load_model(name: str, pretrained: str = "") -> Towers:
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
     )
+
+
+def _build(
+    name: str, architecture: dict, folder: Path | None, weights: str, text_pretrained: str
+) -> tuple[open_clip.CLIP, Tokenizer]:
+    """The module, with the weights of both towers if there are any, and its tokenizer."""
+    if parts.has_hf_text(architecture) and not name.startswith("hf-hub:") and (not weights or Path(weights).is_file()):
+        local = _saved_folder(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+        beside = [where for where in (folder, local) if where and (where / parts.HF_CONFIG_NAME).is_file()]
+        source = text_pretrained or str(beside[0] if beside else architecture["text_cfg"]["hf_model_name"])
+        module = parts.build_with_hf_text(architecture, source, with_weights=bool(text_pretrained))
+        if not weights and local and (local / WEIGHTS_NAME).is_file():
+            weights = str(local / WEIGHTS_NAME)
+        if weights:
+            load_checkpoint(module, weights, strict=True)
+        return module, parts.hf_tokenizer(source, module)
+    if text_pretrained:
+        raise UserError(f"model '{name}' has no Hugging Face text tower that model.text_pretrained could be for")
+    bias = {key: architecture[key] for key in ("init_logit_bias",) if key in architecture}
+    module = open_clip.create_model(name, pretrained=weights or None, **bias)
+    return module, open_clip.get_tokenizer(name)
+
+
+def _saved_folder(pretrained: str) -> Path | None:
+    """The folder of a saved model that a path means: itself, or its file of weights."""
+    path = Path(pretrained)
+    if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
+        return path.parent
+    return path if pretrained and path.is_dir() else None
 
 
 def _architecture(name: str) -> dict:
@@ -138,20 +186,27 @@ def _read_config(folder: Path, section: str) -> dict:
         raise UserError(f"{path}: {why}") from None
 
 
-def save_model(towers: Towers, folder: Path, logit_scale: float) -> None:
+def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: float | None = None) -> None:
     """Write the towers as a folder that open_clip opens.
 
     Args:
         folder: an existing folder; files of the same name are replaced.
         logit_scale: the inverse temperature exp(·) that open_clip's zero-shot code multiplies similarities with.
+        logit_bias: what it adds to them then (SigLIP); None leaves the towers' own, which most have not.
     """
     from safetensors.torch import save_file
 
     weights = {key: value.detach().cpu().contiguous() for key, value in towers.module.state_dict().items()}
     weights["logit_scale"] = torch.tensor(logit_scale).log().to(weights["logit_scale"].dtype)
+    architecture = towers.architecture
+    if logit_bias is not None:
+        weights["logit_bias"] = torch.full_like(weights["logit_scale"], logit_bias)
+        architecture = {**architecture, "init_logit_bias": logit_bias}
     save_file(weights, folder / WEIGHTS_NAME)
+    if parts.has_hf_text(architecture):
+        parts.save_hf_text(towers.module, towers.tokenizer, folder)
     config = {
-        "model_cfg": towers.architecture,
+        "model_cfg": architecture,
         "preprocess_cfg": {"mean": list(towers.mean), "std": list(towers.std)},
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -260,3 +260,18 @@ def test_open_clip_opens_a_checkpoint(straight: Path) -> None:
 def test_other_objectives_train(loss: str, tmp_path: Path) -> None:
     assert train(debug(tmp_path, f"loss={loss}", "train.stop_after_steps=3", "eval.tasks=[]"))
     assert all(np.isfinite(list(losses(tmp_path / "debug").values())))
+
+
+def test_the_bias_of_siglip_is_in_every_checkpoint_and_is_trained_on(tmp_path: Path) -> None:
+    siglip = ['loss={name="siglip", bias=-5.0}', "eval.tasks=[]"]
+    assert train(debug(tmp_path / "straight", *siglip, "train.stop_after_steps=6"))
+    assert train(debug(tmp_path / "stopped", *siglip, "train.stop_after_steps=3"))
+    assert train(debug(tmp_path / "stopped", *siglip, "train.stop_after_steps=6"), resume="auto")
+    same_ending(tmp_path / "straight" / "debug", tmp_path / "stopped" / "debug")
+    run = load_run(tmp_path / "stopped" / "debug")
+    import open_clip
+
+    folder = list_checkpoints(tmp_path / "stopped" / "debug")[-1]
+    opened, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert opened.logit_bias.item() == pytest.approx(run.loss.logit_bias.item())
+    assert opened.logit_bias.item() != -5.0

@@ -27,14 +27,16 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from disttempnet.config import (
-    CONFIG_FOLDER,
     Config,
     Section,
     apply_override,
+    base_path,
     config_from_table,
     explain,
     flat,
     load_config,
+    merge,
+    read_run,
     read_table,
 )
 from disttempnet.errors import UserError
@@ -123,7 +125,7 @@ def state_of(config: Config) -> State:
 
 
 def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:
-    base = read_table(_base_path(path, file.config))
+    base = read_run(base_path(path, file.config))
     config_from_table(base, file.config)  # its own mistakes carry its own name
     common, vary = _nested(file.common), flat(_nested(file.vary))
     _refuse_set_by_grid(f"{path}: common", flat(common))
@@ -140,7 +142,7 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
         if any("loss.name" in flat(layer) for layer in layers):
             table.pop("loss", None)
         for layer in layers:
-            _merge(table, layer)
+            merge(table, layer)
         for override in overrides:
             apply_override(table, override)
         varied = [f"{label}-{_word(value)}" for label, value in zip(labels, values, strict=True)]
@@ -159,13 +161,6 @@ def _resolved(path: Path, configs: Sequence[Config]) -> Iterator[Config]:
             yield resolved(config)
         except UserError as error:
             raise UserError(f"{path}: {config.name}: {error}") from None
-
-
-def _base_path(path: Path, config: str) -> Path:
-    for folder in (path.parent, CONFIG_FOLDER):
-        if (folder / config).is_file():
-            return folder / config
-    raise UserError(f"{path}: config: {path.parent / config}: no such file, and the package ships none of that name")
 
 
 def _refuse_set_by_grid(where: str, flat: dict[str, Any]) -> None:
@@ -193,15 +188,5 @@ def _nested(table: dict[str, Any]) -> dict[str, Any]:
         inner = {last: _nested(value) if isinstance(value, dict) else value}
         for section in reversed(sections):
             inner = {section: inner}
-        _merge(result, inner)
+        merge(result, inner)
     return result
-
-
-def _merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Lay `changes` over `table`, key by key, in place."""
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(table.get(key), dict):
-            _merge(table[key], value)
-        else:
-            table[key] = copy.deepcopy(value)
-    return table

@@ -69,6 +69,7 @@ def save_checkpoint(
     config: Config,
     index_digest: str,
     logit_scale: float,
+    logit_bias: float | None,
     best: dict[str, float],
     keep: int,
 ) -> Path:
@@ -81,9 +82,10 @@ def save_checkpoint(
     distributed.barrier()
     own, shared = _split(loss)
     shard = {"state": own, "rng": torch.get_rng_state()}
-    torch.save(shard, writing / _shard_name(distributed.rank(), distributed.world_size()))
+    written = [writing / _shard_name(distributed.rank(), distributed.world_size())]
+    torch.save(shard, written[0])
     if distributed.is_main():
-        save_model(towers, writing, logit_scale)
+        save_model(towers, writing, logit_scale, logit_bias)
         trainer = {
             "format": FORMAT,
             "step": step,
@@ -97,7 +99,8 @@ def save_checkpoint(
             "best": best,
         }
         torch.save(trainer, writing / "trainer.pt")
-    _sync_to_disk(writing)
+        written += [path for path in writing.iterdir() if not path.name.startswith("shard-")]
+    _sync_to_disk(writing, written)  # what this rank wrote: another's files may still come and go
     distributed.barrier()
     if distributed.is_main():
         shutil.rmtree(target, ignore_errors=True)
@@ -295,8 +298,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _sync_to_disk(folder: Path) -> None:
-    for file in folder.iterdir():
+def _sync_to_disk(folder: Path, written: list[Path]) -> None:
+    for file in written:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     descriptor = os.open(folder, os.O_RDONLY)

@@ -33,6 +33,7 @@ from disttempnet.training.model import (
     refuse_if_nothing_is_trained,
     resolved,
 )
+from disttempnet.training.towers import prepare_towers
 
 
 class StopSignal:
@@ -77,7 +78,14 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
         weights = str(found) if found else checkpoint.weights_folder(config.model.pretrained)
-        self.towers = load_model(config.model.name, weights)
+        own = config.model
+        self.towers = (
+            load_model(own.name, weights)
+            if found
+            else load_model(
+                own.name, weights, image_pretrained=own.image_pretrained, text_pretrained=own.text_pretrained
+            )
+        )
         # a wrong [loss] is refused before any shard is read
         refuse_if_nothing_is_trained(config, build_objective(config, 1, self.towers.embed_dim))
         self.data = open_training_data(
@@ -85,8 +93,12 @@ class Trainer:
         )
         self.frozen = config.train.freeze == "towers"
         self.towers.module.to(device).train(not self.frozen).requires_grad_(not self.frozen)
-        # The objective owns the temperature; open_clip's own logit scale is written at export (save_model).
-        self.towers.module.logit_scale.requires_grad_(False)
+        if not self.frozen:
+            prepare_towers(self.towers.module, config.model)
+        # The objective owns temperature and bias; open_clip's own are written at export (save_model).
+        for exported in (self.towers.module.logit_scale, getattr(self.towers.module, "logit_bias", None)):
+            if exported is not None:
+                exported.requires_grad_(False)
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
         self.step, self.best = 0, dict[str, float]()
@@ -249,6 +261,7 @@ class Trainer:
             self.folder,
             self.step,
             logit_scale=self._logit_scale(),
+            logit_bias=self._logit_bias(),
             best=self.best,
             keep=self.config.train.keep,
             **self._restorable(),
@@ -258,6 +271,11 @@ class Trainer:
         """What open_clip multiplies similarities with: one over the mean τ; CLIP's own start where there is none."""
         taus = [float(self._metrics[key]) for key in ("tau/image_mean", "tau/text_mean") if key in self._metrics]
         return len(taus) / sum(taus) if taus else 1 / 0.07
+
+    def _logit_bias(self) -> float | None:
+        """What open_clip adds to the scaled similarities; None where the objective has no bias."""
+        bias = getattr(self.loss, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
 
     def _restorable(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,158 @@
+"""Towers that begin from checkpoints of their own: an image tower of timm, a text tower of Hugging Face.
+
+open_clip joins them (CustomTextCLIP, TimmModel, HFTextEncoder) and projects both to one width. It cannot build
+DistilBERT by itself: its table does not list it, and it passes every encoder an argument that only some know. Here the
+encoder is made from its config and put in place.
+
+A Hugging Face SOURCE is a folder (config.json, tokenizer files, weights) or a name of the hub.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm
+from open_clip import CustomTextCLIP
+from open_clip.hf_configs import arch_dict
+from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import HFTokenizer
+from torch import nn
+
+from disttempnet.errors import UserError
+
+HF_CONFIG_NAME = "config.json"
+WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
+NO_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
+arch_dict["distilbert"] = {
+    "config_names": {
+        "context_length": "max_position_embeddings",
+        "vocab_size": "vocab_size",
+        "width": "dim",
+        "heads": "n_heads",
+        "layers": "n_layers",
+    },
+    "pooler": "cls_last_hidden_state_pooler",
+}
+
+
+def has_hf_text(architecture: dict[str, Any]) -> bool:
+    """Whether open_clip's `model_cfg` asks for a text tower of Hugging Face."""
+    return bool(architecture.get("text_cfg", {}).get("hf_model_name"))
+
+
+def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: bool) -> CustomTextCLIP:
+    """Towers of an architecture with a Hugging Face text tower; random but for that tower's encoder.
+
+    Args:
+        architecture: open_clip's `model_cfg`.
+        source: where the encoder's config, which decides its kind and size, and its weights lie.
+        with_weights: take the weights too; the projection is random in any case.
+
+    Dropout is off: its masks would depend on which rows a rank holds, so that world size would show in the loss.
+
+    Raises:
+        UserError: transformers is not installed, or the encoder is of no kind that open_clip knows.
+        OSError, ValueError, RuntimeError: what transformers raises on a source that it cannot read.
+    """
+    transformers = _transformers()
+    config = transformers.AutoConfig.from_pretrained(source)
+    if config.model_type not in arch_dict:
+        raise UserError(f"{source}: a text tower of kind '{config.model_type}'; known: {', '.join(arch_dict)}")
+    for name in NO_DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    wanted = copy.deepcopy(architecture)
+    wanted.pop("custom_text", None)
+    text_cfg = wanted["text_cfg"]
+    wanted["vision_cfg"]["timm_model_pretrained"] = False
+    # CustomTextCLIP builds a text tower in any case: the smallest, until ours takes its place
+    wanted["text_cfg"] = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
+    module = CustomTextCLIP(**wanted)
+    module.text = HFTextEncoder(
+        source,
+        output_dim=wanted["embed_dim"],
+        config=config,
+        pooler_type=text_cfg.get("hf_pooler_type"),
+        proj_type=text_cfg.get("hf_proj_type", "linear"),
+    )
+    if with_weights:
+        module.text.transformer = transformers.AutoModel.from_pretrained(source, config=config).float()
+    if text_cfg.get("hf_pooler_type") != "cls_pooler" and hasattr(module.text.transformer, "pooler"):
+        module.text.transformer.pooler = None  # nothing would reach it, and data parallel wants no idle parameter
+    module.context_length, module.vocab_size = text_cfg["context_length"], config.vocab_size
+    return module
+
+
+def hf_tokenizer(source: str, module: CustomTextCLIP) -> HFTokenizer:
+    """Captions → int64 tokens [b, L], padded to the architecture's context length L and truncated to it.
+
+    The text tower's attention mask is `tokens != pad`, so both must mean the same by padding.
+    """
+    _transformers()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism; it warns of forks
+    tokenizer = HFTokenizer(source, context_length=module.context_length)
+    pad, expected = tokenizer.tokenizer.pad_token_id, module.text.config.pad_token_id
+    if pad != expected:
+        raise UserError(f"{source}: its tokenizer pads with token {pad}, its model expects {expected}")
+    return tokenizer
+
+
+def save_hf_text(module: CustomTextCLIP, tokenizer: Any, folder: Path) -> None:
+    """Write the encoder's config and the tokenizer's files, so that the folder needs no other source."""
+    module.text.config.save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+
+
+def load_image_tower(module: nn.Module, source: str) -> dict[str, Any]:
+    """Give the timm image tower of a model weights of its own; the projection stays as it is.
+
+    Args:
+        module: open_clip's model, changed in place.
+        source: a file of weights (.safetensors, .pth), timm's or torchvision's, or a name that timm can download
+            (`resnet50.tv_in1k`). A classifier in it is left out.
+
+    Returns:
+        `mean` and `std` that the weights want pixels normalised with, as timm knows them.
+
+    Raises:
+        UserError: no timm tower, no such file, or weights of another architecture.
+    """
+    trunk = getattr(module.visual, "trunk", None)
+    if trunk is None:
+        raise UserError("model.image_pretrained is for timm image towers; this model takes model.pretrained")
+    if Path(source).suffix in WEIGHT_SUFFIXES:
+        if not Path(source).is_file():
+            raise UserError(f"model.image_pretrained: {source}: no such file")
+        weights, known = timm.models.load_state_dict(source), trunk.pretrained_cfg
+    else:
+        whole = timm.create_model(source, pretrained=True)
+        weights, known = whole.state_dict(), whole.pretrained_cfg
+    heads = known.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    weights = {key: value for key, value in weights.items() if not key.startswith(tuple(f"{h}." for h in heads))}
+    own = trunk.state_dict()
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    strange = [key for key in weights if key not in own or weights[key].shape != own[key].shape]
+    if missing or strange:
+        what = f"lacks {missing[0]}" if missing else f"has a strange {strange[0]}"
+        raise UserError(
+            f"model.image_pretrained: {source}: not weights of timm's {trunk.pretrained_cfg['architecture']}: {what}"
+        )
+    trunk.load_state_dict(weights, strict=False)
+    return {"mean": tuple(known["mean"]), "std": tuple(known["std"])}
+
+
+def _transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "a Hugging Face text tower needs transformers: python -m pip install 'disttempnet[hf]'"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

@@ -1,0 +1,209 @@
+"""The shipped configs of published runs: their numbers, and that each trains to a checkpoint and goes on from it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import parts
+from disttempnet.config import CONFIG_FOLDER, flat, load_config
+from disttempnet.evaluation.runner import embed_captions
+from disttempnet.losses import OBJECTIVES
+from disttempnet.training.checkpoint import list_checkpoints, load_run
+from disttempnet.training.model import build_objective, resolved
+from disttempnet.training.trainer import Trainer
+from gloo import Pools
+
+# github.com/anantmehta33/DistTempNet: the three training scripts, the defaults of clip_cc12m.py and clip_cc3m.py that
+# they leave, TempGenerator and adjust_gamma of losses.py. 20 warm-up epochs are of 100 steps each.
+EVERY = {
+    "data.global_batch": 8 * 512,
+    "data.transform": "tempnet",
+    "loss.rho": 9.5,
+    "loss.tau_lr": 3e-5,
+    "loss.tau_lr_decay": 0.9,
+    "loss.tau_start_epoch": 0,
+    "loss.tau_min": 0.001,
+    "loss.network": "dist",
+    "loss.prototypes": 512,
+    "loss.dropout": 0.5,
+    "loss.feature_scale": 1.0,
+    "loss.tau_gradient": "fcco",
+    "optim.lr": 8e-4,
+    "optim.lr_end": 1e-5,
+    "optim.warmup_steps": 20 * 100,
+    "optim.weight_decay": 0.02,
+    "optim.beta1": 0.9,
+    "optim.beta2": 0.999,
+    "optim.eps": 1e-8,
+    "optim.grad_clip": 0.0,
+    "train.seed": 2024,
+    "eval.tasks": (),
+}
+CONSTANT = {"loss.name": "disttempnet", "loss.gamma": 0.8}
+COSINE = {"loss.name": "disttempnet-v1", "loss.gamma_min": 0.8, "loss.gamma_decay_epochs": 20.0}
+VIT = {"model.name": "ViT-B-32"}
+CC12M, DFN = "/data/cc12m/{00000..01242}.tar", "/data/dfn/{00000000..00001926}.tar"
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cc12m_vitb32_v0": {**EVERY, **CONSTANT, **VIT, "data.train": CC12M, "train.epochs": 33},
+    "cc12m_vitb32_v1": {**EVERY, **COSINE, **VIT, "data.train": CC12M, "train.epochs": 33},
+    "dfn12m_vitb32_v1": {**EVERY, **COSINE, **VIT, "data.train": DFN, "train.epochs": 30},
+    "cc3m_rn50_distilbert": {
+        **EVERY,
+        **CONSTANT,
+        "model.name": "RN50-DistilBERT",
+        "model.image_pretrained": "resnet50.tv_in1k",
+        "model.text_pretrained": "distilbert-base-uncased",
+        "train.epochs": 30,
+    },
+}
+CORRECTED = {"rho": 0.0, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.3, "tau_lr": 3e-4}
+
+
+def table(name: str) -> dict[str, Any]:
+    return flat(resolved(load_config(CONFIG_FOLDER / f"{name}.toml")).model_dump())
+
+
+@pytest.mark.filterwarnings("ignore:.*rho:UserWarning")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_numbers_are_the_published_ones(name: str) -> None:
+    found = table(name)
+    assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_cc3m_is_read_as_the_published_code_lays_it_out() -> None:
+    (source,) = load_config(CONFIG_FOLDER / "cc3m_rn50_distilbert.toml").data.sources
+    assert source.path == "/data/cc3m/clip_train/cc3m_train_new.json"
+    assert source.images == "/data/cc3m/cc3m_train"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_corrected_twin_differs_in_its_temperature_only(name: str) -> None:
+    found, published = table(f"{name}_corrected"), table(name)
+    differing = {key for key in found | published if found.get(key) != published.get(key)}
+    assert differing - {"name"} <= {f"loss.{key}" for key in [*CORRECTED, "tau_min", "tau_start_epoch", "prototypes"]}
+    assert {key: found[f"loss.{key}"] for key in CORRECTED} == CORRECTED
+    assert {key: found[f"loss.{key}"] for key in OBJECTIVES["disttempnet-v1"].arguments if "gamma" not in key} == {
+        key: value for key, value in OBJECTIVES["disttempnet-v1"].arguments.items() if "gamma" not in key
+    }, "our defaults"
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *(f"{name}_corrected" for name in PUBLISHED)])
+def test_every_objective_builds(name: str) -> None:
+    config = load_config(CONFIG_FOLDER / f"{name}.toml")
+    assert build_objective(config, 10, 16).temperatures(torch.eye(2, 16), torch.eye(2, 16)) is not None
+
+
+def write_tars(folder: Path, names: list[str], size: int = 40) -> None:
+    """Shards of 12 pairs as img2dataset writes them: .jpg, .txt, .json."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(7)
+    for shard, name in enumerate(names):
+        with tarfile.open(folder / name, "w") as tar:
+            for i in range(12):
+                pixels = generator.integers(0, 255, (size, size, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "JPEG")
+                words = " ".join(generator.choice(parts.WORDS, 5))
+                members = {"jpg": file.getvalue(), "txt": words.encode(), "json": json.dumps({"key": i}).encode()}
+                for suffix, content in members.items():
+                    info = tarfile.TarInfo(f"{shard:05d}{i:04d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def small(name: str, folder: Path) -> list[str]:
+    """Overrides that give a config small data, named as its own, and small towers of its own kind."""
+    if "dfn" in name:
+        shards, pattern = ["00000000.tar", "00000001.tar"], "{00000000..00000001}.tar"
+    else:
+        shards, pattern = ["00000.tar", "00001.tar"], "{00000..00001}.tar"
+    if not (folder / "data").exists():
+        write_tars(folder / "data", shards)
+    overrides = [
+        f"data.train={json.dumps(str(folder / 'data' / pattern))}",
+        "data.global_batch=8",
+        "data.workers=0",
+        "train.log_every=1",
+        "optim.warmup_steps=2",
+    ]
+    if "rn50" not in name:
+        return [*overrides, "model.name=demo-vit-32"]
+    if not (folder / "distilbert").exists():
+        parts.write_architecture(folder / "architecture")
+        parts.write_image_weights(folder / "resnet.safetensors")
+        parts.write_text_folder(folder / "distilbert")
+    return [
+        *overrides,
+        f"model.name={json.dumps(f'local-dir:{folder}/architecture')}",
+        f"model.image_pretrained={json.dumps(str(folder / 'resnet.safetensors'))}",
+        f"model.text_pretrained={json.dumps(str(folder / 'distilbert'))}",
+    ]
+
+
+def go(name: str, overrides: list[str], resume: str = "never") -> None:
+    """Train in the process group that there is."""
+    config = load_config(CONFIG_FOLDER / f"{name}.toml", overrides)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*rho", UserWarning)  # the published ρ is out of reach
+        Trainer(config, torch.device("cpu"), resume).run()
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_its_own_towers_reach_a_checkpoint_too(name: str, tmp_path: Path) -> None:
+    """ViT-B/32, ResNet-50 and DistilBERT at full size, two steps of 8: 2 GB of memory, minutes."""
+    overrides = [key for key in small(name, tmp_path) if not key.startswith("model.")]
+    if "rn50" in name:
+        image = parts.write_image_weights(tmp_path / "resnet50.safetensors", "resnet50")
+        text = parts.write_text_folder(tmp_path / "full", full_size=True)
+        overrides += [f"model.image_pretrained={json.dumps(str(image))}"]
+        overrides += [f"model.text_pretrained={json.dumps(str(text))}"]
+    overrides += [f"out={json.dumps(str(tmp_path / 'runs'))}", "train.keep=1"]
+    go(name, [*overrides, "train.stop_after_steps=1"])
+    go(name, [*overrides, "train.stop_after_steps=2"], "auto")
+    run = load_config(CONFIG_FOLDER / f"{name}.toml", overrides).folder
+    assert [line["step"] for line in metrics(run)] == [1, 2]
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000002"]
+    shutil.rmtree(run)  # gigabytes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_two_processes_start_it_and_one_goes_on(name: str, tmp_path: Path, gloo: Pools) -> None:
+    overrides = small(name, tmp_path)
+    both = [*overrides, f"out={json.dumps(str(tmp_path / 'both'))}"]
+    gloo(2, go, name, [*both, "train.stop_after_steps=2"])
+    config = load_config(CONFIG_FOLDER / f"{name}.toml", both)
+    assert list_checkpoints(config.folder)[-1].name == "step-00000002"
+    for source in ("architecture", "resnet.safetensors", "distilbert"):  # a begun run holds all it needs
+        path = tmp_path / source
+        if path.exists():
+            path.rename(tmp_path / f"moved-{source}")
+    go(name, [*both, "train.stop_after_steps=4"], "auto")
+    run = load_run(config.folder)
+    assert run.step == 4
+    features = embed_captions(run.towers, ["a red cat", "two dogs"], device="cpu", batch=2)
+    assert bool(features.isfinite().all())
+
+    for moved in tmp_path.glob("moved-*"):
+        moved.rename(tmp_path / moved.name.removeprefix("moved-"))
+    alone = [*overrides, f"out={json.dumps(str(tmp_path / 'alone'))}", "train.stop_after_steps=4", "data.workers=1"]
+    go(name, alone)
+    one = load_config(CONFIG_FOLDER / f"{name}.toml", alone)
+    for ours, expected in zip(metrics(config.folder), metrics(one.folder), strict=True):
+        for key in ("loss", "tau/image_mean", "grad_norm"):
+            assert ours[key] == pytest.approx(expected[key], rel=2e-3, abs=1e-5), (ours["step"], key)
