@@ -20,6 +20,7 @@ from disttempnet.data import (
     EpochPlan,
     PairDataset,
     TrainingData,
+    decode,
     eval_transform,
     open_index,
     open_training_data,
@@ -46,6 +47,12 @@ def data_of(folder: Path | str, seed: int = 5, rank: int = 0, world_size: int = 
     return open_training_data(DataConfig(train=str(folder), **(options | changes)), seed, TOWERS, rank, world_size)
 
 
+def as_evaluated(size: int) -> Callable[[bytes, int], Tensor]:
+    """A training transform without augmentation."""
+    transform = eval_transform(size)
+    return lambda data, seed: transform(decode(data))
+
+
 def same(first: Batch, second: Batch) -> bool:
     tensors = ((getattr(first, n), getattr(second, n)) for n in ("images", "tokens", "ids"))
     return all(torch.equal(a, b) for a, b in tensors) and first.skipped == second.skipped
@@ -65,7 +72,7 @@ def test_batches_carry_the_plans_samples(shards: Write) -> None:
 
 def test_image_caption_and_id_belong_together(shards: Write) -> None:
     index = open_index(str(shards(4, 4)), progress=False)
-    dataset = PairDataset(index, eval_transform(7), 0)
+    dataset = PairDataset(index, as_evaluated(7), 0)
     assert len(dataset) == 8
     for number in range(8):
         sample = dataset[0, number]
@@ -167,7 +174,7 @@ def test_captions_that_changed_after_indexing_are_skipped_too(shards: Write) -> 
     for replacement, reason in ((b" " * 9, "empty caption"), (b"\xff" * 9, "caption is not UTF-8")):
         data = (folder / "00000.tar").read_bytes().replace(b"caption 1", replacement)
         (folder / "00000.tar").write_bytes(data)
-        sample = PairDataset(index, eval_transform(8), 0)[0, 1]
+        sample = PairDataset(index, as_evaluated(8), 0)[0, 1]
         assert (sample.id, sample.skipped) == (2, (f"00000.tar:000000001: {reason}",))
         (folder / "00000.tar").write_bytes(data.replace(replacement, b"caption 1"))
 

@@ -4,7 +4,7 @@
     source.py      what training asks of data: samples with dense ids
     index.py       webdataset shards as one: ids → byte ranges;  indexing.py builds and checks the index
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
-    transforms.py  decode and augment;  dataset.py  samples, batches, the loader
+    decoding.py    encoded images → pixels;  transforms.py  augmentations;  dataset.py  samples, batches, the loader
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
     cache.py       where both are made into shards on first use
 
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from disttempnet.config import DataConfig, SourceConfig
 from disttempnet.data.dataset import Batch, PairDataset, Sample, make_loader
+from disttempnet.data.decoding import UnreadableImage, decode
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
 from disttempnet.data.indexing import open_index
@@ -28,7 +29,7 @@ from disttempnet.data.sampler import EpochPlan, PlanSampler
 from disttempnet.data.scenes import generated_shards
 from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.source import Source
-from disttempnet.data.transforms import decode, eval_transform, train_transform
+from disttempnet.data.transforms import eval_transform, train_transform
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
 
@@ -42,6 +43,7 @@ __all__ = [
     "ShardList",
     "Source",
     "TrainingData",
+    "UnreadableImage",
     "decode",
     "embedded_shards",
     "eval_transform",
@@ -111,7 +113,7 @@ def open_training_data(
     source = open_source(config.sources)
     plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
     plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
-    dataset = PairDataset(source, train_transform(config.transform, towers.image_size), seed)
+    dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
     sampler = PlanSampler(plan, rank, world_size)
     loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available())
     return TrainingData(source, plan, dataset, sampler, loader)

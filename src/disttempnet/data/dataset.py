@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.sampler import PlanSampler
 from disttempnet.data.source import Source, UnreadableCaption
-from disttempnet.data.transforms import Transform, UnreadableImage, decode
+from disttempnet.data.transforms import TrainTransform
 from disttempnet.errors import UserError
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -63,12 +64,12 @@ class PairDataset(Dataset[Sample]):
 
     Args:
         source: where samples lie.
-        transform: RGB image → uint8 [3, s, s], random through torch's default CPU generator.
+        transform: (encoded image, seed) → uint8 [3, s, s].
         seed: augmentation, and which of several captions, depend on (seed, epoch, id) only: neither on worker nor
             on order.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Source, transform: TrainTransform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
@@ -85,26 +86,19 @@ class PairDataset(Dataset[Sample]):
         while len(skipped) < MAX_SKIPPED:
             try:
                 captions = self.source.captions(sample)
-                image = decode(self.source.image_bytes(sample))
+                pixels = self.transform(self.source.image_bytes(sample), self._draw(epoch, sample))
             except (UnreadableImage, UnreadableCaption) as error:
                 skipped.append(f"{self.source.name(sample)}: {error}")
                 sample = self.source.next_usable(sample)
                 continue
-            pixels, caption = self._draw(image, captions, epoch, sample)
-            return Sample(pixels, caption, sample, tuple(skipped))
+            chosen = self._draw(epoch, sample, b"caption") % len(captions) if len(captions) > 1 else 0
+            return Sample(pixels, captions[chosen], sample, tuple(skipped))
         raise UserError(f"{MAX_SKIPPED} samples in a row cannot be read, the first is {skipped[0]}")
 
-    def _draw(self, image: object, captions: Sequence[str], epoch: int, sample: int) -> tuple[Tensor, str]:
-        """The augmented image, and one of the captions."""
+    def _draw(self, epoch: int, sample: int, purpose: bytes = b"") -> int:
+        """56 bits that look random, others for every purpose."""
         text = f"{self.seed} {epoch} {sample}".encode()
-        state = torch.default_generator.get_state()  # with no workers this process is the trainer's own
-        try:
-            torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
-            pixels = self.transform(image)  # type: ignore[arg-type]
-            chosen = int(torch.randint(len(captions), ())) if len(captions) > 1 else 0
-            return pixels, captions[chosen]
-        finally:
-            torch.default_generator.set_state(state)
+        return int.from_bytes(hashlib.blake2b(text, digest_size=7, person=purpose).digest())
 
 
 class Collate:

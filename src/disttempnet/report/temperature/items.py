@@ -12,7 +12,7 @@ from PIL import Image
 
 from disttempnet.data import ShardIndex, open_index
 from disttempnet.data.shards import IMAGE_SUFFIXES
-from disttempnet.data.transforms import UnreadableImage
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Sample
 from disttempnet.training.checkpoint import Run
