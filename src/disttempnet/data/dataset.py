@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.sampler import PlanSampler
@@ -22,6 +22,7 @@ from disttempnet.errors import UserError
 Tokenizer = Callable[[Sequence[str]], Tensor]
 MAX_SKIPPED = 100  # unreadable samples in a row: then it is the data that is broken, not a sample
 PREFETCH = 4  # batches a worker holds ready
+CAPTION_CHARACTERS = 2000  # what a tokenizer is given: it cuts at some 77 words anyway, and takes n² time over one word
 
 
 class Sample(NamedTuple):
@@ -102,15 +103,15 @@ class PairDataset(Dataset[Sample]):
 
 
 class Collate:
-    """Samples → Batch, captions tokenised together."""
+    """Samples → Batch, captions tokenised together; images stand in shared memory at once where this is a worker."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         return Batch(
-            torch.stack([sample.image for sample in samples]),
-            self.tokenizer([sample.caption for sample in samples]),
+            default_collate([sample.image for sample in samples]),
+            self.tokenizer([sample.caption[:CAPTION_CHARACTERS] for sample in samples]),
             torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             tuple(text for sample in samples for text in sample.skipped),
         )
