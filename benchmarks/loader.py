@@ -4,11 +4,12 @@
     open-clip/bin/pip install open_clip_torch==3.3.0 "webdataset<=0.2.86" pandas scikit-learn
     python benchmarks/loader.py --open-clip-python open-clip/bin/python
 
-open_clip 3.3 trains with webdataset up to 0.2.86 only (it crashes on later ones), so it runs in an environment of its own. Both loaders read one set of
-shards of 500×375 JPEGs (quality 90, cut from real photographs: the two that scikit-learn ships, or those in
-`--photos`), and one of the same at 256 pixels on the short side. Both crop 90–100 % to 224 pixels and tokenise the
-captions, with one worker process, parent and worker pinned to one core. Passes alternate; the ratio is the median
-over pairs. CPU time stands beside wall time: on a machine that does other work it is the fairer of the two.
+open_clip 3.3 trains with webdataset up to 0.2.86 only (it crashes on later ones), so it runs in an environment of its
+own. Both loaders read one set of shards of 500×375 JPEGs (quality 90, cut from real photographs: the two that
+scikit-learn ships, or those in `--photos`), and one of the same at 256 pixels on the short side. Both crop 90–100 % to
+224 pixels and tokenise the captions, with one worker process, parent and worker pinned to one core. Passes alternate;
+the ratio is the median over pairs. CPU time stands beside wall time: on a machine that does other work it is the fairer
+of the two.
 
 Ours hands over uint8 images, which are normalised on the device; open_clip's are normalised float32.
 """
@@ -39,7 +40,7 @@ LOADERS = ("open_clip", "ours", "ours, Pillow only")
 WORDS = (
     "a the of in on with and young old small red blue green wooden street house river mountain woman man children dog "
     "cat tree garden night summer photograph portrait view city boat harbour kitchen table flowers stadium festival"
-).split()
+)
 
 
 # --- the shards ---------------------------------------------------------------------------------------------------
@@ -54,16 +55,19 @@ def write_shards(folder: Path, photos: Path, samples: int) -> None:
     large = [image for image in opened if image.width >= 500 and image.height >= 375]
     if not large:
         raise SystemExit(f"{photos}: no photograph of at least 500×375 pixels")
-    draw = np.random.default_rng(0)
+    draw, words = np.random.default_rng(0), WORDS.split()
     tars = {}
     for name in SETS:
         (folder / name).mkdir()
-        tars[name] = [tarfile.open(folder / name / f"{shard:05d}.tar", "w") for shard in range(SHARDS)]
+        tars[name] = [
+            tarfile.open(folder / name / f"{shard:05d}.tar", "w")  # noqa: SIM115 (closed below)
+            for shard in range(SHARDS)
+        ]
     for number in range(samples):
         image = large[number % len(large)]
         left, top = draw.integers(image.width - 499), draw.integers(image.height - 374)
         crop = image.crop((left, top, left + 500, top + 375))
-        caption = " ".join(draw.choice(WORDS, draw.integers(5, 21))).encode()
+        caption = " ".join(draw.choice(words, draw.integers(5, 21))).encode()
         for name, size in SETS.items():
             file = io.BytesIO()
             crop.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
@@ -128,7 +132,8 @@ def own_loader(loader: str, shards: Path, samples: int) -> tuple[Callable, Calla
         images = clock.each("decode", lambda d: decoding.EncodedImage(d).pixels(), data)
         sizes = [(image.shape[1], image.shape[0]) for image in images]
         boxes = [transforms.random_box(*size, 0.9, draw) for size in sizes]
-        crops = clock.each("crop and resize", lambda a: transforms.resized_crop(*a, SIZE), zip(images, sizes, boxes))
+        cuts = list(zip(images, sizes, boxes, strict=True))
+        crops = clock.each("crop and resize", lambda cut: transforms.resized_crop(*cut, SIZE), cuts)
         captions = clock.each("read", lambda n: index.captions(n)[0], range(clock.samples))
         clock.each("tokenise", tokenizer, [captions])
         clock.each("collate", torch.stack, [crops])
@@ -213,9 +218,7 @@ class Served:
         command = [python, __file__, "--serve", loader, str(shards), str(samples)]
         pinned = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, stdin=-1, stdout=-1, text=True, preexec_fn=pinned, env=environment
-        )
+        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, preexec_fn=pinned, env=environment)
 
     def ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin
@@ -266,7 +269,9 @@ def compare(options: argparse.Namespace, shards: Path) -> dict[str, Any]:
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    print(f"\n{name}\n| loader | images/s of CPU time | of wall time | × open_clip (CPU) | (wall) |\n|---|---|---|---|---|")
+    print(
+        f"\n{name}\n| loader | images/s of CPU time | of wall time | × open_clip (CPU) | (wall) |\n|---|---|---|---|---|"
+    )
     for loader in LOADERS:
         r = result[loader]
         print(

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from disttempnet.config import DataConfig, SourceConfig
-from disttempnet.data.dataset import Batch, PairDataset, Sample, make_loader
+from disttempnet.data.dataset import Batch, PairDataset, Sample, lost_workers_named, make_loader
 from disttempnet.data.decoding import UnreadableImage, decode
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
@@ -48,6 +48,7 @@ __all__ = [
     "embedded_shards",
     "eval_transform",
     "generated_shards",
+    "lost_workers_named",
     "make_loader",
     "open_index",
     "open_source",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -123,6 +125,25 @@ def _start_worker(_: int) -> None:
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Tell in one line of a loader worker that died.
+
+    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\D*(\d+)\D*\)", str(error))
+        if found is None:
+            raise
+        how = re.search(r"killed by signal: ([^.]+)", str(error))
+        raise UserError(
+            f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + ": out of memory, as a rule. "
+            "Set data.workers lower, then --resume auto goes on from the last checkpoint"
+        ) from None
 
 
 def make_loader(

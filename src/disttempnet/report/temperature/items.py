@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from disttempnet.data import ShardIndex, open_index
-from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Sample
 from disttempnet.training.checkpoint import Run
