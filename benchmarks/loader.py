@@ -269,9 +269,8 @@ def compare(options: argparse.Namespace, shards: Path) -> dict[str, Any]:
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    print(
-        f"\n{name}\n| loader | images/s of CPU time | of wall time | × open_clip (CPU) | (wall) |\n|---|---|---|---|---|"
-    )
+    print(f"\n{name}\n| loader | images/s of CPU time | of wall time | × open_clip (CPU) | (wall) |")
+    print("|---|---|---|---|---|")
     for loader in LOADERS:
         r = result[loader]
         print(
