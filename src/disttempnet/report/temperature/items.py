@@ -99,7 +99,10 @@ def training_pairs(run: Run) -> Pairs:
         UserError: the shards are gone, or are others than it was trained on.
     """
     config = run.config.data
-    index = open_index(config.sources[0].path, config.sources[0].index, progress=False)
+    source = config.sources[0]
+    if len(config.sources) > 1 or source.weight != 1:
+        raise UserError(f"{run.config.name} was trained on several sources, or a weighted one; name one with --shards")
+    index = open_index(source.path, source.index, progress=False, caption_key=source.caption_key)
     if run.index_digest != index.digest:
         raise UserError(
             f"{config.about}: these are not the shards that {run.config.name} was trained on (index "
