@@ -17,6 +17,7 @@ FLOORS = [
     {"training"},
     {"report"},
     {"demo", "compare"},
+    {"cli_data"},
     {"cli"},
     {"__main__"},
 ]
