@@ -17,7 +17,7 @@ FLOORS = [
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli"},
+    {"cli", "cli_data"},
     {"__main__"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

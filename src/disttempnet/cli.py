@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from disttempnet.cli_data import add_data_commands
 from disttempnet.errors import UserError
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
@@ -167,6 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--frequency-by", default="label", metavar="KEY", help="key of the .json that is counted (default: label)"
     )
     temperature.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
+    add_data_commands(commands)
     return parser
 
 
@@ -210,15 +212,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _refuse_repeated(getattr(options, "overrides", ()))
-        run = {
-            "demo": _demo,
-            "train": _train,
-            "compare": _compare,
-            "objectives": _objectives,
-            "evaluate": _evaluate,
-            "report": _report,
-            "temperature": _temperature,
-        }[options.command]
+        run = (
+            getattr(options, "run", None)
+            or {
+                "demo": _demo,
+                "train": _train,
+                "compare": _compare,
+                "objectives": _objectives,
+                "evaluate": _evaluate,
+                "report": _report,
+                "temperature": _temperature,
+            }[options.command]
+        )
         return run(options)
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
