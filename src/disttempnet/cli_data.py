@@ -6,10 +6,30 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from disttempnet.errors import UserError
+
 if TYPE_CHECKING:
     from disttempnet.data import Source
 
 SPEC = "shards or another layout, as in data.train"
+
+
+VERIFY = """Reads images and captions as training would. Exit code 0: all is well; 1: something is broken; 2: it could
+not be looked at.
+
+examples:
+  disttempnet data verify '/cc12m/{00000..01242}.tar' --out broken.jsonl
+  disttempnet data verify /cc3m /cc12m --sample 5000
+"""
+
+SHARD = """Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the sample's
+id in the input. What cannot be read is left out, named in a table and in FOLDER/skipped.jsonl; sample ids of the new
+shards count without it. The same input gives the same bytes, whatever --workers. After a kill the same command
+goes on. Then the index is written.
+
+examples:
+  disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
+"""
 
 
 def add_data_commands(commands: Any) -> None:
@@ -17,6 +37,8 @@ def add_data_commands(commands: Any) -> None:
     data = commands.add_parser("data", help="index, check, show, write and download data sets")
     parts = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     _add_preview(parts)
+    _add_verify(parts)
+    _add_shard(parts)
 
 
 def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -54,4 +76,97 @@ def _preview(options: argparse.Namespace) -> int:
     print(f"preview: {out.resolve()}")
     if note:
         print(f"  {note}")
+    return 0
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core); 0 = none but this")
+
+
+def _workers(options: argparse.Namespace) -> int:
+    from disttempnet.data.workers import cores
+
+    if options.workers is not None and options.workers < 0:
+        raise UserError(f"--workers {options.workers}: a number of processes, or 0")
+    return cores() if options.workers is None else options.workers
+
+
+def _add_verify(parts: Any) -> None:
+    verify = parts.add_parser(
+        "verify",
+        help="read every sample; a table of what is broken",
+        description=VERIFY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(verify, several=True)
+    verify.add_argument("--sample", type=int, default=0, metavar="N", help="read this many random samples of each only")
+    verify.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    verify.add_argument("--out", metavar="FILE", help="write all that is broken, a line of JSON each")
+    _add_workers(verify)
+    verify.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from disttempnet.data.faults import fault_table, write_faults
+    from disttempnet.data.verifying import verify_samples
+    from disttempnet.data.workers import stopped_by_sigterm
+
+    workers, everything = _workers(options), []
+    with stopped_by_sigterm():
+        for spec in options.spec:
+            checked, faults = verify_samples(_open_source(options, spec), workers, options.sample, options.seed)
+            print(f"{spec}: {checked:,} samples read, {len(faults):,} broken")
+            if faults:
+                Console().print(fault_table(faults), markup=False)
+            everything += faults
+    if options.out:
+        try:
+            write_faults(everything, Path(options.out))
+        except OSError as error:
+            raise UserError(f"{options.out}: cannot be written: {error.strerror}") from None
+    return 1 if everything else 0
+
+
+def _add_shard(parts: Any) -> None:
+    shard = parts.add_parser(
+        "shard",
+        help="write a data set as webdataset shards",
+        description=SHARD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(shard)
+    shard.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
+    shard.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: 10000")
+    shard.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
+    )
+    shard.add_argument("--quality", type=int, default=95, help="of those JPEGs (default: 95)")
+    _add_workers(shard)
+    shard.set_defaults(run=_shard)
+
+
+def _shard(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    from disttempnet.data.faults import fault_table
+    from disttempnet.data.workers import stopped_by_sigterm
+    from disttempnet.data.writing import SKIPPED, Recipe, write_shards
+
+    recipe = Recipe(options.samples_per_shard, options.resize, options.quality)
+    out, workers = Path(options.out), _workers(options)
+    with stopped_by_sigterm():
+        written = write_shards(_open_source(options, options.spec), out, recipe, workers)
+        print(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
+        if written.faults:
+            print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
+            Console().print(fault_table(written.faults), markup=False)
+        _open_source(argparse.Namespace(caption_key=""), str(out))  # writes the index
+    print(f"train on it: data.train={out.resolve()}")
     return 0

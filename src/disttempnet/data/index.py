@@ -96,6 +96,9 @@ class ShardIndex(Source):
         key = split_name(member.name)[0] if member else "?"
         return f"{self.shards[shard].name}:{key}"
 
+    def reason(self, sample: int) -> str:
+        return REASONS[self.status[sample]]
+
     def problems(self, names: int = 3) -> str:
         """One line a reason why samples are left out, with the first few names; empty if all are usable."""
         lines = []

@@ -61,7 +61,8 @@ def draw_samples(source: Source, count: int, seed: int) -> Iterator[Tile]:
     usable = source.usable
     drawn = np.random.default_rng(seed).choice(usable, min(count, len(usable)), replace=False)
     for sample in sorted(drawn.tolist()):
-        image, captions, problem = None, (), ""
+        image, problem = None, ""
+        captions: tuple[str, ...] = ()
         try:
             captions = source.captions(sample)
             image = decode(source.image_bytes(sample))

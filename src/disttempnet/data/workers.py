@@ -85,8 +85,8 @@ class _Pool:
         for connection in self._processes:
             self._deal(connection, waiting)
         while self._tasks:
-            for connection in wait(list(self._tasks)):
-                assert isinstance(connection, Connection)
+            ready = wait(list(self._tasks))
+            for connection in [one for one in self._tasks if one in ready]:
                 task = self._tasks[connection]
                 try:
                     message = connection.recv()
