@@ -36,9 +36,10 @@ class DataConfig(Section):
     """Where samples come from, in which order, and how images are augmented."""
 
     train: str | tuple[SourceConfig, ...] = Field(
+        min_length=1,
         description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
         "embedded:emoji/train for the data set that ships with the package, or generated:scenes/train for a "
-        "synthetic one with a long tail; or a list of sources, [{path = …, weight = …}, …]"
+        "synthetic one with a long tail; or a list of sources, [{path = …, weight = …}, …]",
     )
     transform: Literal["open_clip", "tempnet", "emoji"] = Field(
         "open_clip",
@@ -58,8 +59,10 @@ class DataConfig(Section):
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """What `train` names, as a list."""
-        return (SourceConfig(path=self.train),) if isinstance(self.train, str) else self.train
+        """What `train` names, as a list; `A::B` is open_clip's way to name two."""
+        if isinstance(self.train, str):
+            return tuple(SourceConfig(path=path) for path in self.train.split("::"))
+        return self.train
 
     @property
     def about(self) -> str:

@@ -2,7 +2,9 @@
 
     shards.py      which .tar files a spec names, and what lies in one
     source.py      what training asks of data: samples with dense ids
-    index.py       webdataset shards as one: ids → byte ranges;  indexing.py builds and checks the index
+    index.py       webdataset shards as one: ids → byte ranges;  indexing.py opens and checks it
+    building.py    makes the index: scan.py reads a shard (headers.py its images), journal.py keeps what is scanned
+    mixture.py     several sources as one, each with a weight
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
     transforms.py  decode and augment;  dataset.py  samples, batches, the loader
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
@@ -24,6 +26,7 @@ from disttempnet.data.dataset import Batch, PairDataset, Sample, make_loader
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
 from disttempnet.data.indexing import open_index
+from disttempnet.data.mixture import MixedSource
 from disttempnet.data.sampler import EpochPlan, PlanSampler
 from disttempnet.data.scenes import generated_shards
 from disttempnet.data.shards import ShardList, resolve_shards
@@ -35,6 +38,7 @@ from disttempnet.models import Towers
 __all__ = [
     "Batch",
     "EpochPlan",
+    "MixedSource",
     "PairDataset",
     "PlanSampler",
     "Sample",
@@ -65,9 +69,14 @@ def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Sourc
     Raises:
         UserError: data that is missing or has changed since it was indexed.
     """
-    if len(sources) != 1:
-        raise UserError("data.train: a run reads one source so far")
-    return open_index(sources[0].path, sources[0].index, progress)
+    parts = [_open_one(source, progress) for source in sources]
+    if len(parts) == 1 and sources[0].weight == 1:
+        return parts[0]
+    return MixedSource(parts, [source.weight for source in sources])
+
+
+def _open_one(source: SourceConfig, progress: bool) -> Source:
+    return open_index(source.path, source.index, progress, source.caption_key)
 
 
 @dataclass(frozen=True)

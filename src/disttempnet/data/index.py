@@ -1,7 +1,7 @@
 """The shard index: dense sample ids, and where in which shard each sample lies.
 
 Sample id = position in the index: the same in every epoch, every run and every world size. The index is one
-file beside the shards (safetensors, memory-mapped); `indexing.py` builds it and checks it against the shards.
+file beside the shards (safetensors, memory-mapped): `building.py` makes it, `indexing.py` checks it against the shards.
 """
 
 from __future__ import annotations
@@ -10,35 +10,57 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from disttempnet.data.shards import OK, REASONS, read_member, split_name
-from disttempnet.data.source import Source, usable_captions
+from disttempnet.data.scan import REASONS, Tally, json_captions
+from disttempnet.data.shards import read_member, split_name
+from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.errors import UserError
 
 FORMAT = "disttempnet-index-1"
 OPEN_FILES = 64  # shards kept open by a process: a loader worker moves through a few at a time
 IMAGE, CAPTION, JSON = range(3)
+COLUMNS: dict[str, np.dtype] = {
+    "start": np.dtype("<i8"),
+    "spans": np.dtype("<u4"),
+    "status": np.dtype("u1"),
+}  # as they lie in the file
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index knows of one shard; `size` in bytes, `note` says what is wrong with it as a whole."""
+    """What the index knows of one shard.
+
+    Attributes:
+        name: its path from the index's folder.
+        size: bytes.
+        samples: how many it holds, usable or not.
+        fingerprint: of `shards.fingerprint`.
+        note: what is wrong with it as a whole; empty if nothing is.
+        checksum: hex sha256 of all its bytes; empty if never asked for.
+        tally: formats and measures of its images and captions.
+    """
 
     name: str
     size: int
     samples: int
     fingerprint: str
     note: str = ""
+    checksum: str = ""
+    tally: Tally = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the digest of an index covers: not what may be added to the same shard later."""
+        return {key: value for key, value in asdict(self).items() if key not in ("checksum", "tally")}
 
 
 class ShardIndex(Source):
@@ -50,7 +72,8 @@ class ShardIndex(Source):
         start: int64 [N], byte of a sample's first tar header.
         spans: uint32 [N, 3, 2], (offset from start, size) in bytes of image, caption, JSON; size 0 = absent.
         status: place in `REASONS`.
-        digest: hex sha256 over shard names, sizes, fingerprints, counts and the columns.
+        caption_key: key of the samples' .json that holds their captions; empty = .txt.
+        digest: hex sha256 over shard names, sizes, fingerprints, counts, the caption key and the columns.
     """
 
     def __init__(
@@ -58,9 +81,10 @@ class ShardIndex(Source):
         path: Path,
         folder: Path,
         shards: tuple[Shard, ...],
-        columns: dict[str, NDArray[Any]],
+        columns: Mapping[str, NDArray[Any]],
+        caption_key: str = "",
     ) -> None:
-        self.path, self.folder, self.shards = path, folder, shards
+        self.path, self.folder, self.shards, self.caption_key = path, folder, shards, caption_key
         self.where = str(folder)
         self.start, self.spans, self.status = columns["start"], columns["spans"], columns["status"]
         self.first = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
@@ -74,15 +98,17 @@ class ShardIndex(Source):
 
     @cached_property
     def digest(self) -> str:
-        digest = hashlib.sha256(json.dumps([asdict(shard) for shard in self.shards], sort_keys=True).encode())
-        for column in (self.start, self.spans, self.status):
-            digest.update(np.ascontiguousarray(column).data)
+        digest = start_digest(self.shards, self.caption_key)
+        for name in COLUMNS:
+            digest.update(np.ascontiguousarray(getattr(self, name)).data)
         return digest.hexdigest()
 
     def image_bytes(self, sample: int) -> bytes:
         return self._read(sample, IMAGE)
 
     def captions(self, sample: int) -> tuple[str, ...]:
+        if self.caption_key:
+            return json_captions(self._read(sample, JSON), self.caption_key)
         return usable_captions([self._read(sample, CAPTION)])
 
     def metadata(self, sample: int) -> dict[str, Any] | None:
@@ -145,17 +171,57 @@ class ShardIndex(Source):
         self.close()
 
 
-def save_index(index: ShardIndex) -> None:
-    """Write the index file; another process sees all of it or nothing."""
-    header = {
+def start_digest(shards: Sequence[Shard], caption_key: str) -> hashlib._Hash:
+    """The digest of an index before its columns."""
+    digest = hashlib.sha256(json.dumps([shard.identity for shard in shards], sort_keys=True).encode())
+    digest.update(caption_key.encode())
+    return digest
+
+
+def write_index(
+    path: Path, shards: Sequence[Shard], caption_key: str, columns: Mapping[str, Iterable[bytes | memoryview]]
+) -> None:
+    """Write an index file piece by piece, so that memory does not grow with it.
+
+    Args:
+        path: a temporary file: what it holds after an error is not an index.
+        shards: in the order of ids.
+        caption_key: see `ShardIndex`.
+        columns: the bytes of each of `COLUMNS`, cut as the caller has them.
+
+    Raises:
+        OSError: a disk that is full, for one.
+    """
+    samples = sum(shard.samples for shard in shards)
+    header: dict[str, Any] = {}
+    metadata = {
         "format": FORMAT,
-        "shards": json.dumps([asdict(shard) for shard in index.shards]),
-        "digest": index.digest,
+        "shards": json.dumps([asdict(shard) for shard in shards]),
+        "caption_key": caption_key,
+        "digest": "0" * 64,  # known when all is written
     }
-    columns = {"start": index.start, "spans": index.spans, "status": index.status}
-    with writable(index.path) as temporary:
-        save_file(columns, temporary, metadata=header)
-        os.replace(temporary, index.path)
+    header["__metadata__"], end = metadata, 0
+    for name, kind, tail in (("start", "I64", []), ("spans", "U32", [3, 2]), ("status", "U8", [])):
+        begin, end = end, end + samples * COLUMNS[name].itemsize * int(np.prod(tail))
+        header[name] = {"dtype": kind, "shape": [samples, *tail], "data_offsets": [begin, end]}
+    digest = start_digest(shards, caption_key)
+    with path.open("r+b") as file:
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in COLUMNS:
+            for piece in columns[name]:
+                digest.update(piece)
+                file.write(piece)
+        written = file.tell() - 8 - len(text)
+        if written != end:
+            raise ValueError(f"{written:,} bytes of columns for {samples:,} samples, not {end:,}")
+        metadata["digest"] = digest.hexdigest()
+        text = json.dumps(header).encode().ljust(len(text))
+        file.seek(8)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -163,17 +229,25 @@ def writable(path: Path) -> Iterator[Path]:
     """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        yield temporary
-    except OSError as error:
-        raise UserError(
-            f"{path}: the index cannot be written ({error.strerror}); name a file that can in "
-            "data.train = [{path = …, index = FILE}]"
-        ) from None
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            yield temporary
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with writing an index into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: the index cannot be written ({error.strerror}); make room, or name a file that can be in "
+            "data.train = [{path = …, index = FILE}]"
+        ) from None
 
 
 def load_index(path: Path, folder: Path, verify: bool = False) -> ShardIndex:
@@ -195,12 +269,12 @@ def load_index(path: Path, folder: Path, verify: bool = False) -> ShardIndex:
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
         columns = {}
-        for name, kind in (("start", np.int64), ("spans", np.uint32), ("status", np.uint8)):
+        for name, kind in COLUMNS.items():
             begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
             # asarray: plain views of the mapping, which are faster to index than np.memmap
             columns[name] = np.asarray(np.memmap(path, kind, "r", offset=8 + length + begin, shape=shape))
         shards = tuple(Shard(**shard) for shard in json.loads(metadata["shards"]))
-        index = ShardIndex(path, folder, shards, columns)
+        index = ShardIndex(path, folder, shards, columns, metadata.get("caption_key", ""))
         if verify and index.digest != metadata["digest"]:
             raise ValueError("its content does not match its digest")
     except (OSError, ValueError, KeyError, TypeError) as error:

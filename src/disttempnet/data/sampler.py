@@ -8,6 +8,11 @@ batch, filled from the beginning of the string (tail = wrap), or wait for anothe
 So every sample comes once an epoch (wrapped ones twice), no batch holds a sample twice, a lane reads a window's
 worth of shards at a time, and rank r of K takes lanes [r·L/K, (r+1)·L/K): the same batches for every K that
 divides L. Work and memory grow with shards and windows, not with n.
+
+Several sources, a weight w each: the string holds all shards of a source ⌊w⌋ times, and of its samples, strung
+together in a shuffled order that stays, the next (w − ⌊w⌋) part, in a circle from epoch to epoch: every epoch reads
+another part, no part comes again before all others have, and all epochs are of one length. With w > 1 a batch can
+hold a sample twice. n counts what an epoch reads.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 
 Ids = NDArray[np.int64]
-SHARDS, WINDOW, TAIL = range(3)  # what a random permutation is for: each draws from a stream of its own
+SHARDS, WINDOW, TAIL, PART = range(4)  # what a random permutation is for: each draws from a stream of its own
 
 
 class EpochPlan:
@@ -61,7 +66,8 @@ class EpochPlan:
         if limit:
             ends = np.minimum(ends, limit)
         self._counts: Ids = np.diff(ends, prepend=0)
-        self.samples = int(ends[-1])
+        self._whole, self._parts = self._divide()
+        self.samples = int(self._counts[self._whole].sum()) + sum(part for _, part in self._parts)
         self._full_steps = self.samples // global_batch
         if not self._full_steps:
             raise UserError(
@@ -73,8 +79,9 @@ class EpochPlan:
         self._window_samples = -(-self._lane_samples // windows)
         ragged = self.samples % global_batch
         self.steps = self._full_steps + (1 if ragged and tail == "wrap" else 0)
-        self._epoch = -1  # what the three below are for
-        self._order: Ids = np.empty(0, np.int64)
+        self._epoch = -1  # what the four below are for
+        self._shards: Ids = np.empty(0, np.int64)  # the epoch's string: shards,
+        self._begins: Ids = np.empty(0, np.int64)  # the first of its usable samples that is in it,
         self._starts: Ids = np.empty(0, np.int64)
         self._windows: dict[int, tuple[int, Ids]] = {}  # lane → (number, ids) of the window it is in
 
@@ -104,10 +111,40 @@ class EpochPlan:
 
     def _turn_to(self, epoch: int) -> None:
         if epoch != self._epoch:
-            self._order = self._permutation(len(self._counts), SHARDS, epoch)
-            self._starts = np.cumsum([0, *self._counts[self._order]], dtype=np.int64)
+            pieces = [(self._whole, np.zeros_like(self._whole), self._counts[self._whole])]
+            pieces += [piece for shards, part in self._parts for piece in self._circle(shards, part, epoch)]
+            shards, begins, counts = (np.concatenate(column) for column in zip(*pieces, strict=True))
+            order = self._permutation(len(shards), SHARDS, epoch)
+            self._shards, self._begins = shards[order], begins[order]
+            self._starts = np.cumsum([0, *counts[order]], dtype=np.int64)
             self._windows.clear()
             self._epoch = epoch
+
+    def _divide(self) -> tuple[Ids, list[tuple[Ids, int]]]:
+        """Shards that every epoch reads whole, once a time; and of each source (its shards in a shuffled order, how
+        many of their samples an epoch reads besides)."""
+        whole, parts, first = [np.empty(0, np.int64)], [], 0
+        for number, (groups, weight) in enumerate(self.source.shares):
+            shards = np.arange(first, first + groups)
+            samples = int(self._counts[shards].sum())
+            part = round((weight - int(weight)) * samples)
+            if samples and not int(weight) and not part:
+                raise UserError(f"data.train: a weight of {weight:g} reads none of the {samples} samples of its source")
+            whole += [shards] * int(weight)
+            if part:
+                parts.append((shards[self._permutation(groups, PART, number)], part))
+            first += groups
+        return np.concatenate(whole), parts
+
+    def _circle(self, shards: Ids, part: int, epoch: int) -> Iterator[tuple[Ids, Ids, Ids]]:
+        """(shards, first sample of each, samples of each) of the epoch's `part` samples of these shards' circle."""
+        ends = np.cumsum(self._counts[shards])
+        starts, samples = ends - self._counts[shards], int(ends[-1])
+        begin = epoch * part % samples
+        for first, last in ((begin, min(begin + part, samples)), (0, begin + part - samples)):
+            low, high = np.maximum(starts, first), np.minimum(ends, last)
+            touched = high > low
+            yield shards[touched], (low - starts)[touched], (high - low)[touched]
 
     def _permutation(self, n: int, *stream: int) -> Ids:
         """A shuffle of range(n) that only (seed, stream) decides, in every version of numpy: sorted raw bits."""
@@ -120,9 +157,10 @@ class EpochPlan:
         last = int(np.searchsorted(self._starts, end, side="left"))
         parts = []
         for place in range(first, last):
-            shard, start = int(self._order[place]), int(self._starts[place])
-            kept = self.source.usable_in(shard)[: self._counts[shard]]
-            parts.append(kept[max(0, begin - start) : end - start])
+            start, stop = int(self._starts[place]), int(self._starts[place + 1])
+            skip = int(self._begins[place]) - start
+            usable = self.source.usable_in(int(self._shards[place]))
+            parts.append(usable[max(start, begin) + skip : min(stop, end) + skip])
         return np.concatenate(parts)
 
     def _lane(self, lane: int, step: int) -> Ids:

@@ -9,12 +9,10 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.scenes import generated_shards
@@ -26,27 +24,15 @@ MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
 READ_AHEAD = 2048  # one read brings a header and most captions
 FINGERPRINT_BYTES = 64 * 1024
 
-# why a sample cannot be used; its code is its place in this list, 0 is usable
-REASONS = (
-    "ok",
-    "no image",
-    "no caption",
-    "empty caption",
-    "caption is not UTF-8",
-    "cut off by the end of the shard",
-    "spans more than 4 GiB",
-)
-OK, NO_IMAGE, NO_CAPTION, EMPTY_CAPTION, BAD_CAPTION, CUT_OFF, TOO_LARGE = range(len(REASONS))
-
 
 @dataclass(frozen=True)
 class ShardList:
-    """Shards of one folder, in the order that gives samples their ids.
+    """Shards under one folder, in the order in which they were named.
 
     Attributes:
-        folder: where they are.
-        names: file names.
-        label: file name of the spec, without braces and suffix; `all` for a whole folder.
+        folder: the innermost one that holds all of them.
+        names: their paths from there.
+        label: the spec from there on, without braces and suffix; `all` for a whole folder.
     """
 
     folder: Path
@@ -58,9 +44,8 @@ def resolve_shards(spec: str) -> ShardList:
     """The shards that a spec names; all of them exist.
 
     Args:
-        spec: a folder (its *.tar, sorted by name), a path with ranges in its file name
-            (`cc12m/{00000..01242}.tar`, zero-padded as written), `embedded:DATASET/SPLIT`, or
-            `generated:DATASET/SPLIT`.
+        spec: a folder (its *.tar, sorted by name), a path with braces in file or folder names
+            (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`), `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`.
 
     Raises:
         UserError: nothing is there, or a shard of the pattern is missing.
@@ -80,33 +65,58 @@ def resolve_shards(spec: str) -> ShardList:
             f"{path}: no such folder; set data.train to a folder of .tar shards, a pattern such as "
             "FOLDER/{00000..01242}.tar, embedded:emoji/train, or generated:scenes/train"
         )
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder, named by data.train = '{spec}'")
-    expanded = tuple(_expand(path.name))
-    missing = [name for name in expanded if not (path.parent / name).is_file()]
+    depth = next((i for i, part in enumerate(path.parts) if "{" in part), len(path.parts) - 1)
+    folder, pattern = Path(*path.parts[:depth]), "/".join(path.parts[depth:])
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, named by data.train = '{spec}'")
+    expanded = tuple(expand_braces(pattern))
+    there = {parent: _files_in(folder / parent) for parent in {name.rpartition("/")[0] for name in expanded}}
+    missing = [name for name in expanded if name.rpartition("/")[2] not in there[name.rpartition("/")[0]]]
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(
-            f"{path.parent / missing[0]}: no such shard{others}; '{path.name}' names {len(expanded)}: "
+            f"{folder / missing[0]}: no such shard{others}; '{pattern}' names {len(expanded)}: "
             "restore the missing ones or narrow the pattern"
         )
-    return ShardList(path.parent, expanded, re.sub(r"[{}]", "", path.stem))
+    if len(set(expanded)) < len(expanded):
+        raise UserError(
+            f"{folder}: '{pattern}' names a shard twice; data.train = [{{path = …, weight = 2}}] reads it so"
+        )
+    return ShardList(folder, expanded, re.sub(r"[{}]", "", pattern.removesuffix(".tar")).replace("/", "-"))
 
 
-def _expand(pattern: str) -> Iterator[str]:
-    """`a{08..10}.tar` → a08.tar, a09.tar, a10.tar; several ranges nest, the last runs fastest."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+def _files_in(folder: Path) -> frozenset[str]:
+    """Names in a folder, by one listing: on a network disk far cheaper than asking for each."""
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Names that a pattern stands for, as a shell expands it: `a{08..10}` → a08, a09, a10; `{a,b}` → a, b.
+
+    Several braces multiply, the last runs fastest. Numbers are padded to the longer end where one begins with 0.
+
+    Raises:
+        UserError: braces that hold something else, or a range that runs backwards.
+    """
+    match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
-        if "{" in pattern:
-            raise UserError(f"'{pattern}': braces hold a range of numbers, such as {{00000..01242}}")
+        if "{" in pattern or "}" in pattern:
+            raise UserError(f"'{pattern}': a brace has no partner")
         yield pattern
         return
-    first, last = match.groups()
-    if int(first) > int(last):
-        raise UserError(f"'{pattern}': the range {match.group()} runs backwards")
-    for number in range(int(first), int(last) + 1):
-        for rest in _expand(pattern[match.end() :]):
-            yield f"{pattern[: match.start()]}{number:0{len(first)}d}{rest}"
+    choices: Iterable[str] = match[1].split(",")
+    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = limits.groups()
+        if int(first) > int(last):
+            raise UserError(f"'{pattern}': the range {match.group()} runs backwards")
+        padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        choices = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
+    elif "," not in match[1]:
+        raise UserError(f"'{pattern}': braces hold a range of numbers, such as {{00000..01242}}, or names, as {{a,b}}")
+    for choice in choices:
+        for rest in expand_braces(pattern[match.end() :]):
+            yield f"{pattern[: match.start()]}{choice}{rest}"
 
 
 def fingerprint(path: Path) -> str:
@@ -194,97 +204,3 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     key, _, suffix = base.partition(".")
     return folder + slash + key, suffix.lower()
-
-
-@dataclass
-class ShardScan:
-    """The samples of one shard, in tar order.
-
-    Attributes:
-        start: byte of a sample's first header, n integers.
-        spans: per sample (offset from start, size) in bytes of image, caption and JSON; size 0 = absent.
-        status: place in REASONS, n integers.
-        note: what is wrong with the shard as a whole; empty if nothing is.
-    """
-
-    start: list[int] = field(default_factory=list)
-    spans: list[list[int]] = field(default_factory=list)
-    status: list[int] = field(default_factory=list)
-    note: str = ""
-
-
-def scan_shard(path: Path) -> ShardScan:
-    """Read all headers and captions of a shard; one that is cut off gives what comes before, and a note.
-
-    Raises:
-        UserError: the file is not a tar.
-    """
-    scan, key = ShardScan(), None
-    seen: set[str] = set()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        end, offset = os.fstat(descriptor).st_size, 0
-        while (member := read_member(descriptor, offset)) is not None:
-            member_key, suffix = split_name(member.name)
-            kind = _kind(suffix) if member.is_file else None
-            offset = member.after
-            if kind is not None:
-                if member_key != key or suffix in seen:
-                    key, seen = member_key, set()
-                    scan.start.append(member.start)
-                    scan.spans.append([0] * 6)
-                    scan.status.append(NO_CAPTION)
-                seen.add(suffix)
-                _add(scan, kind, member, descriptor)
-            if member.data + member.size > end:
-                raise BrokenTar(f"cut off at byte {end:,}, inside {member.name}")
-    except BrokenTar as error:
-        if not scan.start:
-            raise UserError(
-                f"{path}: not a readable .tar shard: {error}; replace it or take it out of data.train"
-            ) from None
-        scan.note = str(error)
-    finally:
-        os.close(descriptor)
-    _judge(scan)
-    return scan
-
-
-def _kind(suffix: str) -> int | None:
-    """Which span a member fills: 0 image, 1 caption, 2 JSON; None for what training does not use."""
-    if suffix in IMAGE_SUFFIXES:
-        return 0
-    return {"txt": 1, "json": 2}.get(suffix)
-
-
-def _add(scan: ShardScan, kind: int, member: Member, descriptor: int) -> None:
-    """Note a member's place in the last sample; of several images the first counts."""
-    spans, start = scan.spans[-1], scan.start[-1]
-    if kind == 0 and spans[1]:
-        return
-    spans[2 * kind : 2 * kind + 2] = member.data - start, member.size
-    if kind == 1:
-        caption = member.block[HEADER : HEADER + member.size]
-        if len(caption) < member.size:
-            caption = os.pread(descriptor, member.size, member.data)
-        scan.status[-1] = _caption_status(caption, member.size)
-
-
-def _caption_status(caption: bytes, size: int) -> int:
-    if len(caption) < size:
-        return CUT_OFF
-    try:
-        return OK if caption.decode("utf-8").strip() else EMPTY_CAPTION
-    except UnicodeDecodeError:
-        return BAD_CAPTION
-
-
-def _judge(scan: ShardScan) -> None:
-    """Settle the reasons that need the whole sample, and blame the cut for what the last one lacks."""
-    for sample, spans in enumerate(scan.spans):
-        if not spans[1]:
-            scan.status[sample] = NO_IMAGE
-        if max(spans) > np.iinfo(np.uint32).max:
-            scan.status[sample], scan.spans[sample] = TOO_LARGE, [0] * 6
-    if scan.note and (scan.status[-1] != OK or scan.note.startswith("cut off")):
-        scan.status[-1] = CUT_OFF

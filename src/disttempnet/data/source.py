@@ -7,6 +7,7 @@ loader workers, so it holds paths and mappings, not content.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -69,6 +70,12 @@ class Source(ABC):
     def close(self) -> None:  # noqa: B027 (nothing to do where no files are kept open)
         """Give open files back; a later read opens them again."""
 
+    @property
+    def shares(self) -> tuple[tuple[int, float], ...]:
+        """(groups, weight) of each place that samples come from, in order of ids: an epoch reads each of its samples
+        weight times on average."""
+        return ((len(self.first) - 1, 1.0),)
+
     def __len__(self) -> int:
         return len(self.status)
 
@@ -103,11 +110,13 @@ class Source(ABC):
         return int(np.searchsorted(self.first, sample, side="right")) - 1
 
 
-def usable_captions(texts: list[bytes | str]) -> tuple[str, ...]:
+def usable_captions(texts: Sequence[bytes | str]) -> tuple[str, ...]:
     """Stripped captions without the empty ones. Raises UnreadableCaption: not UTF-8, or none is left."""
     try:
-        found = [(text.decode("utf-8") if isinstance(text, bytes) else text).strip() for text in texts]
-    except UnicodeDecodeError:
+        # a .json can hold half of a surrogate pair, which no tokenizer takes: encoding finds it
+        encoded = [text if isinstance(text, bytes) else text.encode("utf-8") for text in texts]
+        found = [text.decode("utf-8").strip() for text in encoded]
+    except UnicodeError:
         raise UnreadableCaption("caption is not UTF-8") from None
     if not any(found):
         raise UnreadableCaption("empty caption")
