@@ -22,9 +22,9 @@ examples:
   disttempnet data verify /cc3m /cc12m --sample 5000
 """
 
-SHARD = """Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the sample's
-id in the input. What cannot be read is left out, named in a table and in FOLDER/skipped.jsonl; sample ids of the new
-shards count without it. The same input gives the same bytes, whatever --workers. After a kill the same command
+SHARD = """Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the id of
+the sample in the input. What cannot be read is left out, named in a table and in FOLDER/skipped.jsonl; sample ids of
+the new shards count without it. The same input gives the same bytes, whatever --workers. After a kill the same command
 goes on. Then the index is written.
 
 examples:

@@ -171,7 +171,7 @@ def test_a_stopped_command_leaves_whole_shards_and_goes_on(tmp_path: Path) -> No
     whole, out, kept = content(tmp_path / "whole"), tmp_path / "out", 0
     for number in (signal.SIGTERM, signal.SIGKILL):
         running = command(EMOJI, out, "--workers", "2", "--resize", "32", "--quality", "80")
-        wait_for(lambda: len(list(out.glob("0*.tar"))) >= kept + 2, running)
+        wait_for(out, kept + 2, running)
         running.send_signal(number)
         said = running.communicate(timeout=60)[1]
         if number == signal.SIGTERM:
@@ -225,9 +225,9 @@ def test_two_commands_do_not_write_one_folder(shards: Write, tmp_path: Path) -> 
         write_shards(source, out, Recipe(), workers=0, progress=False)
 
 
-def wait_for(condition: Callable[[], bool], running: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, shards: int, running: subprocess.Popen[str]) -> None:
     for _ in range(6000):
-        if condition():
+        if len(list(folder.glob("0*.tar"))) >= shards:
             return
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.01)
