@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     temperature.add_argument("target", metavar="RUN", help="a run folder (its last checkpoint) or a checkpoint folder")
     data = temperature.add_mutually_exclusive_group()
-    data.add_argument("--shards", default="", metavar="SPEC", help="pairs: webdataset shards, as in data.train")
+    data.add_argument("--shards", default="", metavar="SPEC", help="pairs: shards or a listing, as in data.train")
     data.add_argument("--images", default="", metavar="DIR", help="images only: .jpg .jpeg .png .webp, at any depth")
     data.add_argument("--captions", default="", metavar="FILE", help="captions only: one a line")
     temperature.add_argument("--out", default="temperatures.csv", metavar="FILE", help="table, .csv or .parquet")

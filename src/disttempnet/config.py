@@ -29,7 +29,13 @@ class SourceConfig(Section):
     path: str = Field(description="as data.train")
     weight: float = Field(1.0, gt=0, description="how often an epoch reads each of its samples, on average")
     index: str = Field("", description="file where the index is written; empty = beside the data")
-    caption_key: str = Field("", description="key of a sample's .json that holds its caption or captions; empty = .txt")
+    caption_key: str = Field(
+        "",
+        description="key of a sample's .json, or of a listing's rows, that holds its caption or captions; empty = "
+        ".txt, and in rows one of caption, captions, title, text",
+    )
+    images: str = Field("", description="listings: folder of relative paths; empty = the listing's or the one above")
+    image_key: str = Field("", description="listings: key or column of the image; empty = image, filepath, path, …")
 
 
 class DataConfig(Section):
@@ -39,7 +45,8 @@ class DataConfig(Section):
         min_length=1,
         description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
         "embedded:emoji/train for the data set that ships with the package, or generated:scenes/train for a "
-        "synthetic one with a long tail; or a list of sources, [{path = …, weight = …}, …]",
+        "synthetic one with a long tail; a listing (.json, .jsonl, .csv, .tsv, .parquet) or a folder of images with "
+        "captions beside them; or a list of sources, [{path = …, weight = …}, …]",
     )
     transform: Literal["open_clip", "tempnet", "emoji"] = Field(
         "open_clip",

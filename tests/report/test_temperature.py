@@ -275,7 +275,7 @@ def test_objective_without_temperature(network: Path, monkeypatch: pytest.Monkey
 def test_other_training_data_is_refused(network: Path) -> None:
     run = load_run(network)
     changed = type(run)(**{**vars(run), "index_digest": "0123"})
-    with pytest.raises(UserError, match="not the shards that network was trained on"):
+    with pytest.raises(UserError, match="not the samples that network was trained on"):
         items.training_pairs(changed)
 
 

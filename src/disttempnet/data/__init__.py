@@ -5,6 +5,7 @@
     index.py       webdataset shards as one: ids → byte ranges;  indexing.py opens and checks it
     building.py    makes the index: scan.py reads a shard (headers.py its images), journal.py keeps what is scanned
     mixture.py     several sources as one, each with a weight
+    listing.py     what is no tar, as a source;  listing_index.py keeps its rows, rows.py and parquet.py read them
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
     transforms.py  decode and augment;  dataset.py  samples, batches, the loader
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
@@ -26,6 +27,7 @@ from disttempnet.data.dataset import Batch, PairDataset, Sample, make_loader
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
 from disttempnet.data.indexing import open_index
+from disttempnet.data.listing import is_listing, open_listing
 from disttempnet.data.mixture import MixedSource
 from disttempnet.data.sampler import EpochPlan, PlanSampler
 from disttempnet.data.scenes import generated_shards
@@ -52,6 +54,7 @@ __all__ = [
     "generated_shards",
     "make_loader",
     "open_index",
+    "open_listing",
     "open_source",
     "open_training_data",
     "resolve_shards",
@@ -76,6 +79,8 @@ def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Sourc
 
 
 def _open_one(source: SourceConfig, progress: bool) -> Source:
+    if is_listing(source):
+        return open_listing(source, progress)
     return open_index(source.path, source.index, progress, source.caption_key)
 
 

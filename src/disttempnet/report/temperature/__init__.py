@@ -1,6 +1,6 @@
 """Temperatures as a tool: τ of every sample of a data set as a table, and a page about them.
 
-items.py     what τ is asked of: pairs in shards, images in a folder, captions in a file
+items.py     what τ is asked of: pairs of a source, images in a folder, captions in a file
 measure.py   items → features → τ and log u, streamed in chunks
 table.py     rows → CSV or Parquet
 census.py    what the page remembers of a whole data set: a few numbers a sample

@@ -1,16 +1,19 @@
-"""What temperatures are asked of: pairs in shards, images in a folder, or captions in a file."""
+"""What temperatures are asked of: pairs of a source, images in a folder, or captions in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from disttempnet.data import ShardIndex, open_index
+from disttempnet.config import SourceConfig
+from disttempnet.data import Source, decode, open_source
 from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.data.transforms import UnreadableImage
 from disttempnet.errors import UserError
@@ -25,17 +28,19 @@ class Item(Sample):
     """A sample with what is known of it.
 
     Attributes:
-        id: its place in the index, where it is one of the run's training samples.
-        facts: its .json.
+        id: its id, where it is one of the run's training samples.
+        facts: its .json, or the other fields of its row.
+        load: gives the bytes of its image, where they lie in a source; `shard` names that, offset and size are 0.
     """
 
     id: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    load: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
 
     def image(self) -> Image.Image:
         """The decoded RGB image; UnreadableImage where its file cannot be read or is none."""
         try:
-            return super().image()
+            return decode(self.load()) if self.load else super().image()
         except OSError as error:
             raise UnreadableImage(str(error.strerror)) from None
 
@@ -60,11 +65,12 @@ class Items:
 
 
 class Pairs(Items):
-    """Usable pairs of shards, in the order of the index; the first `limit`, where that is not 0."""
+    """Usable pairs of a source, in the order of ids; the first `limit`, where that is not 0."""
 
-    def __init__(self, index: ShardIndex, about: str, training: bool, limit: int = 0) -> None:
-        self.index, self.about, self.training = index, about, training
-        self.ids = index.usable[: limit or None]
+    def __init__(self, source: Source, about: str, training: bool, limit: int = 0) -> None:
+        self.source, self.about, self.training = source, about, training
+        self.ids = source.usable[: limit or None]
+        self._one_at_a_time = Lock()  # threads decode together, but a source is read by one of them
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,45 +79,49 @@ class Pairs(Items):
         return [self._item(int(i)) for i in self.ids[np.asarray(positions, dtype=np.int64)]]
 
     def _item(self, i: int) -> Item:
-        index = self.index
-        shard = int(np.searchsorted(index.first, i, side="right")) - 1
-        offset, size = (int(value) for value in index.spans[i, 0])  # of the image
-        try:
-            facts = index.metadata(i)
-        except ValueError:  # training does not read it, so it may be anything
-            facts = None
-        return Item(
-            key=index.name(i),
-            shard=index.folder / index.shards[shard].name,
-            offset=int(index.start[i]) + offset,
-            size=size,
-            captions=index.captions(i),
-            label="",
-            id=i if self.training else None,
-            facts=facts if isinstance(facts, dict) else {},
-        )
+        source = self.source
+        with self._one_at_a_time:
+            try:
+                facts = source.metadata(i)
+            except ValueError:  # training does not read it, so it may be anything
+                facts = None
+            return Item(
+                key=source.name(i),
+                shard=Path(source.where),
+                offset=0,
+                size=0,
+                captions=source.captions(i),
+                label="",
+                id=i if self.training else None,
+                facts=facts if isinstance(facts, dict) else {},
+                load=partial(self._load, i),
+            )
+
+    def _load(self, i: int) -> bytes:
+        with self._one_at_a_time:
+            return self.source.image_bytes(i)
 
 
 def training_pairs(run: Run) -> Pairs:
     """The samples that a run was trained on.
 
     Raises:
-        UserError: the shards are gone, or are others than it was trained on.
+        UserError: they are gone, or are others than it was trained on.
     """
     config = run.config.data
-    index = open_index(config.sources[0].path, config.sources[0].index, progress=False)
-    if run.index_digest != index.digest:
+    source = open_source(config.sources, progress=False)
+    if run.index_digest != source.digest:
         raise UserError(
-            f"{config.about}: these are not the shards that {run.config.name} was trained on (index "
-            f"{run.index_digest[:12]}, now {index.digest[:12]}): ids do not fit; name other data with --shards"
+            f"{config.about}: these are not the samples that {run.config.name} was trained on (index "
+            f"{run.index_digest[:12]}, now {source.digest[:12]}): ids do not fit; name other data with --shards"
         )
-    return Pairs(index, f"the training data, {config.about}", True, config.limit)
+    return Pairs(source, f"the training data, {config.about}", True, config.limit)
 
 
 def shard_pairs(run: Run, spec: str) -> Pairs:
-    """The pairs of any shards; those of the run's own training data keep their ids."""
-    index = open_index(spec)
-    return Pairs(index, spec, training=index.digest == run.index_digest)
+    """The pairs of any data that a config could train on; those of the run's own training data keep their ids."""
+    source = open_source((SourceConfig(path=spec),))
+    return Pairs(source, spec, training=source.digest == run.index_digest)
 
 
 class ImageFolder(Items):

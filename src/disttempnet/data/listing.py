@@ -1,0 +1,216 @@
+"""Samples that a listing names: rows of JSON, CSV or parquet, or images with side-car captions, as a `Source`.
+
+Sample id = number of the row. On first use the rows are judged and copied into an index, one file beside the listing
+(safetensors, memory-mapped), so that a start needs seconds and a worker no memory of its own. A row is kept as the
+JSON text `[image, captions, other fields]`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from disttempnet import distributed
+from disttempnet.config import SourceConfig
+from disttempnet.data.index import writable
+from disttempnet.data.indexing import _on_all_ranks
+from disttempnet.data.listing_index import REASONS, Columns, Settings, build_index, load_columns, printable
+from disttempnet.data.parquet import Parquet, ParquetImages
+from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
+from disttempnet.data.source import OK, Source, usable_captions
+from disttempnet.data.transforms import UnreadableImage
+from disttempnet.errors import UserError
+
+PROBED = 20  # images that are looked for at every start
+
+
+class Images(Protocol):
+    """Encoded images by sample id and by what its row calls the image."""
+
+    def read(self, sample: int, image: str) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class ImageFiles:
+    """Images as files under a folder; a path may be absolute."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, image: str) -> str:
+        return os.path.join(self.root, image)
+
+    def read(self, sample: int, image: str) -> bytes:
+        """Raises UnreadableImage: there is no such file, or it cannot be read."""
+        try:
+            with open(self.path(image), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UnreadableImage(f"{error.strerror}: {printable(self.path(image))}") from None
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class Listing(Source):
+    """Rows as samples; a group is a run of rows, or a parquet row group.
+
+    Attributes:
+        path: the index file.
+        images: where images are read.
+        status: place in `REASONS`.
+        digest: hex sha256 over rows and status, and over the files where images lie in them.
+    """
+
+    def __init__(self, path: Path, where: Path, columns: Columns, images: Images) -> None:
+        self.path, self.where, self.columns, self.images = path, str(where), columns, images
+        self.status, self.first = columns.status, columns.first
+
+    def __reduce__(self) -> tuple[Callable[..., Listing], tuple[Path, str, Images]]:
+        self.images.close()  # open files stay in their process
+        return _load, (self.path, self.where, self.images)  # another process maps the file, instead of a copy
+
+    @property
+    def digest(self) -> str:
+        return self.columns.digest
+
+    def image_bytes(self, sample: int) -> bytes:
+        """The encoded image. Raises UnreadableImage where its file is gone, so that training goes on."""
+        return self.images.read(sample, self.columns.row(sample)[0])
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        return usable_captions([*self.columns.row(sample)[1]])
+
+    def metadata(self, sample: int) -> dict[str, Any]:
+        """The row's other fields."""
+        return self.columns.row(sample)[2]
+
+    def name(self, sample: int) -> str:
+        """`LISTING:IMAGE`, or the number of a row without image."""
+        return f"{Path(self.where).name}:{printable(self.columns.row(sample)[0]) or f'row {sample + 1}'}"
+
+    def reason(self, sample: int) -> str:
+        return REASONS[self.status[sample]]
+
+    def problems(self, names: int = 3) -> str:
+        lines = []
+        for code in np.unique(self.status[self.status != OK]):
+            samples = np.flatnonzero(self.status == code)
+            shown = ", ".join(self.name(int(sample)) for sample in samples[:names])
+            more = ", …" if len(samples) > names else ""
+            lines.append(f"{len(samples):,} samples left out, {REASONS[code]}: {shown}{more}")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        self.images.close()
+
+
+def _load(path: Path, where: str, images: Images) -> Listing:
+    return Listing(path, Path(where), load_columns(path), images)
+
+
+def is_listing(source: SourceConfig) -> bool:
+    """Whether a source is one of these and no tars: by its suffix, or by what its folder holds.
+
+    Raises:
+        UserError: it is none, but has settings that only these have.
+    """
+    path = Path(source.path).expanduser()
+    if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"}:
+        return True
+    if path.is_dir() and not any(path.glob("*.tar")):
+        return any(path.glob("*.parquet")) or holds_images(path)
+    for key in ("images", "image_key"):
+        if getattr(source, key):
+            raise UserError(f"data.train: {source.path}: {key} is for JSON, CSV and parquet; leave it out")
+    return False
+
+
+def layout_of(source: SourceConfig) -> Layout:
+    """How the data of a source lies on disk. Raises UserError: it is not there, or a setting does not fit it."""
+    path = Path(source.path).expanduser()
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return Table(path)
+    if source.images:
+        raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
+    if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
+        return Parquet(path, source.image_key)
+    if source.image_key:
+        raise UserError(f"data.train: {path}: a folder of images has no image_key; leave it out")
+    return Folder(path, source.caption_key)
+
+
+def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
+    """The samples of a listing: its index is built by rank 0 on first use, and checked by every rank always.
+
+    Args:
+        source: a .json, .jsonl, .csv, .tsv or .parquet file, a folder or pattern of parquet files, or a folder of
+            images with captions beside them; see docs/data.md.
+        progress: show a bar on standard error while indexing.
+
+    Raises:
+        UserError: it is missing or has changed since it was indexed, cannot be read, holds no usable row, or its
+            images are not found. Every rank raises.
+    """
+    settings = Settings(source.image_key, source.caption_key)
+
+    def build() -> None:
+        layout = layout_of(source)
+        path = index_file(layout, source.index)
+        if distributed.is_main() and not path.is_file():
+            with writable(path):  # learnt before reading, which may take minutes, not after it
+                pass
+            build_index(layout, path, settings, progress)
+
+    def load() -> Listing:
+        layout = layout_of(source)
+        path = index_file(layout, source.index)
+        columns = load_columns(path)
+        columns.check(layout, settings)
+        return Listing(path, layout.where, columns, _images(layout, columns, source.images))
+
+    _on_all_ranks(build)  # the others wait here, no longer than the process group's timeout
+    listing = _on_all_ranks(load)
+    if len(set(distributed.gather_objects(listing.digest))) > 1:
+        raise UserError(f"{listing.path}: the ranks see different indexes; give every node the same data")
+    return listing
+
+
+def index_file(layout: Layout, index_path: str) -> Path:
+    """Where the index of this data is."""
+    path = Path(index_path).expanduser() if index_path else layout.index_file()
+    if path.is_dir():
+        raise UserError(f"{path}: the index would be a folder; name a file")
+    return path
+
+
+def _images(layout: Layout, columns: Columns, root: str) -> Images:
+    """What reads the images of these rows. Raises UserError: none of the first of them is found."""
+    if isinstance(layout, Parquet):
+        notes = columns.about["notes"]
+        return ParquetImages(layout.paths, notes["column"], notes["row_groups"], columns.first)
+    if isinstance(layout, Folder):
+        return ImageFiles(layout.where)
+    probed = [columns.row(int(sample))[0] for sample in np.flatnonzero(columns.status[:1000] == OK)[:PROBED]]
+    above = layout.where.absolute().parent
+    roots = [Path(root).expanduser()] if root else [above, above.parent]
+    for candidate in roots:
+        if not probed or _any_in(candidate, probed):
+            return ImageFiles(candidate)
+    inside = [folder for folder in above.parent.glob("*/") if not root and _any_in(folder, probed)]
+    hint = f"; they are in {inside[0]}" if inside else ""
+    places = " nor in ".join(map(str, roots))
+    raise UserError(
+        f"{layout.where}: none of its first images, such as {printable(probed[0])}, is in {places}{hint}; name the "
+        "folder of images in data.train = [{path = …, images = FOLDER}]"
+    )
+
+
+def _any_in(folder: Path, images: list[str]) -> bool:
+    files = ImageFiles(folder)
+    return any(os.path.isfile(files.path(image)) for image in images)

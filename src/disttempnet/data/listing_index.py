@@ -1,0 +1,283 @@
+"""The index of a listing: its rows judged and copied into one file that is mapped into memory.
+
+A safetensors file: `rows` (the JSON texts, one after another), `start` (where each begins), `status`, `first` (ids at
+which groups begin), `about` (JSON: what it was made from). It is written in one pass, and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from disttempnet.data.index import writable
+from disttempnet.data.rows import Fields, Layout
+from disttempnet.data.source import OK
+from disttempnet.errors import UserError
+
+FORMAT = "disttempnet-listing-1"
+HEADER_BYTES = 4096  # what the header is padded to, as it is written last
+IMAGE_KEYS = ("image", "filepath", "path", "file_name", "filename")
+CAPTION_KEYS = ("caption", "captions", "title", "text")
+HEAD = 1000  # rows that must show which keys there are
+
+# why a row cannot be used; its code is its place in this list, 0 is usable
+REASONS = (
+    "ok",
+    "no image",
+    "image is not a path",
+    "image leaves the folder of images by '..'",
+    "no caption",
+    "empty caption",
+    "caption is not text",
+    "caption is not UTF-8",
+    "fields are not those of the header",
+)
+_, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW = range(len(REASONS))
+KINDS = {"I64": np.int64, "U8": np.uint8}
+
+
+class Settings(NamedTuple):
+    """Keys that the config names; empty = found among the usual ones."""
+
+    image_key: str
+    caption_key: str
+
+
+class Columns:
+    """An index file, mapped.
+
+    Attributes:
+        path: the file.
+        rows: uint8, JSON texts; start: int64 [N + 1], where each begins.
+        status: uint8 [N]; first: int64 [G + 1].
+        about: what the index was made from.
+        digest: hex, of what the rows say.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, NDArray[Any]], digest: str) -> None:
+        self.path, self.digest = path, digest
+        self.rows, self.start = tensors["rows"], tensors["start"]
+        self.status, self.first = tensors["status"], tensors["first"]
+        self.about: dict[str, Any] = json.loads(tensors["about"].tobytes())
+
+    def row(self, sample: int) -> tuple[str, list[str], dict[str, Any]]:
+        """Image, captions, other fields. Raises IndexError."""
+        if not 0 <= sample < len(self.status):
+            raise IndexError(f"sample id {sample} is not in [0, {len(self.status)})")
+        image, captions, fields = json.loads(self.rows[self.start[sample] : self.start[sample + 1]].tobytes())
+        return image, captions, fields
+
+    def check(self, layout: Layout, settings: Settings) -> None:
+        """Raise UserError, by name, where data or settings are not those that were indexed."""
+        for key, now in settings._asdict().items():
+            if self.about["settings"][key] != now:
+                self._refuse(f"was indexed with {key} = '{self.about['settings'][key]}', not '{now}'", layout.where)
+        parts, names = self.about["parts"], layout.names()
+        if names is not None and names - parts.keys():
+            self._refuse("was not there at indexing", layout.where.with_name(min(names - parts.keys())))
+        for name, (stamp, fingerprint) in parts.items():
+            path = layout.where / name if layout.where.is_dir() else layout.where.with_name(name)
+            try:
+                same = layout.stamp(name) == stamp or layout.fingerprint(name) == fingerprint
+            except OSError as error:
+                self._refuse(f"cannot be read any more ({error.strerror}); restore it", path)
+            if not same:
+                self._refuse("has changed since it was indexed; restore it", path)
+
+    def _refuse(self, what: str, path: Path) -> NoReturn:
+        raise UserError(
+            f"{path}: {what}, or delete {self.path} to index again (sample ids may change: older checkpoints will "
+            "not fit)"
+        )
+
+
+def load_columns(path: Path) -> Columns:
+    """Map an index file. Raises UserError: it is none of this version, or not all of it is there."""
+    try:
+        with path.open("rb") as file:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length < size else b"")
+        metadata = header.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
+        if size != 8 + length + max(entry["data_offsets"][1] for entry in header.values()):
+            raise ValueError("it is cut off")
+        tensors = {}
+        for name, entry in header.items():
+            kind, offset, shape = KINDS[entry["dtype"]], 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
+            # asarray: plain views of the mapping, which are faster to index than np.memmap
+            tensors[name] = np.asarray(np.memmap(path, kind, "r", offset, shape))
+        return Columns(path, tensors, metadata["digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a usable index of a listing ({error}); delete it to index again") from None
+
+
+def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) -> None:
+    """Read all rows of a layout, and write their index.
+
+    Args:
+        layout: what to read.
+        path: where the index will be.
+        settings: keys of image and captions.
+        progress: show a bar on standard error.
+
+    Raises:
+        UserError: it cannot be read, has no such keys, or no usable row.
+    """
+    start, status, digest = array("q", [0]), bytearray(), hashlib.sha256()
+    with writable(path) as temporary, temporary.open("wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        for text, code in _judged(_with_bar(layout, progress), layout, settings):
+            digest.update(text)
+            file.write(text)
+            start.append(start[-1] + len(text))
+            status.append(code)
+        _refuse_unusable(layout, status)
+        about = {"settings": settings._asdict(), "parts": layout.parts, "notes": layout.notes()}
+        tensors: dict[str, NDArray[Any]] = {
+            "start": np.array(start, np.int64),
+            "first": np.cumsum([0, *layout.groups(len(status))], dtype=np.int64),
+            "status": np.frombuffer(bytes(status), np.uint8),
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        }
+        for name in ("start", "first", "status"):
+            digest.update(tensors[name].data)
+        digest.update(layout.identity().encode())
+        _finish(file, start[-1], tensors, digest.hexdigest())
+        os.replace(temporary, path)
+
+
+def _finish(file: BinaryIO, row_bytes: int, tensors: dict[str, NDArray[Any]], digest: str) -> None:
+    """Write what comes after the rows, then the header before them."""
+    offset = row_bytes + -row_bytes % 8  # numbers lie on multiples of their size
+    file.write(bytes(offset - row_bytes))
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "digest": digest}}
+    header["rows"] = {"dtype": "U8", "shape": [offset], "data_offsets": [0, offset]}
+    for name, tensor in tensors.items():
+        kind, end = "I64" if tensor.dtype == np.int64 else "U8", offset + tensor.nbytes
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        file.write(tensor.data)
+        offset = end
+    file.seek(0)
+    file.write((HEADER_BYTES - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES - 8))
+    file.flush()
+
+
+def _refuse_unusable(layout: Layout, status: bytearray) -> None:
+    if OK in status:
+        return
+    found = ", ".join(f"{status.count(code):,}: {reason}" for code, reason in enumerate(REASONS) if code in status)
+    raise UserError(f"{layout.where}: none of its rows can be used" + (f" ({found})" if found else ": it has none"))
+
+
+def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
+    """The rows of a layout; a bar on standard error shows how far they are read."""
+    columns = (
+        TextColumn("indexing {task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=False),
+        TextColumn("{task.fields[rows]} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task(layout.where.name, total=layout.total or None, rows="0")
+        for count, (fields, done) in enumerate(layout.rows()):
+            if count % HEAD == 0:
+                bar.update(task, completed=done, rows=f"{count:,}")
+            yield fields
+
+
+def _judged(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[tuple[bytes, int]]:
+    """(JSON text, status) of each row."""
+    head = list(islice(rows, HEAD))
+    image_key = layout.image_key or _key(head, layout, "image_key", settings.image_key, IMAGE_KEYS)
+    caption_key = layout.caption_key or _key(head, layout, "caption_key", settings.caption_key, CAPTION_KEYS)
+    _refuse_addresses(head, layout, image_key)
+    for fields in chain(head, rows):
+        yield _judge(fields, image_key, caption_key)
+
+
+def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str, usual: Sequence[str]) -> str:
+    """The key that is named, or else the first usual one that the first rows have. Raises UserError."""
+    keys = dict.fromkeys(key for fields in head for key in fields or ())
+    for key in (named,) if named else usual:
+        if key in keys:
+            return key
+    _refuse_addresses(head, layout, "")
+    if not keys:
+        raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields")
+    wanted = f"'{named}'" if named else "any of " + ", ".join(usual)
+    raise UserError(f"{layout.where}: no row has {wanted}; there are {_some(keys)}; name one of them with {setting}")
+
+
+def _some(keys: Iterable[str]) -> str:
+    shown = [printable(key if len(key) < 40 else key[:39] + "…") for key in keys]
+    return ", ".join(shown[:20]) + (", …" if len(shown) > 20 else "")
+
+
+def _refuse_addresses(head: Sequence[Fields | None], layout: Layout, image_key: str) -> None:
+    """A list of addresses, such as the public ones of CC3M (without a header) and CC12M, is not images yet."""
+    first = next(iter(head), None) or {}
+    texts = [first.get(image_key)] if image_key else [*first, *first.values()]
+    if any(isinstance(text, str) and text.startswith(("http://", "https://")) for text in texts):
+        raise UserError(
+            f"{layout.where}: lists addresses, not files: download the images first (disttempnet data download, or "
+            "img2dataset)"
+        )
+
+
+def _judge(fields: Fields | None, image_key: str, caption_key: str) -> tuple[bytes, int]:
+    if fields is None:
+        return b'["", [], {}]', BAD_ROW
+    image, captions = fields.get(image_key), fields.get(caption_key)
+    image_status, caption_status = _image_status(image), OK
+    texts: list[str] = []
+    if captions is None:
+        caption_status = NO_CAPTION
+    else:
+        texts = [captions] if isinstance(captions, str) else captions
+        caption_status = _caption_status(texts)
+    others = {key: value for key, value in fields.items() if key not in (image_key, caption_key)}
+    path = json.dumps(image if image_status in (OK, OUTSIDE) else "")  # ASCII: it may be no UTF-8
+    kept = [text.strip() for text in texts if text.strip()] if caption_status == OK else []
+    text = f"[{path}, {json.dumps(kept, ensure_ascii=False)}, {json.dumps(others, ensure_ascii=False)}]"
+    return text.encode("utf-8", "replace"), image_status or caption_status
+
+
+def _image_status(image: Any) -> int:
+    if image is None or image == "":
+        return NO_IMAGE
+    if not isinstance(image, str) or "\0" in image:
+        return BAD_IMAGE
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError:
+        return BAD_IMAGE
+    return OUTSIDE if not os.path.isabs(image) and os.path.normpath(image).split(os.sep)[0] == os.pardir else OK
+
+
+def _caption_status(captions: Any) -> int:
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        return WRONG_CAPTION
+    try:
+        for text in captions:
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        return BAD_CAPTION
+    return OK if any(text.strip() for text in captions) else EMPTY_CAPTION
+
+
+def printable(text: str) -> str:
+    """Text that can be written anywhere: bytes that were no UTF-8 are shown as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")

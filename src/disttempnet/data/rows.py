@@ -1,0 +1,286 @@
+"""Data that is no tar, row by row: JSON lists, CSV and TSV, folders of images with side-car captions.
+
+A `Layout` reads what lies on disk into rows of named fields, and tells whether it has changed since. `listing.py`
+judges the rows and keeps them in an index. Text that is not UTF-8 is passed on with its bytes in surrogates
+(PEP 383), so that one bad caption costs one row.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from disttempnet.data.shards import IMAGE_SUFFIXES
+from disttempnet.errors import UserError
+
+TABLE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv"})
+GROUP_ROWS = 1000  # files are read one by one, so neighbours gain nothing: small groups make a window a good mix
+CHUNK = 1 << 20  # characters read at once
+MAX_ROW = 1 << 26  # characters of a row; more is not one
+
+Fields = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """Something on disk that an index was made from: a cheap mark (size, time) and a thorough one (content)."""
+
+    stamp: str
+    fingerprint: str
+
+
+class Layout(ABC):
+    """Rows on disk.
+
+    Attributes:
+        where: listing, folder or pattern, for messages and for the name of the index.
+        parts: name → what it was when its rows were read; complete once `rows` is.
+        image_key, caption_key: fields that hold image and captions, where the layout settles it; else empty.
+        total: what the second value of `rows` runs up to; 0 = unknown.
+    """
+
+    where: Path
+    parts: dict[str, Part]
+    image_key = caption_key = ""
+    total = 0
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[Fields | None, int]]:
+        """(fields of a row, how far reading has come); None for a row of another shape than it should have.
+
+        Raises:
+            UserError: what lies there cannot be read as this layout; the message names file and position.
+        """
+
+    @abstractmethod
+    def stamp(self, name: str) -> str:
+        """The cheap mark of a part. Raises OSError where it is gone."""
+
+    @abstractmethod
+    def fingerprint(self, name: str) -> str:
+        """The thorough mark of a part. Raises OSError where it is gone."""
+
+    def index_file(self) -> Path:
+        """Where its index is, unless the config says otherwise."""
+        return self.where.with_name(f"{self.where.name}.index")
+
+    def groups(self, rows: int) -> list[int]:
+        """Rows of each group of samples that lie together."""
+        return [min(GROUP_ROWS, rows - first) for first in range(0, rows, GROUP_ROWS)]
+
+    def names(self) -> set[str] | None:
+        """All parts that are there now, where that is cheap to tell; else None."""
+        return None
+
+    def identity(self) -> str:
+        """What the digest covers beside the rows."""
+        return ""
+
+    def notes(self) -> dict[str, Any]:
+        """What reading images needs to know beside the rows; kept in the index."""
+        return {}
+
+
+def file_stamp(path: Path) -> str:
+    """Size and time of a file: equal ones mean that it was not written since."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+class Table(Layout):
+    """A file of rows: a JSON list of objects, a JSON object a line, CSV or TSV with a header."""
+
+    def __init__(self, where: Path) -> None:
+        self.where, self.parts = where, {}
+        if not where.is_file():
+            raise UserError(f"{where}: no such listing")
+        self.total = where.stat().st_size
+
+    def stamp(self, name: str) -> str:
+        return file_stamp(self.where.with_name(name))
+
+    def fingerprint(self, name: str) -> str:
+        with self.where.with_name(name).open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    def rows(self) -> Iterator[tuple[Fields | None, int]]:
+        name = self.where.name
+        try:
+            self.parts[name] = Part(self.stamp(name), self.fingerprint(name))
+            with self.where.open("rb") as raw:
+                text = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="")
+                reader = _csv_rows if self.where.suffix.lower() in (".csv", ".tsv") else _json_rows
+                for fields in reader(text, self.where):
+                    yield fields, raw.tell()
+        except OSError as error:
+            raise UserError(f"{self.where}: cannot be read: {error.strerror}") from None
+
+
+def _csv_rows(text: io.TextIOWrapper, where: Path) -> Iterator[Fields | None]:
+    csv.field_size_limit(MAX_ROW)
+    reader = csv.reader(text, delimiter="\t" if where.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        header = next(reader, [])
+        for row in reader:
+            if row:  # a blank line is none
+                yield dict(zip(header, row, strict=True)) if len(row) == len(header) else None
+    except csv.Error as error:
+        raise UserError(f"{where}: line {reader.line_num}: {error}") from None
+
+
+def _json_rows(text: io.TextIOWrapper, where: Path) -> Iterator[Fields | None]:
+    for item in _JsonItems(text, where):
+        yield item if isinstance(item, dict) else None
+
+
+class _JsonItems:
+    """The items of a JSON list, or JSON values one after another, without holding the file in memory."""
+
+    def __init__(self, text: io.TextIOWrapper, where: Path) -> None:
+        self.file, self.where = text, where
+        self.text, self.at, self.ended = "", 0, False
+        self.line, self.column = 0, 0  # of the first character of self.text
+        self.decoder = json.JSONDecoder()
+
+    def __iter__(self) -> Iterator[Any]:
+        in_list = self._next() == "["
+        if in_list:
+            self.at += 1
+        while (character := self._next()) and not (in_list and character == "]"):
+            yield self._item()
+            if in_list and self._next() == ",":
+                self.at += 1
+            elif in_list and self._next() != "]":
+                self._refuse("',' or ']' expected", self.at)
+        if in_list and not character:
+            self._refuse("the file ends inside the list", self.at)
+        self.at += 1
+        if in_list and self._next():
+            self._refuse("the list has ended before", self.at)
+
+    def _next(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if self.ended:
+                return ""
+            self._read_on()
+
+    def _item(self) -> Any:
+        while True:
+            try:
+                item, end = self.decoder.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.ended:  # a number at the end may go on
+                    self.at = end
+                    return item
+            except RecursionError:
+                self._refuse("nested too deeply", self.at)
+            except ValueError as error:
+                if self.ended or len(self.text) - self.at > MAX_ROW:
+                    self._refuse(getattr(error, "msg", str(error)), getattr(error, "pos", self.at))
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Forget what was used, and read at least as much as is left: a long item is tried few times."""
+        used = self.text[: self.at]
+        if newlines := used.count("\n"):
+            self.line, self.column = self.line + newlines, 0
+        self.column += len(used) - (used.rfind("\n") + 1)
+        rest = self.text[self.at :]
+        more = self.file.read(max(CHUNK, len(rest)))
+        self.text, self.at, self.ended = rest + more, 0, not more
+
+    def _refuse(self, what: str, at: int) -> NoReturn:
+        before = self.text[:at]
+        newlines, place = before.count("\n"), at - (before.rfind("\n") + 1)
+        column = place + 1 + (0 if newlines else self.column)
+        raise UserError(f"{self.where}: not valid JSON: line {self.line + newlines + 1}, column {column}: {what}")
+
+
+class Folder(Layout):
+    """Images under a folder, at any depth, with captions beside them: `x.jpg` and `x.txt`, facts in `x.json`.
+
+    Rows come sorted by path. Its parts are folders, whose times tell whether entries have come or gone.
+
+    Args:
+        where: the folder.
+        caption_key: key of the .json that holds the captions; empty = all of the .txt is one.
+    """
+
+    image_key = "image"
+
+    def __init__(self, where: Path, caption_key: str = "") -> None:
+        self.where, self.parts = where, {}
+        self.from_json, self.caption_key = bool(caption_key), caption_key or "caption"
+
+    def stamp(self, name: str) -> str:
+        return str((self.where / name).stat().st_mtime_ns)
+
+    def fingerprint(self, name: str) -> str:
+        return _hash_names(_entries(self.where / name))
+
+    def rows(self) -> Iterator[tuple[Fields | None, int]]:
+        try:
+            for count, fields in enumerate(self._rows_in("", ())):
+                yield fields, count
+        except OSError as error:
+            raise UserError(f"{error.filename or self.where}: cannot be read: {error.strerror}") from None
+
+    def _rows_in(self, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Fields]:
+        status, stamp = (self.where / name).stat(), self.stamp(name)
+        here = status.st_dev, status.st_ino
+        if here in above:  # a link that leads back
+            return
+        entries = _entries(self.where / name)
+        self.parts[name] = Part(stamp, _hash_names(entries))
+        for entry in sorted(entries):
+            if entry.endswith("/"):
+                yield from self._rows_in(name + entry, (*above, here))
+            elif is_image(entry):
+                yield self._row(name, entry, entries)
+
+    def _row(self, folder: str, image: str, entries: set[str]) -> Fields:
+        stem = image.rpartition(".")[0]
+        fields: Fields = {}
+        if f"{stem}.json" in entries:
+            try:
+                facts = json.loads((self.where / folder / f"{stem}.json").read_bytes())
+            except (ValueError, RecursionError):
+                facts = None  # training needs it only where the caption is in it
+            fields = facts if isinstance(facts, dict) else {}
+        if not self.from_json:
+            fields.pop(self.caption_key, None)
+            if f"{stem}.txt" in entries:
+                text = (self.where / folder / f"{stem}.txt").read_bytes()
+                fields[self.caption_key] = text.decode("utf-8", "surrogateescape")
+        return fields | {self.image_key: folder + image}
+
+
+def is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _entries(folder: Path) -> set[str]:
+    """Names of images, side-cars and folders (with a slash, which sorts them as their paths are)."""
+    with os.scandir(folder) as found:
+        names = {entry.name + "/" * entry.is_dir() for entry in found if not entry.name.startswith(".")}
+    return {name for name in names if name.endswith(("/", ".txt", ".json")) or is_image(name)}
+
+
+def _hash_names(names: set[str]) -> str:
+    text = "\n".join(sorted(names)).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image at any depth; looks no further than the first."""
+    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
