@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
 
 if TYPE_CHECKING:
-    from disttempnet.data import Source
+    from disttempnet.config import SourceConfig
+    from disttempnet.data.faults import Fault
 
 SPEC = "shards or another layout, as in data.train"
 
@@ -47,16 +49,17 @@ def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
         parser.add_argument("spec", nargs="+", metavar="SPEC", help=SPEC)
     else:
         parser.add_argument("spec", metavar="SPEC", help=SPEC)
-    parser.add_argument(
-        "--caption-key", default="", metavar="KEY", help="key of a sample's .json that holds its captions"
-    )
+    parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
+    parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
+    parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
+    parser.add_argument("--index", default="", metavar="FILE", help="file of the index (default: beside the data)")
 
 
-def _open_source(options: argparse.Namespace, spec: str) -> Source:
+def _source(options: argparse.Namespace, spec: str) -> SourceConfig:
     from disttempnet.config import SourceConfig
-    from disttempnet.data import open_source
 
-    return open_source([SourceConfig(path=spec, caption_key=options.caption_key)])
+    keys = ("caption_key", "images", "image_key", "index")
+    return SourceConfig(path=spec, **{key: getattr(options, key) for key in keys})
 
 
 def _add_preview(parts: Any) -> None:
@@ -69,10 +72,11 @@ def _add_preview(parts: Any) -> None:
 
 
 def _preview(options: argparse.Namespace) -> int:
+    from disttempnet.data import open_source
     from disttempnet.data.preview import write_preview
 
     out = Path(options.out)
-    note = write_preview(_open_source(options, options.spec), out, options.count, options.seed)
+    note = write_preview(open_source([_source(options, options.spec)]), out, options.count, options.seed)
     print(f"preview: {out.resolve()}")
     if note:
         print(f"  {note}")
@@ -110,14 +114,14 @@ def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from disttempnet.data.faults import fault_table, write_faults
-    from disttempnet.data.verifying import verify_samples
+    from disttempnet.data.verifying import verify
     from disttempnet.data.workers import stopped_by_sigterm
 
     workers, everything = _workers(options), []
     with stopped_by_sigterm():
         for spec in options.spec:
-            checked, faults = verify_samples(_open_source(options, spec), workers, options.sample, options.seed)
-            print(f"{spec}: {checked:,} samples read, {len(faults):,} broken")
+            checked, faults = verify(_source(options, spec), workers, options.sample, options.seed)
+            print(f"{spec}: {checked:,} samples read, {_count_faults(faults)}")
             if faults:
                 Console().print(fault_table(faults), markup=False)
             everything += faults
@@ -127,6 +131,11 @@ def _verify(options: argparse.Namespace) -> int:
         except OSError as error:
             raise UserError(f"{options.out}: cannot be written: {error.strerror}") from None
     return 1 if everything else 0
+
+
+def _count_faults(faults: Sequence[Fault]) -> str:
+    shards = sum(fault.sample is None for fault in faults)
+    return (f"{shards:,} shards and " if shards else "") + f"{len(faults) - shards:,} samples broken"
 
 
 def _add_shard(parts: Any) -> None:
@@ -155,6 +164,8 @@ def _shard(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.filesize import decimal
 
+    from disttempnet.config import SourceConfig
+    from disttempnet.data import open_source
     from disttempnet.data.faults import fault_table
     from disttempnet.data.workers import stopped_by_sigterm
     from disttempnet.data.writing import SKIPPED, Recipe, write_shards
@@ -162,11 +173,11 @@ def _shard(options: argparse.Namespace) -> int:
     recipe = Recipe(options.samples_per_shard, options.resize, options.quality)
     out, workers = Path(options.out), _workers(options)
     with stopped_by_sigterm():
-        written = write_shards(_open_source(options, options.spec), out, recipe, workers)
+        written = write_shards(open_source([_source(options, options.spec)]), out, recipe, workers)
         print(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
         if written.faults:
             print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
             Console().print(fault_table(written.faults), markup=False)
-        _open_source(argparse.Namespace(caption_key=""), str(out))  # writes the index
+        open_source([SourceConfig(path=str(out))])  # writes the index
     print(f"train on it: data.train={out.resolve()}")
     return 0

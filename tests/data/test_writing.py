@@ -142,6 +142,35 @@ def test_bad_samples_are_left_out_and_named(shards: Write, tmp_path: Path, capsy
     assert open_index(str(out), progress=False).usable.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_a_listing_becomes_shards_with_all_captions(tmp_path: Path) -> None:
+    """The layout of CC3M and of retrieval files: a folder of images, and a JSON beside it."""
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.png").write_bytes(png(number))
+        captions = [f"caption {number}", f"second {number}", ""]
+        rows.append({"image": f"{number}.png", "caption": captions, "image_id": 100 + number})
+    (tmp_path / "images" / "2.png").unlink()
+    (tmp_path / "clip_train").mkdir()
+    listing = tmp_path / "clip_train" / "train.json"
+    listing.write_text(json.dumps(rows), encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = ["data", "shard", str(listing), "--images", str(tmp_path / "images"), "--out", str(out)]
+    assert main([*arguments, "--workers", "0"]) == 0
+    found = members(out / "00000.tar")
+    assert [name for name in found if name.endswith(".txt")] == [f"00000000{n}.txt" for n in (0, 1, 3)]
+    facts = json.loads(found["000000003.json"])
+    assert facts["image_id"] == 103
+    assert facts["captions"] == ["caption 3", "second 3"]
+    assert facts["source"] == "train.json:3.png"
+    index = open_index(str(out), progress=False, caption_key="captions")
+    assert index.captions(2) == ("caption 3", "second 3")
+    assert index.image_bytes(2) == png(3)
+    skipped = json.loads((out / "skipped.jsonl").read_text(encoding="utf-8"))
+    assert skipped["id"] == 2
+    assert "No such file" in skipped["reason"]
+
+
 def test_other_input_or_settings_are_refused(shards: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = shards(2, 2), tmp_path / "out"
     arguments = ["data", "shard", str(folder), "--out", str(out), "--workers", "0"]

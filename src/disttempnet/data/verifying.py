@@ -1,16 +1,24 @@
-"""Reads every sample of a data set, or some, as training would: what cannot be used is named."""
+"""Reads a data set, or some of it, as training would: samples and shards that are broken are named."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from disttempnet.config import SourceConfig
+from disttempnet.data import open_source
 from disttempnet.data.faults import BAD_SAMPLE, Fault, fault_of, known_faults
+from disttempnet.data.index import Shard, ShardIndex
+from disttempnet.data.indexing import index_file, load_known
+from disttempnet.data.listing import is_listing
 from disttempnet.data.meter import Meter
+from disttempnet.data.shards import fingerprint, resolve_shards
 from disttempnet.data.source import OK, Source
 from disttempnet.data.transforms import decode
 from disttempnet.data.workers import run_jobs
@@ -28,27 +36,93 @@ class Chunk(NamedTuple):
         return f"samples {self.samples[0]} to {self.samples[-1]}"
 
 
-def verify_samples(
-    source: Source, workers: int, count: int = 0, seed: int = 0, progress: bool = True
-) -> tuple[int, list[Fault]]:
-    """Decode images and read captions.
+class Checked(NamedTuple):
+    """How many samples were read, and what is wrong: shards, then samples in the order of ids."""
+
+    samples: int
+    faults: list[Fault]
+
+
+def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, progress: bool = True) -> Checked:
+    """Compare shards with their index, decode images, read captions.
 
     Args:
-        source: the samples.
+        source: the data; what has no index yet gets one.
         workers: processes; 0 = none but this one.
-        count: how many to read, drawn at random; 0 = all.
+        count: how many samples to read, drawn at random, without the checksums of shards; 0 = all.
         seed: which.
         progress: show a bar on standard error.
 
-    Returns:
-        How many were looked at, and what is wrong, in the order of ids.
-
     Raises:
-        UserError: a worker was killed.
+        UserError: nothing is there, its index cannot be used, or a worker was killed.
     """
-    chosen = np.arange(len(source))
-    if 0 < count < len(source):
-        chosen = np.sort(np.random.default_rng(seed).choice(len(source), count, replace=False))
+    opened = (None if is_listing(source) else known_index(source)) or open_source([source], progress)
+    faults: list[Fault] = []
+    sound = np.ones(len(opened), dtype=bool)
+    if isinstance(opened, ShardIndex):
+        faults = compare_shards(opened, resolve_shards(source.path).names)
+        if not count:
+            faults += _compare_checksums(opened, faults, workers, progress)
+        changed = {fault.name for fault in faults}
+        for number, shard in enumerate(opened.shards):
+            sound[opened.first[number] : opened.first[number + 1]] = shard.name not in changed
+        faults += [Fault(None, shard.name, f"shard {shard.note}") for shard in opened.shards if shard.note]
+    chosen = np.flatnonzero(sound)
+    if 0 < count < len(chosen):
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, count, replace=False))
+    return Checked(len(chosen), faults + _read_samples(opened, chosen, workers, progress))
+
+
+def known_index(source: SourceConfig) -> ShardIndex | None:
+    """The index of tars as it was made, whatever has become of them since; None where there is none yet."""
+    shards = resolve_shards(source.path)
+    path = index_file(shards, source.index, source.caption_key)
+    return load_known(shards, path, source.caption_key) if path.is_file() else None
+
+
+def compare_shards(index: ShardIndex, names: Sequence[str]) -> list[Fault]:
+    """Shards, of the index and of those that are there, which are not what was indexed."""
+    known = {shard.name for shard in index.shards}
+    faults = [Fault(None, name, "shard is not in the index") for name in names if name not in known]
+    for shard in index.shards:
+        path = index.folder / shard.name
+        try:
+            size = path.stat().st_size
+            reason = ""
+            if size != shard.size:
+                reason = f"shard has {size:,} bytes, {shard.size:,} when it was indexed"
+            elif fingerprint(path) != shard.fingerprint:
+                reason = "shard has other content than when it was indexed"
+        except OSError as error:
+            reason = f"shard cannot be read: {error.strerror}"
+        if reason:
+            faults.append(Fault(None, shard.name, reason))
+    return faults
+
+
+def _compare_checksums(index: ShardIndex, faults: list[Fault], workers: int, progress: bool) -> list[Fault]:
+    """Shards whose bytes have changed, of those that have a checksum and seem sound."""
+    bad = {fault.name for fault in faults}
+    tasks = [shard for shard in index.shards if shard.checksum and shard.name not in bad]
+    found: list[Fault] = []
+    with Meter("comparing checksums", len(tasks), active=progress and bool(tasks)) as meter:
+        for shard, same in run_jobs(partial(_same_bytes, index.folder), tasks, workers):
+            if not same:
+                found.append(Fault(None, shard.name, "shard has another checksum than when it was indexed"))
+            meter.advance()
+    return sorted(found, key=lambda fault: fault.name)
+
+
+def _same_bytes(folder: Path, shard: Shard) -> Iterator[bool]:
+    """A worker's job."""
+    try:
+        with (folder / shard.name).open("rb") as file:
+            yield hashlib.file_digest(file, "sha256").hexdigest() == shard.checksum
+    except OSError:
+        yield False
+
+
+def _read_samples(source: Source, chosen: NDArray[np.int64], workers: int, progress: bool) -> list[Fault]:
     # a task stays inside a group, so that a worker opens one shard at a time
     cuts = np.searchsorted(chosen, source.first[1:-1])
     groups = [group for group in np.split(chosen, cuts) if len(group)]
@@ -58,7 +132,7 @@ def verify_samples(
         for chunk, found in run_jobs(partial(_read, source), tasks, workers):
             faults += found
             meter.advance(len(chunk.samples))
-    return len(chosen), sorted(faults, key=lambda fault: fault.sample or 0)
+    return sorted(faults, key=lambda fault: fault.sample or 0)
 
 
 def _read(source: Source, chunk: Chunk) -> Iterator[list[Fault]]:
