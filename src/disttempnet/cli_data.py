@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,15 @@ examples:
   disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
 """
 
+DOWNLOAD = """Fetches the images of a public list of captions and URLs, through img2dataset (pip install
+'disttempnet[download]'): larger images are brought to --image-size on their shorter side, JPEG quality 95, shards of
+10,000. After a kill the same command goes on after the shards that are whole. Many URLs of these lists are dead.
+
+examples:
+  disttempnet data download cc12m --tsv cc12m.tsv --out /cc12m --processes 16 --threads 64
+  disttempnet data download cc3m --out /cc3m --dry-run
+"""
+
 
 def add_data_commands(commands: Any) -> None:
     """Add the group to the command line's sub-parsers; each command sets `run`."""
@@ -41,6 +51,7 @@ def add_data_commands(commands: Any) -> None:
     _add_preview(parts)
     _add_verify(parts)
     _add_shard(parts)
+    _add_download(parts)
 
 
 def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -179,5 +190,59 @@ def _shard(options: argparse.Namespace) -> int:
             print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
             Console().print(fault_table(written.faults), markup=False)
         open_source([SourceConfig(path=str(out))])  # writes the index
+    print(f"train on it: data.train={out.resolve()}")
+    return 0
+
+
+def _add_download(parts: Any) -> None:
+    download = parts.add_parser(
+        "download",
+        help="CC3M or CC12M from their public lists, through img2dataset",
+        description=DOWNLOAD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    download.add_argument("name", choices=("cc3m", "cc12m"), help="the data set")
+    download.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
+    download.add_argument("--tsv", metavar="FILE", help="its list (default: its public name, in this folder)")
+    download.add_argument("--processes", type=int, metavar="N", help="default: one a core")
+    download.add_argument("--threads", type=int, default=64, metavar="N", help="of each process (default: 64)")
+    download.add_argument(
+        "--image-size", type=int, default=256, metavar="PIXELS", help="shorter side of larger images (default: 256)"
+    )
+    download.add_argument("--dry-run", action="store_true", help="print the command of img2dataset only")
+    download.set_defaults(run=_download)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from disttempnet.data.downloading import (
+        LISTS,
+        Download,
+        check_list,
+        outcome,
+        printable,
+        run_download,
+        write_headed,
+    )
+    from disttempnet.data.workers import cores, stopped_by_sigterm
+
+    processes = cores() if options.processes is None else options.processes
+    tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
+    job = Download(options.name, tsv, out, processes, options.threads, options.image_size)
+    check_list(job)
+    print(printable(job.command), flush=True)
+    if options.dry_run:
+        print(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", file=sys.stderr)
+        return 0
+    with stopped_by_sigterm():
+        if left_out := write_headed(job):
+            print(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")
+        code = run_download(job)
+    found = outcome(out)
+    failed = sum(found.failures.values())
+    print(f"{out.resolve()}: {found.shards:,} shards, {found.samples:,} samples; {failed:,} URLs failed")
+    for reason, count in found.failures.most_common(10):
+        print(f"  {count:>10,}  {reason}")
+    if code:
+        raise UserError(f"img2dataset ended with exit code {code}; the same command goes on where it was")
     print(f"train on it: data.train={out.resolve()}")
     return 0
