@@ -5,7 +5,6 @@ A sample is a run of consecutive members with the same name up to the first dot 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tarfile
@@ -16,13 +15,13 @@ from typing import NamedTuple
 
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.scenes import generated_shards
+from disttempnet.data.store import state_of
 from disttempnet.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
 READ_AHEAD = 2048  # one read brings a header and most captions
-FINGERPRINT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def fingerprint(path: Path) -> str:
-    """blake2b of a file's size and its first and last 64 KiB: cheap, and finds rewritten shards."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
-        digest.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
+    """See `State`."""
+    return state_of(path).fingerprint
 
 
 class Member(NamedTuple):
