@@ -6,16 +6,30 @@ import pickle
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+import torch
 
-from disttempnet.data import remote
+from disttempnet.config import SourceConfig
+from disttempnet.data import (
+    EpochPlan,
+    PairDataset,
+    PlanSampler,
+    embedded_shards,
+    eval_transform,
+    make_loader,
+    open_index,
+    open_source,
+    remote,
+)
 from disttempnet.data.remote import RemoteStore
 from disttempnet.data.store import State, state_of
+from disttempnet.data.verifying import verify
 from disttempnet.errors import UserError
 
 from .serving import Server, serving
@@ -184,9 +198,7 @@ def test_a_full_disk_is_one_line(server: Server, store: RemoteStore) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))
     try:
-        with pytest.raises(
-            UserError, match=r"00000\.tar: cannot be written: File too large; make room, set"
-        ):
+        with pytest.raises(UserError, match=r"00000\.tar: cannot be written: File too large; make room, set"):
             store.open(NAMES[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -262,3 +274,45 @@ def test_a_killed_reader_holds_nothing(server: Server, store: RemoteStore) -> No
 def _hold(store: RemoteStore, name: str) -> None:
     store.open(name)
     time.sleep(60)
+
+
+def test_training_data_from_a_server(tmp_path: Path) -> None:
+    """Indexed through the cache, read by loader workers with less room than the data take, verified."""
+    local = embedded_shards("emoji/train")
+    names = sorted(path.name for path in local.glob("*.tar"))
+    taken = sum((local / name).stat().st_size for name in names)
+    pattern = f"{{{names[0][:5]}..{names[-1][:5]}}}.tar"
+    expected = open_index("embedded:emoji/train", progress=False)
+    with serving(local) as server:
+        spec, limit = f"{server.url}/{pattern}", taken / 1.2e9
+        source = SourceConfig(path=spec, cache=str(tmp_path), cache_gb=limit)
+        index = open_index(spec, "", False, "", str(tmp_path), limit)
+        assert index.digest == expected.digest
+        assert sorted(server.wholes) == names
+        assert index.path.is_relative_to(tmp_path)
+        kept = sum(path.stat().st_size for path in tmp_path.rglob("*.tar"))
+        assert kept <= limit * 1e9 < taken
+        assert "http://127.0.0.1" in index.where
+        for sample in (0, 17, len(index) - 1):
+            assert index.image_bytes(sample) == expected.image_bytes(sample)
+        index.close()
+        dataset = PairDataset(index, eval_transform(32), seed=0)
+        plan = EpochPlan(index, 64, lanes=4, seed=0)
+        loader = make_loader(dataset, PlanSampler(plan), tokens, workers=2)
+        ids = np.concatenate([batch.ids.numpy() for batch in islice(loader, 10)])
+        assert ids.tolist() == np.concatenate([plan.local_batch(0, step, 0, 1) for step in range(10)]).tolist()
+        del loader
+        index.close()
+        assert verify(source, workers=0, count=50, progress=False).faults == []
+        changed = local / names[0]
+        original = changed.read_bytes()
+        try:
+            changed.write_bytes(original[::-1])
+            with pytest.raises(UserError, match=rf"{server.url}/{names[0]}: this shard has other content"):
+                open_source([source], progress=False)
+        finally:
+            changed.write_bytes(original)
+
+
+def tokens(captions: Sequence[str]) -> torch.Tensor:
+    return torch.zeros(len(captions), 4, dtype=torch.int64)

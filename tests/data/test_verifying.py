@@ -53,13 +53,14 @@ def test_names_shards_that_differ_from_the_index(shards: Write) -> None:
     data = bytearray((folder / "00001.tar").read_bytes())
     data[600] ^= 1
     (folder / "00001.tar").write_bytes(data)
-    (folder / "00002.tar").unlink()
+    gone = folder / "00002.tar"
+    gone.unlink()
     size = (folder / "00000.tar").stat().st_size
     assert found(folder) == [
         (None, "00009.tar", "shard is not in the index"),
         (None, "00000.tar", f"shard has {size:,} bytes, 10,240 when it was indexed"),
         (None, "00001.tar", "shard has other content than when it was indexed"),
-        (None, "00002.tar", "shard cannot be read: No such file or directory"),
+        (None, "00002.tar", f"shard is gone: {gone}: cannot be read: No such file or directory; restore the shard"),
     ]
 
 

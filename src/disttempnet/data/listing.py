@@ -20,6 +20,7 @@ from disttempnet.data.index import writable
 from disttempnet.data.indexing import _on_all_ranks
 from disttempnet.data.listing_index import REASONS, Columns, Settings, build_index, load_columns, printable
 from disttempnet.data.parquet import Parquet, ParquetImages
+from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
 from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.data.transforms import UnreadableImage
@@ -121,7 +122,7 @@ def is_listing(source: SourceConfig) -> bool:
         UserError: it is none, but has settings that only these have.
     """
     path = Path(source.path).expanduser()
-    if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"}:
+    if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
         return True
     if path.is_dir() and not any(path.glob("*.tar")):
         return any(path.glob("*.parquet")) or holds_images(path)

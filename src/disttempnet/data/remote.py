@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from disttempnet.data.cache import cache_folder
-from disttempnet.data.store import ShardStore, State, state_by, state_of
+from disttempnet.data.store import CACHE_GB, ShardStore, State, state_by, state_of
 from disttempnet.errors import UserError
 
 ATTEMPTS = 5
@@ -59,9 +59,9 @@ class RemoteStore(ShardStore):
         limit_gb: gigabytes (10⁹ bytes) that all shards of the cache may take.
     """
 
-    open_files = 4  # what a process keeps open cannot be removed to make room
+    open_files = 2  # what a process keeps open cannot be removed to make room
 
-    def __init__(self, base: str, cache: str = "", limit_gb: float = 100.0) -> None:
+    def __init__(self, base: str, cache: str = "", limit_gb: float = CACHE_GB) -> None:
         self.base, self.limit = base.rstrip("/"), int(limit_gb * GIGA)
         self.root = (Path(cache).expanduser() if cache else cache_folder()) / "shards"
         self.folder = self.root / hashlib.blake2b(self.base.encode(), digest_size=8).hexdigest()
@@ -70,6 +70,10 @@ class RemoteStore(ShardStore):
 
     def __reduce__(self) -> tuple[Callable[..., RemoteStore], tuple[str, str, float]]:
         return RemoteStore, (self.base, str(self.root.parent), self.limit / GIGA)
+
+    @property
+    def about(self) -> str:
+        return self.base
 
     def where(self, name: str) -> str:
         return f"{self.base}/{name}"

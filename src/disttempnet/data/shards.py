@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from disttempnet.data.embedded import embedded_shards
+from disttempnet.data.remote import RemoteStore, is_remote
 from disttempnet.data.scenes import generated_shards
-from disttempnet.data.store import state_of
+from disttempnet.data.store import CACHE_GB, LocalStore, ShardStore, state_of
 from disttempnet.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -32,23 +33,35 @@ class ShardList:
         folder: the innermost one that holds all of them.
         names: their paths from there.
         label: the spec from there on, without braces and suffix; `all` for a whole folder.
+        remote: who fetches them into that folder; None = they are there.
     """
 
     folder: Path
     names: tuple[str, ...]
     label: str
+    remote: RemoteStore | None = None
+
+    @property
+    def store(self) -> ShardStore:
+        """Who opens them."""
+        return self.remote or LocalStore(self.folder)
 
 
-def resolve_shards(spec: str) -> ShardList:
-    """The shards that a spec names; all of them exist.
+def resolve_shards(spec: str, cache: str = "", cache_gb: float = CACHE_GB) -> ShardList:
+    """The shards that a spec names; all of them exist, unless they are remote.
 
     Args:
         spec: a folder (its *.tar, sorted by name), a path with braces in file or folder names
-            (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`), `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`.
+            (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`), `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`;
+            or a URL of fsspec's, of a folder or with braces: `s3://bucket/cc12m/{00000..01242}.tar`.
+        cache: remote shards: folder that they are kept in; empty = the user's cache.
+        cache_gb: remote shards: gigabytes that all of that folder may take.
 
     Raises:
         UserError: nothing is there, or a shard of the pattern is missing.
     """
+    if is_remote(spec):
+        return _resolve_remote(spec, cache, cache_gb)
     if spec.startswith("embedded:"):
         spec = str(embedded_shards(spec.removeprefix("embedded:")))
     elif spec.startswith("generated:"):
@@ -81,7 +94,24 @@ def resolve_shards(spec: str) -> ShardList:
         raise UserError(
             f"{folder}: '{pattern}' names a shard twice; data.train = [{{path = …, weight = 2}}] reads it so"
         )
-    return ShardList(folder, expanded, re.sub(r"[{}]", "", pattern.removesuffix(".tar")).replace("/", "-"))
+    return ShardList(folder, expanded, _label(pattern))
+
+
+def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
+    if not spec.endswith(".tar"):
+        store = RemoteStore(spec, cache, cache_gb)
+        names = tuple(store.names())
+        if not names:
+            raise UserError(f"{spec}: no .tar shards there; name them, as in {spec.rstrip('/')}/{{00000..01242}}.tar")
+        return ShardList(store.folder, names, "all", store)
+    base = spec.partition("{")[0].rpartition("/")[0]
+    pattern = spec[len(base) + 1 :]
+    store = RemoteStore(base, cache, cache_gb)
+    return ShardList(store.folder, tuple(expand_braces(pattern)), _label(pattern), store)
+
+
+def _label(pattern: str) -> str:
+    return re.sub(r"[{}]", "", pattern.removesuffix(".tar")).replace("/", "-")
 
 
 def _files_in(folder: Path) -> frozenset[str]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from disttempnet.errors import UserError
 
 FINGERPRINT_BYTES = 64 * 1024  # of each end of a shard
+CACHE_GB = 100.0  # of remote shards
 READERS = 16  # shards looked at together: over a network that waits, it does not compute
 
 
@@ -53,6 +54,11 @@ class ShardStore(ABC):
 
     folder: Path
     open_files: int
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """Folder or base address, for messages."""
 
     @abstractmethod
     def where(self, name: str) -> str:
@@ -96,6 +102,10 @@ class LocalStore(ShardStore):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @property
+    def about(self) -> str:
+        return str(self.folder)
 
     def where(self, name: str) -> str:
         return str(self.folder / name)

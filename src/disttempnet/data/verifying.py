@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,9 @@ from disttempnet.data.index import Shard, ShardIndex
 from disttempnet.data.indexing import index_file, load_known
 from disttempnet.data.listing import is_listing
 from disttempnet.data.meter import Meter
-from disttempnet.data.shards import fingerprint, resolve_shards
+from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.source import OK, Source
+from disttempnet.data.store import ShardStore, State
 from disttempnet.data.transforms import decode
 from disttempnet.data.workers import run_jobs
 from disttempnet.errors import UserError
@@ -60,7 +60,7 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
     faults: list[Fault] = []
     sound = np.ones(len(opened), dtype=bool)
     if isinstance(opened, ShardIndex):
-        faults = compare_shards(opened, resolve_shards(source.path).names)
+        faults = compare_shards(opened, _shards_of(source).names)
         if not count:
             faults += _compare_checksums(opened, faults, workers, progress)
         changed = {fault.name for fault in faults}
@@ -73,9 +73,13 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
     return Checked(len(chosen), faults + _read_samples(opened, chosen, workers, progress))
 
 
+def _shards_of(source: SourceConfig) -> ShardList:
+    return resolve_shards(source.path, source.cache, source.cache_gb)
+
+
 def known_index(source: SourceConfig) -> ShardIndex | None:
     """The index of tars as it was made, whatever has become of them since; None where there is none yet."""
-    shards = resolve_shards(source.path)
+    shards = _shards_of(source)
     path = index_file(shards, source.index, source.caption_key)
     return load_known(shards, path, source.caption_key) if path.is_file() else None
 
@@ -85,16 +89,15 @@ def compare_shards(index: ShardIndex, names: Sequence[str]) -> list[Fault]:
     known = {shard.name for shard in index.shards}
     faults = [Fault(None, name, "shard is not in the index") for name in names if name not in known]
     for shard in index.shards:
-        path = index.folder / shard.name
+        reason = ""
         try:
-            size = path.stat().st_size
-            reason = ""
+            size, fingerprint = index.store.state(shard.name)
             if size != shard.size:
                 reason = f"shard has {size:,} bytes, {shard.size:,} when it was indexed"
-            elif fingerprint(path) != shard.fingerprint:
+            elif fingerprint != shard.fingerprint:
                 reason = "shard has other content than when it was indexed"
-        except OSError as error:
-            reason = f"shard cannot be read: {error.strerror}"
+        except UserError as error:
+            reason = f"shard is gone: {error}"
         if reason:
             faults.append(Fault(None, shard.name, reason))
     return faults
@@ -106,19 +109,19 @@ def _compare_checksums(index: ShardIndex, faults: list[Fault], workers: int, pro
     tasks = [shard for shard in index.shards if shard.checksum and shard.name not in bad]
     found: list[Fault] = []
     with Meter("comparing checksums", len(tasks), active=progress and bool(tasks)) as meter:
-        for shard, same in run_jobs(partial(_same_bytes, index.folder), tasks, workers):
+        for shard, same in run_jobs(partial(_same_bytes, index.store), tasks, workers):
             if not same:
                 found.append(Fault(None, shard.name, "shard has another checksum than when it was indexed"))
             meter.advance()
     return sorted(found, key=lambda fault: fault.name)
 
 
-def _same_bytes(folder: Path, shard: Shard) -> Iterator[bool]:
+def _same_bytes(store: ShardStore, shard: Shard) -> Iterator[bool]:
     """A worker's job."""
     try:
-        with (folder / shard.name).open("rb") as file:
+        with store.local(shard.name, State(shard.size, shard.fingerprint)) as path, path.open("rb") as file:
             yield hashlib.file_digest(file, "sha256").hexdigest() == shard.checksum
-    except OSError:
+    except (UserError, OSError):
         yield False
 
 
