@@ -17,7 +17,8 @@ FLOORS = [
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli", "cli_data"},
+    {"cli_data"},
+    {"cli"},
     {"__main__"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 
 SPEC = "shards or another layout, as in data.train"
 
+INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
+of them cannot be used and why. Training does the same on first use; this command does it ahead, on all cores, and
+says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was.
+
+Again on changed shards: only those that are new or changed are scanned. New shards get ids after all others, so ids
+stay; where shards are gone or changed, ids change. Either way the digest is another, and checkpoints of before do not
+fit.
+
+examples:
+  disttempnet data index '/cc12m/{00000..01242}.tar'
+  disttempnet data index '/data/{0..3}/{00000..00099}.tar' --workers 32
+  disttempnet data index /recap --caption-key captions --out ~/recap.index
+  disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     the first time: store, then: compare
+"""
 
 VERIFY = """Reads images and captions as training would. Exit code 0: all is well; 1: something is broken; 2: it could
 not be looked at.
@@ -48,10 +62,50 @@ def add_data_commands(commands: Any) -> None:
     """Add the group to the command line's sub-parsers; each command sets `run`."""
     data = commands.add_parser("data", help="index, check, show, write and download data sets")
     parts = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    _add_index(parts)
     _add_preview(parts)
     _add_verify(parts)
     _add_shard(parts)
     _add_download(parts)
+
+
+def _add_index(commands: Any) -> None:
+    index = commands.add_parser(
+        "index",
+        help="index shards, or bring their index up to date",
+        description=INDEX,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument(
+        "patterns", nargs="+", metavar="PATTERN", help="a folder of .tar, or a pattern, as in data.train"
+    )
+    index.add_argument(
+        "--checksum", action="store_true", help="hash all bytes of every shard (sha256), and compare with what is known"
+    )
+    _add_workers(index)
+    index.add_argument("--caption-key", default="", metavar="KEY", help="captions are under this key of the .json")
+    index.add_argument("--out", default="", metavar="FILE", help="the index (default: beside the shards)")
+    index.set_defaults(run=run_index)
+
+
+def run_index(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from disttempnet.data.building import Scan
+    from disttempnet.data.indexing import update_index
+    from disttempnet.data.summary import index_summary
+
+    specs = [spec for pattern in options.patterns for spec in pattern.split("::")]
+    if options.out and len(specs) > 1:
+        raise UserError(f"--out names one index, but there are {len(specs)} patterns: index them one by one")
+    workers = _workers(options)
+    console = Console()
+    for spec in specs:
+        how = Scan(options.caption_key, workers, options.checksum)
+        index, news = update_index(spec, str(Path(options.out)) if options.out else "", how)
+        console.print(index_summary(index))
+        console.print(news, markup=False, highlight=False)
+    return 0
 
 
 def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -95,15 +149,15 @@ def _preview(options: argparse.Namespace) -> int:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core); 0 = none but this")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
 
 
 def _workers(options: argparse.Namespace) -> int:
     from disttempnet.data.workers import cores
 
-    if options.workers is not None and options.workers < 0:
-        raise UserError(f"--workers {options.workers}: a number of processes, or 0")
-    return cores() if options.workers is None else options.workers
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers}: a number of processes, 0 for as many as there are cores")
+    return options.workers or cores()
 
 
 def _add_verify(parts: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from disttempnet.data import ShardIndex, embedded_shards, open_index, resolve_shards
+from disttempnet.data.shards import expand_braces
 from disttempnet.errors import UserError
 from gloo import Pools
 
@@ -37,8 +38,81 @@ def test_resolves_folders_patterns_and_embedded_names(shards: Write) -> None:
     assert resolve_shards(f"{folder}/0000{{0..1}}.tar").names == names[:2]
     assert resolve_shards(f"{folder}/000{{00..01}}.tar").names == names[:2]
     assert resolve_shards(f"{folder}/00002.tar").names == names[2:3]
+    assert resolve_shards(f"{folder}/{{00003,00001}}.tar").names == (names[3], names[1])
     assert resolve_shards("embedded:emoji/val").names == names[:2]
     assert resolve_shards("embedded:emoji/val").folder == embedded_shards("emoji/val")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{8..011}", ["008", "009", "010", "011"]),
+        ("{0..1}/x{a,b}.tar", ["0/xa.tar", "0/xb.tar", "1/xa.tar", "1/xb.tar"]),
+        ("a{b,}c", ["abc", "ac"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(pattern: str, names: list[str]) -> None:
+    """The names are what bash 5.2 prints for `echo PATTERN`."""
+    assert list(expand_braces(pattern)) == names
+
+
+def test_ranges_in_folders(tmp_path: Path) -> None:
+    for folder in ("0", "1"):
+        (tmp_path / folder).mkdir()
+        for name in ("00.tar", "01.tar"):
+            write_shard(tmp_path / folder / name, {"same": sample(int(folder) * 2 + int(name[1]))})
+    index = open_index(f"{tmp_path}/{{0..1}}/{{00..01}}.tar", progress=False)
+    assert index.path == tmp_path / "0..1-00..01.index"
+    assert [index.name(n) for n in range(4)] == ["0/00.tar:same", "0/01.tar:same", "1/00.tar:same", "1/01.tar:same"]
+    assert [index.captions(n) for n in range(4)] == [(f"caption {n}",) for n in range(4)]
+
+
+def test_names_that_climb_are_names_only(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "shards"
+    folder.mkdir(parents=True)
+    write_shard(folder / "0.tar", {"../../up": sample(1), "/tmp/../etc/root": sample(2), "a/../b": sample(3)})
+    index = open_index(str(folder), progress=False)
+    assert [index.name(n) for n in range(3)] == ["0.tar:../../up", "0.tar:/tmp/../etc/root", "0.tar:a/../b"]
+    assert [index.captions(n)[0] for n in range(3)] == ["caption 1", "caption 2", "caption 3"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"deep", "shards", "0.tar", "all.index"}
+
+
+def test_captions_under_a_key_of_the_json(tmp_path: Path) -> None:
+    facts: list[bytes] = [
+        b'{"texts": "one", "number": 0}',
+        '{"texts": [" two ", "", "zwei é"]}'.encode(),
+        b'{"other": "x"}',
+        b'{"texts": null}',
+        b'{"texts": []}',
+        b'{"texts": ["", " "]}',
+        b'{"texts": 7}',
+        b'{"texts": ["a", 7]}',
+        b'{"texts": "half of one \\ud83d"}',
+        b'{"texts": "\xff"}',
+        b"{",
+        b"[1]",
+    ]
+    samples = {f"{n:02d}": {"jpg": png(n), "json": data, "txt": b"plain"} for n, data in enumerate(facts)}
+    write_shard(tmp_path / "0.tar", samples | {"12": {"jpg": png(12), "txt": b"no json"}})
+    index = open_index(str(tmp_path), progress=False, caption_key="texts")
+    assert index.usable.tolist() == [0, 1]
+    assert [index.captions(0), index.captions(1)] == [("one",), ("two", "zwei é")]
+    assert index.left_out(9) == [
+        ("no caption", 5, ["0.tar:02", "0.tar:03", "0.tar:04", "0.tar:11", "0.tar:12"]),
+        ("empty caption", 1, ["0.tar:05"]),
+        ("caption is not UTF-8", 2, ["0.tar:08", "0.tar:09"]),
+        ("its .json cannot be read", 1, ["0.tar:10"]),
+        ("caption is not a text", 2, ["0.tar:06", "0.tar:07"]),
+    ]
+    assert pickle.loads(pickle.dumps(index)).captions(1) == ("two", "zwei é")
+    plain = open_index(str(tmp_path), progress=False)
+    assert plain.captions(1) == ("plain",)
+    assert len(plain.usable) == 13
+    assert index.path.name == "all.texts.index"  # both can be used at once
+    assert index.digest != plain.digest
+    assert "indexed with caption key 'texts', not ''" in refusal(tmp_path, str(index.path))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +123,11 @@ def test_resolves_folders_patterns_and_embedded_names(shards: Write) -> None:
         ("empty", r"empty: no \.tar shards in this folder"),
         ("shards/{00000..00004}.tar", r"00002\.tar: no such shard \(and 2 more\)"),
         ("shards/{00004..00000}.tar", "runs backwards"),
-        ("shards/{a,b}.tar", "braces hold a range of numbers"),
+        ("shards/{abc}.tar", "braces hold a range of numbers"),
+        ("shards/{0..1.tar", "a brace has no partner"),
+        ("shards/{00000,00001,00000}.tar", "names a shard twice"),
+        ("shards/{00000,later}.tar", r"later\.tar: no such shard; '\{00000,later\}\.tar' names 2"),
+        ("{shards,more}/00000.tar", r"more/00000\.tar: no such shard"),
         ("embedded:emoji/tests", r"unknown embedded data set 'emoji/tests'.*emoji/train"),
     ],
 )
@@ -138,7 +216,7 @@ def test_ids_digest_and_file_are_stable(shards: Write) -> None:
     assert open_index(str(folder), progress=False).digest == digest
     assert again.first.tolist() == [0, 3, 5]
     assert [again.captions(n)[0] for n in range(5)] == [f"caption {n}" for n in range(5)]
-    assert len(content) <= 33 * 5 + 1024
+    assert len(content) <= 33 * 5 + 2048
     copy = pickle.loads(pickle.dumps(again))
     assert isinstance(copy, ShardIndex)
     assert copy.digest == digest
@@ -208,7 +286,10 @@ def test_files_that_are_no_tar(shards: Write, content: bytes) -> None:
     folder = shards(1, 1)
     (folder / "00001.tar").write_bytes(content)
     assert "00001.tar: not a readable .tar shard" in refusal(folder)
-    assert not list(folder.glob("*index*"))  # nothing half-made stays behind
+    assert not list(folder.glob("*.index"))
+    write_shard(folder / "00001.tar", {"a": sample(1)})
+    assert len(open_index(str(folder), progress=False)) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.tar", "00001.tar", "all.index"]
 
 
 def test_a_folder_without_a_usable_sample(shards: Write) -> None:
@@ -262,7 +343,7 @@ def test_shards_that_differ_from_the_index(shards: Write, fault: Callable[[Path]
     fault(folder)
     text = refusal(folder)
     assert re.search(message, text), text
-    assert f"delete {folder / 'all.index'} to index again" in text
+    assert f"or index again: disttempnet data index '{folder}'" in text
     assert "older checkpoints will not fit" in text
 
 

@@ -18,12 +18,12 @@ from .conftest import png, sample, write_shard
 Write = Callable[..., Path]
 
 
-def found(folder: Path, workers: int = 0, count: int = 0) -> list[tuple[int | None, str, str]]:
+def found(folder: Path, workers: int = 1, count: int = 0) -> list[tuple[int | None, str, str]]:
     checked = verify(SourceConfig(path=str(folder)), workers, count, progress=False)
     return [tuple(fault) for fault in checked.faults]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_names_broken_samples(shards: Write, workers: int) -> None:
     cut = png(7, size=(90, 90))
     changes = {
@@ -90,11 +90,11 @@ def test_checksums_find_what_a_fingerprint_cannot(tmp_path: Path) -> None:
 def test_a_quick_look_reads_so_many(shards: Write) -> None:
     folder = shards(6, 6, changes={n: {**sample(n), "png": b"?"} for n in range(12)})
     config = SourceConfig(path=str(folder))
-    first = verify(config, 0, count=5, seed=1, progress=False)
-    other = verify(config, 0, count=5, seed=2, progress=False)
+    first = verify(config, 1, count=5, seed=1, progress=False)
+    other = verify(config, 1, count=5, seed=2, progress=False)
     assert first.samples == len(first.faults) == 5
     assert first.faults != other.faults
-    assert verify(config, 0, count=99, progress=False).samples == 12
+    assert verify(config, 1, count=99, progress=False).samples == 12
 
 
 def test_the_command_tells_by_table_file_and_exit_code(
@@ -102,7 +102,7 @@ def test_the_command_tells_by_table_file_and_exit_code(
 ) -> None:
     folder = shards(3, 3, changes={1: {**sample(1), "png": b"?"}, 4: {**sample(4), "png": b"?"}})
     listing = tmp_path / "broken.jsonl"
-    assert main(["data", "verify", str(folder), "--workers", "0", "--out", str(listing)]) == 1
+    assert main(["data", "verify", str(folder), "--workers", "1", "--out", str(listing)]) == 1
     said = capsys.readouterr().out
     assert "6 samples read, 2 samples broken" in said
     row = next(line for line in said.splitlines() if "cannot identify image" in line)
@@ -110,7 +110,7 @@ def test_the_command_tells_by_table_file_and_exit_code(
     assert "00000.tar:000000001, 00001.tar:000000004" in row
     lines = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
     assert [line["id"] for line in lines] == [1, 4]
-    assert main(["data", "verify", "embedded:emoji/val", "--sample", "20", "--workers", "0"]) == 0
+    assert main(["data", "verify", "embedded:emoji/val", "--sample", "20", "--workers", "1"]) == 0
     assert "20 samples read, 0 samples broken" in capsys.readouterr().out
     assert main(["data", "verify", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err

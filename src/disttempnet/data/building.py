@@ -82,6 +82,8 @@ def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | No
         entries |= {name: journal.shards[name] for name in todo}
         _compare_checksums(store, same, entries, journal)
         order = [name for name in old if name in entries] + [name for name in shards.names if name not in old]
+        if known and not todo and order == list(old):
+            return known
         index = _write(path, store, [entries[name] for name in order], journal, known)
         journal.remove()
         return index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 UNKNOWN = "other"  # not one of jpg, png, webp: another format, or no image at all
+FORMATS = ("jpg", "png", "webp", UNKNOWN)
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers (ITU-T T.81, table B.1)
 
 

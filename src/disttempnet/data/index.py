@@ -128,14 +128,20 @@ class ShardIndex(Source):
     def reason(self, sample: int) -> str:
         return REASONS[self.status[sample]]
 
+    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
+        """(reason, samples, the first few names) of what cannot be used."""
+        found = []
+        for code, reason in enumerate(REASONS):
+            if code != OK and len(samples := np.flatnonzero(self.status == code)):
+                found.append((reason, len(samples), [self.name(int(sample)) for sample in samples[:names]]))
+        return found
+
     def problems(self, names: int = 3) -> str:
         """One line a reason why samples are left out, with the first few names; empty if all are usable."""
         lines = []
-        for code in np.unique(self.status[self.status != OK]):
-            samples = np.flatnonzero(self.status == code)
-            shown = ", ".join(self.name(int(sample)) for sample in samples[:names])
-            more = ", …" if len(samples) > names else ""
-            lines.append(f"{len(samples):,} samples left out, {REASONS[code]}: {shown}{more}")
+        for reason, samples, shown in self.left_out(names):
+            more = ", …" if samples > len(shown) else ""
+            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
         for shard in self.shards:
             if shard.note:
                 lines.append(f"{shard.name}: {shard.note}; {shard.samples:,} samples before it")

@@ -58,6 +58,42 @@ def open_index(
     return index
 
 
+def update_index(spec: str, index_path: str, how: Scan) -> tuple[ShardIndex, str]:
+    """Make the index of shards, or bring it up to date: what `disttempnet data index` does.
+
+    Returns:
+        the index, and what is new in a line.
+
+    Raises:
+        UserError: as `build_index`.
+    """
+    shards = resolve_shards(spec)
+    path = index_file(shards, index_path, how.caption_key)
+    known = load_known(shards, path, how.caption_key) if path.is_file() else None
+    index = build_index(shards, path, how, known)
+    news = _news(known, index) if known else "indexed for the first time"
+    if known and how.checksum:
+        compared = sum(1 for shard in known.shards if shard.checksum)
+        news += f"; checksums that were known and are the same: {compared:,}"
+    return index, news
+
+
+def _news(known: ShardIndex, index: ShardIndex) -> str:
+    """What an update has changed."""
+    if known.digest == index.digest:
+        return "the same samples as before"
+    before, now = ({shard.name: shard.identity for shard in one.shards} for one in (known, index))
+    counts = {
+        "new": len(now.keys() - before.keys()),
+        "gone": len(before.keys() - now.keys()),
+        "changed": sum(1 for name in before.keys() & now.keys() if before[name] != now[name]),
+    }
+    what = ", ".join(f"{count:,} shards {word}" for word, count in counts.items() if count)
+    if counts["gone"] or counts["changed"]:
+        return f"{what}: ids change"
+    return f"{what}: ids 0 to {len(known) - 1:,} stay, the new ones come after them"
+
+
 def load_known(shards: ShardList, path: Path, caption_key: str) -> ShardIndex:
     """An index file, whole and of this caption key. Raises UserError."""
     index = load_index(path, shards.folder, verify=True, store=shards.store)

@@ -74,6 +74,8 @@ class Journal:
         """Let another process have it. What it holds stays for the next scan; an empty one goes."""
         if not self._end:
             self.remove()
+        with suppress(OSError):  # said aloud: a mapping of the file keeps a lock that is not
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
     def remove(self) -> None:

@@ -48,7 +48,7 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
 
     Args:
         source: the data; what has no index yet gets one.
-        workers: processes; 0 = none but this one.
+        workers: processes; 1 = this one.
         count: how many samples to read, drawn at random, without the checksums of shards; 0 = all.
         seed: which.
         progress: show a bar on standard error.

@@ -47,7 +47,7 @@ def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], worker
     Args:
         job: a generator function, or a partial of one; it is pickled once a worker.
         tasks: its arguments.
-        workers: processes; 0 = none but this one.
+        workers: processes; 1 = this one.
 
     Yields:
         (task, item) for all that `job(task)` yields, in the order of arrival.
@@ -56,7 +56,7 @@ def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], worker
         UserError: the job raised one, or a worker was killed.
         RuntimeError: any other exception of a job, with its traceback.
     """
-    if workers == 0 or not tasks:
+    if workers <= 1 or not tasks:
         yield from ((task, item) for task in tasks for item in job(task))
         return
     pool = _Pool(job, min(workers, len(tasks)))

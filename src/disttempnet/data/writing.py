@@ -84,7 +84,7 @@ def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, pro
         source: its usable samples are written.
         folder: where to; made if it is not there.
         recipe: how.
-        workers: processes; 0 = none but this one. They change nothing about the bytes.
+        workers: processes; 1 = this one. They change nothing about the bytes.
         progress: show a bar on standard error.
 
     Raises:

@@ -1,0 +1,62 @@
+"""An index in tables: totals, measures of images and captions, what is left out and why."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from disttempnet.data.headers import FORMATS
+from disttempnet.data.index import Shard, ShardIndex
+from disttempnet.data.scan import Tally, merge_tally
+
+MEASURES = ("image bytes", "image width", "image height", "captions a sample", "caption characters")
+
+
+def index_summary(index: ShardIndex) -> RenderableType:
+    """Tables for a terminal."""
+    tally: Tally = {}
+    for shard in index.shards:
+        merge_tally(tally, shard.tally)
+    tables: list[RenderableType] = [_totals(index, tally), _measures(tally)]
+    if reasons := index.left_out():
+        table = Table("left out", "samples", "for example", title="unreadable samples", title_justify="left")
+        table.columns[1].justify = "right"
+        for reason, samples, names in reasons:
+            table.add_row(reason, f"{samples:,}", escape(", ".join(names)) + (", …" if samples > len(names) else ""))
+        tables.append(table)
+    if notes := [(shard.name, shard.note or "holds no samples") for shard in index.shards if _odd(shard)]:
+        table = Table("shard", "what is wrong", title="shards", title_justify="left")
+        for name, note in notes:
+            table.add_row(escape(name), escape(note))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _odd(shard: Shard) -> bool:
+    return bool(shard.note) or not shard.samples
+
+
+def _totals(index: ShardIndex, tally: Tally) -> Table:
+    usable, hashed = int(index.usable_counts.sum()), sum(1 for shard in index.shards if shard.checksum)
+    images = sum(tally[name][0] for name in FORMATS if name in tally)
+    formats = ", ".join(f"{name} {tally[name][0] / images:.4%}" for name in FORMATS if name in tally)
+    table = Table(title=f"{escape(str(index.path))}", title_justify="left", show_header=False)
+    table.add_row("shards", f"{len(index.shards):,}, {sum(shard.size for shard in index.shards) / 1e9:,.2f} GB")
+    table.add_row("samples", f"{len(index):,}, of which {usable:,} usable")
+    table.add_row("images", formats or "not measured: indexed by an earlier version")
+    table.add_row("captions", f"key '{escape(index.caption_key)}' of .json" if index.caption_key else ".txt")
+    table.add_row("checksums", f"of {hashed:,} shards" if hashed else "none (--checksum)")
+    table.add_row("index", f"{index.path.stat().st_size / 1e6:,.1f} MB, digest {index.digest[:12]}")
+    return table
+
+
+def _measures(tally: Tally) -> Table:
+    table = Table("measure", "count", "mean", "lowest", "highest")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in MEASURES:
+        if name in tally:
+            count, total, low, high = tally[name]
+            table.add_row(name, f"{count:,}", f"{total / count:,.1f}", f"{low:,}", f"{high:,}")
+    return table
