@@ -92,8 +92,9 @@ class Listing(Source):
         return self.columns.row(sample)[2]
 
     def name(self, sample: int) -> str:
-        """`LISTING:IMAGE`, or the number of a row without image."""
-        return f"{Path(self.where).name}:{printable(self.columns.row(sample)[0]) or f'row {sample + 1}'}"
+        """`LISTING:IMAGE`, or the number of a row without image; `FILE.parquet:ROW`, from 0."""
+        image = printable(self.columns.row(sample)[0]) or f"row {sample + 1}"
+        return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
 
     def reason(self, sample: int) -> str:
         return REASONS[self.status[sample]]
@@ -124,12 +125,17 @@ def is_listing(source: SourceConfig) -> bool:
     path = Path(source.path).expanduser()
     if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
         return True
-    if path.is_dir() and not any(path.glob("*.tar")):
-        return any(path.glob("*.parquet")) or holds_images(path)
+    if path.is_dir() and ".tar" not in (suffixes := _suffixes_in(path)):
+        return ".parquet" in suffixes or holds_images(path)
     for key in ("images", "image_key"):
         if getattr(source, key):
             raise UserError(f"data.train: {source.path}: {key} is for JSON, CSV and parquet; leave it out")
     return False
+
+
+def _suffixes_in(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {os.path.splitext(entry.name)[1] for entry in entries if not entry.name.startswith(".")}
 
 
 def layout_of(source: SourceConfig) -> Layout:
@@ -139,7 +145,9 @@ def layout_of(source: SourceConfig) -> Layout:
         return Table(path)
     if source.images:
         raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
-    if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
+    if path.suffix.lower() != ".parquet" and not path.is_dir():
+        raise UserError(f"data.train: {path}: no such folder of images")
+    if path.suffix.lower() == ".parquet" or ".parquet" in _suffixes_in(path):
         return Parquet(path, source.image_key)
     if source.image_key:
         raise UserError(f"data.train: {path}: a folder of images has no image_key; leave it out")
@@ -159,9 +167,9 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
             images are not found. Every rank raises.
     """
     settings = Settings(source.image_key, source.caption_key)
+    layout = _on_all_ranks(lambda: layout_of(source))
 
     def build() -> None:
-        layout = layout_of(source)
         path = index_file(layout, source.index)
         if distributed.is_main() and not path.is_file():
             with writable(path):  # learnt before reading, which may take minutes, not after it
@@ -169,7 +177,6 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
             build_index(layout, path, settings, progress)
 
     def load() -> Listing:
-        layout = layout_of(source)
         path = index_file(layout, source.index)
         columns = load_columns(path)
         columns.check(layout, settings)

@@ -85,9 +85,9 @@ class Columns:
                 self._refuse(f"was indexed with {key} = '{self.about['settings'][key]}', not '{now}'", layout.where)
         parts, names = self.about["parts"], layout.names()
         if names is not None and names - parts.keys():
-            self._refuse("was not there at indexing", layout.where.with_name(min(names - parts.keys())))
+            self._refuse("was not there at indexing; take it away", layout.path(min(names - parts.keys())))
         for name, (stamp, fingerprint) in parts.items():
-            path = layout.where / name if layout.where.is_dir() else layout.where.with_name(name)
+            path = layout.path(name)
             try:
                 same = layout.stamp(name) == stamp or layout.fingerprint(name) == fingerprint
             except OSError as error:

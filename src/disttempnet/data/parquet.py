@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from disttempnet.data.rows import Fields, Layout, Part, file_stamp
+from disttempnet.data.rows import Fields, Layout, Part
 from disttempnet.data.shards import expand_braces, fingerprint
 from disttempnet.data.transforms import UnreadableImage
 from disttempnet.errors import UserError
@@ -53,11 +53,11 @@ class Parquet(Layout):
     def names(self) -> set[str]:
         return {path.name for path in self.paths}
 
-    def stamp(self, name: str) -> str:
-        return file_stamp(self.paths[0].with_name(name))
+    def path(self, name: str) -> Path:
+        return self.paths[0].with_name(name)
 
     def fingerprint(self, name: str) -> str:
-        return fingerprint(self.paths[0].with_name(name))  # a file's end tells where each of its columns lies
+        return fingerprint(self.path(name))  # a file's end tells where each of its columns lies
 
     def identity(self) -> str:
         return self.column + "".join(part.fingerprint for _, part in sorted(self.parts.items()))

@@ -58,9 +58,14 @@ class Layout(ABC):
             UserError: what lies there cannot be read as this layout; the message names file and position.
         """
 
-    @abstractmethod
+    def path(self, name: str) -> Path:
+        """Where a part is."""
+        return self.where.with_name(name)
+
     def stamp(self, name: str) -> str:
-        """The cheap mark of a part. Raises OSError where it is gone."""
+        """The cheap mark of a part: equal ones mean that it was not written since. Raises OSError where it is gone."""
+        status = self.path(name).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
 
     @abstractmethod
     def fingerprint(self, name: str) -> str:
@@ -87,12 +92,6 @@ class Layout(ABC):
         return {}
 
 
-def file_stamp(path: Path) -> str:
-    """Size and time of a file: equal ones mean that it was not written since."""
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
 class Table(Layout):
     """A file of rows: a JSON list of objects, a JSON object a line, CSV or TSV with a header."""
 
@@ -102,11 +101,8 @@ class Table(Layout):
             raise UserError(f"{where}: no such listing")
         self.total = where.stat().st_size
 
-    def stamp(self, name: str) -> str:
-        return file_stamp(self.where.with_name(name))
-
     def fingerprint(self, name: str) -> str:
-        with self.where.with_name(name).open("rb") as file:
+        with self.path(name).open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
@@ -179,7 +175,7 @@ class _JsonItems:
         while True:
             try:
                 item, end = self.decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # a number at the end may go on
+                if end + 3 <= len(self.text) or self.ended:  # a number near the end may go on: 1|e+6
                     self.at = end
                     return item
             except RecursionError:
@@ -222,11 +218,11 @@ class Folder(Layout):
         self.where, self.parts = where, {}
         self.from_json, self.caption_key = bool(caption_key), caption_key or "caption"
 
-    def stamp(self, name: str) -> str:
-        return str((self.where / name).stat().st_mtime_ns)
+    def path(self, name: str) -> Path:
+        return self.where / name
 
     def fingerprint(self, name: str) -> str:
-        return _hash_names(_entries(self.where / name))
+        return _hash_names(_entries(self.path(name)))
 
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
         try:
@@ -236,11 +232,11 @@ class Folder(Layout):
             raise UserError(f"{error.filename or self.where}: cannot be read: {error.strerror}") from None
 
     def _rows_in(self, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Fields]:
-        status, stamp = (self.where / name).stat(), self.stamp(name)
+        status, stamp = self.path(name).stat(), self.stamp(name)
         here = status.st_dev, status.st_ino
         if here in above:  # a link that leads back
             return
-        entries = _entries(self.where / name)
+        entries = _entries(self.path(name))
         self.parts[name] = Part(stamp, _hash_names(entries))
         for entry in sorted(entries):
             if entry.endswith("/"):

@@ -1,0 +1,126 @@
+"""A run from the TempNet code's layout is a run like any other: two epochs, resume, two processes, temperatures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from disttempnet.config import CONFIG_FOLDER, Config, SourceConfig, load_config
+from disttempnet.data import open_source
+from disttempnet.errors import UserError
+from disttempnet.report.temperature.command import Source, write_temperatures
+from disttempnet.training.checkpoint import list_checkpoints
+from disttempnet.training.trainer import train
+
+from .test_trainer import WORLD_SIZE_TOLERANCE, command, environment, losses, same_ending
+
+PAIRS = 44  # of them 4 cannot be used
+
+
+@pytest.fixture(scope="module")
+def cc3m(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`cc3m/cc3m_train/…` and `clip_train/cc3m_train.json`, of emoji; two rows have no caption, two no image."""
+    root = tmp_path_factory.mktemp("datasets")
+    emoji = open_source((SourceConfig(path="embedded:emoji/train"),), progress=False)
+    (root / "cc3m" / "cc3m_train").mkdir(parents=True)
+    (root / "clip_train").mkdir()
+    items = []
+    for n in range(PAIRS):
+        name = f"cc3m_train/{n:09d}.jpg"
+        items.append({"caption": emoji.captions(n)[0], "image": name, "image_id": f"cc3m_{n}"})
+        if n not in (20, 33):
+            (root / "cc3m" / name).write_bytes(emoji.image_bytes(n))
+    items[3]["caption"] = " "
+    del items[7]["caption"]
+    (root / "clip_train" / "cc3m_train.json").write_text(json.dumps(items))
+    return root
+
+
+def overrides(cc3m: Path, out: Path) -> list[str]:
+    listing, images = json.dumps(str(cc3m / "clip_train" / "cc3m_train.json")), json.dumps(str(cc3m / "cc3m"))
+    return [
+        f"out={json.dumps(str(out))}",
+        f"data.train=[{{path={listing}, images={images}}}]",
+        "data.global_batch=16",
+        "data.limit=0",
+        "eval.tasks=[]",
+    ]
+
+
+def debug(cc3m: Path, out: Path, *more: str) -> Config:
+    return load_config(CONFIG_FOLDER / "debug.toml", [*overrides(cc3m, out), *more])
+
+
+@pytest.fixture(scope="module")
+def straight(cc3m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("straight")
+    assert train(debug(cc3m, out))
+    return out / "debug"
+
+
+def test_two_epochs_of_all_rows_that_can_be_used(straight: Path) -> None:
+    measured = losses(straight)
+    assert list(measured) == list(range(1, 7)), "42 rows are three batches of 16"
+    assert np.isfinite(list(measured.values())).all()
+    facts = json.loads((straight / "run.json").read_text(encoding="utf-8"))
+    assert facts["num_samples"] == PAIRS, "ids are rows, usable or not"
+
+
+def test_stop_in_an_epoch_and_resume(cc3m: Path, straight: Path, tmp_path: Path) -> None:
+    assert train(debug(cc3m, tmp_path, "train.stop_after_steps=4"))
+    assert train(debug(cc3m, tmp_path), resume="auto")
+    assert losses(tmp_path / "debug") == losses(straight)
+    same_ending(tmp_path / "debug", straight)
+
+
+def test_two_processes_with_loader_workers_train_the_same_curve(cc3m: Path, straight: Path, tmp_path: Path) -> None:
+    config = str(CONFIG_FOLDER / "debug.toml")
+    launched = command("train", config, *overrides(cc3m, tmp_path), "data.workers=1", processes=2)
+    done = subprocess.run(launched, timeout=240, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(list_checkpoints(tmp_path / "debug")[-1].glob("shard-*-of-00002.pt"))) == 2
+    together, alone = losses(tmp_path / "debug"), losses(straight)
+    assert together.keys() == alone.keys()
+    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=WORLD_SIZE_TOLERANCE, atol=1e-5)
+
+
+def test_temperatures_of_its_rows_and_of_a_folder(cc3m: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tau.csv"
+    assert write_temperatures(str(straight), Source(), out, columns=("image_id",)) == PAIRS - 4
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    left = [n for n in range(PAIRS) if n not in (3, 7, 20, 33)]
+    assert [row["id"] for row in rows] == [str(n) for n in left]
+    assert [row["image_id"] for row in rows] == [f"cc3m_{n}" for n in left]
+    assert rows[0]["key"] == "cc3m_train.json:cc3m_train/000000000.jpg"
+
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for n in (1, 0):
+        image = cc3m / "cc3m" / f"cc3m_train/{n:09d}.jpg"
+        (pairs / f"{n}.jpg").write_bytes(image.read_bytes())
+        (pairs / f"{n}.txt").write_text(f"caption {n}")
+    assert write_temperatures(str(straight), Source(shards=str(pairs)), tmp_path / "pairs.csv") == 2
+    with (tmp_path / "pairs.csv").open(newline="", encoding="utf-8") as file:
+        assert [(row["id"], row["key"]) for row in csv.DictReader(file)] == [("", "pairs:0.jpg"), ("", "pairs:1.jpg")]
+
+
+def test_another_listing_does_not_fit_the_run(cc3m: Path, straight: Path, tmp_path: Path) -> None:
+    listing = cc3m / "clip_train" / "cc3m_train.json"
+    index, before = Path(f"{listing}.index"), listing.read_bytes()
+    kept = index.read_bytes()
+    try:
+        listing.write_bytes(before.replace(b'"cc3m_9"', b'"cc3m_X"'))
+        with pytest.raises(UserError, match=r"cc3m_train\.json: has changed since it was indexed"):
+            train(debug(cc3m, straight.parent), resume="auto")
+        index.unlink()
+        with pytest.raises(UserError, match="was trained on another data set"):
+            train(debug(cc3m, straight.parent), resume="auto")
+    finally:
+        listing.write_bytes(before)
+        index.write_bytes(kept)
