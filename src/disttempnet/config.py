@@ -57,6 +57,11 @@ class DataConfig(Section):
         description="open_clip: random crop of 90-100 %; tempnet: crop of 50-100 %, flip, RandAugment(2, 7); "
         "emoji: crop of 60-100 %, no flip (arrows have a direction)",
     )
+    draft: bool = Field(
+        False,
+        description="decode JPEGs at the smallest of 1/8, 1/4, 1/2 that still covers the crop: quicker where images "
+        "are over twice as large as the model's input, and slightly other pixels",
+    )
     global_batch: int = Field(gt=1, description="samples a step over all ranks")
     lanes: int = Field(
         8, gt=0, description="parallel reading lanes; every world size that divides it sees the same batches"

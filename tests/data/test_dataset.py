@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from disttempnet.config import DataConfig
@@ -20,7 +22,9 @@ from disttempnet.data import (
     EpochPlan,
     PairDataset,
     TrainingData,
+    decode,
     eval_transform,
+    lost_workers_named,
     open_index,
     open_training_data,
     train_transform,
@@ -28,6 +32,8 @@ from disttempnet.data import (
 from disttempnet.errors import UserError
 
 from .conftest import png
+from .pictures import encoded, gradient
+from .test_decoding import BOMB
 
 Write = Callable[..., Path]
 fork = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -44,6 +50,12 @@ TOWERS: Any = SimpleNamespace(image_size=24, tokenizer=tokenizer)
 def data_of(folder: Path | str, seed: int = 5, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainingData:
     options: dict[str, Any] = {"global_batch": 4, "lanes": 2, "workers": 0, "transform": "tempnet"}
     return open_training_data(DataConfig(train=str(folder), **(options | changes)), seed, TOWERS, rank, world_size)
+
+
+def as_evaluated(size: int) -> Callable[[bytes, int], Tensor]:
+    """A training transform without augmentation."""
+    transform = eval_transform(size)
+    return lambda data, seed: transform(decode(data))
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -65,7 +77,7 @@ def test_batches_carry_the_plans_samples(shards: Write) -> None:
 
 def test_image_caption_and_id_belong_together(shards: Write) -> None:
     index = open_index(str(shards(4, 4)), progress=False)
-    dataset = PairDataset(index, eval_transform(7), 0)
+    dataset = PairDataset(index, as_evaluated(7), 0)
     assert len(dataset) == 8
     for number in range(8):
         sample = dataset[0, number]
@@ -160,6 +172,55 @@ def test_broken_samples_are_replaced_named_and_counted(shards: Write, workers: i
     assert all(name.startswith(text) for name, text in zip(named, expected, strict=True))
 
 
+@fork
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_fault_is_named_and_no_id_shifts(shards: Write, workers: int) -> None:
+    """One sample of ten is whole, and stands in for all before it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = encoded(gradient(80, 60), "JPEG")
+    faults = {
+        "cannot identify image": [b"<!DOCTYPE html><html>404 Not Found</html>", b"\xff\xd8\xff"],
+        "cannot decode image": [jpeg[: len(jpeg) // 2], png(7)[:-30]],
+        "one pixel: a placeholder": [png(1, size=(1, 1))],
+        "over 89,478,485 pixels": [BOMB],
+    }
+    good = {
+        "CMYK": encoded(Image.new("CMYK", (30, 20), (0, 255, 0, 0)), "JPEG"),
+        "grey and alpha": encoded(Image.new("LA", (30, 20), (90, 100)), "PNG"),
+        "turned": encoded(gradient(80, 60), "JPEG", exif=exif.tobytes()),
+    }
+    broken = [(reason, data) for reason, group in faults.items() for data in group]
+    contents = [data for _, data in broken] + [*good.values()]
+    changes = {n: {"jpg": data, "txt": f"caption {n}".encode()} for n, data in enumerate(contents)}
+    data = data_of(shards(4, len(contents) - 4, changes=changes), workers=workers, global_batch=9, lanes=1, tail="drop")
+    (batch,) = data.loader_from(0)
+    planned, first_good = data.plan.batch(0, 0).tolist(), len(broken)
+    assert batch.ids.tolist() == [max(sample, first_good) for sample in planned]
+    assert [bytes(text).decode().strip() for text in batch.tokens.tolist()] == [f"caption {n}" for n in batch.ids]
+    assert batch.images.shape == (9, 3, 24, 24)
+    named = dict(name.split(": ", 1) for name in batch.skipped)
+    for number, (reason, _) in enumerate(broken):
+        assert named[f"{number // 4:05d}.tar:{number:09d}"].startswith(reason)
+    assert len(named) == len(broken)
+
+
+def test_a_caption_of_100_kb_takes_no_time(shards: Write) -> None:
+    """Byte-pair encoding is quadratic in the length of a word: open_clip's would take minutes over this one."""
+    from disttempnet.models import open_clip
+
+    letters = bytes(torch.randint(97, 123, (100_000,), generator=torch.Generator().manual_seed(0)).tolist())
+    changes = {n: {"png": png(n), "txt": text} for n, text in enumerate((letters, b"caption " * 12_500))}
+    towers: Any = SimpleNamespace(image_size=24, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    folder, begin = shards(2, changes=changes), time.process_time()
+    config = DataConfig(train=str(folder), global_batch=2, lanes=1, workers=0)
+    (batch,) = open_training_data(config, 5, towers).loader_from(0)
+    assert time.process_time() - begin < 20
+    assert sorted(batch.ids.tolist()) == [0, 1]
+    row = batch.tokens[batch.ids.tolist().index(1)]
+    assert torch.equal(row, towers.tokenizer(["caption " * 80])[0])
+
+
 def test_captions_that_changed_after_indexing_are_skipped_too(shards: Write) -> None:
     """Only the middle of a large shard can change unseen, so this one is changed under an open index."""
     folder = shards(3)
@@ -167,7 +228,7 @@ def test_captions_that_changed_after_indexing_are_skipped_too(shards: Write) -> 
     for replacement, reason in ((b" " * 9, "empty caption"), (b"\xff" * 9, "caption is not UTF-8")):
         data = (folder / "00000.tar").read_bytes().replace(b"caption 1", replacement)
         (folder / "00000.tar").write_bytes(data)
-        sample = PairDataset(index, eval_transform(8), 0)[0, 1]
+        sample = PairDataset(index, as_evaluated(8), 0)[0, 1]
         assert (sample.id, sample.skipped) == (2, (f"00000.tar:000000001: {reason}",))
         (folder / "00000.tar").write_bytes(data.replace(replacement, b"caption 1"))
 
@@ -191,6 +252,26 @@ def test_a_shard_lost_while_training_ends_in_one_line(shards: Write, workers: in
     os.truncate(folder / "00000.tar", 600)
     with pytest.raises(UserError, match=r"^\S*00000\.tar: ends inside sample \d.*restore it$"):
         list(data.loader_from(0))
+
+
+def test_draft_is_what_the_config_says(shards: Write) -> None:
+    folder = shards(4)
+    assert [data_of(folder, draft=draft).dataset.transform.draft for draft in (False, True)] == [False, True]
+    with pytest.raises(UserError, match=r"data\.draft has no effect"):
+        data_of(folder, transform="emoji", draft=True)
+
+
+@fork
+def test_a_killed_worker_is_named(shards: Write) -> None:
+    data = data_of(shards(9, 9), workers=1, global_batch=2)
+    with pytest.raises(UserError, match=r"^loader worker \d+ died \(Killed\): out of memory.*--resume auto") as caught:  # noqa: PT012, SIM117
+        with lost_workers_named():
+            for _ in data.loader_from(0):
+                os.kill(data.loader._iterator._workers[0].pid, signal.SIGKILL)
+                time.sleep(1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"^out of cheese$"), lost_workers_named():
+        raise RuntimeError("out of cheese")
 
 
 @fork

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import torch
 from disttempnet.config import CONFIG_FOLDER, Config, load_config
 from disttempnet.errors import UserError
 from disttempnet.training.checkpoint import list_checkpoints, load_run
+from disttempnet.training.runlog import Skipped, _summary
 from disttempnet.training.trainer import Trainer, train
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
@@ -185,6 +187,43 @@ def test_a_killed_run_ends_with_the_same_weights(number: signal.Signals, straigh
     assert train(debug(tmp_path, "train.checkpoint_every=3"), resume="auto")
     assert losses(run) == losses(straight)
     same_ending(run, straight)
+
+
+def test_a_killed_loader_worker_ends_the_run_in_one_line_and_it_goes_on(straight: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(CONFIG_FOLDER / "debug.toml"), f"out={tmp_path}", "train.checkpoint_every=3"]
+    run = tmp_path / "debug"
+    start = command(*arguments, "data.workers=2")
+    with subprocess.Popen(start, env=environment(), stdout=-1, stderr=-1, text=True) as process:
+        wait_for_step(run, 4, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.fullmatch(r"disttempnet: loader worker \d+ died \(Killed\): .* --resume auto .*", errors.splitlines()[-1])
+    assert "Traceback" not in errors
+    assert load_run(run).step >= 3
+    assert train(debug(tmp_path, "train.checkpoint_every=3"), resume="auto")
+    assert losses(run) == losses(straight)
+    same_ending(run, straight)
+
+
+def test_skipped_samples_of_every_rank_are_counted_by_reason() -> None:
+    skipped = Skipped()
+    names = [f"00000.tar:{n:09d}: cannot decode image: {n} bytes missing" for n in range(25)]
+    lines = [*skipped.add(names), *skipped.add(["00001.tar:000000001: one pixel: a placeholder, not an image"])]
+    assert lines == [f"skipped {name}" for name in names[:20]]
+    assert skipped.total == 26
+    assert skipped.summary() == "skipped so far: 26 samples (25 cannot decode image, 1 one pixel)"
+
+
+def test_the_wait_for_data_is_logged_and_shown_where_it_matters(straight: Path) -> None:
+    for line in (straight / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        assert 0 < record["data_wait"] < record["step_seconds"]
+        assert record["samples_per_second"] == pytest.approx(32 / record["step_seconds"])
+    shown = {"samples_per_second": 320.0, "loss": 1.0, "step_seconds": 0.1}
+    assert _summary(shown | {"data_wait": 0.035}).endswith("waits for data 35%")
+    assert "waits" not in _summary(shown | {"data_wait": 0.009})
 
 
 def test_an_existing_run_is_not_overwritten(straight: Path) -> None:

@@ -7,7 +7,7 @@
     mixture.py     several sources as one, each with a weight
     listing.py     what is no tar, as a source;  listing_index.py keeps its rows, rows.py and parquet.py read them
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
-    transforms.py  decode and augment;  dataset.py  samples, batches, the loader
+    decoding.py    encoded images → pixels;  transforms.py  augmentations;  dataset.py  samples, batches, the loader
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
     store.py       who opens a shard: where it lies, or through the cache of remote.py
     cache.py       where both are made into shards on first use
@@ -24,7 +24,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from disttempnet.config import DataConfig, SourceConfig
-from disttempnet.data.dataset import Batch, PairDataset, Sample, make_loader
+from disttempnet.data.dataset import Batch, PairDataset, Sample, lost_workers_named, make_loader
+from disttempnet.data.decoding import UnreadableImage, decode
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.index import ShardIndex
 from disttempnet.data.indexing import open_index
@@ -34,7 +35,7 @@ from disttempnet.data.sampler import EpochPlan, PlanSampler
 from disttempnet.data.scenes import generated_shards
 from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.source import Source
-from disttempnet.data.transforms import decode, eval_transform, train_transform
+from disttempnet.data.transforms import eval_transform, train_transform
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
 
@@ -49,10 +50,12 @@ __all__ = [
     "ShardList",
     "Source",
     "TrainingData",
+    "UnreadableImage",
     "decode",
     "embedded_shards",
     "eval_transform",
     "generated_shards",
+    "lost_workers_named",
     "make_loader",
     "open_index",
     "open_listing",
@@ -126,7 +129,7 @@ def open_training_data(
     source = open_source(config.sources)
     plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
     plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
-    dataset = PairDataset(source, train_transform(config.transform, towers.image_size), seed)
+    dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
     sampler = PlanSampler(plan, rank, world_size)
     loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available())
     return TrainingData(source, plan, dataset, sampler, loader)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.sampler import PlanSampler
 from disttempnet.data.source import Source, UnreadableCaption
-from disttempnet.data.transforms import Transform, UnreadableImage, decode
+from disttempnet.data.transforms import TrainTransform
 from disttempnet.errors import UserError
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 MAX_SKIPPED = 100  # unreadable samples in a row: then it is the data that is broken, not a sample
 PREFETCH = 4  # batches a worker holds ready
+CAPTION_CHARACTERS = 2000  # what a tokenizer is given: it cuts at some 77 words anyway, and takes n² time over one word
 
 
 class Sample(NamedTuple):
@@ -63,12 +67,12 @@ class PairDataset(Dataset[Sample]):
 
     Args:
         source: where samples lie.
-        transform: RGB image → uint8 [3, s, s], random through torch's default CPU generator.
+        transform: (encoded image, seed) → uint8 [3, s, s].
         seed: augmentation, and which of several captions, depend on (seed, epoch, id) only: neither on worker nor
             on order.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Source, transform: TrainTransform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
@@ -85,38 +89,31 @@ class PairDataset(Dataset[Sample]):
         while len(skipped) < MAX_SKIPPED:
             try:
                 captions = self.source.captions(sample)
-                image = decode(self.source.image_bytes(sample))
+                pixels = self.transform(self.source.image_bytes(sample), self._draw(epoch, sample))
             except (UnreadableImage, UnreadableCaption) as error:
                 skipped.append(f"{self.source.name(sample)}: {error}")
                 sample = self.source.next_usable(sample)
                 continue
-            pixels, caption = self._draw(image, captions, epoch, sample)
-            return Sample(pixels, caption, sample, tuple(skipped))
+            chosen = self._draw(epoch, sample, b"caption") % len(captions) if len(captions) > 1 else 0
+            return Sample(pixels, captions[chosen], sample, tuple(skipped))
         raise UserError(f"{MAX_SKIPPED} samples in a row cannot be read, the first is {skipped[0]}")
 
-    def _draw(self, image: object, captions: Sequence[str], epoch: int, sample: int) -> tuple[Tensor, str]:
-        """The augmented image, and one of the captions."""
+    def _draw(self, epoch: int, sample: int, purpose: bytes = b"") -> int:
+        """56 bits that look random, others for every purpose."""
         text = f"{self.seed} {epoch} {sample}".encode()
-        state = torch.default_generator.get_state()  # with no workers this process is the trainer's own
-        try:
-            torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
-            pixels = self.transform(image)  # type: ignore[arg-type]
-            chosen = int(torch.randint(len(captions), ())) if len(captions) > 1 else 0
-            return pixels, captions[chosen]
-        finally:
-            torch.default_generator.set_state(state)
+        return int.from_bytes(hashlib.blake2b(text, digest_size=7, person=purpose).digest())
 
 
 class Collate:
-    """Samples → Batch, captions tokenised together."""
+    """Samples → Batch, captions tokenised together; images stand in shared memory at once where this is a worker."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         return Batch(
-            torch.stack([sample.image for sample in samples]),
-            self.tokenizer([sample.caption for sample in samples]),
+            default_collate([sample.image for sample in samples]),
+            self.tokenizer([sample.caption[:CAPTION_CHARACTERS] for sample in samples]),
             torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             tuple(text for sample in samples for text in sample.skipped),
         )
@@ -128,6 +125,25 @@ def _start_worker(_: int) -> None:
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Tell in one line of a loader worker that died.
+
+    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\D*(\d+)\D*\)", str(error))
+        if found is None:
+            raise
+        how = re.search(r"killed by signal: ([^.]+)", str(error))
+        raise UserError(
+            f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + ": out of memory, as a rule. "
+            "Set data.workers lower, then --resume auto goes on from the last checkpoint"
+        ) from None
 
 
 def make_loader(

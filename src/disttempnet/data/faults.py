@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.source import OK, Source, UnreadableCaption
-from disttempnet.data.transforms import UnreadableImage
 from disttempnet.errors import UserError
 
 NAMED = 3  # samples that a table names a reason

@@ -16,6 +16,7 @@ import numpy as np
 
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.index import writable
 from disttempnet.data.indexing import _on_all_ranks
 from disttempnet.data.listing_index import REASONS, Columns, Settings, build_index, load_columns, printable
@@ -23,7 +24,6 @@ from disttempnet.data.parquet import Parquet, ParquetImages
 from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
 from disttempnet.data.source import OK, Source, usable_captions
-from disttempnet.data.transforms import UnreadableImage
 from disttempnet.errors import UserError
 
 PROBED = 20  # images that are looked for at every start

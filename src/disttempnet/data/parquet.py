@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.rows import Fields, Layout, Part
 from disttempnet.data.shards import expand_braces, fingerprint
-from disttempnet.data.transforms import UnreadableImage
 from disttempnet.errors import UserError
 
 if TYPE_CHECKING:

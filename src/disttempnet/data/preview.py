@@ -11,9 +11,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from disttempnet.data.decoding import UnreadableImage, decode
 from disttempnet.data.sheet import THUMBNAIL, Lettering, Tile, draw_sheet
 from disttempnet.data.source import Source, UnreadableCaption
-from disttempnet.data.transforms import UnreadableImage, decode
 from disttempnet.errors import UserError
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_source
+from disttempnet.data.decoding import decode
 from disttempnet.data.faults import BAD_SAMPLE, Fault, fault_of, known_faults
 from disttempnet.data.index import Shard, ShardIndex
 from disttempnet.data.indexing import index_file, load_known
@@ -20,7 +21,6 @@ from disttempnet.data.meter import Meter
 from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.source import OK, Source
 from disttempnet.data.store import ShardStore, State
-from disttempnet.data.transforms import decode
 from disttempnet.data.workers import run_jobs
 from disttempnet.errors import UserError
 

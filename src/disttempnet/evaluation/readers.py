@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image
 
 from disttempnet.config import Section
+from disttempnet.data.decoding import decode
 from disttempnet.data.shards import IMAGE_SUFFIXES, resolve_shards
-from disttempnet.data.transforms import decode
 from disttempnet.errors import UserError, unknown_name
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from disttempnet import distributed
-from disttempnet.data.transforms import UnreadableImage, eval_transform
+from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.transforms import eval_transform
 from disttempnet.errors import UserError
 from disttempnet.evaluation.protocols import PROTOCOLS, THIRDS, Features, classifier, prompts
 from disttempnet.evaluation.readers import Sample, TaskData, find_task, load_task

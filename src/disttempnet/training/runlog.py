@@ -9,7 +9,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from disttempnet.evaluation.scores import Scores, to_record
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
+NAMED_SKIPPED = 20  # unreadable samples of a run that get a line of their own
+WORTH_A_WORD = 0.1  # of a step's time spent waiting for data: then the progress line says so
 
 
 class RunLog:
@@ -107,6 +110,28 @@ class RunLog:
             self._board.close()
 
 
+class Skipped:
+    """Samples that could not be read, of all ranks: the first are named, all are counted by reason."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self.reasons.total()
+
+    def add(self, names: Iterable[str]) -> Iterator[str]:
+        """Count `WHERE: reason[: detail]`, and yield a line for each of the first 20."""
+        for name in names:
+            self.reasons[name.partition(": ")[2].partition(":")[0]] += 1
+            if self.total <= NAMED_SKIPPED:
+                yield f"skipped {name}"
+
+    def summary(self) -> str:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
+        return f"skipped so far: {self.total:,} samples ({counts})"
+
+
 def provenance() -> dict[str, Any]:
     """Versions, git revision and command: what is needed to run the same thing again."""
     versions = {"python": platform.python_version()}
@@ -144,6 +169,9 @@ def _summary(metrics: Mapping[str, float]) -> str:
         parts.append(f"τ {metrics['tau/image_mean']:.4f}/{metrics['tau/text_mean']:.4f}")
     if "gamma" in metrics:
         parts.append(f"γ {metrics['gamma']:.2f}")
+    waiting = metrics["data_wait"] / metrics["step_seconds"]
+    if waiting > WORTH_A_WORD:
+        parts.append(f"waits for data {waiting:.0%}")
     return "  ".join(parts)
 
 

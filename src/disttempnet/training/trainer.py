@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import time
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from disttempnet import distributed
 from disttempnet.config import Config, dump_config
-from disttempnet.data import Batch, open_training_data
+from disttempnet.data import Batch, lost_workers_named, open_training_data
 from disttempnet.errors import UserError
 from disttempnet.evaluation.runner import TaskResult, evaluate
 from disttempnet.losses import OBJECTIVES, LossOutput
@@ -99,7 +100,7 @@ class Trainer:
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
-        self.skipped = 0
+        self.skipped, self._unnamed = runlog.Skipped(), list[str]()
         self._unchecked: tuple[int, LossOutput, Tensor, Tensor] | None = None
         self._metrics: dict[str, Tensor] = {}
 
@@ -111,7 +112,7 @@ class Trainer:
             if not temperature.learning_rate(self.config.train.epochs - 1):
                 log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
         try:
-            with StopSignal() as stop:
+            with StopSignal() as stop, lost_workers_named():
                 while self.step < self.last_step:
                     if not self._run_epoch(stop):
                         log.say(f"stopped at step {self.step}: continue with --resume auto")
@@ -131,11 +132,10 @@ class Trainer:
         for batch in self.data.loader_from(epoch, start):
             wait += time.perf_counter() - waited_since
             output = self.train_step(batch)
-            self._name_skipped(batch.skipped)
+            self._unnamed += batch.skipped
             if self.step % self.config.train.log_every == 0 or self.step == self.last_step:
                 now, done = time.perf_counter(), self.step - logged
-                rate = done * self.config.data.global_batch / (now - clock)
-                self._log(output, rate, wait / done)
+                self._log(output, (now - clock) / done, wait / done)
                 clock, wait, logged = now, 0.0, self.step
             epoch_ends = self.step % self.steps_per_epoch == 0
             if epoch_ends or self.step == self.last_step:
@@ -194,17 +194,25 @@ class Trainer:
             f"of its samples are in {path}. Lower optim.lr or set optim.grad_clip, then --resume auto"
         )
 
-    def _log(self, output: LossOutput, rate: float, wait: float) -> None:
+    def _log(self, output: LossOutput, seconds: float, wait: float) -> None:
+        """Log the last step; `seconds` a step took on average, and of these how many it waited for its batch."""
         names = list(output.metrics)
         values = torch.stack([output.metrics[name].float() for name in names]).tolist()  # one transfer
         metrics = dict(zip(names, values, strict=True))
         norm = float(self._unchecked[2]) if self._unchecked else math.nan
-        metrics |= {"lr": self.lr, "grad_norm": norm, "samples_per_second": rate, "data_wait": wait}
-        metrics["skipped"] = self.skipped
+        waits, unnamed = zip(*distributed.gather_objects((wait, self._unnamed)), strict=True)
+        self._unnamed = []
+        for line in self.skipped.add(chain.from_iterable(unnamed)):
+            self.log.say(line)
+        rate = self.config.data.global_batch / seconds
+        metrics |= {"lr": self.lr, "grad_norm": norm, "samples_per_second": rate, "step_seconds": seconds}
+        metrics |= {"data_wait": max(waits), "skipped": self.skipped.total}  # the others wait for the slowest rank
         self.log.step(self.step, self.step / self.steps_per_epoch, metrics)
 
     def _end_epoch(self, epochs_done: int, evaluated: bool) -> None:
         self._check_finite()
+        if self.skipped.total:
+            self.log.say(self.skipped.summary())
         config = self.config.eval
         due = epochs_done % config.every_epochs == 0 or epochs_done == self.config.train.epochs
         if config.tasks and evaluated and due:
@@ -268,12 +276,6 @@ class Trainer:
         if distributed.world_size() > 1 and self.step % self.config.train.log_every:
             return False
         return distributed.any_rank(stop.requested, self.device)
-
-    def _name_skipped(self, skipped: tuple[str, ...]) -> None:
-        for name in skipped:
-            self.skipped += 1
-            if self.skipped <= 20:
-                self.log.say(f"skipped {name}")
 
     def _find_checkpoint(self, resume: str) -> Path | None:
         found = checkpoint.list_checkpoints(self.folder)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from disttempnet.config import SourceConfig
 from disttempnet.data import Source, decode, open_source
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.shards import IMAGE_SUFFIXES
-from disttempnet.data.transforms import UnreadableImage
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Sample
 from disttempnet.training.checkpoint import Run

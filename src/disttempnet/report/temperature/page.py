@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disttempnet.data.transforms import UnreadableImage
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.losses import OBJECTIVES
 from disttempnet.report.binning import binned, spearman
 from disttempnet.report.examples import picture

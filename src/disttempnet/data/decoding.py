@@ -1,0 +1,141 @@
+"""Encoded images → RGB pixels: which formats, how large they may be, and at which scale.
+
+Pillow reads everything and has the last word on what can be read. JPEGs, which are most of what training reads, go
+through libjpeg-turbo directly where the package `simplejpeg` (extra `fast`) is installed: the same pixels, without
+Pillow's detour over four bytes a pixel. EXIF is never looked at, its orientation neither: as open_clip does.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+try:
+    import simplejpeg
+except ImportError:  # the same pixels without it
+    simplejpeg = None
+
+MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 256 MiB of RGB
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
+SCALES = (8, 4, 2)  # a JPEG decodes at 1/8, 1/4 and 1/2 for less than its full size costs
+
+Result = TypeVar("Result")
+
+
+class UnreadableImage(ValueError):
+    """Bytes that are no image, or none that may be decoded; the message says why."""
+
+
+class EncodedImage:
+    """An image whose header is read and whose pixels are not, so that a crop can be chosen before they are.
+
+    Args:
+        data: the encoded image.
+
+    Attributes:
+        width, height: in pixels.
+
+    Raises:
+        UnreadableImage: not an image, a placeholder of one pixel, or so large that it may be a decompression bomb.
+            Reading its pixels raises it too, where they are cut off or damaged.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._image: Image.Image | None = None
+        size = _jpeg_size(data)
+        if size is None:
+            self._image = _read(lambda: Image.open(io.BytesIO(data), formats=FORMATS))
+            size = self._image.size
+        self.width, self.height = size
+        if self.width * self.height > MAX_PIXELS:
+            raise _bomb()
+        if size == (1, 1):
+            raise UnreadableImage("one pixel: a placeholder, not an image")
+
+    def pixels(self, scale: int = 1) -> NDArray[np.uint8]:
+        """All pixels, uint8 [height, width, 3], writable.
+
+        Args:
+            scale: one of `SCALES`, or 1. A JPEG comes at 1/scale of its size, rounded up; other formats come whole.
+        """
+        if self._image is None:
+            # at least this large and at most 1/scale: exactly that
+            least = {"min_height": -(-self.height // scale), "min_width": -(-self.width // scale)} if scale > 1 else {}
+            try:
+                return simplejpeg.decode_jpeg(self._data, min_factor=float(scale), **least)
+            except ValueError:  # it stops at every warning, and at some Pillow goes on
+                pass
+        return np.array(self.rgb(scale))
+
+    def rgb(self, scale: int = 1) -> Image.Image:
+        """All pixels, as an RGB image with transparency laid on white; `scale` as for `pixels`."""
+        return _read(lambda: self._rgb(scale))
+
+    def _rgb(self, scale: int) -> Image.Image:
+        image = self._image or Image.open(io.BytesIO(self._data), formats=FORMATS)
+        if scale > 1:
+            image.draft(None, (self.width // scale, self.height // scale))  # nothing happens to other formats
+        image.load()
+        return to_rgb(image)
+
+
+def decode(data: bytes) -> Image.Image:
+    """Image bytes → RGB, transparency on white; of an animation the first frame.
+
+    Raises:
+        UnreadableImage: not an image, cut off, or so large that it may be a decompression bomb.
+    """
+    return EncodedImage(data).rgb()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB from any mode: alpha is laid on white, 16 bits a channel are scaled to 8."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # PIL clips such values at 255 when it converts them
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG in the usual colours; None for what is Pillow's to read."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if colours == "YCbCr" else None
+
+
+def _read(action: Callable[[], Result]) -> Result:
+    """What Pillow gives, or UnreadableImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata is no concern here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return action()
+    except UnidentifiedImageError:
+        raise UnreadableImage("cannot identify image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _bomb() from None
+    except MemoryError:  # that is the machine's fault, not the image's
+        raise
+    except Exception as error:  # decoders raise all kinds on damaged bytes
+        raise UnreadableImage(f"cannot decode image: {' '.join(str(error).split()) or repr(error)}") from None
+
+
+def _bomb() -> UnreadableImage:
+    return UnreadableImage(f"over {MAX_PIXELS:,} pixels: it may be a decompression bomb")

@@ -1,0 +1,53 @@
+"""The loader benchmark runs, and docs/performance.md shows what its recorded result holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.pictures import photo
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def loader() -> Any:
+    spec = importlib.util.spec_from_file_location("loader_benchmark", ROOT / "benchmarks" / "loader.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_recorded_result(loader: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "loader.json").read_text(encoding="utf-8"))
+    for name in loader.SETS:
+        loader.show(name, recorded[name])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 10
+    assert [row for row in rows if row not in page] == []
+    assert recorded["500x375"]["ours"]["times_open_clip_cpu"] >= 2.5
+    assert recorded["341x256"]["ours"]["times_open_clip_cpu"] >= 3.5
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_our_side_of_the_benchmark_runs(loader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "BATCH", 4)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    photo(520, 400).save(photos / "one.jpg")
+    loader.write_shards(tmp_path, photos, 16)
+    batches, parts, versions = loader.own_loader("ours", tmp_path / "341x256", 16)
+    cost = loader.one_pass(batches)
+    assert cost["images"] == 16
+    assert 0 <= cost["cpu"] < 60
+    steps = parts()
+    assert {"read", "decode", "crop and resize", "tokenise", "collate"} < steps.keys()
+    assert steps["decode"] > 0
+    assert versions["simplejpeg"][0].isdigit()
