@@ -21,11 +21,11 @@ from disttempnet.data import (
     PairDataset,
     PlanSampler,
     embedded_shards,
-    eval_transform,
     make_loader,
     open_index,
     open_source,
     remote,
+    train_transform,
 )
 from disttempnet.data.remote import RemoteStore
 from disttempnet.data.store import State, state_of
@@ -296,7 +296,7 @@ def test_training_data_from_a_server(tmp_path: Path) -> None:
         for sample in (0, 17, len(index) - 1):
             assert index.image_bytes(sample) == expected.image_bytes(sample)
         index.close()
-        dataset = PairDataset(index, eval_transform(32), seed=0)
+        dataset = PairDataset(index, train_transform("open_clip", 32), seed=0)
         plan = EpochPlan(index, 64, lanes=4, seed=0)
         loader = make_loader(dataset, PlanSampler(plan), tokens, workers=2)
         ids = np.concatenate([batch.ids.numpy() for batch in islice(loader, 10)])

@@ -198,8 +198,8 @@ def test_a_stopped_command_leaves_whole_shards_and_goes_on(tmp_path: Path) -> No
     source, recipe = open_index(EMOJI, progress=False), Recipe(100, resize=32, quality=80)
     write_shards(source, tmp_path / "whole", recipe, workers=1, progress=False)
     whole, out, kept = content(tmp_path / "whole"), tmp_path / "out", 0
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        running = command(EMOJI, out, "--workers", "2", "--resize", "32", "--quality", "80")
+    for number, workers in ((signal.SIGTERM, "2"), (signal.SIGKILL, "1")):
+        running = command(EMOJI, out, "--workers", workers, "--resize", "32", "--quality", "80")
         wait_for(out, kept + 2, running)
         running.send_signal(number)
         said = running.communicate(timeout=60)[1]
