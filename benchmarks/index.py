@@ -45,7 +45,7 @@ def main() -> None:
             index = make(Path(folder), samples)
             # a process of its own: what making the index took is not in its memory
             command = [sys.executable, __file__, "--measure", folder]
-            answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             rows.append({"samples": samples, "index MB": round(index.stat().st_size / 1e6, 1), **json.loads(answer)})
     for key in rows[0]:
         print(f"{key:44}", *(f"{row[key]:>14,}" for row in rows))
@@ -66,7 +66,7 @@ def make(folder: Path, samples: int) -> Path:
         os.truncate(path, PER_SHARD * SAMPLE)
         shards.append(Shard(path.name, path.stat().st_size, PER_SHARD, fingerprint(path), "", "0" * 64, tally))
     start = (np.arange(PER_SHARD, dtype=COLUMNS["start"]) * SAMPLE).tobytes()
-    spans = rng.integers(1, SAMPLE, (PER_SHARD, 3, 2), dtype=COLUMNS["spans"]).tobytes()
+    spans = rng.integers(1, SAMPLE // 2, (PER_SHARD, 3, 2), dtype=COLUMNS["spans"]).tobytes()
     status = (rng.random(PER_SHARD) < 0.01).astype(COLUMNS["status"]).tobytes()
     pieces = {"start": start, "spans": spans, "status": status}
     path = folder / "all.index"

@@ -245,7 +245,8 @@ class RemoteStore(ShardStore):
                     what = "may not be read" if isinstance(error, PermissionError) else "no such shard"
                     raise UserError(f"{url}: {what}") from None
                 if attempt == ATTEMPTS:
-                    why = " ".join(str(error).split()) or type(error).__name__
+                    cause = error.__cause__ or error
+                    why = " ".join(str(cause).split()) or type(cause).__name__
                     raise UserError(f"{url}: cannot be fetched, {ATTEMPTS} attempts failed: {why}") from None
                 time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
         raise AssertionError("unreachable")
