@@ -6,13 +6,15 @@ import os
 import pickle
 import re
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from disttempnet.data import ShardIndex, embedded_shards, open_index, resolve_shards
+from disttempnet.data import PairDataset, ShardIndex, UnreadableImage, embedded_shards, open_index, resolve_shards
 from disttempnet.data.shards import expand_braces
 from disttempnet.errors import UserError
 from gloo import Pools
@@ -175,6 +177,17 @@ def test_reads_names_longer_than_a_header(tmp_path: Path, format: int) -> None:
     index = open_index(str(tmp_path), progress=False)
     assert [index.name(n) for n in range(len(index))] == [f"0.tar:{key}", "0.tar:next"]
     assert index.metadata(0) == {"number": 3}
+
+
+def test_links_with_long_targets_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as shard:
+        link = _entry("folder/" * 30 + "link.png", tarfile.SYMTYPE)
+        link.linkname = "target/" * 30
+        for entry in (_member("a.png"), _member("a.txt"), (link, None), _member("b.png"), _member("b.txt")):
+            shard.addfile(*entry)
+    index = open_index(str(tmp_path), progress=False)
+    assert index.problems() == ""
+    assert [index.captions(n) for n in range(len(index))] == [("a.txt",), ("b.txt",)]
 
 
 def test_a_sample_is_a_run_of_members_of_one_key(tmp_path: Path) -> None:
@@ -362,6 +375,36 @@ def test_a_shard_that_changes_while_it_is_read(shards: Write) -> None:
     (folder / "00000.tar").unlink()
     with pytest.raises(UserError, match=r"00000\.tar: cannot be read: No such file"):
         index.image_bytes(0)
+
+
+def test_a_name_that_cannot_be_read_is_the_id(shards: Write) -> None:
+    """Messages name samples; a header that is damaged by then must not hide what they say."""
+    index = open_index(str(shards(3, 2)), progress=False)
+    assert index.captions(3) == ("caption 3",)  # now the shard is open
+    with (index.folder / "00001.tar").open("r+b") as file:
+        file.write(b"x" * 512)
+    assert index.name(3) == "00001.tar:sample 3"
+    dataset = PairDataset(index, _unreadable, seed=0)
+    with pytest.raises(UserError, match=r"100 samples in a row cannot be read, the first is 00001\.tar:sample 3: broken$"):
+        dataset[0, 3]
+
+
+def _unreadable(data: bytes, seed: int) -> torch.Tensor:
+    raise UnreadableImage("broken")
+
+
+def test_the_next_usable_sample(shards: Write) -> None:
+    index = open_index(str(shards(3)), progress=False)
+    index.status = np.ones(5_000_000, dtype=np.uint8)
+    with pytest.raises(UserError, match="no sample of this data is usable"):
+        index.next_usable(7)
+    index.status[[7, 4_999_000]] = 0
+    begun = time.process_time()
+    places = (0, 6, 7, 8, 4_998_999, 4_999_000, 4_999_999)
+    assert [index.next_usable(n) for n in places] == [7, 7, 4_999_000, 4_999_000, 4_999_000, 7, 7]
+    index.status[7] = 1
+    assert index.next_usable(4_999_000) == 4_999_000  # all around
+    assert time.process_time() - begun < 0.5
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disttempnet.data.scan import REASONS, Tally, json_captions
-from disttempnet.data.shards import read_member, split_name
+from disttempnet.data.shards import BrokenTar, read_member, split_name
 from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.data.store import LocalStore, ShardStore, State
 from disttempnet.errors import UserError
@@ -119,10 +119,11 @@ class ShardIndex(Source):
         return json.loads(self._read(sample, JSON)) if self.spans[sample, JSON, 1] else None
 
     def name(self, sample: int) -> str:
-        """`SHARD.tar:KEY`, with the key read from the shard."""
-        shard = self.group_of(sample)
-        member = read_member(self._file(shard), int(self.start[sample]))
-        key = split_name(member.name)[0] if member else "?"
+        """`SHARD.tar:KEY`, with the key read from the shard; its id where that cannot be read any more."""
+        shard, key = self.group_of(sample), f"sample {sample}"
+        with suppress(BrokenTar):
+            if member := read_member(self._file(shard), int(self.start[sample])):
+                key = split_name(member.name)[0]
         return f"{self.shards[shard].name}:{key}"
 
     def reason(self, sample: int) -> str:

@@ -22,6 +22,7 @@ from disttempnet.errors import UserError
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)  # of the next header
 READ_AHEAD = 2048  # one read brings a header and most captions
 
 
@@ -190,7 +191,7 @@ def read_member(descriptor: int, offset: int) -> Member | None:
         if info.size < 0:
             raise BrokenTar(f"negative size in the header at byte {offset:,}")
         data = offset + HEADER
-        if info.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE):
+        if info.type not in EXTENSIONS:
             break
         if info.size > MAX_EXTENSION:
             raise BrokenTar(f"extended header of {info.size:,} bytes at byte {offset:,}")
