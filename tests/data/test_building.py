@@ -1,7 +1,9 @@
 """Indexes are made whole or not at all, go on where the last attempt ended, and grow without moving ids."""
 
 import errno
+import hashlib
 import io
+import json
 import os
 import resource
 import signal
@@ -144,8 +146,7 @@ def test_a_damaged_journal_is_scanned_again(shards: Write, scanned: list[str], d
     wanted = open_index(str(folder), progress=False).path.read_bytes()
     path = folder / "all.index"
     path.unlink()
-    journal = Journal(path, "texts" if damage == "other key" else "")
-    store = LocalStore(folder)
+    journal, store = Journal(path, "texts" if damage == "other key" else ""), LocalStore(folder)
     for name in ("00000.tar", "00001.tar"):
         journal.append(*building._scan_one(store, name, store.state(name), QUIET))  # type: ignore[misc]
     journal.close()
@@ -169,6 +170,60 @@ def test_a_damaged_journal_is_scanned_again(shards: Write, scanned: list[str], d
     assert scanned == again
     assert (index.path.read_bytes() == wanted) == (damage != "changed shard")
     assert files(folder) == ["all.index"]
+
+
+def journal_of(folder: Path, *names: str) -> Journal:
+    """A journal in which these shards are scanned."""
+    journal, store = Journal(folder / "all.index", ""), LocalStore(folder)
+    for name in names:
+        journal.append(*building._scan_one(store, name, store.state(name), QUIET))  # type: ignore[misc]
+    return journal
+
+
+@pytest.mark.parametrize("change", [{"field of later": 1}, {"samples": 7}])
+def test_records_of_another_version_are_scanned_again(shards: Write, scanned: list[str], change: dict) -> None:
+    folder = shards(3, 2, 4)
+    journal = journal_of(folder, "00000.tar", "00001.tar")
+    journal.close()
+    data = journal.path.read_bytes()
+    second = 24 + int.from_bytes(data[:8], "little")  # a record is size, digest of 16 bytes, payload
+    payload = data[second + 24 :]
+    end = 8 + int.from_bytes(payload[:8], "little")
+    head = json.loads(payload[8:end])
+    head["shard"] |= change
+    text = json.dumps(head).encode()
+    payload = len(text).to_bytes(8, "little") + text + payload[end:]
+    digest = hashlib.blake2b(payload, digest_size=16).digest()
+    journal.path.write_bytes(data[:second] + len(payload).to_bytes(8, "little") + digest + payload)
+    scanned.clear()
+    index = open_index(str(folder), progress=False)
+    assert scanned == ["00001.tar", "00002.tar"]
+    assert [index.captions(n)[0] for n in range(9)] == [f"caption {n}" for n in range(9)]
+
+
+def test_who_waited_for_a_journal_that_is_gone_makes_a_new_one(shards: Write) -> None:
+    folder = shards(3, 2)
+    first = journal_of(folder, "00000.tar")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(journal_of, folder, "00001.tar")
+        time.sleep(0.3)  # enough for it to ask for the lock; were it later, it would find no journal
+        first.remove()
+        first.close()
+        second = waiting.result()
+    second.close()
+    third = Journal(folder / "all.index", "")
+    assert list(third.shards) == ["00001.tar"]
+    third.close()
+
+
+def test_a_journal_takes_no_other_away(shards: Write) -> None:
+    folder = shards(3, 2)
+    empty = journal_of(folder)
+    empty.path.unlink()
+    other = journal_of(folder, "00000.tar")
+    empty.close()
+    assert other.path.is_file()
+    other.close()
 
 
 def test_who_comes_second_waits_and_scans_nothing(shards: Write, scanned: list[str]) -> None:
