@@ -369,6 +369,7 @@ def _same_size(folder: Path) -> Path:
 def test_a_shard_that_changes_while_it_is_read(shards: Write) -> None:
     folder = shards(3, 2)
     index = open_index(str(folder), progress=False)
+    assert index.captions(4) == ("caption 4",)
     os.truncate(folder / "00001.tar", 1000)
     with pytest.raises(UserError, match=r"00001\.tar: ends inside sample 4: .*restore it"):
         index.image_bytes(4)
@@ -405,6 +406,24 @@ def test_the_next_usable_sample(shards: Write) -> None:
     index.status[7] = 1
     assert index.next_usable(4_999_000) == 4_999_000  # all around
     assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("by", ["rewriting", "renaming", "cutting"])
+def test_a_shard_that_is_replaced_after_the_start_is_refused(shards: Write, by: str) -> None:
+    folder = _same_size(shards(3, 2))
+    index = open_index(str(folder), progress=False)
+    assert index.captions(2) == ("caption 1",)
+    index.close()
+    if by == "renaming":
+        os.replace(folder / "00000.tar", folder / "00001.tar")
+    elif by == "rewriting":
+        (folder / "00001.tar").write_bytes((folder / "00000.tar").read_bytes())
+    else:
+        os.truncate(folder / "00001.tar", 512)
+    what = "it has 512 bytes, not 10,240" if by == "cutting" else "its content is another"
+    for reader in (index, pickle.loads(pickle.dumps(index))):
+        with pytest.raises(UserError, match=rf"00001\.tar: this shard has changed since it was indexed: {what}\. Res"):
+            reader.captions(2)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])

@@ -138,14 +138,14 @@ def check_shards(index: ShardIndex, shards: ShardList, spec: str) -> None:
     missing = [name for name in known if name not in found]
     added = [name for name in shards.names if name not in known]
     if added:
-        same = shards.store.state(added[0]).fingerprint
+        same = index.store.state(added[0]).fingerprint
         renamed = [name for name in missing if known[name].fingerprint == same]
         if renamed:
             _refuse(index, spec, added[0], f"was renamed: it was indexed as {renamed[0]}", "Rename it back")
         _refuse(index, spec, added[0], "was not there when these were indexed", "Take it out of the folder")
     if missing:
         _refuse(index, spec, missing[0], f"is missing: indexed were {_known(index, missing[0])}", "Restore it")
-    states = shards.store.states(tuple(known))
+    states = index.store.states(tuple(known))
     for name, shard in known.items():
         size, now = states[name]
         if size != shard.size:
