@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from disttempnet.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def is_active() -> bool:
@@ -117,6 +120,22 @@ def gather_objects(value: object) -> list:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run it on every rank; if one fails all raise, so that none waits for it. Raises UserError, or what was raised."""
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # of any kind: the others must hear of it
+        failure = error
+    messages = gather_objects(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise UserError(f"rank {number}: {message}")
+    return result
 
 
 def barrier() -> None:

@@ -46,7 +46,7 @@ class Scan:
     progress: bool = True
 
 
-def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
+def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
     """Scan what is not known yet, and write the index.
 
     Ids follow the order of `known`, shards that it lacks come after its last in the order of `shards`. So ids stay

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from disttempnet import distributed
-from disttempnet.data.building import Scan, build_index
+from disttempnet.data.building import Scan, build_shard_index
 from disttempnet.data.index import ShardIndex, load_index
 from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.store import CACHE_GB
 from disttempnet.errors import UserError
-
-Result = TypeVar("Result")
 
 
 def open_index(
@@ -41,18 +37,18 @@ def open_index(
 
     def build() -> None:
         shards = resolve_shards(spec, cache, cache_gb)
-        path = index_file(shards, index_path, caption_key)
+        path = shard_index_file(shards, index_path, caption_key)
         if distributed.is_main() and not path.is_file():
-            build_index(shards, path, Scan(caption_key, progress=progress))
+            build_shard_index(shards, path, Scan(caption_key, progress=progress))
 
     def load() -> ShardIndex:
         shards = resolve_shards(spec, cache, cache_gb)
-        index = load_known(shards, index_file(shards, index_path, caption_key), caption_key)
+        index = load_known(shards, shard_index_file(shards, index_path, caption_key), caption_key)
         check_shards(index, shards, spec)
         return index
 
-    _on_all_ranks(build)  # the others wait here, no longer than the process group's timeout
-    index = _on_all_ranks(load)
+    distributed.on_all_ranks(build)  # the others wait here, no longer than the process group's timeout
+    index = distributed.on_all_ranks(load)
     if len(set(distributed.gather_objects(index.digest))) > 1:
         raise UserError(f"{index.path}: the ranks see different indexes; give every node the same shards")
     return index
@@ -65,12 +61,12 @@ def update_index(spec: str, index_path: str, how: Scan) -> tuple[ShardIndex, str
         the index, and what is new in a line.
 
     Raises:
-        UserError: as `build_index`.
+        UserError: as `build_shard_index`.
     """
     shards = resolve_shards(spec)
-    path = index_file(shards, index_path, how.caption_key)
+    path = shard_index_file(shards, index_path, how.caption_key)
     known = load_known(shards, path, how.caption_key) if path.is_file() else None
-    index = build_index(shards, path, how, known)
+    index = build_shard_index(shards, path, how, known)
     news = _news(known, index) if known else "indexed for the first time"
     if known and how.checksum:
         compared = sum(1 for shard in known.shards if shard.checksum)
@@ -104,23 +100,7 @@ def load_known(shards: ShardList, path: Path, caption_key: str) -> ShardIndex:
     return index
 
 
-def _on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Run it on every rank; if one fails all raise, so that none waits for it."""
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # of any kind: the others must hear of it
-        failure = error
-    messages = distributed.gather_objects(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise UserError(f"rank {rank}: {message}")
-    return result
-
-
-def index_file(shards: ShardList, index_path: str, caption_key: str = "") -> Path:
+def shard_index_file(shards: ShardList, index_path: str, caption_key: str = "") -> Path:
     """Where the index of these shards is."""
     if not index_path:
         key = "." + re.sub(r"[^\w-]", "_", caption_key) if caption_key else ""

@@ -15,7 +15,7 @@ from disttempnet.data import open_source
 from disttempnet.data.decoding import decode
 from disttempnet.data.faults import BAD_SAMPLE, Fault, fault_of, known_faults
 from disttempnet.data.index import Shard, ShardIndex
-from disttempnet.data.indexing import index_file, load_known
+from disttempnet.data.indexing import shard_index_file, load_known
 from disttempnet.data.listing import is_listing
 from disttempnet.data.meter import Meter
 from disttempnet.data.shards import ShardList, resolve_shards
@@ -80,7 +80,7 @@ def _shards_of(source: SourceConfig) -> ShardList:
 def known_index(source: SourceConfig) -> ShardIndex | None:
     """The index of tars as it was made, whatever has become of them since; None where there is none yet."""
     shards = _shards_of(source)
-    path = index_file(shards, source.index, source.caption_key)
+    path = shard_index_file(shards, source.index, source.caption_key)
     return load_known(shards, path, source.caption_key) if path.is_file() else None
 
 
