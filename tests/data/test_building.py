@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
 from disttempnet.cli import main
-from disttempnet.data import building, open_index
+from disttempnet.config import SourceConfig
+from disttempnet.data import ShardIndex, building, open_index
 from disttempnet.data.building import Scan
 from disttempnet.data.headers import image_header
 from disttempnet.data.indexing import update_index
@@ -33,6 +36,10 @@ from .conftest import png, sample, write_shard
 
 Write = Callable[..., Path]
 QUIET = Scan(workers=1, progress=False)
+
+
+def update(folder: Path, workers: int = 1, checksum: bool = False) -> tuple[ShardIndex, str]:
+    return update_index(SourceConfig(path=str(folder)), workers, checksum, progress=False)
 
 
 def files(folder: Path) -> list[str]:
@@ -63,22 +70,22 @@ def test_the_file_is_safetensors(shards: Write) -> None:
 
 def test_processes_change_nothing(shards: Write) -> None:
     folder = shards(3, 2, 0, 4, 1)
-    alone = update_index(str(folder), "", QUIET)[0].path.read_bytes()
+    alone = update(folder)[0].path.read_bytes()
     (folder / "all.index").unlink()
-    assert update_index(str(folder), "", Scan(workers=2, progress=False))[0].path.read_bytes() == alone
+    assert update(folder, workers=2)[0].path.read_bytes() == alone
     assert files(folder) == ["all.index"]
 
 
 def test_new_shards_get_the_ids_after_the_others(shards: Write, scanned: list[str]) -> None:
     folder = shards(3, 2)
-    before, news = update_index(str(folder), "", QUIET)
+    before, news = update(folder)
     assert news == "indexed for the first time"
-    assert update_index(str(folder), "", QUIET)[1] == "the same samples as before"
+    assert update(folder)[1] == "the same samples as before"
     assert scanned == ["00000.tar", "00001.tar"]
     write_shard(folder / "000005.tar", {"new": sample(70)})  # sorted, it would be the second
     with pytest.raises(UserError, match=r"000005\.tar: this shard was not there .* or index again: disttempnet data"):
         open_index(str(folder), progress=False)
-    index, news = update_index(str(folder), "", QUIET)
+    index, news = update(folder)
     assert news == "1 shards new: ids 0 to 4 stay, the new ones come after them"
     assert scanned[2:] == ["000005.tar"]
     assert [index.captions(n)[0] for n in range(6)] == [*(f"caption {n}" for n in range(5)), "caption 70"]
@@ -88,10 +95,10 @@ def test_new_shards_get_the_ids_after_the_others(shards: Write, scanned: list[st
 
 def test_changed_and_lost_shards(shards: Write, scanned: list[str]) -> None:
     folder = shards(3, 2, 1)
-    update_index(str(folder), "", QUIET)
+    update(folder)
     write_shard(folder / "00000.tar", {"x": sample(9)})
     (folder / "00001.tar").unlink()
-    index, news = update_index(str(folder), "", QUIET)
+    index, news = update(folder)
     assert news == "1 shards gone, 1 shards changed: ids change"
     assert scanned[3:] == ["00000.tar"]
     assert [index.captions(n)[0] for n in range(2)] == ["caption 9", "caption 5"]
@@ -102,24 +109,23 @@ def test_checksums_find_what_fingerprints_do_not(tmp_path: Path) -> None:
     big = os.urandom(200_000)
     write_shard(tmp_path / "0.tar", {"a": {"jpg": big, "txt": b"a"}})
     write_shard(tmp_path / "1.tar", {"b": sample(1)})
-    how = Scan(workers=1, checksum=True, progress=False)
-    plain = update_index(str(tmp_path), "", QUIET)[0]
-    index, news = update_index(str(tmp_path), "", how)
+    plain = update(tmp_path)[0]
+    index, news = update(tmp_path, checksum=True)
     assert news == "the same samples as before; checksums that were known and are the same: 0"
     assert index.digest == plain.digest  # checkpoints of before still fit
     wanted = subprocess.run(["sha256sum", tmp_path / "0.tar"], capture_output=True, text=True, check=True).stdout
     assert index.shards[0].checksum == wanted.split()[0]
-    assert update_index(str(tmp_path), "", how)[1].endswith("are the same: 2")
-    assert update_index(str(tmp_path), "", QUIET)[0].shards[0].checksum  # stays known
+    assert update(tmp_path, checksum=True)[1].endswith("are the same: 2")
+    assert update(tmp_path)[0].shards[0].checksum  # stays known
     data = bytearray((tmp_path / "0.tar").read_bytes())
     data[100_000] ^= 1  # neither in the first nor in the last 64 KiB
     (tmp_path / "0.tar").write_bytes(data)
     assert open_index(str(tmp_path), progress=False).digest == index.digest
     with pytest.raises(UserError, match=r"0\.tar: its checksum is not the one in the index: restore the shard"):
-        update_index(str(tmp_path), "", how)
+        update(tmp_path, checksum=True)
     data[100_000] ^= 1
     (tmp_path / "0.tar").write_bytes(data)
-    assert update_index(str(tmp_path), "", how)[1].endswith("are the same: 2")
+    assert update(tmp_path, checksum=True)[1].endswith("are the same: 2")
     assert files(tmp_path) == ["all.index"]
 
 
@@ -360,6 +366,28 @@ def test_a_process_of_the_pool_is_killed(shards: Write, slow: dict[str, str], vi
     assert len(open_index(str(folder), progress=False)) == 48
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_remedy_of_a_refusal_works(shards: Write, tmp_path: Path, remote: bool) -> None:
+    """The command is typed as it is printed: for this caption key, index file and cache, and no other."""
+    folder = shards(3, 2)
+    write_shard(folder / "00000.tar", {"old": {"png": png(0), "json": b'{"texts": "zero"}'}})
+    keys: dict[str, Any] = {"caption_key": "texts", "index_path": str(tmp_path / "my own.index")}
+    if remote:
+        keys = {"caption_key": "texts", "cache": str(tmp_path / "a cache"), "cache_gb": 2.5}
+    spec = f"{'file://' if remote else ''}{folder}/{{00000..00001}}.tar"
+    open_index(spec, progress=False, **keys)
+    write_shard(folder / "00000.tar", {"new": {"png": png(7), "json": b'{"texts": "one"}'}})
+    with pytest.raises(UserError, match="this shard has other content") as refusal:
+        open_index(spec, progress=False, **keys)
+    command = str(refusal.value).partition("index again: ")[2].partition(" (older")[0]
+    before = sorted(tmp_path.rglob("*.index"))
+    program, *arguments = shlex.split(command)
+    assert program == "disttempnet"
+    assert main(arguments) == 0
+    assert open_index(spec, progress=False, **keys).captions(0) == ("one",)
+    assert sorted(tmp_path.rglob("*.index")) == before
+
+
 def image(format: str, size: tuple[int, int], **options: object) -> bytes:
     file = io.BytesIO()
     Image.effect_noise(size, 40).convert("RGB").save(file, format, **options)
@@ -395,7 +423,7 @@ def test_the_command_says_what_it_found(shards: Write, capsys: pytest.CaptureFix
     }
     folder = shards(3, 2, 2, changes=changes)
     os.truncate(folder / "00002.tar", 512 * 9 + 3)
-    assert main(["data", "index", str(folder), "--workers", "1", "--out", str(folder / "x.index")]) == 0
+    assert main(["data", "index", str(folder), "--workers", "1", "--index", str(folder / "x.index")]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for line in (
         "shards 3, 0.00 GB",
@@ -410,5 +438,5 @@ def test_the_command_says_what_it_found(shards: Write, capsys: pytest.CaptureFix
         "indexed for the first time",
     ):
         assert line in text, text
-    assert main(["data", "index", str(folder), str(folder), "--out", "y"]) == 2
-    assert "--out names one index, but there are 2 patterns" in capsys.readouterr().err
+    assert main(["data", "index", str(folder), str(folder), "--index", "y"]) == 2
+    assert "--index names one index, but there are 2 data sets" in capsys.readouterr().err

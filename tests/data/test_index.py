@@ -356,7 +356,7 @@ def test_shards_that_differ_from_the_index(shards: Write, fault: Callable[[Path]
     fault(folder)
     text = refusal(folder)
     assert re.search(message, text), text
-    assert f"or index again: disttempnet data index '{folder}'" in text
+    assert f"or index again: disttempnet data index {folder} (older" in text
     assert "older checkpoints will not fit" in text
 
 
@@ -386,7 +386,7 @@ def test_a_name_that_cannot_be_read_is_the_id(shards: Write) -> None:
         file.write(b"x" * 512)
     assert index.name(3) == "00001.tar:sample 3"
     dataset = PairDataset(index, _unreadable, seed=0)
-    with pytest.raises(UserError, match=r"100 samples in a row cannot be read, the first is 00001\.tar:sample 3: broken$"):
+    with pytest.raises(UserError, match=r"100 samples in a row cannot be read, .* 00001\.tar:sample 3: broken$"):
         dataset[0, 3]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -234,7 +235,8 @@ def write_index(
 @contextmanager
 def writable(path: Path) -> Iterator[Path]:
     """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # process ids repeat on the nodes that share a disk
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,8 @@ from disttempnet.errors import UserError
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
-EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)  # of the next header
+# headers whose data is about the next one
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 READ_AHEAD = 2048  # one read brings a header and most captions
 
 
