@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -23,13 +24,14 @@ from safetensors.numpy import load_file
 
 from disttempnet.cli import main
 from disttempnet.config import SourceConfig
-from disttempnet.data import ShardIndex, building, open_index
+from disttempnet.data import ShardIndex, building, meter, open_index
 from disttempnet.data.building import Scan
 from disttempnet.data.headers import image_header
 from disttempnet.data.indexing import update_index
 from disttempnet.data.journal import Journal
 from disttempnet.data.scan import scan_shard
 from disttempnet.data.store import LocalStore
+from disttempnet.data.workers import run_jobs
 from disttempnet.errors import UserError
 
 from .conftest import png, sample, write_shard
@@ -340,6 +342,30 @@ def alive(process: int) -> bool:
         return False
 
 
+def test_as_many_processes_as_the_work_asks_for(
+    shards: Write, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One a GiB and at most one a core, unless --workers says otherwise; a line from time to time without terminal."""
+    asked = []
+
+    def note(job: Any, tasks: Any, workers: int) -> Any:
+        asked.append(workers)
+        return run_jobs(job, tasks, 1)
+
+    folder = shards(1, 2)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    monkeypatch.setattr(building, "run_jobs", note)
+    monkeypatch.setattr(building, "cores", lambda: 4)
+    monkeypatch.setattr(meter, "PLAIN_LINE_SECONDS", 0.0)
+    for a_process, workers in ((1 << 30, "0"), (size // 2, "0"), (size // 9, "0"), (1 << 30, "7")):
+        monkeypatch.setattr(building, "A_PROCESS", a_process)
+        assert main(["data", "index", str(folder), "--workers", workers]) == 0
+        (folder / "all.index").unlink()
+    assert asked == [1, 3, 4, 7]
+    lines = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"indexing 2 shards  10\.2 kB/20\.5 kB  [\d.]+ .?B/s  ETA 0:00:\d\d", lines[0])
+
+
 @pytest.mark.parametrize("victim", ["worker", "parent"])
 def test_a_process_of_the_pool_is_killed(shards: Write, slow: dict[str, str], victim: str) -> None:
     folder = shards(*[4] * 12)
@@ -353,8 +379,10 @@ def test_a_process_of_the_pool_is_killed(shards: Write, slow: dict[str, str], vi
         error = process.stderr.read()
     if victim == "worker":
         assert process.returncode == 2
-        assert (
-            "all.index: a process that scanned shards was killed (short of memory?); what is scanned is kept" in error
+        assert re.search(
+            r"all\.index: a worker process ended while it worked at 000\d\d\.tar: SIGKILL \(out of memory\? use fewer "
+            r"--workers\); what is scanned is kept, the same command goes on from there",
+            error,
         )
         assert "Traceback" not in error
     else:

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from multiprocessing import connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from disttempnet.data.index import COLUMNS, Shard, ShardIndex, explained, load_index, writable, write_index
 from disttempnet.data.journal import Journal
+from disttempnet.data.meter import Meter
 from disttempnet.data.scan import scan_shard
 from disttempnet.data.shards import ShardList, fingerprint
 from disttempnet.data.store import ShardStore, State
+from disttempnet.data.workers import LostWorker, cores, run_jobs
 from disttempnet.errors import UserError
 
 A_PROCESS = 1 << 30  # bytes of shards that are worth a process more
@@ -94,69 +84,42 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
 def _scan_all(store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan, journal: Journal) -> None:
     """Scan these shards into the journal; those that are no tars are named after all others."""
     broken: list[str] = []
-    columns = (
-        TextColumn("indexing {task.fields[shards]} shards"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not how.progress or not todo) as bar:
-        task = bar.add_task("", total=sum(state.size for state in todo.values()), shards=f"0/{len(todo):,}")
-        for done, (name, result) in enumerate(_scans(store, todo, path, how), 1):
-            if isinstance(result, UserError):
-                broken.append(str(result))
-            else:
-                with explained(path):
-                    journal.append(*result)
-            bar.update(task, advance=todo[name].size, shards=f"{done:,}/{len(todo):,}")
+    tasks = [Task(name, state) for name, state in todo.items()]
+    size = sum(state.size for state in todo.values())
+    scans = run_jobs(partial(_scan, store, how), tasks, how.workers or min(cores(), 1 + size // A_PROCESS))
+    meter = Meter(f"indexing {len(todo):,} shards", size, sizes=True, active=how.progress and bool(todo))
+    with closing(scans), meter:
+        try:
+            for task, result in scans:
+                if isinstance(result, UserError):
+                    broken.append(str(result))
+                else:
+                    with explained(path):
+                        journal.append(*result)
+                meter.advance(task.state.size)
+        except LostWorker as error:
+            raise UserError(f"{path}: {error}; what is scanned is kept, the same command goes on from there") from None
     if broken:
         more = f" (and {len(broken) - 1} more shards cannot be read)" if len(broken) > 1 else ""
         raise UserError(sorted(broken)[0] + more)
 
 
+class Task(NamedTuple):
+    """A shard to scan."""
+
+    name: str
+    state: State
+
+    def __str__(self) -> str:
+        return self.name
+
+
 Scanned = tuple[Shard, dict[str, bytes]]
 
 
-def _scans(
-    store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan
-) -> Iterator[tuple[str, Scanned | UserError]]:
-    """(name, entry and columns) of shards as they are done, or what is wrong with one."""
-    cores = len(os.sched_getaffinity(0))
-    size = sum(state.size for state in todo.values())
-    workers = min(how.workers or min(cores, 1 + size // A_PROCESS), len(todo))
-    if workers <= 1:
-        for name, state in todo.items():
-            yield name, _scan_one(store, name, state, how)
-        return
-    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, _start_worker)
-    try:
-        waiting = {pool.submit(_scan_one, store, name, state, how): name for name, state in todo.items()}
-        for future in as_completed(list(waiting)):
-            yield waiting.pop(future), future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"{path}: a process that scanned shards was killed (short of memory?); what is scanned is kept, "
-            "the same command goes on from there"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is for the parent to answer; a worker ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def follow() -> None:
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _scan(store: ShardStore, how: Scan, task: Task) -> Iterator[Scanned | UserError]:
+    """A worker's job: entry and columns of a shard, or what is wrong with it."""
+    yield _scan_one(store, *task, how)
 
 
 def _scan_one(store: ShardStore, name: str, state: State, how: Scan) -> Scanned | UserError:
