@@ -95,6 +95,38 @@ def test_new_shards_get_the_ids_after_the_others(shards: Write, scanned: list[st
     assert index.start[:5].tolist() == before.start.tolist()
 
 
+def test_a_pattern_that_grows_scans_what_is_new(shards: Write, scanned: list[str]) -> None:
+    folder = shards(3, 2, 4, 1)
+    before = open_index(f"{folder}/{{00000..00001}}.tar", progress=False)
+    open_index(f"{folder}/{{00002..00002}}.tar", progress=False)
+    (folder / "a listing.index").write_bytes(b"of another kind" * 9)
+    assert scanned == ["00000.tar", "00001.tar", "00002.tar"]
+    index = open_index(f"{folder}/{{00000..00003}}.tar", progress=False)
+    assert scanned[3:] == ["00003.tar"]
+    assert [index.captions(n)[0] for n in range(10)] == [f"caption {n}" for n in range(10)]
+    assert index.path != before.path
+    again = index.path.read_bytes()
+    for path in folder.glob("*.index"):
+        path.unlink()
+    assert open_index(f"{folder}/{{00000..00003}}.tar", progress=False).path.read_bytes() == again
+
+
+def test_only_sound_and_fitting_indexes_of_others_are_used(shards: Write, scanned: list[str]) -> None:
+    folder = shards(3, 2, 4, changes={3: {**sample(3), "json": b'{"texts": "another"}'}})
+    first = open_index(f"{folder}/{{00000..00000}}.tar", progress=False).path
+    open_index(f"{folder}/{{00001..00001}}.tar", progress=False, caption_key="texts")
+    open_index(f"{folder}/{{00002..00002}}.tar", progress=False)
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1  # the status of the last sample
+    first.write_bytes(data)
+    write_shard(folder / "00002.tar", {f"{n:09d}": sample(n + 1) for n in range(5, 9)})  # of the same size
+    scanned.clear()
+    index = open_index(str(folder), progress=False)
+    assert scanned == ["00000.tar", "00001.tar", "00002.tar"]
+    numbers = [*range(5), *range(6, 10)]
+    assert [index.captions(n)[0] for n in range(9)] == [f"caption {n}" for n in numbers]
+
+
 def test_changed_and_lost_shards(shards: Write, scanned: list[str]) -> None:
     folder = shards(3, 2, 1)
     update(folder)

@@ -66,9 +66,32 @@ def test_ranges_in_folders(tmp_path: Path) -> None:
         for name in ("00.tar", "01.tar"):
             write_shard(tmp_path / folder / name, {"same": sample(int(folder) * 2 + int(name[1]))})
     index = open_index(f"{tmp_path}/{{0..1}}/{{00..01}}.tar", progress=False)
-    assert index.path == tmp_path / "0..1-00..01.index"
+    assert re.fullmatch(r"0\.\.1-00\.\.01-\w{8}\.index", index.path.name)
+    assert index.path.parent == tmp_path
     assert [index.name(n) for n in range(4)] == ["0/00.tar:same", "0/01.tar:same", "1/00.tar:same", "1/01.tar:same"]
     assert [index.captions(n) for n in range(4)] == [(f"caption {n}",) for n in range(4)]
+
+
+def test_every_pattern_has_an_index_of_its_own(tmp_path: Path) -> None:
+    patterns = [
+        "{1,2}{3,4}",
+        "{1,23,4}",
+        "{1,2}/{3,4}",
+        "{1,2}-{3,4}",
+        "1-3",
+        "{1..2}",
+        "0{1..2}",
+        "{01..2}",
+        "{01..02}",
+    ]
+    patterns += ["x{1..2}y", "{x1..2y,a}", "all", "2", "{1..2}0", "{1..20}"]
+    for name in {name for pattern in patterns for name in expand_braces(pattern)}:
+        (tmp_path / f"{name}.tar").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.tar").touch()
+    labels = [resolve_shards(f"{tmp_path}/{pattern}.tar").label for pattern in patterns]
+    assert len({*labels, resolve_shards(str(tmp_path)).label}) == len(patterns) + 1
+    assert [labels[n] for n in (5, 8, 9, 12)] == ["1..2", "01..02", "x1..2y", "2"]
+    assert not [label for label in labels if re.search(r"[{}/]", label)]
 
 
 def test_names_that_climb_are_names_only(tmp_path: Path) -> None:

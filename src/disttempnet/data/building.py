@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -37,7 +37,7 @@ class Scan:
 
 
 def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
-    """Scan what is not known yet, and write the index.
+    """Scan what is not known yet, by this or another index of the folder, and write the index.
 
     Ids follow the order of `known`, shards that it lacks come after its last in the order of `shards`. So ids stay
     unless a shard of `known` is gone, or holds another number of samples.
@@ -46,7 +46,7 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
         shards: what the index is of.
         path: where it is written.
         how: to scan.
-        known: an earlier index of the same folder and caption key.
+        known: an earlier index of these shards with the same caption key.
 
     Raises:
         UserError: a shard is no tar, none holds a usable sample, a checksum has changed, a process was killed, or
@@ -61,9 +61,11 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
     try:
         if known is None and path.is_file():  # made by another process, while this one waited for the journal
             return load_index(path, shards.folder, store=store)
-        old = {shard.name: shard for shard in known.shards} if known else {}
-        same = {name: shard for name, shard in old.items() if states.get(name) == (shard.size, shard.fingerprint)}
-        entries = {} if how.checksum else dict(same)  # what was hashed before is hashed again and compared
+        old = [shard.name for shard in known.shards] if known else []
+        same = _unchanged(known, states) if known else {}
+        same |= _indexed_elsewhere(shards, path, how.caption_key, {n: states[n] for n in states.keys() - same.keys()})
+        # what was hashed before is hashed again and compared
+        entries = {} if how.checksum else {name: place.shard for name, place in same.items()}
         for name, shard in journal.shards.items():
             if states.get(name) == (shard.size, shard.fingerprint) and (shard.checksum or not how.checksum):
                 entries[name] = shard
@@ -72,13 +74,47 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
         entries |= {name: journal.shards[name] for name in todo}
         _compare_checksums(store, same, entries, journal)
         order = [name for name in old if name in entries] + [name for name in shards.names if name not in old]
-        if known and not todo and order == list(old):
-            return known
-        index = _write(path, store, [entries[name] for name in order], journal, known)
+        if known and not todo and [entries[name] for name in order] == list(known.shards):
+            index = known
+        else:
+            index = _write(path, store, [entries[name] for name in order], journal, same)
         journal.remove()
         return index
     finally:
         journal.close()
+
+
+class Place(NamedTuple):
+    """Where an index has a shard: the ids [first, end)."""
+
+    shard: Shard
+    index: ShardIndex
+    first: int
+    end: int
+
+
+def _unchanged(index: ShardIndex, states: Mapping[str, State]) -> dict[str, Place]:
+    """By name, the shards that are in this index as they are now."""
+    places = (Place(shard, index, *ids) for shard, ids in zip(index.shards, pairwise(index.first), strict=True))
+    return {
+        place.shard.name: place
+        for place in places
+        if states.get(place.shard.name) == (place.shard.size, place.shard.fingerprint)
+    }
+
+
+def _indexed_elsewhere(
+    shards: ShardList, path: Path, caption_key: str, states: Mapping[str, State]
+) -> dict[str, Place]:
+    """Those of these shards that an index of another pattern of the folder holds as they are now."""
+    found: dict[str, Place] = {}
+    for other in sorted(shards.folder.glob("*.index")):
+        with suppress(UserError):  # of a listing, or damaged: then it is passed over
+            index = load_index(other, shards.folder, store=shards.store)
+            if other != path and index.caption_key == caption_key and (more := _unchanged(index, states)):
+                load_index(other, shards.folder, verify=True)  # before its columns are copied
+                found |= more
+    return found
 
 
 def _scan_all(store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan, journal: Journal) -> None:
@@ -144,10 +180,10 @@ def _checksum(path: Path) -> str:
 
 
 def _compare_checksums(
-    store: ShardStore, before: Mapping[str, Shard], now: Mapping[str, Shard], journal: Journal
+    store: ShardStore, before: Mapping[str, Place], now: Mapping[str, Shard], journal: Journal
 ) -> None:
     """Raise UserError if a shard of the same size and fingerprint has another checksum than it had."""
-    changed = [name for name, shard in before.items() if shard.checksum not in ("", now[name].checksum)]
+    changed = [name for name, place in before.items() if place.shard.checksum not in ("", now[name].checksum)]
     if changed:
         journal.remove()  # a restored shard looks the same, so it must be read again
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -155,20 +191,18 @@ def _compare_checksums(
 
 
 def _write(
-    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, known: ShardIndex | None
+    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, places: Mapping[str, Place]
 ) -> ShardIndex:
-    """The index of these shards, with columns from the journal, or else from the known index."""
+    """The index of these shards, with columns from the journal, or else from where they are known."""
     scanned = journal.columns()
-    names = [shard.name for shard in known.shards] if known else []
-    places = dict(zip(names, pairwise(known.first), strict=True)) if known else {}
 
     def pieces(column: str) -> Iterator[bytes | memoryview]:
         for shard in entries:
             if journal.shards.get(shard.name) is shard:
                 yield scanned[shard.name][column]
             else:
-                first, end = places[shard.name]
-                yield getattr(known, column)[first:end].tobytes()
+                place = places[shard.name]
+                yield getattr(place.index, column)[place.first : place.end].tobytes()
 
     with writable(path) as temporary:
         write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})
