@@ -51,12 +51,14 @@ class Average:
         return f"{self.counted}/{self.of}"
 
     @property
+    def group(self) -> str:
+        """`VTAB`; of all tasks `Average over 38` where it is one, else `All tasks`."""
+        return average_title(self.tag, self.of) if self.tag != "datacomp" or self.complete else "All tasks"
+
+    @property
     def title(self) -> str:
-        """`Average over 38`, or where it is none: `Partial mean, 31/38`."""
-        if self.complete:
-            return average_title(self.tag, self.of)
-        whole = "mean" if self.tag == "datacomp" else average_title(self.tag, self.of)
-        return f"{whole}, partial ({self.coverage})"
+        """The group; where the average is none, `VTAB: plain mean of 12/13, partial`."""
+        return self.group if self.complete else f"{self.group}: plain mean of {self.coverage}, partial"
 
 
 def average_title(tag: str, of: int) -> str:
