@@ -13,6 +13,8 @@ from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
 
+NAMED = 10  # tasks that were not run are named up to so many
+
 
 def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
     """Every metric of every task in per cent, chance beside it, the runs as columns.
@@ -75,6 +77,8 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
     table.add_section()
     every = averages(records, tags)
     for average in every.values():
+        if not average.counted:
+            continue
         style = "bold" if average.complete else "dim"
         what = "" if average.complete else "plain mean"
         words = (average.group, what, percent(average.mean))
@@ -90,4 +94,6 @@ def _left_out(records: Mapping[str, TaskRecord], left_out: Mapping[str, str]) ->
     lines = [
         f"in no average: {records[key].dataset}, {reason}" for key, reason in left_out.items() if reason != NOT_RUN
     ]
-    return "\n".join([*lines, *([f"not run: {', '.join(absent)}"] if absent else [])]) or None
+    if absent:
+        lines.append(f"not run: {', '.join(absent) if len(absent) <= NAMED else f'{len(absent)} tasks'}")
+    return "\n".join(lines) or None
