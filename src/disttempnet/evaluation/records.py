@@ -36,6 +36,7 @@ class TaskRecord:
         seconds: how long the task took.
         complete: whether all of it was seen, and no error ended it.
         error: what went wrong, in a line; empty where nothing did.
+        notes: what else a reader of the number has to know: another number of tars than their list says, for one.
     """
 
     key: str
@@ -48,6 +49,7 @@ class TaskRecord:
     seconds: float = 0.0
     complete: bool = True
     error: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def value(self) -> float | None:
@@ -121,6 +123,7 @@ def _to_line(record: TaskRecord) -> dict[str, Any]:
         "seconds": round(record.seconds, 3),
         "complete": record.complete,
         "error": record.error,
+        "notes": list(record.notes),
     }
 
 
@@ -140,6 +143,7 @@ def _from_line(line: dict[str, Any]) -> TaskRecord:
         seconds=float(line.get("seconds", 0.0)),
         complete=bool(line.get("complete", True)),
         error=str(line.get("error", "")),
+        notes=tuple(map(str, line.get("notes", ()))),
     )
 
 
