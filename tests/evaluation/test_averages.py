@@ -65,8 +65,8 @@ def test_what_went_wrong_is_out_and_named() -> None:
     records = {
         "a": TaskRecord("a", "A", {"main_metric": 0.2}, samples=5, expected=5),
         "b": TaskRecord("b", "B", {"main_metric": 0.4}),
-        "c": TaskRecord("c", "C", {"main_metric": 0.9}, samples=4, expected=5, corrupt=("x",), complete=False),
-        "d": TaskRecord("d", "D", {"main_metric": None}, complete=False, error="no such folder"),
+        "c": TaskRecord("c", "C", {"main_metric": 0.9}, samples=4, expected=5, complete=False, error="1 unreadable: x"),
+        "d": TaskRecord("d", "D", complete=False, error="no such folder"),
         "e": TaskRecord("e", "E", {"main_metric": None}),
         "fairness/fairface": TaskRecord("fairness/fairface", "FairFace", {"main_metric": None}),
     }
@@ -75,7 +75,7 @@ def test_what_went_wrong_is_out_and_named() -> None:
     assert found["datacomp"].mean == pytest.approx(0.3)
     assert found["datacomp"].title == "All tasks: plain mean of 2/6, partial"
     assert dict(found["datacomp"].left_out) == {
-        "c": "incomplete: 1 unreadable, 4 of 5 samples",
+        "c": "incomplete: 1 unreadable: x",
         "d": "failed: no such folder",
         "e": "its main metric is not defined",
         "f": "not run",
@@ -103,21 +103,26 @@ def test_terminal_table() -> None:
 def test_terminal_table_of_a_part() -> None:
     records = published.records(published.scores(published.rows()[0]))
     del records["cars"]
-    records["cifar10"] = replace(records["cifar10"], complete=False, corrupt=("0.tar/s1", "0.tar/s2"), samples=8)
+    records["cifar10"] = replace(
+        records["cifar10"], complete=False, error="8 samples of 10 were seen", notes=("3 tars",)
+    )
     records["fairness/utkface"] = TaskRecord("fairness/utkface", "UTKFace", {"acc": 0.5, "main_metric": None})
     text = rendered(records)
     assert "Average over" not in text
     (line,) = [line for line in text.splitlines() if "plain mean" in line]
     assert line.split()[:2] + line.split()[-2:] == ["All", "tasks", "36/38", "partial"]
-    assert "in no average: CIFAR-10, incomplete: 2 unreadable, 8 of 10 samples" in text
-    assert "not run: Stanford Cars" in text
+    assert "in no average: CIFAR-10 incomplete: 8 samples of 10 were seen" in text
+    assert "CIFAR-10: 3 tars" in text
+    assert "in no average: not run: Stanford Cars" in text
+    (cifar,) = [line for line in text.splitlines() if line.strip().startswith("CIFAR-10 ")]
+    assert "incomplete" in cifar
     (utkface,) = [line for line in text.splitlines() if "UTKFace" in line]
     assert "ok" in utkface
 
 
 def test_summary(tmp_path: Path) -> None:
     records = published.records(published.scores(published.rows()[0]))
-    records["cars"] = replace(records["cars"], metrics={"main_metric": None}, complete=False, error="no such folder")
+    records["cars"] = replace(records["cars"], metrics={}, complete=False, error="no such folder")
     subject = Subject("ViT-B-32", "openai", "feed", "fp32", "", {"torch": "2.9"}, 151277313)
     write_summary(tmp_path, subject, records, counted_tags())
     table = json.loads((tmp_path / "summary.json").read_text())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from disttempnet.evaluation.readers import all_tasks
+from disttempnet.evaluation.readers import all_tasks, task_title
 from disttempnet.evaluation.records import TaskRecord
 
 GROUPS = {
@@ -20,6 +20,7 @@ GROUPS = {
     "retrieval": "Retrieval",
 }
 NOT_RUN = "not run"
+NAMED = 10  # tasks that were not run are named up to so many
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Average:
     @property
     def coverage(self) -> str:
         return f"{self.counted}/{self.of}"
+
+    @property
+    def lacking(self) -> list[str]:
+        """What is left out: a task that went wrong in words of its own, those that were not run together."""
+        titles = {key: task_title(key) for key in self.left_out}
+        words = [f"{titles[key]} {reason}" for key, reason in self.left_out.items() if reason != NOT_RUN]
+        absent = [titles[key] for key, reason in self.left_out.items() if reason == NOT_RUN]
+        if absent:
+            words.append(f"not run: {', '.join(absent) if len(absent) <= NAMED else f'{len(absent)} tasks'}")
+        return words
 
     @property
     def group(self) -> str:
@@ -81,18 +92,11 @@ def why_not(record: TaskRecord | None) -> str:
     """Why a task with a main metric stands in no average; empty where it may."""
     if record is None:
         return NOT_RUN
-    if record.error:
+    if record.error and not record.metrics:
         return f"failed: {record.error}"
-    if not record.complete:
-        return f"incomplete: {_what_is_missing(record)}"
+    if record.error or not record.complete:
+        return f"incomplete: {record.error or f'{record.samples:,} samples'}"
     return "" if record.counts else "its main metric is not defined"
-
-
-def _what_is_missing(record: TaskRecord) -> str:
-    parts = [f"{len(record.corrupt)} unreadable"] if record.corrupt else []
-    if record.expected is not None and record.samples != record.expected:
-        parts.append(f"{record.samples:,} of {record.expected:,} samples")
-    return ", ".join(parts) or f"{record.samples:,} samples"
 
 
 def _average(tag: str, keys: Sequence[str], records: Mapping[str, TaskRecord]) -> Average:

@@ -8,12 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from disttempnet.evaluation.averages import NOT_RUN, averages, why_not
+from disttempnet.evaluation.averages import averages, why_not
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
-
-NAMED = 10  # tasks that were not run are named up to so many
 
 
 def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
@@ -72,7 +70,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
             Text(percent(record.value), "" if record.counts else "dim"),
             f"{record.samples:,}",
             f"{record.seconds:,.1f}" if record.seconds < 100 else f"{record.seconds:,.0f}",
-            Text("failed" if record.error else "incomplete", "red") if wrong else Text("ok", "green"),
+            Text("incomplete" if record.metrics else "failed", "red") if wrong else Text("ok", "green"),
         )
     table.add_section()
     every = averages(records, tags)
@@ -83,17 +81,8 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
         what = "" if average.complete else "plain mean"
         words = (average.group, what, percent(average.mean))
         table.add_row(*(Text(word, style) for word in words), average.coverage, "", "" if not what else "partial")
+    lines = [f"{record.dataset}: {note}" for record in records.values() for note in record.notes]
     if "datacomp" in every:
-        table.caption = _left_out(records, every["datacomp"].left_out)
+        lines += [f"in no average: {words}" for words in every["datacomp"].lacking]
+    table.caption = "\n".join(lines) or None
     return table
-
-
-def _left_out(records: Mapping[str, TaskRecord], left_out: Mapping[str, str]) -> str | None:
-    """Which tasks stand in no average: those that went wrong one by one, those that were not run in one line."""
-    absent = [task_title(key) for key, reason in left_out.items() if reason == NOT_RUN]
-    lines = [
-        f"in no average: {records[key].dataset}, {reason}" for key, reason in left_out.items() if reason != NOT_RUN
-    ]
-    if absent:
-        lines.append(f"not run: {', '.join(absent) if len(absent) <= NAMED else f'{len(absent)} tasks'}")
-    return "\n".join(lines) or None
