@@ -7,137 +7,20 @@ is what yellow is least alike.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import tarfile
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from evaluation.colours import COLOURS, shown
+from evaluation.colours import COLOURS
+from evaluation.formats import (
+    labelled,
+    npy,
+    picture,
+    write_captioned_csv,
+    write_captioned_wds,
+    write_wds,
+    write_winogavil_csv,
+)
 
 SIX = tuple(COLOURS)  # red green blue yellow pink grey
-SUFFIXES = ("webp", "png", "jpg", "jpeg")
-FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG", "jpeg": "JPEG"}
-CORRUPT = b"\x89PNG and no more"
-
-Parts = Mapping[str, bytes]  # suffix of a tar member → its bytes
-
-
-# --- the formats -----------------------------------------------------------------------------------------------------
-
-
-def picture(colour: str, suffix: str = "png", size: tuple[int, int] = (12, 10)) -> bytes:
-    """An encoded image of one colour, named in words ("red and red and green")."""
-    file = io.BytesIO()
-    Image.new("RGB", size, shown(colour)).save(file, FORMATS[suffix])
-    return file.getvalue()
-
-
-def folder_of(key: str) -> str:
-    """DataComp's folder of a task: `vtab/dtd` → `wds_vtab-dtd_test`, `fairness/geode` → `wds_geode_test`."""
-    return f"wds_{key.removeprefix('fairness/').replace('/', '-')}_test"
-
-
-def npy(row: Sequence[int]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.array(row, dtype=np.int64))
-    return file.getvalue()
-
-
-def write_tar(path: Path, samples: Sequence[Parts], first: int = 0) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number, parts in enumerate(samples, first):
-            for suffix, data in parts.items():
-                member = tarfile.TarInfo(f"s{number:07d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-def write_wds(
-    root: Path,
-    key: str,
-    samples: Sequence[Parts],
-    *,
-    classes: Iterable[str] = (),
-    templates: Iterable[str] = (),
-    kind: str = "",
-    shards: int = 1,
-) -> Path:
-    """A dataset in CLIP_benchmark's layout: test/0.tar … and nshards.txt, the words of its classes beside them."""
-    folder = root / folder_of(key)
-    (folder / "test").mkdir(parents=True)
-    words = {"classnames": classes, "zeroshot_classification_templates": templates, "dataset_type": [kind] * bool(kind)}
-    for name, lines in words.items():
-        text = "".join(f"{line}\n" for line in lines)
-        if text:
-            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    (folder / "test" / "nshards.txt").write_text(f"{shards}\n", encoding="utf-8")
-    bounds = [len(samples) * i // shards for i in range(shards + 1)]
-    for shard in range(shards):
-        part = samples[bounds[shard] : bounds[shard + 1]]
-        write_tar(folder / "test" / f"{shard}.tar", part, bounds[shard])
-    return folder
-
-
-def labelled(rows: Iterable[tuple], classes: Sequence[str]) -> list[dict[str, bytes]]:
-    """Rows (colour shown, class name or label, metadata…) → members image, .cls and, with metadata, .npy.
-
-    The image's format changes from row to row, as it does in Dollar Street.
-    """
-    samples = []
-    for number, (colour, called, *metadata) in enumerate(rows):
-        suffix = SUFFIXES[number % len(SUFFIXES)]
-        label = called if isinstance(called, int) else classes.index(called)
-        parts = {suffix: picture(colour, suffix), "cls": str(label).encode()}
-        samples.append(parts | ({"npy": npy(metadata)} if metadata else {}))
-    return samples
-
-
-def write_captioned_wds(root: Path, key: str, rows: Iterable[tuple[str, Sequence[str]]], shards: int = 1) -> Path:
-    """Rows (colour shown, captions) in CLIP_benchmark's retrieval layout."""
-    samples = [{"jpg": picture(colour, "jpg"), "txt": "\n".join(captions).encode()} for colour, captions in rows]
-    return write_wds(root, key, samples, kind="retrieval", shards=shards)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["", *rows[0]])
-        writer.writeheader()
-        writer.writerows({"": number, **row} for number, row in enumerate(rows))
-
-
-def write_captioned_csv(folder: Path, name: str, images: str, rows: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Rows (colour shown, captions) as the raw files of Flickr and MSCOCO: a table and a folder of images."""
-    (folder / images).mkdir(parents=True)
-    lines = []
-    for number, (colour, captions) in enumerate(rows):
-        filename = f"COCO_val2014_{number:012d}.jpg"
-        (folder / images / filename).write_bytes(picture(colour, "jpg"))
-        line = {"raw": json.dumps(list(captions)), "sentids": json.dumps([number]), "split": "test"}
-        lines.append(line | {"filename": filename, "img_id": number})
-    write_csv(folder / name, lines)
-
-
-def write_winogavil_csv(folder: Path, instances: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> None:
-    """Instances (cue, candidates, associations); a candidate is a colour, and so the name of its image."""
-    images = folder / "winogavil_images"
-    images.mkdir(parents=True)
-    for candidate in {name for _, candidates, _ in instances for name in candidates}:
-        (images / f"{candidate}.jpg").write_bytes(picture(candidate, "jpg"))
-    lines = []
-    for number, (cue, candidates, associations) in enumerate(instances):
-        line = {"candidates": json.dumps(candidates), "cue": cue, "associations": json.dumps(associations)}
-        line |= {"score_fool_the_ai": 67, "num_associations": len(associations), "num_candidates": len(candidates)}
-        lines.append(line | {"solvers_jaccard_mean": 1.0, "solvers_jaccard_std": 0.0, "ID": number})
-    write_csv(folder / "winogavil_dataset.csv", lines)
-
-
-# --- the datasets, and what towers that read colours score on them -----------------------------------------------------
-
 TEMPLATES = ("a photo of {c}.", "{c} on a {c} ground")
 ORDINARY = {  # key → number of classes, at most six here
     "vtab/caltech101": 6,
@@ -235,11 +118,11 @@ FACE_ROWS = [  # colour, then age, gender, race, race_binary
 ]
 
 TEN = (*SIX, "red and blue", "green and blue", "red and red and green", "green and green and blue")
-# The caption of the grey image names yellow; the first image has three captions, the second two.
+# The caption of the grey image names other colours; the first image has three captions, the second two.
 CAPTIONED = [(colour, [f"a {colour} thing"]) for colour in TEN]
 CAPTIONED[0][1].extend(["red, and 'nothing' else", "something red"])
 CAPTIONED[1][1].append("the green one")
-CAPTIONED[5] = ("grey", ["a yellow wall"])
+CAPTIONED[5] = ("grey", ["a yellow, yellow and pink wall"])
 
 WINOGAVIL = [
     ("Red", ["red", "green", "blue", "yellow", "grey"], ["red", "yellow"]),
@@ -259,8 +142,26 @@ def _some(classes: int) -> tuple[str, ...]:
     return SIX if classes == 6 else ("yellow", "blue", "red", "green")[:classes]
 
 
+SAMPLES = {
+    **{key: len(ordinary_rows(i, classes)) for i, (key, classes) in enumerate(ORDINARY.items())},
+    "vtab/clevr_closest_object_distance": len(CLEVR_ROWS),
+    "imagenet1k": len(IMAGENET_ROWS),
+    "wilds/iwildcam": len(IWILDCAM_ROWS),
+    "wilds/camelyon17": len(CAMELYON_ROWS),
+    "wilds/fmow": len(FMOW_ROWS),
+    "fairness/dollar_street": len(DOLLAR_ROWS),
+    "fairness/geode": len(GEODE_ROWS),
+    "fairness/fairface": len(FACE_ROWS),
+    "fairness/utkface": len(FACE_ROWS),
+    "retrieval/flickr_1k_test_image_text_retrieval": len(CAPTIONED),
+    "retrieval/mscoco_2014_5k_test_image_text_retrieval": len(CAPTIONED),
+    "misc/winogavil": len(WINOGAVIL),
+}
+
+
 def write_data_root(root: Path) -> None:
-    """All forty tasks: Flickr in CLIP_benchmark's layout, MSCOCO and WinoGAViL as their raw files."""
+    """All forty tasks: Flickr in CLIP_benchmark's layout, MSCOCO and WinoGAViL as their raw files; and their sizes."""
+    (root / "sizes.toml").write_text("".join(f'"{key}" = {size}\n' for key, size in SAMPLES.items()), encoding="utf-8")
     for number, (key, classes) in enumerate(ORDINARY.items()):
         names = _some(classes)
         samples = labelled(ordinary_rows(number, classes), names)
@@ -319,11 +220,11 @@ _FACES = {
     "main_metric": None,
 }
 _CAPTIONED = {
-    # 13 captions: "a yellow wall" finds yellow, red-red-green, pink and then its grey image
+    # 13 captions: the grey image's own finds yellow .988, red-red-green .968, pink .933 and then grey .876
     "image_retrieval_recall@1": 12 / 13,
     "image_retrieval_recall@5": 1.0,
     "image_retrieval_recall@10": 1.0,
-    # the grey image finds pink's caption before four that are equally far, among them its own
+    # the grey image finds pink's caption, .933, before its own; all others find their own
     "text_retrieval_recall@1": 9 / 10,
     "text_retrieval_recall@5": 1.0,
     "text_retrieval_recall@10": 1.0,
@@ -413,19 +314,4 @@ EXPECTED: dict[str, dict[str, float | None]] = {
         "jaccard_score_10-12": 2 / 3,
         "main_metric": 2 / 3,
     },
-}
-SAMPLES = {
-    **{key: len(ordinary_rows(i, classes)) for i, (key, classes) in enumerate(ORDINARY.items())},
-    "vtab/clevr_closest_object_distance": len(CLEVR_ROWS),
-    "imagenet1k": len(IMAGENET_ROWS),
-    "wilds/iwildcam": len(IWILDCAM_ROWS),
-    "wilds/camelyon17": len(CAMELYON_ROWS),
-    "wilds/fmow": len(FMOW_ROWS),
-    "fairness/dollar_street": len(DOLLAR_ROWS),
-    "fairness/geode": len(GEODE_ROWS),
-    "fairness/fairface": len(FACE_ROWS),
-    "fairness/utkface": len(FACE_ROWS),
-    "retrieval/flickr_1k_test_image_text_retrieval": len(CAPTIONED),
-    "retrieval/mscoco_2014_5k_test_image_text_retrieval": len(CAPTIONED),
-    "misc/winogavil": len(WINOGAVIL),
 }
