@@ -6,8 +6,8 @@ Runs in an environment of its own (see parity_clip_benchmark.py) and imports not
 
 MODEL is a folder that open_clip opens, or `colours`, the towers of tests/evaluation/colours.py. Classification and
 retrieval are clip-benchmark's own functions; grouped metrics are wilds' own classes, given the columns that DataComp
-groups by; the few lines in between follow DataComp's description: a new model a task, its prompts encoded anew, metadata
-read in a second pass, WinoGAViL one instance at a time.
+groups by. The lines in between follow DataComp's protocol: a new model a task, its prompts encoded anew, metadata read
+in a second pass, WinoGAViL one instance at a time.
 """
 
 from __future__ import annotations
@@ -79,12 +79,11 @@ from wilds.common.grouper import CombinatorialGrouper  # noqa: E402
 from wilds.common.metrics.all_metrics import F1, Accuracy, Recall  # noqa: E402
 from wilds.datasets.wilds_dataset import WILDSDataset  # noqa: E402
 
-
-# --- the model, made anew for every task -------------------------------------------------------------------------------
+# --- the model, made anew for every task -----------------------------------------------------------------------------
 
 
 class Model:
-    """Towers, tokenizer and transform, and how many texts were encoded."""
+    """Towers, tokenizer and transform, and how many texts and images were encoded."""
 
     def __init__(self, source: str) -> None:
         torch.manual_seed(0)
@@ -101,13 +100,14 @@ class Model:
             self.module, _, self.transform = open_clip.create_model_and_transforms(name)
             self.tokenizer = open_clip.get_tokenizer(name)
         self.module.eval()
-        self.texts = 0
+        self.texts = self.images = 0
 
     def encode_text(self, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         self.texts += len(tokens)
         return self.module.encode_text(tokens, normalize=normalize)
 
     def encode_image(self, pixels: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        self.images += len(pixels)
         return self.module.encode_image(pixels, normalize=normalize)
 
 
@@ -289,7 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    result: dict[str, Any] = {"tasks": {}, "texts": 0}
+    result: dict[str, Any] = {"tasks": {}, "texts": 0, "images": 0}
     started = time.perf_counter(), time.process_time()
     for key in options.tasks.read_text().split():
         with contextlib.redirect_stderr(io.StringIO()):  # a bar a class list
@@ -299,6 +299,7 @@ def main() -> None:
             name: None if value is None or value != value else value for name, value in scores.items()
         }
         result["texts"] += model.texts
+        result["images"] += model.images
     result |= {"wall": time.perf_counter() - started[0], "cpu": time.process_time() - started[1]}
     names = (
         "torch",

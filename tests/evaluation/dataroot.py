@@ -186,7 +186,8 @@ def write_data_root(root: Path) -> None:
     write_captioned_wds(root, "retrieval/flickr_1k_test_image_text_retrieval", CAPTIONED, shards=2)
     coco = root / "mscoco_2014_5k_test_image_text_retrieval"
     write_captioned_csv(coco, "test_5k_mscoco_2014.csv", "images_mscoco_2014_5k_test", CAPTIONED)
-    write_winogavil_csv(root / "winogavil", WINOGAVIL)
+    pool = {name: picture(name, "jpg") for _, candidates, _ in WINOGAVIL for name in candidates}
+    write_winogavil_csv(root / "winogavil", WINOGAVIL, pool)
 
 
 def _ordinary_scores(number: int, key: str, classes: int) -> dict[str, float | None]:

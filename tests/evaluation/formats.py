@@ -113,12 +113,14 @@ def write_captioned_csv(folder: Path, name: str, images: str, rows: Sequence[tup
     write_csv(folder / name, lines)
 
 
-def write_winogavil_csv(folder: Path, instances: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> None:
-    """Instances (cue, candidates, associations); a candidate is a colour, and so the name of its image."""
+def write_winogavil_csv(
+    folder: Path, instances: Sequence[tuple[str, Sequence[str], Sequence[str]]], pool: Mapping[str, bytes]
+) -> None:
+    """Instances (cue, candidates, associations) and the JPEG of every candidate, in WinoGAViL's raw files."""
     images = folder / "winogavil_images"
     images.mkdir(parents=True)
-    for candidate in {name for _, candidates, _ in instances for name in candidates}:
-        (images / f"{candidate}.jpg").write_bytes(picture(candidate, "jpg"))
+    for candidate, data in pool.items():
+        (images / f"{candidate}.jpg").write_bytes(data)
     lines = []
     for number, (cue, candidates, associations) in enumerate(instances):
         line = {"candidates": json.dumps(candidates), "cue": cue, "associations": json.dumps(associations)}
