@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from disttempnet.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def is_active() -> bool:
@@ -117,6 +120,30 @@ def gather_objects(value: object) -> list:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class OtherRankFailed(RuntimeError):
+    """What another rank raised in `together`."""
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Do something without collectives on every rank; where one fails, all of them raise, and none waits for it.
+
+    Raises:
+        OtherRankFailed: on the ranks that did not fail themselves.
+    """
+    if world_size() == 1:
+        return action()
+    try:
+        result, error = action(), None
+    except Exception as caught:
+        result, error = None, caught
+    for number, message in enumerate(gather_objects(None if error is None else f"{type(error).__name__}: {error}")):
+        if error is not None:
+            raise error
+        if message is not None:
+            raise OtherRankFailed(f"rank {number}: {message}")
+    return result  # type: ignore[return-value]  # there is one where nothing was raised
 
 
 def barrier() -> None:

@@ -14,11 +14,12 @@ class Scores:
     """Scores of a task.
 
     Attributes:
-        metrics: shares in [0, 1].
-        chance: what a uniformly random order of the answers gives, exactly.
+        metrics: shares in [0, 1], and counts of groups.
+        chance: what a uniformly random order of the answers gives, exactly; not of every metric.
         trials: how many queries each metric is a share of.
         samples: how many images were scored.
         corrupt: keys of images that could not be decoded and are left out.
+        undefined: metrics that this task has no value of: accuracy in an empty group, the first five of four classes.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -26,13 +27,24 @@ class Scores:
     trials: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     corrupt: tuple[str, ...] = ()
+    undefined: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
         return not self.corrupt
 
-    def add(self, key: str, value: float, chance: float, trials: int) -> None:
-        self.metrics[key], self.chance[key], self.trials[key] = value, chance, trials
+    def add(self, key: str, value: float | None, chance: float | None, trials: int) -> None:
+        if value is None:
+            self.undefined.append(key)
+            return
+        self.metrics[key], self.trials[key] = value, trials
+        if chance is not None:
+            self.chance[key] = chance
+
+    @property
+    def headline(self) -> float:
+        """The one number of a task: mean recall where captions are shared, else its first metric."""
+        return self.metrics.get("mean_recall", next(iter(self.metrics.values())))
 
 
 def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:

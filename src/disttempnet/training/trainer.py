@@ -24,6 +24,7 @@ from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, lost_workers_named, open_training_data
 from disttempnet.errors import UserError
 from disttempnet.evaluation.runner import TaskResult, evaluate
+from disttempnet.evaluation.scores import Scores
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
 from disttempnet.training import checkpoint, optim, runlog
@@ -233,10 +234,12 @@ class Trainer:
         config = self.config.eval
         due = epochs_done % config.every_epochs == 0 or epochs_done == self.config.train.epochs
         if config.tasks and evaluated and due:
-            results = evaluate(self.towers, config.tasks, device=self.device, batch=config.batch)
+            root = Path(config.data_root) if config.data_root else None
+            results = evaluate(self.towers, config.tasks, device=self.device, batch=config.batch, data_root=root)
             self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
-            self._save_temperatures(results[config.tasks[0]])
-            score = float(np.mean([result.metrics["mean_recall"] for result in results.values()]))
+            if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
+                self._save_temperatures(pairs[0])
+            score = float(np.mean([result.headline for result in results.values()]))
             # frozen towers score alike all along: their best checkpoint is the last
             if score > self.best.get("mean_recall", -math.inf) and not self.frozen:
                 self.best = {"step": self.step, "mean_recall": score}
@@ -244,7 +247,7 @@ class Trainer:
         self._save()
 
     def _save_temperatures(self, result: TaskResult) -> None:
-        """τ of the first evaluation task's pairs; where only training samples have one, of those that rank 0 keeps."""
+        """τ of an evaluation task's pairs; where only training samples have one, of those that rank 0 keeps."""
         if not distributed.is_main():
             return
         self.loss.eval()
@@ -355,8 +358,9 @@ def train(config: Config, resume: str = "never", report: runlog.Report | None = 
         return Trainer(config, device, resume, report).run()
 
 
-def _one_line(results: dict[str, TaskResult]) -> str:
+def _one_line(results: dict[str, Scores]) -> str:
+    shown = ("acc1", "mean_recall", "mean_recall@1")
     return "  ".join(
-        f"{name}: acc1 {r.metrics['acc1']:.3f} mean recall {r.metrics['mean_recall']:.3f}"
+        f"{name}: " + " ".join(f"{key.replace('_', ' ')} {r.metrics[key]:.3f}" for key in shown if key in r.metrics)
         for name, r in results.items()
     )

@@ -1,0 +1,99 @@
+"""Pixels and texts → unit features, in a chosen precision, the work dealt to the ranks.
+
+Batches, not rows, are dealt: every batch is the same at any world size, and so are the numbers, to the last bit on
+like devices. A rank fills its rows of a table of zeros, and the sum over ranks is the whole table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from disttempnet import distributed
+from disttempnet.models import Towers, encode_images, encode_texts
+
+Progress = Callable[[str, int, int], None]
+PRECISIONS = ("fp32", "bf16", "datacomp")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Towers on a device.
+
+    Attributes:
+        towers: with their module on `device`.
+        batch: images or texts embedded at once.
+        image_dtype, text_dtype: of autocast; None = compute in the weights' own precision.
+    """
+
+    towers: Towers
+    device: torch.device
+    batch: int = 256
+    image_dtype: torch.dtype | None = None
+    text_dtype: torch.dtype | None = None
+
+    @property
+    def width(self) -> int:
+        return self.towers.embed_dim
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """uint8 [b, 3, s, s] → unit float32 [b, D]."""
+        with self._autocast(self.image_dtype):
+            return encode_images(self.towers, pixels.to(self.device, non_blocking=True)).float()
+
+    def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
+        """Texts → this rank's rows of a table of unit float32 features [t, D]; `distributed.all_sum` gives all."""
+        table = torch.zeros(len(texts), self.width, device=self.device)
+        mine = batches_of_this_rank(len(texts), self.batch)
+        for done, rows in enumerate(mine, 1):
+            tokens = self.towers.tokenizer(list(texts[rows.start : rows.stop])).to(self.device)
+            with self._autocast(self.text_dtype):
+                table[rows.start : rows.stop] = encode_texts(self.towers, tokens).float()
+            if progress:
+                progress("texts", done, len(mine))
+        return table
+
+    @contextmanager
+    def _autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+
+def make_encoder(towers: Towers, device: torch.device, precision: str, matching: bool, batch: int) -> Encoder:
+    """An encoder of one of `PRECISIONS`.
+
+    Args:
+        precision: `fp32`; `bf16`, everything under autocast; `datacomp`, as DataComp's evaluation computes: texts
+            under fp16 autocast (on a CPU bf16, as torch has it there), images in fp32 unless `matching`.
+        matching: whether the task compares images with texts of their own: retrieval and WinoGAViL.
+    """
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    image, text = {
+        "fp32": (None, None),
+        "bf16": (torch.bfloat16, torch.bfloat16),
+        "datacomp": (half if matching else None, half),
+    }[precision]
+    return Encoder(towers, device, batch, image, text)
+
+
+def batches_of_this_rank(n: int, batch: int) -> list[range]:
+    """Rows of each batch that is this rank's."""
+    starts = range(distributed.rank() * batch, n, distributed.world_size() * batch)
+    return [range(start, min(start + batch, n)) for start in starts]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, no batch statistics inside; every submodule's own mode comes back after."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
