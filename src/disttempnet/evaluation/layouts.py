@@ -96,6 +96,11 @@ def find_data(task: Task, root: Path) -> Path | None:
     return next((root / name for name in folder_names(task) if (root / name).is_dir()), None)
 
 
+def is_there(task: Task, root: Path) -> bool:
+    """Whether a task's data is below a data root, or needs none."""
+    return not task.below_root or find_data(task, root) is not None
+
+
 @cache
 def sizes_of(root: Path) -> dict[str, int]:
     """Sizes by task that a data root claims for itself: of one that holds parts of the tasks."""
