@@ -17,7 +17,7 @@ FLOORS = [
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli_data"},
+    {"cli_data", "cli_evaluate"},
     {"cli"},
     {"__main__"},
 ]

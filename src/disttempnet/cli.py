@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disttempnet.cli_data import add_data_commands
+from disttempnet.cli_evaluate import add_evaluate_command
 from disttempnet.errors import UserError
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
@@ -134,13 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="keys of the file, or config keys of every run"
     )
 
-    evaluate = commands.add_parser("evaluate", help="zero-shot accuracy and retrieval of a run or an open_clip model")
-    evaluate.add_argument("target", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
-    evaluate.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help="rows of tasks.toml (default: the run's own, else all)"
-    )
-    evaluate.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
-    evaluate.add_argument("--out", metavar="FILE", help="write the results as JSON (default: RUN/results.json)")
+    add_evaluate_command(commands)
 
     report = commands.add_parser(
         "report",
@@ -227,7 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "train": _train,
                 "compare": _compare,
                 "objectives": _objectives,
-                "evaluate": _evaluate,
                 "report": _report,
                 "temperature": _temperature,
             }[options.command]
@@ -283,41 +277,6 @@ def _compare(options: argparse.Namespace) -> int:
     from disttempnet.compare import run_compare
 
     return run_compare(Path(options.grid), options.overrides, options.jobs, options.list)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    import json
-
-    from rich.console import Console
-
-    from disttempnet import distributed
-    from disttempnet.evaluation.readers import all_tasks
-    from disttempnet.evaluation.runner import evaluate
-    from disttempnet.evaluation.scores import to_record
-    from disttempnet.evaluation.table import results_table
-    from disttempnet.models import load_model
-    from disttempnet.training.checkpoint import load_run, refuse_unwritable, write_atomically
-
-    out = Path(options.out) if options.out else None
-    if out is not None:
-        refuse_unwritable(out)
-    if options.target.startswith("open_clip:"):
-        name, _, pretrained = options.target.removeprefix("open_clip:").partition("/")
-        towers, title, tasks = load_model(name, pretrained), options.target, []
-    else:
-        run = load_run(options.target)
-        towers, title, tasks = run.towers, f"{run.config.name} @ step {run.step}", list(run.config.eval.tasks)
-        out = out or run.folder / "results.json"
-    with distributed.session() as device:
-        towers.module.to(device)
-        results = evaluate(towers, options.tasks or tasks or list(all_tasks()), device=device, batch=options.batch)
-        if distributed.is_main():
-            Console().print(results_table({title: results}))
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(out, json.dumps({"model": title, **to_record(results)}, indent=2) + "\n")
-                print(f"results: {out}")
-    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def cached_shards(dataset: str, split: str, shards: Iterable[str], write: Callab
     Raises:
         UserError: a cache folder that cannot be written, or a cached shard that is gone.
     """
-    folder = _cache_folder() / dataset / split
+    folder = cache_folder() / dataset / split
     if not folder.is_dir():
         try:
             _materialise(folder, write)
@@ -51,7 +51,8 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             shard.addfile(member, io.BytesIO(data))
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """DISTTEMPNET_CACHE, else a folder of this program in the user's cache."""
     if chosen := os.environ.get("DISTTEMPNET_CACHE"):
         return Path(chosen)
     if shared := os.environ.get("XDG_CACHE_HOME"):

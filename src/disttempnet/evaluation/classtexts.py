@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,4 +93,5 @@ class ClassTexts:
             save_file({"features": torch.stack(list(known.values()))}, temporary, metadata=facts)
             os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"{path}: the text cache cannot be written: {error.strerror}") from None
+            print(f"disttempnet: {path}: text features are not kept: {error.strerror}", file=sys.stderr)
+            self.folder = None

@@ -6,6 +6,8 @@ like devices. A rank fills its rows of a table of zeros, and the sum over ranks 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +80,18 @@ def make_encoder(towers: Towers, device: torch.device, precision: str, matching:
         "datacomp": (half if matching else None, half),
     }[precision]
     return Encoder(towers, device, batch, image, text)
+
+
+def checkpoint_hash(towers: Towers) -> str:
+    """Hex digest of all that features depend on: architecture, how pixels are normalised, weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    facts = [towers.architecture, towers.image_size, towers.mean, towers.std]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, value in sorted(towers.module.state_dict().items()):
+        if name not in ("logit_scale", "logit_bias"):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def batches_of_this_rank(n: int, batch: int) -> list[range]:

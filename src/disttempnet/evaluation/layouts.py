@@ -27,8 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from disttempnet.errors import UserError
+from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.readers import (
+    FOLDER,
     Head,
     Puzzle,
     Sample,
@@ -37,6 +39,7 @@ from disttempnet.evaluation.readers import (
     Task,
     TaskData,
     embedded_data,
+    find_task,
     image_of,
     read_tar,
 )
@@ -62,6 +65,8 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
         MissingData: nothing of it is there.
         UserError: it cannot be read, or is not what the task says.
     """
+    if task.data.startswith(FOLDER):
+        return folder_data(task)
     if not task.below_root:
         return embedded_data(task)
     if root is None:
@@ -84,6 +89,15 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
     return TaskData(**{**vars(data), "notes": tuple(notes), "size": size})
 
 
+def require(names: Sequence[str], root: Path | None) -> None:
+    """Raise UserError where one of the tasks does not exist or its data is not there: learnt before the work."""
+    for task in map(find_task, names):
+        if not task.below_root:
+            continue
+        if root is None or find_data(task, root) is None:
+            load_task(task, root)
+
+
 def folder_names(task: Task) -> list[str]:
     """Folders below a data root that a task may lie in, in the order in which they are tried."""
     key = task.name.replace("/", "-")
@@ -94,6 +108,11 @@ def folder_names(task: Task) -> list[str]:
 def find_data(task: Task, root: Path) -> Path | None:
     """A task's folder below a data root; None where it is not there."""
     return next((root / name for name in folder_names(task) if (root / name).is_dir()), None)
+
+
+def is_there(task: Task, root: Path) -> bool:
+    """Whether a task's data is below a data root, or needs none."""
+    return not task.below_root or find_data(task, root) is not None
 
 
 @cache

@@ -27,6 +27,7 @@ from disttempnet.data.shards import HEADER, IMAGE_SUFFIXES, BrokenTar, read_memb
 from disttempnet.errors import UserError, unknown_name
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
+FOLDER = "folder:"  # what names of tasks begin with that are no rows
 
 
 class Task(Section):
@@ -142,7 +143,10 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; UserError lists those that exist."""
+    """The task of that name, or `folder:PATH`, images of one's own; UserError lists those that exist."""
+    if name.startswith(FOLDER):
+        title = Path(name.removeprefix(FOLDER)).name
+        return Task(name=name, display=title, data=name, protocols=("classification",), main="acc1", tags=())
     tasks = all_tasks()
     if name not in tasks:
         raise UserError(unknown_name("task", name, tasks))
@@ -161,7 +165,7 @@ def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Ta
 
 
 def task_title(name: str) -> str:
-    """A task's heading in tables; the name itself where tasks.toml no longer has it."""
+    """A task's heading in tables; the name itself where tasks.toml does not have it."""
     tasks = all_tasks()
     return tasks[name].display if name in tasks else name
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -19,16 +19,16 @@ import torch
 from disttempnet import distributed
 from disttempnet.errors import UserError
 from disttempnet.evaluation.classtexts import ClassTexts
-from disttempnet.evaluation.embed import batches_of_this_rank, evaluation_mode, make_encoder
-from disttempnet.evaluation.layouts import find_data, load_task
+from disttempnet.evaluation.embed import Progress, batches_of_this_rank, evaluation_mode, make_encoder
+from disttempnet.evaluation.layouts import is_there, load_task
 from disttempnet.evaluation.loading import Batch, Request, decoded
 from disttempnet.evaluation.measure import Outcome, embed_words, measure
+from disttempnet.evaluation.progress import SuiteProgress
 from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.readers import Task, TaskData
 from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, append_record, read_records
 from disttempnet.models import Towers
 
-Report = Callable[[str, int, int], None]
 NAMED = 5  # unreadable samples that an error line names
 
 
@@ -44,8 +44,7 @@ class Suite:
         batch: images or texts embedded at once by a rank.
         workers: processes that decode for a rank; 0 = threads.
         texts: class features that are known already, and where they are kept.
-        begin, progress, finish: told of a task before it starts, of (what, batches done, batches) in it, and of its
-            record when it is finished, on every rank.
+        progress: told of all tasks on every rank.
     """
 
     root: Path
@@ -55,9 +54,6 @@ class Suite:
     batch: int = 256
     workers: int = 0
     texts: ClassTexts = field(default_factory=ClassTexts)
-    begin: Callable[[Task], None] = lambda task: None
-    progress: Report = lambda what, done, of: None
-    finish: Callable[[TaskRecord], None] = lambda record: None
 
     def run(self, towers: Towers, tasks: Sequence[Task], device: torch.device) -> list[TaskRecord]:
         """Evaluate on the tasks that are there and not finished yet; every rank calls this.
@@ -68,17 +64,18 @@ class Suite:
         done = distributed.gather_objects(read_records(self.out / RESULTS_FILE) if distributed.is_main() else {})[0]
         # a task that failed, or lacked samples, is run again: its data may be whole by now
         done = {key: record for key, record in done.items() if record.complete and not record.error}
-        present = distributed.gather_objects([task for task in tasks if find_data(task, self.root)])[0]
+        present = distributed.gather_objects([task for task in tasks if is_there(task, self.root)])[0]
+        line = SuiteProgress(present, [done[task.name] for task in present if task.name in done], self.batch)
         todo = sorted((task for task in present if task.name not in done), key=lambda task: -task.seconds)
-        stream = groupby(
-            decoded(self._requests(todo, loaded := {}), towers.image_size, self.workers), key=lambda batch: batch.task
-        )
-        with evaluation_mode(towers.module):
-            for number, batches in stream:
-                record = self._one(todo[number], towers, device, loaded.pop(number), batches)
+        loaded: dict[int, TaskData | Exception] = {}
+        batches_of_all = decoded(self._requests(todo, loaded), towers.image_size, self.workers)
+        with evaluation_mode(towers.module), line:
+            for number, batches in groupby(batches_of_all, key=lambda batch: batch.task):
+                line.begin(todo[number])
+                record = self._one(todo[number], towers, device, loaded.pop(number), batches, line.progress)
                 if distributed.is_main():
                     append_record(self.out / RESULTS_FILE, record)
-                self.finish(record)
+                line.finish(record)
                 done[record.key] = record
         return [done[task.name] for task in present]
 
@@ -97,11 +94,16 @@ class Suite:
                 yield Request(number, rows.start, data.samples[rows.start : rows.stop])
 
     def _one(
-        self, task: Task, towers: Towers, device: torch.device, loaded: TaskData | Exception, batches: Iterable[Batch]
+        self,
+        task: Task,
+        towers: Towers,
+        device: torch.device,
+        loaded: TaskData | Exception,
+        batches: Iterable[Batch],
+        progress: Progress,
     ) -> TaskRecord:
         """Evaluate on one task; whatever goes wrong is in its record."""
         begun = time.monotonic()
-        self.begin(task)
 
         def there() -> TaskData:
             if isinstance(loaded, Exception):
@@ -112,8 +114,8 @@ class Suite:
             data = distributed.together(there)
             matching = any(PROTOCOLS[protocol].matching for protocol in task.protocols)
             encoder = make_encoder(towers, device, self.precision, matching, self.batch)
-            heads, words = embed_words(data, encoder, self.texts, self.progress)
-            outcome = measure(data, encoder, batches, heads, words, self.progress)
+            heads, words = embed_words(data, encoder, self.texts, progress)
+            outcome = measure(data, encoder, batches, heads, words, progress)
         except (UserError, distributed.OtherRankFailed) as error:
             return self._failed(task, str(error), begun)
         except Exception as error:
@@ -144,13 +146,15 @@ def _record(data: TaskData, outcome: Outcome, seconds: float) -> TaskRecord:
         wrong.append(f"{len(reasons):,} unreadable: {'; '.join(reasons[:NAMED])}{more}")
     if data.size and scores.samples != data.size:
         wrong.append(f"{scores.samples:,} samples of {data.size:,} were seen")
-    metrics = {**scores.metrics, **dict.fromkeys(scores.undefined)}
-    metrics["main_metric"] = metrics[task.main] if task.main else None
+    known = {**scores.metrics, **dict.fromkeys(scores.undefined)}
+    main = task.main or (task.metrics[0] if task.metrics else "")
+    metrics = {name: known[name] for name in task.metrics or known}
+    metrics["main_metric"] = metrics[main] if main else None
     return TaskRecord(
         key=task.name,
         dataset=task.display,
         metrics=metrics,
-        main_metric_name=task.main,
+        main_metric_name=main,
         samples=scores.samples,
         expected=data.size or None,
         corrupt=tuple(reasons),
