@@ -17,7 +17,7 @@ FLOORS = [
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli_data", "cli_evaluate"},
+    {"cli_data", "cli_evaluate", "cli_export"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from disttempnet.cli_data import add_data_commands
 from disttempnet.cli_evaluate import add_evaluate_command
+from disttempnet.cli_export import add_export_command
 from disttempnet.errors import UserError
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
@@ -60,10 +61,15 @@ REPORT = """The ending of --out says what is written:
            deviation of it marked (csv: the raw numbers)
   .jsonl   compact results, a line a run: enough to make all tables again without the run folders
 
+Of folders that `evaluate --data-root` wrote (or an eval_results.jsonl): the averages beside published ones, ImageNet &
+variants, retrieval, every task, and the differences of all others to the first; runs that differ in the seed are one
+row. --metrics takes TASK/METRIC and averages/datacomp, imagenet, shifts, vtab, retrieval.
+
 examples:
   disttempnet report runs/demo runs/demo-clip --out report.html
   disttempnet report runs/compare --out table.tex --metrics emoji-concepts/acc1 emoji-concepts/mean_recall
   disttempnet report docs/results/compare.jsonl --out table.md
+  disttempnet report runs/*/evaluation evaluation/ViT-B-32-openai --out evaluation.html
 """
 
 TEMPERATURE = """Without --shards, --images or --captions: of the run's own training data.
@@ -136,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add_evaluate_command(commands)
+    add_export_command(commands)
 
     report = commands.add_parser(
         "report",
@@ -143,7 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=REPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, folder of run folders, or compact .jsonl")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder, folder of run folders, compact .jsonl, or evaluation"
+    )
     report.add_argument(
         "--out", default="report.html", metavar="FILE", help=".html .md .tex .csv .jsonl (default: report.html)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from disttempnet.evaluation.readers import all_tasks
 from disttempnet.evaluation.records import TaskRecord
 
-CSV = Path(__file__).with_name("openclip_results_rows.csv")
+CSV = Path(__file__).with_name("openclip_results.csv")
 SHIFTS = {"ImageNet Sketch", "ImageNet v2", "ImageNet-A", "ImageNet-O", "ImageNet-R", "ObjectNet"}
 RETRIEVAL = {"Flickr", "MSCOCO", "WinoGAViL"}
 VTAB = {

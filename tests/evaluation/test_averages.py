@@ -96,7 +96,7 @@ def test_terminal_table() -> None:
     text = rendered(records)
     assert "ViT-B-32 openai" in text
     (line,) = [line for line in text.splitlines() if "Average over 38" in line]
-    assert line.split() == ["Average", "over", "38", "52.5", "38/38"]
+    assert line.split() == ["Average", "over", "38", "58.7", "38/38"]
     assert "partial" not in text
 
 

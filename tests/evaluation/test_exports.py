@@ -6,12 +6,16 @@ import csv
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from disttempnet.cli import main
 from disttempnet.evaluation.averages import counted_tags
 from disttempnet.evaluation.exports import Evaluated, clip_benchmark_files, openclip_csv
 from disttempnet.evaluation.readers import all_tasks
-from disttempnet.evaluation.records import TaskRecord
-from disttempnet.evaluation.summary import Subject
+from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, write_records
+from disttempnet.evaluation.summary import Subject, write_summary
 from evaluation import published
 
 TITLES = {key: task.display for key, task in all_tasks().items()}
@@ -82,3 +86,47 @@ def test_clip_benchmark_files_build() -> None:
     assert list(json.loads(next(iter(files.values())))) == [
         "dataset", "model", "pretrained", "task", "metrics", "language",
     ]  # fmt: skip
+
+
+def write(folder: Path, one: Evaluated) -> Path:
+    write_records(folder / RESULTS_FILE, one.records.values())
+    write_summary(folder, one.subject, one.records, counted_tags())
+    return folder
+
+
+def test_command_writes_one_csv_of_several_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = published.rows()[:2]
+    folders = [str(write(tmp_path / str(i), evaluated(row))) for i, row in enumerate(rows)]
+    out = tmp_path / "new" / "results.csv"
+    assert main(["export", *folders, "--to", "openclip-csv", "--out", str(out)]) == 0
+    assert "(1 file)" in capsys.readouterr().out
+    read = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert [row["Average perf. on 38 datasets"] for row in read] == [
+        row["Average perf. on 38 datasets"] for row in rows
+    ]
+
+
+def test_command_names_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subject, records = evaluated(published.rows()[0])
+    part = {**records, "cars": replace(records["cars"], complete=False, error="9 samples of 10 were seen")}
+    folder = write(tmp_path / "part", Evaluated(subject, part))
+    out = tmp_path / "json"
+    assert main(["export", str(folder), "--to", "clip-benchmark", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"left out of {folder}: Stanford Cars incomplete: 9 samples of 10 were seen" in printed
+    assert "(37 files)" in printed
+    assert len(list(out.glob("*.json"))) == 37
+
+
+def test_command_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write(tmp_path / "a", evaluated(published.rows()[0])))
+    out = ["--out", str(tmp_path / "out")]
+    for arguments, words in (
+        ([str(tmp_path / "none"), "--to", "openclip-csv"], "no results of an evaluation"),
+        ([folder, folder, "--to", "clip-benchmark"], "two of the results are of the same model and weights"),
+    ):
+        assert main(["export", *arguments, *out]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -10,11 +10,13 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from disttempnet.evaluation.averages import averages
-from disttempnet.evaluation.records import MAIN, TaskRecord
-from disttempnet.evaluation.summary import Subject
+from disttempnet.errors import UserError
+from disttempnet.evaluation.averages import averages, why_not
+from disttempnet.evaluation.records import MAIN, RESULTS_FILE, TaskRecord, read_records
+from disttempnet.evaluation.summary import SUMMARY_FILE, Subject, read_subject
 
 FIRST_TASK = "imagenet1k"  # of open_clip's CSV; the others stand in the order of tasks.toml
 HEAD = ("name", "pretrained", "params (M)", "FLOPs (B)", "Average perf. on 38 datasets")
@@ -25,6 +27,23 @@ class Evaluated(NamedTuple):
 
     subject: Subject
     records: Mapping[str, TaskRecord]
+
+
+def read_evaluated(folder: Path) -> Evaluated:
+    """The results of a folder.
+
+    Raises:
+        UserError: it is no folder of results, or one of its files is damaged.
+    """
+    subject, records = read_subject(folder), read_records(folder / RESULTS_FILE)
+    if subject is None or not records:
+        raise UserError(f"{folder}: no results of an evaluation (it needs {SUMMARY_FILE} and {RESULTS_FILE})")
+    return Evaluated(subject, records)
+
+
+def left_out(evaluated: Evaluated) -> list[str]:
+    """What no export holds, in a line each."""
+    return [f"{r.dataset} {why_not(r)}" for r in evaluated.records.values() if r.error or not r.complete]
 
 
 def clip_benchmark_files(evaluated: Evaluated) -> dict[str, str]:

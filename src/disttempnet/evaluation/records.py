@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,18 @@ def read_records(path: Path) -> dict[str, TaskRecord]:
 
 
 def append_record(path: Path, record: TaskRecord) -> None:
-    """Add a record to the file, in place of an earlier one of the same task; the folder is made.
-
-    The file is replaced as a whole, so that a reader or a kill at any moment finds it before or after, never between.
-    Only one process may write.
-    """
+    """Add a record to the file, in place of an earlier one of the same task. Only one process may write."""
     records = read_records(path)
     records.pop(record.key, None)
-    lines = [json.dumps(_to_line(one), ensure_ascii=False, allow_nan=False) for one in (*records.values(), record)]
+    write_records(path, [*records.values(), record])
+
+
+def write_records(path: Path, records: Iterable[TaskRecord]) -> None:
+    """Write the file; its folder is made.
+
+    It is replaced as a whole, so that a reader or a kill at any moment finds it before or after, never between.
+    """
+    lines = [json.dumps(_to_line(record), ensure_ascii=False, allow_nan=False) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:

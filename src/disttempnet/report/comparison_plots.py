@@ -216,7 +216,7 @@ def task_chart(groups: Sequence[Group], sections: Sequence[tuple[str, Sequence[C
             label=group.title,
         )
     _task_rows(axis, [name for name, _ in rows], [column is None for _, column in rows])
-    axis.set_xlim(left=0)
+    axis.set_xlim(left=-1)  # a dot at 0 is seen whole
     axis.set(xlabel="main metric, %")
     figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return svg(figure)

@@ -47,8 +47,8 @@ def evaluation_report(every: Sequence[Evaluated], ending: str, metrics: Sequence
     tables = [("Results", compare_columns(every, metrics))] if metrics else headline_tables(every)
     if ending == ".tex":
         return "\n".join(f"% {heading}\n{latex_table(table)}" for heading, table in tables)
-    columns = [] if metrics else [column for column in known_columns(every) if column.task != AVERAGES]
-    tasks = compare_columns(every, columns) if columns else None
+    columns = [column for column in known_columns(every) if column.task != AVERAGES]
+    tasks = compare_columns(every, columns) if columns and not metrics else None
     return _page(every, tables, tasks) if ending == ".html" else _markdown(every, tables, tasks)
 
 
@@ -70,7 +70,9 @@ def _markdown(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison
         parts.append(f"## Tasks\n\n{pipes(rows)}\n{legend(tasks)}\n")
         for base, other, found in _differences(every, tasks):
             rows = [["", base.title, other.title, "difference"], ["---", "--:", "--:", "--:"]]
-            rows += [[one.column.title, *_difference_words(one, base, other)] for one in found]
+            for one in found:
+                first, second, change = _difference_words(one, base, other)
+                rows.append([one.column.title, first, second, f"**{change}**" if one.clear else change])
             parts.append(f"## {other.title} − {base.title}\n\n{pipes(rows)}\npoints of a percentage; {_rule()}\n")
     short = shortfalls(every)
     if short:
@@ -79,17 +81,22 @@ def _markdown(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison
 
 
 def _rule() -> str:
-    return "bold: more than the larger standard deviation of the two"
+    return "bold: more than the larger standard deviation of the two; unmarked where one of them has one seed"
 
 
-def _difference_words(one: Difference, base: Group, other: Group) -> list[str]:
-    words = f"{100 * one.mean:+.{DIGITS}f}" + (f" ({100 * one.std:.{DIGITS}f})" if one.std is not None else "")
-    cells = [cell_text(cell, len(group.results), DIGITS) for cell, group in ((one.base, base), (one.other, other))]
-    return [*cells, f"**{words}**" if one.clear else words]
+def _difference_words(one: Difference, base: Group, other: Group) -> tuple[str, str, str]:
+    """Base, other, and the difference with its sign."""
+    sign = "−" if one.mean < 0 else "+"
+    spread = f" ({100 * one.std:.{DIGITS}f})" if one.std is not None else ""
+    return (
+        cell_text(one.base, len(base.results), DIGITS),
+        cell_text(one.other, len(other.results), DIGITS),
+        f"{sign}{abs(100 * one.mean):.{DIGITS}f}{spread}",
+    )
 
 
 def _page(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], tasks: Comparison | None) -> str:
-    groups = (tasks or tables[0][1]).groups
+    groups = (tasks or (tables[0][1] if tables else compare_columns(every, ()))).groups
     shown = groups[:SHOWN]
     parts = sections(tasks.columns) if tasks else []
     return open_template("evaluation.html").render(
@@ -110,7 +117,7 @@ def _page(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], 
 
 def _difference_part(
     base: Group, other: Group, found: list[Difference]
-) -> tuple[str, str, str, list[tuple[Difference, list[str]]]]:
+) -> tuple[str, str, str, list[tuple[Difference, tuple[str, str, str]]]]:
     rows = [(one, _difference_words(one, base, other)) for one in found]
     return base.title, other.title, plots.difference_chart(found), rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation.averages import Average, averages, counted_tags
+from disttempnet.evaluation.averages import GROUPS, Average, averages, counted_tags
 from disttempnet.evaluation.readers import all_tasks
 from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.scores import Scores
@@ -22,7 +22,10 @@ from disttempnet.report.runs import Evaluation
 PUBLISHED_FILE = Path(__file__).with_name("published.toml")
 HEADLINES = ("datacomp", "imagenet", "retrieval", "shifts", "vtab")
 DIGITS = 2  # behind the point, as such tables are published
-SECTIONS = {"imagenet": "ImageNet & variants", "vtab": "VTAB", "": "Other classification"} | {
+SECTIONS = {
+    "imagenet": "ImageNet & variants",
+    "vtab": "VTAB",
+    "": "Other",
     "retrieval": "Retrieval",
     "wilds": "WILDS",
     "fairness": "Fairness",
@@ -44,7 +47,7 @@ class Evaluated(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A column of two groups: other − base. `clear`: by more than the larger of their standard deviations."""
+    """A column of two groups: other − base. `clear`: more than the larger of their standard deviations, both known."""
 
     column: Column
     base: Cell
@@ -63,8 +66,9 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        spreads = [cell.std for cell in (self.base, self.other) if cell.std is not None]
-        return bool(spreads) and abs(self.mean) > max(spreads)
+        if self.base.std is None or self.other.std is None:
+            return False
+        return abs(self.mean) > max(self.base.std, self.other.std)
 
 
 def holds_evaluations(path: Path) -> bool:
@@ -158,12 +162,14 @@ def compare_columns(every: Sequence[Evaluated], columns: Sequence[Column | str])
 def headline_tables(every: Sequence[Evaluated]) -> list[tuple[str, Comparison]]:
     """(heading, table): the averages, ImageNet & variants, retrieval; those that have a column."""
     known = known_columns(every)
-    chosen = {
-        "Averages": [column for column in known if column.task == AVERAGES],
-        "ImageNet & variants": _tagged(known, "imagenet"),
-        "Retrieval": _tagged(known, "retrieval"),
-    }
-    return [(heading, compare_columns(every, columns)) for heading, columns in chosen.items() if columns]
+    means = [column for column in known if column.task == AVERAGES]
+    tables = [("Averages", compare_columns(every, means))] if means else []
+    for tag in ("imagenet", "retrieval"):
+        columns = [column for column in known if column == Column(AVERAGES, tag) or tag in _tags(column)]
+        if columns:
+            table = replace(compare_columns(every, columns), published=())  # the first table has them
+            tables.append((GROUPS[tag], table))
+    return tables
 
 
 def known_columns(every: Sequence[Evaluated]) -> list[Column]:
@@ -179,8 +185,7 @@ def sections(columns: Iterable[Column]) -> list[tuple[str, list[Column]]]:
     """Tasks by kind: (heading, columns), each task once."""
     members: dict[str, list[Column]] = {tag: [] for tag in SECTIONS}
     for column in columns:
-        tags = all_tasks()[column.task].tags if column.task in all_tasks() else ()
-        members[next((tag for tag in SECTIONS if tag in tags), "")].append(column)
+        members[next((tag for tag in SECTIONS if tag in _tags(column)), "")].append(column)
     return [(SECTIONS[tag], found) for tag, found in members.items() if found]
 
 
@@ -197,8 +202,9 @@ def shortfalls(every: Sequence[Evaluated]) -> list[str]:
     for one in every:
         average = one.averages["datacomp"]
         if not average.complete:
-            mean = "" if average.mean is None else f" ({100 * average.mean:.{DIGITS}f})"
-            lines.append(f"{one.result.config['out']}, {average.title}{mean}: {'; '.join(average.lacking)}")
+            mean = "" if average.mean is None else f" with a plain mean of {100 * average.mean:.{DIGITS}f}"
+            lacking = "; ".join(average.lacking)
+            lines.append(f"{one.result.config['out']}: partial, {average.coverage} tasks{mean}. Left out: {lacking}")
     return lines
 
 
@@ -207,7 +213,7 @@ def read_published() -> tuple[Published, ...]:
     table = tomllib.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
 
     def cell(values: Sequence[float]) -> Cell:
-        mean, *std = (value / 100 for value in values)
+        mean, *std = (round(value / 100, 6) for value in values)
         return Cell(mean, std[0] if std else None, 0)
 
     return tuple(
@@ -220,5 +226,5 @@ def read_published() -> tuple[Published, ...]:
     )
 
 
-def _tagged(columns: Iterable[Column], tag: str) -> list[Column]:
-    return [c for c in columns if c.task in all_tasks() and tag in all_tasks()[c.task].tags]
+def _tags(column: Column) -> tuple[str, ...]:
+    return all_tasks()[column.task].tags if column.task in all_tasks() else ()

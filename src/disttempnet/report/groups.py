@@ -120,6 +120,10 @@ class Comparison:
         return [("" if task == AVERAGES else task_title(task), span) for task, span in spans]
 
     @property
+    def has_heads(self) -> bool:
+        return any(title for title, _ in self.heads)
+
+    @property
     def rows(self) -> list[tuple[Group, tuple[Cell | None, ...]]]:
         return list(zip(self.groups, self.cells, strict=True))
 

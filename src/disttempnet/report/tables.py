@@ -148,8 +148,7 @@ def latex_table(comparison: Comparison) -> str:
         *(f"% [{number}] {note}" for number, note in enumerate(comparison.notes, 1)),
         f"\\begin{{tabular}}{{lr{'r' * len(comparison.columns)}}}",
         "\\toprule",
-        f" & & {tasks} \\\\",
-        " ".join(rules),
+        *([f" & & {tasks} \\\\", " ".join(rules)] if comparison.has_heads else []),
         f" & seeds & {metrics} \\\\",
         "\\midrule",
     ]
