@@ -141,6 +141,15 @@ def test_a_subset_has_no_average_over_38(grid: Path) -> None:
     assert "−" not in text  # one model: nothing to compare
 
 
+def test_notes_warn(tmp_path: Path) -> None:
+    folder = write_evaluation(tmp_path / "e", {"mnist": 0.5}, model_subject("openai"))
+    append_record(folder / RESULTS_FILE, record("cars", 0.2, notes=("6 class names, the task has 196",) * 12))
+    text = write_report([folder], tmp_path / "r.md").read_text()
+    assert f"- {folder}: may not compare with others. Stanford Cars: 6 class names, the task has 196; " in text
+    assert text.count("Stanford Cars: 6 class names") == 10
+    assert "and 2 more notes" in text
+
+
 def test_only_tasks_without_a_main_metric(tmp_path: Path) -> None:
     append_record(tmp_path / "e" / RESULTS_FILE, record("fairness/fairface", 0.5))
     text = write_report([tmp_path / "e"], tmp_path / "r.md").read_text()

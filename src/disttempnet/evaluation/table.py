@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from disttempnet.evaluation.averages import averages, why_not
+from disttempnet.evaluation.averages import NAMED, averages, why_not
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
@@ -35,6 +35,13 @@ def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
             values = [Text(percent(value), style) for value, style in zip(row.values, styles, strict=True)]
             table.add_row(Text("  " + metric_title(row.metric)), percent(row.chance), *values)
     return table
+
+
+def notes(records: Mapping[str, TaskRecord]) -> list[str]:
+    """What a reader of the numbers has to know, the first of them in words."""
+    words = [f"{record.dataset}: {note}" for record in records.values() for note in record.notes]
+    more = len(words) - NAMED
+    return [*words[:NAMED], *([f"and {more} more notes in the lines of results"] if more > 0 else [])]
 
 
 def _caption(results_by_run: Mapping[str, Mapping[str, Scores]]) -> str | None:
@@ -81,7 +88,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
         what = "" if average.complete else "plain mean"
         words = (average.group, what, percent(average.mean))
         table.add_row(*(Text(word, style) for word in words), average.coverage, "", "" if not what else "partial")
-    lines = [f"{record.dataset}: {note}" for record in records.values() for note in record.notes]
+    lines = notes(records)
     if "datacomp" in every:
         lines += [f"in no average: {words}" for words in every["datacomp"].lacking]
     table.caption = "\n".join(lines) or None

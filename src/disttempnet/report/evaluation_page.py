@@ -15,7 +15,7 @@ from disttempnet.report.evaluations import (
     headline_tables,
     known_columns,
     sections,
-    shortfalls,
+    warnings,
 )
 from disttempnet.report.groups import AVERAGES, Comparison, Group
 from disttempnet.report.page import open_template
@@ -74,9 +74,9 @@ def _markdown(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison
                 first, second, change = _difference_words(one, base, other)
                 rows.append([one.column.title, first, second, f"**{change}**" if one.clear else change])
             parts.append(f"## {other.title} − {base.title}\n\n{pipes(rows)}\npoints of a percentage; {_rule()}\n")
-    short = shortfalls(every)
-    if short:
-        parts.append("## Partial evaluations\n\n" + "".join(f"- {line}\n" for line in short))
+    lines = warnings(every)
+    if lines:
+        parts.append("## What to know\n\n" + "".join(f"- {line}\n" for line in lines))
     return "\n".join(parts)
 
 
@@ -104,7 +104,7 @@ def _page(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], 
         groups=groups,
         tables=tables,
         tasks=tasks,
-        shortfalls=shortfalls(every),
+        warnings=warnings(every),
         legend=legend,
         cell=cell_text,
         published_cells=published_cells,

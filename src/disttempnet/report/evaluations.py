@@ -15,6 +15,7 @@ from disttempnet.evaluation.readers import all_tasks
 from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.summary import SUMMARY_FILE, Subject, read_subject
+from disttempnet.evaluation.table import notes
 from disttempnet.report.compact import Result
 from disttempnet.report.groups import AVERAGES, Cell, Column, Comparison, Group, Published, compare_groups
 from disttempnet.report.runs import Evaluation
@@ -196,11 +197,13 @@ def differences(base: Group, other: Group, columns: Sequence[Column]) -> list[Di
     return sorted(found, key=lambda difference: -difference.mean)
 
 
-def shortfalls(every: Sequence[Evaluated]) -> list[str]:
-    """A line for every model whose average over all tasks is none: what it has, and what is lacking."""
+def warnings(every: Sequence[Evaluated]) -> list[str]:
+    """Of every model whose average over all tasks is none, what it has and lacks; and the notes on tasks."""
     lines = []
     for one in every:
         average = one.averages["datacomp"]
+        if noted := notes(one.records):
+            lines.append(f"{one.result.config['out']}: may not compare with others. {'; '.join(noted)}")
         if not average.complete:
             mean = "" if average.mean is None else f" with a plain mean of {100 * average.mean:.{DIGITS}f}"
             lacking = "; ".join(average.lacking)
