@@ -75,13 +75,20 @@ class Suite:
             for number, batches in groupby(batches_of_all, key=lambda batch: batch.task):
                 line.begin(todo[number])
                 record = self._one(todo[number], towers, device, loaded.pop(number), batches, line.progress)
-                if distributed.is_main():
-                    append_record(self.out / RESULTS_FILE, record)
+                self._keep(record)
                 line.finish(record)
                 done[record.key] = record
         if lost := [task.display for task in present if task.name not in done]:
             raise UserError(f"decoding stopped before {lost[0]}: the same command goes on from there")
         return [done[task.name] for task in present]
+
+    def _keep(self, record: TaskRecord) -> None:
+        path = self.out / RESULTS_FILE
+        try:
+            if distributed.is_main():
+                append_record(path, record)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
     def _requests(self, todo: Sequence[Task], loaded: dict[int, TaskData | BaseException]) -> Iterator[Request]:
         """This rank's batches of all tasks in turn, after an empty one that says that the task is in `loaded`."""
