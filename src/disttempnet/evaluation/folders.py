@@ -67,7 +67,7 @@ def _class_folders(folder: Path) -> tuple[list[Sample], list[int], list[str]]:
     labels = []
     for label, path in enumerate(classes):
         for file in sorted(file for file in path.rglob("*") if file.suffix[1:].lower() in IMAGE_SUFFIXES):
-            samples.append(Sample(file.relative_to(folder).as_posix(), file, 0, -1, (), ""))
+            samples.append(Sample(file.relative_to(folder).as_posix(), file, 0, -1, (), "", plain=True))
             labels.append(label)
     if not samples:
         raise UserError(f"{folder}: no images in folders of classes ({', '.join(sorted(IMAGE_SUFFIXES))})")
