@@ -8,15 +8,17 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disttempnet.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from disttempnet.config import Config
     from disttempnet.evaluation.readers import Task
     from disttempnet.evaluation.records import TaskRecord
+    from disttempnet.evaluation.summary import Subject
     from disttempnet.models import Towers
 
 EVALUATE = """Without --data-root: the tasks whose data ships with the package, or that the run's config names.
@@ -33,7 +35,6 @@ examples:
   torchrun --nproc_per_node 8 -m disttempnet evaluate runs/mine --data-root /data/datacomp --workers 8
   disttempnet evaluate --list --data-root /data/datacomp
 """
-FACTS_FILE = "evaluation.json"
 FIXED = ("checkpoint", "precision", "compat")  # what all results of a folder have in common
 
 
@@ -97,7 +98,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
-    """Tasks whose data ships with the package: a table, and one JSON file."""
+    """Tasks whose data ships with the package, or that a run's config names: a table, and one JSON file."""
     from rich.console import Console
 
     from disttempnet import distributed
@@ -110,96 +111,137 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
     out = Path(options.out) if options.out else None
     if out is not None:
         refuse_unwritable(out)
-    towers, title, folder, _, config = _open(options.target)
+    opened = _open(options.target)
     names, data_root = chosen, None
-    if config is not None:
-        names = names or list(config.eval.tasks)
-        data_root = Path(config.eval.data_root) if config.eval.data_root else None
-        out = out or folder / "results.json"
+    if opened.config is not None:
+        names = names or list(opened.config.eval.tasks)
+        data_root = Path(opened.config.eval.data_root) if opened.config.eval.data_root else None
+        out = out or opened.folder / "results.json"
     names = names or [name for name, task in all_tasks().items() if not task.below_root]
     with distributed.session() as device:
-        towers.module.to(device)
-        results = evaluate(towers, names, device=device, batch=options.batch, data_root=data_root)
+        opened.towers.module.to(device)
+        results = evaluate(opened.towers, names, device=device, batch=options.batch, data_root=data_root)
         if distributed.is_main():
-            Console().print(results_table({title: results}))
+            Console().print(results_table({opened.title: results}))
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(out, json.dumps({"model": title, **to_record(results)}, indent=2) + "\n")
+                write_atomically(out, json.dumps({"model": opened.title, **to_record(results)}, indent=2) + "\n")
                 print(f"results: {out}")
     return 0
 
 
-def _open(target: str) -> tuple[Towers, str, Path, str, Any]:
-    """(towers, title, folder that its results go below, name of the checkpoint, config of a run or None)."""
+class Opened(NamedTuple):
+    """Towers, and what is known of them.
+
+    Attributes:
+        title: for a reader; model, pretrained: names of the towers and of their weights.
+        folder: that results go below, by `name`.
+        config: of a run; objective, step: what run.json says, and where the checkpoint stands.
+    """
+
+    towers: Towers
+    title: str
+    model: str
+    pretrained: str
+    folder: Path
+    name: str
+    config: Config | None = None
+    objective: dict[str, str] | None = None
+    step: int = 0
+
+
+def _open(target: str) -> Opened:
     if target.startswith("open_clip:"):
+        import torch
+
         from disttempnet.models import load_model
 
-        name, _, pretrained = target.removeprefix("open_clip:").partition("/")
-        towers = load_model(name, pretrained)
-        words = re.sub(r"[^A-Za-z0-9._]+", "-", f"{name}-{pretrained}" if pretrained else name)
-        return towers, target, Path(), words.strip("-"), None
+        torch.manual_seed(0)  # random towers are the same every time
+        model, _, pretrained = target.removeprefix("open_clip:").partition("/")
+        words = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
+        return Opened(load_model(model, pretrained), target, model, pretrained, Path(), words)
+    from disttempnet.losses import OBJECTIVES
     from disttempnet.training.checkpoint import load_run
 
     run = load_run(target)
-    title = f"{run.config.name} @ step {run.step}"
-    return run.towers, title, run.folder, f"step-{run.step:08d}", run.config
+    recipe = OBJECTIVES[run.config.loss.name]
+    objective = {"name": run.config.loss.name, "title": recipe.title, "formula": recipe.formula}
+    title, name = f"{run.config.name} @ step {run.step}", f"step-{run.step:08d}"
+    return Opened(run.towers, title, run.config.model.name, title, run.folder, name, run.config, objective, run.step)
 
 
 def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -> int:
     """Tasks below a data root: a folder of results."""
     from disttempnet import distributed
     from disttempnet.data.cache import cache_folder
+    from disttempnet.evaluation.averages import counted_tags
     from disttempnet.evaluation.classtexts import ClassTexts
-    from disttempnet.evaluation.embed import checkpoint_hash, make_encoder
+    from disttempnet.evaluation.embed import make_encoder
     from disttempnet.evaluation.layouts import is_there
+    from disttempnet.evaluation.records import RESULTS_FILE, read_records
     from disttempnet.evaluation.suite import Suite
+    from disttempnet.evaluation.summary import SUMMARY_FILE, write_summary
     from disttempnet.training.checkpoint import refuse_unwritable
 
     if not any(is_there(task, root) for task in tasks):
         raise UserError(f"--data-root {root}: holds none of the {len(tasks)} tasks (--list says where to get them)")
-    towers, title, folder, name, _ = _open(options.target)
-    out = Path(options.out) if options.out else folder / "evaluation" / name
-    refuse_unwritable(out / FACTS_FILE)
+    opened = _open(options.target)
+    out = Path(options.out) if options.out else opened.folder / "evaluation" / opened.name
+    refuse_unwritable(out / SUMMARY_FILE)
     with distributed.session(timeout_minutes=60.0) as device:
         precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
-        facts = {
-            "model": title,
-            "checkpoint": checkpoint_hash(towers),
-            "precision": precision,
-            "compat": options.compat,
-            "data_root": str(root.absolute()),
-            "device": device.type,
-        }
-        distributed.together(lambda: _claim(out, facts) if distributed.is_main() else None)
-        towers.module.to(device)
-        dtype = str(make_encoder(towers, device, precision, False, 1).text_dtype or "fp32").removeprefix("torch.")
-        texts = ClassTexts(cache_folder() / "text" / f"{facts['checkpoint']}-{dtype}")
+        subject = _subject(opened, precision, options.compat)
+        distributed.together(lambda: _claim(out, subject) if distributed.is_main() else None)
+        opened.towers.module.to(device)
+        dtype = make_encoder(opened.towers, device, precision, False, 1).text_dtype
+        kept = f"{subject.checkpoint}-{str(dtype or 'torch.float32').removeprefix('torch.')}"
+        texts = ClassTexts(cache_folder() / "text" / kept)
         workers = _workers(device) if options.workers is None else options.workers
         suite = Suite(root, out, precision, options.compat, options.batch, workers, texts)
-        records = suite.run(towers, tasks, device)
+        records = suite.run(opened.towers, tasks, device)
         if distributed.is_main():
-            _show(records, tasks, out, title)
+            every = read_records(out / RESULTS_FILE)
+            write_summary(out, subject, every, counted_tags())
+            _show(records, tasks, opened.title)
+            print(f"results: {out / RESULTS_FILE}")
     return int(any(record.error for record in records))
 
 
-def _claim(out: Path, facts: dict[str, str]) -> None:
-    """Say in a folder what its results are of; UserError where it holds those of something else."""
-    from disttempnet.training.checkpoint import write_atomically
+def _subject(opened: Opened, precision: str, compat: str) -> Subject:
+    from disttempnet.evaluation.embed import checkpoint_hash
+    from disttempnet.evaluation.summary import Subject
+    from disttempnet.training.runlog import provenance
 
-    path = out / FACTS_FILE
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key in FIXED if before[key] != facts[key]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: cannot be read; give another --out, or remove the folder") from None
-        for key in different:
-            was, now = (f"{one['model']}, {one[key][:12] or 'none'}" for one in (before, facts))
-            raise UserError(f"{out}: holds results of another {key} ({was}; now {now}): give another --out")
-    elif any(out.glob("*.jsonl")):
-        raise UserError(f"{out}: holds results, but no {FACTS_FILE} that says of what: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(facts, indent=2) + "\n")
+    run = {}
+    if opened.config is not None:
+        table = opened.config.model_dump()
+        run = {"name": opened.config.name, "config": table, "objective": opened.objective, "step": opened.step}
+    return Subject(
+        model=opened.model,
+        pretrained=opened.pretrained,
+        checkpoint=checkpoint_hash(opened.towers),
+        precision=precision,
+        compat=compat,
+        versions=provenance()["versions"],
+        parameters=sum(p.numel() for p in opened.towers.module.parameters()),
+        run=run,
+    )
+
+
+def _claim(out: Path, subject: Subject) -> None:
+    """Say in a folder what its results are of; UserError where it holds those of something else."""
+    from disttempnet.evaluation.averages import counted_tags
+    from disttempnet.evaluation.records import RESULTS_FILE, read_records
+    from disttempnet.evaluation.summary import SUMMARY_FILE, read_subject, write_summary
+
+    before, records = read_subject(out), read_records(out / RESULTS_FILE)
+    if before is None and records:
+        raise UserError(f"{out}: holds results, but no {SUMMARY_FILE} that says of what: give another --out")
+    for key in FIXED if before is not None else ():
+        was, now = getattr(before, key), getattr(subject, key)
+        if was != now:
+            raise UserError(f"{out}: holds results of another {key} ({was or 'none'}; now {now or 'none'}): give --out")
+    write_summary(out, subject, records, counted_tags())
 
 
 def _workers(device: torch.device) -> int:
@@ -210,44 +252,33 @@ def _workers(device: torch.device) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // here - 1))
 
 
-def _show(records: Sequence[TaskRecord], tasks: Sequence[Task], out: Path, title: str) -> None:
-    """The table of all tasks, and what is wrong with some."""
+def _show(records: Sequence[TaskRecord], tasks: Sequence[Task], title: str) -> None:
+    """The table of tasks and averages, and where to get what is missing."""
     from rich.console import Console
-    from rich.table import Table
 
-    from disttempnet.evaluation.records import RESULTS_FILE
+    from disttempnet.evaluation.averages import counted_tags
+    from disttempnet.evaluation.table import records_table
 
-    console = Console()
-    table = Table(title=title)
-    for heading in ("task", "main metric", "per cent", "samples"):
-        table.add_column(heading, justify="right" if heading in ("per cent", "samples") else "left")
-    for record in records:
-        value = "–" if record.value is None else f"{100 * record.value:.2f}" + ("" if record.counts else " *")
-        table.add_row(record.dataset, record.main_metric_name, value, f"{record.samples:,}")
-    console.print(table)
-    there = {record.key for record in records}
-    lines = [f"* {record.dataset}: {record.error}" for record in records if record.error]
-    lines += [f"{record.dataset}: {note}" for record in records for note in record.notes]
-    lines += [
-        f"missing: {task.display} (huggingface.co/datasets/{task.source})" for task in tasks if task.name not in there
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    counted = [record.value for record in records if record.counts and record.value is not None]
-    if counted:
-        of = sum(bool(task.main) for task in tasks)
-        console.print(f"average of {len(counted)}/{of} tasks: {100 * sum(counted) / len(counted):.2f}")
-    print(f"results: {out / RESULTS_FILE}")
+    by_key = {record.key: record for record in records}
+    Console().print(records_table(title, by_key, counted_tags()))
+    for task in tasks:
+        if task.name not in by_key:
+            print(f"missing: {task.display} (huggingface.co/datasets/{task.source})")
 
 
 def _list(tasks: Sequence[Task], root: Path | None) -> int:
     """Print tasks: what they are, whether they are there, where to get them."""
     from disttempnet.evaluation.layouts import find_data
 
-    print(f"{'task':54}{'samples':>8}  {'main metric':24}{'below the data root':44}huggingface.co/datasets/")
+    rows = [("task", "samples", "main metric", "below the data root", "huggingface.co/datasets/")]
     for task in tasks:
         found = find_data(task, root) if root is not None and task.below_root else None
-        where = found.name if found else "ships with the package" if not task.below_root else "–"
-        size = f"{task.size:,}" if task.size else ""
-        print(f"{task.name:54}{size:>8}  {task.main or '–':24}{where:44}{task.source}")
+        where = found.name if found else "–" if task.below_root else "(ships with the package)"
+        rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(w) if i == 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
     return 0

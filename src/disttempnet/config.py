@@ -180,7 +180,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """What is measured during and after training."""
 
-    tasks: tuple[str, ...] = Field((), description="rows of evaluation/tasks.toml")
+    tasks: tuple[str, ...] = Field((), description="rows of evaluation/tasks.toml, or folder:PATH")
     data_root: str = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
     every_epochs: int = Field(1, gt=0)
     batch: int = Field(256, gt=0)

@@ -74,25 +74,29 @@ class EncodedImage:
                 pass
         return np.array(self.rgb(scale))
 
-    def rgb(self, scale: int = 1) -> Image.Image:
-        """All pixels, as an RGB image with transparency laid on white; `scale` as for `pixels`."""
-        return _read(lambda: self._rgb(scale))
+    def rgb(self, scale: int = 1, plain: bool = False) -> Image.Image:
+        """All pixels in RGB, transparency laid on white; `scale` is that of `pixels`, `plain` of `decode`."""
+        return _read(lambda: self._rgb(scale, plain))
 
-    def _rgb(self, scale: int) -> Image.Image:
+    def _rgb(self, scale: int, plain: bool) -> Image.Image:
         image = self._image or Image.open(io.BytesIO(self._data), formats=FORMATS)
         if scale > 1:
             image.draft(None, (self.width // scale, self.height // scale))  # nothing happens to other formats
         image.load()
-        return to_rgb(image)
+        return image.convert("RGB") if plain else to_rgb(image)
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, plain: bool = False) -> Image.Image:
     """Image bytes → RGB, transparency on white; of an animation the first frame.
+
+    Args:
+        plain: convert as Pillow does, and open_clip and CLIP_benchmark with it: transparency is dropped, not laid on
+            white, and 16 bits a channel are cut, not scaled.
 
     Raises:
         UnreadableImage: not an image, cut off, or so large that it may be a decompression bomb.
     """
-    return EncodedImage(data).rgb()
+    return EncodedImage(data).rgb(plain=plain)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -41,11 +41,10 @@ class ClassTexts:
 
     def features(self, head: Head, encoder: Encoder, progress: Progress | None = None) -> Tensor:
         """A classifier, unit rows [C, D] on the encoder's device; every rank calls this and gets the same."""
-        known = self._known.setdefault(head.templates, {})
-        if not known and distributed.is_main():
-            known |= self._read(head.templates)
-        if distributed.world_size() > 1:  # one rank's files decide: others may see them later
-            known |= distributed.gather_objects(known if distributed.is_main() else None)[0]
+        if head.templates not in self._known:  # one rank's files decide: others may see them later
+            read = self._read(head.templates) if distributed.is_main() else {}
+            self._known[head.templates] = distributed.gather_objects(read)[0]
+        known = self._known[head.templates]
         missing = [name for name in dict.fromkeys(head.names) if name not in known]
         step = max(1, PROMPTS_AT_ONCE // len(head.templates))
         for start in range(0, len(missing), step):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.transforms import eval_transform
+from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Sample
 
 DECODE_THREADS = 4
@@ -98,7 +99,12 @@ def decoded(requests: Iterable[Request], image_size: int, workers: int = 0) -> I
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed: not from the program's generator
     )
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError("a decoding worker died, out of memory as a rule: set --workers lower") from None
 
 
 def _by_threads(requests: Iterable[Request], decoder: Decoder) -> Iterator[Batch]:

@@ -114,7 +114,9 @@ def measure(
         raise UserError(f"task '{name}': the towers give features that are not finite")
     kept = (seen == 1).nonzero().flatten()
     measured = _measured(data, kept, labels, places, features, words, [head.shape[0] for head in heads])
-    scores = Scores(samples=len(measured.puzzles) or len(kept))
+    if data.puzzles and not measured.puzzles:
+        raise UserError(f"task '{name}': none of its puzzles has all its images")
+    scores = Scores(samples=len(measured.puzzles) if data.puzzles else len(kept))
     scores.corrupt = tuple(data.samples[i].key for i, _ in unreadable)
     for protocol in data.task.protocols:
         PROTOCOLS[protocol].score(measured, scores)

@@ -8,7 +8,6 @@ image is read from its byte range when it is decoded.
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +22,12 @@ from PIL import Image
 
 from disttempnet.config import Section
 from disttempnet.data.decoding import decode
-from disttempnet.data.shards import HEADER, IMAGE_SUFFIXES, BrokenTar, read_member, resolve_shards, split_name
+from disttempnet.data.shards import resolve_shards
 from disttempnet.errors import UserError, unknown_name
+from disttempnet.evaluation.tars import Span, image_of, read_tar
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
+FOLDER = "folder:"  # what names of tasks begin with that are no rows
 
 
 class Task(Section):
@@ -67,6 +68,7 @@ class Sample:
         captions: one or more.
         label: name of its class; empty where the shard gives none.
         facts: all that its JSON says.
+        plain: decode it as other evaluators do; see `decode`.
     """
 
     key: str
@@ -76,12 +78,18 @@ class Sample:
     captions: tuple[str, ...]
     label: str
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    plain: bool = False
 
     def image(self) -> Image.Image:
         """The decoded RGB image; UnreadableImage where its bytes are none."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
-            return decode(file.read(self.size))
+            return decode(file.read(self.size), self.plain)
+
+
+def sample_of(name: str, file: Path, image: Span, captions: tuple[str, ...] = ()) -> Sample:
+    """A sample of a published data set."""
+    return Sample(name, file, image.offset, image.size, captions, "", plain=True)
 
 
 class Head(NamedTuple):
@@ -142,7 +150,10 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; UserError lists those that exist."""
+    """The task of that name, or `folder:PATH`, images of one's own; UserError lists those that exist."""
+    if name.startswith(FOLDER):
+        title = Path(name.removeprefix(FOLDER)).name
+        return Task(name=name, display=title, data=name, protocols=("classification",), main="acc1", tags=())
     tasks = all_tasks()
     if name not in tasks:
         raise UserError(unknown_name("task", name, tasks))
@@ -161,7 +172,7 @@ def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Ta
 
 
 def task_title(name: str) -> str:
-    """A task's heading in tables; the name itself where tasks.toml no longer has it."""
+    """A task's heading in tables; the name itself where tasks.toml does not have it."""
     tasks = all_tasks()
     return tasks[name].display if name in tasks else name
 
@@ -222,59 +233,6 @@ def _read_shard(shard: Path) -> Iterator[Sample]:
         raise UserError(f"{shard}: not a readable tar shard: {tar.note}")
     for key, members in tar.samples.items():
         yield _sample(shard, key, members)
-
-
-class Span(NamedTuple):
-    """A file in a tar: its place and size in bytes; `content` where it is small."""
-
-    offset: int
-    size: int
-    content: bytes | None
-
-
-class Tar(NamedTuple):
-    """What a tar holds: key → suffix → file, in order; `note` says what is wrong with it, if anything is."""
-
-    samples: dict[str, dict[str, Span]]
-    note: str
-
-
-def read_tar(path: Path) -> Tar:
-    """Index a tar by one look at each of its headers, which brings small files along: labels, captions, metadata.
-
-    One that is cut off gives what comes before.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    samples: dict[str, dict[str, Span]] = {}
-    note = ""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        end, offset = os.fstat(descriptor).st_size, 0
-        while (member := read_member(descriptor, offset)) is not None:
-            offset = member.after
-            if member.data + member.size > end:
-                raise BrokenTar(f"cut off at byte {end:,}, inside {member.name}")
-            if not member.is_file:
-                continue
-            key, suffix = split_name(member.name)
-            content: bytes | None = member.block[HEADER : HEADER + member.size]
-            if suffix in IMAGE_SUFFIXES:
-                content = None
-            elif len(content or b"") < member.size:
-                content = os.pread(descriptor, member.size, member.data)
-            samples.setdefault(key, {}).setdefault(suffix, Span(member.data, member.size, content))
-    except BrokenTar as error:
-        note = str(error)
-    finally:
-        os.close(descriptor)
-    return Tar(samples, note)
-
-
-def image_of(members: Mapping[str, Span]) -> Span | None:
-    """The first image among the files of a sample."""
-    return next((span for suffix, span in members.items() if suffix in IMAGE_SUFFIXES), None)
 
 
 def _sample(shard: Path, key: str, members: Mapping[str, Span]) -> Sample:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from disttempnet.evaluation.layouts import load_task
 from disttempnet.evaluation.loading import Batch, Request, decoded
 from disttempnet.evaluation.measure import Outcome, embed_words, measure, of_kept, texts_of
 from disttempnet.evaluation.protocols import classifier, prompts
-from disttempnet.evaluation.readers import Sample, TaskData, find_task
+from disttempnet.evaluation.readers import Sample, Task, TaskData, find_task
 from disttempnet.evaluation.scores import Scores
 from disttempnet.models import Towers
 
@@ -77,7 +78,7 @@ def evaluate(
         UserError: unknown task, missing or broken data, no readable image, features that are not finite.
     """
     encoder = Encoder(towers, torch.device(device), batch)
-    tasks = [load_task(find_task(name), data_root) for name in task_names]
+    tasks = [_loaded(find_task(name), data_root) for name in task_names]
     own = [data for data in tasks if not data.task.below_root]
     texts = list(dict.fromkeys(text for data in own for text in _texts(data)))  # each is embedded once
     row = {text: i for i, text in enumerate(texts)}
@@ -97,6 +98,12 @@ def evaluate(
             outcome = measure(data, encoder, _task_batches(data, encoder), heads, words, progress)
             results[data.task.name] = _result(data, outcome, heads, words)
     return results
+
+
+@lru_cache(maxsize=16)
+def _loaded(task: Task, data_root: Path | None) -> TaskData:
+    """A task's data, kept: training evaluates again and again."""
+    return load_task(task, data_root)
 
 
 def embed_samples(

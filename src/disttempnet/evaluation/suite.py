@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -67,7 +69,7 @@ class Suite:
         present = distributed.gather_objects([task for task in tasks if is_there(task, self.root)])[0]
         line = SuiteProgress(present, [done[task.name] for task in present if task.name in done], self.batch)
         todo = sorted((task for task in present if task.name not in done), key=lambda task: -task.seconds)
-        loaded: dict[int, TaskData | Exception] = {}
+        loaded: dict[int, TaskData | BaseException] = {}
         batches_of_all = decoded(self._requests(todo, loaded), towers.image_size, self.workers)
         with evaluation_mode(towers.module), line:
             for number, batches in groupby(batches_of_all, key=lambda batch: batch.task):
@@ -77,28 +79,32 @@ class Suite:
                     append_record(self.out / RESULTS_FILE, record)
                 line.finish(record)
                 done[record.key] = record
+        if lost := [task.display for task in present if task.name not in done]:
+            raise UserError(f"decoding stopped before {lost[0]}: the same command goes on from there")
         return [done[task.name] for task in present]
 
-    def _requests(self, todo: Sequence[Task], loaded: dict[int, TaskData | Exception]) -> Iterator[Request]:
+    def _requests(self, todo: Sequence[Task], loaded: dict[int, TaskData | BaseException]) -> Iterator[Request]:
         """This rank's batches of all tasks in turn, after an empty one that says that the task is in `loaded`."""
-        for number, task in enumerate(todo):
-            try:
-                data = load_task(task, self.root, self.compat)
-            except Exception as error:
-                loaded[number] = error
+        with ThreadPoolExecutor(1) as ahead:  # tars are indexed while the task before is at work
+            waiting = deque(ahead.submit(load_task, task, self.root, self.compat) for task in todo[:1])
+            for number in range(len(todo)):
+                future = waiting.popleft()
+                error = future.exception()
+                waiting.extend(
+                    ahead.submit(load_task, t, self.root, self.compat) for t in todo[number + 1 : number + 2]
+                )
+                loaded[number] = future.result() if error is None else error
                 yield Request(number, 0, ())
-                continue
-            loaded[number] = data
-            yield Request(number, 0, ())
-            for rows in batches_of_this_rank(len(data.samples), self.batch):
-                yield Request(number, rows.start, data.samples[rows.start : rows.stop])
+                samples = future.result().samples if error is None else ()
+                for rows in batches_of_this_rank(len(samples), self.batch):
+                    yield Request(number, rows.start, samples[rows.start : rows.stop])
 
     def _one(
         self,
         task: Task,
         towers: Towers,
         device: torch.device,
-        loaded: TaskData | Exception,
+        loaded: TaskData | BaseException,
         batches: Iterable[Batch],
         progress: Progress,
     ) -> TaskRecord:
@@ -106,7 +112,7 @@ class Suite:
         begun = time.monotonic()
 
         def there() -> TaskData:
-            if isinstance(loaded, Exception):
+            if isinstance(loaded, BaseException):
                 raise loaded
             return loaded
 
