@@ -144,14 +144,14 @@ def ours(model: str, root: str, out: str, *more: str) -> None:
             return _call(self, rows, *args, **kwargs)
 
         setattr(open_clip.CLIP, what, count)
-    code = cli.main(["evaluate", f"open_clip:local-dir:{model}", "--data-root", root, "--out", out, *more])
+    code = cli.main(["evaluate", f"open_clip:demo-convnext-32/{model}", "--data-root", root, "--out", out, *more])
     Path(out, "counted.json").write_text(json.dumps(counted), encoding="utf-8")
     sys.exit(code)
 
 
-def measured(command: list[str], core: int) -> dict[str, float]:
-    """Wall and CPU seconds of a command pinned to one core."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def measured(command: list[str], core: int, cache: Path) -> dict[str, float]:
+    """Wall and CPU seconds of a command pinned to one core, with an empty cache."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DISTTEMPNET_CACHE": str(cache)}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         pinned = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
@@ -179,12 +179,11 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"part": options.part, "tasks": len(keys), "model": "demo-convnext-32, random weights"}
     way = [options.other_python, str(ROOT / "benchmarks" / "datacomp_way.py"), str(root), str(model)]
     way += ["--tasks", str(folder / "tasks"), "--out", str(folder / "theirs.json")]
-    result["clip-benchmark"] = measured(way, options.core)
+    result["clip-benchmark"] = measured(way, options.core, folder / "cache")
     theirs = json.loads((folder / "theirs.json").read_text(encoding="utf-8"))
     result["clip-benchmark"] |= {"texts": theirs["texts"], "images": theirs["images"]}
-    result["ours"] = measured(
-        [sys.executable, __file__, "--ours", str(model), str(root), str(folder / "out")], options.core
-    )
+    command = [sys.executable, __file__, "--ours", str(model), str(root), str(folder / "out")]
+    result["ours"] = measured(command, options.core, folder / "cache")
     result["ours"] |= json.loads((folder / "out" / "counted.json").read_text(encoding="utf-8"))
     lines = (folder / "out" / "eval_results.jsonl").read_text(encoding="utf-8").splitlines()
     records = {record["key"]: record["metrics"] for record in map(json.loads, lines)}

@@ -11,7 +11,7 @@ ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
     {"errors"},
     {"config", "distributed"},
-    {"losses", "models", "pretrained"},
+    {"losses", "models", "pretrained", "texts"},
     {"data"},
     {"evaluation"},
     {"training"},

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from disttempnet import distributed
 from disttempnet.models import Towers, encode_images, encode_texts
+from disttempnet.texts import encode_shortened, is_causal, text_lengths
 
 Progress = Callable[[str, int, int], None]
 PRECISIONS = ("fp32", "bf16", "datacomp")
@@ -50,11 +51,19 @@ class Encoder:
     def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
         """Texts → this rank's rows of a table of unit float32 features [t, D]; `distributed.all_sum` gives all."""
         table = torch.zeros(len(texts), self.width, device=self.device)
+        if not texts:
+            return table
+        causal = is_causal(self.towers.module)
+        tokens, order = self.towers.tokenizer(list(texts)), torch.arange(len(texts))
+        if causal:  # batches of like lengths: no text waits for a long one
+            order = torch.argsort(text_lengths(self.towers.module, tokens), stable=True)
         mine = batches_of_this_rank(len(texts), self.batch)
-        for done, rows in enumerate(mine, 1):
-            tokens = self.towers.tokenizer(list(texts[rows.start : rows.stop])).to(self.device)
+        for done, batch in enumerate(mine, 1):
+            rows = order[batch.start : batch.stop]
+            part = tokens[rows].to(self.device)
             with self._autocast(self.text_dtype):
-                table[rows.start : rows.stop] = encode_texts(self.towers, tokens).float()
+                features = encode_shortened(self.towers.module, part) if causal else encode_texts(self.towers, part)
+            table[rows.to(self.device)] = features.float()
             if progress:
                 progress("texts", done, len(mine))
         return table
