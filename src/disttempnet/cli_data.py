@@ -1,12 +1,20 @@
-"""The commands `disttempnet data …`. Heavy imports wait until a command needs them."""
+"""`disttempnet data COMMAND`: index, check, show, write and download data sets."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
+
+if TYPE_CHECKING:
+    from disttempnet.config import SourceConfig
+    from disttempnet.data.faults import Fault
+
+SPEC = "shards or another layout, as in data.train"
 
 INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
 of them cannot be used and why. Training does the same on first use; this command does it ahead, on all cores, and
@@ -23,12 +31,42 @@ examples:
   disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     the first time: store, then: compare
 """
 
+VERIFY = """Reads images and captions as training would. Exit code 0: all is well; 1: something is broken; 2: it could
+not be looked at.
+
+examples:
+  disttempnet data verify '/cc12m/{00000..01242}.tar' --out broken.jsonl
+  disttempnet data verify /cc3m /cc12m --sample 5000
+"""
+
+SHARD = """Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the id of
+the sample in the input. What cannot be read is left out, named in a table and in FOLDER/skipped.jsonl; sample ids of
+the new shards count without it. The same input gives the same bytes, whatever --workers. After a kill the same command
+goes on. Then the index is written.
+
+examples:
+  disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
+"""
+
+DOWNLOAD = """Fetches the images of a public list of captions and URLs, through img2dataset (pip install
+'disttempnet[download]'): larger images are brought to --image-size on their shorter side, JPEG quality 95, shards of
+10,000. After a kill the same command goes on after the shards that are whole. Many URLs of these lists are dead.
+
+examples:
+  disttempnet data download cc12m --tsv cc12m.tsv --out /cc12m --processes 16 --threads 64
+  disttempnet data download cc3m --out /cc3m --dry-run
+"""
+
 
 def add_data_commands(commands: Any) -> None:
-    """Add `data` and what is below it to the commands of the program."""
-    data = commands.add_parser("data", help="index and look at training data")
-    below = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
-    _add_index(below)
+    """Add the group to the command line's sub-parsers; each command sets `run`."""
+    data = commands.add_parser("data", help="index, check, show, write and download data sets")
+    parts = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    _add_index(parts)
+    _add_preview(parts)
+    _add_verify(parts)
+    _add_shard(parts)
+    _add_download(parts)
 
 
 def _add_index(commands: Any) -> None:
@@ -44,7 +82,7 @@ def _add_index(commands: Any) -> None:
     index.add_argument(
         "--checksum", action="store_true", help="hash all bytes of every shard (sha256), and compare with what is known"
     )
-    index.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core, at most)")
+    _add_workers(index)
     index.add_argument("--caption-key", default="", metavar="KEY", help="captions are under this key of the .json")
     index.add_argument("--out", default="", metavar="FILE", help="the index (default: beside the shards)")
     index.set_defaults(run=run_index)
@@ -60,12 +98,205 @@ def run_index(options: argparse.Namespace) -> int:
     specs = [spec for pattern in options.patterns for spec in pattern.split("::")]
     if options.out and len(specs) > 1:
         raise UserError(f"--out names one index, but there are {len(specs)} patterns: index them one by one")
-    if options.workers < 0:
-        raise UserError(f"--workers {options.workers}: a number of processes, 0 for as many as there are cores")
+    workers = _workers(options)
     console = Console()
     for spec in specs:
-        how = Scan(options.caption_key, options.workers, options.checksum)
+        how = Scan(options.caption_key, workers, options.checksum)
         index, news = update_index(spec, str(Path(options.out)) if options.out else "", how)
         console.print(index_summary(index))
         console.print(news, markup=False, highlight=False)
+    return 0
+
+
+def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """What a source needs to be opened."""
+    if several:
+        parser.add_argument("spec", nargs="+", metavar="SPEC", help=SPEC)
+    else:
+        parser.add_argument("spec", metavar="SPEC", help=SPEC)
+    parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
+    parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
+    parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
+    parser.add_argument("--index", default="", metavar="FILE", help="file of the index (default: beside the data)")
+
+
+def _source(options: argparse.Namespace, spec: str) -> SourceConfig:
+    from disttempnet.config import SourceConfig
+
+    keys = ("caption_key", "images", "image_key", "index")
+    return SourceConfig(path=spec, **{key: getattr(options, key) for key in keys})
+
+
+def _add_preview(parts: Any) -> None:
+    preview = parts.add_parser("preview", help="random samples with captions and ids on one sheet")
+    _add_source(preview)
+    preview.add_argument("--out", default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)")
+    preview.add_argument("--count", type=int, default=48, metavar="N", help="samples (default: 48)")
+    preview.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    preview.set_defaults(run=_preview)
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from disttempnet.data import open_source
+    from disttempnet.data.preview import write_preview
+
+    out = Path(options.out)
+    note = write_preview(open_source([_source(options, options.spec)]), out, options.count, options.seed)
+    print(f"preview: {out.resolve()}")
+    if note:
+        print(f"  {note}")
+    return 0
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+
+
+def _workers(options: argparse.Namespace) -> int:
+    from disttempnet.data.workers import cores
+
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers}: a number of processes, 0 for as many as there are cores")
+    return options.workers or cores()
+
+
+def _add_verify(parts: Any) -> None:
+    verify = parts.add_parser(
+        "verify",
+        help="read every sample; a table of what is broken",
+        description=VERIFY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(verify, several=True)
+    verify.add_argument("--sample", type=int, default=0, metavar="N", help="read this many random samples of each only")
+    verify.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    verify.add_argument("--out", metavar="FILE", help="write all that is broken, a line of JSON each")
+    _add_workers(verify)
+    verify.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from disttempnet.data.faults import fault_table, write_faults
+    from disttempnet.data.verifying import verify
+    from disttempnet.data.workers import stopped_by_sigterm
+
+    workers, everything = _workers(options), []
+    with stopped_by_sigterm():
+        for spec in options.spec:
+            checked, faults = verify(_source(options, spec), workers, options.sample, options.seed)
+            print(f"{spec}: {checked:,} samples read, {_count_faults(faults)}")
+            if faults:
+                Console().print(fault_table(faults), markup=False)
+            everything += faults
+    if options.out:
+        try:
+            write_faults(everything, Path(options.out))
+        except OSError as error:
+            raise UserError(f"{options.out}: cannot be written: {error.strerror}") from None
+    return 1 if everything else 0
+
+
+def _count_faults(faults: Sequence[Fault]) -> str:
+    shards = sum(fault.sample is None for fault in faults)
+    return (f"{shards:,} shards and " if shards else "") + f"{len(faults) - shards:,} samples broken"
+
+
+def _add_shard(parts: Any) -> None:
+    shard = parts.add_parser(
+        "shard",
+        help="write a data set as webdataset shards",
+        description=SHARD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(shard)
+    shard.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
+    shard.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: 10000")
+    shard.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
+    )
+    shard.add_argument("--quality", type=int, default=95, help="of those JPEGs (default: 95)")
+    _add_workers(shard)
+    shard.set_defaults(run=_shard)
+
+
+def _shard(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    from disttempnet.config import SourceConfig
+    from disttempnet.data import open_source
+    from disttempnet.data.faults import fault_table
+    from disttempnet.data.workers import stopped_by_sigterm
+    from disttempnet.data.writing import SKIPPED, Recipe, write_shards
+
+    recipe = Recipe(options.samples_per_shard, options.resize, options.quality)
+    out, workers = Path(options.out), _workers(options)
+    with stopped_by_sigterm():
+        written = write_shards(open_source([_source(options, options.spec)]), out, recipe, workers)
+        print(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
+        if written.faults:
+            print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
+            Console().print(fault_table(written.faults), markup=False)
+        open_source([SourceConfig(path=str(out))])  # writes the index
+    print(f"train on it: data.train={out.resolve()}")
+    return 0
+
+
+def _add_download(parts: Any) -> None:
+    download = parts.add_parser(
+        "download",
+        help="CC3M or CC12M from their public lists, through img2dataset",
+        description=DOWNLOAD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    download.add_argument("name", choices=("cc3m", "cc12m"), help="the data set")
+    download.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
+    download.add_argument("--tsv", metavar="FILE", help="its list (default: its public name, in this folder)")
+    download.add_argument("--processes", type=int, metavar="N", help="default: one a core")
+    download.add_argument("--threads", type=int, default=64, metavar="N", help="of each process (default: 64)")
+    download.add_argument(
+        "--image-size", type=int, default=256, metavar="PIXELS", help="shorter side of larger images (default: 256)"
+    )
+    download.add_argument("--dry-run", action="store_true", help="print the command of img2dataset only")
+    download.set_defaults(run=_download)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from disttempnet.data.downloading import (
+        LISTS,
+        Download,
+        check_list,
+        outcome,
+        printable,
+        run_download,
+        write_headed,
+    )
+    from disttempnet.data.workers import cores, stopped_by_sigterm
+
+    processes = cores() if options.processes is None else options.processes
+    tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
+    job = Download(options.name, tsv, out, processes, options.threads, options.image_size)
+    check_list(job)
+    print(printable(job.command), flush=True)
+    if options.dry_run:
+        print(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", file=sys.stderr)
+        return 0
+    with stopped_by_sigterm():
+        if left_out := write_headed(job):
+            print(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")
+        code = run_download(job)
+    found = outcome(out)
+    failed = sum(found.failures.values())
+    print(f"{out.resolve()}: {found.shards:,} shards, {found.samples:,} samples; {failed:,} URLs failed")
+    for reason, count in found.failures.most_common(10):
+        print(f"  {count:>10,}  {reason}")
+    if code:
+        raise UserError(f"img2dataset ended with exit code {code}; the same command goes on where it was")
+    print(f"train on it: data.train={out.resolve()}")
     return 0

@@ -35,6 +35,10 @@ class SourceConfig(Section):
         description="key of a sample's .json, or of a listing's rows, that holds its caption or captions; empty = "
         ".txt, and in rows one of caption, captions, title, text",
     )
+    cache: str = Field("", description="remote shards: folder that they are kept in; empty = the user's cache")
+    cache_gb: float = Field(
+        100.0, gt=0, description="remote shards: gigabytes that they may take in the cache, those of all sources"
+    )
     images: str = Field("", description="listings: folder of relative paths; empty = the listing's or the one above")
     image_key: str = Field("", description="listings: key or column of the image; empty = image, filepath, path, …")
 

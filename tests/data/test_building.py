@@ -24,6 +24,7 @@ from disttempnet.data.headers import image_header
 from disttempnet.data.indexing import update_index
 from disttempnet.data.journal import Journal
 from disttempnet.data.scan import scan_shard
+from disttempnet.data.store import LocalStore
 from disttempnet.errors import UserError
 
 from .conftest import png, sample, write_shard
@@ -144,8 +145,9 @@ def test_a_damaged_journal_is_scanned_again(shards: Write, scanned: list[str], d
     path = folder / "all.index"
     path.unlink()
     journal = Journal(path, "texts" if damage == "other key" else "")
+    store = LocalStore(folder)
     for name in ("00000.tar", "00001.tar"):
-        journal.append(*building._scan_one(folder, name, QUIET))  # type: ignore[misc]
+        journal.append(*building._scan_one(store, name, store.state(name), QUIET))  # type: ignore[misc]
     journal.close()
     data = bytearray(journal.path.read_bytes())
     again = ["00001.tar", "00002.tar"]

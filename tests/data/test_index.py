@@ -391,7 +391,7 @@ def test_the_index_may_lie_elsewhere(shards: Write, tmp_path: Path) -> None:
 
 
 def test_many_shards_need_few_open_files(shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disttempnet.data.index.OPEN_FILES", 3)
+    monkeypatch.setattr("disttempnet.data.store.LocalStore.open_files", 3)
     index = open_index(str(shards(*[1] * 8)), progress=False)
     for _ in range(2):
         assert [index.captions(n)[0] for n in range(8)] == [f"caption {n}" for n in range(8)]

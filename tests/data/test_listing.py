@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from disttempnet.config import SourceConfig
-from disttempnet.data import EpochPlan, PairDataset, ShardIndex, eval_transform, open_listing, open_source
+from disttempnet.data import EpochPlan, PairDataset, ShardIndex, decode, eval_transform, open_listing, open_source
 from disttempnet.data import parquet as parquet_module
 from disttempnet.data import rows as rows_module
 from disttempnet.data.listing import Listing
@@ -32,6 +32,11 @@ from gloo import Pools
 from .conftest import png, sample, write_shard
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+
+
+def as_evaluated(data: bytes, seed: int) -> torch.Tensor:
+    """A training transform without augmentation."""
+    return eval_transform(4)(decode(data))
 
 
 def open_one(path: object, **settings: str) -> Listing:
@@ -164,7 +169,7 @@ def test_every_layout_becomes_samples(write: Callable[[Path, int], SourceConfig]
     assert [source.image_bytes(n) for n in range(count)] == [png(n) for n in range(count)]
     assert len({source.name(n) for n in range(count)}) == count
 
-    dataset = PairDataset(source, eval_transform(4), seed=1)
+    dataset = PairDataset(source, as_evaluated, seed=1)
     for n in range(count):
         item = dataset[3, n]
         assert (item.id, item.skipped) == (n, ())
@@ -234,7 +239,7 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
         "no caption",
         "empty caption",
     ] + ["ok"] * 2
-    item = PairDataset(source, eval_transform(4), seed=1)[0, 4]
+    item = PairDataset(source, as_evaluated, seed=1)[0, 4]
     assert item.id == 0
     assert item.skipped == (
         "b.parquet:0: no bytes of an image in this row",
@@ -255,7 +260,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_workers_of_another_process_read_the_same(write: Callable[[Path, int], SourceConfig], tmp_path: Path) -> None:
-    dataset = PairDataset(open_source((write(tmp_path, 4),), progress=False), eval_transform(4), seed=1)
+    dataset = PairDataset(open_source((write(tmp_path, 4),), progress=False), as_evaluated, seed=1)
     alone = [dataset[0, n] for n in range(4)]
     order = [[(0, n)] for n in range(4)]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=1, collate_fn=_first)
@@ -411,7 +416,7 @@ def test_missing_and_broken_images_are_skipped_by_name(tmp_path: Path) -> None:
     (images / "000000002.jpg").write_bytes(b"<html>")
     (images / "000000003.jpg").unlink()
     (images / "000000003.jpg").mkdir()
-    item = PairDataset(source, eval_transform(4), seed=1)[0, 1]
+    item = PairDataset(source, as_evaluated, seed=1)[0, 1]
     assert item.id == 4
     assert [text.split(": ")[:2] for text in item.skipped] == [
         ["cc3m_train.json:cc3m_train/000000001.jpg", "No such file or directory"],
@@ -478,7 +483,7 @@ def test_a_parquet_file_that_goes_away_ends_the_run(tmp_path: Path) -> None:
     for path in Path(config.path).glob("*.parquet"):
         path.unlink()
     with pytest.raises(UserError, match=r"train-00000-of-00002\.parquet: is gone; restore the file"):
-        PairDataset(source, eval_transform(4), seed=1)[0, 0]
+        PairDataset(source, as_evaluated, seed=1)[0, 0]
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
     decoding.py    encoded images → pixels;  transforms.py  augmentations;  dataset.py  samples, batches, the loader
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
+    store.py       who opens a shard: where it lies, or through the cache of remote.py
     cache.py       where both are made into shards on first use
 
 `open_training_data` puts them together for a config.
@@ -84,7 +85,7 @@ def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Sourc
 def _open_one(source: SourceConfig, progress: bool) -> Source:
     if is_listing(source):
         return open_listing(source, progress)
-    return open_index(source.path, source.index, progress, source.caption_key)
+    return open_index(source.path, source.index, progress, source.caption_key, source.cache, source.cache_gb)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,10 +30,10 @@ from disttempnet.data.index import COLUMNS, Shard, ShardIndex, explained, load_i
 from disttempnet.data.journal import Journal
 from disttempnet.data.scan import scan_shard
 from disttempnet.data.shards import ShardList, fingerprint
+from disttempnet.data.store import ShardStore, State
 from disttempnet.errors import UserError
 
 A_PROCESS = 1 << 30  # bytes of shards that are worth a process more
-READERS = 16  # fingerprints read at a time: on a network disk they wait, they do not compute
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | No
         UserError: a shard is no tar, none holds a usable sample, a checksum has changed, a process was killed, or
             the index cannot be written. Except for changed checksums what is scanned is kept for the next call.
     """
-    states = shard_states(shards.folder, shards.names)
+    store, states = shards.store, shards.store.states(shards.names)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with writable(path):  # learnt before a scan that may take an hour, not after it
@@ -70,42 +70,29 @@ def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | No
         journal = Journal(path, how.caption_key)
     try:
         if known is None and path.is_file():  # made by another process, while this one waited for the journal
-            return load_index(path, shards.folder)
+            return load_index(path, shards.folder, store=store)
         old = {shard.name: shard for shard in known.shards} if known else {}
         same = {name: shard for name, shard in old.items() if states.get(name) == (shard.size, shard.fingerprint)}
         entries = {} if how.checksum else dict(same)  # what was hashed before is hashed again and compared
         for name, shard in journal.shards.items():
             if states.get(name) == (shard.size, shard.fingerprint) and (shard.checksum or not how.checksum):
                 entries[name] = shard
-        todo = {name: states[name][0] for name in shards.names if name not in entries}
-        _scan_all(shards.folder, todo, path, how, journal)
+        todo = {name: states[name] for name in shards.names if name not in entries}
+        _scan_all(store, todo, path, how, journal)
         entries |= {name: journal.shards[name] for name in todo}
-        _compare_checksums(shards.folder, same, entries, journal)
+        _compare_checksums(store, same, entries, journal)
         order = [name for name in old if name in entries] + [name for name in shards.names if name not in old]
         if known and not todo and order == list(old):
             return known
-        index = _write(path, shards.folder, [entries[name] for name in order], journal, known)
+        index = _write(path, store, [entries[name] for name in order], journal, known)
         journal.remove()
         return index
     finally:
         journal.close()
 
 
-def shard_states(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """(bytes, fingerprint) of each shard. Raises UserError if one cannot be read."""
-
-    def state(name: str) -> tuple[int, str]:
-        try:
-            return (folder / name).stat().st_size, fingerprint(folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read: {error.strerror}; restore the shard") from None
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(names, pool.map(state, names), strict=True))
-
-
-def _scan_all(folder: Path, sizes: Mapping[str, int], path: Path, how: Scan, journal: Journal) -> None:
-    """Scan shards of these sizes in bytes into the journal; those that are no tars are named after all others."""
+def _scan_all(store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan, journal: Journal) -> None:
+    """Scan these shards into the journal; those that are no tars are named after all others."""
     broken: list[str] = []
     columns = (
         TextColumn("indexing {task.fields[shards]} shards"),
@@ -114,15 +101,15 @@ def _scan_all(folder: Path, sizes: Mapping[str, int], path: Path, how: Scan, jou
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not how.progress or not sizes) as bar:
-        task = bar.add_task("", total=sum(sizes.values()), shards=f"0/{len(sizes):,}")
-        for done, (name, result) in enumerate(_scans(folder, sizes, path, how), 1):
+    with Progress(*columns, console=Console(stderr=True), disable=not how.progress or not todo) as bar:
+        task = bar.add_task("", total=sum(state.size for state in todo.values()), shards=f"0/{len(todo):,}")
+        for done, (name, result) in enumerate(_scans(store, todo, path, how), 1):
             if isinstance(result, UserError):
                 broken.append(str(result))
             else:
                 with explained(path):
                     journal.append(*result)
-            bar.update(task, advance=sizes[name], shards=f"{done:,}/{len(sizes):,}")
+            bar.update(task, advance=todo[name].size, shards=f"{done:,}/{len(todo):,}")
     if broken:
         more = f" (and {len(broken) - 1} more shards cannot be read)" if len(broken) > 1 else ""
         raise UserError(sorted(broken)[0] + more)
@@ -131,19 +118,22 @@ def _scan_all(folder: Path, sizes: Mapping[str, int], path: Path, how: Scan, jou
 Scanned = tuple[Shard, dict[str, bytes]]
 
 
-def _scans(folder: Path, sizes: Mapping[str, int], path: Path, how: Scan) -> Iterator[tuple[str, Scanned | UserError]]:
+def _scans(
+    store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan
+) -> Iterator[tuple[str, Scanned | UserError]]:
     """(name, entry and columns) of shards as they are done, or what is wrong with one."""
     cores = len(os.sched_getaffinity(0))
-    workers = min(how.workers or min(cores, 1 + sum(sizes.values()) // A_PROCESS), len(sizes))
+    size = sum(state.size for state in todo.values())
+    workers = min(how.workers or min(cores, 1 + size // A_PROCESS), len(todo))
     if workers <= 1:
-        for name in sizes:
-            yield name, _scan_one(folder, name, how)
+        for name, state in todo.items():
+            yield name, _scan_one(store, name, state, how)
         return
     context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, context, _start_worker)
     try:
-        waiting = {pool.submit(_scan_one, folder, name, how): name for name in sizes}
+        waiting = {pool.submit(_scan_one, store, name, state, how): name for name, state in todo.items()}
         for future in as_completed(list(waiting)):
             yield waiting.pop(future), future.result()
     except BrokenProcessPool:
@@ -169,13 +159,13 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _scan_one(folder: Path, name: str, how: Scan) -> Scanned | UserError:
+def _scan_one(store: ShardStore, name: str, state: State, how: Scan) -> Scanned | UserError:
     try:
-        path = folder / name
-        scan = scan_shard(path, how.caption_key)
-        samples = len(scan.start)
-        checksum = _checksum(path) if how.checksum else ""
-        shard = Shard(name, path.stat().st_size, samples, fingerprint(path), scan.note, checksum, scan.tally)
+        with store.local(name, state) as path:
+            scan = scan_shard(path, how.caption_key)
+            samples = len(scan.start)
+            checksum = _checksum(path) if how.checksum else ""
+            shard = Shard(name, path.stat().st_size, samples, fingerprint(path), scan.note, checksum, scan.tally)
         values: dict[str, list] = {"start": scan.start, "spans": scan.spans, "status": scan.status}
         return shard, {key: np.array(values[key], kind).tobytes() for key, kind in COLUMNS.items()}
     except UserError as error:
@@ -190,17 +180,19 @@ def _checksum(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}; restore the shard") from None
 
 
-def _compare_checksums(folder: Path, before: Mapping[str, Shard], now: Mapping[str, Shard], journal: Journal) -> None:
+def _compare_checksums(
+    store: ShardStore, before: Mapping[str, Shard], now: Mapping[str, Shard], journal: Journal
+) -> None:
     """Raise UserError if a shard of the same size and fingerprint has another checksum than it had."""
     changed = [name for name, shard in before.items() if shard.checksum not in ("", now[name].checksum)]
     if changed:
         journal.remove()  # a restored shard looks the same, so it must be read again
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UserError(f"{folder / changed[0]}: its checksum is not the one in the index{more}: restore the shard")
+        raise UserError(f"{store.where(changed[0])}: its checksum is not the one in the index{more}: restore the shard")
 
 
 def _write(
-    path: Path, folder: Path, entries: Sequence[Shard], journal: Journal, known: ShardIndex | None
+    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, known: ShardIndex | None
 ) -> ShardIndex:
     """The index of these shards, with columns from the journal, or else from the known index."""
     scanned = journal.columns()
@@ -217,9 +209,9 @@ def _write(
 
     with writable(path) as temporary:
         write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})
-        index = load_index(temporary, folder)
+        index = load_index(temporary, store.folder, store=store)
         if not index.usable_counts.any():
             found = index.problems().replace("\n", "; ")
-            raise UserError(f"{folder}: none of its {len(entries)} shards holds a usable sample: {found}")
+            raise UserError(f"{store.about}: none of its {len(entries)} shards holds a usable sample: {found}")
         os.replace(temporary, path)
-    return load_index(path, folder)
+    return load_index(path, store.folder, store=store)

@@ -52,7 +52,7 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def cache_folder() -> Path:
-    """DISTTEMPNET_CACHE, else a folder of this program in the user's cache."""
+    """DISTTEMPNET_CACHE, or this user's cache folder."""
     if chosen := os.environ.get("DISTTEMPNET_CACHE"):
         return Path(chosen)
     if shared := os.environ.get("XDG_CACHE_HOME"):

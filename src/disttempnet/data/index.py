@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from disttempnet.data.scan import REASONS, Tally, json_captions
 from disttempnet.data.shards import read_member, split_name
 from disttempnet.data.source import OK, Source, usable_captions
+from disttempnet.data.store import LocalStore, ShardStore, State
 from disttempnet.errors import UserError
 
 FORMAT = "disttempnet-index-1"
-OPEN_FILES = 64  # shards kept open by a process: a loader worker moves through a few at a time
 IMAGE, CAPTION, JSON = range(3)
 COLUMNS: dict[str, np.dtype] = {
     "start": np.dtype("<i8"),
@@ -67,7 +67,7 @@ class ShardIndex(Source):
     """Samples of webdataset shards in tar order, as columns; a group is a shard.
 
     Attributes:
-        path: the index file; `folder`: where the shards are.
+        path: the index file; `folder`: where the shards are, or are kept while they are read; `store` opens them.
         shards: one entry a shard.
         start: int64 [N], byte of a sample's first tar header.
         spans: uint32 [N, 3, 2], (offset from start, size) in bytes of image, caption, JSON; size 0 = absent.
@@ -83,9 +83,11 @@ class ShardIndex(Source):
         shards: tuple[Shard, ...],
         columns: Mapping[str, NDArray[Any]],
         caption_key: str = "",
+        store: ShardStore | None = None,
     ) -> None:
         self.path, self.folder, self.shards, self.caption_key = path, folder, shards, caption_key
-        self.where = str(folder)
+        self.store = store or LocalStore(folder)
+        self.where = self.store.about
         self.start, self.spans, self.status = columns["start"], columns["spans"], columns["status"]
         self.first = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -93,8 +95,9 @@ class ShardIndex(Source):
     def __len__(self) -> int:
         return len(self.status)
 
-    def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[Path, Path]]:
-        return load_index, (self.path, self.folder)  # another process maps the file, instead of a copy
+    def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[Path, Path, bool, ShardStore]]:
+        # another process maps the file, instead of a copy
+        return load_index, (self.path, self.folder, False, self.store)
 
     @cached_property
     def digest(self) -> str:
@@ -122,6 +125,9 @@ class ShardIndex(Source):
         key = split_name(member.name)[0] if member else "?"
         return f"{self.shards[shard].name}:{key}"
 
+    def reason(self, sample: int) -> str:
+        return REASONS[self.status[sample]]
+
     def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
         """(reason, samples, the first few names) of what cannot be used."""
         found = []
@@ -148,7 +154,7 @@ class ShardIndex(Source):
         offset, size = (int(value) for value in self.spans[sample, kind])
         data = os.pread(self._file(shard), size, int(self.start[sample]) + offset)
         if len(data) < size:
-            path = self.folder / self.shards[shard].name
+            path = self.store.where(self.shards[shard].name)
             raise UserError(f"{path}: ends inside sample {sample}: it was cut off after indexing; restore it")
         return data
 
@@ -157,13 +163,10 @@ class ShardIndex(Source):
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        if len(self._files) >= OPEN_FILES:
+        if len(self._files) >= self.store.open_files:
             os.close(self._files.popitem(last=False)[1])
-        path = self.folder / self.shards[shard].name
-        try:
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; restore the shard") from None
+        entry = self.shards[shard]
+        self._files[shard] = self.store.open(entry.name, State(entry.size, entry.fingerprint))
         return self._files[shard]
 
     def close(self) -> None:
@@ -253,13 +256,14 @@ def explained(path: Path) -> Iterator[None]:
         ) from None
 
 
-def load_index(path: Path, folder: Path, verify: bool = False) -> ShardIndex:
+def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore | None = None) -> ShardIndex:
     """Map an index file into memory.
 
     Args:
         path: the index file.
         folder: where the shards are.
         verify: read all of it and compare with the digest that it carries.
+        store: who opens the shards; None = they are read where they are.
 
     Raises:
         UserError: the file is not an index of this version, or is damaged.
@@ -277,7 +281,7 @@ def load_index(path: Path, folder: Path, verify: bool = False) -> ShardIndex:
             # asarray: plain views of the mapping, which are faster to index than np.memmap
             columns[name] = np.asarray(np.memmap(path, kind, "r", offset=8 + length + begin, shape=shape))
         shards = tuple(Shard(**shard) for shard in json.loads(metadata["shards"]))
-        index = ShardIndex(path, folder, shards, columns, metadata.get("caption_key", ""))
+        index = ShardIndex(path, folder, shards, columns, metadata.get("caption_key", ""), store)
         if verify and index.digest != metadata["digest"]:
             raise ValueError("its content does not match its digest")
     except (OSError, ValueError, KeyError, TypeError) as error:

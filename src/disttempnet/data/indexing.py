@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import TypeVar
 
 from disttempnet import distributed
-from disttempnet.data.building import Scan, build_index, shard_states
+from disttempnet.data.building import Scan, build_index
 from disttempnet.data.index import ShardIndex, load_index
-from disttempnet.data.shards import ShardList, fingerprint, resolve_shards
+from disttempnet.data.shards import ShardList, resolve_shards
+from disttempnet.data.store import CACHE_GB
 from disttempnet.errors import UserError
 
 Result = TypeVar("Result")
 
 
-def open_index(spec: str, index_path: str = "", progress: bool = True, caption_key: str = "") -> ShardIndex:
+def open_index(
+    spec: str,
+    index_path: str = "",
+    progress: bool = True,
+    caption_key: str = "",
+    cache: str = "",
+    cache_gb: float = CACHE_GB,
+) -> ShardIndex:
     """The index of the shards that a spec names: built by rank 0 on first use, checked by every rank always.
 
     Args:
@@ -24,6 +32,7 @@ def open_index(spec: str, index_path: str = "", progress: bool = True, caption_k
         index_path: file of the index; empty = beside the shards, named after the spec and the caption key.
         progress: show a bar on standard error while indexing.
         caption_key: key of the samples' .json that holds their captions; empty = .txt.
+        cache, cache_gb: of remote shards, see `resolve_shards`.
 
     Raises:
         UserError: shards are missing, renamed, additional or changed since they were indexed, are no tars, or
@@ -31,13 +40,13 @@ def open_index(spec: str, index_path: str = "", progress: bool = True, caption_k
     """
 
     def build() -> None:
-        shards = resolve_shards(spec)
+        shards = resolve_shards(spec, cache, cache_gb)
         path = index_file(shards, index_path, caption_key)
         if distributed.is_main() and not path.is_file():
             build_index(shards, path, Scan(caption_key, progress=progress))
 
     def load() -> ShardIndex:
-        shards = resolve_shards(spec)
+        shards = resolve_shards(spec, cache, cache_gb)
         index = load_known(shards, index_file(shards, index_path, caption_key), caption_key)
         check_shards(index, shards, spec)
         return index
@@ -87,7 +96,7 @@ def _news(known: ShardIndex, index: ShardIndex) -> str:
 
 def load_known(shards: ShardList, path: Path, caption_key: str) -> ShardIndex:
     """An index file, whole and of this caption key. Raises UserError."""
-    index = load_index(path, shards.folder, verify=True)
+    index = load_index(path, shards.folder, verify=True, store=shards.store)
     if index.caption_key != caption_key:
         raise UserError(
             f"{path}: indexed with caption key '{index.caption_key}', not '{caption_key}'; name another index file"
@@ -129,14 +138,14 @@ def check_shards(index: ShardIndex, shards: ShardList, spec: str) -> None:
     missing = [name for name in known if name not in found]
     added = [name for name in shards.names if name not in known]
     if added:
-        same = fingerprint(shards.folder / added[0])
+        same = shards.store.state(added[0]).fingerprint
         renamed = [name for name in missing if known[name].fingerprint == same]
         if renamed:
             _refuse(index, spec, added[0], f"was renamed: it was indexed as {renamed[0]}", "Rename it back")
         _refuse(index, spec, added[0], "was not there when these were indexed", "Take it out of the folder")
     if missing:
         _refuse(index, spec, missing[0], f"is missing: indexed were {_known(index, missing[0])}", "Restore it")
-    states = shard_states(shards.folder, tuple(known))
+    states = shards.store.states(tuple(known))
     for name, shard in known.items():
         size, now = states[name]
         if size != shard.size:
@@ -157,6 +166,6 @@ def _known(index: ShardIndex, name: str) -> str:
 
 def _refuse(index: ShardIndex, spec: str, name: str, what: str, remedy: str) -> None:
     raise UserError(
-        f"{index.folder / name}: this shard {what}. {remedy}, or index again: disttempnet data index '{spec}' "
+        f"{index.store.where(name)}: this shard {what}. {remedy}, or index again: disttempnet data index '{spec}' "
         "(older checkpoints will not fit)"
     )

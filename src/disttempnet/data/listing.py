@@ -21,6 +21,7 @@ from disttempnet.data.index import writable
 from disttempnet.data.indexing import _on_all_ranks
 from disttempnet.data.listing_index import REASONS, Columns, Settings, build_index, load_columns, printable
 from disttempnet.data.parquet import Parquet, ParquetImages
+from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
 from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.errors import UserError
@@ -95,6 +96,9 @@ class Listing(Source):
         image = printable(self.columns.row(sample)[0]) or f"row {sample + 1}"
         return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
 
+    def reason(self, sample: int) -> str:
+        return REASONS[self.status[sample]]
+
     def problems(self, names: int = 3) -> str:
         lines = []
         for code in np.unique(self.status[self.status != OK]):
@@ -119,7 +123,7 @@ def is_listing(source: SourceConfig) -> bool:
         UserError: it is none, but has settings that only these have.
     """
     path = Path(source.path).expanduser()
-    if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"}:
+    if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
         return True
     if path.is_dir() and ".tar" not in (suffixes := _suffixes_in(path)):
         return ".parquet" in suffixes or holds_images(path)

@@ -69,6 +69,10 @@ class MixedSource(Source):
         part, own = self._locate(sample)
         return self.parts[part].metadata(own)
 
+    def reason(self, sample: int) -> str:
+        part, own = self._locate(sample)
+        return self.parts[part].reason(own)
+
     def problems(self, names: int = 3) -> str:
         found = [(part.where, part.problems(names)) for part in self.parts]
         return "\n".join(f"{where}: {line}" for where, lines in found for line in lines.splitlines())

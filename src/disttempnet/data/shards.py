@@ -5,7 +5,6 @@ A sample is a run of consecutive members with the same name up to the first dot 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tarfile
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from disttempnet.data.embedded import embedded_shards
+from disttempnet.data.remote import RemoteStore, is_remote
 from disttempnet.data.scenes import generated_shards
+from disttempnet.data.store import CACHE_GB, LocalStore, ShardStore, state_of
 from disttempnet.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
 READ_AHEAD = 2048  # one read brings a header and most captions
-FINGERPRINT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,35 @@ class ShardList:
         folder: the innermost one that holds all of them.
         names: their paths from there.
         label: the spec from there on, without braces and suffix; `all` for a whole folder.
+        remote: who fetches them into that folder; None = they are there.
     """
 
     folder: Path
     names: tuple[str, ...]
     label: str
+    remote: RemoteStore | None = None
+
+    @property
+    def store(self) -> ShardStore:
+        """Who opens them."""
+        return self.remote or LocalStore(self.folder)
 
 
-def resolve_shards(spec: str) -> ShardList:
-    """The shards that a spec names; all of them exist.
+def resolve_shards(spec: str, cache: str = "", cache_gb: float = CACHE_GB) -> ShardList:
+    """The shards that a spec names; all of them exist, unless they are remote.
 
     Args:
         spec: a folder (its *.tar, sorted by name), a path with braces in file or folder names
-            (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`), `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`.
+            (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`), `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`;
+            or a URL of fsspec's, of a folder or with braces: `s3://bucket/cc12m/{00000..01242}.tar`.
+        cache: remote shards: folder that they are kept in; empty = the user's cache.
+        cache_gb: remote shards: gigabytes that all of that folder may take.
 
     Raises:
         UserError: nothing is there, or a shard of the pattern is missing.
     """
+    if is_remote(spec):
+        return _resolve_remote(spec, cache, cache_gb)
     if spec.startswith("embedded:"):
         spec = str(embedded_shards(spec.removeprefix("embedded:")))
     elif spec.startswith("generated:"):
@@ -82,7 +94,24 @@ def resolve_shards(spec: str) -> ShardList:
         raise UserError(
             f"{folder}: '{pattern}' names a shard twice; data.train = [{{path = …, weight = 2}}] reads it so"
         )
-    return ShardList(folder, expanded, re.sub(r"[{}]", "", pattern.removesuffix(".tar")).replace("/", "-"))
+    return ShardList(folder, expanded, _label(pattern))
+
+
+def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
+    if not spec.endswith(".tar"):
+        store = RemoteStore(spec, cache, cache_gb)
+        names = tuple(store.names())
+        if not names:
+            raise UserError(f"{spec}: no .tar shards there; name them, as in {spec.rstrip('/')}/{{00000..01242}}.tar")
+        return ShardList(store.folder, names, "all", store)
+    base = spec.partition("{")[0].rpartition("/")[0]
+    pattern = spec[len(base) + 1 :]
+    store = RemoteStore(base, cache, cache_gb)
+    return ShardList(store.folder, tuple(expand_braces(pattern)), _label(pattern), store)
+
+
+def _label(pattern: str) -> str:
+    return re.sub(r"[{}]", "", pattern.removesuffix(".tar")).replace("/", "-")
 
 
 def _files_in(folder: Path) -> frozenset[str]:
@@ -120,14 +149,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def fingerprint(path: Path) -> str:
-    """blake2b of a file's size and its first and last 64 KiB: cheap, and finds rewritten shards."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
-        digest.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
+    """See `State`."""
+    return state_of(path).fingerprint
 
 
 class Member(NamedTuple):

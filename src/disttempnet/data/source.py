@@ -59,6 +59,10 @@ class Source(ABC):
     def problems(self, names: int = 3) -> str:
         """One line a reason why samples are left out, with the first few names; empty if all are usable."""
 
+    @abstractmethod
+    def reason(self, sample: int) -> str:
+        """Why a sample is not usable, in words."""
+
     def metadata(self, sample: int) -> dict[str, Any] | None:
         """What else is known of a sample; None where nothing is."""
         return None

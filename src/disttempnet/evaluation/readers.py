@@ -221,6 +221,8 @@ def _frequencies(task: Task, samples: Sequence[Sample]) -> tuple[tuple[int, ...]
 def read_samples(data: str) -> tuple[Sample, ...]:
     """All samples of the shards that `data` names, by shard and by place in it."""
     shards = resolve_shards(data)
+    if shards.remote:
+        raise UserError(f"{data}: evaluation reads shards of this machine only; copy them")
     return tuple(sample for name in shards.names for sample in _read_shard(shards.folder / name))
 
 

@@ -36,6 +36,7 @@ FORMAT = 1
 NOT_PART_OF_THE_RESULT = {
     "name", "out", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
     "train.timeout_minutes", "train.compile", "eval.batch", "eval.data_root",
+    "data.index",  # of runs before sources had indexes of their own
 }  # fmt: skip
 # What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).
 MAY_CHANGE = NOT_PART_OF_THE_RESULT | {"data.train", "train.stop_after_steps", "eval"}

@@ -1,0 +1,157 @@
+"""Jobs over worker processes: what a job yields arrives as it comes, and a dead worker is one clear line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from disttempnet.errors import UserError
+
+Task = TypeVar("Task")
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a command that SIGTERM ended
+
+
+class _Item(NamedTuple):
+    """Something that a job yielded."""
+
+    value: Any
+
+
+class _Failure(NamedTuple):
+    """What a job raised; `users` where it is a UserError."""
+
+    message: str
+    users: bool
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Any]]:
+    """Run a job for every task; tasks are begun in order, several at a time.
+
+    Args:
+        job: a generator function, or a partial of one; it is pickled once a worker.
+        tasks: its arguments.
+        workers: processes; 1 = this one.
+
+    Yields:
+        (task, item) for all that `job(task)` yields, in the order of arrival.
+
+    Raises:
+        UserError: the job raised one, or a worker was killed.
+        RuntimeError: any other exception of a job, with its traceback.
+    """
+    if workers <= 1 or not tasks:
+        yield from ((task, item) for task in tasks for item in job(task))
+        return
+    pool = _Pool(job, min(workers, len(tasks)))
+    try:
+        yield from pool.run(deque(tasks))
+    finally:
+        pool.close()
+
+
+class _Pool:
+    def __init__(self, job: Callable[[Any], Iterator[Any]], workers: int) -> None:
+        # a server that has the modules loaded forks the workers: quick, and safe beside threads
+        context = multiprocessing.get_context("forkserver")
+        function = job.func if isinstance(job, partial) else job
+        context.set_forkserver_preload([__name__, function.__module__])
+        self._processes: dict[Connection, BaseProcess] = {}
+        self._tasks: dict[Connection, Any] = {}
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, job), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[ours] = process
+
+    def run(self, waiting: deque[Any]) -> Iterator[tuple[Any, Any]]:
+        for connection in self._processes:
+            self._deal(connection, waiting)
+        while self._tasks:
+            ready = wait(list(self._tasks))
+            for connection in [one for one in self._tasks if one in ready]:
+                task = self._tasks[connection]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    raise UserError(self._death(connection, task)) from None
+                if isinstance(message, _Item):
+                    yield task, message.value
+                elif isinstance(message, _Failure):
+                    raise UserError(message.message) if message.users else RuntimeError(message.message)
+                else:
+                    self._deal(connection, waiting)
+
+    def _deal(self, connection: Connection, waiting: deque[Any]) -> None:
+        self._tasks.pop(connection, None)
+        if waiting:
+            self._tasks[connection] = waiting.popleft()
+            with suppress(OSError):  # a worker that died is noticed by its silence
+                connection.send(self._tasks[connection])
+
+    def _death(self, connection: Connection, task: Any) -> str:
+        process = self._processes[connection]
+        process.join()
+        code = process.exitcode or 0
+        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        hint = " (out of memory? use fewer --workers)" if code == -signal.SIGKILL else ""
+        return f"a worker process ended while it worked at {task}: {why}{hint}"
+
+    def close(self) -> None:
+        for connection, process in self._processes.items():
+            connection.close()
+            process.kill()
+        for process in self._processes.values():
+            process.join()
+
+
+def _work(connection: Connection, job: Callable[[Any], Iterator[Any]]) -> None:
+    """A worker: tasks come in, items go out, until the other end of the connection is closed or its owner dead."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the command, which ends its workers
+    torch.set_num_threads(1)
+    with suppress(EOFError, OSError):
+        while True:
+            task = connection.recv()
+            try:
+                for item in job(task):
+                    connection.send(_Item(item))
+            except BrokenPipeError:
+                return
+            except UserError as error:
+                connection.send(_Failure(str(error), True))
+            except Exception:
+                connection.send(_Failure(traceback.format_exc(), False))
+            else:
+                connection.send(None)
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit, so that what is begun is cleaned up."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

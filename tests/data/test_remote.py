@@ -1,0 +1,318 @@
+"""Remote shards: fetched once, whole, within the limit, whoever is killed and whatever the server does."""
+
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from disttempnet.config import SourceConfig
+from disttempnet.data import (
+    EpochPlan,
+    PairDataset,
+    PlanSampler,
+    embedded_shards,
+    make_loader,
+    open_index,
+    open_source,
+    remote,
+    train_transform,
+)
+from disttempnet.data.remote import RemoteStore
+from disttempnet.data.store import State, state_of
+from disttempnet.data.verifying import verify
+from disttempnet.errors import UserError
+
+from .serving import Server, serving
+
+SIZE = 300_000  # bytes of a shard here: more than the two ends that a fingerprint reads
+NAMES = [f"{n:05d}.tar" for n in range(5)]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Five files of noise."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        (folder / name).write_bytes(np.random.default_rng(number).bytes(SIZE))
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def store(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteStore:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    return RemoteStore(server.url, str(tmp_path / "cache"), limit_gb=1.0)
+
+
+def content(store: RemoteStore, name: str, expected: State | None = None) -> bytes:
+    descriptor = store.open(name, expected)
+    try:
+        return os.pread(descriptor, 10 * SIZE, 0)
+    finally:
+        os.close(descriptor)
+
+
+def cached(store: RemoteStore) -> list[str]:
+    return sorted(path.name for path in store.folder.rglob("*.tar"))
+
+
+def begun(store: RemoteStore) -> list[Path]:
+    return list(store.root.rglob("*.part"))
+
+
+def test_a_shard_is_fetched_once(server: Server, store: RemoteStore) -> None:
+    known = {name: state_of(server.folder / name) for name in NAMES}
+    assert store.states(NAMES) == known
+    assert server.wholes == [], "a fingerprint reads two ends"
+    for _ in range(2):
+        for name in NAMES[:2]:
+            assert content(store, name, known[name]) == (server.folder / name).read_bytes()
+    again = pickle.loads(pickle.dumps(store))
+    assert content(again, NAMES[0], known[NAMES[0]]) == (server.folder / NAMES[0]).read_bytes()
+    assert server.wholes == NAMES[:2]
+    assert not begun(store)
+
+
+def test_a_server_without_ranges(server: Server, store: RemoteStore) -> None:
+    server.ranges = False
+    assert store.state(NAMES[0]) == state_of(server.folder / NAMES[0])
+    (server.folder / NAMES[0]).write_bytes(b"another version")
+    assert store.state(NAMES[0]) == state_of(server.folder / NAMES[0])
+
+
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+def test_other_file_systems(server: Server, tmp_path: Path, protocol: str) -> None:
+    base = f"file://{server.folder}"
+    if protocol == "memory":
+        base = "memory://bucket/folder"
+        for name in NAMES:
+            fsspec.filesystem("memory").pipe_file(f"/bucket/folder/{name}", (server.folder / name).read_bytes())
+    store = RemoteStore(base, str(tmp_path / "cache"))
+    assert store.names() == NAMES
+    for name in NAMES:
+        state = store.state(name)
+        assert state == state_of(server.folder / name)
+        assert content(store, name, state) == (server.folder / name).read_bytes()
+    with pytest.raises(UserError, match=r"9\.tar: no such shard"):
+        store.open("9.tar")
+
+
+def test_the_limit_holds_and_the_oldest_go(server: Server, store: RemoteStore) -> None:
+    store.limit = int(3.5 * SIZE)
+    for name in NAMES[:3]:
+        content(store, name)
+    content(store, NAMES[0])  # used again: now the second is the oldest
+    content(store, NAMES[3])
+    assert cached(store) == [NAMES[0], NAMES[2], NAMES[3]]
+    held = store.open(NAMES[2])
+    content(store, NAMES[4])
+    content(store, NAMES[1])
+    assert cached(store) == [NAMES[1], NAMES[2], NAMES[4]]
+    content(store, NAMES[3])
+    content(store, NAMES[0])
+    assert NAMES[2] in cached(store), "a shard that is open stays"
+    os.close(held)
+    content(store, NAMES[1])
+    assert NAMES[2] not in cached(store)
+
+
+def test_several_urls_share_the_limit(server: Server, store: RemoteStore, tmp_path: Path) -> None:
+    other = RemoteStore(f"file://{server.folder}", str(tmp_path / "cache"))
+    assert other.root == store.root
+    assert other.folder != store.folder
+    content(other, NAMES[0])
+    store.limit = int(1.5 * SIZE)
+    content(store, NAMES[0])
+    assert (cached(other), cached(store)) == ([], NAMES[:1])
+
+
+def test_more_open_than_the_limit_goes_on_with_a_warning(server: Server, store: RemoteStore) -> None:
+    store.limit = int(1.5 * SIZE)
+    first = store.open(NAMES[0])
+    with pytest.warns(UserWarning, match=r"more than the limit .* raise cache_gb"):
+        second = store.open(NAMES[1])
+    assert [os.pread(d, SIZE, 0) for d in (first, second)] == [(server.folder / n).read_bytes() for n in NAMES[:2]]
+    os.close(first)
+    os.close(second)
+
+
+def test_a_shard_that_changed_is_named(server: Server, store: RemoteStore) -> None:
+    name, path = NAMES[0], server.folder / NAMES[0]
+    known = state_of(path)
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(UserError, match=rf"{server.url}/00000\.tar: this shard has changed .*its content is another"):
+        store.open(name, known)
+    path.write_bytes(b"short")
+    with pytest.raises(UserError, match=r"00000\.tar: this shard has changed .*it has 5 bytes, not 300,000"):
+        store.open(name, known)
+    assert cached(store) == []
+    assert not begun(store)
+
+
+def test_a_cached_shard_of_an_older_version_is_fetched_again(server: Server, store: RemoteStore) -> None:
+    name, path = NAMES[0], server.folder / NAMES[0]
+    content(store, name)
+    path.write_bytes(path.read_bytes()[::-1])
+    assert content(store, name, store.state(name)) == path.read_bytes()
+    assert server.wholes == [name, name]
+    (store.folder / name).write_bytes(b"damaged")
+    assert content(store, name, store.state(name)) == path.read_bytes()
+
+
+def test_passing_faults_are_tried_again(server: Server, store: RemoteStore) -> None:
+    server.failures, server.cut = 2, 2
+    expected = state_of(server.folder / NAMES[0])
+    assert content(store, NAMES[0], expected) == (server.folder / NAMES[0]).read_bytes()
+    assert server.wholes == NAMES[:1] * 3
+    assert not begun(store)
+
+
+def test_lasting_faults_name_the_url(server: Server, store: RemoteStore) -> None:
+    server.cut = 99
+    with pytest.raises(UserError, match=rf"{server.url}/00000\.tar: cannot be fetched, 5 attempts failed: "):
+        store.open(NAMES[0])
+    assert len(server.wholes) == 5
+    with pytest.raises(UserError, match=rf"{server.url}/nowhere\.tar: no such shard"):
+        store.open("nowhere.tar")
+    assert cached(store) == []
+    assert not begun(store)
+
+
+def test_unknown_protocols(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gopher://host/x: cannot be opened: .*gopher"):
+        RemoteStore("gopher://host/x", str(tmp_path)).open("0.tar")
+
+
+def test_a_full_disk_is_one_line(server: Server, store: RemoteStore) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"00000\.tar: cannot be written: File too large; make room, set"):
+            store.open(NAMES[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert server.wholes == NAMES[:1], "not a fault of the server: no further attempt"
+    assert not begun(store)
+    assert len(content(store, NAMES[0])) == SIZE
+
+
+def _read(store: RemoteStore, names: list[str], sizes: "multiprocessing.Queue[int]") -> None:
+    for name in names:
+        sizes.put(len(content(store, name)))
+
+
+def start(store: RemoteStore, names: list[str]) -> tuple[multiprocessing.Process, "multiprocessing.Queue[int]"]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([remote.__name__])
+    sizes = context.Queue()
+    process = context.Process(target=_read, args=(store, names, sizes))
+    process.start()
+    return process, sizes
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within a minute")
+
+
+def test_two_processes_fetch_a_shard_once(server: Server, store: RemoteStore) -> None:
+    server.pause = 0.02
+    processes = [start(store, NAMES) for _ in range(2)]
+    for process, sizes in processes:
+        assert [sizes.get(timeout=60) for _ in NAMES] == [SIZE] * len(NAMES)
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(server.wholes) == NAMES
+
+
+def test_a_killed_download_leaves_nothing_half(server: Server, store: RemoteStore) -> None:
+    server.pause = 0.2
+    killed, sizes = start(store, NAMES[:1])
+    wait_for(lambda: any(part.stat().st_size for part in begun(store)))
+    os.kill(killed.pid or 0, signal.SIGKILL)
+    killed.join()
+    server.pause = 0.0
+    assert len(begun(store)) == 1
+    assert cached(store) == []
+    store.limit = int(1.5 * SIZE)
+    content(store, NAMES[1])  # no room is kept for what a killed process began
+    assert not begun(store)
+    assert content(store, NAMES[0]) == (server.folder / NAMES[0]).read_bytes()
+    sizes.close()
+
+
+def test_a_killed_reader_holds_nothing(server: Server, store: RemoteStore) -> None:
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_hold, args=(store, NAMES[0]))
+    process.start()
+    wait_for(lambda: cached(store) == NAMES[:1])
+    time.sleep(0.2)
+    store.limit = int(1.5 * SIZE)
+    with pytest.warns(UserWarning, match="more than the limit"):
+        content(store, NAMES[1])
+    assert cached(store) == NAMES[:2]
+    process.kill()
+    process.join()
+    content(store, NAMES[2])
+    assert cached(store) == NAMES[2:3]
+
+
+def _hold(store: RemoteStore, name: str) -> None:
+    store.open(name)
+    time.sleep(60)
+
+
+def test_training_data_from_a_server(tmp_path: Path) -> None:
+    """Indexed through the cache, read by loader workers with less room than the data take, verified."""
+    local = embedded_shards("emoji/train")
+    names = sorted(path.name for path in local.glob("*.tar"))
+    taken = sum((local / name).stat().st_size for name in names)
+    pattern = f"{{{names[0][:5]}..{names[-1][:5]}}}.tar"
+    expected = open_index("embedded:emoji/train", progress=False)
+    with serving(local) as server:
+        spec, limit = f"{server.url}/{pattern}", taken / 1.2e9
+        source = SourceConfig(path=spec, cache=str(tmp_path), cache_gb=limit)
+        index = open_index(spec, "", False, "", str(tmp_path), limit)
+        assert index.digest == expected.digest
+        assert sorted(server.wholes) == names
+        assert index.path.is_relative_to(tmp_path)
+        kept = sum(path.stat().st_size for path in tmp_path.rglob("*.tar"))
+        assert kept <= limit * 1e9 < taken
+        assert "http://127.0.0.1" in index.where
+        for sample in (0, 17, len(index) - 1):
+            assert index.image_bytes(sample) == expected.image_bytes(sample)
+        index.close()
+        dataset = PairDataset(index, train_transform("open_clip", 32), seed=0)
+        plan = EpochPlan(index, 64, lanes=4, seed=0)
+        loader = make_loader(dataset, PlanSampler(plan), tokens, workers=2)
+        ids = np.concatenate([batch.ids.numpy() for batch in islice(loader, 10)])
+        assert ids.tolist() == np.concatenate([plan.local_batch(0, step, 0, 1) for step in range(10)]).tolist()
+        del loader
+        index.close()
+        assert verify(source, workers=1, count=50, progress=False).faults == []
+        changed = local / names[0]
+        original = changed.read_bytes()
+        try:
+            changed.write_bytes(original[::-1])
+            with pytest.raises(UserError, match=rf"{server.url}/{names[0]}: this shard has other content"):
+                open_source([source], progress=False)
+        finally:
+            changed.write_bytes(original)
+
+
+def tokens(captions: Sequence[str]) -> torch.Tensor:
+    return torch.zeros(len(captions), 4, dtype=torch.int64)
