@@ -191,7 +191,10 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
     with distributed.session(timeout_minutes=60.0) as device:
         precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
         subject = _subject(opened, precision, options.compat)
-        distributed.together(lambda: _claim(out, subject) if distributed.is_main() else None)
+        try:
+            distributed.together(lambda: _claim(out, subject) if distributed.is_main() else None)
+        except distributed.OtherRankFailed:
+            return 2  # rank 0 says why
         opened.towers.module.to(device)
         dtype = make_encoder(opened.towers, device, precision, False, 1).text_dtype
         kept = f"{subject.checkpoint}-{str(dtype or 'torch.float32').removeprefix('torch.')}"
