@@ -100,10 +100,11 @@ class Model:
             self.module, _, self.transform = open_clip.create_model_and_transforms(name)
             self.tokenizer = open_clip.get_tokenizer(name)
         self.module.eval()
-        self.texts = self.images = 0
+        self.texts = self.positions = self.images = 0
 
     def encode_text(self, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         self.texts += len(tokens)
+        self.positions += tokens.numel()
         return self.module.encode_text(tokens, normalize=normalize)
 
     def encode_image(self, pixels: torch.Tensor, normalize: bool = False) -> torch.Tensor:
@@ -289,7 +290,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    result: dict[str, Any] = {"tasks": {}, "texts": 0, "images": 0}
+    result: dict[str, Any] = {"tasks": {}, "texts": 0, "text positions": 0, "images": 0}
     started = time.perf_counter(), time.process_time()
     for key in options.tasks.read_text().split():
         with contextlib.redirect_stderr(io.StringIO()):  # a bar a class list
@@ -299,6 +300,7 @@ def main() -> None:
             name: None if value is None or value != value else value for name, value in scores.items()
         }
         result["texts"] += model.texts
+        result["text positions"] += model.positions
         result["images"] += model.images
     result |= {"wall": time.perf_counter() - started[0], "cpu": time.process_time() - started[1]}
     names = (

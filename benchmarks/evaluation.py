@@ -8,7 +8,7 @@ the ImageNet family the true names and its 80 templates, and a part of its true 
 outside the ImageNet family, ObjectNet's among them, are invented and shared by no two tasks.
 
 Each side is one process on one core, from its start to its result file: wall time and CPU time with all children. Texts
-are counted as rows that reach the text tower.
+are counted as rows that reach the text tower, and as their token positions.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the formats' writers; ahead of this folder, which has an evaluation.py too
 FAMILY = {"imagenet1k": 1000, "imagenet_sketch": 1000, "imagenetv2": 1000, "imagenet-a": 200, "imagenet-o": 200}
 FAMILY |= {"imagenet-r": 200}
+COUNTED = ("texts", "text positions", "images")
 GROUPS = {  # metadata of a row: numbers below these
     "wilds/iwildcam": (48, 9, 4, 12, 28, 24, 60, 60, 182, 3),
     "wilds/camelyon17": (5, 50, 2, 5),
@@ -91,7 +92,7 @@ def words_of(key: str, classes: int, prompts: int) -> tuple[list[str], list[str]
     if "face" in key:
         names = [f"{kind}:{kind} number {i}" for kind, n in FACES.items() for i in range(n)]
         return names, [f"{kind}:a photo of a {{c}}" for kind in FACES]
-    names = [f"{key.rpartition('/')[2]} kind {i}" for i in range(classes)]
+    names = [f"kind {i} of {key.rpartition('/')[2]}" for i in range(classes)]  # told apart in the first few tokens
     return names, eighty[:prompts] if prompts <= 80 else eighty
 
 
@@ -135,12 +136,14 @@ def ours(model: str, root: str, out: str, *more: str) -> None:
     from disttempnet.models import open_clip
 
     torch.set_num_threads(1)
-    counted = {"texts": 0, "images": 0}
+    counted = {"texts": 0, "text positions": 0, "images": 0}
     for what, of in {"encode_text": "texts", "encode_image": "images"}.items():
         original = getattr(open_clip.CLIP, what)
 
         def count(self: Any, rows: Any, *args: Any, _call: Any = original, _of: str = of, **kwargs: Any) -> Any:
             counted[_of] += len(rows)
+            if _of == "texts":
+                counted["text positions"] += rows.numel()
             return _call(self, rows, *args, **kwargs)
 
         setattr(open_clip.CLIP, what, count)
@@ -181,7 +184,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     way += ["--tasks", str(folder / "tasks"), "--out", str(folder / "theirs.json")]
     result["clip-benchmark"] = measured(way, options.core, folder / "cache")
     theirs = json.loads((folder / "theirs.json").read_text(encoding="utf-8"))
-    result["clip-benchmark"] |= {"texts": theirs["texts"], "images": theirs["images"]}
+    result["clip-benchmark"] |= {what: theirs[what] for what in COUNTED}
     command = [sys.executable, __file__, "--ours", str(model), str(root), str(folder / "out")]
     result["ours"] = measured(command, options.core, folder / "cache")
     result["ours"] |= json.loads((folder / "out" / "counted.json").read_text(encoding="utf-8"))
@@ -194,7 +197,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for name, value in metrics.items()
         if value is not None
     )
-    for what in ("wall", "cpu", "texts", "images"):
+    for what in ("wall", "cpu", *COUNTED):
         result[f"clip-benchmark / ours, {what}"] = round(result["clip-benchmark"][what] / result["ours"][what], 2)
     packages = ("torch", "torchvision", "open_clip_torch", "pillow", "numpy")
     own = {"python": platform.python_version(), **{name: version(name) for name in packages}}
@@ -202,11 +205,12 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print("| | wall, s | CPU, s | texts encoded | images encoded |\n|---|--:|--:|--:|--:|")
+    print("| | wall, s | CPU, s | texts encoded | their positions | images encoded |\n|---|--:|--:|--:|--:|--:|")
     for side in ("clip-benchmark", "ours"):
         r = result[side]
-        print(f"| {side} | {r['wall']:.1f} | {r['cpu']:.1f} | {r['texts']:,} | {r['images']:,} |")
-    ratios = [result[f"clip-benchmark / ours, {what}"] for what in ("wall", "cpu", "texts", "images")]
+        counts = " | ".join(f"{r[what]:,}" for what in COUNTED)
+        print(f"| {side} | {r['wall']:.1f} | {r['cpu']:.1f} | {counts} |")
+    ratios = [result[f"clip-benchmark / ours, {what}"] for what in ("wall", "cpu", *COUNTED)]
     print("| times as much | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
 
 
