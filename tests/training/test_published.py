@@ -67,7 +67,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "train.epochs": 30,
     },
 }
-CORRECTED = {"rho": 0.0, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 3e-4}
+CORRECTED = {"rho": 0.0, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 1e-4}
 
 
 def table(name: str) -> dict[str, Any]:
