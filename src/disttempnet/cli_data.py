@@ -27,7 +27,7 @@ fit.
 examples:
   disttempnet data index '/cc12m/{00000..01242}.tar'
   disttempnet data index '/data/{0..3}/{00000..00099}.tar' --workers 32
-  disttempnet data index /recap --caption-key captions --out ~/recap.index
+  disttempnet data index /recap --caption-key captions --index ~/recap.index
   disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     the first time: store, then: compare
 """
 
@@ -76,55 +76,55 @@ def _add_index(commands: Any) -> None:
         description=INDEX,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    index.add_argument(
-        "patterns", nargs="+", metavar="PATTERN", help="a folder of .tar, or a pattern, as in data.train"
-    )
+    _add_source(index, several=True, listings=False)
     index.add_argument(
         "--checksum", action="store_true", help="hash all bytes of every shard (sha256), and compare with what is known"
     )
-    _add_workers(index)
-    index.add_argument("--caption-key", default="", metavar="KEY", help="captions are under this key of the .json")
-    index.add_argument("--out", default="", metavar="FILE", help="the index (default: beside the shards)")
+    _add_workers(index, "one a GiB of shards, at most one a core")
     index.set_defaults(run=run_index)
 
 
 def run_index(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from disttempnet.data.building import Scan
     from disttempnet.data.indexing import update_index
     from disttempnet.data.summary import index_summary
 
-    specs = [spec for pattern in options.patterns for spec in pattern.split("::")]
-    if options.out and len(specs) > 1:
-        raise UserError(f"--out names one index, but there are {len(specs)} patterns: index them one by one")
-    workers = _workers(options)
-    console = Console()
-    for spec in specs:
-        how = Scan(options.caption_key, workers, options.checksum)
-        index, news = update_index(spec, str(Path(options.out)) if options.out else "", how)
+    workers, console = _asked_workers(options), Console()
+    for source in _sources(options):
+        index, news = update_index(source, workers, options.checksum)
         console.print(index_summary(index))
         console.print(news, markup=False, highlight=False)
     return 0
 
 
-def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """What a source needs to be opened."""
+def _add_source(parser: argparse.ArgumentParser, several: bool = False, listings: bool = True) -> None:
+    """What a source needs to be opened; with `listings`, one that is no shards too."""
     if several:
         parser.add_argument("spec", nargs="+", metavar="SPEC", help=SPEC)
     else:
         parser.add_argument("spec", metavar="SPEC", help=SPEC)
     parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
-    parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
-    parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
+    if listings:
+        parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
+        parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
     parser.add_argument("--index", default="", metavar="FILE", help="file of the index (default: beside the data)")
+    parser.add_argument("--cache", default="", metavar="DIR", help="remote shards: folder that they are kept in")
+    parser.add_argument("--cache-gb", type=float, metavar="GB", help="remote shards: what they may take (default: 100)")
 
 
-def _source(options: argparse.Namespace, spec: str) -> SourceConfig:
+def _sources(options: argparse.Namespace) -> list[SourceConfig]:
     from disttempnet.config import SourceConfig
 
-    keys = ("caption_key", "images", "image_key", "index")
-    return SourceConfig(path=spec, **{key: getattr(options, key) for key in keys})
+    given = [options.spec] if isinstance(options.spec, str) else options.spec
+    specs = [spec for one in given for spec in one.split("::")]
+    if options.index and len(specs) > 1:
+        raise UserError(f"--index names one index, but there are {len(specs)} data sets: take them one by one")
+    if options.cache_gb is not None and options.cache_gb <= 0:
+        raise UserError(f"--cache-gb {options.cache_gb:g}: more than 0")
+    keys = ("caption_key", "images", "image_key", "index", "cache", "cache_gb")
+    values = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
+    return [SourceConfig(path=spec, **values) for spec in specs]
 
 
 def _add_preview(parts: Any) -> None:
@@ -141,23 +141,28 @@ def _preview(options: argparse.Namespace) -> int:
     from disttempnet.data.preview import write_preview
 
     out = Path(options.out)
-    note = write_preview(open_source([_source(options, options.spec)]), out, options.count, options.seed)
+    note = write_preview(open_source(_sources(options)), out, options.count, options.seed)
     print(f"preview: {out.resolve()}")
     if note:
         print(f"  {note}")
     return 0
 
 
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+def _add_workers(parser: argparse.ArgumentParser, default: str = "one a core") -> None:
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help=f"processes (default: {default})")
+
+
+def _asked_workers(options: argparse.Namespace) -> int:
+    """As many as were asked for; 0 where none were."""
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers}: a number of processes, 0 for the default")
+    return int(options.workers)
 
 
 def _workers(options: argparse.Namespace) -> int:
     from disttempnet.data.workers import cores
 
-    if options.workers < 0:
-        raise UserError(f"--workers {options.workers}: a number of processes, 0 for as many as there are cores")
-    return options.workers or cores()
+    return _asked_workers(options) or cores()
 
 
 def _add_verify(parts: Any) -> None:
@@ -184,9 +189,9 @@ def _verify(options: argparse.Namespace) -> int:
 
     workers, everything = _workers(options), []
     with stopped_by_sigterm():
-        for spec in options.spec:
-            checked, faults = verify(_source(options, spec), workers, options.sample, options.seed)
-            print(f"{spec}: {checked:,} samples read, {_count_faults(faults)}")
+        for source in _sources(options):
+            checked, faults = verify(source, workers, options.sample, options.seed)
+            print(f"{source.path}: {checked:,} samples read, {_count_faults(faults)}")
             if faults:
                 Console().print(fault_table(faults), markup=False)
             everything += faults
@@ -238,7 +243,7 @@ def _shard(options: argparse.Namespace) -> int:
     recipe = Recipe(options.samples_per_shard, options.resize, options.quality)
     out, workers = Path(options.out), _workers(options)
     with stopped_by_sigterm():
-        written = write_shards(open_source([_source(options, options.spec)]), out, recipe, workers)
+        written = write_shards(open_source(_sources(options)), out, recipe, workers)
         print(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
         if written.faults:
             print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")

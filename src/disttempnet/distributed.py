@@ -122,7 +122,7 @@ def gather_objects(value: object) -> list:
     return values
 
 
-class OtherRankFailed(RuntimeError):
+class OtherRankFailed(UserError):
     """What another rank raised in `together`."""
 
 
@@ -136,9 +136,10 @@ def together(action: Callable[[], Result]) -> Result:
         return action()
     try:
         result, error = action(), None
-    except Exception as caught:
+    except Exception as caught:  # of any kind: the others must hear of it
         result, error = None, caught
-    for number, message in enumerate(gather_objects(None if error is None else f"{type(error).__name__}: {error}")):
+    told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    for number, message in enumerate(gather_objects(None if error is None else told)):
         if error is not None:
             raise error
         if message is not None:

@@ -6,13 +6,15 @@ import os
 import pickle
 import re
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from disttempnet.data import ShardIndex, embedded_shards, open_index, resolve_shards
+from disttempnet.data import PairDataset, ShardIndex, UnreadableImage, embedded_shards, open_index, resolve_shards
 from disttempnet.data.shards import expand_braces
 from disttempnet.errors import UserError
 from gloo import Pools
@@ -64,9 +66,32 @@ def test_ranges_in_folders(tmp_path: Path) -> None:
         for name in ("00.tar", "01.tar"):
             write_shard(tmp_path / folder / name, {"same": sample(int(folder) * 2 + int(name[1]))})
     index = open_index(f"{tmp_path}/{{0..1}}/{{00..01}}.tar", progress=False)
-    assert index.path == tmp_path / "0..1-00..01.index"
+    assert re.fullmatch(r"0\.\.1-00\.\.01-\w{8}\.index", index.path.name)
+    assert index.path.parent == tmp_path
     assert [index.name(n) for n in range(4)] == ["0/00.tar:same", "0/01.tar:same", "1/00.tar:same", "1/01.tar:same"]
     assert [index.captions(n) for n in range(4)] == [(f"caption {n}",) for n in range(4)]
+
+
+def test_every_pattern_has_an_index_of_its_own(tmp_path: Path) -> None:
+    patterns = [
+        "{1,2}{3,4}",
+        "{1,23,4}",
+        "{1,2}/{3,4}",
+        "{1,2}-{3,4}",
+        "1-3",
+        "{1..2}",
+        "0{1..2}",
+        "{01..2}",
+        "{01..02}",
+    ]
+    patterns += ["x{1..2}y", "{x1..2y,a}", "all", "2", "{1..2}0", "{1..20}"]
+    for name in {name for pattern in patterns for name in expand_braces(pattern)}:
+        (tmp_path / f"{name}.tar").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.tar").touch()
+    labels = [resolve_shards(f"{tmp_path}/{pattern}.tar").label for pattern in patterns]
+    assert len({*labels, resolve_shards(str(tmp_path)).label}) == len(patterns) + 1
+    assert [labels[n] for n in (5, 8, 9, 12)] == ["1..2", "01..02", "x1..2y", "2"]
+    assert not [label for label in labels if re.search(r"[{}/]", label)]
 
 
 def test_names_that_climb_are_names_only(tmp_path: Path) -> None:
@@ -175,6 +200,17 @@ def test_reads_names_longer_than_a_header(tmp_path: Path, format: int) -> None:
     index = open_index(str(tmp_path), progress=False)
     assert [index.name(n) for n in range(len(index))] == [f"0.tar:{key}", "0.tar:next"]
     assert index.metadata(0) == {"number": 3}
+
+
+def test_links_with_long_targets_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as shard:
+        link = _entry("folder/" * 30 + "link.png", tarfile.SYMTYPE)
+        link.linkname = "target/" * 30
+        for entry in (_member("a.png"), _member("a.txt"), (link, None), _member("b.png"), _member("b.txt")):
+            shard.addfile(*entry)
+    index = open_index(str(tmp_path), progress=False)
+    assert index.problems() == ""
+    assert [index.captions(n) for n in range(len(index))] == [("a.txt",), ("b.txt",)]
 
 
 def test_a_sample_is_a_run_of_members_of_one_key(tmp_path: Path) -> None:
@@ -343,7 +379,7 @@ def test_shards_that_differ_from_the_index(shards: Write, fault: Callable[[Path]
     fault(folder)
     text = refusal(folder)
     assert re.search(message, text), text
-    assert f"or index again: disttempnet data index '{folder}'" in text
+    assert f"or index again: disttempnet data index {folder} (older" in text
     assert "older checkpoints will not fit" in text
 
 
@@ -356,12 +392,61 @@ def _same_size(folder: Path) -> Path:
 def test_a_shard_that_changes_while_it_is_read(shards: Write) -> None:
     folder = shards(3, 2)
     index = open_index(str(folder), progress=False)
+    assert index.captions(4) == ("caption 4",)
     os.truncate(folder / "00001.tar", 1000)
     with pytest.raises(UserError, match=r"00001\.tar: ends inside sample 4: .*restore it"):
         index.image_bytes(4)
     (folder / "00000.tar").unlink()
     with pytest.raises(UserError, match=r"00000\.tar: cannot be read: No such file"):
         index.image_bytes(0)
+
+
+def test_a_name_that_cannot_be_read_is_the_id(shards: Write) -> None:
+    """Messages name samples; a header that is damaged by then must not hide what they say."""
+    index = open_index(str(shards(3, 2)), progress=False)
+    assert index.captions(3) == ("caption 3",)  # now the shard is open
+    with (index.folder / "00001.tar").open("r+b") as file:
+        file.write(b"x" * 512)
+    assert index.name(3) == "00001.tar:sample 3"
+    dataset = PairDataset(index, _unreadable, seed=0)
+    with pytest.raises(UserError, match=r"100 samples in a row cannot be read, .* 00001\.tar:sample 3: broken$"):
+        dataset[0, 3]
+
+
+def _unreadable(data: bytes, seed: int) -> torch.Tensor:
+    raise UnreadableImage("broken")
+
+
+def test_the_next_usable_sample(shards: Write) -> None:
+    index = open_index(str(shards(3)), progress=False)
+    index.status = np.ones(5_000_000, dtype=np.uint8)
+    with pytest.raises(UserError, match="no sample of this data is usable"):
+        index.next_usable(7)
+    index.status[[7, 4_999_000]] = 0
+    begun = time.process_time()
+    places = (0, 6, 7, 8, 4_998_999, 4_999_000, 4_999_999)
+    assert [index.next_usable(n) for n in places] == [7, 7, 4_999_000, 4_999_000, 4_999_000, 7, 7]
+    index.status[7] = 1
+    assert index.next_usable(4_999_000) == 4_999_000  # all around
+    assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("by", ["rewriting", "renaming", "cutting"])
+def test_a_shard_that_is_replaced_after_the_start_is_refused(shards: Write, by: str) -> None:
+    folder = _same_size(shards(3, 2))
+    index = open_index(str(folder), progress=False)
+    assert index.captions(2) == ("caption 1",)
+    index.close()
+    if by == "renaming":
+        os.replace(folder / "00000.tar", folder / "00001.tar")
+    elif by == "rewriting":
+        (folder / "00001.tar").write_bytes((folder / "00000.tar").read_bytes())
+    else:
+        os.truncate(folder / "00001.tar", 512)
+    what = "it has 512 bytes, not 10,240" if by == "cutting" else "its content is another"
+    for reader in (index, pickle.loads(pickle.dumps(index))):
+        with pytest.raises(UserError, match=rf"00001\.tar: this shard has changed since it was indexed: {what}\. Res"):
+            reader.captions(2)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])

@@ -9,7 +9,7 @@ import pytest
 from disttempnet.cli import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_index
-from disttempnet.data.building import Scan, build_index
+from disttempnet.data.building import Scan, build_shard_index
 from disttempnet.data.shards import resolve_shards
 from disttempnet.data.verifying import verify
 
@@ -78,7 +78,7 @@ def test_checksums_find_what_a_fingerprint_cannot(tmp_path: Path) -> None:
     big = {f"{n:09d}": {**sample(n), "cls": bytes(50_000)} for n in range(6)}
     path = write_shard(tmp_path / "0.tar", big)
     shards = resolve_shards(str(tmp_path))
-    build_index(shards, tmp_path / "all.index", Scan(checksum=True, progress=False))
+    build_shard_index(shards, tmp_path / "all.index", Scan(checksum=True, progress=False))
     assert found(tmp_path) == []
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from multiprocessing import connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from disttempnet.data.index import COLUMNS, Shard, ShardIndex, explained, load_index, writable, write_index
 from disttempnet.data.journal import Journal
+from disttempnet.data.meter import Meter
 from disttempnet.data.scan import scan_shard
 from disttempnet.data.shards import ShardList, fingerprint
 from disttempnet.data.store import ShardStore, State
+from disttempnet.data.workers import LostWorker, cores, run_jobs
 from disttempnet.errors import UserError
 
 A_PROCESS = 1 << 30  # bytes of shards that are worth a process more
@@ -46,8 +36,8 @@ class Scan:
     progress: bool = True
 
 
-def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
-    """Scan what is not known yet, and write the index.
+def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
+    """Scan what is not known yet, by this or another index of the folder, and write the index.
 
     Ids follow the order of `known`, shards that it lacks come after its last in the order of `shards`. So ids stay
     unless a shard of `known` is gone, or holds another number of samples.
@@ -56,7 +46,7 @@ def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | No
         shards: what the index is of.
         path: where it is written.
         how: to scan.
-        known: an earlier index of the same folder and caption key.
+        known: an earlier index of these shards with the same caption key.
 
     Raises:
         UserError: a shard is no tar, none holds a usable sample, a checksum has changed, a process was killed, or
@@ -71,9 +61,11 @@ def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | No
     try:
         if known is None and path.is_file():  # made by another process, while this one waited for the journal
             return load_index(path, shards.folder, store=store)
-        old = {shard.name: shard for shard in known.shards} if known else {}
-        same = {name: shard for name, shard in old.items() if states.get(name) == (shard.size, shard.fingerprint)}
-        entries = {} if how.checksum else dict(same)  # what was hashed before is hashed again and compared
+        old = [shard.name for shard in known.shards] if known else []
+        same = _unchanged(known, states) if known else {}
+        same |= _indexed_elsewhere(shards, path, how.caption_key, {n: states[n] for n in states.keys() - same.keys()})
+        # what was hashed before is hashed again and compared
+        entries = {} if how.checksum else {name: place.shard for name, place in same.items()}
         for name, shard in journal.shards.items():
             if states.get(name) == (shard.size, shard.fingerprint) and (shard.checksum or not how.checksum):
                 entries[name] = shard
@@ -82,81 +74,88 @@ def build_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | No
         entries |= {name: journal.shards[name] for name in todo}
         _compare_checksums(store, same, entries, journal)
         order = [name for name in old if name in entries] + [name for name in shards.names if name not in old]
-        if known and not todo and order == list(old):
-            return known
-        index = _write(path, store, [entries[name] for name in order], journal, known)
+        if known and not todo and [entries[name] for name in order] == list(known.shards):
+            index = known
+        else:
+            index = _write(path, store, [entries[name] for name in order], journal, same)
         journal.remove()
         return index
     finally:
         journal.close()
 
 
+class Place(NamedTuple):
+    """Where an index has a shard: the ids [first, end)."""
+
+    shard: Shard
+    index: ShardIndex
+    first: int
+    end: int
+
+
+def _unchanged(index: ShardIndex, states: Mapping[str, State]) -> dict[str, Place]:
+    """By name, the shards that are in this index as they are now."""
+    places = (Place(shard, index, *ids) for shard, ids in zip(index.shards, pairwise(index.first), strict=True))
+    return {
+        place.shard.name: place
+        for place in places
+        if states.get(place.shard.name) == (place.shard.size, place.shard.fingerprint)
+    }
+
+
+def _indexed_elsewhere(
+    shards: ShardList, path: Path, caption_key: str, states: Mapping[str, State]
+) -> dict[str, Place]:
+    """Those of these shards that an index of another pattern of the folder holds as they are now."""
+    found: dict[str, Place] = {}
+    for other in sorted(shards.folder.glob("*.index")):
+        with suppress(UserError):  # of a listing, or damaged: then it is passed over
+            index = load_index(other, shards.folder, store=shards.store)
+            if other != path and index.caption_key == caption_key and (more := _unchanged(index, states)):
+                load_index(other, shards.folder, verify=True)  # before its columns are copied
+                found |= more
+    return found
+
+
 def _scan_all(store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan, journal: Journal) -> None:
     """Scan these shards into the journal; those that are no tars are named after all others."""
     broken: list[str] = []
-    columns = (
-        TextColumn("indexing {task.fields[shards]} shards"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not how.progress or not todo) as bar:
-        task = bar.add_task("", total=sum(state.size for state in todo.values()), shards=f"0/{len(todo):,}")
-        for done, (name, result) in enumerate(_scans(store, todo, path, how), 1):
-            if isinstance(result, UserError):
-                broken.append(str(result))
-            else:
-                with explained(path):
-                    journal.append(*result)
-            bar.update(task, advance=todo[name].size, shards=f"{done:,}/{len(todo):,}")
+    tasks = [Task(name, state) for name, state in todo.items()]
+    size = sum(state.size for state in todo.values())
+    scans = run_jobs(partial(_scan, store, how), tasks, how.workers or min(cores(), 1 + size // A_PROCESS))
+    meter = Meter(f"indexing {len(todo):,} shards", size, sizes=True, active=how.progress and bool(todo))
+    with closing(scans), meter:
+        try:
+            for task, result in scans:
+                if isinstance(result, UserError):
+                    broken.append(str(result))
+                else:
+                    with explained(path):
+                        journal.append(*result)
+                meter.advance(task.state.size)
+        except LostWorker as error:
+            raise UserError(f"{path}: {error}; what is scanned is kept, the same command goes on from there") from None
     if broken:
         more = f" (and {len(broken) - 1} more shards cannot be read)" if len(broken) > 1 else ""
         raise UserError(sorted(broken)[0] + more)
 
 
+class Task(NamedTuple):
+    """A shard to scan."""
+
+    name: str
+    state: State
+
+    def __str__(self) -> str:
+        return self.name
+
+
 Scanned = tuple[Shard, dict[str, bytes]]
 
 
-def _scans(
-    store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan
-) -> Iterator[tuple[str, Scanned | UserError]]:
-    """(name, entry and columns) of shards as they are done, or what is wrong with one."""
-    cores = len(os.sched_getaffinity(0))
-    size = sum(state.size for state in todo.values())
-    workers = min(how.workers or min(cores, 1 + size // A_PROCESS), len(todo))
-    if workers <= 1:
-        for name, state in todo.items():
-            yield name, _scan_one(store, name, state, how)
-        return
-    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, _start_worker)
-    try:
-        waiting = {pool.submit(_scan_one, store, name, state, how): name for name, state in todo.items()}
-        for future in as_completed(list(waiting)):
-            yield waiting.pop(future), future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"{path}: a process that scanned shards was killed (short of memory?); what is scanned is kept, "
-            "the same command goes on from there"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is for the parent to answer; a worker ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def follow() -> None:
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _scan(store: ShardStore, how: Scan, task: Task) -> Iterator[Scanned | UserError]:
+    """A worker's job: entry and columns of a shard, or what is wrong with it."""
+    yield _scan_one(store, *task, how)
 
 
 def _scan_one(store: ShardStore, name: str, state: State, how: Scan) -> Scanned | UserError:
@@ -181,10 +180,10 @@ def _checksum(path: Path) -> str:
 
 
 def _compare_checksums(
-    store: ShardStore, before: Mapping[str, Shard], now: Mapping[str, Shard], journal: Journal
+    store: ShardStore, before: Mapping[str, Place], now: Mapping[str, Shard], journal: Journal
 ) -> None:
     """Raise UserError if a shard of the same size and fingerprint has another checksum than it had."""
-    changed = [name for name, shard in before.items() if shard.checksum not in ("", now[name].checksum)]
+    changed = [name for name, place in before.items() if place.shard.checksum not in ("", now[name].checksum)]
     if changed:
         journal.remove()  # a restored shard looks the same, so it must be read again
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -192,20 +191,18 @@ def _compare_checksums(
 
 
 def _write(
-    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, known: ShardIndex | None
+    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, places: Mapping[str, Place]
 ) -> ShardIndex:
-    """The index of these shards, with columns from the journal, or else from the known index."""
+    """The index of these shards, with columns from the journal, or else from where they are known."""
     scanned = journal.columns()
-    names = [shard.name for shard in known.shards] if known else []
-    places = dict(zip(names, pairwise(known.first), strict=True)) if known else {}
 
     def pieces(column: str) -> Iterator[bytes | memoryview]:
         for shard in entries:
             if journal.shards.get(shard.name) is shard:
                 yield scanned[shard.name][column]
             else:
-                first, end = places[shard.name]
-                yield getattr(known, column)[first:end].tobytes()
+                place = places[shard.name]
+                yield getattr(place.index, column)[place.first : place.end].tobytes()
 
     with writable(path) as temporary:
         write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disttempnet.data.scan import REASONS, Tally, json_captions
-from disttempnet.data.shards import read_member, split_name
+from disttempnet.data.shards import BrokenTar, read_member, split_name
 from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.data.store import LocalStore, ShardStore, State
 from disttempnet.errors import UserError
@@ -119,10 +120,11 @@ class ShardIndex(Source):
         return json.loads(self._read(sample, JSON)) if self.spans[sample, JSON, 1] else None
 
     def name(self, sample: int) -> str:
-        """`SHARD.tar:KEY`, with the key read from the shard."""
-        shard = self.group_of(sample)
-        member = read_member(self._file(shard), int(self.start[sample]))
-        key = split_name(member.name)[0] if member else "?"
+        """`SHARD.tar:KEY`, with the key read from the shard; its id where that cannot be read any more."""
+        shard, key = self.group_of(sample), f"sample {sample}"
+        with suppress(BrokenTar):
+            if member := read_member(self._file(shard), int(self.start[sample])):
+                key = split_name(member.name)[0]
         return f"{self.shards[shard].name}:{key}"
 
     def reason(self, sample: int) -> str:
@@ -233,7 +235,8 @@ def write_index(
 @contextmanager
 def writable(path: Path) -> Iterator[Path]:
     """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # process ids repeat on the nodes that share a disk
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shlex
 from pathlib import Path
-from typing import TypeVar
 
 from disttempnet import distributed
-from disttempnet.data.building import Scan, build_index
+from disttempnet.config import SourceConfig
+from disttempnet.data.building import Scan, build_shard_index
 from disttempnet.data.index import ShardIndex, load_index
 from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.store import CACHE_GB
 from disttempnet.errors import UserError
-
-Result = TypeVar("Result")
 
 
 def open_index(
@@ -38,41 +36,48 @@ def open_index(
         UserError: shards are missing, renamed, additional or changed since they were indexed, are no tars, or
             the index cannot be written. Every rank raises.
     """
+    source = SourceConfig(path=spec, index=index_path, caption_key=caption_key, cache=cache, cache_gb=cache_gb)
 
     def build() -> None:
-        shards = resolve_shards(spec, cache, cache_gb)
-        path = index_file(shards, index_path, caption_key)
+        shards = shards_of(source)
+        path = shard_index_file(shards, source)
         if distributed.is_main() and not path.is_file():
-            build_index(shards, path, Scan(caption_key, progress=progress))
+            build_shard_index(shards, path, Scan(caption_key, progress=progress))
 
     def load() -> ShardIndex:
-        shards = resolve_shards(spec, cache, cache_gb)
-        index = load_known(shards, index_file(shards, index_path, caption_key), caption_key)
-        check_shards(index, shards, spec)
+        shards = shards_of(source)
+        index = load_known(shards, source)
+        check_shards(index, shards, source)
         return index
 
-    _on_all_ranks(build)  # the others wait here, no longer than the process group's timeout
-    index = _on_all_ranks(load)
+    distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    index = distributed.together(load)
     if len(set(distributed.gather_objects(index.digest))) > 1:
         raise UserError(f"{index.path}: the ranks see different indexes; give every node the same shards")
     return index
 
 
-def update_index(spec: str, index_path: str, how: Scan) -> tuple[ShardIndex, str]:
+def update_index(
+    source: SourceConfig, workers: int = 0, checksum: bool = False, progress: bool = True
+) -> tuple[ShardIndex, str]:
     """Make the index of shards, or bring it up to date: what `disttempnet data index` does.
+
+    Args:
+        source: the shards.
+        workers, checksum, progress: see `Scan`.
 
     Returns:
         the index, and what is new in a line.
 
     Raises:
-        UserError: as `build_index`.
+        UserError: as `build_shard_index`.
     """
-    shards = resolve_shards(spec)
-    path = index_file(shards, index_path, how.caption_key)
-    known = load_known(shards, path, how.caption_key) if path.is_file() else None
-    index = build_index(shards, path, how, known)
+    shards = shards_of(source)
+    path = shard_index_file(shards, source)
+    known = load_known(shards, source) if path.is_file() else None
+    index = build_shard_index(shards, path, Scan(source.caption_key, workers, checksum, progress), known)
     news = _news(known, index) if known else "indexed for the first time"
-    if known and how.checksum:
+    if known and checksum:
         compared = sum(1 for shard in known.shards if shard.checksum)
         news += f"; checksums that were known and are the same: {compared:,}"
     return index, news
@@ -94,67 +99,67 @@ def _news(known: ShardIndex, index: ShardIndex) -> str:
     return f"{what}: ids 0 to {len(known) - 1:,} stay, the new ones come after them"
 
 
-def load_known(shards: ShardList, path: Path, caption_key: str) -> ShardIndex:
-    """An index file, whole and of this caption key. Raises UserError."""
+def shards_of(source: SourceConfig) -> ShardList:
+    """The shards that a source names. Raises UserError."""
+    return resolve_shards(source.path, source.cache, source.cache_gb)
+
+
+def load_known(shards: ShardList, source: SourceConfig) -> ShardIndex:
+    """The index of these shards as it was made, whole and of this caption key. Raises UserError."""
+    path = shard_index_file(shards, source)
     index = load_index(path, shards.folder, verify=True, store=shards.store)
-    if index.caption_key != caption_key:
+    if index.caption_key != source.caption_key:
         raise UserError(
-            f"{path}: indexed with caption key '{index.caption_key}', not '{caption_key}'; name another index file"
+            f"{path}: indexed with caption key '{index.caption_key}', not '{source.caption_key}'; name another index "
+            "file"
         )
     return index
 
 
-def _on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Run it on every rank; if one fails all raise, so that none waits for it."""
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # of any kind: the others must hear of it
-        failure = error
-    messages = distributed.gather_objects(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise UserError(f"rank {rank}: {message}")
-    return result
-
-
-def index_file(shards: ShardList, index_path: str, caption_key: str = "") -> Path:
-    """Where the index of these shards is."""
-    if not index_path:
-        key = "." + re.sub(r"[^\w-]", "_", caption_key) if caption_key else ""
+def shard_index_file(shards: ShardList, source: SourceConfig) -> Path:
+    """Where the index of these shards is. Raises UserError."""
+    if not source.index:
+        key = "." + re.sub(r"[^\w-]", "_", source.caption_key) if source.caption_key else ""
         return shards.folder / f"{shards.label}{key}.index"
-    path = Path(index_path).expanduser()
+    path = Path(source.index).expanduser()
     if path.is_dir():
         raise UserError(f"{path}: the index would be a folder; name a file")
     return path
 
 
-def check_shards(index: ShardIndex, shards: ShardList, spec: str) -> None:
+def index_command(source: SourceConfig) -> str:
+    """The command that makes an index or brings it up to date, as it can be typed."""
+    words = ["disttempnet", "data", "index", source.path]
+    for key in ("caption_key", "index", "cache", "cache_gb"):
+        if (value := getattr(source, key)) != SourceConfig.model_fields[key].default:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def check_shards(index: ShardIndex, shards: ShardList, source: SourceConfig) -> None:
     """Raise UserError, naming the first shard that differs from what was indexed. Their order is the index's own."""
     known = {shard.name: shard for shard in index.shards}
     found = set(shards.names)
     missing = [name for name in known if name not in found]
     added = [name for name in shards.names if name not in known]
     if added:
-        same = shards.store.state(added[0]).fingerprint
+        same = index.store.state(added[0]).fingerprint
         renamed = [name for name in missing if known[name].fingerprint == same]
         if renamed:
-            _refuse(index, spec, added[0], f"was renamed: it was indexed as {renamed[0]}", "Rename it back")
-        _refuse(index, spec, added[0], "was not there when these were indexed", "Take it out of the folder")
+            _refuse(index, source, added[0], f"was renamed: it was indexed as {renamed[0]}", "Rename it back")
+        _refuse(index, source, added[0], "was not there when these were indexed", "Take it out of the folder")
     if missing:
-        _refuse(index, spec, missing[0], f"is missing: indexed were {_known(index, missing[0])}", "Restore it")
-    states = shards.store.states(tuple(known))
+        _refuse(index, source, missing[0], f"is missing: indexed were {_known(index, missing[0])}", "Restore it")
+    states = index.store.states(tuple(known))
     for name, shard in known.items():
         size, now = states[name]
         if size != shard.size:
             change = "cut off" if size < shard.size else "changed"
             what = f"was {change}: it has {size:,} bytes, indexed were {_known(index, name)}"
-            _refuse(index, spec, name, what, "Restore it")
+            _refuse(index, source, name, what, "Restore it")
         if now != shard.fingerprint:
             what = f"has other content than what was indexed, {_known(index, name)}"
-            _refuse(index, spec, name, what, "Restore it")
+            _refuse(index, source, name, what, "Restore it")
 
 
 def _known(index: ShardIndex, name: str) -> str:
@@ -164,8 +169,8 @@ def _known(index: ShardIndex, name: str) -> str:
     return f"{shard.size:,} bytes and {shard.samples:,} samples{ids}"
 
 
-def _refuse(index: ShardIndex, spec: str, name: str, what: str, remedy: str) -> None:
+def _refuse(index: ShardIndex, source: SourceConfig, name: str, what: str, remedy: str) -> None:
     raise UserError(
-        f"{index.store.where(name)}: this shard {what}. {remedy}, or index again: disttempnet data index '{spec}' "
+        f"{index.store.where(name)}: this shard {what}. {remedy}, or index again: {index_command(source)} "
         "(older checkpoints will not fit)"
     )

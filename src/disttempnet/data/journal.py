@@ -1,7 +1,7 @@
 """What is scanned so far, kept on disk while an index is made: a scan that is cut short goes on where it was.
 
-A record a shard, appended whole: length, blake2b, then the shard's entry and columns. A record that is torn or damaged
-ends the journal: what follows is scanned again.
+A record a shard, appended whole: length, blake2b, then the shard's entry and columns. A record that is torn,
+damaged or of another version of this package ends the journal: what follows is scanned again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from disttempnet.data.index import COLUMNS, Shard
 
@@ -40,11 +41,23 @@ class Journal:
         self.path, self.caption_key = index.with_name(f"{index.name}.partial"), caption_key
         self.shards: dict[str, Shard] = {}
         self._columns: dict[str, dict[str, tuple[int, int]]] = {}  # shard → column → (first byte, size) in the file
-        self._file = self.path.open("a+b", buffering=0)
-        with suppress(OSError):  # a disk without locks: two scans at once then cost time, not correctness
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file = self._locked()
         self._end = self._read()
         os.ftruncate(self._file.fileno(), self._end)
+
+    def _locked(self) -> BinaryIO:
+        while True:
+            file: BinaryIO = self.path.open("a+b", buffering=0)
+            with suppress(OSError):  # a disk without locks: two scans at once then cost time, not correctness
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if self._is_at_path(file):
+                return file
+            file.close()  # who had it before has removed it: what is written here would be lost
+
+    def _is_at_path(self, file: BinaryIO) -> bool:
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        return False
 
     def append(self, shard: Shard, columns: Mapping[str, bytes]) -> None:
         """Keep what a shard holds. Raises OSError; then the journal is as it was."""
@@ -79,9 +92,9 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """The index is made, or what is kept is not to be trusted."""
-        with suppress(FileNotFoundError):
-            self.path.unlink()
+        """The index is made, or what is kept is not to be trusted. Another process's journal of this name stays."""
+        if self._is_at_path(self._file):
+            self.path.unlink(missing_ok=True)
 
     def _read(self) -> int:
         """Take in all whole records; returns where they end."""
@@ -94,13 +107,19 @@ class Journal:
             payload = self._file.read(size)
             if len(payload) < size or _digest(payload) != prefix[8:]:
                 break
-            self._note(payload)
+            try:
+                self._note(payload)
+            except (KeyError, TypeError, ValueError):  # of another version of this package
+                break
         return self._end
 
     def _note(self, payload: bytes) -> None:
+        """Take in a record. Raises KeyError, TypeError or ValueError, and takes nothing, where it is no such record."""
         length = int.from_bytes(payload[:8], "little")
         head = json.loads(payload[8 : 8 + length])
         shard = Shard(**head["shard"])
+        if 8 + length + sum(column_bytes(shard.samples).values()) != len(payload):
+            raise ValueError(f"{len(payload):,} bytes")
         begin, places = self._end + _PREFIX + 8 + length, {}
         for name, size in column_bytes(shard.samples).items():
             places[name] = (begin, size)

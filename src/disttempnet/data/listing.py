@@ -18,7 +18,6 @@ from disttempnet import distributed
 from disttempnet.config import SourceConfig
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.index import writable
-from disttempnet.data.indexing import _on_all_ranks
 from disttempnet.data.listing_index import REASONS, Columns, Settings, build_index, load_columns, printable
 from disttempnet.data.parquet import Parquet, ParquetImages
 from disttempnet.data.remote import is_remote
@@ -167,7 +166,7 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
             images are not found. Every rank raises.
     """
     settings = Settings(source.image_key, source.caption_key)
-    layout = _on_all_ranks(lambda: layout_of(source))
+    layout = distributed.together(lambda: layout_of(source))
 
     def build() -> None:
         path = index_file(layout, source.index)
@@ -182,8 +181,8 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
         columns.check(layout, settings)
         return Listing(path, layout.where, columns, _images(layout, columns, source.images))
 
-    _on_all_ranks(build)  # the others wait here, no longer than the process group's timeout
-    listing = _on_all_ranks(load)
+    distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    listing = distributed.together(load)
     if len(set(distributed.gather_objects(listing.digest))) > 1:
         raise UserError(f"{listing.path}: the ranks see different indexes; give every node the same data")
     return listing

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -19,22 +21,24 @@ class Meter:
         total: how many there are to do.
         done: how many of them were done before; they do not count for the rate.
         active: whether to show anything.
+        sizes: the counts are bytes.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, active: bool = True) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, active: bool = True, sizes: bool = False) -> None:
         self.what, self.total, self.done, self._before = what, total, done, done
+        self._text: Callable[[int], str] = decimal if sizes else "{:,}".format
         self.console = Console(stderr=True, quiet=not active, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[rate]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not active or not self.console.is_terminal,
         )
-        self._task = self._bar.add_task(what, total=total, completed=done, rate="")
+        self._task = self._bar.add_task(what, total=total, completed=done, count=self._count, rate="")
 
     def __enter__(self) -> Meter:
         self._begun = self._told = time.monotonic()
@@ -49,8 +53,13 @@ class Meter:
         self.done += count
         now = time.monotonic()
         rate = (self.done - self._before) / max(now - self._begun, 1e-9)
-        self._bar.update(self._task, completed=self.done, rate=f"{rate:,.0f}/s")
+        shown = f"{self._text(round(rate))}/s"
+        self._bar.update(self._task, completed=self.done, count=self._count, rate=shown)
         if not self.console.is_terminal and now - self._told > PLAIN_LINE_SECONDS:
             self._told = now
             eta = timedelta(seconds=round((self.total - self.done) / max(rate, 1e-9)))
-            self.console.print(f"{self.what}  {self.done:,}/{self.total:,}  {rate:,.0f}/s  ETA {eta}")
+            self.console.print(f"{self.what}  {self._count}  {shown}  ETA {eta}")
+
+    @property
+    def _count(self) -> str:
+        return f"{self._text(self.done)}/{self._text(self.total)}"

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from disttempnet.data.cache import cache_folder
-from disttempnet.data.store import CACHE_GB, ShardStore, State, state_by, state_of
+from disttempnet.data.store import CACHE_GB, ShardStore, State, changed, state_by, state_of
 from disttempnet.errors import UserError
 
 ATTEMPTS = 5
@@ -167,7 +167,7 @@ class RemoteStore(ShardStore):
         url = self.where(name)
         size = self._info(name).get("size")
         if expected is not None and size not in (None, expected.size):
-            raise UserError(_changed(url, f"it has {size:,} bytes, not {expected.size:,}"))
+            raise UserError(changed(url, size, expected))
         part = self._reserve(path, size or (expected.size if expected else 0))
         try:
 
@@ -179,8 +179,7 @@ class RemoteStore(ShardStore):
 
             self._try(get, url)
             if expected is not None and (found := state_of(part)) != expected:
-                what = "its content is another" if found.size == expected.size else f"it has {found.size:,} bytes"
-                raise UserError(_changed(url, what))
+                raise UserError(changed(url, found.size, expected))
             os.replace(part, path)
         finally:
             with suppress(FileNotFoundError):
@@ -266,13 +265,6 @@ def _http_timeout() -> Any:
     except ImportError:
         raise UserError("shards over HTTP need aiohttp: pip install 'disttempnet[remote]'") from None
     return aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
-
-
-def _changed(url: str, what: str) -> str:
-    return (
-        f"{url}: this shard has changed since it was indexed: {what}. Restore it, or index again with "
-        "disttempnet data index (older checkpoints will not fit)"
-    )
 
 
 def _lock_of(path: Path) -> Path:

@@ -5,6 +5,7 @@ A sample is a run of consecutive members with the same name up to the first dot 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tarfile
@@ -22,6 +23,9 @@ from disttempnet.errors import UserError
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
+PLAIN = re.compile(r"(?!all$)\w+|(\w*[^\W\d])?\{\d+\.\.\d+\}([^\W\d]\w*)?")  # patterns that need no digest as labels
+# headers whose data is about the next one
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 READ_AHEAD = 2048  # one read brings a header and most captions
 
 
@@ -32,7 +36,7 @@ class ShardList:
     Attributes:
         folder: the innermost one that holds all of them.
         names: their paths from there.
-        label: the spec from there on, without braces and suffix; `all` for a whole folder.
+        label: the spec from there on as a file name, the same for no other spec; `all` for a whole folder.
         remote: who fetches them into that folder; None = they are there.
     """
 
@@ -111,7 +115,12 @@ def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
 
 
 def _label(pattern: str) -> str:
-    return re.sub(r"[{}]", "", pattern.removesuffix(".tar")).replace("/", "-")
+    """A file name for a pattern, another one for each: readable alone where it is a word or one range of numbers."""
+    pattern = pattern.removesuffix(".tar")
+    name = re.sub(r"[{}]", "", pattern).replace("/", "-")
+    if PLAIN.fullmatch(pattern):
+        return name
+    return f"{name}-{hashlib.blake2b(pattern.encode(), digest_size=4).hexdigest()}"
 
 
 def _files_in(folder: Path) -> frozenset[str]:
@@ -190,7 +199,7 @@ def read_member(descriptor: int, offset: int) -> Member | None:
         if info.size < 0:
             raise BrokenTar(f"negative size in the header at byte {offset:,}")
         data = offset + HEADER
-        if info.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE):
+        if info.type not in EXTENSIONS:
             break
         if info.size > MAX_EXTENSION:
             raise BrokenTar(f"extended header of {info.size:,} bytes at byte {offset:,}")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from disttempnet.errors import UserError
 
 OK = 0  # the status of a usable sample
+BLOCK = 4096  # samples whose status is looked at together
 
 
 class UnreadableCaption(ValueError):
@@ -97,10 +98,11 @@ class Source(ABC):
 
     def next_usable(self, sample: int) -> int:
         """The first usable id after this one; after the last id the search starts over."""
-        for _ in range(len(self)):
-            sample = (sample + 1) % len(self)
-            if self.status[sample] == OK:
-                return sample
+        after = sample + 1
+        for start in (*range(after, len(self), BLOCK), *range(0, after, BLOCK)):
+            usable = self.status[start : start + BLOCK] == OK
+            if usable.any():
+                return start + int(usable.argmax())
         raise UserError(f"{self.where}: no sample of this data is usable")
 
     def group_of(self, sample: int) -> int:

@@ -44,6 +44,15 @@ def state_by(size: int, read: Callable[[int, int], bytes]) -> State:
     return State(size, digest.hexdigest())
 
 
+def changed(where: str, size: int, expected: State) -> str:
+    """What a user is told of a shard that has this size, and is not what was indexed."""
+    what = "its content is another" if size == expected.size else f"it has {size:,} bytes, not {expected.size:,}"
+    return (
+        f"{where}: this shard has changed since it was indexed: {what}. Restore it, or index again with "
+        "disttempnet data index (older checkpoints will not fit)"
+    )
+
+
 class ShardStore(ABC):
     """Shards by name; pickled into workers.
 
@@ -102,6 +111,7 @@ class LocalStore(ShardStore):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._seen: dict[str, tuple[tuple[int, int, int], State]] = {}
 
     @property
     def about(self) -> str:
@@ -111,17 +121,37 @@ class LocalStore(ShardStore):
         return str(self.folder / name)
 
     def open(self, name: str, expected: State | None = None) -> int:
-        """See `ShardStore`. What is expected was compared at the start; reads tell if a shard was cut off since."""
+        """See `ShardStore`."""
         try:
-            return os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._gone(name, error) from None
+        try:
+            if expected is not None and (found := self._state_of(name, descriptor)) != expected:
+                raise UserError(changed(self.where(name), found.size, expected))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def state(self, name: str) -> State:
+        self._seen.pop(name, None)
+        descriptor = self.open(name)
         try:
-            return state_of(self.folder / name)
+            return self._state_of(name, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _state_of(self, name: str, descriptor: int) -> State:
+        """Read once by a process, and again where inode, time or size are others."""
+        try:
+            status = os.fstat(descriptor)
+            mark, known = (status.st_ino, status.st_mtime_ns, status.st_size), self._seen.get(name)
+            if known is None or known[0] != mark:
+                known = self._seen[name] = mark, state_of(descriptor)
         except OSError as error:
             raise self._gone(name, error) from None
+        return known[1]
 
     def _gone(self, name: str, error: OSError) -> UserError:
         return UserError(f"{self.where(name)}: cannot be read: {error.strerror}; restore the shard")

@@ -15,10 +15,9 @@ from disttempnet.data import open_source
 from disttempnet.data.decoding import decode
 from disttempnet.data.faults import BAD_SAMPLE, Fault, fault_of, known_faults
 from disttempnet.data.index import Shard, ShardIndex
-from disttempnet.data.indexing import index_file, load_known
+from disttempnet.data.indexing import load_known, shard_index_file, shards_of
 from disttempnet.data.listing import is_listing
 from disttempnet.data.meter import Meter
-from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.source import OK, Source
 from disttempnet.data.store import ShardStore, State
 from disttempnet.data.workers import run_jobs
@@ -60,7 +59,7 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
     faults: list[Fault] = []
     sound = np.ones(len(opened), dtype=bool)
     if isinstance(opened, ShardIndex):
-        faults = compare_shards(opened, _shards_of(source).names)
+        faults = compare_shards(opened, shards_of(source).names)
         if not count:
             faults += _compare_checksums(opened, faults, workers, progress)
         changed = {fault.name for fault in faults}
@@ -73,15 +72,10 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
     return Checked(len(chosen), faults + _read_samples(opened, chosen, workers, progress))
 
 
-def _shards_of(source: SourceConfig) -> ShardList:
-    return resolve_shards(source.path, source.cache, source.cache_gb)
-
-
 def known_index(source: SourceConfig) -> ShardIndex | None:
     """The index of tars as it was made, whatever has become of them since; None where there is none yet."""
-    shards = _shards_of(source)
-    path = index_file(shards, source.index, source.caption_key)
-    return load_known(shards, path, source.caption_key) if path.is_file() else None
+    shards = shards_of(source)
+    return load_known(shards, source) if shard_index_file(shards, source).is_file() else None
 
 
 def compare_shards(index: ShardIndex, names: Sequence[str]) -> list[Fault]:

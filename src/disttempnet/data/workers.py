@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -21,6 +22,10 @@ from disttempnet.errors import UserError
 
 Task = TypeVar("Task")
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a command that SIGTERM ended
+
+
+class LostWorker(UserError):
+    """A worker process ended in the middle of a task."""
 
 
 class _Item(NamedTuple):
@@ -41,7 +46,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Any]]:
+def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int) -> Generator[tuple[Task, Any]]:
     """Run a job for every task; tasks are begun in order, several at a time.
 
     Args:
@@ -53,7 +58,8 @@ def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], worker
         (task, item) for all that `job(task)` yields, in the order of arrival.
 
     Raises:
-        UserError: the job raised one, or a worker was killed.
+        UserError: the job raised one.
+        LostWorker: a worker was killed.
         RuntimeError: any other exception of a job, with its traceback.
     """
     if workers <= 1 or not tasks:
@@ -91,7 +97,7 @@ class _Pool:
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
-                    raise UserError(self._death(connection, task)) from None
+                    raise LostWorker(self._death(connection, task)) from None
                 if isinstance(message, _Item):
                     yield task, message.value
                 elif isinstance(message, _Failure):
@@ -126,6 +132,7 @@ def _work(connection: Connection, job: Callable[[Any], Iterator[Any]]) -> None:
     """A worker: tasks come in, items go out, until the other end of the connection is closed or its owner dead."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the command, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with suppress(EOFError, OSError):
         while True:
@@ -141,6 +148,14 @@ def _work(connection: Connection, job: Callable[[Any], Iterator[Any]]) -> None:
                 connection.send(_Failure(traceback.format_exc(), False))
             else:
                 connection.send(None)
+
+
+def _end_with_parent() -> None:
+    """However the parent ends: a task may take long."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 @contextmanager
