@@ -10,6 +10,7 @@ import disttempnet
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
     {"errors"},
+    {"config_file"},
     {"config", "distributed"},
     {"losses", "models", "pretrained"},
     {"data"},
