@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from disttempnet.config_file import CONFIG_FOLDER as CONFIG_FOLDER
 from disttempnet.config_file import apply_override, read_run
@@ -41,11 +41,20 @@ class SourceConfig(Section):
     image_key: str = Field("", description="listings: key or column of the image; empty = image, filepath, path, …")
 
 
+def _source(item: Any, name: str) -> SourceConfig:
+    """Raises ValueError: the first fault, in one line."""
+    if not isinstance(item, (dict, SourceConfig)):
+        raise ValueError(f"{name} must be a table, {{path = …}} (got {item!r})")
+    try:
+        return SourceConfig.model_validate(item)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {explain(error, SourceConfig)}") from None
+
+
 class DataConfig(Section):
     """Where samples come from, in which order, and how images are augmented."""
 
     train: str | tuple[SourceConfig, ...] = Field(
-        min_length=1,
         description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
         "embedded:emoji/train for the data set that ships with the package, or generated:scenes/train for a "
         "synthetic one with a long tail; a listing (.json, .jsonl, .csv, .tsv, .parquet) or a folder of images with "
@@ -71,6 +80,16 @@ class DataConfig(Section):
     )
     workers: int = Field(2, ge=0, description="loader processes a rank; 0 loads in the training process")
     limit: int = Field(0, ge=0, description="use only the first this many readable samples; 0 = all")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources_one_by_one(cls, train: Any) -> Any:
+        """Check each source by itself: a fault in one would be told as one of both kinds that `train` may be."""
+        if isinstance(train, str) and train:
+            return train
+        if not isinstance(train, (list, tuple)) or not train:
+            raise ValueError(f"must name a source, or a list of them, [{{path = …}}, …] (got {train!r})")
+        return tuple(_source(item, f"source {number}") for number, item in enumerate(train, 1))
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
