@@ -26,7 +26,11 @@ class SourceConfig(Section):
     """One place that training samples come from."""
 
     path: str = Field(description="as data.train")
-    weight: float = Field(1.0, gt=0, description="how often an epoch reads each of its samples, on average")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="how often an epoch reads each of its samples, on average; all times with the same crop and caption",
+    )
     index: str = Field("", description="file where the index is written; empty = beside the data")
     caption_key: str = Field(
         "",
