@@ -271,9 +271,9 @@ def _download(options: argparse.Namespace) -> int:
     from disttempnet.data.downloading import (
         LISTS,
         Download,
+        as_typed,
         check_list,
         outcome,
-        printable,
         run_download,
         write_headed,
     )
@@ -283,7 +283,7 @@ def _download(options: argparse.Namespace) -> int:
     tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
     job = Download(options.name, tsv, out, processes, options.threads, options.image_size)
     check_list(job)
-    print(printable(job.command), flush=True)
+    print(as_typed(job.command), flush=True)
     if options.dry_run:
         print(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", file=sys.stderr)
         return 0

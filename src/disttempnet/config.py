@@ -29,7 +29,7 @@ class SourceConfig(Section):
     weight: float = Field(
         1.0,
         gt=0,
-        description="how often an epoch reads each of its samples, on average; all times with the same crop and caption",
+        description="how often an epoch reads each of its samples, on average, with one crop and caption an epoch",
     )
     index: str = Field("", description="file where the index is written; empty = beside the data")
     caption_key: str = Field(

@@ -22,10 +22,11 @@ from safetensors.numpy import load_file
 
 from disttempnet.config import SourceConfig
 from disttempnet.data import EpochPlan, PairDataset, ShardIndex, decode, eval_transform, open_listing, open_source
+from disttempnet.data import listing as listing_module
 from disttempnet.data import parquet as parquet_module
 from disttempnet.data import rows as rows_module
 from disttempnet.data.listing import Listing
-from disttempnet.data.listing_index import REASONS
+from disttempnet.data.listing_index import ROW_REASONS
 from disttempnet.errors import UserError
 from gloo import Pools
 
@@ -233,7 +234,7 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
         pyarrow.table({"jpg": pyarrow.array([None, b"no image"]), "caption": ["x", "y"]}), tmp_path / "b.parquet"
     )
     source = open_one(tmp_path)
-    assert [REASONS[code] for code in source.status] == [
+    assert [ROW_REASONS[code] for code in source.status] == [
         "ok",
         "caption is not UTF-8",
         "no caption",
@@ -290,7 +291,7 @@ def test_paths_may_be_absolute_but_not_leave_by_dots(tmp_path: Path) -> None:
     items = [{"image": name, "caption": "c"} for name in names]
     (tmp_path / "in" / "list.json").write_text(json.dumps(items))
     source = open_one(tmp_path / "in" / "list.json")
-    reasons = [REASONS[code] for code in source.status]
+    reasons = [ROW_REASONS[code] for code in source.status]
     assert reasons == ["ok"] * 2 + ["image leaves the folder of images by '..'"] * 2 + [
         "ok",
         "image is not a path",
@@ -308,7 +309,7 @@ def test_rows_that_cannot_be_used_keep_their_ids(tmp_path: Path) -> None:
     rows += [{"image": "0.png"}, ["no", "object"], {"caption": "c"}, {"image": 3, "caption": "c"}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     source = open_one(tmp_path / "list.json")
-    assert [REASONS[code] for code in source.status] == [
+    assert [ROW_REASONS[code] for code in source.status] == [
         *("ok", "no caption", "empty caption", "empty caption", *["caption is not text"] * 3, "empty caption"),
         *("ok", "caption is not UTF-8", "no caption", "fields are not those of the header", "no image"),
         "image is not a path",
@@ -398,7 +399,7 @@ def test_side_car_captions(tmp_path: Path) -> None:
     assert names == [
         f"pairs:{name}" for name in ("a-c.webp", "a.jpg", "a/b.PNG", "d/bad.jpg", "d/e/f.jpeg", "d/none.jpg")
     ]
-    reasons = [REASONS[code] for code in source.status]
+    reasons = [ROW_REASONS[code] for code in source.status]
     assert reasons == ["ok"] * 3 + ["caption is not UTF-8", "empty caption", "no caption"]
     assert [source.captions(n) for n in range(3)] == [("4",), ("1",), ("2\n3",)]
     assert source.metadata(1) == {"id": 8}
@@ -423,6 +424,51 @@ def test_missing_and_broken_images_are_skipped_by_name(tmp_path: Path) -> None:
         ["cc3m_train.json:cc3m_train/000000002.jpg", "cannot identify image"],
         ["cc3m_train.json:cc3m_train/000000003.jpg", "Is a directory"],
     ]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_an_image_that_is_there_and_cannot_be_read_ends_the_run(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cc3m(tmp_path, 2)
+    source = open_source((config,), progress=False)
+
+    def refuse(path: str, mode: str) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(listing_module, "open", refuse, raising=False)
+    with pytest.raises(UserError) as caught:
+        PairDataset(source, as_evaluated, seed=1)[0, 1]
+    path = tmp_path / "cc3m" / "cc3m_train" / "000000001.jpg"
+    assert str(caught.value) == f"{path}: cannot be read: {os.strerror(code)}"
+
+
+@pytest.mark.parametrize("part", ["rows", "start", "first", "status", "about", "header"])
+def test_a_flipped_bit_in_the_index_is_found(part: str, tmp_path: Path) -> None:
+    config = cc3m(tmp_path, 3)
+    path = open_source((config,), progress=False).path
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if part == "header":  # a digit of the digest: the file still opens as a safetensors file
+        place = content.index(header["__metadata__"]["digest"].encode())
+        content[place] = ord("0") if content[place] != ord("0") else ord("1")
+    else:
+        begin, end = (8 + length + offset for offset in header[part]["data_offsets"])
+        content[(begin + end) // 2] ^= 1
+    path.write_bytes(content)
+    assert f"{path}: not a usable index of a listing (it is damaged: its sha256" in refusal(
+        **config.model_dump(exclude={"weight"})
+    )
+
+
+def test_the_index_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    open_source((cc3m(tmp_path, 2),), progress=False)
+    assert done == ["fsync", "replace"]
 
 
 def test_a_changed_listing_is_refused(tmp_path: Path) -> None:

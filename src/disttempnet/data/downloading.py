@@ -204,6 +204,6 @@ def outcome(folder: Path) -> Outcome:
     return Outcome(shards, samples, failures)
 
 
-def printable(command: list[str]) -> str:
+def as_typed(command: list[str]) -> str:
     """A command as it can be typed."""
     return shlex.join(command).replace(" --", " \\\n  --")
