@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ SPEC = "shards or another layout, as in data.train"
 
 INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
 of them cannot be used and why. Training does the same on first use; this command does it ahead, on all cores, and
-says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was.
+says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was. Of other layouts it reads
+the rows, in one process and one go.
 
 Again on changed shards: only those that are new or changed are scanned. New shards get ids after all others, so ids
 stay; where shards are gone or changed, ids change. Either way the digest is another, and checkpoints of before do not
@@ -27,7 +29,7 @@ fit.
 examples:
   disttempnet data index '/cc12m/{00000..01242}.tar'
   disttempnet data index '/data/{0..3}/{00000..00099}.tar' --workers 32
-  disttempnet data index /recap --caption-key captions --out ~/recap.index
+  disttempnet data index /recap --caption-key captions --index ~/recap.index
   disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     the first time: store, then: compare
 """
 
@@ -72,19 +74,15 @@ def add_data_commands(commands: Any) -> None:
 def _add_index(commands: Any) -> None:
     index = commands.add_parser(
         "index",
-        help="index shards, or bring their index up to date",
+        help="index a data set, or bring the index of shards up to date",
         description=INDEX,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    index.add_argument(
-        "patterns", nargs="+", metavar="PATTERN", help="a folder of .tar, or a pattern, as in data.train"
-    )
+    _add_source(index, several=True)
     index.add_argument(
         "--checksum", action="store_true", help="hash all bytes of every shard (sha256), and compare with what is known"
     )
     _add_workers(index)
-    index.add_argument("--caption-key", default="", metavar="KEY", help="captions are under this key of the .json")
-    index.add_argument("--out", default="", metavar="FILE", help="the index (default: beside the shards)")
     index.set_defaults(run=run_index)
 
 
@@ -93,16 +91,22 @@ def run_index(options: argparse.Namespace) -> int:
 
     from disttempnet.data.building import Scan
     from disttempnet.data.indexing import update_index
-    from disttempnet.data.summary import index_summary
+    from disttempnet.data.listing import is_listing, open_listing
+    from disttempnet.data.summary import index_summary, listing_summary
 
-    specs = [spec for pattern in options.patterns for spec in pattern.split("::")]
-    if options.out and len(specs) > 1:
-        raise UserError(f"--out names one index, but there are {len(specs)} patterns: index them one by one")
+    specs = [spec for pattern in options.spec for spec in pattern.split("::")]
+    if options.index and len(specs) > 1:
+        raise UserError(f"--index names one file, but there are {len(specs)} data sets: index them one by one")
     workers = _workers(options)
     console = Console()
     for spec in specs:
-        how = Scan(options.caption_key, workers, options.checksum)
-        index, news = update_index(spec, str(Path(options.out)) if options.out else "", how)
+        source = _source(options, spec)
+        if is_listing(source):
+            if options.checksum:
+                raise UserError(f"{spec}: --checksum is for shards; the content of a listing is always compared")
+            console.print(listing_summary(open_listing(source)))
+            continue
+        index, news = update_index(spec, source.index, Scan(source.caption_key, workers, options.checksum))
         console.print(index_summary(index))
         console.print(news, markup=False, highlight=False)
     return 0
@@ -140,6 +144,7 @@ def _preview(options: argparse.Namespace) -> int:
     from disttempnet.data import open_source
     from disttempnet.data.preview import write_preview
 
+    _refuse_negative(options, "seed")
     out = Path(options.out)
     note = write_preview(open_source([_source(options, options.spec)]), out, options.count, options.seed)
     print(f"preview: {out.resolve()}")
@@ -153,11 +158,20 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _workers(options: argparse.Namespace) -> int:
-    from disttempnet.data.workers import cores
-
     if options.workers < 0:
         raise UserError(f"--workers {options.workers}: a number of processes, 0 for as many as there are cores")
     return options.workers or cores()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _refuse_negative(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} {getattr(options, name)}: at least 0")
 
 
 def _add_verify(parts: Any) -> None:
@@ -182,6 +196,7 @@ def _verify(options: argparse.Namespace) -> int:
     from disttempnet.data.verifying import verify
     from disttempnet.data.workers import stopped_by_sigterm
 
+    _refuse_negative(options, "sample", "seed")
     workers, everything = _workers(options), []
     with stopped_by_sigterm():
         for spec in options.spec:
@@ -277,7 +292,6 @@ def _download(options: argparse.Namespace) -> int:
         run_download,
         write_headed,
     )
-    from disttempnet.data.workers import cores, stopped_by_sigterm
 
     processes = cores() if options.processes is None else options.processes
     tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
@@ -287,6 +301,8 @@ def _download(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", file=sys.stderr)
         return 0
+    from disttempnet.data.workers import stopped_by_sigterm  # it loads torch, which the above need not wait for
+
     with stopped_by_sigterm():
         if left_out := write_headed(job):
             print(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")

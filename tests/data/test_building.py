@@ -340,7 +340,7 @@ def test_the_command_says_what_it_found(shards: Write, capsys: pytest.CaptureFix
     }
     folder = shards(3, 2, 2, changes=changes)
     os.truncate(folder / "00002.tar", 512 * 9 + 3)
-    assert main(["data", "index", str(folder), "--workers", "1", "--out", str(folder / "x.index")]) == 0
+    assert main(["data", "index", str(folder), "--workers", "1", "--index", str(folder / "x.index")]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for line in (
         "shards 3, 0.00 GB",
@@ -355,5 +355,5 @@ def test_the_command_says_what_it_found(shards: Write, capsys: pytest.CaptureFix
         "indexed for the first time",
     ):
         assert line in text, text
-    assert main(["data", "index", str(folder), str(folder), "--out", "y"]) == 2
-    assert "--out names one index, but there are 2 patterns" in capsys.readouterr().err
+    assert main(["data", "index", str(folder), str(folder), "--index", "y"]) == 2
+    assert "--index names one file, but there are 2 data sets" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from disttempnet.cli import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import EpochPlan, PairDataset, ShardIndex, decode, eval_transform, open_listing, open_source
 from disttempnet.data import listing as listing_module
@@ -469,6 +470,39 @@ def test_the_index_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
     open_source((cc3m(tmp_path, 2),), progress=False)
     assert done == ["fsync", "replace"]
+
+
+def test_the_command_indexes_it_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = cc3m(tmp_path, 5)
+    rows = json.loads(Path(config.path).read_text())
+    rows[1]["caption"], rows[3]["caption"] = "", " "
+    del rows[4]["image"]
+    Path(config.path).write_text(json.dumps(rows))
+    command = ["data", "index", config.path, "--images", config.images, "--index", str(tmp_path / "rows.index")]
+    for _ in range(2):
+        assert main(command) == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for line in (
+            "rows 5, of which 2 usable",
+            "no image 1 cc3m_train.json:row 5",
+            "empty caption 2 cc3m_train.json:cc3m_train/000000001.jpg, cc3m_train.json:cc3m_train/000000003.jpg",
+        ):
+            assert line in text, text
+    assert main([*command, "--checksum"]) == 2
+    assert "--checksum is for shards" in capsys.readouterr().err
+    assert main(["data", "index", str(images_and_texts(tmp_path, 2).path)]) == 0
+    assert (tmp_path / "pairs.index").is_file()
+    assert "rows 2, of which 2 usable" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("where", [".", "..", "01/.."])
+def test_a_folder_without_a_name_of_its_own(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = images_and_texts(tmp_path, 3)
+    named = open_source((config,), progress=False)
+    monkeypatch.chdir(Path(config.path) / ("01" if where == ".." else ""))
+    source = open_one(where)
+    assert source.path == named.path == tmp_path / "pairs.index"
+    assert [source.name(n) for n in range(3)] == [named.name(n) for n in range(3)]
 
 
 def test_a_changed_listing_is_refused(tmp_path: Path) -> None:

@@ -105,13 +105,19 @@ class Listing(Source):
     def reason(self, sample: int) -> str:
         return ROW_REASONS[self.status[sample]]
 
-    def problems(self, names: int = 3) -> str:
-        lines = []
+    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
+        """(reason, samples, the first few names) of what cannot be used."""
+        found = []
         for code in np.unique(self.status[self.status != OK]):
             samples = np.flatnonzero(self.status == code)
-            shown = ", ".join(self.name(int(sample)) for sample in samples[:names])
-            more = ", …" if len(samples) > names else ""
-            lines.append(f"{len(samples):,} samples left out, {ROW_REASONS[code]}: {shown}{more}")
+            found.append((ROW_REASONS[code], len(samples), [self.name(int(sample)) for sample in samples[:names]]))
+        return found
+
+    def problems(self, names: int = 3) -> str:
+        lines = []
+        for reason, samples, shown in self.left_out(names):
+            more = ", …" if samples > len(shown) else ""
+            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -155,6 +161,8 @@ def layout_of(source: SourceConfig) -> Layout:
         raise UserError(f"data.train: {path}: no such folder of images")
     if path.suffix.lower() == ".parquet" or ".parquet" in _suffixes_in(path):
         return Parquet(path, source.image_key)
+    if path.name in ("", ".."):  # ., .. and / have no name, which the index is named after
+        path = Path(os.path.abspath(path))
     if source.image_key:
         raise UserError(f"data.train: {path}: a folder of images has no image_key; leave it out")
     return Folder(path, source.caption_key)

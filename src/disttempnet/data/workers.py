@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import traceback
 from collections import deque
@@ -34,11 +33,6 @@ class _Failure(NamedTuple):
 
     message: str
     users: bool
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Any]]:
