@@ -244,8 +244,8 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
     item = PairDataset(source, as_evaluated, seed=1)[0, 4]
     assert item.id == 0
     assert item.skipped == (
-        "b.parquet:0: no bytes of an image in this row",
-        "b.parquet:1: cannot identify image",
+        ("b.parquet:0", "no bytes of an image in this row"),
+        ("b.parquet:1", "cannot identify image"),
     )
     (tmp_path / "parquet.index").unlink()
     assert "'pixels' is no column of images; its columns are jpg (binary), caption (string)" in refusal(
@@ -420,7 +420,7 @@ def test_missing_and_broken_images_are_skipped_by_name(tmp_path: Path) -> None:
     (images / "000000003.jpg").mkdir()
     item = PairDataset(source, as_evaluated, seed=1)[0, 1]
     assert item.id == 4
-    assert [text.split(": ")[:2] for text in item.skipped] == [
+    assert [[name, reason.partition(": ")[0]] for name, reason in item.skipped] == [
         ["cc3m_train.json:cc3m_train/000000001.jpg", "No such file or directory"],
         ["cc3m_train.json:cc3m_train/000000002.jpg", "cannot identify image"],
         ["cc3m_train.json:cc3m_train/000000003.jpg", "Is a directory"],

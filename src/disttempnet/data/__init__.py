@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from disttempnet.data.dataset import Batch as Batch
     from disttempnet.data.dataset import PairDataset as PairDataset
     from disttempnet.data.dataset import Sample as Sample
+    from disttempnet.data.dataset import Skip as Skip
     from disttempnet.data.dataset import lost_workers_named as lost_workers_named
     from disttempnet.data.dataset import make_loader as make_loader
     from disttempnet.data.decoding import UnreadableImage as UnreadableImage
@@ -55,6 +56,7 @@ _HOMES = {
     "Sample": "dataset",
     "ShardIndex": "index",
     "ShardList": "shards",
+    "Skip": "dataset",
     "Source": "source",
     "TrainingData": "opening",
     "UnreadableImage": "decoding",
@@ -81,6 +83,7 @@ __all__ = [
     "Sample",
     "ShardIndex",
     "ShardList",
+    "Skip",
     "Source",
     "TrainingData",
     "UnreadableImage",
