@@ -48,6 +48,7 @@ goes on. Then the index is written.
 
 examples:
   disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
+  disttempnet data shard downstream/flickr30k_test.json --images flickr30k --captions lines --out /flickr30k
 """
 
 DOWNLOAD = """Fetches the images of a public list of captions and URLs, through img2dataset (pip install
@@ -235,6 +236,12 @@ def _add_shard(parts: Any) -> None:
         metavar="PIXELS",
         help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
     )
+    shard.add_argument(
+        "--captions",
+        choices=("first", "lines"),
+        default="first",
+        help="what .txt holds of several: the first, for training, or all, one a line, for retrieval (default: first)",
+    )
     shard.add_argument("--quality", type=int, default=95, help="of those JPEGs (default: 95)")
     _add_workers(shard)
     shard.set_defaults(run=_shard)
@@ -250,7 +257,7 @@ def _shard(options: argparse.Namespace) -> int:
     from disttempnet.data.workers import stopped_by_sigterm
     from disttempnet.data.writing import SKIPPED, Recipe, write_shards
 
-    recipe = Recipe(options.samples_per_shard, options.resize, options.quality)
+    recipe = Recipe(options.samples_per_shard, options.resize, options.quality, options.captions)
     out, workers = Path(options.out), _workers(options)
     with stopped_by_sigterm():
         written = write_shards(open_source([_source(options, options.spec)]), out, recipe, workers)
@@ -259,7 +266,10 @@ def _shard(options: argparse.Namespace) -> int:
             print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
             Console().print(fault_table(written.faults), markup=False)
         open_source([SourceConfig(path=str(out))])  # writes the index
-    print(f"train on it: data.train={out.resolve()}")
+    if options.captions == "lines":
+        print(f'evaluate retrieval on it; to train: data.train=[{{path="{out.resolve()}", caption_key="captions"}}]')
+    else:
+        print(f"train on it: data.train={out.resolve()}")
     return 0
 
 
