@@ -9,7 +9,8 @@ import disttempnet
 
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "machine"},
+    {"config_file"},
     {"config", "distributed"},
     {"losses", "models", "pretrained", "texts"},
     {"data"},

@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config keys for both runs, e.g. train.epochs=2"
     )
+    demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
         "train",
@@ -122,11 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: continue from the run's last checkpoint if there is one; or a checkpoint folder",
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, e.g. optim.lr=1e-3")
+    train.set_defaults(run=_train)
 
     objectives = commands.add_parser(
         "objectives", help="what [loss] name can be: formula, temperature, γ, state a sample, defaults, source"
     )
     objectives.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
+    objectives.set_defaults(run=_objectives)
 
     compare = commands.add_parser(
         "compare",
@@ -140,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the file, or config keys of every run"
     )
+    compare.set_defaults(run=_compare)
 
     add_evaluate_command(commands)
     add_export_command(commands)
@@ -157,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default="report.html", metavar="FILE", help=".html .md .tex .csv .jsonl (default: report.html)"
     )
     report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
+    report.set_defaults(run=_report)
 
     temperature = commands.add_parser(
         "temperature",
@@ -178,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--frequency-by", default="label", metavar="KEY", help="key of the .json that is counted (default: label)"
     )
     temperature.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
+    temperature.set_defaults(run=_temperature)
     add_data_commands(commands)
     return parser
 
@@ -224,18 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _refuse_repeated(getattr(options, "overrides", ()))
-        run = (
-            getattr(options, "run", None)
-            or {
-                "demo": _demo,
-                "train": _train,
-                "compare": _compare,
-                "objectives": _objectives,
-                "report": _report,
-                "temperature": _temperature,
-            }[options.command]
-        )
-        return run(options)
+        return options.run(options)
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2

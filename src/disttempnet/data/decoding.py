@@ -22,7 +22,7 @@ except ImportError:  # the same pixels without it
     simplejpeg = None
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 256 MiB of RGB
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
 SCALES = (8, 4, 2)  # a JPEG decodes at 1/8, 1/4 and 1/2 for less than its full size costs
 
 Result = TypeVar("Result")
@@ -51,7 +51,7 @@ class EncodedImage:
         self._image: Image.Image | None = None
         size = _jpeg_size(data)
         if size is None:
-            self._image = _read(lambda: Image.open(io.BytesIO(data), formats=FORMATS))
+            self._image = _read(lambda: Image.open(io.BytesIO(data), formats=PILLOW_FORMATS))
             size = self._image.size
         self.width, self.height = size
         if self.width * self.height > MAX_PIXELS:
@@ -79,7 +79,7 @@ class EncodedImage:
         return _read(lambda: self._rgb(scale, plain))
 
     def _rgb(self, scale: int, plain: bool) -> Image.Image:
-        image = self._image or Image.open(io.BytesIO(self._data), formats=FORMATS)
+        image = self._image or Image.open(io.BytesIO(self._data), formats=PILLOW_FORMATS)
         if scale > 1:
             image.draft(None, (self.width // scale, self.height // scale))  # nothing happens to other formats
         image.load()
