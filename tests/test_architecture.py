@@ -9,15 +9,16 @@ import disttempnet
 
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "machine"},
+    {"config_file"},
     {"config", "distributed"},
-    {"losses", "models", "pretrained"},
+    {"losses", "models", "pretrained", "texts"},
     {"data"},
     {"evaluation"},
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli_data"},
+    {"cli_data", "cli_evaluate", "cli_export"},
     {"cli"},
     {"__main__"},
 ]

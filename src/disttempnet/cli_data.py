@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
+from disttempnet.machine import cores
 
 if TYPE_CHECKING:
     from disttempnet.config import SourceConfig
@@ -18,7 +19,8 @@ SPEC = "shards or another layout, as in data.train"
 
 INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
 of them cannot be used and why. Training does the same on first use; this command does it ahead, on all cores, and
-says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was.
+says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was. Of other layouts it reads
+the rows, in one process and one go.
 
 Again on changed shards: only those that are new or changed are scanned. New shards get ids after all others, so ids
 stay; where shards are gone or changed, ids change. Either way the digest is another, and checkpoints of before do not
@@ -46,6 +48,7 @@ goes on. Then the index is written.
 
 examples:
   disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
+  disttempnet data shard downstream/flickr30k_test.json --images flickr30k --captions lines --out /flickr30k
 """
 
 DOWNLOAD = """Fetches the images of a public list of captions and URLs, through img2dataset (pip install
@@ -72,11 +75,11 @@ def add_data_commands(commands: Any) -> None:
 def _add_index(commands: Any) -> None:
     index = commands.add_parser(
         "index",
-        help="index shards, or bring their index up to date",
+        help="index a data set, or bring the index of shards up to date",
         description=INDEX,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_source(index, several=True, listings=False)
+    _add_source(index, several=True)
     index.add_argument(
         "--checksum", action="store_true", help="hash all bytes of every shard (sha256), and compare with what is known"
     )
@@ -88,26 +91,31 @@ def run_index(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from disttempnet.data.indexing import update_index
-    from disttempnet.data.summary import index_summary
+    from disttempnet.data.listing import is_listing, open_listing
+    from disttempnet.data.summary import index_summary, listing_summary
 
     workers, console = _asked_workers(options), Console()
     for source in _sources(options):
+        if is_listing(source):
+            if options.checksum:
+                raise UserError(f"{source.path}: --checksum is for shards; the content of a listing is always compared")
+            console.print(listing_summary(open_listing(source)))
+            continue
         index, news = update_index(source, workers, options.checksum)
         console.print(index_summary(index))
         console.print(news, markup=False, highlight=False)
     return 0
 
 
-def _add_source(parser: argparse.ArgumentParser, several: bool = False, listings: bool = True) -> None:
-    """What a source needs to be opened; with `listings`, one that is no shards too."""
+def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """What a source needs to be opened."""
     if several:
         parser.add_argument("spec", nargs="+", metavar="SPEC", help=SPEC)
     else:
         parser.add_argument("spec", metavar="SPEC", help=SPEC)
     parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
-    if listings:
-        parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
-        parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
+    parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
+    parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
     parser.add_argument("--index", default="", metavar="FILE", help="file of the index (default: beside the data)")
     parser.add_argument("--cache", default="", metavar="DIR", help="remote shards: folder that they are kept in")
     parser.add_argument("--cache-gb", type=float, metavar="GB", help="remote shards: what they may take (default: 100)")
@@ -140,6 +148,7 @@ def _preview(options: argparse.Namespace) -> int:
     from disttempnet.data import open_source
     from disttempnet.data.preview import write_preview
 
+    _refuse_negative(options, "seed")
     out = Path(options.out)
     note = write_preview(open_source(_sources(options)), out, options.count, options.seed)
     print(f"preview: {out.resolve()}")
@@ -160,9 +169,13 @@ def _asked_workers(options: argparse.Namespace) -> int:
 
 
 def _workers(options: argparse.Namespace) -> int:
-    from disttempnet.data.workers import cores
-
     return _asked_workers(options) or cores()
+
+
+def _refuse_negative(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} {getattr(options, name)}: at least 0")
 
 
 def _add_verify(parts: Any) -> None:
@@ -187,6 +200,7 @@ def _verify(options: argparse.Namespace) -> int:
     from disttempnet.data.verifying import verify
     from disttempnet.data.workers import stopped_by_sigterm
 
+    _refuse_negative(options, "sample", "seed")
     workers, everything = _workers(options), []
     with stopped_by_sigterm():
         for source in _sources(options):
@@ -225,6 +239,12 @@ def _add_shard(parts: Any) -> None:
         metavar="PIXELS",
         help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
     )
+    shard.add_argument(
+        "--captions",
+        choices=("first", "lines"),
+        default="first",
+        help="what .txt holds of several: the first, for training, or all, one a line, for retrieval (default: first)",
+    )
     shard.add_argument("--quality", type=int, default=95, help="of those JPEGs (default: 95)")
     _add_workers(shard)
     shard.set_defaults(run=_shard)
@@ -240,7 +260,7 @@ def _shard(options: argparse.Namespace) -> int:
     from disttempnet.data.workers import stopped_by_sigterm
     from disttempnet.data.writing import SKIPPED, Recipe, write_shards
 
-    recipe = Recipe(options.samples_per_shard, options.resize, options.quality)
+    recipe = Recipe(options.samples_per_shard, options.resize, options.quality, options.captions)
     out, workers = Path(options.out), _workers(options)
     with stopped_by_sigterm():
         written = write_shards(open_source(_sources(options)), out, recipe, workers)
@@ -249,7 +269,10 @@ def _shard(options: argparse.Namespace) -> int:
             print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
             Console().print(fault_table(written.faults), markup=False)
         open_source([SourceConfig(path=str(out))])  # writes the index
-    print(f"train on it: data.train={out.resolve()}")
+    if options.captions == "lines":
+        print(f'evaluate retrieval on it; to train: data.train=[{{path="{out.resolve()}", caption_key="captions"}}]')
+    else:
+        print(f"train on it: data.train={out.resolve()}")
     return 0
 
 
@@ -276,22 +299,23 @@ def _download(options: argparse.Namespace) -> int:
     from disttempnet.data.downloading import (
         LISTS,
         Download,
+        as_typed,
         check_list,
         outcome,
-        printable,
         run_download,
         write_headed,
     )
-    from disttempnet.data.workers import cores, stopped_by_sigterm
 
     processes = cores() if options.processes is None else options.processes
     tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
     job = Download(options.name, tsv, out, processes, options.threads, options.image_size)
     check_list(job)
-    print(printable(job.command), flush=True)
+    print(as_typed(job.command), flush=True)
     if options.dry_run:
         print(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", file=sys.stderr)
         return 0
+    from disttempnet.data.workers import stopped_by_sigterm  # it loads torch, which the above need not wait for
+
     with stopped_by_sigterm():
         if left_out := write_headed(job):
             print(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")

@@ -1,23 +1,21 @@
-"""Typed configuration of a run: TOML ⇄ models, strict keys, `section.key=value` overrides.
+"""Typed configuration of a run: what its TOML file may say (config_file.py reads it), strictly checked.
 
-One TOML file describes a run. Unknown keys and wrong types are refused with the file, the key and the nearest
-known name. The arguments in `[loss]` belong to the objective it names: `disttempnet.losses` checks them.
+Unknown keys and wrong types are refused with the file, the key and the nearest known name. The arguments in
+`[loss]` belong to the objective it names: `disttempnet.losses` checks them.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from disttempnet.config_file import CONFIG_FOLDER as CONFIG_FOLDER
+from disttempnet.config_file import apply_override, read_run
 from disttempnet.errors import UserError, unknown_name
-
-CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 class Section(BaseModel):
@@ -28,7 +26,11 @@ class SourceConfig(Section):
     """One place that training samples come from."""
 
     path: str = Field(description="as data.train")
-    weight: float = Field(1.0, gt=0, description="how often an epoch reads each of its samples, on average")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="how often an epoch reads each of its samples, on average, with one crop and caption an epoch",
+    )
     index: str = Field("", description="file where the index is written; empty = beside the data")
     caption_key: str = Field(
         "",
@@ -43,11 +45,20 @@ class SourceConfig(Section):
     image_key: str = Field("", description="listings: key or column of the image; empty = image, filepath, path, …")
 
 
+def _source(item: Any, name: str) -> SourceConfig:
+    """Raises ValueError: the first fault, in one line."""
+    if not isinstance(item, (dict, SourceConfig)):
+        raise ValueError(f"{name} must be a table, {{path = …}} (got {item!r})")
+    try:
+        return SourceConfig.model_validate(item)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {explain(error, SourceConfig)}") from None
+
+
 class DataConfig(Section):
     """Where samples come from, in which order, and how images are augmented."""
 
     train: str | tuple[SourceConfig, ...] = Field(
-        min_length=1,
         description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
         "embedded:emoji/train for the data set that ships with the package, or generated:scenes/train for a "
         "synthetic one with a long tail; a listing (.json, .jsonl, .csv, .tsv, .parquet) or a folder of images with "
@@ -73,6 +84,16 @@ class DataConfig(Section):
     )
     workers: int = Field(2, ge=0, description="loader processes a rank; 0 loads in the training process")
     limit: int = Field(0, ge=0, description="use only the first this many readable samples; 0 = all")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources_one_by_one(cls, train: Any) -> Any:
+        """Check each source by itself: a fault in one would be told as one of both kinds that `train` may be."""
+        if isinstance(train, str) and train:
+            return train
+        if not isinstance(train, (list, tuple)) or not train:
+            raise ValueError(f"must name a source, or a list of them, [{{path = …}}, …] (got {train!r})")
+        return tuple(_source(item, f"source {number}") for number, item in enumerate(train, 1))
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -184,7 +205,8 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """What is measured during and after training."""
 
-    tasks: tuple[str, ...] = Field((), description="rows of evaluation/tasks.toml")
+    tasks: tuple[str, ...] = Field((), description="rows of evaluation/tasks.toml, or folder:PATH")
+    data_root: str = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
     every_epochs: int = Field(1, gt=0)
     batch: int = Field(256, gt=0)
 
@@ -220,83 +242,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(table, override)
     return config_from_table(table, str(path))
-
-
-def read_run(path: str | Path) -> dict[str, Any]:
-    """The plain table of a run's TOML file, laid over that of the file which its key `config` names, if it has one.
-
-    Later wins, key by key. One section is special, as arguments belong to an objective: where `loss.name` is given,
-    nothing of the other file's `loss` is left.
-
-    Raises:
-        UserError: one line that names the file.
-    """
-    path, tables = Path(path), list[dict[str, Any]]()
-    seen: set[Path] = set()
-    while True:
-        if path.resolve() in seen:
-            raise UserError(f"{path}: its config leads back to it")
-        seen.add(path.resolve())
-        table = read_table(path)
-        tables.append(table)
-        base = table.pop("config", None)
-        if base is None:
-            break
-        if not isinstance(base, str):
-            raise UserError(f"{path}: config must name a file, got {base!r}")
-        path = base_path(path, base)
-    result = tables.pop()
-    for table in reversed(tables):
-        lay_over(result, table)
-    return result
-
-
-def base_path(path: Path, config: str) -> Path:
-    """The file that `config` in another file means: relative to that file, or a config that the package ships.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in (path.parent, CONFIG_FOLDER):
-        if (folder / config).is_file():
-            return folder / config
-    raise UserError(f"{path}: config: {path.parent / config}: no such file, and the package ships none of that name")
-
-
-def lay_over(table: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Lay `changes` over a run's table in place, key by key; a `loss.name` in them replaces the whole `loss`."""
-    loss = changes.get("loss")
-    if isinstance(loss, dict) and "name" in loss:
-        table.pop("loss", None)
-    merge(table, changes)
-
-
-def merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Lay `changes` over `table`, key by key, in place."""
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(table.get(key), dict):
-            merge(table[key], value)
-        else:
-            table[key] = copy.deepcopy(value)
-    return table
-
-
-def read_table(path: str | Path) -> dict[str, Any]:
-    """The plain table of a TOML file.
-
-    Raises:
-        UserError: one line that names the file.
-    """
-    path = Path(path)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        shipped = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
-        raise UserError(f"{path}: no such config file (the package ships: {shipped}, in {CONFIG_FOLDER})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
 def config_from_table(table: dict[str, Any], source: str) -> Config:
@@ -346,23 +291,6 @@ def defaults() -> dict[str, Any]:
             keys = {name: field}
         result |= {key: one.default for key, one in keys.items() if not one.is_required()}
     return result
-
-
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set the key that `section.key=value` names in a plain table; the value is TOML, a bare word a string."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"override '{override}' is not of the form section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise UserError(f"override '{override}': '{section}' is a value, not a section")
-    table[last] = value
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -124,20 +124,29 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Run it on every rank; if one fails all raise, so that none waits for it. Raises UserError, or what was raised."""
-    failure: Exception | None = None
+class OtherRankFailed(UserError):
+    """What another rank raised in `together`."""
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Do something without collectives on every rank; where one fails, all of them raise, and none waits for it.
+
+    Raises:
+        OtherRankFailed: on the ranks that did not fail themselves.
+    """
+    if world_size() == 1:
+        return action()
     try:
-        result = action()
-    except Exception as error:  # of any kind: the others must hear of it
-        failure = error
-    messages = gather_objects(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for number, message in enumerate(messages):
+        result, error = action(), None
+    except Exception as caught:  # of any kind: the others must hear of it
+        result, error = None, caught
+    told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    for number, message in enumerate(gather_objects(None if error is None else told)):
+        if error is not None:
+            raise error
         if message is not None:
-            raise UserError(f"rank {number}: {message}")
-    return result
+            raise OtherRankFailed(f"rank {number}: {message}")
+    return result  # type: ignore[return-value]  # there is one where nothing was raised
 
 
 def file_of_main(path: Path) -> Iterator[bytes]:

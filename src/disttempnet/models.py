@@ -12,7 +12,6 @@ import importlib.util
 import json
 import logging
 import pickle
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +52,11 @@ import open_clip  # noqa: E402
 from open_clip.factory import load_checkpoint  # noqa: E402
 
 from disttempnet import pretrained as parts  # noqa: E402 (torchvision is imported there too)
+from disttempnet.texts import Tokenizer, wordwise  # noqa: E402
 
 open_clip.add_model_config(MODEL_FOLDER)
 
 PREPROCESS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-
-Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def _build(
         raise UserError(f"model '{name}' has no Hugging Face text tower that model.text_pretrained could be for")
     bias = {key: architecture[key] for key in ("init_logit_bias",) if key in architecture}
     module = open_clip.create_model(name, pretrained=weights or None, **bias)
-    return module, open_clip.get_tokenizer(name)
+    return module, wordwise(open_clip.get_tokenizer(name))
 
 
 def _saved_folder(pretrained: str) -> Path | None:

@@ -4,12 +4,14 @@ import csv
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from disttempnet.cli import main
-from disttempnet.data.downloading import Download, write_headed
+from disttempnet.data.downloading import Download, outcome, write_headed
 
 # the parameters of img2dataset.download, version 1.47.0
 KNOWN = set(
@@ -150,3 +152,23 @@ def test_without_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "--threads 0: at least 1" in capsys.readouterr().err
     assert main(["data", "download", "cc12m", "--tsv", str(one.tsv), "--out", str(one.out)]) == 2
     assert "pip install 'disttempnet[download]'" in capsys.readouterr().err
+
+
+def test_a_missing_list_is_told_without_torch(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from disttempnet.cli import main
+assert main(["data", "download", "cc3m", "--tsv", "{tmp_path}/none.tsv", "--out", "{tmp_path}", "--dry-run"]) == 2
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "none.tsv: no such file; get it" in done.stderr
+
+
+def test_the_note_that_a_killed_download_was_writing_is_passed_over(tmp_path: Path) -> None:
+    whole = json.dumps({"count": 5, "successes": 3, "status_dict": {"success": 3, "timeout": 2}})
+    (tmp_path / "00000_stats.json").write_text(whole)
+    (tmp_path / "00001_stats.json").write_text(whole[:40])
+    (tmp_path / "00002_stats.json").write_text("")
+    assert outcome(tmp_path) == (1, 3, {"timeout": 2})

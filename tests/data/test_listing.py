@@ -20,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from disttempnet.cli import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import EpochPlan, PairDataset, ShardIndex, decode, eval_transform, open_listing, open_source
+from disttempnet.data import listing as listing_module
 from disttempnet.data import parquet as parquet_module
 from disttempnet.data import rows as rows_module
 from disttempnet.data.listing import Listing
-from disttempnet.data.listing_index import REASONS
+from disttempnet.data.listing_index import ROW_REASONS
 from disttempnet.errors import UserError
 from gloo import Pools
 
@@ -233,7 +235,7 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
         pyarrow.table({"jpg": pyarrow.array([None, b"no image"]), "caption": ["x", "y"]}), tmp_path / "b.parquet"
     )
     source = open_one(tmp_path)
-    assert [REASONS[code] for code in source.status] == [
+    assert [ROW_REASONS[code] for code in source.status] == [
         "ok",
         "caption is not UTF-8",
         "no caption",
@@ -242,8 +244,8 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
     item = PairDataset(source, as_evaluated, seed=1)[0, 4]
     assert item.id == 0
     assert item.skipped == (
-        "b.parquet:0: no bytes of an image in this row",
-        "b.parquet:1: cannot identify image",
+        ("b.parquet:0", "no bytes of an image in this row"),
+        ("b.parquet:1", "cannot identify image"),
     )
     (tmp_path / "parquet.index").unlink()
     assert "'pixels' is no column of images; its columns are jpg (binary), caption (string)" in refusal(
@@ -290,7 +292,7 @@ def test_paths_may_be_absolute_but_not_leave_by_dots(tmp_path: Path) -> None:
     items = [{"image": name, "caption": "c"} for name in names]
     (tmp_path / "in" / "list.json").write_text(json.dumps(items))
     source = open_one(tmp_path / "in" / "list.json")
-    reasons = [REASONS[code] for code in source.status]
+    reasons = [ROW_REASONS[code] for code in source.status]
     assert reasons == ["ok"] * 2 + ["image leaves the folder of images by '..'"] * 2 + [
         "ok",
         "image is not a path",
@@ -308,7 +310,7 @@ def test_rows_that_cannot_be_used_keep_their_ids(tmp_path: Path) -> None:
     rows += [{"image": "0.png"}, ["no", "object"], {"caption": "c"}, {"image": 3, "caption": "c"}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     source = open_one(tmp_path / "list.json")
-    assert [REASONS[code] for code in source.status] == [
+    assert [ROW_REASONS[code] for code in source.status] == [
         *("ok", "no caption", "empty caption", "empty caption", *["caption is not text"] * 3, "empty caption"),
         *("ok", "caption is not UTF-8", "no caption", "fields are not those of the header", "no image"),
         "image is not a path",
@@ -398,7 +400,7 @@ def test_side_car_captions(tmp_path: Path) -> None:
     assert names == [
         f"pairs:{name}" for name in ("a-c.webp", "a.jpg", "a/b.PNG", "d/bad.jpg", "d/e/f.jpeg", "d/none.jpg")
     ]
-    reasons = [REASONS[code] for code in source.status]
+    reasons = [ROW_REASONS[code] for code in source.status]
     assert reasons == ["ok"] * 3 + ["caption is not UTF-8", "empty caption", "no caption"]
     assert [source.captions(n) for n in range(3)] == [("4",), ("1",), ("2\n3",)]
     assert source.metadata(1) == {"id": 8}
@@ -418,11 +420,89 @@ def test_missing_and_broken_images_are_skipped_by_name(tmp_path: Path) -> None:
     (images / "000000003.jpg").mkdir()
     item = PairDataset(source, as_evaluated, seed=1)[0, 1]
     assert item.id == 4
-    assert [text.split(": ")[:2] for text in item.skipped] == [
+    assert [[name, reason.partition(": ")[0]] for name, reason in item.skipped] == [
         ["cc3m_train.json:cc3m_train/000000001.jpg", "No such file or directory"],
         ["cc3m_train.json:cc3m_train/000000002.jpg", "cannot identify image"],
         ["cc3m_train.json:cc3m_train/000000003.jpg", "Is a directory"],
     ]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_an_image_that_is_there_and_cannot_be_read_ends_the_run(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cc3m(tmp_path, 2)
+    source = open_source((config,), progress=False)
+
+    def refuse(path: str, mode: str) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(listing_module, "open", refuse, raising=False)
+    with pytest.raises(UserError) as caught:
+        PairDataset(source, as_evaluated, seed=1)[0, 1]
+    path = tmp_path / "cc3m" / "cc3m_train" / "000000001.jpg"
+    assert str(caught.value) == f"{path}: cannot be read: {os.strerror(code)}"
+
+
+@pytest.mark.parametrize("part", ["rows", "start", "first", "status", "about", "header"])
+def test_a_flipped_bit_in_the_index_is_found(part: str, tmp_path: Path) -> None:
+    config = cc3m(tmp_path, 3)
+    path = open_source((config,), progress=False).path
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if part == "header":  # a digit of the digest: the file still opens as a safetensors file
+        place = content.index(header["__metadata__"]["digest"].encode())
+        content[place] = ord("0") if content[place] != ord("0") else ord("1")
+    else:
+        begin, end = (8 + length + offset for offset in header[part]["data_offsets"])
+        content[(begin + end) // 2] ^= 1
+    path.write_bytes(content)
+    assert f"{path}: not a usable index of a listing (it is damaged: its sha256" in refusal(
+        **config.model_dump(exclude={"weight"})
+    )
+
+
+def test_the_index_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    open_source((cc3m(tmp_path, 2),), progress=False)
+    assert done == ["fsync", "replace"]
+
+
+def test_the_command_indexes_it_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = cc3m(tmp_path, 5)
+    rows = json.loads(Path(config.path).read_text())
+    rows[1]["caption"], rows[3]["caption"] = "", " "
+    del rows[4]["image"]
+    Path(config.path).write_text(json.dumps(rows))
+    command = ["data", "index", config.path, "--images", config.images, "--index", str(tmp_path / "rows.index")]
+    for _ in range(2):
+        assert main(command) == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for line in (
+            "rows 5, of which 2 usable",
+            "no image 1 cc3m_train.json:row 5",
+            "empty caption 2 cc3m_train.json:cc3m_train/000000001.jpg, cc3m_train.json:cc3m_train/000000003.jpg",
+        ):
+            assert line in text, text
+    assert main([*command, "--checksum"]) == 2
+    assert "--checksum is for shards" in capsys.readouterr().err
+    assert main(["data", "index", str(images_and_texts(tmp_path, 2).path)]) == 0
+    assert (tmp_path / "pairs.index").is_file()
+    assert "rows 2, of which 2 usable" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("where", [".", "..", "01/.."])
+def test_a_folder_without_a_name_of_its_own(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = images_and_texts(tmp_path, 3)
+    named = open_source((config,), progress=False)
+    monkeypatch.chdir(Path(config.path) / ("01" if where == ".." else ""))
+    source = open_one(where)
+    assert source.path == named.path == tmp_path / "pairs.index"
+    assert [source.name(n) for n in range(3)] == [named.name(n) for n in range(3)]
 
 
 def test_a_changed_listing_is_refused(tmp_path: Path) -> None:

@@ -180,5 +180,5 @@ def test_configs_name_several_sources(two: list[SourceConfig]) -> None:
     assert joined.sources == listed.sources == tuple(two)
     assert len(open_source(joined.sources, progress=False)) == 12
     for empty in ("", []):
-        with pytest.raises(ValueError, match="at least 1"):
+        with pytest.raises(ValueError, match="must name a source"):
             DataConfig.model_validate({"train": empty, "global_batch": 8})

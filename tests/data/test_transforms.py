@@ -113,14 +113,14 @@ def test_augmentation_applies_half_of_two_operations() -> None:
     assert 0.2 < same / 300 < 0.4, "both left out or the identity: 0.55² = 0.30"
 
 
-@pytest.mark.parametrize("operation", SmallRandAugment.OPERATIONS)
+@pytest.mark.parametrize("operation", SmallRandAugment.OPERATIONS[1:])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_every_operation_does_what_its_name_says(operation: str, sign: float) -> None:
     noise = np.random.default_rng(0).integers(40, 160, (64, 64, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     changed = SmallRandAugment()._operate(image, operation, sign)
     assert (changed.size, changed.mode) == (image.size, "RGB")
-    assert (changed.tobytes() == image.tobytes()) == (operation == "identity")
+    assert changed.tobytes() != image.tobytes()
     if operation == "translate_x":  # by 2 pixels of 64; what comes into view is grey
         before, after = np.asarray(image), np.asarray(changed)
         kept = (after[:, :-2], before[:, 2:]) if sign > 0 else (after[:, 2:], before[:, :-2])

@@ -125,3 +125,14 @@ def test_listings_are_verified_too(tmp_path: Path) -> None:
     faults = found(listing)
     assert [fault[0] for fault in faults] == [3, 4]
     assert all("No such file" in fault[2] for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--sample", "-5"], "--sample -5: at least 0"), (["--seed", "-1"], "--seed -1: at least 0")],
+)
+def test_negative_numbers_are_refused(
+    shards: Write, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "verify", str(shards(2)), *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -83,6 +83,27 @@ def test_webdataset_reads_what_the_source_holds(shards: Write, tmp_path: Path) -
     assert [again.image_bytes(n) for n in range(7)] == [source.image_bytes(n) for n in range(7)]
 
 
+def test_all_captions_as_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [[f"{n}: {word}" for word in ("one", "two", "three", "four", "five")] for n in range(3)]
+    texts[1][3] = "over\ntwo  lines"
+    texts[2] = ["alone"]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    listing = tmp_path / "flickr30k_test.json"
+    listing.write_text(json.dumps([{"image": f"{n}.png", "caption": captions} for n, captions in enumerate(texts)]))
+    arguments = ["data", "shard", str(listing), "--workers", "1", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--captions", "lines"]) == 0
+    assert 'caption_key="captions"' in capsys.readouterr().out
+    found = members(tmp_path / "out" / "00000.tar")
+    assert found["000000000.txt"].decode().split("\n") == texts[0]
+    assert found["000000001.txt"].decode().split("\n")[3:] == ["over two lines", "1: five"], "a line a caption"
+    assert found["000000002.txt"] == b"alone"
+    trained = open_index(str(tmp_path / "out"), caption_key="captions", progress=False)
+    assert [list(trained.captions(n)) for n in range(3)] == texts
+    assert main(arguments) == 2
+    assert "its shards are made from captions lines, not first" in capsys.readouterr().err
+
+
 def test_workers_and_moment_change_nothing(whole: dict[str, bytes], tmp_path: Path) -> None:
     source = open_index(EMOJI, progress=False)
     write_shards(source, tmp_path / "two", Recipe(100), workers=2, progress=False)

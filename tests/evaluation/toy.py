@@ -17,15 +17,8 @@ from torch.nn.functional import normalize
 from disttempnet.evaluation import evaluate, readers
 from disttempnet.evaluation.readers import Task
 from disttempnet.models import Towers
+from evaluation.colours import COLOURS, MeaningTowers, tokenize_meaning
 
-COLOURS = {
-    "red": (255, 0, 0),
-    "green": (0, 255, 0),
-    "blue": (0, 0, 255),
-    "yellow": (255, 255, 0),
-    "pink": (255, 120, 120),
-    "grey": (128, 128, 128),
-}
 METRICS = (
     "acc1",
     "acc5",
@@ -58,6 +51,11 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 
 def colour_towers() -> Towers:
     return Towers("colours", ColourModule(), tokenize, {"embed_dim": 3}, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def meaning_towers() -> Towers:
+    """Towers for the data root of dataroot.py."""
+    return Towers("meaning", MeaningTowers(), tokenize_meaning, {"embed_dim": 3}, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def write_shard(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:

@@ -13,7 +13,6 @@ side 1 = text anchors, τ [2, B], u the running estimate of g, γ its learning r
     ∂τ_i    = (c/B) h_i,   batch: h = ρ − KL(softmax_j d_ij/τ_i ‖ uniform)
                            fcco:  h = log u_i + ρ − Σ_j p_ij d_ij/τ_i, of which only the part that staleness of u adds
                                   to the batch's h is clamped to ±5
-                           likelihood: h = ∂/∂τ of log(1 + Σ_j exp(d_ij/τ)) = −Σ_j e_ij d_ij/τ² / (1 + Σ_j e_ij)
 
 Not robust: without the leading τ_i and without ρ, so that p gets a factor 1/τ_i and τ_i h is −Σ_j p_ij d_ij/τ_i,
 clamped alike. Without γ (CLIP): every column counts, also i itself, nothing is kept, and g is a sum.
@@ -96,10 +95,6 @@ class Twin:
                     grads[1 - side][i] -= pull * anchors[i]
                 fresh, full = (self.rho - kl, math.log(u_i) + self.rho - mean_d) if self.robust else (-batch_d, -mean_d)
                 h[side, i] = fresh
-                if self.tau_gradient == "likelihood":
-                    found = [e[i][j] for j in negatives[i]]
-                    h[side, i] = -sum(e[i][j] * d[i][j] for j in negatives[i]) / t**2 / (1 + sum(found))
-                    continue
                 if self.tau_gradient == "fcco":
                     h[side, i] += min(5.0, max(-5.0, float(full - fresh)))
                 if not self.robust:

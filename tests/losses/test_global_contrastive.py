@@ -61,12 +61,12 @@ def test_constant_temperature_follows_the_twin(gamma: float, temperature: float)
     assert twin.log_u(everyone.tolist()).isinf().any(), "the stream should leave a sample unvisited"
 
 
-@pytest.mark.parametrize("mode", [*MODES, "likelihood"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_network_temperature_follows_the_twin(gamma: float, mode: str) -> None:
     """Also every parameter of both networks: ∂θ = Σ_i (c/B) h_i ∂τ_i/∂θ, through an own network twin."""
     loss = make(NETWORK, gamma=gamma, tau_gradient=mode)
-    twin = Twin(rho=0.0 if mode == "likelihood" else NETWORK["rho"], tau_gradient=mode)
+    twin = Twin(rho=NETWORK["rho"], tau_gradient=mode)
     for batch in stream(5):
         actual = step(loss, batch)
         parameters = weights_of(loss)
@@ -104,22 +104,6 @@ def test_staleness_is_clamped_and_nothing_else(gamma: float) -> None:
 
 
 # ---- against autograd of the written objective ----
-
-
-def test_the_likelihood_is_autograd_of_cross_entropy_over_negatives_and_pair() -> None:
-    """Of the mean of −log softmax on both sides, τ alone; a pair with the id of another is no negative of it."""
-    loss = make(NETWORK, gamma=0.5, tau_gradient="likelihood")
-    batch = GlobalBatch(*pairs(B, 12), torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]), 0)
-    actual, parameters = step(loss, batch), weights_of(loss)
-    taus = twin_taus(parameters, batch.x, batch.y, NETWORK)
-    total = torch.zeros((), dtype=torch.float64)
-    for tau, anchors, columns in zip(taus, (batch.x, batch.y), (batch.y, batch.x), strict=True):
-        logits = anchors @ columns.T / tau[:, None]
-        others = (batch.ids[:, None] == batch.ids) & ~torch.eye(B, dtype=torch.bool)
-        total = total + torch.nn.functional.cross_entropy(logits.masked_fill(others, -math.inf), torch.arange(B)) / 2
-    total.backward()
-    for name, parameter in parameters.named():
-        close(actual.parameters[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_gamma_one_is_autograd_of_the_objective_constant() -> None:
@@ -179,7 +163,6 @@ RECIPES = {
     "network fcco γ1": {**NETWORK, "dropout": 0.5, "gamma": 1.0, "tau_gradient": "fcco"},
     "network more prototypes than rows": {**NETWORK, "dropout": 0.5, "prototypes": 13},
     "network dist": {**NETWORK, "dropout": 0.5, "network": "dist"},
-    "network likelihood γ.8": {**NETWORK, "dropout": 0.5, "tau_gradient": "likelihood"},
     "network mlp": {**NETWORK, "dropout": 0.5, "network": "mlp", "tau_gradient": "batch"},
 }
 

@@ -367,10 +367,10 @@ def test_networks_wait_at_rate_zero_and_decay_from_their_start() -> None:
 
 
 def test_rho_zero_is_a_share_of_the_batchs_limit() -> None:
-    """ρ = .4 · log(B − 1): the value of a fresh objective differs from that without ρ by c Σ_sides mean τ ρ."""
+    """ρ = .3 · log(B − 1): the value of a fresh objective differs from that without ρ by c Σ_sides mean τ ρ."""
     batch = unique_batch(3)
     actual = step(make(NETWORK, rho=0.0), batch)
-    told = step(make(NETWORK, rho=0.4 * math.log(B - 1)), batch)
+    told = step(make(NETWORK, rho=0.3 * math.log(B - 1)), batch)
     assert_same_steps([actual], [told], tolerance=1e-12)
     assert step(make(NETWORK, rho=0.1), batch).total < actual.total
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from disttempnet.config import CONFIG_FOLDER, Config, SourceConfig, load_config
 from disttempnet.data import open_source
 from disttempnet.errors import UserError
 from disttempnet.report.temperature.command import Source, write_temperatures
 from disttempnet.training.checkpoint import list_checkpoints
+from disttempnet.training.runlog import data_facts
 from disttempnet.training.trainer import train
 
 from .test_trainer import WORLD_SIZE_TOLERANCE, command, environment, losses, same_ending
 
 PAIRS = 44  # of them 4 cannot be used
+LEFT_OUT = [
+    "1 samples left out, no caption: cc3m_train.json:cc3m_train/000000007.jpg",
+    "1 samples left out, empty caption: cc3m_train.json:cc3m_train/000000003.jpg",
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +77,8 @@ def test_two_epochs_of_all_rows_that_can_be_used(straight: Path) -> None:
     assert list(measured) == list(range(1, 7)), "42 rows are three batches of 16"
     assert np.isfinite(list(measured.values())).all()
     facts = json.loads((straight / "run.json").read_text(encoding="utf-8"))
-    assert facts["num_samples"] == PAIRS, "ids are rows, usable or not"
+    assert facts["num_samples"] == PAIRS - 2, "what an epoch reads: the missing images are not known beforehand"
+    assert facts["data"] == {"samples": PAIRS, "usable": PAIRS - 2, "left_out": LEFT_OUT}
 
 
 def test_stop_in_an_epoch_and_resume(cc3m: Path, straight: Path, tmp_path: Path) -> None:
@@ -76,6 +86,44 @@ def test_stop_in_an_epoch_and_resume(cc3m: Path, straight: Path, tmp_path: Path)
     assert train(debug(cc3m, tmp_path), resume="auto")
     assert losses(tmp_path / "debug") == losses(straight)
     same_ending(tmp_path / "debug", straight)
+
+
+def test_what_is_left_out_and_skipped_is_told(
+    cc3m: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = ("train.log_every=100", "train.checkpoint_every=1")  # steps are logged at the end only
+    assert train(debug(cc3m, tmp_path, *quiet, "train.stop_after_steps=4"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [f"{PAIRS} samples, {PAIRS - 2} usable", *LEFT_OUT]
+    missing = [f"skipped cc3m_train.json:cc3m_train/{n:09d}.jpg: No such file or directory" for n in (20, 33)]
+    for name in missing:
+        assert any(line.startswith(name) for line in lines), lines
+    so_far = [line for line in lines if line.startswith("skipped so far")]
+    # an epoch of 42 rows is three batches of 16, the last one filled from its beginning
+    assert re.fullmatch(r"skipped so far: [23] samples \([23] No such file or directory\)", so_far[0]), so_far
+    kept = torch.load(list_checkpoints(tmp_path / "debug")[-1] / "trainer.pt", weights_only=True)["skipped"]
+    assert sum(kept.values()) >= 2
+
+    assert train(debug(cc3m, tmp_path, *quiet), resume="auto")
+    last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped so far")][-1]
+    counts = [json.loads(line)["skipped"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert last == f"skipped so far: {counts[-1]} samples ({counts[-1]} No such file or directory)", "as undisturbed"
+
+
+def test_what_is_left_out_of_shards_and_of_a_mixture(cc3m: Path, tmp_path: Path) -> None:
+    listing = SourceConfig(path=str(cc3m / "clip_train" / "cc3m_train.json"), images=str(cc3m / "cc3m"), weight=2)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("a.jpg", b"x"), ("a.txt", b"fine"), ("b.jpg", b"x"), ("b.txt", b" ")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    shards = SourceConfig(path=str(tmp_path))
+    expected = "1 samples left out, empty caption: 0.tar:b"
+    facts = data_facts(open_source((shards,), progress=False))
+    assert facts == {"samples": 2, "usable": 1, "left_out": [expected]}
+    mixed = data_facts(open_source((shards, listing), progress=False))
+    assert (mixed["samples"], mixed["usable"]) == (PAIRS + 2, PAIRS - 1)
+    assert [line.partition(": ")[2] for line in mixed["left_out"]] == [expected, *LEFT_OUT]
 
 
 def test_two_processes_with_loader_workers_train_the_same_curve(cc3m: Path, straight: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "train.epochs": 30,
     },
 }
-CORRECTED = {"rho": 0.0, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.3, "tau_lr": 3e-4}
+CORRECTED = {"rho": 0.0, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 1e-4}
 
 
 def table(name: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_the_numbers_are_the_published_ones(name: str) -> None:
 
 def test_cc3m_is_read_as_the_published_code_lays_it_out() -> None:
     (source,) = load_config(CONFIG_FOLDER / "cc3m_rn50_distilbert.toml").data.sources
-    assert source.path == "/data/cc3m/clip_train/cc3m_train_new.json"
+    assert source.path == "/data/cc3m/clip_train/cc3m_train.json"
     assert source.images == "/data/cc3m"
 
 
@@ -132,7 +132,7 @@ def write_cc3m(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / "cc3m" / "cc3m_train" / f"{i}.jpg")
         words = " ".join(generator.choice(parts.WORDS, 5))
         rows.append({"caption": words, "image": f"cc3m_train/{i}.jpg", "image_id": i})
-    (folder / "clip_train" / "cc3m_train_new.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "clip_train" / "cc3m_train.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def small(name: str, folder: Path) -> list[str]:
@@ -141,7 +141,7 @@ def small(name: str, folder: Path) -> list[str]:
     made = data.exists()
     if "cc3m" in name:
         made or write_cc3m(data)
-        path, images = (json.dumps(str(data / part)) for part in ("clip_train/cc3m_train_new.json", "cc3m"))
+        path, images = (json.dumps(str(data / part)) for part in ("clip_train/cc3m_train.json", "cc3m"))
         train = f"[{{path = {path}, images = {images}}}]"
     else:
         digits = 8 if "dfn" in name else 5

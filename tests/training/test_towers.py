@@ -14,6 +14,8 @@ from disttempnet.models import Towers, encode_images, load_model
 from disttempnet.training.towers import GlobalBatchNorm, prepare_towers
 from gloo import Pools
 
+from timm.models import group_parameters  # isort: skip (after disttempnet.models)
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -49,8 +51,14 @@ def test_the_last_layers_of_a_locked_tower_can_be_trained(made: dict[str, str]) 
     assert text == {"head.proj", "proj", "logit_scale", "transformer.layer.2"}
     image = trained(prepared(made, lock_image=True, unlocked_image_groups=1, lock_text=True))
     assert {name for name in image if name.startswith("trunk")} == {"trunk.layer4.0"}
-    everything = prepared(made, lock_image=True, unlocked_image_groups=99).module.visual
-    assert all(p.requires_grad for p in everything.parameters())
+
+
+def test_more_unlocked_groups_than_there_are_lock_nothing(made: dict[str, str]) -> None:
+    trunk = prepared(made).module.visual.trunk
+    groups = len(group_parameters(trunk, trunk.group_matcher()))
+    for count in (groups, groups + 1, 99):  # groups + 1: a slice from the end would lock all but the last
+        unlocked = prepared(made, lock_image=True, unlocked_image_groups=count).module.visual
+        assert all(p.requires_grad for p in unlocked.parameters()), count
 
 
 @pytest.mark.parametrize("name", ["demo-vit-32", "demo-convnext-32"])

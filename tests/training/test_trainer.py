@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from disttempnet.config import CONFIG_FOLDER, Config, load_config
+from disttempnet.data import Skip
 from disttempnet.errors import UserError
 from disttempnet.training.checkpoint import list_checkpoints, load_run
-from disttempnet.training.runlog import Skipped, _summary
+from disttempnet.training.runlog import Skipped, _summary, about_data, data_facts
 from disttempnet.training.trainer import Trainer, train
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
@@ -212,11 +213,33 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line_and_it_goes_on(straight
 
 def test_skipped_samples_of_every_rank_are_counted_by_reason() -> None:
     skipped = Skipped()
-    names = [f"00000.tar:{n:09d}: cannot decode image: {n} bytes missing" for n in range(25)]
-    lines = [*skipped.add(names), *skipped.add(["00001.tar:000000001: one pixel: a placeholder, not an image"])]
-    assert lines == [f"skipped {name}" for name in names[:20]]
+    broken = [Skip(f"0.tar:at 12: 30: {n:09d}", f"cannot decode image: {n} bytes missing") for n in range(25)]
+    lines = [*skipped.add(broken), *skipped.add([Skip("1.tar:7", "one pixel: a placeholder, not an image")])]
+    assert lines == [f"skipped 0.tar:at 12: 30: {n:09d}: cannot decode image: {n} bytes missing" for n in range(20)]
     assert skipped.total == 26
     assert skipped.summary() == "skipped so far: 26 samples (25 cannot decode image, 1 one pixel)"
+    resumed = Skipped(skipped.reasons)
+    assert list(resumed.add([Skip("1.tar:8", "one pixel: a placeholder")])) == [], "the first 20 of the run, not more"
+    assert (resumed.total, skipped.total) == (27, 26)
+
+
+def test_many_damaged_shards_are_told_in_few_lines() -> None:
+    class Damaged:
+        usable_counts = np.array([3, 4])
+
+        def problems(self) -> str:
+            return "\n".join(f"{n}.tar: cut off" for n in range(1000))
+
+        def __len__(self) -> int:
+            return 1234
+
+    facts = data_facts(Damaged())
+    assert facts["left_out"][18:] == [
+        "18.tar: cut off",
+        "19.tar: cut off",
+        "and 980 lines more: disttempnet data index shows all",
+    ]
+    assert about_data(facts)[:2] == ["1,234 samples, 7 usable", "0.tar: cut off"]
 
 
 def test_the_wait_for_data_is_logged_and_shown_where_it_matters(straight: Path) -> None:

@@ -26,19 +26,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from disttempnet.config import (
-    Config,
-    Section,
-    apply_override,
-    base_path,
-    config_from_table,
-    explain,
-    flat,
-    load_config,
-    merge,
-    read_run,
-    read_table,
-)
+from disttempnet.config import Config, Section, config_from_table, explain, flat, load_config
+from disttempnet.config_file import apply_override, base_path, merge, read_run, read_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences, list_checkpoints

@@ -11,33 +11,68 @@
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
     store.py       who opens a shard: where it lies, or through the cache of remote.py
     cache.py       where both are made into shards on first use
+    opening.py     all of it put together for a config
 
-`open_training_data` puts them together for a config.
+The public names are imported on first use: what needs no torch, such as downloading, starts without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.data import DataLoader
+if TYPE_CHECKING:
+    from disttempnet.data.dataset import Batch as Batch
+    from disttempnet.data.dataset import PairDataset as PairDataset
+    from disttempnet.data.dataset import Sample as Sample
+    from disttempnet.data.dataset import Skip as Skip
+    from disttempnet.data.dataset import lost_workers_named as lost_workers_named
+    from disttempnet.data.dataset import make_loader as make_loader
+    from disttempnet.data.decoding import UnreadableImage as UnreadableImage
+    from disttempnet.data.decoding import decode as decode
+    from disttempnet.data.embedded import embedded_shards as embedded_shards
+    from disttempnet.data.index import ShardIndex as ShardIndex
+    from disttempnet.data.indexing import open_index as open_index
+    from disttempnet.data.listing import open_listing as open_listing
+    from disttempnet.data.mixture import MixedSource as MixedSource
+    from disttempnet.data.opening import TrainingData as TrainingData
+    from disttempnet.data.opening import open_source as open_source
+    from disttempnet.data.opening import open_training_data as open_training_data
+    from disttempnet.data.sampler import EpochPlan as EpochPlan
+    from disttempnet.data.sampler import PlanSampler as PlanSampler
+    from disttempnet.data.scenes import generated_shards as generated_shards
+    from disttempnet.data.shards import ShardList as ShardList
+    from disttempnet.data.shards import resolve_shards as resolve_shards
+    from disttempnet.data.source import Source as Source
+    from disttempnet.data.transforms import eval_transform as eval_transform
+    from disttempnet.data.transforms import train_transform as train_transform
 
-from disttempnet.config import DataConfig, SourceConfig
-from disttempnet.data.dataset import Batch, PairDataset, Sample, lost_workers_named, make_loader
-from disttempnet.data.decoding import UnreadableImage, decode
-from disttempnet.data.embedded import embedded_shards
-from disttempnet.data.index import ShardIndex
-from disttempnet.data.indexing import open_index
-from disttempnet.data.listing import is_listing, open_listing
-from disttempnet.data.mixture import MixedSource
-from disttempnet.data.sampler import EpochPlan, PlanSampler
-from disttempnet.data.scenes import generated_shards
-from disttempnet.data.shards import ShardList, resolve_shards
-from disttempnet.data.source import Source
-from disttempnet.data.transforms import eval_transform, train_transform
-from disttempnet.errors import UserError
-from disttempnet.models import Towers
+_HOMES = {
+    "Batch": "dataset",
+    "EpochPlan": "sampler",
+    "MixedSource": "mixture",
+    "PairDataset": "dataset",
+    "PlanSampler": "sampler",
+    "Sample": "dataset",
+    "ShardIndex": "index",
+    "ShardList": "shards",
+    "Skip": "dataset",
+    "Source": "source",
+    "TrainingData": "opening",
+    "UnreadableImage": "decoding",
+    "decode": "decoding",
+    "embedded_shards": "embedded",
+    "eval_transform": "transforms",
+    "generated_shards": "scenes",
+    "lost_workers_named": "dataset",
+    "make_loader": "dataset",
+    "open_index": "indexing",
+    "open_listing": "listing",
+    "open_source": "opening",
+    "open_training_data": "opening",
+    "resolve_shards": "shards",
+    "train_transform": "transforms",
+}
 
 __all__ = [
     "Batch",
@@ -48,6 +83,7 @@ __all__ = [
     "Sample",
     "ShardIndex",
     "ShardList",
+    "Skip",
     "Source",
     "TrainingData",
     "UnreadableImage",
@@ -66,70 +102,7 @@ __all__ = [
 ]
 
 
-def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Source:
-    """The samples that a run reads; every rank calls this.
-
-    Args:
-        sources: where they come from.
-        progress: show a bar on standard error while an index is made.
-
-    Raises:
-        UserError: data that is missing or has changed since it was indexed.
-    """
-    parts = [_open_one(source, progress) for source in sources]
-    if len(parts) == 1 and sources[0].weight == 1:
-        return parts[0]
-    return MixedSource(parts, [source.weight for source in sources])
-
-
-def _open_one(source: SourceConfig, progress: bool) -> Source:
-    if is_listing(source):
-        return open_listing(source, progress)
-    return open_index(source.path, source.index, progress, source.caption_key, source.cache, source.cache_gb)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Everything between the shards and the training loop of one rank."""
-
-    source: Source
-    plan: EpochPlan
-    dataset: PairDataset
-    sampler: PlanSampler
-    loader: DataLoader
-
-    def loader_from(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of one epoch, from a step on.
-
-        Raises:
-            UserError: samples cannot be read any more.
-        """
-        self.sampler.seek(epoch, start_step)
-        try:
-            yield from self.loader
-        except UserError as error:
-            # torch prefixes what a worker raised with the worker's traceback
-            raise UserError(str(error).rsplit("UserError: ")[-1].strip()) from None
-
-
-def open_training_data(
-    config: DataConfig, seed: int, towers: Towers, rank: int = 0, world_size: int = 1
-) -> TrainingData:
-    """Index, plan and loader that a config asks for; every rank calls this.
-
-    Args:
-        config: the run's [data].
-        seed: of order and augmentation.
-        towers: give image size and tokenizer.
-        rank, world_size: whose part of every batch to load.
-
-    Raises:
-        UserError: shards that are missing or changed, too few samples, a world size that lanes do not allow.
-    """
-    source = open_source(config.sources)
-    plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
-    plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
-    dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
-    sampler = PlanSampler(plan, rank, world_size)
-    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available())
-    return TrainingData(source, plan, dataset, sampler, loader)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'disttempnet.data' has no attribute '{name}'")
+    return getattr(import_module(f"disttempnet.data.{_HOMES[name]}"), name)

@@ -20,8 +20,9 @@ from disttempnet.data.meter import Meter
 from disttempnet.data.scan import scan_shard
 from disttempnet.data.shards import ShardList, fingerprint
 from disttempnet.data.store import ShardStore, State
-from disttempnet.data.workers import LostWorker, cores, run_jobs
+from disttempnet.data.workers import LostWorker, run_jobs
 from disttempnet.errors import UserError
+from disttempnet.machine import cores
 
 A_PROCESS = 1 << 30  # bytes of shards that are worth a process more
 
@@ -108,7 +109,7 @@ class Place(NamedTuple):
     """Where an index has a shard: the ids [first, end)."""
 
     shard: Shard
-    home: ShardIndex
+    held_by: ShardIndex
     first: int
     end: int
 
@@ -222,7 +223,7 @@ def _write(
                 yield scanned[shard.name][column]
             else:
                 place = places[shard.name]
-                yield getattr(place.home, column)[place.first : place.end].tobytes()
+                yield getattr(place.held_by, column)[place.first : place.end].tobytes()
 
     with writable(path) as temporary:
         write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})

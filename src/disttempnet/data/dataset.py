@@ -27,13 +27,20 @@ PREFETCH = 4  # batches a worker holds ready
 CAPTION_CHARACTERS = 2000  # what a tokenizer is given: it cuts at some 77 words anyway, and takes n² time over one word
 
 
+class Skip(NamedTuple):
+    """An unreadable sample: `SHARD.tar:KEY` or `LISTING:IMAGE`, and why."""
+
+    name: str
+    reason: str
+
+
 class Sample(NamedTuple):
-    """One pair: image uint8 [3, s, s]; `skipped` names the unreadable samples that it stands in for."""
+    """One pair: image uint8 [3, s, s]; `skipped` are the unreadable samples that it stands in for."""
 
     image: Tensor
     caption: str
     id: int
-    skipped: tuple[str, ...]
+    skipped: tuple[Skip, ...]
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,13 @@ class Batch:
         images: uint8 [b, 3, s, s].
         tokens: int64 [b, L].
         ids: int64 [b]; where a sample was unreadable, the id of the one that replaced it.
-        skipped: `SHARD.tar:KEY: reason` of every unreadable sample that was replaced.
+        skipped: every unreadable sample that was replaced.
     """
 
     images: Tensor
     tokens: Tensor
     ids: Tensor
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Skip, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """On a device; copies from pinned memory do not wait."""
@@ -85,18 +92,18 @@ class PairDataset(Dataset[Sample]):
             UserError: 100 in a row cannot be read, or a shard is gone.
         """
         epoch, sample = key
-        skipped: list[str] = []
+        skipped: list[Skip] = []
         while len(skipped) < MAX_SKIPPED:
             try:
                 captions = self.source.captions(sample)
                 pixels = self.transform(self.source.image_bytes(sample), self._draw(epoch, sample))
             except (UnreadableImage, UnreadableCaption) as error:
-                skipped.append(f"{self.source.name(sample)}: {error}")
+                skipped.append(Skip(self.source.name(sample), str(error)))
                 sample = self.source.next_usable(sample)
                 continue
             chosen = self._draw(epoch, sample, b"caption") % len(captions) if len(captions) > 1 else 0
             return Sample(pixels, captions[chosen], sample, tuple(skipped))
-        raise UserError(f"{MAX_SKIPPED} samples in a row cannot be read, the first is {skipped[0]}")
+        raise UserError(f"{MAX_SKIPPED} samples in a row cannot be read, the first is {': '.join(skipped[0])}")
 
     def _draw(self, epoch: int, sample: int, purpose: bytes = b"") -> int:
         """56 bits that look random, others for every purpose."""
@@ -115,7 +122,7 @@ class Collate:
             default_collate([sample.image for sample in samples]),
             self.tokenizer([sample.caption[:CAPTION_CHARACTERS] for sample in samples]),
             torch.tensor([sample.id for sample in samples], dtype=torch.int64),
-            tuple(text for sample in samples for text in sample.skipped),
+            tuple(skip for sample in samples for skip in sample.skipped),
         )
 
 

@@ -22,7 +22,7 @@ except ImportError:  # the same pixels without it
     simplejpeg = None
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 256 MiB of RGB
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
 SCALES = (8, 4, 2)  # a JPEG decodes at 1/8, 1/4 and 1/2 for less than its full size costs
 
 Result = TypeVar("Result")
@@ -51,7 +51,7 @@ class EncodedImage:
         self._image: Image.Image | None = None
         size = _jpeg_size(data)
         if size is None:
-            self._image = _read(lambda: Image.open(io.BytesIO(data), formats=FORMATS))
+            self._image = _read(lambda: Image.open(io.BytesIO(data), formats=PILLOW_FORMATS))
             size = self._image.size
         self.width, self.height = size
         if self.width * self.height > MAX_PIXELS:
@@ -74,25 +74,29 @@ class EncodedImage:
                 pass
         return np.array(self.rgb(scale))
 
-    def rgb(self, scale: int = 1) -> Image.Image:
-        """All pixels, as an RGB image with transparency laid on white; `scale` as for `pixels`."""
-        return _read(lambda: self._rgb(scale))
+    def rgb(self, scale: int = 1, plain: bool = False) -> Image.Image:
+        """All pixels in RGB, transparency laid on white; `scale` is that of `pixels`, `plain` of `decode`."""
+        return _read(lambda: self._rgb(scale, plain))
 
-    def _rgb(self, scale: int) -> Image.Image:
-        image = self._image or Image.open(io.BytesIO(self._data), formats=FORMATS)
+    def _rgb(self, scale: int, plain: bool) -> Image.Image:
+        image = self._image or Image.open(io.BytesIO(self._data), formats=PILLOW_FORMATS)
         if scale > 1:
             image.draft(None, (self.width // scale, self.height // scale))  # nothing happens to other formats
         image.load()
-        return to_rgb(image)
+        return image.convert("RGB") if plain else to_rgb(image)
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, plain: bool = False) -> Image.Image:
     """Image bytes → RGB, transparency on white; of an animation the first frame.
+
+    Args:
+        plain: convert as Pillow does, and open_clip and CLIP_benchmark with it: transparency is dropped, not laid on
+            white, and 16 bits a channel are cut, not scaled.
 
     Raises:
         UnreadableImage: not an image, cut off, or so large that it may be a decompression bomb.
     """
-    return EncodedImage(data).rgb()
+    return EncodedImage(data).rgb(plain=plain)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -195,15 +195,18 @@ def run_download(job: Download) -> int:
 
 
 def outcome(folder: Path) -> Outcome:
-    """Read what img2dataset noted of each whole shard."""
+    """Read what img2dataset noted of each whole shard; the note that a killed one was writing is none."""
     shards, samples, failures = 0, 0, Counter[str]()
     for path in sorted(folder.glob("*_stats.json")):
-        stats = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            stats = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
         shards, samples = shards + 1, samples + stats["successes"]
         failures.update({reason: count for reason, count in stats["status_dict"].items() if reason != "success"})
     return Outcome(shards, samples, failures)
 
 
-def printable(command: list[str]) -> str:
+def as_typed(command: list[str]) -> str:
     """A command as it can be typed."""
     return shlex.join(command).replace(" --", " \\\n  --")

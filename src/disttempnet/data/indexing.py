@@ -65,9 +65,9 @@ def open_index(
         check_shards(index, shards, source)
         return index
 
-    path = distributed.on_all_ranks(build)  # the others wait here, no longer than the process group's timeout
-    distributed.on_all_ranks(lambda: share_index(path))
-    index = distributed.on_all_ranks(load)
+    path = distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    distributed.together(lambda: share_index(path))  # every rank goes through all of its collectives, whatever fails
+    index = distributed.together(load)
     if len(set(distributed.gather_objects(index.digest))) > 1:
         raise UserError(
             f"{index.path}: the ranks see different indexes; give every node the same shards, and delete the index of "

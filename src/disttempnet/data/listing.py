@@ -7,6 +7,7 @@ JSON text `[image, captions, other fields]`.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,14 @@ from disttempnet import distributed
 from disttempnet.config import SourceConfig
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.index import writable
-from disttempnet.data.listing_index import REASONS, Columns, Settings, build_index, load_columns, printable
+from disttempnet.data.listing_index import ROW_REASONS, Columns, Settings, build_index, load_columns, printable
 from disttempnet.data.parquet import Parquet, ParquetImages
 from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
 from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.errors import UserError
 
+NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
 PROBED = 20  # images that are looked for at every start
 
 
@@ -46,12 +48,16 @@ class ImageFiles:
         return os.path.join(self.root, image)
 
     def read(self, sample: int, image: str) -> bytes:
-        """Raises UnreadableImage: there is no such file, or it cannot be read."""
+        """Raises UnreadableImage: there is no such file; UserError: it is there, or may be, and cannot be read."""
         try:
             with open(self.path(image), "rb") as file:
                 return file.read()
         except OSError as error:
-            raise UnreadableImage(f"{error.strerror}: {printable(self.path(image))}") from None
+            where = printable(self.path(image))
+            if error.errno in NO_SUCH_FILE:
+                raise UnreadableImage(f"{error.strerror}: {where}") from None
+            # rights, a lost disk, too many open files: no fault of one sample, and leaving it out would hide it
+            raise UserError(f"{where}: cannot be read: {error.strerror}") from None
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -63,7 +69,7 @@ class Listing(Source):
     Attributes:
         path: the index file.
         images: where images are read.
-        status: place in `REASONS`.
+        status: place in `ROW_REASONS`.
         digest: hex sha256 over rows and status, and over the files where images lie in them.
     """
 
@@ -80,7 +86,7 @@ class Listing(Source):
         return self.columns.digest
 
     def image_bytes(self, sample: int) -> bytes:
-        """The encoded image. Raises UnreadableImage where its file is gone, so that training goes on."""
+        """The encoded image. Raises UnreadableImage where there is none, so that training goes on; else UserError."""
         return self.images.read(sample, self.columns.row(sample)[0])
 
     def captions(self, sample: int) -> tuple[str, ...]:
@@ -96,15 +102,21 @@ class Listing(Source):
         return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
 
     def reason(self, sample: int) -> str:
-        return REASONS[self.status[sample]]
+        return ROW_REASONS[self.status[sample]]
+
+    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
+        """(reason, samples, the first few names) of what cannot be used."""
+        found = []
+        for code in np.unique(self.status[self.status != OK]):
+            samples = np.flatnonzero(self.status == code)
+            found.append((ROW_REASONS[code], len(samples), [self.name(int(sample)) for sample in samples[:names]]))
+        return found
 
     def problems(self, names: int = 3) -> str:
         lines = []
-        for code in np.unique(self.status[self.status != OK]):
-            samples = np.flatnonzero(self.status == code)
-            shown = ", ".join(self.name(int(sample)) for sample in samples[:names])
-            more = ", …" if len(samples) > names else ""
-            lines.append(f"{len(samples):,} samples left out, {REASONS[code]}: {shown}{more}")
+        for reason, samples, shown in self.left_out(names):
+            more = ", …" if samples > len(shown) else ""
+            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -148,6 +160,8 @@ def layout_of(source: SourceConfig) -> Layout:
         raise UserError(f"data.train: {path}: no such folder of images")
     if path.suffix.lower() == ".parquet" or ".parquet" in _suffixes_in(path):
         return Parquet(path, source.image_key)
+    if path.name in ("", ".."):  # ., .. and / have no name, which the index is named after
+        path = Path(os.path.abspath(path))
     if source.image_key:
         raise UserError(f"data.train: {path}: a folder of images has no image_key; leave it out")
     return Folder(path, source.caption_key)
@@ -166,7 +180,7 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
             images are not found. Every rank raises.
     """
     settings = Settings(source.image_key, source.caption_key)
-    layout = distributed.on_all_ranks(lambda: layout_of(source))
+    layout = distributed.together(lambda: layout_of(source))
 
     def build() -> None:
         path = index_file(layout, source.index)
@@ -177,12 +191,12 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
 
     def load() -> Listing:
         path = index_file(layout, source.index)
-        columns = load_columns(path)
+        columns = load_columns(path, verify=True)
         columns.check(layout, settings)
         return Listing(path, layout.where, columns, _images(layout, columns, source.images))
 
-    distributed.on_all_ranks(build)  # the others wait here, no longer than the process group's timeout
-    listing = distributed.on_all_ranks(load)
+    distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    listing = distributed.together(load)
     if len(set(distributed.gather_objects(listing.digest))) > 1:
         raise UserError(f"{listing.path}: the ranks see different indexes; give every node the same data")
     return listing

@@ -1,7 +1,8 @@
 """The index of a listing: its rows judged and copied into one file that is mapped into memory.
 
 A safetensors file: `rows` (the JSON texts, one after another), `start` (where each begins), `status`, `first` (ids at
-which groups begin), `about` (JSON: what it was made from). It is written in one pass, and renamed when it is whole.
+which groups begin), `about` (JSON: what it was made from). It is written in one pass, and renamed when it is whole and
+on disk; its header holds the sha256 of all the rest, which every start compares.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedRandom, BufferedReader
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +27,14 @@ from disttempnet.data.rows import Fields, Layout
 from disttempnet.data.source import OK
 from disttempnet.errors import UserError
 
-FORMAT = "disttempnet-listing-1"
+FORMAT = "disttempnet-listing-2"
 HEADER_BYTES = 4096  # what the header is padded to, as it is written last
 IMAGE_KEYS = ("image", "filepath", "path", "file_name", "filename")
 CAPTION_KEYS = ("caption", "captions", "title", "text")
 HEAD = 1000  # rows that must show which keys there are
 
 # why a row cannot be used; its code is its place in this list, 0 is usable
-REASONS = (
+ROW_REASONS = (
     "ok",
     "no image",
     "image is not a path",
@@ -43,7 +45,9 @@ REASONS = (
     "caption is not UTF-8",
     "fields are not those of the header",
 )
-_, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW = range(len(REASONS))
+_, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW = range(
+    len(ROW_REASONS)
+)
 KINDS = {"I64": np.int64, "U8": np.uint8}
 
 
@@ -102,19 +106,31 @@ class Columns:
         )
 
 
-def load_columns(path: Path) -> Columns:
-    """Map an index file. Raises UserError: it is none of this version, or not all of it is there."""
+def load_columns(path: Path, verify: bool = False) -> Columns:
+    """Map an index file.
+
+    Args:
+        path: the file.
+        verify: read all of it and compare with the checksum that it carries.
+
+    Raises:
+        UserError: it is none of this version, not all of it is there, or it is damaged.
+    """
     try:
         with path.open("rb") as file:
             size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length < size else b"")
-        metadata = header.pop("__metadata__")
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
-        if size != 8 + length + max(entry["data_offsets"][1] for entry in header.values()):
-            raise ValueError("it is cut off")
+            metadata = header["__metadata__"]
+            if metadata["format"] != FORMAT:
+                raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
+            checksum = metadata.pop("checksum")
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            if size != 8 + length + max(entry["data_offsets"][1] for entry in entries.values()):
+                raise ValueError("it is cut off")
+            if verify and _checksum(file, 8 + length, header) != checksum:
+                raise ValueError("it is damaged: its sha256 is not what it was when it was written")
         tensors = {}
-        for name, entry in header.items():
+        for name, entry in entries.items():
             kind, offset, shape = KINDS[entry["dtype"]], 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
             # asarray: plain views of the mapping, which are faster to index than np.memmap
             tensors[name] = np.asarray(np.memmap(path, kind, "r", offset, shape))
@@ -136,7 +152,7 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
         UserError: it cannot be read, has no such keys, or no usable row.
     """
     start, status, digest = array("q", [0]), bytearray(), hashlib.sha256()
-    with writable(path) as temporary, temporary.open("wb") as file:
+    with writable(path) as temporary, temporary.open("w+b") as file:
         file.write(bytes(HEADER_BYTES))
         for text, code in _judged(_with_bar(layout, progress), layout, settings):
             digest.update(text)
@@ -158,7 +174,7 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
         os.replace(temporary, path)
 
 
-def _finish(file: BinaryIO, row_bytes: int, tensors: dict[str, NDArray[Any]], digest: str) -> None:
+def _finish(file: BufferedRandom, row_bytes: int, tensors: dict[str, NDArray[Any]], digest: str) -> None:
     """Write what comes after the rows, then the header before them."""
     offset = row_bytes + -row_bytes % 8  # numbers lie on multiples of their size
     file.write(bytes(offset - row_bytes))
@@ -169,15 +185,26 @@ def _finish(file: BinaryIO, row_bytes: int, tensors: dict[str, NDArray[Any]], di
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         file.write(tensor.data)
         offset = end
+    header["__metadata__"]["checksum"] = _checksum(file, HEADER_BYTES, header)
     file.seek(0)
     file.write((HEADER_BYTES - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES - 8))
     file.flush()
+    os.fsync(file.fileno())
+
+
+def _checksum(file: BufferedRandom | BufferedReader, offset: int, header: dict[str, Any]) -> str:
+    """Hex sha256 of all bytes from `offset` on, and of the header as it is without a checksum."""
+    file.flush()
+    file.seek(offset)
+    digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(header).encode())
+    return digest.hexdigest()
 
 
 def _refuse_unusable(layout: Layout, status: bytearray) -> None:
     if OK in status:
         return
-    found = ", ".join(f"{status.count(code):,}: {reason}" for code, reason in enumerate(REASONS) if code in status)
+    found = ", ".join(f"{status.count(code):,}: {reason}" for code, reason in enumerate(ROW_REASONS) if code in status)
     raise UserError(f"{layout.where}: none of its rows can be used" + (f" ({found})" if found else ": it has none"))
 
 

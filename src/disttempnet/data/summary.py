@@ -8,6 +8,7 @@ from rich.table import Table
 
 from disttempnet.data.headers import FORMATS
 from disttempnet.data.index import Shard, ShardIndex
+from disttempnet.data.listing import Listing
 from disttempnet.data.scan import Tally, merge_tally
 
 MEASURES = ("image bytes", "image width", "image height", "captions a sample", "caption characters")
@@ -18,19 +19,32 @@ def index_summary(index: ShardIndex) -> RenderableType:
     tally: Tally = {}
     for shard in index.shards:
         merge_tally(tally, shard.tally)
-    tables: list[RenderableType] = [_totals(index, tally), _measures(tally)]
-    if reasons := index.left_out():
-        table = Table("left out", "samples", "for example", title="unreadable samples", title_justify="left")
-        table.columns[1].justify = "right"
-        for reason, samples, names in reasons:
-            table.add_row(reason, f"{samples:,}", escape(", ".join(names)) + (", …" if samples > len(names) else ""))
-        tables.append(table)
+    tables: list[RenderableType] = [_totals(index, tally), _measures(tally), *_left_out(index.left_out())]
     if notes := [(shard.name, shard.note or "holds no samples") for shard in index.shards if _odd(shard)]:
         table = Table("shard", "what is wrong", title="shards", title_justify="left")
         for name, note in notes:
             table.add_row(escape(name), escape(note))
         tables.append(table)
     return Group(*tables)
+
+
+def listing_summary(listing: Listing) -> RenderableType:
+    """Tables for a terminal."""
+    table = Table(title=escape(str(listing.path)), title_justify="left", show_header=False)
+    table.add_row("rows", f"{len(listing):,}, of which {len(listing.usable):,} usable")
+    table.add_row("index", f"{listing.path.stat().st_size / 1e6:,.1f} MB, digest {listing.digest[:12]}")
+    return Group(table, *_left_out(listing.left_out()))
+
+
+def _left_out(reasons: list[tuple[str, int, list[str]]]) -> list[RenderableType]:
+    """A table of (reason, samples, the first few names), where there are any."""
+    if not reasons:
+        return []
+    table = Table("left out", "samples", "for example", title="unreadable samples", title_justify="left")
+    table.columns[1].justify = "right"
+    for reason, samples, names in reasons:
+        table.add_row(reason, f"{samples:,}", escape(", ".join(names)) + (", …" if samples > len(names) else ""))
+    return [table]
 
 
 def _odd(shard: Shard) -> bool:

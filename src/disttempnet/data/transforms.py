@@ -68,8 +68,6 @@ class SmallRandAugment:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def _operate(self, image: Image.Image, name: str, sign: float) -> Image.Image:
-        if name == "identity":
-            return image
         if name == "autocontrast":
             return F.autocontrast(image)
         if name == "equalize":

@@ -41,11 +41,6 @@ class _Failure(NamedTuple):
     users: bool
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int) -> Generator[tuple[Task, Any]]:
     """Run a job for every task; tasks are begun in order, several at a time.
 

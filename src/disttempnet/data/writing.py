@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -41,11 +41,13 @@ class Recipe:
         samples_per_shard: how many a shard takes from the source.
         resize: pixels of the shorter side that larger images are brought to; 0 = all bytes as they are.
         quality: of the JPEGs that resizing writes.
+        captions: what the .txt holds of several: the `first`, for training, or all as `lines`, for retrieval.
     """
 
     samples_per_shard: int = 10_000
     resize: int = 0
     quality: int = 95
+    captions: Literal["first", "lines"] = "first"
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
@@ -227,7 +229,8 @@ def sample_members(source: Source, sample: int, recipe: Recipe) -> dict[str, byt
     with suppress(ValueError):  # a .json that is none
         facts = dict(source.metadata(sample) or {})
     facts |= {"source": source.name(sample), "width": shown[0], "height": shown[1]}
-    if len(captions) > 1:
+    lines = recipe.captions == "lines"
+    if lines or len(captions) > 1:
         facts["captions"] = list(captions)
     suffix = _suffix(data)
     if shown != size:
@@ -242,7 +245,7 @@ def sample_members(source: Source, sample: int, recipe: Recipe) -> dict[str, byt
             suffix, data = "png", _encoded(image, "PNG")
     return {
         suffix: data,
-        "txt": captions[0].encode("utf-8"),
+        "txt": "\n".join(" ".join(text.split()) for text in captions).encode() if lines else captions[0].encode(),
         "json": json.dumps(facts, ensure_ascii=False, sort_keys=True).encode("utf-8"),
     }
 

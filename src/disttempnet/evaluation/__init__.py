@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval: tasks are rows of tasks.toml, protocols are code."""
+"""Zero-shot evaluation: tasks are rows of tasks.toml, protocols are code."""
 
 from disttempnet.evaluation.runner import TaskResult, embed_captions, embed_samples, evaluate
 from disttempnet.evaluation.scores import Scores, from_record, to_record

@@ -1,7 +1,7 @@
-"""Ranking metrics with their exact chance levels.
+"""Ranking metrics with their exact chance levels, and what is made of predictions by class and by group.
 
-Everything measured here comes from one number a query: the place of its best-placed right answer among all
-candidates. Accuracy is the case of one right answer a query (its class).
+Ranking comes from one number a query: the place of its best-placed right answer among all candidates. Accuracy is the
+case of one right answer a query (its class).
 
 Legend: q queries, n candidates, D width, p (query, right candidate) pairs.
 Order: by similarity, and between equal ones by index, so that a model that maps everything to one point is at
@@ -10,7 +10,12 @@ chance level, not perfect.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 512  # queries scored at once: bounds memory to TILE × n similarities
@@ -44,6 +49,33 @@ def first_hit(queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_o
     return torch.cat(places)
 
 
+class Prediction(NamedTuple):
+    """What zero-shot classification says of n images, int64 [n] each.
+
+    Attributes:
+        first: the most similar class.
+        place: where the true class stands, 0 = top; the number of classes where there is no such class.
+    """
+
+    first: Tensor
+    place: Tensor
+
+
+def predict(images: Tensor, classes: Tensor, labels: Tensor) -> Prediction:
+    """Images [n, D] before classes [C, D].
+
+    Args:
+        labels: int64 [n] on the device of `images`; a label that is no class is never hit.
+    """
+    scores = images @ classes.T
+    known = labels < len(classes)
+    index = torch.arange(len(classes), device=scores.device)
+    target = labels.clamp_max(len(classes) - 1).unsqueeze(1)
+    best = scores.gather(1, target)
+    place = ((scores > best) | ((scores == best) & (index < target))).sum(1)
+    return Prediction(scores.argmax(1), torch.where(known, place, len(classes)))
+
+
 def recall_at(places: Tensor, k: int) -> float:
     """Share of queries with a right answer among their first k."""
     return (places < k).double().mean().item()
@@ -67,3 +99,52 @@ def mean_per_class_recall(places: Tensor, labels: Tensor) -> float:
     _, group, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
     hits = torch.bincount(group, weights=(places.cpu() == 0).double())
     return (hits / counts).mean().item()
+
+
+def macro_scores(first: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[float, float]:
+    """(F1, recall) of each class that occurs in `labels`, averaged over these classes.
+
+    Args:
+        first: predicted classes [n]; labels: the true ones [n].
+    """
+    present = np.unique(labels)
+    size = int(max(first.max(), labels.max())) + 1
+    right = np.bincount(labels[first == labels], minlength=size)[present]
+    predicted = np.bincount(first, minlength=size)[present]
+    true = np.bincount(labels, minlength=size)[present]
+    return float((2 * right / (predicted + true)).mean()), float((right / true).mean())
+
+
+class GroupMeans(NamedTuple):
+    """Mean and size of each group, as dicts by what the group is called; an empty group's mean is None."""
+
+    means: dict[str, float | None]
+    counts: dict[str, int]
+
+    def worst(self, but: Sequence[str] = ()) -> float | None:
+        """The lowest mean of the groups that are not empty and not named; None if there are none."""
+        return min((mean for name, mean in self.means.items() if mean is not None and name not in but), default=None)
+
+
+def group_means(hits: NDArray[np.bool_], columns: dict[str, NDArray[np.int64]]) -> GroupMeans:
+    """The share of hits [n] in every combination of group numbers, empty ones too.
+
+    Args:
+        columns: name → the number of each sample's group [n]; there are as many groups as the largest number says.
+            Several columns make the groups of all combinations, `race:0_gender:1`; the last column runs fastest.
+    """
+    sizes = [int(values.max()) + 1 for values in columns.values()]
+    flat = np.ravel_multi_index(tuple(columns.values()), sizes)
+    counts = np.bincount(flat, minlength=int(np.prod(sizes)))
+    right = np.bincount(flat[hits], minlength=len(counts))
+    names = [
+        "_".join(f"{column}:{number}" for column, number in zip(columns, numbers, strict=True))
+        for numbers in np.ndindex(*sizes)
+    ]
+    means = [float(r / n) if n else None for r, n in zip(right.tolist(), counts.tolist(), strict=True)]
+    return GroupMeans(dict(zip(names, means, strict=True)), dict(zip(names, counts.tolist(), strict=True)))
+
+
+def jaccard(chosen: set[int], right: set[int]) -> float:
+    """Size of the intersection over size of the union."""
+    return len(chosen & right) / len(chosen | right)

@@ -1,45 +1,61 @@
-"""Evaluation tasks and their data: rows of tasks.toml, and the labelled webdataset shards that they point to.
+"""Evaluation tasks and their data: rows of tasks.toml, and the samples that they are measured on.
 
-A shard is a tar of KEY.webp (or png, jpg, jpeg), KEY.txt (a caption a line) and KEY.json (with a `label`).
-Shards are indexed, not loaded: an image is read from its byte range when it is decoded.
+Read here: data that ships with the package or that it makes, tars of KEY.webp (or png, jpg, jpeg), KEY.txt (a caption a
+line) and KEY.json (with a `label`). layouts.py reads what lies below a data root. Tars are indexed, not loaded: an
+image is read from its byte range when it is decoded.
 """
 
 from __future__ import annotations
 
 import json
-import tarfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from disttempnet.config import Section
 from disttempnet.data.decoding import decode
-from disttempnet.data.shards import IMAGE_SUFFIXES, resolve_shards
+from disttempnet.data.shards import resolve_shards
 from disttempnet.errors import UserError, unknown_name
+from disttempnet.evaluation.tars import Span, image_of, read_tar
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
+FOLDER = "folder:"  # what names of tasks begin with that are no rows
 
 
 class Task(Section):
-    """A row of tasks.toml; the file's head explains the fields."""
+    """A row of tasks.toml; the file explains the fields."""
 
     name: str
     display: str
-    about: str
-    data: str
-    classes_from: tuple[str, ...]
+    about: str = ""
+    data: str = ""
+    classes_from: tuple[str, ...] = ()
     protocols: tuple[str, ...]
-    metrics: tuple[str, ...]
-    templates: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
     tags: tuple[str, ...]
     frequency_from: str = ""
     frequency_by: str = "label"
+    main: str = ""
+    size: int = 0
+    classes: int = 0
+    prompts: int = 0
+    seconds: float = 0.0
+    source: str = ""
+    also: tuple[str, ...] = ()
+
+    @property
+    def below_root(self) -> bool:
+        """Whether its data lies below a data root."""
+        return not self.data
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,7 @@ class Sample:
         captions: one or more.
         label: name of its class; empty where the shard gives none.
         facts: all that its JSON says.
+        plain: decode it as other evaluators do; see `decode`.
     """
 
     key: str
@@ -61,12 +78,33 @@ class Sample:
     captions: tuple[str, ...]
     label: str
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    plain: bool = False
 
     def image(self) -> Image.Image:
         """The decoded RGB image; UnreadableImage where its bytes are none."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
-            return decode(file.read(self.size))
+            return decode(file.read(self.size), self.plain)
+
+
+def sample_of(name: str, file: Path, image: Span, captions: tuple[str, ...] = ()) -> Sample:
+    """A sample of a published data set."""
+    return Sample(name, file, image.offset, image.size, captions, "", plain=True)
+
+
+class Head(NamedTuple):
+    """A zero-shot classifier in words: C class names, and the templates that each of them is put into."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+class Puzzle(NamedTuple):
+    """A cue, the candidates as places in a task's samples, and which of them belong to the cue."""
+
+    cue: str
+    candidates: tuple[int, ...]
+    right: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -75,17 +113,33 @@ class TaskData:
 
     Attributes:
         samples: n images.
-        class_names: C names in order; labels: of each sample, the index of its class.
+        heads: classifiers that its images are put before; as a rule one, of retrieval none.
+        labels: of each sample, the index of its class in the first head; empty where there are no classes.
         frequency: of each sample, how many training samples share its value of `frequency_by`; and
         third: 0 head, 1 middle, 2 tail. Both are empty where the task names no `frequency_from`.
+        metadata: int64 [n, columns], what else is known of each sample; empty where nothing is.
+        puzzles: of `winogavil`.
+        broken: what could not be used at all, by name and reason: it counts as missing.
+        notes: what else a reader of the result has to know.
+        size: how many samples there have to be; 0 = not known.
     """
 
     task: Task
     samples: tuple[Sample, ...]
-    class_names: tuple[str, ...]
-    labels: tuple[int, ...]
-    frequency: tuple[int, ...]
-    third: tuple[int, ...]
+    heads: tuple[Head, ...] = ()
+    labels: tuple[int, ...] = ()
+    frequency: tuple[int, ...] = ()
+    third: tuple[int, ...] = ()
+    metadata: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    puzzles: tuple[Puzzle, ...] = ()
+    broken: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    size: int = 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names of the first head, in order."""
+        return self.heads[0].names if self.heads else ()
 
 
 @cache
@@ -96,22 +150,36 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; UserError lists those that exist."""
+    """The task of that name, or `folder:PATH`, images of one's own; UserError lists those that exist."""
+    if name.startswith(FOLDER):
+        title = Path(name.removeprefix(FOLDER)).name
+        return Task(name=name, display=title, data=name, protocols=("classification",), main="acc1", tags=())
     tasks = all_tasks()
     if name not in tasks:
         raise UserError(unknown_name("task", name, tasks))
     return tasks[name]
 
 
+def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Task]:
+    """Tasks by name, and all rows that carry one of the tags, each once; UserError names what does not exist."""
+    known = dict.fromkeys(tag for task in all_tasks().values() for tag in task.tags)
+    for tag in tags:
+        if tag not in known:
+            raise UserError(unknown_name("tag", tag, known))
+    chosen = {name: find_task(name) for name in names}
+    chosen |= {name: task for name, task in all_tasks().items() if set(task.tags) & set(tags)}
+    return list(chosen.values())
+
+
 def task_title(name: str) -> str:
-    """A task's heading in tables; the name itself where tasks.toml no longer has it."""
+    """A task's heading in tables; the name itself where tasks.toml does not have it."""
     tasks = all_tasks()
     return tasks[name].display if name in tasks else name
 
 
 @cache
-def load_task(task: Task) -> TaskData:
-    """Index a task's shards; kept in memory, as training evaluates again and again.
+def embedded_data(task: Task) -> TaskData:
+    """Index the shards that a task's row names; kept in memory, as training evaluates again and again.
 
     Raises:
         UserError: missing or broken shards; a sample without label, or with one that is no class name; one
@@ -126,7 +194,8 @@ def load_task(task: Task) -> TaskData:
             what = f"label '{sample.label}' is no class name" if sample.label else "no label"
             raise UserError(f"task '{task.name}': sample {sample.key}: {what}")
     frequency, third = _frequencies(task, samples) if task.frequency_from else ((), ())
-    return TaskData(task, samples, class_names, tuple(index[s.label] for s in samples), frequency, third)
+    heads = (Head(class_names, task.templates),)
+    return TaskData(task, samples, heads, tuple(index[s.label] for s in samples), frequency, third)
 
 
 def _frequencies(task: Task, samples: Sequence[Sample]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -159,25 +228,20 @@ def read_samples(data: str) -> tuple[Sample, ...]:
 
 def _read_shard(shard: Path) -> Iterator[Sample]:
     try:
-        with tarfile.open(shard) as tar:
-            members: dict[str, dict[str, tarfile.TarInfo]] = {}
-            for member in tar:
-                if member.isfile():
-                    key, _, suffix = member.name.partition(".")
-                    members.setdefault(key, {})[suffix.lower()] = member
-            for key, parts in members.items():
-                yield _sample(tar, shard, key, parts)
-    except (tarfile.TarError, OSError, EOFError) as error:
+        tar = read_tar(shard)
+    except OSError as error:
         raise UserError(f"{shard}: not a readable tar shard: {error}") from None
+    if tar.note:
+        raise UserError(f"{shard}: not a readable tar shard: {tar.note}")
+    for key, members in tar.samples.items():
+        yield _sample(shard, key, members)
 
 
-def _sample(tar: tarfile.TarFile, shard: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> Sample:
+def _sample(shard: Path, key: str, members: Mapping[str, Span]) -> Sample:
     def text(suffix: str) -> str:
-        file = tar.extractfile(parts[suffix]) if suffix in parts else None
-        return file.read().decode("utf-8") if file else ""
+        return (members[suffix].content or b"").decode("utf-8") if suffix in members else ""
 
-    name = f"{shard.name}/{key}"
-    image = next((parts[suffix] for suffix in parts if suffix in IMAGE_SUFFIXES), None)
+    image = image_of(members)
     try:
         captions = tuple(line.strip() for line in text("txt").splitlines() if line.strip())
         facts = json.loads(text("json") or "{}")
@@ -186,4 +250,4 @@ def _sample(tar: tarfile.TarFile, shard: Path, key: str, parts: dict[str, tarfil
         raise UserError(f"{shard}: sample {key}: unreadable caption or label: {error}") from None
     if image is None or not captions:
         raise UserError(f"{shard}: sample {key}: no {'image' if image is None else 'caption'}")
-    return Sample(name, shard, image.offset_data, image.size, captions, label, facts)
+    return Sample(f"{shard.name}/{key}", shard, image.offset, image.size, captions, label, facts)

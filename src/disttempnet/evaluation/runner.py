@@ -1,41 +1,38 @@
-"""Embeds tasks with the two towers and scores them, on one process or many.
+"""Evaluation while a model is trained or looked at: scores in memory, with the features they come from.
 
-Batches, not rows, are dealt to the ranks and all features are gathered before anything is scored: every batch
-is the same at any world size, and so are the numbers, to the last bit on like devices. Nothing is random.
+suite.py evaluates a model on many tasks, with results that are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import lru_cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from disttempnet import distributed
-from disttempnet.data.decoding import UnreadableImage
-from disttempnet.data.transforms import eval_transform
-from disttempnet.errors import UserError
-from disttempnet.evaluation.protocols import PROTOCOLS, THIRDS, Features, classifier, prompts
-from disttempnet.evaluation.readers import Sample, TaskData, find_task, load_task
+from disttempnet.evaluation.classtexts import ClassTexts
+from disttempnet.evaluation.embed import Encoder, Progress, batches_of_this_rank, evaluation_mode
+from disttempnet.evaluation.layouts import load_task
+from disttempnet.evaluation.loading import Batch, Request, decoded
+from disttempnet.evaluation.measure import Outcome, embed_words, measure, of_kept, texts_of
+from disttempnet.evaluation.protocols import classifier, prompts
+from disttempnet.evaluation.readers import Sample, Task, TaskData, find_task
 from disttempnet.evaluation.scores import Scores
-from disttempnet.models import Towers, encode_images, encode_texts
+from disttempnet.models import Towers
 
-Progress = Callable[[str, int, int], None]
 AnySample = TypeVar("AnySample", bound=Sample)
-Pixels = tuple[Tensor, Tensor]  # uint8 [b, 3, s, s], and bool [b]: which of them could be decoded
 PIXEL_CACHE_BYTES = 2**30  # larger tasks (a rank's share) are decoded anew at every evaluation
-DECODE_THREADS = 4
-_pixels: dict[tuple, list[Pixels]] = {}
+_pixels: dict[tuple, list[Batch]] = {}
 
 
 @dataclass(kw_only=True)
 class TaskResult(Scores):
-    """Scores of a task and what they come from; all of it is equal on all ranks.
+    """Scores of a task with captions and what they come from; all of it is equal on all ranks.
 
     Attributes:
         image_features: [n, D] on the device of the evaluation.
@@ -63,7 +60,8 @@ def evaluate(
     device: torch.device | str,
     batch: int = 256,
     progress: Progress | None = None,
-) -> dict[str, TaskResult]:
+    data_root: Path | None = None,
+) -> dict[str, Scores]:
     """Score the towers on tasks; every rank calls this and gets the same results.
 
     Args:
@@ -71,22 +69,41 @@ def evaluate(
         task_names: rows of tasks.toml.
         batch: images or texts embedded at once.
         progress: called with ("texts" or a task's name, batches embedded by this rank, batches of this rank).
+        data_root: where the data of tasks lies that does not ship with the package.
+
+    Returns:
+        Scores by task, of tasks with captions a `TaskResult`.
 
     Raises:
         UserError: unknown task, missing or broken data, no readable image, features that are not finite.
     """
-    device = torch.device(device)
-    tasks = [load_task(find_task(name)) for name in task_names]
-    texts = list(dict.fromkeys(text for data in tasks for text in _texts(data)))  # each is embedded once
+    encoder = Encoder(towers, torch.device(device), batch)
+    tasks = [_loaded(find_task(name), data_root) for name in task_names]
+    own = [data for data in tasks if not data.task.below_root]
+    texts = list(dict.fromkeys(text for data in own for text in _texts(data)))  # each is embedded once
     row = {text: i for i, text in enumerate(texts)}
-    results = {}
-    with _evaluation_mode(towers.module):
-        features = _embed_texts(towers, texts, device, batch, progress)
+    known = ClassTexts()
+    results: dict[str, Scores] = {}
+    with evaluation_mode(towers.module):
+        features = distributed.all_sum(encoder.texts(texts, progress))
         for data in tasks:
-            pixels = _task_pixels(data, towers.image_size, batch)
-            images, valid = _embed_images(towers, pixels, len(data.samples), device, batch, progress, data.task.name)
-            results[data.task.name] = _score(data, images, valid, features, row)
+            if data.task.below_root:
+                heads, words = embed_words(data, encoder, known, progress)
+            else:
+                heads = [
+                    classifier(features[[row[prompt] for prompt in prompts(*head)]], len(head.templates))
+                    for head in data.heads
+                ]
+                words = features[[row[text] for text in texts_of(data)]]
+            outcome = measure(data, encoder, _task_batches(data, encoder), heads, words, progress)
+            results[data.task.name] = _result(data, outcome, heads, words)
     return results
+
+
+@lru_cache(maxsize=16)
+def _loaded(task: Task, data_root: Path | None) -> TaskData:
+    """A task's data, kept: training evaluates again and again."""
+    return load_task(task, data_root)
 
 
 def embed_samples(
@@ -96,10 +113,14 @@ def embed_samples(
 
     Every rank calls this with the same samples and gets the same result. Nothing is kept in memory.
     """
-    device = torch.device(device)
-    with _evaluation_mode(towers.module):
-        pixels = _decoded(samples, towers.image_size, batch)
-        images, valid = _embed_images(towers, pixels, len(samples), device, batch)
+    encoder = Encoder(towers, torch.device(device), batch)
+    images = torch.zeros(len(samples), encoder.width, device=encoder.device)
+    valid = torch.zeros(len(samples), dtype=torch.int64, device=encoder.device)
+    with evaluation_mode(towers.module):
+        for part in decoded(_requests(samples, batch), towers.image_size):
+            images[part.rows] = encoder.images(part.pixels)
+            valid[part.rows] = part.valid.to(encoder.device, torch.int64)
+    images, valid = distributed.all_sum(images), distributed.all_sum(valid) == 1
     kept = [sample for sample, good in zip(samples, valid.tolist(), strict=True) if good]
     texts = embed_captions(towers, [sample.captions[0] for sample in kept], device=device, batch=batch)
     return images[valid], texts, kept
@@ -109,169 +130,66 @@ def embed_captions(towers: Towers, captions: Sequence[str], *, device: torch.dev
     """Unit features [n, D] of n captions, equal ones embedded once; every rank calls this and gets the same."""
     texts = list(dict.fromkeys(captions))
     row = {text: i for i, text in enumerate(texts)}
-    with _evaluation_mode(towers.module):
-        features = _embed_texts(towers, texts, torch.device(device), batch)
+    with evaluation_mode(towers.module):
+        features = distributed.all_sum(Encoder(towers, torch.device(device), batch).texts(texts))
     return features[torch.tensor([row[caption] for caption in captions], dtype=torch.int64, device=features.device)]
 
 
-def _score(data: TaskData, images: Tensor, valid: Tensor, texts: Tensor, row: dict[str, int]) -> TaskResult:
-    """Apply the task's protocols to the readable images [n, D] and the table of text features."""
-    task = data.task
-    kept = [sample for sample, good in zip(data.samples, valid.tolist(), strict=True) if good]
-    corrupt = tuple(sample.key for sample, good in zip(data.samples, valid.tolist(), strict=True) if not good)
-    if not kept:
-        raise UserError(f"task '{task.name}': none of its {len(data.samples)} images can be decoded")
-    images = images[valid]
-    if not (images.isfinite().all() and texts.isfinite().all()):
-        raise UserError(f"task '{task.name}': the towers give features that are not finite")
-    frequency, third = _of_kept(data.frequency, valid), _of_kept(data.third, valid)
-    lost = [name for i, name in enumerate(THIRDS) if data.third and not (third == i).any()]
-    if lost:
-        raise UserError(f"task '{task.name}': none of its readable images is in the {lost[0]} by training frequency")
-    distinct = dict.fromkeys(caption for sample in kept for caption in sample.captions)
-    captions = {text: i for i, text in enumerate(distinct)}
-    pairs = [(i, captions[c]) for i, sample in enumerate(kept) for c in dict.fromkeys(sample.captions)]
-    prompt_rows = [row[prompt] for prompt in prompts(data.class_names, task.templates)]
-    features = Features(
-        images=images,
-        labels=_of_kept(data.labels, valid),
-        classes=classifier(texts[prompt_rows], len(task.templates)),
-        texts=texts[[row[text] for text in captions]],
-        image_of=torch.tensor([i for i, _ in pairs]),
-        text_of=torch.tensor([t for _, t in pairs]),
-        third=third,
+def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Tensor) -> Scores:
+    """The metrics that are reported, with the features of a task with captions."""
+    scores, measured = outcome.scores, outcome.measured
+    shown = data.task.metrics or _overall(data, scores)
+    plain = Scores(
+        metrics={key: scores.metrics[key] for key in shown if key in scores.metrics},
+        chance={key: scores.chance[key] for key in shown if key in scores.chance},
+        trials={key: scores.trials[key] for key in shown if key in scores.trials},
+        samples=scores.samples,
+        corrupt=scores.corrupt + data.broken,
     )
-    scores = Scores()
-    for protocol in task.protocols:
-        PROTOCOLS[protocol](features, scores)
+    kept = [data.samples[i] for i in outcome.kept]
+    if measured.features is None or data.puzzles:
+        return plain
+    row = {text: i for i, text in enumerate(texts_of(data))}
+    device = measured.features.images.device
     return TaskResult(
-        metrics={key: scores.metrics[key] for key in task.metrics},
-        chance={key: scores.chance[key] for key in task.metrics},
-        trials={key: scores.trials[key] for key in task.metrics},
-        samples=len(kept),
-        corrupt=corrupt,
-        image_features=images,
-        text_features=texts[[row[sample.captions[0]] for sample in kept]],
-        class_features=features.classes,
-        labels=features.labels,
-        frequency=frequency,
+        **vars(plain),
+        image_features=measured.features.images,
+        text_features=words[[row[sample.captions[0]] for sample in kept]],
+        class_features=heads[0] if heads else torch.zeros(0, measured.features.images.shape[1], device=device),
+        labels=measured.labels if data.labels else measured.labels[:0],
+        frequency=of_kept(data.frequency, torch.tensor(outcome.kept, device=device)),
         class_names=data.class_names,
         captions=tuple(sample.captions[0] for sample in kept),
         keys=tuple(sample.key for sample in kept),
     )
 
 
-def _of_kept(values: Sequence[int], valid: Tensor) -> Tensor:
-    """The readable images' values as int64, on the device of `valid` [n]; of no values, none."""
-    every = torch.tensor(values, dtype=torch.int64, device=valid.device)
-    return every[valid] if len(values) else every
+def _overall(data: TaskData, scores: Scores) -> list[str]:
+    """Metrics of a task as a whole, its main one first: none of a single group."""
+    names = [name for name in scores.metrics if ":" not in name]
+    return sorted(names, key=lambda name: name != data.task.main)
 
 
 def _texts(data: TaskData) -> Iterator[str]:
-    yield from prompts(data.class_names, data.task.templates)
-    for sample in data.samples:
-        yield from sample.captions
+    for head in data.heads:
+        yield from prompts(*head)
+    yield from texts_of(data)
 
 
-def _embed_texts(
-    towers: Towers, texts: Sequence[str], device: torch.device, batch: int, progress: Progress | None = None
-) -> Tensor:
-    """Texts → unit features [t, D], the batches dealt to the ranks."""
-    mine = _batches_of_this_rank(len(texts), batch)
-    local = []
-    for b in mine:
-        tokens = towers.tokenizer(list(texts[b * batch : (b + 1) * batch]))
-        local.append(encode_texts(towers, tokens.to(device)).float())
-        if progress:
-            progress("texts", len(local), len(mine))
-    return _gather(local, len(texts), batch, (towers.embed_dim,), device)
-
-
-def _embed_images(
-    towers: Towers,
-    pixels: Iterable[Pixels],
-    n: int,
-    device: torch.device,
-    batch: int,
-    progress: Progress | None = None,
-    what: str = "images",
-) -> tuple[Tensor, Tensor]:
-    """This rank's batches of pixels → unit features [n, D] of all ranks, and bool [n]: which are valid."""
-    mine = _batches_of_this_rank(n, batch)
-    features, valid = [], []
-    for images, good in pixels:
-        features.append(encode_images(towers, images.to(device)).float())
-        valid.append(good.to(device, torch.uint8))  # gloo gathers no booleans
-        if progress:
-            progress(what, len(features), len(mine))
-    return (
-        _gather(features, n, batch, (towers.embed_dim,), device),
-        _gather(valid, n, batch, (), device, torch.uint8).bool(),
-    )
-
-
-def _task_pixels(data: TaskData, image_size: int, batch: int) -> Iterable[Pixels]:
+def _task_batches(data: TaskData, encoder: Encoder) -> Iterable[Batch]:
     """A task's decoded batches of this rank, remembered where they are few enough."""
-    mine = _batches_of_this_rank(len(data.samples), batch)
-    key = (data.task, image_size, batch, mine)
+    size, mine = encoder.towers.image_size, batches_of_this_rank(len(data.samples), encoder.batch)
+    key = (data.task, data.samples[0].shard if data.samples else "", size, encoder.batch, tuple(mine))
     if key in _pixels:
         return _pixels[key]
-    decoded = _decoded(data.samples, image_size, batch)
-    if len(mine) * batch * 3 * image_size**2 > PIXEL_CACHE_BYTES:
-        return decoded
-    _pixels[key] = list(decoded)
+    batches = decoded(_requests(data.samples, encoder.batch), size)
+    if len(mine) * encoder.batch * 3 * size**2 > PIXEL_CACHE_BYTES:
+        return batches
+    _pixels[key] = list(batches)
     return _pixels[key]
 
 
-def _decoded(samples: Sequence[Sample], image_size: int, batch: int) -> Iterator[Pixels]:
-    """Decode this rank's batches; an unreadable image is black and not valid, so batches keep their shape."""
-    transform = eval_transform(image_size)
-
-    def pixels_of(sample: Sample) -> Tensor | None:
-        try:
-            return transform(sample.image())
-        except UnreadableImage:
-            return None
-
-    black = torch.zeros(3, image_size, image_size, dtype=torch.uint8)
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for b in _batches_of_this_rank(len(samples), batch):
-            part = samples[b * batch : (b + 1) * batch]
-            images = list(pool.map(pixels_of, part))
-            pixels = torch.stack([black if image is None else image for image in images])
-            yield pixels, torch.tensor([image is not None for image in images])
-
-
-def _batches_of_this_rank(n: int, batch: int) -> range:
-    return range(distributed.rank(), ceil(n / batch), distributed.world_size())
-
-
-def _gather(
-    local: list[Tensor],
-    n: int,
-    batch: int,
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """This rank's batches [≤ batch, *shape] → the n rows of all ranks in their own order, on every rank."""
-    ranks = distributed.world_size()
-    rounds = ceil(ceil(n / batch) / ranks)
-    padded = torch.zeros(rounds, batch, *shape, dtype=dtype, device=device)
-    for place, rows in zip(padded, local, strict=False):
-        place[: len(rows)] = rows
-    gathered = distributed.all_gather(padded).unflatten(0, (ranks, rounds))
-    return gathered.transpose(0, 1).flatten(0, 2)[:n]
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no batch statistics inside; every submodule's own mode comes back after."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
+def _requests(samples: Sequence[Sample], batch: int) -> Iterator[Request]:
+    """This rank's batches of one task."""
+    for rows in batches_of_this_rank(len(samples), batch):
+        yield Request(0, rows.start, samples[rows.start : rows.stop])

@@ -14,11 +14,12 @@ class Scores:
     """Scores of a task.
 
     Attributes:
-        metrics: shares in [0, 1].
-        chance: what a uniformly random order of the answers gives, exactly.
+        metrics: shares in [0, 1], and counts of groups.
+        chance: what a uniformly random order of the answers gives, exactly; not of every metric.
         trials: how many queries each metric is a share of.
         samples: how many images were scored.
         corrupt: keys of images that could not be decoded and are left out.
+        undefined: metrics that this task has no value of: accuracy in an empty group, the first five of four classes.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -26,13 +27,24 @@ class Scores:
     trials: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     corrupt: tuple[str, ...] = ()
+    undefined: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
         return not self.corrupt
 
-    def add(self, key: str, value: float, chance: float, trials: int) -> None:
-        self.metrics[key], self.chance[key], self.trials[key] = value, chance, trials
+    def add(self, key: str, value: float | None, chance: float | None, trials: int) -> None:
+        if value is None:
+            self.undefined.append(key)
+            return
+        self.metrics[key], self.trials[key] = value, trials
+        if chance is not None:
+            self.chance[key] = chance
+
+    @property
+    def headline(self) -> float:
+        """The one number of a task: mean recall where captions are shared, else its first metric."""
+        return self.metrics.get("mean_recall", next(iter(self.metrics.values())))
 
 
 def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:
@@ -118,6 +130,12 @@ def metric_title(key: str) -> str:
         "acc1": "zero-shot top-1",
         "acc5": "zero-shot top-5",
         "mean_recall": "mean recall",
+        "mean_per_class_recall": "per-class recall",
+        "acc_worst_region": "top-1, worst region",
+        "acc_wg": "top-1, worst group",
+        "acc_top5_wg": "top-5, worst group",
+        "F1-macro_all": "macro F1",
+        "jaccard_score_10-12": "Jaccard, 10–12",
         "acc1_head": "top-1, head",
         "acc1_middle": "top-1, middle",
         "acc1_tail": "top-1, tail",

@@ -1,13 +1,16 @@
-"""Results of one or several runs as a terminal table."""
+"""Results as terminal tables: several runs side by side, or one model's tasks with their averages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from disttempnet.evaluation.averages import NAMED, averages, why_not
 from disttempnet.evaluation.readers import task_title
+from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
 
 
@@ -34,6 +37,13 @@ def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
     return table
 
 
+def notes(records: Mapping[str, TaskRecord]) -> list[str]:
+    """What a reader of the numbers has to know, the first of them in words."""
+    words = [f"{record.dataset}: {note}" for record in records.values() for note in record.notes]
+    more = len(words) - NAMED
+    return [*words[:NAMED], *([f"and {more} more notes in the lines of results"] if more > 0 else [])]
+
+
 def _caption(results_by_run: Mapping[str, Mapping[str, Scores]]) -> str | None:
     lines = [f"bold: {BETTER_RULE}"] if len(results_by_run) > 1 else []
     runs = list(results_by_run.values())
@@ -43,3 +53,43 @@ def _caption(results_by_run: Mapping[str, Mapping[str, Scores]]) -> str | None:
             named = ", ".join(keys[:5]) + (", …" if len(keys) > 5 else "")
             lines.append(f"incomplete: {task_title(task)} lacks {len(keys)} unreadable images: {named}")
     return "\n".join(lines) or None
+
+
+def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[str, Sequence[str]]) -> Table:
+    """A row a task: its main metric in per cent, samples, seconds, what is wrong; then the averages.
+
+    Args:
+        title: of the model.
+        records: by key, in the order of the rows.
+        tags: key → tags, of every task that has a main metric.
+    """
+    table = Table(
+        title=Text(title, "bold"), title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for head in ("task", "metric", "%", "n", "s", ""):
+        number = head in ("%", "n", "s")
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for record in records.values():
+        wrong = bool(record.error or not record.complete or (record.key in tags and why_not(record)))
+        table.add_row(
+            Text(record.dataset),
+            Text(metric_title(record.main_metric_name) or "–", "dim"),
+            Text(percent(record.value), "" if record.counts else "dim"),
+            f"{record.samples:,}",
+            f"{record.seconds:,.1f}" if record.seconds < 100 else f"{record.seconds:,.0f}",
+            Text("incomplete" if record.metrics else "failed", "red") if wrong else Text("ok", "green"),
+        )
+    table.add_section()
+    every = averages(records, tags)
+    for average in every.values():
+        if not average.counted:
+            continue
+        style = "bold" if average.complete else "dim"
+        what = "" if average.complete else "plain mean"
+        words = (average.group, what, percent(average.mean))
+        table.add_row(*(Text(word, style) for word in words), average.coverage, "", "" if not what else "partial")
+    lines = notes(records)
+    if "datacomp" in every:
+        lines += [f"in no average: {words}" for words in every["datacomp"].lacking]
+    table.caption = "\n".join(lines) or None
+    return table

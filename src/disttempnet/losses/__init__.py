@@ -127,7 +127,7 @@ OBJECTIVES: dict[str, Recipe] = {
     "disttempnet": _family("DistTempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0),
     "disttempnet-v1": _family(
         "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445",
-        rho=0.0, network="mlp", feature_scale=0.0, dropout=0.0, tau_max=0.3, tau_lr=3e-4, tau_start_epoch=2,
+        rho=0.0, network="mlp", feature_scale=0.0, dropout=0.0, tau_max=0.2, tau_lr=1e-4, tau_start_epoch=2,
     ),
     "fastclip-v0": _family(
         "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP

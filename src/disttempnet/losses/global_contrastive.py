@@ -46,11 +46,11 @@ from disttempnet.losses.schedule import Gamma
 from disttempnet.losses.temperature import Batch, Temperature
 
 C = 0.5  # both sides of a pair are averaged
-RHO_SHARE = 0.4  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
+RHO_SHARE = 0.3  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
 STALENESS_LIMIT = 5.0  # on the part of the τ gradient that comes from an old u
 
-TauGradient = Literal["fcco", "batch", "likelihood"]
-TAU_GRADIENTS: tuple[str, ...] = ("fcco", "batch", "likelihood")
+TauGradient = Literal["fcco", "batch"]
+TAU_GRADIENTS: tuple[str, ...] = ("fcco", "batch")
 
 
 class GlobalContrastiveLoss(Objective):
@@ -62,15 +62,11 @@ class GlobalContrastiveLoss(Objective):
         gamma: the inner learning rate as a function of the epoch. None: no past and no state; every column counts,
             also the pair itself and equal ids, as in CLIP's cross-entropy.
         robust: whether ω(τ) = τ, else 1.
-        rho: ρ of the robust form, where τ is learned; 0 = 0.4 · log(B − 1), with B the global batch. `likelihood`
-            has none.
+        rho: ρ of the robust form, where τ is learned; 0 = 0.3 · log(B − 1), with B the global batch.
         tau_gradient: `fcco`: h = log u + ρ − Σ_j p_ij d_ij / τ, with u as tracked; what an old u adds to it is
             clamped to ±5, so that it is exact where u is fresh (γ = 1) and bounded elsewhere.
             `batch`: h = ρ − KL(softmax of the batch ‖ uniform), bounded by itself.
             With ω = 1 it is −Σ_j p_ij d_ij / τ² and its batch's own form.
-            `likelihood`: τ is not the objective's but the one at which the batch is most likely: the gradient of
-            −log softmax_j(s_ij / τ)_i over the negatives and the pair itself. Low where a pair stands out from its
-            negatives, high where some are as similar; no ρ decides how low.
 
     State: log u [2, N / K] a rank in `state`; the temperature's parameters; step and epoch. All in `state_dict()`.
     """
@@ -184,10 +180,7 @@ class GlobalContrastiveLoss(Objective):
     def _tau_gradient(
         self, rho: float, tau: Tensor, log_u: Tensor, log_g: Tensor, moment: Tensor, negatives: Tensor
     ) -> Tensor:
-        """h = ∂F_i/∂τ_i, or that of the likelihood [2, B]; 0 for a row without negatives."""
-        if self.tau_gradient == "likelihood":
-            share = (log_g + negatives.log()).sigmoid()  # of the negatives; the pair itself has d = 0
-            return torch.where(negatives > 0, -share * moment / tau, 0.0)
+        """h = ∂F_i/∂τ_i [2, B]; 0 for a row without negatives."""
         stale_moment = torch.expm1(log_g - log_u) * moment  # what an old u adds to Σ_j p_ij d_ij / τ
         if self.robust:
             h, staleness = rho + log_g - moment, (log_u - log_g) - stale_moment  # ρ − KL(softmax ‖ uniform)
@@ -214,7 +207,7 @@ class GlobalContrastiveLoss(Objective):
     def _resolve_rho(self, batch: int) -> float:
         """ρ at this global batch; warns once where τ has no optimum at it."""
         limit = math.log(max(batch - 1, 1))
-        if not (self.robust and self.temperature.learns) or self.tau_gradient == "likelihood":
+        if not (self.robust and self.temperature.learns):
             return 0.0
         if self.rho and self.rho >= limit and not self._warned and distributed.is_main():
             warnings.warn(

@@ -11,9 +11,20 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import task_title
 from disttempnet.report import comparison_plots as plots
 from disttempnet.report.compact import Result, read_results, write_compact
+from disttempnet.report.evaluation_page import evaluation_report
+from disttempnet.report.evaluations import holds_evaluations, read_evaluations
 from disttempnet.report.groups import Column, Comparison, Group, by_config, compare_groups, families
 from disttempnet.report.page import build_report, open_template
-from disttempnet.report.tables import cell_text, correlations, csv_table, final_tau, latex_table, legend, markdown_table
+from disttempnet.report.tables import (
+    cell_text,
+    correlations,
+    csv_table,
+    final_tau,
+    latex_table,
+    legend,
+    markdown_table,
+    published_cells,
+)
 from disttempnet.training.checkpoint import refuse_unwritable, write_atomically
 
 TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
@@ -24,8 +35,9 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) 
     """Write what the ending of `out` asks for.
 
     Args:
-        paths: run folders, folders of run folders, compact files.
-        out: .html a page, .md .tex .csv the table over seeds, .jsonl compact results.
+        paths: run folders, folders of run folders, compact files; or evaluations: their folders, folders of such
+            folders, eval_results.jsonl.
+        out: .html a page, .md .tex .csv the table over seeds, .jsonl compact results (of runs only).
         metrics: `TASK/METRIC` columns; empty = every task's main metrics.
 
     A page is about single runs, in depth, where run folders are given and no config has two seeds among them; else it
@@ -37,16 +49,22 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) 
     if out.suffix not in SUFFIXES:
         raise UserError(f"{out}: the ending says what is written, one of {', '.join(SUFFIXES)}")
     refuse_unwritable(out)
+    if any(holds_evaluations(path) for path in paths):
+        if out.suffix == ".jsonl":
+            raise UserError(f"{out}: evaluations are compact as they are; give one of .html, .md, .tex, .csv")
+        return _write(out, evaluation_report(read_evaluations(paths), out.suffix, metrics))
     results = read_results(paths)
     if out.suffix == ".jsonl":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, write_compact(results))
-        return out
+        return _write(out, write_compact(results))
     single = all((path / "config.toml").is_file() for path in paths)
     if out.suffix == ".html" and single and not metrics and not _have_seeds(results):
         return build_report(paths, out)
     comparison = compare_groups(results, metrics)
     text = comparison_page(comparison) if out.suffix == ".html" else TABLES[out.suffix](comparison)
+    return _write(out, text)
+
+
+def _write(out: Path, text: str) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text)
     return out
@@ -63,12 +81,10 @@ def comparison_page(comparison: Comparison) -> str:
     return open_template("comparison.html").render(
         title=_title(groups),
         groups=groups,
-        columns=comparison.columns,
-        tasks=[(task_title(task), sum(c.task == task for c in comparison.columns)) for task in _tasks(comparison)],
-        rows=list(zip(groups, comparison.cells, strict=True)),
-        chance=comparison.chance,
+        table=comparison,
         unfinished=comparison.unfinished,
-        legend=legend(comparison),
+        legend=legend,
+        published_cells=published_cells,
         cell=cell_text,
         learning=[
             (column.title, plots.line_chart([plots.learning_series(g, column) for g in groups], chance, False))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate
-from disttempnet.evaluation.readers import Sample, find_task, load_task
+from disttempnet.evaluation.layouts import load_task
+from disttempnet.evaluation.readers import Sample, find_task
 from disttempnet.report.binning import evenly_spread
 from disttempnet.report.runs import RunRecord
 from disttempnet.report.temperature.items import training_pairs
@@ -105,7 +106,8 @@ def open_model(record: RunRecord) -> Run | None:
 
 def evaluate_models(runs: Sequence[Run], tasks: Sequence[str], batch: int) -> list[dict[str, TaskResult]]:
     """Each run's results, features included, on the tasks."""
-    return [evaluate(run.towers, tasks, device=_device(), batch=batch) for run in runs]
+    found = [evaluate(run.towers, tasks, device=_device(), batch=batch) for run in runs]
+    return [{task: r for task, r in results.items() if isinstance(r, TaskResult)} for results in found]
 
 
 def zero_shot_examples(results: Sequence[TaskResult], task: str, per_group: int) -> list[Group]:

@@ -10,19 +10,22 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from disttempnet.config import defaults, flat
 from disttempnet.errors import UserError, unknown_name
+from disttempnet.evaluation.averages import average_title, counted_tags
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.report.compact import Result
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT
 
+AVERAGES = "averages"  # takes the place of a task; its metrics are the tags that averages are taken over
 THIRDS = ("acc1_head", "acc1_middle", "acc1_tail")
 MAIN_METRICS = ("acc1", "mean_recall", *THIRDS)
 ROUNDING = 1e-12
@@ -30,14 +33,21 @@ MARK_RULE = "best in bold; † within one standard deviation of it (the larger o
 
 
 class Column(NamedTuple):
-    """A metric of a task."""
+    """A metric of a task; of `AVERAGES` a group of tasks."""
 
     task: str
     metric: str
 
     @property
+    def head(self) -> str:
+        """What stands below the task's title."""
+        if self.task != AVERAGES:
+            return metric_title(self.metric)
+        return average_title(self.metric, sum(self.metric in tags for tags in counted_tags().values()))
+
+    @property
     def title(self) -> str:
-        return f"{task_title(self.task)}: {metric_title(self.metric)}"
+        return self.head if self.task == AVERAGES else f"{task_title(self.task)}: {self.head}"
 
 
 class Cell(NamedTuple):
@@ -50,6 +60,14 @@ class Cell(NamedTuple):
     std: float | None
     n: int
     mark: str = ""
+
+
+class Published(NamedTuple):
+    """A published row: shares in [0, 1] by column, and the notes that it needs. Its runs are counted as 0: unknown."""
+
+    title: str
+    notes: tuple[str, ...]
+    values: Mapping[Column, Cell]
 
 
 @dataclass(frozen=True)
@@ -82,13 +100,45 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups × columns: `cells[g][c]`, None where a group lacks the metric; `chance[c]`."""
+    """Groups × columns: `cells[g][c]`, None where a group lacks the metric; `chance[c]`.
+
+    `digits` behind the point of a percentage; `published` rows stand below the groups and are never marked.
+    """
 
     groups: tuple[Group, ...]
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell | None, ...], ...]
     chance: tuple[float | None, ...]
     unfinished: tuple[str, ...]
+    digits: int = 1
+    published: tuple[Published, ...] = ()
+
+    @property
+    def heads(self) -> list[tuple[str, int]]:
+        """(title, columns) of each run of columns of one task."""
+        spans = [(task, len(list(columns))) for task, columns in groupby(self.columns, lambda column: column.task)]
+        return [("" if task == AVERAGES else task_title(task), span) for task, span in spans]
+
+    @property
+    def has_heads(self) -> bool:
+        return any(title for title, _ in self.heads)
+
+    @property
+    def rows(self) -> list[tuple[Group, tuple[Cell | None, ...]]]:
+        return list(zip(self.groups, self.cells, strict=True))
+
+    @property
+    def by_column(self) -> list[tuple[Column, list[Cell | None]]]:
+        return [(column, [cells[c] for cells in self.cells]) for c, column in enumerate(self.columns)]
+
+    @property
+    def has_chance(self) -> bool:
+        return any(value is not None for value in self.chance)
+
+    @property
+    def notes(self) -> list[str]:
+        """Those of the published rows, each once."""
+        return list(dict.fromkeys(note for row in self.published for note in row.notes))
 
 
 def cell_of(values: Sequence[float]) -> Cell | None:

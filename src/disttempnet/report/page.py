@@ -153,7 +153,8 @@ def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequenc
 def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence[Run | None]) -> dict[str, Any]:
     """Zero-shot and retrieval examples on the tasks that all runs with a checkpoint share."""
     opened = [(title, model) for title, model in zip(titles, models, strict=True) if model is not None]
-    known = [task for task in tasks_of([run.final for run in runs]) if task in readers.all_tasks()]
+    all_tasks = readers.all_tasks()  # examples are of tasks with captions, whose data is at hand
+    known = [task for task in tasks_of([run.final for run in runs]) if task in all_tasks and all_tasks[task].data]
     shared = [task for task in known if all(task in model.config.eval.tasks for _, model in opened)]
     if not opened or not shared:
         return {"titles": [], "steps": [], "tasks": []}

@@ -82,7 +82,7 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
                 points = [(e.epoch, e.scores[task]) for e in run.evaluations if task in e.scores]
                 points = [(epoch, scores) for epoch, scores in points if metric in scores.metrics]
                 if points:
-                    chance = points[-1][1].chance[metric]
+                    chance = points[-1][1].chance.get(metric, 0.0)
                     values = [100 * scores.metrics[metric] for _, scores in points]
                     _line(axis, [epoch for epoch, _ in points], values, i, title, marker="o")
             axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.2, label="chance")

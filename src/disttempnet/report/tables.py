@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from itertools import groupby
 
 from rich.table import Table
 from rich.text import Text
 
 from disttempnet.evaluation.readers import task_title
-from disttempnet.evaluation.scores import metric_title, percent
+from disttempnet.evaluation.scores import percent
 from disttempnet.report.groups import MARK_RULE, THIRDS, Cell, Column, Comparison, Group, cell_of
 
 _TEX = {
@@ -22,14 +21,14 @@ _TEX = {
 _DAGGER = {"near": "†"}
 
 
-def cell_text(cell: Cell | None, seeds: int) -> str:
-    """`33.5 (1.2)`: mean and standard deviation in per cent; two decimals where the mean is below 1 %.
+def cell_text(cell: Cell | None, seeds: int, digits: int = 1) -> str:
+    """`33.5 (1.2)`: mean and standard deviation in per cent; at least two decimals where the mean is below 1 %.
 
     Where fewer than the group's `seeds` have measured it, how many: `33.5 (1.2) n=2`.
     """
     if cell is None:
         return "–"
-    digits = 2 if cell.mean < 0.01 else 1
+    digits = max(digits, 2 if cell.mean < 0.01 else 1)
     spread = "" if cell.std is None else f" ({100 * cell.std:.{digits}f})"
     return f"{100 * cell.mean:.{digits}f}{spread}" + (f" n={cell.n}" if cell.n < seeds else "")
 
@@ -37,9 +36,22 @@ def cell_text(cell: Cell | None, seeds: int) -> str:
 def legend(comparison: Comparison) -> str:
     """What the numbers and marks are."""
     counts = sorted({len(group.results) for group in comparison.groups})
+    words = f"mean (sample standard deviation) over the seeds; {MARK_RULE}"
     if counts == [1]:
-        return "per cent, one seed each; best in bold"
-    return f"per cent, mean (sample standard deviation) over the seeds; {MARK_RULE}"
+        words = "one seed each" + ("; best in bold" if len(comparison.groups) > 1 else "")
+    return f"per cent, {words}" + ("; published rows are not marked" if comparison.published else "")
+
+
+def published_cells(comparison: Comparison) -> list[tuple[str, list[Cell | None]]]:
+    """Title with the numbers of its notes, and the cells, of each published row."""
+    notes = comparison.notes
+    return [
+        (
+            f"{row.title} [{', '.join(str(notes.index(note) + 1) for note in row.notes)}]",
+            [row.values.get(column) for column in comparison.columns],
+        )
+        for row in comparison.published
+    ]
 
 
 def text_table(comparison: Comparison) -> Table:
@@ -49,25 +61,35 @@ def text_table(comparison: Comparison) -> Table:
     table.add_column("", min_width=16, overflow="fold")
     table.add_column("seeds", justify="right", style="dim")
     for column in (comparison.columns[i] for i in shown):
-        table.add_column(Text(f"{task_title(column.task)}\n{metric_title(column.metric)}"), justify="right")
-    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+        table.add_column(Text(f"{task_title(column.task)}\n{column.head}"), justify="right")
+    for group, cells in comparison.rows:
         n = len(group.results)
-        table.add_row(Text(group.title), str(n), *(_styled(cells[i], n) for i in shown))
-    table.add_section()
-    table.add_row("chance", "", *(percent(comparison.chance[i]) for i in shown), style="dim")
+        table.add_row(Text(group.title), str(n), *(_styled(cells[i], n, comparison.digits) for i in shown))
+    if comparison.has_chance:
+        table.add_section()
+        table.add_row("chance", "", *(percent(comparison.chance[i]) for i in shown), style="dim")
     return table
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """A pipe table; the best in bold, those within reach with a dagger."""
+    """A pipe table; the best in bold, those within reach with a dagger; below it the notes of published rows."""
     heads = ["", "seeds", *(column.title for column in comparison.columns)]
     rows = [heads, ["---", "--:", *("--:" for _ in comparison.columns)]]
-    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+    for group, cells in comparison.rows:
         n = len(group.results)
-        words = [f"**{cell_text(c, n)}**" if c and c.mark == "best" else cell_text(c, n) + _dagger(c) for c in cells]
-        rows.append([group.title, str(n), *words])
-    rows.append(["chance", "", *(percent(value) for value in comparison.chance)])
-    return f"{_pipes(rows)}\n{legend(comparison)}\n{_tau_markdown(comparison)}"
+        rows.append([group.title, str(n), *(markdown_cell(cell, n, comparison.digits) for cell in cells)])
+    for title, values in published_cells(comparison):
+        rows.append([title, "published", *(cell_text(cell, 0, comparison.digits) for cell in values)])
+    if comparison.has_chance:
+        rows.append(["chance", "", *(percent(value) for value in comparison.chance)])
+    notes = "".join(f"\n[{number}] {note}\n" for number, note in enumerate(comparison.notes, 1))
+    return f"{pipes(rows)}\n{legend(comparison)}\n{notes}{_tau_markdown(comparison)}"
+
+
+def markdown_cell(cell: Cell | None, seeds: int, digits: int) -> str:
+    """A cell with its mark."""
+    text = cell_text(cell, seeds, digits)
+    return f"**{text}**" if cell and cell.mark == "best" else text + _dagger(cell)
 
 
 def _tau_markdown(comparison: Comparison) -> str:
@@ -81,12 +103,13 @@ def _tau_markdown(comparison: Comparison) -> str:
     ]
     rows += [[group.title, *final_tau(group), *correlations(group)] for group in own]
     return (
-        f"\n{_pipes(rows)}\nτ of the first task's pairs: mean ± std over the pairs, range; then Spearman's correlation "
+        f"\n{pipes(rows)}\nτ of the first task's pairs: mean ± std over the pairs, range; then Spearman's correlation "
         "with how often the concept was trained on, mean (standard deviation) over the seeds\n"
     )
 
 
-def _pipes(rows: Sequence[Sequence[str]]) -> str:
+def pipes(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a Markdown table; a second row of dashes makes the first one its head."""
     return "".join("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |\n" for row in rows)
 
 
@@ -113,39 +136,54 @@ def correlations(group: Group) -> list[str]:
 
 def latex_table(comparison: Comparison) -> str:
     """A booktabs tabular; needs \\usepackage{booktabs}."""
-    spans = [(task, len(list(columns))) for task, columns in groupby(comparison.columns, lambda c: c.task)]
-    tasks = " & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_tex(task_title(task))}}}" for task, n in spans)
+    spans = comparison.heads
+    tasks = " & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_tex(heading)}}}" for heading, n in spans)
     rules, place = [], 3
     for _, n in spans:
         rules.append(f"\\cmidrule(lr){{{place}-{place + n - 1}}}")
         place += n
-    metrics = " & ".join(_tex(metric_title(column.metric)) for column in comparison.columns)
+    metrics = " & ".join(_tex(column.head) for column in comparison.columns)
     lines = [
         f"% {legend(comparison)}".replace("†", "dagger"),
+        *(f"% [{number}] {note}" for number, note in enumerate(comparison.notes, 1)),
         f"\\begin{{tabular}}{{lr{'r' * len(comparison.columns)}}}",
         "\\toprule",
-        f" & & {tasks} \\\\",
-        " ".join(rules),
+        *([f" & & {tasks} \\\\", " ".join(rules)] if comparison.has_heads else []),
         f" & seeds & {metrics} \\\\",
         "\\midrule",
     ]
-    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+    for group, cells in comparison.rows:
         n = len(group.results)
-        lines.append(f"{_tex(group.title)} & {n} & {' & '.join(_tex_cell(c, n) for c in cells)} \\\\")
-    chance = " & ".join(_tex(percent(value)) for value in comparison.chance)
-    lines += ["\\midrule", f"chance & & {chance} \\\\", "\\bottomrule", "\\end{tabular}"]
+        words = " & ".join(_tex_cell(cell, n, comparison.digits) for cell in cells)
+        lines.append(f"{_tex(group.title)} & {n} & {words} \\\\")
+    if comparison.published:
+        lines.append("\\midrule")
+    for title, values in published_cells(comparison):
+        words = " & ".join(_tex(cell_text(cell, 0, comparison.digits)) for cell in values)
+        lines.append(f"{_tex(title)} & pub. & {words} \\\\")
+    if comparison.has_chance:
+        chance = " & ".join(_tex(percent(value)) for value in comparison.chance)
+        lines += ["\\midrule", f"chance & & {chance} \\\\"]
+    lines += ["\\bottomrule", "\\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 
 def csv_table(comparison: Comparison) -> str:
-    """A line a group and metric: shares in [0, 1] as they are, std empty for one seed."""
+    """A line a group and metric: shares in [0, 1] as they are, std empty for one seed.
+
+    Published rows have n = 0 and the mark `published`.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["group", "task", "metric", "mean", "std", "n", "chance", "mark"])
-    for group, cells in zip(comparison.groups, comparison.cells, strict=True):
+    for group, cells in comparison.rows:
         for column, cell, chance in zip(comparison.columns, cells, comparison.chance, strict=True):
             if cell is not None:
                 writer.writerow(_csv_row(group.title, column, cell, chance))
+    for row in comparison.published:
+        for column in comparison.columns:
+            if column in row.values:
+                writer.writerow(_csv_row(row.title, column, row.values[column]._replace(mark="published"), None))
     return buffer.getvalue()
 
 
@@ -155,16 +193,16 @@ def _csv_row(title: str, column: Column, cell: Cell, chance: float | None) -> Se
     return [title, column.task, column.metric, repr(cell.mean), std, cell.n, known, cell.mark]
 
 
-def _styled(cell: Cell | None, seeds: int) -> Text:
-    return Text(cell_text(cell, seeds) + _dagger(cell), "bold" if cell and cell.mark == "best" else "")
+def _styled(cell: Cell | None, seeds: int, digits: int) -> Text:
+    return Text(cell_text(cell, seeds, digits) + _dagger(cell), "bold" if cell and cell.mark == "best" else "")
 
 
 def _dagger(cell: Cell | None) -> str:
     return _DAGGER.get(cell.mark, "") if cell else ""
 
 
-def _tex_cell(cell: Cell | None, seeds: int) -> str:
-    text = _tex(cell_text(cell, seeds))
+def _tex_cell(cell: Cell | None, seeds: int, digits: int) -> str:
+    text = _tex(cell_text(cell, seeds, digits))
     if cell and cell.mark == "best":
         return f"\\textbf{{{text}}}"
     return f"{text}$^\\dagger$" if cell and cell.mark == "near" else text

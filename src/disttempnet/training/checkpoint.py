@@ -16,10 +16,11 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +36,8 @@ FORMAT = 1
 # Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
 NOT_PART_OF_THE_RESULT = {
     "name", "out", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.timeout_minutes", "train.compile", "eval.batch",
+    "train.timeout_minutes", "train.compile", "eval.batch", "eval.data_root",
+    "data.index",  # of runs before sources had indexes of their own
 }  # fmt: skip
 # What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).
 MAY_CHANGE = NOT_PART_OF_THE_RESULT | {"data.train", "train.stop_after_steps", "eval"}
@@ -59,9 +61,22 @@ def weights_folder(pretrained: str) -> str:
     return str(_choose(Path(pretrained))) if pretrained and checkpoint_folder(Path(pretrained)).is_dir() else pretrained
 
 
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        step: steps done.
+        best: step and score of the best checkpoint; empty before the first evaluation.
+        skipped: reason → samples that could not be read so far.
+    """
+
+    step: int = 0
+    best: Mapping[str, float] = MappingProxyType({})
+    skipped: Mapping[str, int] = MappingProxyType({})
+
+
 def save_checkpoint(
     run: Path,
-    step: int,
     *,
     towers: Towers,
     loss: Objective,
@@ -70,11 +85,11 @@ def save_checkpoint(
     index_digest: str,
     logit_scale: float,
     logit_bias: float | None,
-    best: dict[str, float],
+    progress: Progress,
     keep: int,
 ) -> Path:
     """Write a checkpoint from all ranks at once; it appears whole, or not at all."""
-    folder = checkpoint_folder(run)
+    folder, (step, best, skipped) = checkpoint_folder(run), progress
     target, writing = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
     if distributed.is_main():
         shutil.rmtree(writing, ignore_errors=True)
@@ -96,7 +111,8 @@ def save_checkpoint(
             "index_digest": index_digest,
             "num_samples": _num_samples(loss),
             "logit_scale": towers.module.logit_scale.detach().cpu(),
-            "best": best,
+            "best": dict(best),
+            "skipped": dict(skipped),
         }
         torch.save(trainer, writing / "trainer.pt")
         written += [path for path in writing.iterdir() if not path.name.startswith("shard-")]
@@ -105,7 +121,7 @@ def save_checkpoint(
     if distributed.is_main():
         shutil.rmtree(target, ignore_errors=True)
         os.rename(writing, target)
-        write_atomically(folder / "best.json", json.dumps(best) + "\n")
+        write_atomically(folder / "best.json", json.dumps(dict(best)) + "\n")
         kept = {f"step-{int(best['step']):08d}"} if best else set()
         for old in list_checkpoints(run)[:-keep]:
             if old.name not in kept:
@@ -122,8 +138,8 @@ def load_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     config: Config,
     index_digest: str,
-) -> tuple[int, dict[str, float]]:
-    """Restore everything in place, re-dealing per-sample state to this world size. Returns (step, best).
+) -> Progress:
+    """Restore everything in place, re-dealing per-sample state to this world size.
 
     Raises:
         UserError: another data set, another config, or a file that cannot be read.
@@ -138,7 +154,7 @@ def load_checkpoint(
         optimizer.load_state_dict(state)
     if rng is not None:
         torch.set_rng_state(rng)
-    return trainer["step"], trainer["best"]
+    return Progress(trainer["step"], trainer["best"], trainer.get("skipped", {}))  # none in older ones
 
 
 @dataclass(frozen=True)

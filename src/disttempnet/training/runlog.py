@@ -18,11 +18,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from disttempnet.data import Skip, Source
 from disttempnet.evaluation.scores import Scores, to_record
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
 NAMED_SKIPPED = 20  # unreadable samples of a run that get a line of their own
+PROBLEMS = 20  # lines that say what of the data is left out
 WORTH_A_WORD = 0.1  # of a step's time spent waiting for data: then the progress line says so
 
 
@@ -111,25 +113,42 @@ class RunLog:
 
 
 class Skipped:
-    """Samples that could not be read, of all ranks: the first are named, all are counted by reason."""
+    """Samples that could not be read, of all ranks, since the run began: the first are named, all are counted.
 
-    def __init__(self) -> None:
-        self.reasons: Counter[str] = Counter()
+    Args:
+        reasons: what a checkpoint has kept, reason → samples.
+    """
+
+    def __init__(self, reasons: Mapping[str, int] | None = None) -> None:
+        self.reasons = Counter(reasons)
 
     @property
     def total(self) -> int:
         return self.reasons.total()
 
-    def add(self, names: Iterable[str]) -> Iterator[str]:
-        """Count `WHERE: reason[: detail]`, and yield a line for each of the first 20."""
-        for name in names:
-            self.reasons[name.partition(": ")[2].partition(":")[0]] += 1
+    def add(self, skips: Iterable[Skip]) -> Iterator[str]:
+        """Count by reason, without its details (`reason: detail`), and yield a line for each of the first 20."""
+        for skip in skips:
+            self.reasons[skip.reason.partition(":")[0]] += 1
             if self.total <= NAMED_SKIPPED:
-                yield f"skipped {name}"
+                yield f"skipped {skip.name}: {skip.reason}"
 
     def summary(self) -> str:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         return f"skipped so far: {self.total:,} samples ({counts})"
+
+
+def data_facts(source: Source) -> dict[str, Any]:
+    """What run.json says of the training data: samples, how many are usable, a line for each reason of the others."""
+    lines = source.problems().splitlines()
+    if len(lines) > PROBLEMS:  # every damaged shard has one
+        lines[PROBLEMS:] = [f"and {len(lines) - PROBLEMS:,} lines more: disttempnet data index shows all"]
+    return {"samples": len(source), "usable": int(source.usable_counts.sum()), "left_out": lines}
+
+
+def about_data(facts: Mapping[str, Any]) -> list[str]:
+    """The same as lines for the console."""
+    return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts["left_out"]]
 
 
 def provenance() -> dict[str, Any]:

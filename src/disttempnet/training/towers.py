@@ -57,7 +57,7 @@ def lock_image_tower(module: open_clip.CLIP, unlocked_groups: int = 0) -> None:
         return
     trunk = module.visual.trunk
     groups = group_parameters(trunk, trunk.group_matcher())
-    for group in sorted(groups)[: len(groups) - unlocked_groups]:
+    for group in sorted(groups)[: max(0, len(groups) - unlocked_groups)]:
         for name in groups[group]:
             trunk.get_parameter(name).requires_grad_(False)
 

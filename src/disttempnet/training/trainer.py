@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from disttempnet import distributed
 from disttempnet.config import Config, dump_config
-from disttempnet.data import Batch, lost_workers_named, open_training_data
+from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.errors import UserError
+from disttempnet.evaluation.layouts import require
 from disttempnet.evaluation.runner import TaskResult, evaluate
+from disttempnet.evaluation.scores import Scores
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
 from disttempnet.training import checkpoint, optim, runlog
@@ -79,6 +81,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
         weights = str(found) if found else checkpoint.weights_folder(config.model.pretrained)
+        require(config.eval.tasks, Path(config.eval.data_root) if config.eval.data_root else None)
         own = config.model
         self.towers = (
             load_model(own.name, weights)
@@ -102,9 +105,10 @@ class Trainer:
                 exported.requires_grad_(False)
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
-        self.step, self.best = 0, dict[str, float]()
+        start = checkpoint.Progress()
         if found is not None:
-            self.step, self.best = checkpoint.load_checkpoint(found, **self._restorable())
+            start = checkpoint.load_checkpoint(found, **self._restorable())
+        self.step, self.best, self.skipped = start.step, dict(start.best), runlog.Skipped(start.skipped)
         if config.train.compile:
             compile_towers(self.towers)
         model = ContrastiveModel(self.towers, self.loss, self._autocast(), self.frozen)
@@ -112,7 +116,7 @@ class Trainer:
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
-        self.skipped, self._unnamed = runlog.Skipped(), list[str]()
+        self._unnamed: list[Skip] = []
         self._unchecked: tuple[int, LossOutput, Tensor, Tensor] | None = None
         self._metrics: dict[str, Tensor] = {}
 
@@ -120,6 +124,8 @@ class Trainer:
         """Train to the end, or to a stop signal; returns whether the end was reached."""
         self._describe()
         log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
+        for line in runlog.about_data(runlog.data_facts(self.data.source)):
+            log.say(line)
         for temperature in optim.own_rate(self.loss):
             if not temperature.learning_rate(self.config.train.epochs - 1):
                 log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
@@ -217,26 +223,33 @@ class Trainer:
         values = torch.stack([output.metrics[name].float() for name in names]).tolist()  # one transfer
         metrics = dict(zip(names, values, strict=True))
         norm = float(self._unchecked[2]) if self._unchecked else math.nan
-        waits, unnamed = zip(*distributed.gather_objects((wait, self._unnamed)), strict=True)
-        self._unnamed = []
-        for line in self.skipped.add(chain.from_iterable(unnamed)):
-            self.log.say(line)
+        waits = distributed.gather_objects(wait)
+        self._name_skipped()
         rate = self.config.data.global_batch / seconds
         metrics |= {"lr": self.lr, "grad_norm": norm, "samples_per_second": rate, "step_seconds": seconds}
         metrics |= {"data_wait": max(waits), "skipped": self.skipped.total}  # the others wait for the slowest rank
         self.log.step(self.step, self.step / self.steps_per_epoch, metrics)
 
+    def _name_skipped(self) -> None:
+        """Count and name what all ranks have skipped since the last time; all ranks call this."""
+        unnamed, self._unnamed = distributed.gather_objects(self._unnamed), []
+        for line in self.skipped.add(chain.from_iterable(unnamed)):
+            self.log.say(line)
+
     def _end_epoch(self, epochs_done: int, evaluated: bool) -> None:
         self._check_finite()
+        self._name_skipped()
         if self.skipped.total:
             self.log.say(self.skipped.summary())
         config = self.config.eval
         due = epochs_done % config.every_epochs == 0 or epochs_done == self.config.train.epochs
         if config.tasks and evaluated and due:
-            results = evaluate(self.towers, config.tasks, device=self.device, batch=config.batch)
+            root = Path(config.data_root) if config.data_root else None
+            results = evaluate(self.towers, config.tasks, device=self.device, batch=config.batch, data_root=root)
             self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
-            self._save_temperatures(results[config.tasks[0]])
-            score = float(np.mean([result.metrics["mean_recall"] for result in results.values()]))
+            if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
+                self._save_temperatures(pairs[0])
+            score = float(np.mean([result.headline for result in results.values()]))
             # frozen towers score alike all along: their best checkpoint is the last
             if score > self.best.get("mean_recall", -math.inf) and not self.frozen:
                 self.best = {"step": self.step, "mean_recall": score}
@@ -244,7 +257,7 @@ class Trainer:
         self._save()
 
     def _save_temperatures(self, result: TaskResult) -> None:
-        """τ of the first evaluation task's pairs; where only training samples have one, of those that rank 0 keeps."""
+        """τ of an evaluation task's pairs; where only training samples have one, of those that rank 0 keeps."""
         if not distributed.is_main():
             return
         self.loss.eval()
@@ -265,12 +278,12 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_finite()
+        self._name_skipped()
         checkpoint.save_checkpoint(
             self.folder,
-            self.step,
             logit_scale=self._logit_scale(),
             logit_bias=self._logit_bias(),
-            best=self.best,
+            progress=checkpoint.Progress(self.step, self.best, dict(self.skipped.reasons)),
             keep=self.config.train.keep,
             **self._restorable(),
         )
@@ -343,6 +356,7 @@ class Trainer:
             "world_size": distributed.world_size(),
             "index_digest": self.data.source.digest,
             "num_samples": self.data.plan.samples,
+            "data": runlog.data_facts(self.data.source),
             "parameters": sum(p.numel() for p in self.towers.module.parameters()),
             **times,
         }
@@ -355,8 +369,9 @@ def train(config: Config, resume: str = "never", report: runlog.Report | None = 
         return Trainer(config, device, resume, report).run()
 
 
-def _one_line(results: dict[str, TaskResult]) -> str:
+def _one_line(results: dict[str, Scores]) -> str:
+    shown = ("acc1", "mean_recall", "mean_recall@1")
     return "  ".join(
-        f"{name}: acc1 {r.metrics['acc1']:.3f} mean recall {r.metrics['mean_recall']:.3f}"
+        f"{name}: " + " ".join(f"{key.replace('_', ' ')} {r.metrics[key]:.3f}" for key in shown if key in r.metrics)
         for name, r in results.items()
     )

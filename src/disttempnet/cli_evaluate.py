@@ -1,0 +1,287 @@
+"""The command `disttempnet evaluate`. Heavy imports wait until it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from disttempnet.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from disttempnet.config import Config
+    from disttempnet.evaluation.readers import Task
+    from disttempnet.evaluation.records import TaskRecord
+    from disttempnet.evaluation.summary import Subject
+    from disttempnet.models import Towers
+
+EVALUATE = """Without --data-root: the tasks whose data ships with the package, or that the run's config names.
+
+With --data-root DIR: DataComp's tasks, as far as their data is below DIR (--list says which are, and where to get
+them). Each finished task is a line of OUT/eval_results.jsonl; the same command goes on after a stop. What is missing
+is reported, what fails is reported and makes the exit code 1; neither ends the run.
+
+examples:
+  disttempnet evaluate runs/mine
+  disttempnet evaluate runs/mine --data-root /data/datacomp
+  disttempnet evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data-root /data/datacomp --tags imagenet retrieval
+  disttempnet evaluate runs/mine --data-root /data/datacomp --tasks vtab/dtd imagenet1k --precision fp32
+  torchrun --nproc_per_node 8 -m disttempnet evaluate runs/mine --data-root /data/datacomp --workers 8
+  disttempnet evaluate --list --data-root /data/datacomp
+"""
+FIXED = ("checkpoint", "precision", "compat")  # what all results of a folder have in common
+
+
+def add_evaluate_command(commands: Any) -> None:
+    """Add `evaluate` to the commands of the program."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="zero-shot accuracy and retrieval of a run or an open_clip model",
+        description=EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("target", nargs="?", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
+    evaluate.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="rows of tasks.toml")
+    evaluate.add_argument(
+        "--tags", nargs="+", default=(), metavar="TAG", help="all tasks of a group: imagenet, retrieval, vtab, …"
+    )
+    evaluate.add_argument("--data-root", metavar="DIR", help="folder of the data of DataComp's tasks")
+    evaluate.add_argument("--list", action="store_true", help="print the tasks, and which are there; evaluate nothing")
+    evaluate.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "datacomp"),
+        help="with --data-root: fp32; bf16 autocast; or texts in half and images in full precision, as DataComp "
+        "(default: bf16 on a GPU, else fp32)",
+    )
+    evaluate.add_argument(
+        "--compat",
+        choices=("datacomp-1.4",),
+        default="",
+        help="with --data-root: read class names as the CLIP_benchmark 1.4 that DataComp pins, without blank ones",
+    )
+    evaluate.add_argument("--workers", type=int, metavar="N", help="with --data-root: decoding processes of each rank")
+    evaluate.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
+    evaluate.add_argument(
+        "--out",
+        metavar="PATH",
+        help="with --data-root a folder (default: RUN/evaluation/STEP, or evaluation/NAME), else a JSON file "
+        "(default: RUN/results.json)",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from disttempnet.evaluation.readers import all_tasks, choose_tasks
+
+    root = Path(options.data_root) if options.data_root else None
+    if root is not None and not root.is_dir():
+        raise UserError(f"--data-root {root}: no such folder")
+    if options.batch < 1 or (options.workers or 0) < 0:
+        raise UserError("--batch is at least 1, --workers at least 0")
+    chosen = choose_tasks(options.tasks, options.tags)
+    if options.list:
+        return _list(chosen or [task for task in all_tasks().values() if task.below_root], root)
+    if options.target is None:
+        raise UserError("evaluate what? a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
+    if root is None:
+        for flag in ("precision", "compat", "workers"):
+            if getattr(options, flag):
+                raise UserError(f"--{flag} goes with --data-root")
+        return _without_root(options, [task.name for task in chosen])
+    return _with_root(options, chosen or [task for task in all_tasks().values() if task.below_root], root)
+
+
+def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
+    """Tasks whose data ships with the package, or that a run's config names: a table, and one JSON file."""
+    from rich.console import Console
+
+    from disttempnet import distributed
+    from disttempnet.evaluation.readers import all_tasks
+    from disttempnet.evaluation.runner import evaluate
+    from disttempnet.evaluation.scores import to_record
+    from disttempnet.evaluation.table import results_table
+    from disttempnet.training.checkpoint import refuse_unwritable, write_atomically
+
+    out = Path(options.out) if options.out else None
+    if out is not None:
+        refuse_unwritable(out)
+    opened = _open(options.target)
+    names, data_root = chosen, None
+    if opened.config is not None:
+        names = names or list(opened.config.eval.tasks)
+        data_root = Path(opened.config.eval.data_root) if opened.config.eval.data_root else None
+        out = out or opened.folder / "results.json"
+    names = names or [name for name, task in all_tasks().items() if not task.below_root]
+    with distributed.session() as device:
+        opened.towers.module.to(device)
+        results = evaluate(opened.towers, names, device=device, batch=options.batch, data_root=data_root)
+        if distributed.is_main():
+            Console().print(results_table({opened.title: results}))
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(out, json.dumps({"model": opened.title, **to_record(results)}, indent=2) + "\n")
+                print(f"results: {out}")
+    return 0
+
+
+class Opened(NamedTuple):
+    """Towers, and what is known of them.
+
+    Attributes:
+        title: for a reader; model, pretrained: names of the towers and of their weights.
+        folder: that results go below, by `name`.
+        config: of a run; objective, step: what run.json says, and where the checkpoint stands.
+    """
+
+    towers: Towers
+    title: str
+    model: str
+    pretrained: str
+    folder: Path
+    name: str
+    config: Config | None = None
+    objective: dict[str, str] | None = None
+    step: int = 0
+
+
+def _open(target: str) -> Opened:
+    if target.startswith("open_clip:"):
+        import torch
+
+        from disttempnet.models import load_model
+
+        torch.manual_seed(0)  # random towers are the same every time
+        model, _, pretrained = target.removeprefix("open_clip:").partition("/")
+        words = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
+        return Opened(load_model(model, pretrained), target, model, pretrained, Path(), words)
+    from disttempnet.losses import OBJECTIVES
+    from disttempnet.training.checkpoint import load_run
+
+    run = load_run(target)
+    recipe = OBJECTIVES[run.config.loss.name]
+    objective = {"name": run.config.loss.name, "title": recipe.title, "formula": recipe.formula}
+    title, name = f"{run.config.name} @ step {run.step}", f"step-{run.step:08d}"
+    return Opened(run.towers, title, run.config.model.name, title, run.folder, name, run.config, objective, run.step)
+
+
+def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -> int:
+    """Tasks below a data root: a folder of results."""
+    from disttempnet import distributed
+    from disttempnet.data.cache import cache_folder
+    from disttempnet.evaluation.averages import counted_tags
+    from disttempnet.evaluation.classtexts import ClassTexts
+    from disttempnet.evaluation.embed import make_encoder
+    from disttempnet.evaluation.layouts import is_there
+    from disttempnet.evaluation.records import RESULTS_FILE, read_records
+    from disttempnet.evaluation.suite import Suite
+    from disttempnet.evaluation.summary import SUMMARY_FILE, write_summary
+    from disttempnet.training.checkpoint import refuse_unwritable
+
+    if not any(is_there(task, root) for task in tasks):
+        raise UserError(f"--data-root {root}: holds none of the {len(tasks)} tasks (--list says where to get them)")
+    opened = _open(options.target)
+    out = Path(options.out) if options.out else opened.folder / "evaluation" / opened.name
+    refuse_unwritable(out / SUMMARY_FILE)
+    with distributed.session(timeout_minutes=60.0) as device:
+        precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+        subject = _subject(opened, precision, options.compat)
+        try:
+            distributed.together(lambda: _claim(out, subject) if distributed.is_main() else None)
+        except distributed.OtherRankFailed:
+            return 2  # rank 0 says why
+        opened.towers.module.to(device)
+        dtype = make_encoder(opened.towers, device, precision, False, 1).text_dtype
+        kept = f"{subject.checkpoint}-{str(dtype or 'torch.float32').removeprefix('torch.')}"
+        texts = ClassTexts(cache_folder() / "text" / kept)
+        workers = _workers(device) if options.workers is None else options.workers
+        suite = Suite(root, out, precision, options.compat, options.batch, workers, texts)
+        records = suite.run(opened.towers, tasks, device)
+        if distributed.is_main():
+            every = read_records(out / RESULTS_FILE)
+            write_summary(out, subject, every, counted_tags())
+            _show(records, tasks, opened.title)
+            print(f"results: {out / RESULTS_FILE}")
+    return int(any(record.error for record in records))
+
+
+def _subject(opened: Opened, precision: str, compat: str) -> Subject:
+    from disttempnet.evaluation.embed import checkpoint_hash
+    from disttempnet.evaluation.summary import Subject
+    from disttempnet.training.runlog import provenance
+
+    run = {}
+    if opened.config is not None:
+        table = opened.config.model_dump()
+        run = {"name": opened.config.name, "config": table, "objective": opened.objective, "step": opened.step}
+    return Subject(
+        model=opened.model,
+        pretrained=opened.pretrained,
+        checkpoint=checkpoint_hash(opened.towers),
+        precision=precision,
+        compat=compat,
+        versions=provenance()["versions"],
+        parameters=sum(p.numel() for p in opened.towers.module.parameters()),
+        run=run,
+    )
+
+
+def _claim(out: Path, subject: Subject) -> None:
+    """Say in a folder what its results are of; UserError where it holds those of something else."""
+    from disttempnet.evaluation.averages import counted_tags
+    from disttempnet.evaluation.records import RESULTS_FILE, read_records
+    from disttempnet.evaluation.summary import SUMMARY_FILE, read_subject, write_summary
+
+    before, records = read_subject(out), read_records(out / RESULTS_FILE)
+    if before is None and records:
+        raise UserError(f"{out}: holds results, but no {SUMMARY_FILE} that says of what: give another --out")
+    for key in FIXED if before is not None else ():
+        was, now = getattr(before, key), getattr(subject, key)
+        if was != now:
+            raise UserError(f"{out}: holds results of another {key} ({was or 'none'}; now {now or 'none'}): give --out")
+    write_summary(out, subject, records, counted_tags())
+
+
+def _workers(device: torch.device) -> int:
+    """Decoding processes for each rank: with a GPU its share of the cores, without none (they would take turns)."""
+    if device.type != "cuda":
+        return 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // here - 1))
+
+
+def _show(records: Sequence[TaskRecord], tasks: Sequence[Task], title: str) -> None:
+    """The table of tasks and averages, and where to get what is missing."""
+    from rich.console import Console
+
+    from disttempnet.evaluation.averages import counted_tags
+    from disttempnet.evaluation.table import records_table
+
+    by_key = {record.key: record for record in records}
+    Console().print(records_table(title, by_key, counted_tags()))
+    for task in tasks:
+        if task.name not in by_key:
+            print(f"missing: {task.display} (huggingface.co/datasets/{task.source})")
+
+
+def _list(tasks: Sequence[Task], root: Path | None) -> int:
+    """Print tasks: what they are, whether they are there, where to get them."""
+    from disttempnet.evaluation.layouts import find_data
+
+    rows = [("task", "samples", "main metric", "below the data root", "huggingface.co/datasets/")]
+    for task in tasks:
+        found = find_data(task, root) if root is not None and task.below_root else None
+        where = found.name if found else "–" if task.below_root else "(ships with the package)"
+        rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(w) if i == 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+    return 0

@@ -1,0 +1,109 @@
+"""The plain table of a run's TOML file: laid over the file that it names, with `section.key=value` overrides.
+
+What the keys mean is in config.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from disttempnet.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The plain table of a run's TOML file, laid over that of the file which its key `config` names, if it has one.
+
+    Later wins, key by key. One section is special, as arguments belong to an objective: where `loss.name` is given,
+    nothing of the other file's `loss` is left.
+
+    Raises:
+        UserError: one line that names the file.
+    """
+    path, tables = Path(path), list[dict[str, Any]]()
+    seen: set[Path] = set()
+    while True:
+        if path.resolve() in seen:
+            raise UserError(f"{path}: its config leads back to it")
+        seen.add(path.resolve())
+        table = read_table(path)
+        tables.append(table)
+        base = table.pop("config", None)
+        if base is None:
+            break
+        if not isinstance(base, str):
+            raise UserError(f"{path}: config must name a file, got {base!r}")
+        path = base_path(path, base)
+    result = tables.pop()
+    for table in reversed(tables):
+        lay_over(result, table)
+    return result
+
+
+def base_path(path: Path, config: str) -> Path:
+    """The file that `config` in another file means: relative to that file, or a config that the package ships.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (path.parent, CONFIG_FOLDER):
+        if (folder / config).is_file():
+            return folder / config
+    raise UserError(f"{path}: config: {path.parent / config}: no such file, and the package ships none of that name")
+
+
+def lay_over(table: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Lay `changes` over a run's table in place, key by key; a `loss.name` in them replaces the whole `loss`."""
+    loss = changes.get("loss")
+    if isinstance(loss, dict) and "name" in loss:
+        table.pop("loss", None)
+    merge(table, changes)
+
+
+def merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay `changes` over `table`, key by key, in place."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            merge(table[key], value)
+        else:
+            table[key] = copy.deepcopy(value)
+    return table
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """The plain table of a TOML file.
+
+    Raises:
+        UserError: one line that names the file.
+    """
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
+        raise UserError(f"{path}: no such config file (the package ships: {shipped}, in {CONFIG_FOLDER})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set the key that `section.key=value` names in a plain table; the value is TOML, a bare word a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override '{override}' is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"override '{override}': '{section}' is a value, not a section")
+    table[last] = value

@@ -1,0 +1,89 @@
+"""What a config's [data] names, put together: source, epoch plan, samples, loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from disttempnet.config import DataConfig, SourceConfig
+from disttempnet.data.dataset import Batch, PairDataset, make_loader
+from disttempnet.data.indexing import open_index
+from disttempnet.data.listing import is_listing, open_listing
+from disttempnet.data.mixture import MixedSource
+from disttempnet.data.sampler import EpochPlan, PlanSampler
+from disttempnet.data.source import Source
+from disttempnet.data.transforms import train_transform
+from disttempnet.errors import UserError
+from disttempnet.models import Towers
+
+
+def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Source:
+    """The samples that a run reads; every rank calls this.
+
+    Args:
+        sources: where they come from.
+        progress: show a bar on standard error while an index is made.
+
+    Raises:
+        UserError: data that is missing or has changed since it was indexed.
+    """
+    parts = [_open_one(source, progress) for source in sources]
+    if len(parts) == 1 and sources[0].weight == 1:
+        return parts[0]
+    return MixedSource(parts, [source.weight for source in sources])
+
+
+def _open_one(source: SourceConfig, progress: bool) -> Source:
+    if is_listing(source):
+        return open_listing(source, progress)
+    return open_index(source.path, source.index, progress, source.caption_key, source.cache, source.cache_gb)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything between the shards and the training loop of one rank."""
+
+    source: Source
+    plan: EpochPlan
+    dataset: PairDataset
+    sampler: PlanSampler
+    loader: DataLoader
+
+    def loader_from(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, from a step on.
+
+        Raises:
+            UserError: samples cannot be read any more.
+        """
+        self.sampler.seek(epoch, start_step)
+        try:
+            yield from self.loader
+        except UserError as error:
+            # torch prefixes what a worker raised with the worker's traceback
+            raise UserError(str(error).rsplit("UserError: ")[-1].strip()) from None
+
+
+def open_training_data(
+    config: DataConfig, seed: int, towers: Towers, rank: int = 0, world_size: int = 1
+) -> TrainingData:
+    """Index, plan and loader that a config asks for; every rank calls this.
+
+    Args:
+        config: the run's [data].
+        seed: of order and augmentation.
+        towers: give image size and tokenizer.
+        rank, world_size: whose part of every batch to load.
+
+    Raises:
+        UserError: shards that are missing or changed, too few samples, a world size that lanes do not allow.
+    """
+    source = open_source(config.sources)
+    plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
+    plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
+    dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
+    sampler = PlanSampler(plan, rank, world_size)
+    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available())
+    return TrainingData(source, plan, dataset, sampler, loader)

@@ -1,0 +1,104 @@
+"""Evaluation data below a data root, as DataComp's and CLIP_benchmark's tools lay it out, and as it is published.
+
+wds_vtab-dtd_test/                          a task's key with "/" as "-"; `fairness/` may be left out
+    classnames.txt                          a name a line, line i = label i
+    zeroshot_classification_templates.txt   a template a line, {c} = the name
+    test/nshards.txt  test/0.tar …          KEY.webp|png|jpg|jpeg, KEY.cls, KEY.npy (metadata), KEY.txt (captions)
+flickr_1k_test_image_text_retrieval/        a published retrieval set: a CSV and a folder of images
+wds_winogavil_test/                         test/*.tar of images, and puzzles.jsonl
+sizes.toml                                  optional: "vtab/dtd" = 500, where a folder holds a part of the task
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.captioned import captioned_data, winogavil_data
+from disttempnet.evaluation.folders import folder_data
+from disttempnet.evaluation.labelled import labelled_data
+from disttempnet.evaluation.readers import FOLDER, Task, TaskData, embedded_data, find_task
+
+COMPATIBLE = ("datacomp-1.4",)  # CLIP_benchmark 1.4, which DataComp pins: blank lines are no class names
+
+
+class MissingData(UserError):
+    """A task whose data is not below the data root; the message says where to get it."""
+
+
+def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskData:
+    """What a task measures on.
+
+    Args:
+        task: a row of tasks.toml.
+        root: the data root; tasks whose data ships with the package need none.
+        compat: "" or one of `COMPATIBLE`.
+
+    Raises:
+        MissingData: nothing of it is there.
+        UserError: it cannot be read, or is not what the task says.
+    """
+    if task.data.startswith(FOLDER):
+        return folder_data(task)
+    if not task.below_root:
+        return embedded_data(task)
+    if root is None:
+        raise UserError(f"task '{task.name}' needs its data: set --data-root, or eval.data_root in a config")
+    folder = find_data(task, root)
+    if folder is None:
+        raise MissingData(
+            f"none of {', '.join(folder_names(task))} is below {root}; get huggingface.co/datasets/{task.source}"
+        )
+    size = sizes_of(root).get(task.name, task.size)
+    if task.protocols == ("winogavil",):
+        data = winogavil_data(task, folder)
+    elif task.protocols == ("caption_retrieval",):
+        data = captioned_data(task, folder)
+    else:
+        data = labelled_data(task, folder, compat)
+    notes = [*data.notes]
+    if size != task.size:
+        notes.append(f"sizes.toml: {size:,} samples, the task has {task.size:,}")
+    return replace(data, notes=tuple(notes), size=size)
+
+
+def require(names: Sequence[str], root: Path | None) -> None:
+    """Raise UserError where one of the tasks does not exist or its data is not there: learnt before the work."""
+    for task in map(find_task, names):
+        if not task.below_root:
+            continue
+        if root is None or find_data(task, root) is None:
+            load_task(task, root)
+
+
+def folder_names(task: Task) -> list[str]:
+    """Folders below a data root that a task may lie in, in the order in which they are tried."""
+    key = task.name.replace("/", "-")
+    names = [f"wds_{key}_test", f"wds_{key.removeprefix('fairness-')}_test", task.source.rpartition("/")[2], *task.also]
+    return list(dict.fromkeys(names))
+
+
+def find_data(task: Task, root: Path) -> Path | None:
+    """A task's folder below a data root; None where it is not there."""
+    return next((root / name for name in folder_names(task) if (root / name).is_dir()), None)
+
+
+def is_there(task: Task, root: Path) -> bool:
+    """Whether a task's data is below a data root, or needs none."""
+    return not task.below_root or find_data(task, root) is not None
+
+
+def sizes_of(root: Path) -> dict[str, int]:
+    """Sizes by task that a data root claims for itself: of one that holds parts of the tasks."""
+    path = root / "sizes.toml"
+    try:
+        sizes = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{path}: '{name}' is no number of samples: {size!r}")
+    return sizes

@@ -1,0 +1,126 @@
+"""Samples → batches of pixels, decoded by threads of this process or by worker processes.
+
+What is to be decoded comes as a stream of requests, which may run over many tasks: workers stay busy across the end of
+one, and need know nothing of shards, for a request says in which file and at which byte each image lies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.transforms import eval_transform
+from disttempnet.errors import UserError
+from disttempnet.evaluation.readers import Sample
+
+DECODE_THREADS = 4
+AHEAD = 2  # batches that are decoded before they are asked for, by each worker
+
+
+class Request(NamedTuple):
+    """Samples of the task of that number, from the place `start` on."""
+
+    task: int
+    start: int
+    samples: Sequence[Sample]
+
+
+class Batch(NamedTuple):
+    """Pixels, uint8 [b, 3, s, s]; valid, bool [b]: which could be decoded; errors: of each other one, the reason."""
+
+    task: int
+    start: int
+    pixels: Tensor
+    valid: Tensor
+    errors: tuple[str, ...]
+
+    @property
+    def rows(self) -> slice:
+        """Their places in the task."""
+        return slice(self.start, self.start + len(self.valid))
+
+
+class Decoder(Dataset):
+    """Requests → batches; an unreadable image is black and not valid, so that batches keep their shape."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+        self.transform = eval_transform(image_size)
+
+    def __getitem__(self, request: Request) -> Batch:
+        return self.stack(request, [self.decode(sample) for sample in request.samples])
+
+    def decode(self, sample: Sample) -> Tensor | str:
+        """Pixels, or why there are none."""
+        try:
+            return self.transform(sample.image())
+        except UnreadableImage as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+
+    def stack(self, request: Request, decoded: Sequence[Tensor | str]) -> Batch:
+        black = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        good = [isinstance(pixels, Tensor) for pixels in decoded]
+        images = [pixels if isinstance(pixels, Tensor) else black for pixels in decoded]
+        pixels = torch.stack(images) if images else torch.zeros(0, *black.shape, dtype=torch.uint8)
+        errors = tuple(pixels for pixels in decoded if isinstance(pixels, str))
+        return Batch(request.task, request.start, pixels, torch.tensor(good, dtype=torch.bool), errors)
+
+
+def decoded(requests: Iterable[Request], image_size: int, workers: int = 0) -> Iterator[Batch]:
+    """Batches in the order of the requests.
+
+    Args:
+        requests: iterated a few batches ahead of what is given out.
+        image_size: side of the square in pixels.
+        workers: processes that decode; 0 = threads of this one.
+    """
+    decoder = Decoder(image_size)
+    if not workers:
+        yield from _by_threads(requests, decoder)
+        return
+    loader = DataLoader(
+        decoder,
+        sampler=requests,  # of requests, not of numbers: the decoder takes what comes
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=AHEAD,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the loader draws a seed: not from the program's generator
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError("a decoding worker died, out of memory as a rule: set --workers lower") from None
+
+
+def _by_threads(requests: Iterable[Request], decoder: Decoder) -> Iterator[Batch]:
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        waiting: deque = deque()
+        for request in requests:
+            waiting.append((request, [pool.submit(decoder.decode, sample) for sample in request.samples]))
+            if len(waiting) > AHEAD:
+                first, futures = waiting.popleft()
+                yield decoder.stack(first, [future.result() for future in futures])
+        for first, futures in waiting:
+            yield decoder.stack(first, [future.result() for future in futures])
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C is the main process's to answer; decoding needs one thread a worker."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

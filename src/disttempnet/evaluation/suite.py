@@ -1,0 +1,178 @@
+"""A model on many tasks: each is run once, its result is kept, and what fails or is missing ends nothing.
+
+All ranks work on one task at a time, each on its own batches, the longest task first; rank 0 writes. Decoding runs
+ahead into the next task. A task that has its line in eval_results.jsonl is finished, so the same command goes on where
+it was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from disttempnet import distributed
+from disttempnet.errors import UserError
+from disttempnet.evaluation.classtexts import ClassTexts
+from disttempnet.evaluation.embed import Progress, batches_of_this_rank, evaluation_mode, make_encoder
+from disttempnet.evaluation.layouts import is_there, load_task
+from disttempnet.evaluation.loading import Batch, Request, decoded
+from disttempnet.evaluation.measure import Outcome, embed_words, measure
+from disttempnet.evaluation.progress import SuiteProgress
+from disttempnet.evaluation.protocols import PROTOCOLS
+from disttempnet.evaluation.readers import Task, TaskData
+from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, append_record, read_records
+from disttempnet.models import Towers
+
+NAMED = 5  # unreadable samples that an error line names
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How a model is evaluated on tasks below a data root.
+
+    Attributes:
+        root: the data root.
+        out: folder of the results.
+        precision: one of `embed.PRECISIONS`.
+        compat: "" or one of `layouts.COMPATIBLE`.
+        batch: images or texts embedded at once by a rank.
+        workers: processes that decode for a rank; 0 = threads.
+        texts: class features that are known already, and where they are kept.
+        progress: told of all tasks on every rank.
+    """
+
+    root: Path
+    out: Path
+    precision: str = "fp32"
+    compat: str = ""
+    batch: int = 256
+    workers: int = 0
+    texts: ClassTexts = field(default_factory=ClassTexts)
+
+    def run(self, towers: Towers, tasks: Sequence[Task], device: torch.device) -> list[TaskRecord]:
+        """Evaluate on the tasks that are there and not finished yet; every rank calls this.
+
+        Returns:
+            A record of every task whose data is there, finished before or now, in the order of `tasks`.
+        """
+        done = distributed.gather_objects(read_records(self.out / RESULTS_FILE) if distributed.is_main() else {})[0]
+        # a task that failed, or lacked samples, is run again: its data may be whole by now
+        done = {key: record for key, record in done.items() if record.complete and not record.error}
+        present = distributed.gather_objects([task for task in tasks if is_there(task, self.root)])[0]
+        line = SuiteProgress(present, [done[task.name] for task in present if task.name in done], self.batch)
+        todo = sorted((task for task in present if task.name not in done), key=lambda task: -task.seconds)
+        loaded: dict[int, TaskData | BaseException] = {}
+        batches_of_all = decoded(self._requests(todo, loaded), towers.image_size, self.workers)
+        with evaluation_mode(towers.module), line:
+            for number, batches in groupby(batches_of_all, key=lambda batch: batch.task):
+                line.begin(todo[number])
+                record = self._one(todo[number], towers, device, loaded.pop(number), batches, line.progress)
+                self._keep(record)
+                line.finish(record)
+                done[record.key] = record
+        if lost := [task.display for task in present if task.name not in done]:
+            raise UserError(f"decoding stopped before {lost[0]}: the same command goes on from there")
+        return [done[task.name] for task in present]
+
+    def _keep(self, record: TaskRecord) -> None:
+        path = self.out / RESULTS_FILE
+        try:
+            if distributed.is_main():
+                append_record(path, record)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def _requests(self, todo: Sequence[Task], loaded: dict[int, TaskData | BaseException]) -> Iterator[Request]:
+        """This rank's batches of all tasks in turn, after an empty one that says that the task is in `loaded`."""
+        with ThreadPoolExecutor(1) as ahead:  # tars are indexed while the task before is at work
+            waiting = deque(ahead.submit(load_task, task, self.root, self.compat) for task in todo[:1])
+            for number in range(len(todo)):
+                future = waiting.popleft()
+                error = future.exception()
+                waiting.extend(
+                    ahead.submit(load_task, t, self.root, self.compat) for t in todo[number + 1 : number + 2]
+                )
+                loaded[number] = future.result() if error is None else error
+                yield Request(number, 0, ())
+                samples = future.result().samples if error is None else ()
+                for rows in batches_of_this_rank(len(samples), self.batch):
+                    yield Request(number, rows.start, samples[rows.start : rows.stop])
+
+    def _one(
+        self,
+        task: Task,
+        towers: Towers,
+        device: torch.device,
+        loaded: TaskData | BaseException,
+        batches: Iterable[Batch],
+        progress: Progress,
+    ) -> TaskRecord:
+        """Evaluate on one task; whatever goes wrong is in its record."""
+        begun = time.monotonic()
+
+        def there() -> TaskData:
+            if isinstance(loaded, BaseException):
+                raise loaded
+            return loaded
+
+        try:
+            data = distributed.together(there)
+            matching = any(PROTOCOLS[protocol].matching for protocol in task.protocols)
+            encoder = make_encoder(towers, device, self.precision, matching, self.batch)
+            heads, words = embed_words(data, encoder, self.texts, progress)
+            outcome = measure(data, encoder, batches, heads, words, progress)
+        except (UserError, distributed.OtherRankFailed) as error:
+            return self._failed(task, str(error), begun)
+        except Exception as error:
+            traceback.print_exc()
+            return self._failed(task, f"{type(error).__name__}: {error}", begun)
+        return _record(data, outcome, time.monotonic() - begun)
+
+    @staticmethod
+    def _failed(task: Task, error: str, begun: float) -> TaskRecord:
+        return TaskRecord(
+            task.name,
+            task.display,
+            main_metric_name=task.main,
+            expected=task.size or None,
+            seconds=time.monotonic() - begun,
+            complete=False,
+            error=" ".join(error.split()),
+        )
+
+
+def _record(data: TaskData, outcome: Outcome, seconds: float) -> TaskRecord:
+    """A task's result, with what it lacks said in `error`."""
+    task, scores = data.task, outcome.scores
+    reasons = [f"{key}: {why}" for key, why in zip(scores.corrupt, outcome.reasons, strict=True)] + list(data.broken)
+    wrong = []
+    if reasons:
+        more = f" and {len(reasons) - NAMED:,} more" if len(reasons) > NAMED else ""
+        wrong.append(f"{len(reasons):,} unreadable: {'; '.join(reasons[:NAMED])}{more}")
+    if data.size and scores.samples != data.size:
+        wrong.append(f"{scores.samples:,} samples of {data.size:,} were seen")
+    known = {**scores.metrics, **dict.fromkeys(scores.undefined)}
+    main = task.main or (task.metrics[0] if task.metrics else "")
+    metrics = {name: known[name] for name in task.metrics or known}
+    metrics["main_metric"] = metrics[main] if main else None
+    return TaskRecord(
+        key=task.name,
+        dataset=task.display,
+        metrics=metrics,
+        main_metric_name=main,
+        samples=scores.samples,
+        expected=data.size or None,
+        corrupt=tuple(reasons),
+        seconds=seconds,
+        complete=not wrong,
+        error=". ".join(wrong),
+        notes=data.notes,
+    )

@@ -1,0 +1,329 @@
+"""A suite of tasks: what is missing, broken or wrong in them, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.classtexts import ClassTexts
+from disttempnet.evaluation.embed import Encoder, checkpoint_hash, make_encoder
+from disttempnet.evaluation.readers import Head, find_task
+from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, read_records
+from disttempnet.evaluation.suite import Suite
+from evaluation.colours import COLOURS
+from evaluation.formats import CORRUPT, labelled, picture, write_captioned_wds, write_tar, write_wds
+from evaluation.toy import meaning_towers
+from gloo import Pools
+
+SIX = tuple(COLOURS)
+ROWS = [(colour, colour) for colour in SIX]
+DTD, FLOWERS, CLEVR = "vtab/dtd", "vtab/flowers", "vtab/clevr_closest_object_distance"
+FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
+
+
+def write(root: Path, key: str, rows: list = ROWS, classes: tuple[str, ...] = SIX, shards: int = 1) -> Path:
+    return write_wds(root, key, labelled(rows, classes), classes=classes, templates=["a {c} thing"], shards=shards)
+
+
+def sizes(root: Path, **of_task: int) -> None:
+    (root / "sizes.toml").write_text("".join(f'"vtab/{key}" = {size}\n' for key, size in of_task.items()))
+
+
+def run(root: Path, *keys: str, **how: object) -> dict[str, TaskRecord]:
+    suite = Suite(root, root / "out", **how)  # type: ignore[arg-type]
+    records = suite.run(meaning_towers(), [find_task(key) for key in keys], torch.device("cpu"))
+    return {record.key: record for record in records}
+
+
+def test_another_number_of_samples_than_the_task_has(tmp_path: Path) -> None:
+    write(tmp_path, DTD)
+    record = run(tmp_path, DTD)[DTD]
+    assert (record.samples, record.expected, record.complete) == (6, 1880, False)
+    assert record.error == "6 samples of 1,880 were seen"
+    assert record.metrics["acc1"] == 1.0
+    assert not record.counts
+    line = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
+    assert line["metrics"]["main_metric"] is None, "other programs average what stands there"
+
+
+def test_a_part_that_says_so_is_whole_and_noted(tmp_path: Path) -> None:
+    write(tmp_path, DTD)
+    sizes(tmp_path, dtd=6)
+    record = run(tmp_path, DTD)[DTD]
+    assert (record.expected, record.complete, record.error) == (6, True, "")
+    assert "sizes.toml: 6 samples, the task has 1,880" in record.notes
+    assert "6 class names, the task has 47" in record.notes
+    assert "1 templates, the published data has 8" in record.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("x", "cannot be read"), ('"vtab/dtd" = "6"', "'vtab/dtd' is no number")]
+)
+def test_sizes_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path, DTD)
+    (tmp_path / "sizes.toml").write_text(text)
+    assert message in run(tmp_path, DTD)[DTD].error
+
+
+def test_missing_tasks_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, DTD)
+    assert list(run(tmp_path, FLOWERS, DTD, FLICKR)) == [DTD]
+
+
+def test_corrupt_images_are_counted_and_named(tmp_path: Path) -> None:
+    samples = labelled(ROWS, SIX)
+    samples[2] = {"jpg": CORRUPT, "cls": b"2"}
+    samples[3] = {"jpg": picture("yellow", "jpg")[:-200], "cls": b"3"}
+    write_wds(tmp_path, DTD, samples, classes=SIX, templates=["{c}"], shards=2)
+    sizes(tmp_path, dtd=6)
+    record = run(tmp_path, DTD)[DTD]
+    assert (record.samples, record.complete) == (4, False)
+    assert [name.split(":")[0] for name in record.corrupt] == ["0.tar/s0000002", "1.tar/s0000003"]
+    assert record.error.startswith("2 unreadable: 0.tar/s0000002: cannot identify image; 1.tar/s0000003: cannot decode")
+    assert record.error.endswith("4 samples of 6 were seen")
+    assert record.metrics["acc1"] == 1.0, "of those that could be read"
+
+
+def test_samples_without_label_image_or_number(tmp_path: Path) -> None:
+    samples = labelled(ROWS, SIX)
+    del samples[0]["cls"]
+    samples[1] = {"cls": b"1"}
+    samples[2]["cls"] = b"two"
+    write_wds(tmp_path, DTD, samples, classes=SIX, templates=["{c}"])
+    record = run(tmp_path, DTD)[DTD]
+    assert record.corrupt == (
+        "0.tar/s0000000: no label",
+        "0.tar/s0000001: no image",
+        "0.tar/s0000002: its label is 'two', no number",
+    )
+    assert record.samples == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (None, "nshards.txt is missing; all 2 tars are read"),
+        ("1", "nshards.txt says 1; all 2 tars that are there are read"),
+        ("3", "nshards.txt says 3; all 2 tars that are there are read"),
+        ("", "nshards.txt says nothing; all 2 tars that are there are read"),
+    ],
+)
+def test_nshards_missing_or_wrong(text: str | None, note: str, tmp_path: Path) -> None:
+    file = write(tmp_path, DTD, shards=2) / "test" / "nshards.txt"
+    file.unlink() if text is None else file.write_text(text)
+    sizes(tmp_path, dtd=6)
+    record = run(tmp_path, DTD)[DTD]
+    assert record.notes[0] == note
+    assert record.samples == 6
+
+
+def test_ten_shards_without_zeros_in_front_come_in_their_order(tmp_path: Path) -> None:
+    write(tmp_path, DTD, ROWS * 2, shards=12)
+    from disttempnet.evaluation.layouts import load_task
+
+    keys = [sample.key for sample in load_task(find_task(DTD), tmp_path).samples]
+    assert keys == [f"{i}.tar/s{i:07d}" for i in range(12)]
+
+
+def test_a_tar_that_is_cut_off_gives_what_it_has(tmp_path: Path) -> None:
+    tar = write(tmp_path, DTD) / "test" / "0.tar"
+    with tarfile.open(tar) as opened:
+        last = opened.getmembers()[-2]
+    tar.write_bytes(tar.read_bytes()[: last.offset_data + 10])
+    record = run(tmp_path, DTD)[DTD]
+    assert record.samples == 5
+    assert record.corrupt[0].startswith(f"0.tar: cut off at byte {last.offset_data + 10:,}")
+    assert not record.complete
+
+
+def test_the_blank_class_of_clevr(tmp_path: Path) -> None:
+    """Six names, the fourth blank, is what the data has; an older reader drops it, and names and labels part."""
+    names = ("red", "green", "blue", "", "yellow", "pink")
+    rows = [(name or "grey", label) for label, name in enumerate(names)]
+    write(tmp_path, CLEVR, rows, names)
+    (tmp_path / "sizes.toml").write_text(f'"{CLEVR}" = 6\n')
+    assert run(tmp_path, CLEVR)[CLEVR].metrics["acc1"] == 1.0
+    (tmp_path / "out" / RESULTS_FILE).unlink()
+    record = run(tmp_path, CLEVR, compat="datacomp-1.4")[CLEVR]
+    # five names: red, green, blue are as they were, yellow and pink have moved to labels 3 and 4; 5 is no class
+    assert record.metrics["acc1"] == 3 / 6
+    assert record.notes[0] == "5 class names, the task has 6"
+    assert record.samples == 6
+
+
+def test_one_that_fails_ends_nothing(tmp_path: Path) -> None:
+    write(tmp_path, DTD, [*ROWS, ("red", 6)])
+    write(tmp_path, FLOWERS)
+    write(tmp_path, "cifar10")
+    (tmp_path / "wds_cifar10_test" / "classnames.txt").unlink()
+    sizes(tmp_path, flowers=6)
+    records = run(tmp_path, "cifar10", DTD, FLOWERS)
+    assert "sample 0.tar/s0000006: label 6, but 6 class names" in records[DTD].error
+    assert "classnames.txt: cannot be read: No such file" in records["cifar10"].error
+    assert records[FLOWERS].counts
+    assert records[DTD].metrics == {}
+    assert not records[DTD].complete
+
+
+def test_towers_that_fail_on_one_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, DTD)
+    write(tmp_path, FLOWERS, ROWS[:3])
+    encode = Encoder.images
+
+    def out_of_memory(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, pixels)
+
+    with mock.patch.object(Encoder, "images", out_of_memory):
+        records = run(tmp_path, DTD, FLOWERS)
+    assert records[DTD].error == "OutOfMemoryError: CUDA out of memory"
+    assert records[FLOWERS].samples == 3
+    assert "Traceback" in capsys.readouterr().err, "a fault of the program is not hidden"
+
+
+def test_features_that_are_not_finite(tmp_path: Path) -> None:
+    write(tmp_path, DTD)
+    with mock.patch.object(Encoder, "images", lambda self, pixels: torch.full((len(pixels), 3), torch.nan)):
+        assert "not finite" in run(tmp_path, DTD)[DTD].error
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    write(tmp_path, DTD)
+    write(tmp_path, FLOWERS, ROWS[:3])
+    sizes(tmp_path, dtd=6, flowers=6)
+    first = run(tmp_path, DTD, FLOWERS)
+    with (tmp_path / "out" / RESULTS_FILE).open("a") as file:
+        file.write('{"key": "vtab/fl')  # a kill
+    (tmp_path / "sizes.toml").write_text('"vtab/dtd" = 6\n"vtab/flowers" = 3\n')
+    seen = []
+    encode = Encoder.images
+    with mock.patch.object(Encoder, "images", lambda self, pixels: (seen.append(len(pixels)), encode(self, pixels))[1]):
+        again = run(tmp_path, DTD, FLOWERS)
+    assert seen == [3], "the complete task is not run again, the incomplete one is"
+    assert again[DTD] == read_records(tmp_path / "out" / RESULTS_FILE)[DTD]
+    assert first[DTD].metrics == again[DTD].metrics
+    assert not first[FLOWERS].complete
+    assert again[FLOWERS].counts
+
+
+def test_longest_task_first(tmp_path: Path) -> None:
+    for key in (DTD, FLOWERS, "sun397"):
+        write(tmp_path, key)
+    run(tmp_path, DTD, FLOWERS, "sun397")
+    assert list(read_records(tmp_path / "out" / RESULTS_FILE)) == ["sun397", FLOWERS, DTD]
+
+
+def test_a_stream_that_ends_early_is_no_success(tmp_path: Path) -> None:
+    write(tmp_path, DTD)
+    with (
+        mock.patch("disttempnet.evaluation.suite.decoded", return_value=iter(())),
+        pytest.raises(UserError, match="decoding stopped before Describable Textures"),
+    ):
+        run(tmp_path, DTD)
+
+
+def run_with_a_rank_that_fails(root: Path) -> list[tuple[str, bool]]:
+    """Rank 1 cannot read its part of dtd; every rank calls this."""
+    from disttempnet import distributed
+
+    encode = Encoder.images
+
+    def broken(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        if distributed.rank() == 1 and len(pixels) == 2:
+            raise UserError("the disk is gone")
+        return encode(self, pixels)
+
+    with mock.patch.object(Encoder, "images", broken):
+        records = run(root, DTD, FLOWERS, batch=2)
+    return [(records[key].error, records[key].complete) for key in (DTD, FLOWERS)]
+
+
+def test_a_rank_that_fails_is_told_on_all_and_holds_up_none(tmp_path: Path, gloo: Pools) -> None:
+    write(tmp_path, DTD)
+    write(tmp_path, FLOWERS, ROWS[:3])
+    sizes(tmp_path, dtd=6, flowers=3)
+    here, there = gloo(2, run_with_a_rank_that_fails, tmp_path)
+    assert here == [("rank 1: UserError: the disk is gone", False), ("", True)]
+    assert there == [("the disk is gone", False), ("", True)]
+    assert read_records(tmp_path / "out" / RESULTS_FILE)[DTD].error == "rank 1: UserError: the disk is gone"
+
+
+def test_class_texts_are_embedded_once(tmp_path: Path) -> None:
+    encoder = Encoder(meaning_towers(), torch.device("cpu"), batch=3)
+    texts = ClassTexts(tmp_path / "text")
+    few = texts.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder)
+    assert texts.embedded == 4
+    assert torch.equal(few[0], few[2]), "classes of one name are one"
+    texts.features(Head(("green", "blue"), ("{c}", "a {c} thing")), encoder)
+    assert texts.embedded == 6
+    texts.features(Head(("green",), ("{c}",)), encoder)
+    assert texts.embedded == 7, "other templates are another class"
+    kept = ClassTexts(tmp_path / "text")
+    assert torch.equal(kept.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder), few)
+    assert kept.embedded == 0
+    assert len(list((tmp_path / "text").iterdir())) == 2
+    for path in (tmp_path / "text").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    damaged = ClassTexts(tmp_path / "text")
+    assert torch.equal(damaged.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder), few)
+    assert damaged.embedded == 4
+
+
+def test_class_texts_go_on_without_a_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("in the way")
+    texts = ClassTexts(tmp_path / "text")
+    texts.features(Head(("red",), ("{c}",)), Encoder(meaning_towers(), torch.device("cpu")))
+    assert "text features are not kept" in capsys.readouterr().err
+
+
+def test_precisions() -> None:
+    towers, cpu, gpu = meaning_towers(), torch.device("cpu"), torch.device("cuda")
+
+    def dtypes(device: torch.device, name: str, matching: bool) -> tuple[torch.dtype | None, torch.dtype | None]:
+        encoder = make_encoder(towers, device, name, matching, 1)
+        return encoder.image_dtype, encoder.text_dtype
+
+    half, brain = torch.float16, torch.bfloat16
+    assert dtypes(gpu, "fp32", True) == (None, None)
+    assert dtypes(gpu, "bf16", False) == (brain, brain)
+    assert dtypes(gpu, "datacomp", False) == (None, half), "texts of a classifier in half, images in full precision"
+    assert dtypes(gpu, "datacomp", True) == (half, half)
+    assert dtypes(cpu, "datacomp", False) == (None, brain), "what torch's autocast means on a CPU"
+
+
+def test_a_checkpoint_is_known_by_what_features_depend_on() -> None:
+    from disttempnet.models import load_model
+
+    torch.manual_seed(0)
+    towers = load_model("demo-vit-32")
+    before = checkpoint_hash(towers)
+    with torch.no_grad():
+        towers.module.logit_scale.add_(1)
+        assert checkpoint_hash(towers) == before
+        next(towers.module.visual.parameters()).flatten()[0] += 1
+    assert checkpoint_hash(towers) != before
+
+
+def test_captions_as_they_stand(tmp_path: Path) -> None:
+    """Equal captions of two images are two texts, one of them wrong; a captionless image is named."""
+    write_captioned_wds(tmp_path, FLICKR, [("red", ["red"]), ("pink", ["red", "pink"]), ("blue", [])])
+    record = run(tmp_path, FLICKR)[FLICKR]
+    assert record.corrupt == ("0.tar/s0000002: no caption",)
+    # "red" finds the red image both times; the image red finds the first "red"; pink finds "pink"
+    assert record.metrics["image_retrieval_recall@1"] == pytest.approx(2 / 3)
+    assert record.metrics["text_retrieval_recall@1"] == 1.0
+
+
+def test_unread_members_and_folders_in_a_tar(tmp_path: Path) -> None:
+    """Names in folders and files that no one asked for are as webdataset has them."""
+    folder = write(tmp_path, DTD, [])
+    samples = [{**parts, "json": b"{}", "txt": b"x" * 5000} for parts in labelled(ROWS, SIX)]
+    write_tar(folder / "test" / "0.tar", samples)
+    assert run(tmp_path, DTD)[DTD].samples == 6

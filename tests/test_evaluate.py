@@ -1,0 +1,150 @@
+"""`disttempnet evaluate` with a data root, from the command line to the results on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from disttempnet.cli import main
+from disttempnet.config import CONFIG_FOLDER, load_config
+from disttempnet.evaluation.summary import read_subject
+from disttempnet.training.trainer import train
+from evaluation.dataroot import SAMPLES, write_data_root
+from evaluation.formats import labelled, write_wds
+
+MODEL = "open_clip:demo-vit-32"
+CIFAR = [("red", "red"), ("green", "green")]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own, the cache in it."""
+    monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_cifar(root: Path, rows: list = CIFAR, size: int = 2) -> None:
+    write_wds(root, "cifar10", labelled(rows, ("red", "green")), classes=("red", "green"), templates=["{c}"])
+    (root / "sizes.toml").write_text(f"cifar10 = {size}\n")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_all_forty_and_then_none_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "root").mkdir()
+    write_data_root(here / "root")
+    arguments = ["evaluate", MODEL, "--data-root", "root"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "Average over 38" in shown
+    results = here / "evaluation" / "demo-vit-32" / "eval_results.jsonl"
+    found = lines(results)
+    assert {line["key"]: line["samples"] for line in found} == SAMPLES
+    assert sum(line["metrics"]["main_metric"] is not None for line in found) == 38
+    subject = read_subject(results.parent)
+    assert subject is not None
+    assert (subject.model, subject.precision, subject.compat, len(subject.checkpoint)) == (
+        "demo-vit-32",
+        "fp32",
+        "",
+        32,
+    )
+    assert [path.name for path in (here / "cache" / "text").iterdir()] == [f"{subject.checkpoint}-float32"]
+    before = results.read_bytes()
+    assert main(arguments) == 0
+    assert results.read_bytes() == before
+    assert "1/40" not in capsys.readouterr().out, "nothing is run again"
+
+
+def test_a_folder_holds_results_of_one_thing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar(here / "root")
+    arguments = ["evaluate", MODEL, "--data-root", "root", "--tasks", "cifar10", "--out", "out"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    for more, message in (
+        (["--precision", "bf16"], "out: holds results of another precision (fp32; now bf16): give --out"),
+        (["--compat", "datacomp-1.4"], "out: holds results of another compat (none; now datacomp-1.4): give --out"),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert capsys.readouterr().err == f"disttempnet: {message}\n"
+    assert main([*arguments[:1], "open_clip:demo-convnext-32", *arguments[2:]]) == 2
+    assert "another checkpoint" in capsys.readouterr().err
+    (here / "out" / "summary.json").unlink()
+    assert main(arguments) == 2
+    assert "no summary.json that says of what" in capsys.readouterr().err
+
+
+def test_what_fails_is_the_exit_code_and_what_is_missing_is_not(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar(here / "root")
+    arguments = ["evaluate", MODEL, "--data-root", "root", "--tags", "vtab", "--tasks", "cifar10"]
+    assert main(arguments) == 0
+    assert (
+        "missing: Describable Textures (huggingface.co/datasets/djghosh/wds_vtab-dtd_test)" in capsys.readouterr().out
+    )
+    (here / "root" / "sizes.toml").unlink()
+    assert main([*arguments, "--out", "again"]) == 1
+    assert "2 samples of 10,000 were seen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-root", "nowhere"], "--data-root nowhere: no such folder"),
+        (["--data-root", "."], "--data-root .: holds none of the 40 tasks (--list says where to get them)"),
+        (["--data-root", ".", "--tags", "vtba"], "unknown tag 'vtba'. Did you mean 'vtab'"),
+        (["--data-root", ".", "--batch", "0"], "--batch is at least 1"),
+        (["--precision", "bf16"], "--precision goes with --data-root"),
+        (["--tasks", "cifar10"], "task 'cifar10' needs its data: set --data-root"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", MODEL, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_evaluate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate"]) == 2
+    assert "evaluate what?" in capsys.readouterr().err
+
+
+def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar(here / "root")
+    assert main(["evaluate", "--list", "--data-root", "root"]) == 0
+    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()[1:]}
+    assert len(rows) == 40
+    assert rows["cifar10"] == ["10,000", "acc1", "wds_cifar10_test", "djghosh/wds_cifar10_test"]
+    assert rows["misc/winogavil"] == ["3,563", "jaccard_score_10-12", "–", "nlphuji/winogavil"]
+    assert main(["evaluate", "--list", "--tags", "emoji"]) == 0
+    assert "(ships with the package)" in capsys.readouterr().out
+
+
+def test_a_run_and_its_evaluation_in_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar(here / "root")
+    more = ["eval.data_root=root", 'eval.tasks=["cifar10"]', "train.stop_after_steps=0", "train.epochs=1"]
+    config = load_config(CONFIG_FOLDER / "debug.toml", ["name=small", "out=runs", *more])
+    assert train(config)
+    logged = lines(here / "runs" / "small" / "eval.jsonl")[-1]
+    assert set(logged["results"]["cifar10"]) == {"acc1", "mean_per_class_recall"}
+    assert main(["evaluate", "runs/small", "--data-root", "root", "--tasks", "cifar10"]) == 0
+    found = list((here / "runs" / "small" / "evaluation").glob("step-*/eval_results.jsonl"))
+    assert lines(found[0])[0]["metrics"]["acc1"] == logged["results"]["cifar10"]["acc1"]
+    subject = read_subject(found[0].parent)
+    assert subject is not None
+    assert subject.run["name"] == "small"
+    assert subject.run["config"]["train"]["epochs"] == 1
+
+
+def test_training_refuses_tasks_that_are_not_there(here: Path) -> None:
+    from disttempnet.errors import UserError
+
+    config = load_config(CONFIG_FOLDER / "debug.toml", ["name=small", "out=runs", 'eval.tasks=["cifar10"]'])
+    with pytest.raises(UserError, match="task 'cifar10' needs its data"):
+        train(config)
+    assert not (here / "runs").exists()
