@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disttempnet.errors import UserError
+from disttempnet.machine import cores
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +253,7 @@ def _workers(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, len(os.sched_getaffinity(0)) // here - 1))
+    return max(1, min(16, cores() // here - 1))
 
 
 def _show(records: Sequence[TaskRecord], tasks: Sequence[Task], title: str) -> None:
