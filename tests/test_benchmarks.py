@@ -32,8 +32,9 @@ def test_the_page_shows_the_recorded_result(loader: Any, capsys: pytest.CaptureF
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 10
     assert [row for row in rows if row not in page] == []
-    assert recorded["500x375"]["ours"]["times_open_clip_cpu"] >= 2.5
-    assert recorded["341x256"]["ours"]["times_open_clip_cpu"] >= 3.5
+    for side in ("open_clip", "ours"):
+        for package in ("torch", "torchvision", "pillow"):
+            assert recorded["500x375"][side]["versions"][package].partition("+")[0] in page
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

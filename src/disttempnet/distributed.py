@@ -10,6 +10,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from disttempnet.errors import UserError
 
 Result = TypeVar("Result")
+PIECE = 64 << 20  # bytes that are sent at a time
 
 
 def is_active() -> bool:
@@ -145,6 +147,33 @@ def together(action: Callable[[], Result]) -> Result:
         if message is not None:
             raise OtherRankFailed(f"rank {number}: {message}")
     return result  # type: ignore[return-value]  # there is one where nothing was raised
+
+
+def file_of_main(path: Path) -> Iterator[bytes]:
+    """The content of rank 0's file, piece by piece, on every rank; every rank has to take all pieces.
+
+    Raises:
+        UserError: rank 0 cannot read it. Every rank raises.
+    """
+    offset = 0
+    while True:
+        message: list[bytes | str] = [b""]
+        if is_main():
+            try:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    message[0] = file.read(PIECE)
+            except OSError as error:
+                message[0] = f"{path}: cannot be read: {error.strerror}"
+        if world_size() > 1:
+            dist.broadcast_object_list(message, src=0)
+        piece = message[0]
+        if isinstance(piece, str):
+            raise UserError(piece)
+        if not piece:
+            return
+        offset += len(piece)
+        yield piece
 
 
 def barrier() -> None:

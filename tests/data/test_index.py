@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from disttempnet.data import PairDataset, ShardIndex, UnreadableImage, embedded_shards, open_index, resolve_shards
+from disttempnet import distributed
+from disttempnet.data import (
+    PairDataset,
+    ShardIndex,
+    UnreadableImage,
+    embedded_shards,
+    indexing,
+    open_index,
+    resolve_shards,
+)
 from disttempnet.data.shards import expand_braces
 from disttempnet.errors import UserError
 from gloo import Pools
@@ -73,18 +82,8 @@ def test_ranges_in_folders(tmp_path: Path) -> None:
 
 
 def test_every_pattern_has_an_index_of_its_own(tmp_path: Path) -> None:
-    patterns = [
-        "{1,2}{3,4}",
-        "{1,23,4}",
-        "{1,2}/{3,4}",
-        "{1,2}-{3,4}",
-        "1-3",
-        "{1..2}",
-        "0{1..2}",
-        "{01..2}",
-        "{01..02}",
-    ]
-    patterns += ["x{1..2}y", "{x1..2y,a}", "all", "2", "{1..2}0", "{1..20}"]
+    patterns = ["{1,2}{3,4}", "{1,23,4}", "{1,2}/{3,4}", "{1,2}-{3,4}", "1-3", "{1..2}", "0{1..2}", "{01..2}"]
+    patterns += ["{01..02}", "x{1..2}y", "{x1..2y,a}", "all", "2", "{1..2}0", "{1..20}"]
     for name in {name for pattern in patterns for name in expand_braces(pattern)}:
         (tmp_path / f"{name}.tar").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.tar").touch()
@@ -497,6 +496,74 @@ def test_ranks_agree(shards: Write, gloo: Pools) -> None:
     folder = shards(3, 2)
     answers = gloo(2, open_on_a_rank, str(folder))
     assert set(answers) == {open_index(str(folder), progress=False).digest}
+
+
+def open_in_own_cache(spec: str, folder: Path) -> tuple[str, int, str, list[str]]:
+    """As on a node whose cache is a disk of its own."""
+    cache = folder / str(distributed.rank())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTTEMPNET_CACHE", str(cache))
+        patch.setattr(distributed, "PIECE", 1000)  # bytes: several pieces
+        index = open_index(spec, progress=False)
+        there = sorted(path.name for path in index.path.parent.iterdir())
+        return index.digest, index.path.stat().st_size, index.captions(4)[0], there
+
+
+def test_nodes_without_a_common_disk_share_an_index(shards: Write, tmp_path: Path, gloo: Pools) -> None:
+    folder = shards(*[9] * 4)
+    spec = f"file://{folder}/{{00000..00003}}.tar"
+    first, second = gloo(2, open_in_own_cache, spec, tmp_path)
+    assert first[:3] == second[:3]
+    assert first[0] == open_index(str(folder), progress=False).digest
+    assert first[1] > 2000
+    assert second[3] == ["00000..00003.index"], "shards are fetched when they are read"
+    again = gloo(2, open_in_own_cache, spec, tmp_path)
+    assert [answer[:3] for answer in again] == [first[:3]] * 2
+
+
+def open_where_a_file_is(spec: str, folder: Path) -> str:
+    """On the second rank the cache is no folder."""
+    cache = folder / str(distributed.rank())
+    if distributed.rank():
+        cache.write_text("")
+    try:
+        return open_index(spec, cache=str(cache), progress=False).digest
+    except UserError as error:
+        return str(error)
+
+
+def test_a_rank_that_cannot_keep_the_index_ends_all(shards: Write, tmp_path: Path, gloo: Pools) -> None:
+    spec = f"file://{shards(3, 2)}/{{00000..00001}}.tar"
+    first, second = gloo(2, open_where_a_file_is, spec, tmp_path)
+    assert "/00000..00001.index: the index cannot be written (Not a directory)" in second
+    assert first == f"rank 1: {second}"
+
+
+def open_under_a_limit(spec: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "WHILE_RANKS_WAIT", 15_000)
+        return open_on_a_rank(spec)
+
+
+def test_ranks_do_not_wait_for_a_long_first_scan(shards: Write, gloo: Pools) -> None:
+    folder = shards(3, 2)  # of 10,240 bytes each
+    first, second = gloo(2, open_under_a_limit, str(folder))
+    assert first == (
+        f"{folder}: 20.5 kB of shards are not indexed yet, which can take longer than the other ranks wait for it: "
+        f"index them first: disttempnet data index {folder}"
+    )
+    assert second == f"rank 0: {first}"
+    open_index(f"{folder}/{{00000..00000}}.tar", progress=False)
+    digests = gloo(2, open_under_a_limit, str(folder))  # what is left to scan is little
+    assert set(digests) == {open_index(str(folder), progress=False).digest}
+
+
+def test_an_index_that_is_gone_says_so(shards: Write) -> None:
+    index = open_index(str(shards(3, 2)), progress=False)
+    copy = pickle.dumps(index)
+    index.path.unlink()
+    with pytest.raises(UserError, match=r"all\.index: this index is not there \(any more\); start again to make it$"):
+        pickle.loads(copy)
 
 
 def test_what_one_rank_finds_wrong_all_ranks_raise(shards: Write, gloo: Pools) -> None:

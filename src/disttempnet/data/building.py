@@ -29,12 +29,29 @@ A_PROCESS = 1 << 30  # bytes of shards that are worth a process more
 
 @dataclass(frozen=True)
 class Scan:
-    """How to scan: caption key, processes (0 = as many as the work and the cores ask for), checksums, a bar."""
+    """How to scan.
+
+    Attributes:
+        caption_key: see `ShardIndex`.
+        workers: processes; 0 = as many as the work and the cores ask for.
+        checksum: hash all bytes of every shard.
+        progress: show a bar on standard error.
+        most: bytes of shards; with more to scan `TooMuch` is raised instead. 0 = no limit.
+    """
 
     caption_key: str = ""
     workers: int = 0
     checksum: bool = False
     progress: bool = True
+    most: int = 0
+
+
+class TooMuch(Exception):
+    """There is more to scan than was allowed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size:,} bytes")
+        self.size = size
 
 
 def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
@@ -50,6 +67,7 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
         known: an earlier index of these shards with the same caption key.
 
     Raises:
+        TooMuch: see `Scan`.
         UserError: a shard is no tar, none holds a usable sample, a checksum has changed, a process was killed, or
             the index cannot be written. Except for changed checksums what is scanned is kept for the next call.
     """
@@ -71,6 +89,8 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
             if states.get(name) == (shard.size, shard.fingerprint) and (shard.checksum or not how.checksum):
                 entries[name] = shard
         todo = {name: states[name] for name in shards.names if name not in entries}
+        if how.most and (size := sum(state.size for state in todo.values())) > how.most:
+            raise TooMuch(size)
         _scan_all(store, todo, path, how, journal)
         entries |= {name: journal.shards[name] for name in todo}
         _compare_checksums(store, same, entries, journal)
@@ -89,7 +109,7 @@ class Place(NamedTuple):
     """Where an index has a shard: the ids [first, end)."""
 
     shard: Shard
-    held_by: ShardIndex
+    home: ShardIndex
     first: int
     end: int
 
@@ -203,7 +223,7 @@ def _write(
                 yield scanned[shard.name][column]
             else:
                 place = places[shard.name]
-                yield getattr(place.held_by, column)[place.first : place.end].tobytes()
+                yield getattr(place.home, column)[place.first : place.end].tobytes()
 
     with writable(path) as temporary:
         write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})

@@ -287,6 +287,8 @@ def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore
         index = ShardIndex(path, folder, shards, columns, metadata.get("caption_key", ""), store)
         if verify and index.digest != metadata["digest"]:
             raise ValueError("its content does not match its digest")
+    except FileNotFoundError:
+        raise UserError(f"{path}: this index is not there (any more); start again to make it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a usable shard index ({error}); delete it to index again") from None
     return index

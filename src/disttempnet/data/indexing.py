@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
-from disttempnet.data.building import Scan, build_shard_index
-from disttempnet.data.index import ShardIndex, load_index
+from disttempnet.data.building import Scan, TooMuch, build_shard_index
+from disttempnet.data.index import ShardIndex, load_index, writable
 from disttempnet.data.shards import ShardList, resolve_shards
 from disttempnet.data.store import CACHE_GB
 from disttempnet.errors import UserError
+
+WHILE_RANKS_WAIT = 100 * 10**9  # bytes of shards that rank 0 scans while the others wait, minutes by default
 
 
 def open_index(
@@ -25,6 +30,8 @@ def open_index(
 ) -> ShardIndex:
     """The index of the shards that a spec names: built by rank 0 on first use, checked by every rank always.
 
+    Nodes that lack it get rank 0's.
+
     Args:
         spec: see `resolve_shards`.
         index_path: file of the index; empty = beside the shards, named after the spec and the caption key.
@@ -34,15 +41,23 @@ def open_index(
 
     Raises:
         UserError: shards are missing, renamed, additional or changed since they were indexed, are no tars, or
-            the index cannot be written. Every rank raises.
+            the index cannot be written; or several ranks would wait for a first scan of many shards. Every rank raises.
     """
     source = SourceConfig(path=spec, index=index_path, caption_key=caption_key, cache=cache, cache_gb=cache_gb)
 
-    def build() -> None:
+    def build() -> Path:
         shards = shards_of(source)
         path = shard_index_file(shards, source)
         if distributed.is_main() and not path.is_file():
-            build_shard_index(shards, path, Scan(caption_key, progress=progress))
+            most = WHILE_RANKS_WAIT if distributed.world_size() > 1 else 0
+            try:
+                build_shard_index(shards, path, Scan(caption_key, progress=progress, most=most))
+            except TooMuch as error:
+                raise UserError(
+                    f"{spec}: {decimal(error.size)} of shards are not indexed yet, which can take longer than the "
+                    f"other ranks wait for it: index them first: {index_command(source)}"
+                ) from None
+        return path
 
     def load() -> ShardIndex:
         shards = shards_of(source)
@@ -50,11 +65,36 @@ def open_index(
         check_shards(index, shards, source)
         return index
 
-    distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    path = distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    distributed.together(lambda: share_index(path))
     index = distributed.together(load)
     if len(set(distributed.gather_objects(index.digest))) > 1:
-        raise UserError(f"{index.path}: the ranks see different indexes; give every node the same shards")
+        raise UserError(
+            f"{index.path}: the ranks see different indexes; give every node the same shards, and delete the index of "
+            "nodes where it is another: they get that of rank 0"
+        )
     return index
+
+
+def share_index(path: Path) -> None:
+    """Give rank 0's index to the ranks that have none: their nodes keep shards, or the cache, on disks of their own.
+
+    Every rank calls this. Raises UserError on a rank that cannot write it.
+    """
+    lacking = not path.is_file()
+    if not any(distributed.gather_objects(lacking)):
+        return
+    pieces = distributed.file_of_main(path)
+    try:
+        if lacking:
+            with writable(path) as temporary:
+                with temporary.open("wb") as file:
+                    for piece in pieces:
+                        file.write(piece)
+                os.replace(temporary, path)  # of several ranks of a node: with the same bytes
+    finally:
+        for _ in pieces:  # whatever happened here, the others need this rank to take all of them
+            pass
 
 
 def update_index(
