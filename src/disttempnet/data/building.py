@@ -109,7 +109,7 @@ class Place(NamedTuple):
     """Where an index has a shard: the ids [first, end)."""
 
     shard: Shard
-    held_by: ShardIndex
+    home: ShardIndex
     first: int
     end: int
 
@@ -223,7 +223,7 @@ def _write(
                 yield scanned[shard.name][column]
             else:
                 place = places[shard.name]
-                yield getattr(place.held_by, column)[place.first : place.end].tobytes()
+                yield getattr(place.home, column)[place.first : place.end].tobytes()
 
     with writable(path) as temporary:
         write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})
