@@ -10,7 +10,7 @@ import disttempnet
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
     {"errors"},
-    {"config", "distributed"},
+    {"config", "launch", "watch", "distributed"},
     {"losses", "models", "pretrained"},
     {"data"},
     {"evaluation"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disttempnet.cli_data import add_data_commands
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -236,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2
+    except Preempted:
+        return Preempted.code
     except KeyboardInterrupt:
         print("disttempnet: interrupted", file=sys.stderr)
         return 130
@@ -329,6 +331,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _temperature(options: argparse.Namespace) -> int:
+    from disttempnet.launch import launched
     from disttempnet.report.temperature.command import Source, write_temperatures
 
     out = Path(options.out or Path(options.target, "temperatures.csv"))
@@ -342,7 +345,8 @@ def _temperature(options: argparse.Namespace) -> int:
         frequency_by=options.frequency_by,
         batch=options.batch,
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    launch = launched()
+    if launch is None or launch.rank == 0:
         print(f"temperatures: {out.resolve()} ({rows:,} rows)")
         if gallery:
             print(f"page: {gallery.resolve()}")

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from disttempnet import distributed
 from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, lost_workers_named, open_training_data
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.runner import TaskResult, evaluate
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
@@ -34,29 +32,8 @@ from disttempnet.training.model import (
     refuse_if_nothing_is_trained,
     resolved,
 )
+from disttempnet.training.stopping import LONGEST_WAIT, StopSignal
 from disttempnet.training.towers import prepare_towers
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class Trainer:
@@ -115,11 +92,18 @@ class Trainer:
         self.skipped, self._unnamed = runlog.Skipped(), list[str]()
         self._unchecked: tuple[int, LossOutput, Tensor, Tensor] | None = None
         self._metrics: dict[str, Tensor] = {}
+        self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
 
     def run(self) -> bool:
-        """Train to the end, or to a stop signal; returns whether the end was reached."""
+        """Train to the end, or to a stop signal; returns whether the end was reached.
+
+        Raises:
+            Preempted: SIGUSR1 stopped it; everything is saved.
+        """
         self._describe()
         log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
+        for line in (distributed.describe(self.device, self.config.train.timeout_minutes), self._plan()):
+            log.say(line)
         for temperature in optim.own_rate(self.loss):
             if not temperature.learning_rate(self.config.train.epochs - 1):
                 log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
@@ -128,6 +112,8 @@ class Trainer:
                 while self.step < self.last_step:
                     if not self._run_epoch(stop):
                         log.say(f"stopped at step {self.step}: continue with --resume auto")
+                        if self._stopped == Preempted.code:
+                            raise Preempted
                         return False
             if self.step < self.total_steps:
                 log.say(
@@ -161,7 +147,8 @@ class Trainer:
                 self._save()
             if self.step == self.last_step:
                 return True
-            if self._stop_agreed(stop):
+            self._stopped = self._agreed_stop(stop)
+            if self._stopped:
                 if not (epoch_ends or (every and self.step % every == 0)):
                     self._save()
                 return False
@@ -217,8 +204,10 @@ class Trainer:
         values = torch.stack([output.metrics[name].float() for name in names]).tolist()  # one transfer
         metrics = dict(zip(names, values, strict=True))
         norm = float(self._unchecked[2]) if self._unchecked else math.nan
-        waits, unnamed = zip(*distributed.gather_objects((wait, self._unnamed)), strict=True)
+        everyone = distributed.gather_objects((wait, self._unnamed, seconds))
+        waits, unnamed, durations = zip(*everyone, strict=True)
         self._unnamed = []
+        self._ask_every = max(1, int(LONGEST_WAIT / max(durations)))
         for line in self.skipped.add(chain.from_iterable(unnamed)):
             self.log.say(line)
         rate = self.config.data.global_batch / seconds
@@ -294,11 +283,12 @@ class Trainer:
             "index_digest": self.data.source.digest,
         }
 
-    def _stop_agreed(self, stop: StopSignal) -> bool:
-        """All ranks stop after the same step. With several, they ask each other only when they log."""
-        if distributed.world_size() > 1 and self.step % self.config.train.log_every:
-            return False
-        return distributed.any_rank(stop.requested, self.device)
+    def _agreed_stop(self, stop: StopSignal) -> int:
+        """The exit code that any rank was asked for: all ranks stop after the same step. They ask each other when they
+        log; where a step takes long, more often."""
+        if self.step % self._ask_every and self.step % self.config.train.log_every:
+            return 0
+        return distributed.largest(stop.code, self.device)
 
     def _find_checkpoint(self, resume: str) -> Path | None:
         found = checkpoint.list_checkpoints(self.folder)
@@ -327,6 +317,16 @@ class Trainer:
         self._write_facts(started=runlog.now())
         distributed.barrier()
 
+    def _plan(self) -> str:
+        """What is ahead, in one line."""
+        data, ranks = self.config.data, distributed.world_size()
+        share = f" = {ranks} × {data.global_batch // ranks}" if ranks > 1 else ""
+        begun = f", from step {self.step}" if self.step else ""
+        return (
+            f"{self.folder.name}: {self.data.plan.samples:,} samples an epoch, {self.config.train.epochs} epochs of "
+            f"{self.steps_per_epoch:,} steps, global batch {data.global_batch}{share}{begun}"
+        )
+
     def _write_facts(self, **times: str) -> None:
         if not distributed.is_main():
             return
@@ -350,7 +350,11 @@ class Trainer:
 
 
 def train(config: Config, resume: str = "never", report: runlog.Report | None = None) -> bool:
-    """Train one run in the processes that the launcher started; returns whether it reached its end."""
+    """Train one run in the processes that the launcher started; returns whether it reached its end.
+
+    Raises:
+        Preempted: SIGUSR1 stopped it; everything is saved.
+    """
     with distributed.session(config.train.timeout_minutes) as device:
         return Trainer(config, device, resume, report).run()
 
