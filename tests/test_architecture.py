@@ -10,14 +10,14 @@ import disttempnet
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
     {"errors"},
-    {"config", "launch", "watch", "distributed"},
+    {"config", "launch", "watch", "distributed", "slurm"},
     {"losses", "models", "pretrained"},
     {"data"},
     {"evaluation"},
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli_data"},
+    {"cli_data", "cli_launch"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disttempnet.cli_data import add_data_commands
+from disttempnet.cli_launch import add_launch_command
 from disttempnet.errors import Preempted, UserError
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   disttempnet train configs/demo.toml name=mine train.epochs=20 loss.rho=3
   disttempnet train configs/demo.toml --resume auto       continue after an interruption
   torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
+  disttempnet launch configs/demo.toml --nodes 4 --gpus 2 --dry-run     the same as a SLURM job
   disttempnet objectives                                  what [loss] name can be
   disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
   disttempnet evaluate runs/demo
@@ -175,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     temperature.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
     add_data_commands(commands)
+    add_launch_command(commands)
     return parser
 
 
