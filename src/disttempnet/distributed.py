@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -187,3 +187,8 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+
+
+def without_exchange(module: nn.Module) -> AbstractContextManager:
+    """Inside, backward passes of a module from `data_parallel` keep their gradients to this rank, and add them up."""
+    return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()

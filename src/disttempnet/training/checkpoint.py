@@ -35,7 +35,7 @@ FORMAT = 1
 # Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
 NOT_PART_OF_THE_RESULT = {
     "name", "out", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.timeout_minutes", "train.compile", "eval.batch",
+    "train.timeout_minutes", "train.compile", "train.accumulate", "eval.batch",
 }  # fmt: skip
 # What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).
 MAY_CHANGE = NOT_PART_OF_THE_RESULT | {"data.train", "train.stop_after_steps", "eval"}

@@ -25,8 +25,11 @@ from disttempnet.evaluation.runner import TaskResult, evaluate
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
 from disttempnet.training import checkpoint, optim, runlog
+from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
+    Contrast,
     ContrastiveModel,
+    Encoder,
     build_objective,
     compile_towers,
     refuse_if_nothing_is_trained,
@@ -69,10 +72,13 @@ class Trainer:
         self.data = open_training_data(
             config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
         )
+        rows = config.data.global_batch // distributed.world_size()
+        if config.train.accumulate > rows:
+            raise UserError(f"train.accumulate = {config.train.accumulate} is more than the {rows} rows of a process")
         self.frozen = config.train.freeze == "towers"
         self.towers.module.to(device).train(not self.frozen).requires_grad_(not self.frozen)
         if not self.frozen:
-            prepare_towers(self.towers.module, config.model)
+            prepare_towers(self.towers.module, config.model, config.train.accumulate)
         # The objective owns temperature and bias; open_clip's own are written at export (save_model).
         for exported in (self.towers.module.logit_scale, getattr(self.towers.module, "logit_bias", None)):
             if exported is not None:
@@ -84,8 +90,11 @@ class Trainer:
             self.step, self.best = checkpoint.load_checkpoint(found, **self._restorable())
         if config.train.compile:
             compile_towers(self.towers)
-        model = ContrastiveModel(self.towers, self.loss, self._autocast(), self.frozen)
-        self.model = distributed.data_parallel(model, device)
+        model = ContrastiveModel(
+            Encoder(self.towers, self._autocast(), self.frozen), Contrast(self.loss, self._autocast())
+        )
+        chunks = config.train.accumulate
+        self.gradients = WholeBatch(model, device) if chunks == 1 else InChunks(model, device, chunks)
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
@@ -166,9 +175,7 @@ class Trainer:
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
-        output: LossOutput = self.model(batch.images, batch.tokens, batch.ids)
-        if output.total.requires_grad:  # frozen towers and a τ for every sample: the objective has written its table
-            output.total.backward()
+        output = self.gradients(batch.images, batch.tokens, batch.ids)
         trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
         limit = self.config.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
