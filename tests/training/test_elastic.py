@@ -107,9 +107,7 @@ def check(pools: Pools, processes: int, folder: Path, overrides: tuple[str, ...]
     # the same samples in the same places of the same batches, and the same curve
     for number, expected in enumerate(straight.ids[STEP:]):
         assert torch.equal(torch.cat([rank.ids[number] for rank in ranks]), expected), number
-    np.testing.assert_allclose(
-        losses(folder / "elastic"), losses(folder / "straight"), rtol=TOLERANCE, atol=1e-5
-    )
+    np.testing.assert_allclose(losses(folder / "elastic"), losses(folder / "straight"), rtol=TOLERANCE, atol=1e-5)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -131,8 +129,7 @@ def test_three_processes_are_refused_with_the_reason(gloo: Pools, tmp_path: Path
     gloo(4, go, str(tmp_path), STEP)
     before = sorted(path.name for path in tmp_path.rglob("*"))
     reason = (
-        "3 processes cannot share data.lanes = 8 evenly; "
-        "set data.lanes to a multiple of 3 that divides global_batch 32"
+        "3 processes cannot share data.lanes = 8 evenly; set data.lanes to a multiple of 3 that divides global_batch 32"
     )
     with pytest.raises(WorkerError, match=reason):
         gloo(3, go, str(tmp_path), END)

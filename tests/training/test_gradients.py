@@ -40,7 +40,7 @@ def small_model(recipe: dict, dropout: float = 0.0) -> ContrastiveModel:
 
 
 def descend(recipe: dict, batches: list[GlobalBatch], chunks: int) -> list[dict[str, Tensor]]:
-    """Steps of gradient descent on towers and objective; after each: value, metrics, all gradients, all that is kept."""
+    """Steps of gradient descent on towers and objective; after each: value, metrics, gradients, and what is kept."""
     model = small_model(recipe)
     gradients = WholeBatch(model, CPU) if chunks == 1 else InChunks(model, CPU, chunks)
     steps = []

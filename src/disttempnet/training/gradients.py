@@ -17,7 +17,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.losses import LossOutput
@@ -88,7 +88,7 @@ class InChunks:
                 with nullcontext() if number == len(parts) else distributed.without_exchange(self.encoder):
                     sides = zip(self.encoder(*part), wanted, strict=True)
                     learning = [(side, gradient) for side, gradient in sides if side.requires_grad]  # not a locked one
-                    torch.autograd.backward(*map(list, zip(*learning, strict=True)))
+                    torch.autograd.backward([side for side, _ in learning], [gradient for _, gradient in learning])
 
 
 def _random_state(device: torch.device) -> RandomState:
