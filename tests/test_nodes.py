@@ -1,4 +1,4 @@
-"""Two nodes for real: network namespaces with an address each, joined by a virtual cable, and torchrun on both."""
+"""Two nodes for real: network namespaces with an address each, joined by a virtual cable."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from disttempnet.cli import main
 from disttempnet.config import CONFIG_FOLDER
+from srun import variables
 
 DEBUG = str(CONFIG_FOLDER / "debug.toml")
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
@@ -52,15 +53,17 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def start(node: str, number: int, out: Path, *more: str) -> subprocess.Popen:
-    """torchrun of one of two nodes, as it is called on each; gloo is told which interface, as the host name would."""
+def start(node: str, number: int, out: Path, *more: str, srun: bool = False) -> subprocess.Popen:
+    """torchrun as it is called on one of two nodes, or a task of srun. Both nodes have the machine's host name, which is
+    no address of theirs: so torchrun is told which it is, and gloo which interface, as a name that resolves would."""
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29431", "--rdzv-id", "nodes"]
-    torchrun += ["--local-addr", ADDRESSES[number]]
-    command = [sys.executable, *torchrun, "-m", "disttempnet", "train", DEBUG, f"out={out}", "eval.tasks=[]", *more]
+    torchrun += ["--local-addr", ADDRESSES[number], "--rdzv-conf", f"is_host={int(number == 0)},join_timeout=120"]
+    task = variables(number, 2, job=os.getpid()) | {"SLURM_JOB_NODELIST": ",".join(ADDRESSES), "SLURM_LOCALID": "0"}
+    train = ["-m", "disttempnet", "train", DEBUG, f"out={out}", "eval.tasks=[]", *more]
     return subprocess.Popen(
-        ["ip", "netns", "exec", node, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"},
+        ["ip", "netns", "exec", node, sys.executable, *([] if srun else torchrun), *train],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", **(task if srun else {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -68,16 +71,19 @@ def start(node: str, number: int, out: Path, *more: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_nodes_meet_by_torchrun_and_train_the_same_curve(nodes: list[str], tmp_path: Path) -> None:
-    arguments = [tmp_path / "two", "train.stop_after_steps=4"]
-    both = [start(node, number, *arguments) for number, node in enumerate(nodes)]
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_nodes_meet_and_train_the_same_curve(launcher: str, nodes: list[str], tmp_path: Path) -> None:
+    out, srun = tmp_path / "two", launcher == "srun"
+    both = [start(node, number, out, "train.stop_after_steps=4", srun=srun) for number, node in enumerate(nodes)]
     try:
         printed = [process.communicate(timeout=240)[0] for process in both]
     finally:
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], printed
-    assert sum("2 processes on 1 node (torchrun), CPU, gloo" in text for text in printed) == 1, "one host name, though"
+    assert sum(f"2 processes on 1 node ({launcher}), CPU, gloo" in text for text in printed) == 1, (
+        "one host name, though"
+    )
     assert main(["train", DEBUG, f"out={tmp_path / 'one'}", "eval.tasks=[]", "train.stop_after_steps=4"]) == 0
     assert losses(tmp_path / "two" / "debug") == pytest.approx(losses(tmp_path / "one" / "debug"), rel=2e-4)
 
