@@ -54,7 +54,7 @@ def losses(run: Path) -> list[float]:
 
 
 def start(node: str, number: int, out: Path, *more: str, srun: bool = False) -> subprocess.Popen:
-    """torchrun as it is called on one of two nodes, or a task of srun. Both nodes have the machine's host name, which is
+    """torchrun as called on one of two nodes, or a task of srun. Both nodes have the machine's host name, which is
     no address of theirs: so torchrun is told which it is, and gloo which interface, as a name that resolves would."""
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29431", "--rdzv-id", "nodes"]
