@@ -11,14 +11,14 @@ ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
     {"errors", "machine"},
     {"config_file"},
-    {"config", "distributed"},
+    {"config", "launch", "watch", "distributed", "slurm"},
     {"losses", "models", "pretrained", "texts"},
     {"data"},
     {"evaluation"},
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli_data", "cli_evaluate", "cli_export"},
+    {"cli_data", "cli_evaluate", "cli_export", "cli_launch"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,4 +1,4 @@
-"""The loader benchmark runs, and docs/performance.md shows what its recorded result holds."""
+"""Benchmarks run, and docs/performance.md shows what the loader's recorded result holds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from data.pictures import photo
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def loader() -> Any:
-    spec = importlib.util.spec_from_file_location("loader_benchmark", ROOT / "benchmarks" / "loader.py")
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def loader() -> Any:
+    return benchmark("loader")
 
 
 def test_the_page_shows_the_recorded_result(loader: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,3 +56,11 @@ def test_our_side_of_the_benchmark_runs(loader: Any, tmp_path: Path, monkeypatch
     assert {"read", "decode", "crop and resize", "tokenise", "collate"} < steps.keys()
     assert steps["decode"] > 0
     assert versions["simplejpeg"][0].isdigit()
+
+
+def test_steps_in_chunks_are_measured() -> None:
+    accumulate = benchmark("accumulate")
+    whole, chunks = (accumulate.measure("debug.toml", 32, chunks) for chunks in (1, 4))
+    assert chunks["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert whole["seconds"] > 0
+    assert whole["MB"] >= 0

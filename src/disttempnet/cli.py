@@ -12,7 +12,8 @@ from pathlib import Path
 from disttempnet.cli_data import add_data_commands
 from disttempnet.cli_evaluate import add_evaluate_command
 from disttempnet.cli_export import add_export_command
-from disttempnet.errors import UserError
+from disttempnet.cli_launch import add_launch_command
+from disttempnet.errors import Preempted, UserError
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -20,6 +21,7 @@ EXAMPLES = """examples:
   disttempnet train configs/demo.toml name=mine train.epochs=20 loss.rho=3
   disttempnet train configs/demo.toml --resume auto       continue after an interruption
   torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
+  disttempnet launch configs/demo.toml --nodes 4 --gpus 2 --dry-run     the same as a SLURM job
   disttempnet objectives                                  what [loss] name can be
   disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
   disttempnet evaluate runs/demo
@@ -185,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     temperature.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
     temperature.set_defaults(run=_temperature)
     add_data_commands(commands)
+    add_launch_command(commands)
     return parser
 
 
@@ -234,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2
+    except Preempted:
+        return Preempted.code
     except KeyboardInterrupt:
         print("disttempnet: interrupted", file=sys.stderr)
         return 130
@@ -292,6 +297,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _temperature(options: argparse.Namespace) -> int:
+    from disttempnet.launch import launched
     from disttempnet.report.temperature.command import Source, write_temperatures
 
     out = Path(options.out or Path(options.target, "temperatures.csv"))
@@ -305,7 +311,8 @@ def _temperature(options: argparse.Namespace) -> int:
         frequency_by=options.frequency_by,
         batch=options.batch,
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    launch = launched()
+    if launch is None or launch.rank == 0:
         print(f"temperatures: {out.resolve()} ({rows:,} rows)")
         if gallery:
             print(f"page: {gallery.resolve()}")

@@ -195,6 +195,12 @@ class TrainConfig(Section):
     seed: int = 2024
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
     compile: bool = Field(False, description="torch.compile the towers")
+    accumulate: int = Field(
+        1,
+        gt=0,
+        description="embed a process's part of a batch in this many chunks: the gradient of the whole batch with the "
+        "memory of a chunk, for a second forward pass of the towers",
+    )
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = once an epoch")
     keep: int = Field(2, gt=0, description="how many of the latest checkpoints stay")

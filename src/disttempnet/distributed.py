@@ -1,15 +1,15 @@
 """The one file that talks to torch.distributed.
 
 Everything else sees plain functions that are the identity in one process, so world size is invisible
-to the losses, the data and the trainer. Launchers: torchrun and SLURM's srun, both read from the environment.
+to the losses, the data and the trainer. Launchers: torchrun and SLURM's srun (launch.py).
 """
 
 from __future__ import annotations
 
 import datetime
-import os
+import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
+from disttempnet.launch import Launch, gpu_of, launched
+from disttempnet.watch import Watch
+
+NEWS_SECONDS = 5.0  # that a collective's failure may come before the news of whose fault it is
 
 Result = TypeVar("Result")
 PIECE = 64 << 20  # bytes that are sent at a time
@@ -39,53 +43,101 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _launch_environment() -> tuple[int, int, int] | None:
-    """(rank, world_size, local_rank) as torchrun or srun set them; None for a plain process."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise UserError(
-                "several SLURM tasks, but MASTER_ADDR or MASTER_PORT is not set: export both in the batch script "
-                '(MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1))'
-            )
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
-    return None
-
-
 @contextmanager
 def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
     """Join the process group that the launcher describes and yield this rank's device.
 
-    One process without a launcher: no group is made. NCCL where there is a GPU for the rank, gloo otherwise.
+    One process without a launcher: no group is made. NCCL where there is a GPU for the rank, gloo otherwise. A rank
+    that fails or dies inside ends all others, each with one line that names it.
+
+    Raises:
+        UserError: the processes do not find each other, or lose one.
     """
-    launch = _launch_environment()
-    local_rank = launch[2] if launch else 0
+    launch = launched()
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
-                "start at most one process a GPU"
-            )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", gpu_of(launch, torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    if launch is None or launch[1] == 1:
+    if launch is None or launch.world_size == 1:
         yield device
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=launch[0],
-        world_size=launch[1],
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
+    _join(launch, device, timeout_minutes)
+    watch = _watch(launch)
     try:
         yield device
-    finally:
+    except Preempted:  # all ranks end in good order
+        watch.leave()
         dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        lost = _lost_others(error, watch)
+        watch.leave(lost or f"{type(error).__name__}: {error}".removeprefix("UserError: ").partition("\n")[0])
+        if device.type == "cpu":  # NCCL would wait for ranks that may be gone; the process ends now
+            dist.destroy_process_group()
+        if lost:
+            raise UserError(lost) from None
+        raise
+    else:
+        watch.leave()
+        dist.destroy_process_group()
+
+
+def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
+    place = f"{launch.address}:{launch.port}"
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # torchrun keeps a store of its own, which env:// finds
+            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{place}",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {launch.rank} did not meet all {launch.world_size} processes at {place} within "
+            f"{timeout_minutes:g} minutes: did all start (srun, torchrun), and is the port free and open? "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _watch(launch: Launch) -> Watch:
+    """Connect this rank with rank 0, to hear of ranks that die."""
+    main = Watch(0, launch.world_size) if launch.rank == 0 else None
+    try:
+        port = gather_objects(main.port if main else 0)[0]
+    except RuntimeError as error:
+        raise UserError(f"rank {launch.rank} lost the other ranks at once: {_first_line(error)}") from None
+    try:
+        return main or Watch(launch.rank, launch.world_size, launch.address, port)
+    except OSError as error:
+        raise UserError(f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}") from None
+
+
+def _lost_others(error: BaseException, watch: Watch) -> str:
+    """What became of the others, where that is why this rank's collective failed; else empty."""
+    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return ""
+    return watch.news(NEWS_SECONDS) or f"rank {rank()} lost the other ranks: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def describe(device: torch.device, timeout_minutes: float) -> str:
+    """How many processes there are, where, and how they talk, in one line; every rank calls this."""
+    hosts = gather_objects(platform.node())
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if world_size() == 1:
+        return f"one process, {kind}"
+    launch, nodes = launched(), len(set(hosts))
+    where = f"{nodes} node{'s'[: nodes > 1]}" + (f" ({launch.launcher})" if launch else "")
+    return (
+        f"{world_size()} processes on {where}, {kind}, {dist.get_backend()}, timeout {timeout_minutes:g} minutes; "
+        f"rank 0 is {device} on {hosts[0]}"
+    )
 
 
 def all_gather(local: Tensor) -> Tensor:
@@ -108,11 +160,13 @@ def all_sum(local: Tensor) -> Tensor:
     return total
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank; all ranks get the same answer."""
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of all ranks, on every rank."""
     if world_size() == 1:
-        return flag
-    return bool(all_sum(torch.tensor(float(flag), device=device)).item())
+        return value
+    result = torch.tensor(value, device=device)
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return int(result)
 
 
 def gather_objects(value: object) -> list:
@@ -190,3 +244,8 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+
+
+def without_exchange(module: nn.Module) -> AbstractContextManager:
+    """Inside, backward passes of a module from `data_parallel` keep their gradients to this rank, and add them up."""
+    return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()

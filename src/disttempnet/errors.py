@@ -8,6 +8,12 @@ class UserError(Exception):
     """A mistake outside the program: its message names the file, key or shard and says what to do."""
 
 
+class Preempted(Exception):
+    """SIGUSR1 ended a run in good order, with a checkpoint: whoever sent it starts the run again."""
+
+    code = 138  # exit code: 128 + SIGUSR1, as a shell says of a process that it ended
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that does not exist: the nearest one, and what there is (of many, the near ones)."""
     known = sorted(known)

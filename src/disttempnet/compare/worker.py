@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from disttempnet.config import Config
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
 
 
 class Progress(NamedTuple):
@@ -85,6 +85,8 @@ def _run(config: Config, connection: Connection) -> Ended:
 
     try:
         return Ended("finished" if train(config, resume="auto", report=report) else "stopped")
+    except Preempted:
+        return Ended("stopped")
     except UserError as error:
         return Ended("failed", str(error))
     except Exception as error:  # one run's fault must not end the others; the log holds all of it

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -127,11 +128,21 @@ class Collate:
 
 
 def _start_worker(_: int) -> None:
-    """Leave the trainer's process group: Ctrl-C, or a signal to the group, is the trainer's to answer, who needs no
-    dead workers while it saves. (Ignoring SIGTERM instead would hang Python's exit, which ends workers with it.)"""
+    """Leave signals to the trainer, who needs no dead workers while it saves: a Ctrl-C, one to the process group, and
+    those that SLURM sends to every process of a job. SIGTERM from the trainer itself ends the worker: Python's exit
+    would wait for it otherwise."""
     os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_trainer, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_the_trainer(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 @contextmanager

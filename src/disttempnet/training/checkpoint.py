@@ -36,7 +36,7 @@ FORMAT = 1
 # Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
 NOT_PART_OF_THE_RESULT = {
     "name", "out", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.timeout_minutes", "train.compile", "eval.batch", "eval.data_root",
+    "train.timeout_minutes", "train.compile", "train.accumulate", "eval.batch", "eval.data_root",
     "data.index",  # of runs before sources had indexes of their own
 }  # fmt: skip
 # What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).

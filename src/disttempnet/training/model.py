@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -13,28 +11,52 @@ from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, buil
 from disttempnet.models import Towers, encode_images, encode_texts
 
 
-class ContrastiveModel(nn.Module):
-    """Towers and objective as one module: uint8 images [b, 3, s, s], tokens [b, L], ids [b] → LossOutput.
+class Encoder(nn.Module):
+    """Both towers: uint8 images [b, 3, s, s] and tokens [b, L] → embeddings of any norm, each [b, D].
 
     Frozen towers record no graph.
     """
 
-    def __init__(self, towers: Towers, loss: Objective, autocast: torch.dtype | None, frozen: bool = False) -> None:
+    def __init__(self, towers: Towers, autocast: torch.dtype | None, frozen: bool = False) -> None:
         super().__init__()
-        self.towers, self.loss, self.autocast, self.frozen = towers.module, loss, autocast, frozen
-        self._encode: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (
-            lambda images: encode_images(towers, images, normalize=False),
-            lambda tokens: encode_texts(towers, tokens, normalize=False),
-        )
+        self.module, self.autocast, self.frozen = towers.module, autocast, frozen
+        self._towers = towers
 
-    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
-        encode_image, encode_text = self._encode
-        autocast = torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)
-        with autocast, torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            image, text = encode_image(images), encode_text(tokens)
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast_to(self.autocast, images), torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            image = encode_images(self._towers, images, normalize=False)
+            return image, encode_texts(self._towers, tokens, normalize=False)
+
+
+class Contrast(nn.Module):
+    """The objective on embeddings [b, D] of any norm and ids [b]."""
+
+    def __init__(self, loss: Objective, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.loss, self.autocast = loss, autocast
+
+    def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> LossOutput:
+        with autocast_to(self.autocast, image):
             features = Features.of(image, text)
         output: LossOutput = self.loss(features, ids)
         return output
+
+
+class ContrastiveModel(nn.Module):
+    """Towers and objective as one module: uint8 images [b, 3, s, s], tokens [b, L], ids [b] → LossOutput."""
+
+    def __init__(self, encoder: nn.Module, contrast: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.contrast = encoder, contrast
+
+    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
+        output: LossOutput = self.contrast(*self.encoder(images, tokens), ids)
+        return output
+
+
+def autocast_to(dtype: torch.dtype | None, like: Tensor) -> torch.autocast:
+    """Autocast on the device of `like`; off where dtype is None."""
+    return torch.autocast(like.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objective:

@@ -27,11 +27,11 @@ from disttempnet.errors import UserError
 from disttempnet.losses.core import compute_dtype
 
 
-def prepare_towers(module: open_clip.CLIP, config: ModelConfig) -> None:
+def prepare_towers(module: open_clip.CLIP, config: ModelConfig, chunks: int = 1) -> None:
     """Lock what `[model]` locks, in place, and settle the statistics of every BatchNorm.
 
     Raises:
-        UserError: a kind of BatchNorm that cannot take the statistics of all ranks.
+        UserError: a kind of BatchNorm that cannot take the statistics of all ranks, or of a batch in several chunks.
     """
     if config.lock_image:
         lock_image_tower(module, config.unlocked_image_groups)
@@ -43,6 +43,11 @@ def prepare_towers(module: open_clip.CLIP, config: ModelConfig) -> None:
                 continue
             if config.batch_norm == "frozen" or not any(p.requires_grad for p in child.parameters()):
                 child.register_forward_pre_hook(_hold)
+            elif chunks > 1:
+                raise UserError(
+                    f"train.accumulate = {chunks}, but {config.name} has BatchNorm, and a chunk's statistics are not "
+                    "those of the batch: model.batch_norm=frozen, or train.accumulate=1"
+                )
             elif distributed.world_size() > 1:
                 setattr(parent, name, GlobalBatchNorm(child))
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,43 +20,25 @@ from torch import Tensor, nn
 from disttempnet import distributed
 from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.layouts import require
 from disttempnet.evaluation.runner import TaskResult, evaluate
 from disttempnet.evaluation.scores import Scores
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
 from disttempnet.training import checkpoint, optim, runlog
+from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
+    Contrast,
     ContrastiveModel,
+    Encoder,
     build_objective,
     compile_towers,
     refuse_if_nothing_is_trained,
     resolved,
 )
+from disttempnet.training.stopping import LONGEST_WAIT, StopSignal
 from disttempnet.training.towers import prepare_towers
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class Trainer:
@@ -95,10 +75,13 @@ class Trainer:
         self.data = open_training_data(
             config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
         )
+        rows = config.data.global_batch // distributed.world_size()
+        if config.train.accumulate > rows:
+            raise UserError(f"train.accumulate = {config.train.accumulate} is more than the {rows} rows of a process")
         self.frozen = config.train.freeze == "towers"
         self.towers.module.to(device).train(not self.frozen).requires_grad_(not self.frozen)
         if not self.frozen:
-            prepare_towers(self.towers.module, config.model)
+            prepare_towers(self.towers.module, config.model, config.train.accumulate)
         # The objective owns temperature and bias; open_clip's own are written at export (save_model).
         for exported in (self.towers.module.logit_scale, getattr(self.towers.module, "logit_bias", None)):
             if exported is not None:
@@ -111,20 +94,29 @@ class Trainer:
         self.step, self.best, self.skipped = start.step, dict(start.best), runlog.Skipped(start.skipped)
         if config.train.compile:
             compile_towers(self.towers)
-        model = ContrastiveModel(self.towers, self.loss, self._autocast(), self.frozen)
-        self.model = distributed.data_parallel(model, device)
+        model = ContrastiveModel(
+            Encoder(self.towers, self._autocast(), self.frozen), Contrast(self.loss, self._autocast())
+        )
+        chunks = config.train.accumulate
+        self.gradients = WholeBatch(model, device) if chunks == 1 else InChunks(model, device, chunks)
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
         self._unnamed: list[Skip] = []
         self._unchecked: tuple[int, LossOutput, Tensor, Tensor] | None = None
         self._metrics: dict[str, Tensor] = {}
+        self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
 
     def run(self) -> bool:
-        """Train to the end, or to a stop signal; returns whether the end was reached."""
+        """Train to the end, or to a stop signal; returns whether the end was reached.
+
+        Raises:
+            Preempted: SIGUSR1 stopped it; everything is saved.
+        """
         self._describe()
         log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
-        for line in runlog.about_data(runlog.data_facts(self.data.source)):
+        facts = runlog.about_data(runlog.data_facts(self.data.source))
+        for line in (distributed.describe(self.device, self.config.train.timeout_minutes), self._plan(), *facts):
             log.say(line)
         for temperature in optim.own_rate(self.loss):
             if not temperature.learning_rate(self.config.train.epochs - 1):
@@ -134,6 +126,8 @@ class Trainer:
                 while self.step < self.last_step:
                     if not self._run_epoch(stop):
                         log.say(f"stopped at step {self.step}: continue with --resume auto")
+                        if self._stopped == Preempted.code:
+                            raise Preempted
                         return False
             if self.step < self.total_steps:
                 log.say(
@@ -167,7 +161,8 @@ class Trainer:
                 self._save()
             if self.step == self.last_step:
                 return True
-            if self._stop_agreed(stop):
+            self._stopped = self._agreed_stop(stop)
+            if self._stopped:
                 if not (epoch_ends or (every and self.step % every == 0)):
                     self._save()
                 return False
@@ -185,9 +180,7 @@ class Trainer:
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
-        output: LossOutput = self.model(batch.images, batch.tokens, batch.ids)
-        if output.total.requires_grad:  # frozen towers and a τ for every sample: the objective has written its table
-            output.total.backward()
+        output = self.gradients(batch.images, batch.tokens, batch.ids)
         trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
         limit = self.config.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
@@ -223,7 +216,8 @@ class Trainer:
         values = torch.stack([output.metrics[name].float() for name in names]).tolist()  # one transfer
         metrics = dict(zip(names, values, strict=True))
         norm = float(self._unchecked[2]) if self._unchecked else math.nan
-        waits = distributed.gather_objects(wait)
+        waits, durations = zip(*distributed.gather_objects((wait, seconds)), strict=True)
+        self._ask_every = max(1, int(LONGEST_WAIT / max(durations)))
         self._name_skipped()
         rate = self.config.data.global_batch / seconds
         metrics |= {"lr": self.lr, "grad_norm": norm, "samples_per_second": rate, "step_seconds": seconds}
@@ -307,11 +301,12 @@ class Trainer:
             "index_digest": self.data.source.digest,
         }
 
-    def _stop_agreed(self, stop: StopSignal) -> bool:
-        """All ranks stop after the same step. With several, they ask each other only when they log."""
-        if distributed.world_size() > 1 and self.step % self.config.train.log_every:
-            return False
-        return distributed.any_rank(stop.requested, self.device)
+    def _agreed_stop(self, stop: StopSignal) -> int:
+        """The exit code that any rank was asked for: all ranks stop after the same step. They ask each other when they
+        log; where a step takes long, more often."""
+        if self.step % self._ask_every and self.step % self.config.train.log_every:
+            return 0
+        return distributed.largest(stop.code, self.device)
 
     def _find_checkpoint(self, resume: str) -> Path | None:
         found = checkpoint.list_checkpoints(self.folder)
@@ -340,6 +335,16 @@ class Trainer:
         self._write_facts(started=runlog.now())
         distributed.barrier()
 
+    def _plan(self) -> str:
+        """What is ahead, in one line."""
+        data, ranks = self.config.data, distributed.world_size()
+        share = f" = {ranks} × {data.global_batch // ranks}" if ranks > 1 else ""
+        begun = f", from step {self.step}" if self.step else ""
+        return (
+            f"{self.folder.name}: {self.data.plan.samples:,} samples an epoch, {self.config.train.epochs} epochs of "
+            f"{self.steps_per_epoch:,} steps, global batch {data.global_batch}{share}{begun}"
+        )
+
     def _write_facts(self, **times: str) -> None:
         if not distributed.is_main():
             return
@@ -364,7 +369,11 @@ class Trainer:
 
 
 def train(config: Config, resume: str = "never", report: runlog.Report | None = None) -> bool:
-    """Train one run in the processes that the launcher started; returns whether it reached its end."""
+    """Train one run in the processes that the launcher started; returns whether it reached its end.
+
+    Raises:
+        Preempted: SIGUSR1 stopped it; everything is saved.
+    """
     with distributed.session(config.train.timeout_minutes) as device:
         return Trainer(config, device, resume, report).run()
 

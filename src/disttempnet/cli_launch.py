@@ -1,0 +1,64 @@
+"""`disttempnet launch`: a training run as a SLURM job."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from disttempnet.errors import UserError
+
+LAUNCH = """Writes a batch script for this run and gives it to sbatch. The config is checked first: a wrong key, or a
+number of processes that cannot share the batch, costs no time in the queue.
+
+The job has a process a GPU. It continues from its last checkpoint wherever it starts again: two minutes before the time
+limit it saves and puts itself back into the queue. With --seeds it is an array, a run NAME--seed-SEED each.
+
+examples:
+  disttempnet launch configs/cc12m_vitb32_v1.toml --nodes 4 --gpus 2 --partition gpu --time 24:00:00
+  disttempnet launch configs/demo.toml name=mine train.epochs=20 --nodes 1 --gpus 1 --seeds 1 2 3 --dry-run
+"""
+
+
+def add_launch_command(commands: Any) -> None:
+    """Add the command to the command line's sub-parsers; it sets `run`."""
+    launch = commands.add_parser(
+        "launch",
+        help="train on a SLURM cluster: print or submit the batch script of a run",
+        description=LAUNCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    launch.add_argument("config", help="a TOML file, e.g. configs/demo.toml")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
+    launch.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes (default: 4)")
+    launch.add_argument("--gpus", type=int, default=2, metavar="N", help="GPUs of a node (default: 2)")
+    launch.add_argument("--partition", default="", help="partition (default: the site's)")
+    launch.add_argument("--account", default="", help="account (default: the site's)")
+    launch.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit (default: 24:00:00)")
+    launch.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="a run a seed, as an array")
+    launch.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
+    launch.set_defaults(run=run_launch)
+
+
+def run_launch(options: argparse.Namespace) -> int:
+    from disttempnet.config import load_config
+    from disttempnet.slurm import Job, script, submit
+
+    # overrides behind --seeds are taken for seeds by argparse
+    overrides = [*options.overrides, *(word for word in options.seeds if "=" in word)]
+    seeds = [word for word in options.seeds if "=" not in word]
+    if not all(seed.isdecimal() for seed in seeds):
+        raise UserError(f"launch: --seeds {' '.join(seeds)}: different numbers from 0 on")
+    config = load_config(options.config, overrides)
+    job = Job(
+        name=config.name,
+        nodes=options.nodes,
+        gpus=options.gpus,
+        cpus=config.data.workers + 2,  # the training process, its loader workers, and what the GPU's driver needs
+        time=options.time,
+        partition=options.partition,
+        account=options.account,
+        seeds=tuple(map(int, seeds)),
+    )
+    text = script(job, options.config, config, overrides)
+    print(text if options.dry_run else submit(text), end="" if options.dry_run else "\n")
+    return 0

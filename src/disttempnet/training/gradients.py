@@ -1,0 +1,101 @@
+"""The gradient of a step: of a rank's rows at once, or in chunks that add up to exactly the same.
+
+A contrastive loss looks at all rows together, so plain accumulation over small batches is another objective. Chunks
+keep the batch (gradient caching, arXiv 2101.06983):
+
+    1  embed every chunk, keeping no graph
+    2  the objective, once, on all embeddings: value, per-sample state, the gradient of its own parameters, and that of
+       every embedding
+    3  embed every chunk again, with its graph and the same random numbers, and lead the gradient of its embeddings back
+
+Memory is that of one chunk's graph; the price is a second forward pass of the towers. What the towers do to a row must
+not depend on the other rows (no BatchNorm with the batch's statistics).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from disttempnet import distributed
+from disttempnet.losses import LossOutput
+from disttempnet.training.model import ContrastiveModel
+
+RandomState = tuple[Tensor, Tensor | None]
+
+
+class WholeBatch:
+    """The gradient of this rank's rows in one pass; called with images, tokens and ids."""
+
+    def __init__(self, model: ContrastiveModel, device: torch.device) -> None:
+        self.model = distributed.data_parallel(model, device)
+
+    def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
+        output: LossOutput = self.model(images, tokens, ids)
+        if output.total.requires_grad:  # frozen towers and a τ for every sample: the objective has written its table
+            output.total.backward()
+        return output
+
+
+class InChunks:
+    """The same gradient, with the graph of one chunk at a time.
+
+    Args:
+        model: encoder and objective.
+        device: of this rank.
+        chunks: how many; of as many rows each, but for one.
+    """
+
+    def __init__(self, model: ContrastiveModel, device: torch.device, chunks: int) -> None:
+        self.model, self.device, self.chunks = model, device, chunks
+        # two wrappers, each with one backward pass that exchanges gradients
+        self.encoder = distributed.data_parallel(model.encoder, device)
+        self.contrast = distributed.data_parallel(model.contrast, device)
+
+    def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
+        parts = list(zip(images.tensor_split(self.chunks), tokens.tensor_split(self.chunks), strict=True))
+        starts: list[RandomState] = []
+        embeddings = []
+        with torch.no_grad():
+            for part in parts:
+                starts.append(_random_state(self.device))
+                embeddings.append(self.model.encoder(*part))
+        trained = any(p.requires_grad for p in self.model.encoder.parameters())
+        image, text = (torch.cat(side).requires_grad_(trained) for side in zip(*embeddings, strict=True))
+        output: LossOutput = self.contrast(image, text, ids)
+        if output.total.requires_grad:
+            output.total.backward()
+        if trained:
+            self._lead_back(parts, starts, image.grad, text.grad)
+        return output
+
+    def _lead_back(
+        self,
+        parts: list[tuple[Tensor, Tensor]],
+        starts: list[RandomState],
+        image_gradient: Tensor | None,
+        text_gradient: Tensor | None,
+    ) -> None:
+        """Every chunk's embeddings once more, and their gradient to the towers; the last chunk sums over ranks."""
+        assert image_gradient is not None
+        assert text_gradient is not None
+        gradients = zip(image_gradient.tensor_split(self.chunks), text_gradient.tensor_split(self.chunks), strict=True)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for number, (part, start, wanted) in enumerate(zip(parts, starts, gradients, strict=True), 1):
+                _set_random_state(start, self.device)
+                with nullcontext() if number == len(parts) else distributed.without_exchange(self.encoder):
+                    sides = zip(self.encoder(*part), wanted, strict=True)
+                    learning = [(side, gradient) for side, gradient in sides if side.requires_grad]  # not a locked one
+                    torch.autograd.backward([side for side, _ in learning], [gradient for _, gradient in learning])
+
+
+def _random_state(device: torch.device) -> RandomState:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: RandomState, device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

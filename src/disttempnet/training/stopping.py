@@ -1,0 +1,39 @@
+"""Signals that ask a run to stop: it saves, and ends in good order."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from disttempnet.errors import Preempted
+
+TERMINATED = 143  # 128 + SIGTERM, what a shell says of such an end
+STOPPING = {signal.SIGINT: TERMINATED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: Preempted.code}
+LONGEST_WAIT = 10.0  # seconds of training until a signal to one rank is known to all
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT interrupts at once.
+
+    Attributes:
+        code: exit code that is asked for; 0 = go on.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in STOPPING:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.code and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.code = max(self.code, STOPPING[signal.Signals(number)])

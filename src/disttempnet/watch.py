@@ -1,0 +1,153 @@
+"""How ranks learn that another one has died: by a connection that the kernel closes for it.
+
+Rank 0 listens, every other rank holds a connection to it. A rank that fails says so; one that is killed says nothing,
+but its connection ends. Rank 0 passes on which rank ended first, and why. A collective would tell no more than that
+some peer is gone: gloo at once, NCCL after its timeout. A stopped process, or a node that vanishes within the
+keep-alive time, is left to that timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import selectors
+import socket
+import sys
+import threading
+from typing import Any
+
+GRACE_SECONDS = 5.0  # the main thread has to end by itself after bad news; NCCL would hold it until its timeout
+CONNECT_SECONDS = 30.0
+LONGEST_REASON = 400
+KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a node without power: noticed in a minute
+BAD_NEWS = 2  # exit code
+
+
+class Watch:
+    """One rank's end of the watch. Rank 0 is made first; the others are given its port.
+
+    Args:
+        rank, world_size: this rank among all.
+        address, port: of rank 0; not needed there.
+
+    Raises:
+        OSError: rank 0 cannot be reached.
+    """
+
+    def __init__(self, rank: int, world_size: int, address: str = "", port: int = 0) -> None:
+        self.rank = rank
+        self._news = ""
+        self._known, self._leaving = threading.Event(), threading.Event()
+        self._wake, self._woken = socket.socketpair()
+        self._listener = _listen(world_size) if rank == 0 else None
+        self._peers: dict[socket.socket, _Peer] = {}
+        if rank != 0:
+            connection = socket.create_connection((address, port), CONNECT_SECONDS)
+            connection.settimeout(None)
+            self._keep(connection, _Peer(0, address))
+            _send(connection, {"rank": rank, "host": platform.node()})
+        self.port = self._listener.getsockname()[1] if self._listener else port
+        os.register_at_fork(after_in_child=self._forget)  # a loader worker's copy would outlive the rank
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def news(self, seconds: float) -> str:
+        """Which rank has failed, and why; empty if none is heard of within the time."""
+        self._known.wait(seconds)
+        return self._news
+
+    def leave(self, failure: str = "") -> None:
+        """Say goodbye: in good order, or with the reason of this rank's failure."""
+        self._leaving.set()
+        message: dict[str, Any] = {"done": True}
+        if failure:
+            message = {"failed": self._named(self.rank, platform.node(), f"failed: {failure}"[:LONGEST_REASON])}
+        for connection in list(self._peers):
+            _send(connection, message)
+        _send(self._wake, {})
+        self._thread.join(GRACE_SECONDS)
+        self._forget()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for known in filter(None, (self._listener, *self._peers)):
+                selector.register(known, selectors.EVENT_READ)
+            while not (self._leaving.is_set() or self._news):
+                for key, _ in selector.select():
+                    one = key.fileobj
+                    assert isinstance(one, socket.socket)
+                    if one is self._listener:
+                        connection, _ = one.accept()
+                        self._keep(connection, _Peer())
+                        selector.register(connection, selectors.EVENT_READ)
+                    elif one in self._peers and not self._hear(one):
+                        selector.unregister(one)
+                        one.close()
+                        del self._peers[one]
+        if self._news:
+            self._spread()
+
+    def _hear(self, connection: socket.socket) -> bool:
+        """Read what a peer says; False at its end."""
+        peer = self._peers[connection]
+        try:
+            received = connection.recv(4096)
+        except OSError:
+            received = b""
+        *lines, peer.unread = (peer.unread + received).split(b"\n")
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except ValueError:  # a stranger at the port
+                return False
+            peer.rank, peer.host = message.get("rank", peer.rank), message.get("host", peer.host)
+            peer.done = peer.done or "done" in message
+            self._news = self._news or message.get("failed", "")
+        if not received and peer.rank >= 0 and not (peer.done or self._news):
+            self._news = self._named(peer.rank, peer.host, "ended without a word: killed, or out of memory")
+        return bool(received)
+
+    def _spread(self) -> None:
+        """Rank 0 passes the news on; a main thread that does not end on it is ended."""
+        if self.rank == 0:
+            for connection in list(self._peers):
+                _send(connection, {"failed": self._news})
+        self._known.set()
+        if not self._leaving.wait(GRACE_SECONDS):
+            print(f"disttempnet: {self._news}", file=sys.stderr, flush=True)
+            os._exit(BAD_NEWS)
+
+    def _named(self, rank: int, host: str, what: str) -> str:
+        return f"rank {rank} on {host} {what}"
+
+    def _keep(self, connection: socket.socket, peer: _Peer) -> None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._peers[connection] = peer
+
+    def _forget(self) -> None:
+        for one in filter(None, (self._listener, self._wake, self._woken, *self._peers)):
+            one.close()
+
+
+class _Peer:
+    """Whom a connection leads to, and what was received of a line."""
+
+    def __init__(self, rank: int = -1, host: str = "an unknown host") -> None:
+        self.rank, self.host, self.done, self.unread = rank, host, False, b""
+
+
+def _listen(world_size: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=world_size, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=world_size)
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # it is gone: nobody to tell
+        connection.sendall(json.dumps(message).encode() + b"\n")
