@@ -14,8 +14,9 @@ Without γ nothing is tracked and E_j runs over the batch, the pair itself inclu
 Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
 No collective runs in the backward pass: with the weights p detached, the gradient with respect to this rank's rows
-needs this rank's rows × all columns and five gathered numbers a sample, seven where τ is learned. The mean of the parameter gradients over
-ranks (what DDP takes) is the gradient of the estimator above, for the towers and the temperatures alike.
+needs this rank's rows × all columns and five gathered numbers a sample, seven where τ is learned. The mean of the
+parameter gradients over ranks (what DDP takes) is the gradient of the estimator above, for the towers and the
+temperatures alike.
 """
 
 from __future__ import annotations

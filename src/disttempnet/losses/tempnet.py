@@ -11,11 +11,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from disttempnet.losses.core import Context
 from disttempnet.losses.temperature import Batch, Temperature, check_bounds
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
+
+KEPT_ROWS = 4096  # of a rank, up to which the networks' activations are kept for the backward pass
+CHUNK_ROWS = 1024
 
 
 class NetworkTemperature(Temperature):
@@ -96,9 +100,25 @@ class NetworkTemperature(Temperature):
                 others = self._others(batch)
                 image, text = batch.all_image[others], batch.all_text[others]
         return (
-            self.image(image * self.feature_scale, self._mask(batch, side=0)),
-            self.text(text * self.feature_scale, self._mask(batch, side=1)),
+            self._in_chunks(self.image, image, self._mask(batch, side=0)),
+            self._in_chunks(self.text, text, self._mask(batch, side=1)),
         )
+
+    def _in_chunks(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        """τ [b]. Of large batches only a chunk's activations live at a time: the backward pass computes them again."""
+        if len(x) <= KEPT_ROWS:
+            return self._tau(network, x, mask)
+        masks = [None] * len(x) if mask is None else mask.split(CHUNK_ROWS)
+        taus = [
+            checkpoint(self._tau, network, rows, m, use_reentrant=False, preserve_rng_state=False)
+            for rows, m in zip(x.split(CHUNK_ROWS), masks, strict=False)
+        ]
+        return torch.cat(taus)
+
+    def _tau(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        factors = None if mask is None else mask.to(x.dtype) / (1 - self.dropout)
+        tau: Tensor = network(x * self.feature_scale, factors)
+        return tau
 
     @torch.no_grad()
     def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
@@ -106,14 +126,14 @@ class NetworkTemperature(Temperature):
         return torch.stack([self.image(image * self.feature_scale, None), self.text(text * self.feature_scale, None)])
 
     def _mask(self, batch: Batch, side: int) -> Tensor | None:
-        """Dropout factors [b, D] of the local rows: 0, or 1 / (1 − dropout)."""
+        """Which units of the local rows stay, bool [b, D]."""
         if not self.training or self.dropout == 0:
             return None
         # float32 draws whatever the features' type: the same mask at every precision
         seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 62)
         generator = torch.Generator(batch.image.device).manual_seed(seed)
         draws = torch.rand(batch.all_image.shape, generator=generator, device=batch.image.device)
-        return (draws[batch.mine] >= self.dropout).to(batch.image.dtype) / (1 - self.dropout)
+        return draws[batch.mine] >= self.dropout
 
     def _others(self, batch: Batch) -> Tensor:
         """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
