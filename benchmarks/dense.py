@@ -26,16 +26,18 @@ class DenseObjective(nn.Module):
         self.gamma, self.tau = gamma, tau
         self.u = torch.zeros(2, samples)
         self.largest = torch.zeros(2, samples)
+        self.others: Tensor | None = None  # 1 off the diagonal
         self.networks = nn.ModuleList(DenseNetwork(width, prototypes) for _ in range(2 if tau is None else 0))
 
     def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
         s = image @ text.T
         diagonal = s.diagonal()
-        others = 1 - torch.eye(len(s))
+        if self.others is None or len(self.others) != len(s):
+            self.others = 1 - torch.eye(len(s))
         losses = []
         for side, (similarity, features) in enumerate(((s, image), (s.T, text))):
             tau = self.networks[side](features.detach()) if self.networks else torch.full((len(s),), self.tau)
-            losses.append(self.side(side, similarity - diagonal[:, None], tau, others, ids))
+            losses.append(self.side(side, similarity - diagonal[:, None], tau, self.others, ids))
         return sum(losses)
 
     def side(self, side: int, d: Tensor, tau: Tensor, others: Tensor, ids: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class DenseObjective(nn.Module):
         u = torch.where(self.u[side, ids] == 0, g, (1 - self.gamma) * old + self.gamma * g).clamp(min=FLOOR)
         self.u[side, ids] = u
         weight = exponential / u[:, None]
-        loss = (weight * d).sum(1).mean() / n * len(d) / len(d)
+        loss = (weight * d).sum(1).mean() / n
         if self.networks:
             h = u.log() + largest + RHO - (weight * exponent).sum(1) / n
             loss = loss + (h.clamp(-5, 5) * tau).mean()

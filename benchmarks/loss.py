@@ -51,9 +51,9 @@ def make_step(case: str, batch: int) -> Callable[[int], Any]:
     y = F.normalize(torch.randn(batch, D).mul_(0.04).add_(x), dim=1)
     ids = torch.randperm(batch)
     if case == "open_clip":
-        from open_clip.loss import ClipLoss
+        from disttempnet.models import open_clip
 
-        clip, scale = ClipLoss(), torch.tensor(1 / 0.07, requires_grad=True)
+        clip, scale = open_clip.loss.ClipLoss(), torch.tensor(1 / 0.07, requires_grad=True)
         objective = lambda a, b, i: clip(a, b, scale)  # noqa: E731
     elif case.startswith("dense"):
         sys.path.insert(0, str(Path(__file__).parent))

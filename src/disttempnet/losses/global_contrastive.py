@@ -42,7 +42,7 @@ from disttempnet.losses.core import (
     tau_metrics,
     with_later_gradient,
 )
-from disttempnet.losses.pairwise import Anchors, Pairs, pulls, statistics, use_kernel
+from disttempnet.losses.pairwise import Anchors, Pairs, pulls, rounded, statistics, use_kernel
 from disttempnet.losses.sample_state import NEVER, SampleState, follow, log_mean_over_equal_ids
 from disttempnet.losses.schedule import Gamma
 from disttempnet.losses.temperature import Batch, Temperature
@@ -122,10 +122,10 @@ class GlobalContrastiveLoss(Objective):
 
     def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
         dtype, b = compute_dtype(image), len(image)
-        all_image = distributed.all_gather(image).to(dtype)
-        all_text = distributed.all_gather(text).to(dtype)
+        sent = rounded(image, kernel), rounded(text, kernel)
+        all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
         all_ids = distributed.all_gather(ids)
-        x, y = image.detach().to(dtype), text.detach().to(dtype)
+        x, y = (side.to(dtype) for side in sent)
         rho = self._resolve_rho(len(all_ids))
 
         batch = Batch(x, y, all_image, all_text, all_ids, self.step)
@@ -265,7 +265,7 @@ def _feature_gradient(
     kernel: bool,
 ) -> tuple[Tensor, Tensor]:
     """(c/b) (M·Y − r⊙y) and (c/b) (Mᵀ·X − r⊙x), M = A + Cᵀ, times `upstream`; all_… None: the local rows are all."""
-    x, y = image.to(r.dtype), text.to(r.dtype)
+    x, y = (rounded(side, kernel).to(r.dtype) for side in (image, text))
     pairs = Pairs(
         x, y, x if all_image is None else all_image, y if all_text is None else all_text, own, ids, distinct, kernel
     )

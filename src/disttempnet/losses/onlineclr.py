@@ -27,7 +27,7 @@ from disttempnet.losses.core import (
     tau_metrics,
     with_gradient,
 )
-from disttempnet.losses.pairwise import Anchors, Pairs, pulls, statistics, use_kernel
+from disttempnet.losses.pairwise import Anchors, Pairs, pulls, rounded, statistics, use_kernel
 from disttempnet.losses.sample_state import NEVER, follow
 from disttempnet.losses.schedule import ConstantGamma
 from disttempnet.losses.temperature import check_start
@@ -66,8 +66,9 @@ class OnlineClrLoss(Objective):
     def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
         dtype = compute_dtype(image)
         tau, tau_positive = self.tau, POSITIVE_FACTOR * self.tau
-        x, y = image.detach().to(dtype), text.detach().to(dtype)
-        all_image, all_text = distributed.all_gather(image).to(dtype), distributed.all_gather(text).to(dtype)
+        sent = rounded(image, kernel), rounded(text, kernel)
+        x, y = (side.to(dtype) for side in sent)
+        all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
         all_ids = distributed.all_gather(ids)
         batch = len(all_ids)
 

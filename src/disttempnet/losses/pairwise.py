@@ -13,6 +13,7 @@ A second implementation for NVIDIA GPUs is in pairwise_triton.py; `use_kernel` s
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -112,13 +113,21 @@ def use_kernel(features: Tensor) -> bool:
         raise UserError(f"{KERNEL_SETTING} must be auto, torch or triton, got '{setting}'")
     if setting == "torch" or (setting == "auto" and not features.is_cuda):
         return False
-    from disttempnet.losses import pairwise_triton
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    else:
+        from disttempnet.losses import pairwise_triton
 
-    reason = pairwise_triton.unusable(features)
+        reason = pairwise_triton.unusable(features)
     if setting == "triton" and reason:
         raise UserError(f"{KERNEL_SETTING}=triton: {reason}")
     half = features.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(features.device.type)
     return not reason and (half or setting == "triton")
+
+
+def rounded(features: Tensor, kernel: bool) -> Tensor:
+    """The features that are contrasted, no gradient: as they are, or as the kernels see them, in bf16."""
+    return features.detach().bfloat16() if kernel else features.detach()
 
 
 def statistics(
