@@ -165,7 +165,9 @@ def compare(batch: int, rounds: int, cases: list[str], core: int) -> dict[str, A
 
 
 def summary(case: str, memory: dict[str, Any], costs: dict[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {f"{k}_ms": round(1e3 * statistics.median(c[k] for c in costs[case])) for k in ("cpu", "wall")}
+    result: dict[str, Any] = {
+        f"{k}_ms": round(1e3 * statistics.median(c[k] for c in costs[case])) for k in ("cpu", "wall")
+    }
     result["peak_mib"] = round(memory[case]["growth"], 1)
     for peer in PEERS.get(case, ()):
         if peer in memory:

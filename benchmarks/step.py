@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from disttempnet import Features, build_loss, distributed

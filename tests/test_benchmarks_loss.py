@@ -104,9 +104,7 @@ def test_the_peak_is_that_of_the_step() -> None:
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("name", ["clip", "sogclr", "disttempnet-v1"])
-def test_counted_operations_are_those_of_the_formula(
-    name: str, kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counted_operations_are_those_of_the_formula(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one process; kept similarities are one product less."""
     monkeypatch.setattr(pairwise, "KEPT_BYTES", pairwise.KEPT_BYTES if kept else 0)
     step = benchmark("step")

@@ -50,9 +50,7 @@ def test_statistics_and_pulls(
     image, text = anchors_of(3), anchors_of(4)
     push = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
     x, y = batch.all_image, batch.all_text
-    sides, kept = statistics(
-        batch, (x * y).sum(1)[own], taus[:, own], negatives[own], moments=True, keep=keep
-    )
+    sides, kept = statistics(batch, (x * y).sum(1)[own], taus[:, own], negatives[own], moments=True, keep=keep)
     pulled = pulls(batch, image, text, push[own], kept)
 
     counts = torch.ones(ROWS, ROWS, dtype=torch.bool) if ids is None else ids[:, None] != ids
