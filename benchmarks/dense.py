@@ -31,32 +31,35 @@ class DenseObjective(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
         s = image @ text.T
-        diagonal = s.diagonal()
         if self.others is None or len(self.others) != len(s):
             self.others = 1 - torch.eye(len(s))
-        losses = []
-        for side, (similarity, features) in enumerate(((s, image), (s.T, text))):
-            tau = self.networks[side](features.detach()) if self.networks else torch.full((len(s),), self.tau)
-            losses.append(self.side(side, similarity - diagonal[:, None], tau, self.others, ids))
-        return sum(losses)
+        diagonal, n, total = s.diagonal(), len(s) - 1, 0.0
+        taus = [
+            self.networks[side](features.detach()) if self.networks else torch.full((len(s),), self.tau)
+            for side, features in enumerate((image, text))
+        ]
+        # one list a step of the formula, a side each, all alive until the end of the pass: as one function's variables
+        d = [s - diagonal[:, None], s.T - diagonal[:, None]]
+        exponent = [(d[i] / taus[i].detach()[:, None]).clone().detach() for i in (0, 1)]
+        before = [self.largest[i, ids] for i in (0, 1)]
+        running = [torch.maximum(exponent[i], before[i][:, None].tile(1, len(s))) for i in (0, 1)]
+        largest = [running[i].amax(1) for i in (0, 1)]
+        exponential = [torch.exp(exponent[i] - largest[i][:, None]) * self.others for i in (0, 1)]
+        u = [self.follow(i, ids, exponential[i].sum(1) / n, before[i], largest[i]) for i in (0, 1)]
+        weight = [exponential[i] / u[i][:, None] for i in (0, 1)]
+        for i in (0, 1):
+            total = total + (weight[i] * d[i]).sum(1).mean() / n
+        for i in (0, 1) if self.networks else ():
+            h = u[i].log() + largest[i] + RHO - (weight[i] * exponent[i]).sum(1) / n
+            total = total + (h.clamp(-5, 5) * taus[i]).mean()
+        return total
 
-    def side(self, side: int, d: Tensor, tau: Tensor, others: Tensor, ids: Tensor) -> Tensor:
-        n = len(d) - 1
-        exponent = (d / tau.detach()[:, None]).clone().detach()
-        before = self.largest[side, ids]
-        largest = torch.maximum(exponent, before[:, None].tile(1, len(d))).amax(1)
+    def follow(self, side: int, ids: Tensor, g: Tensor, before: Tensor, largest: Tensor) -> Tensor:
         self.largest[side, ids] = largest
-        exponential = torch.exp(exponent - largest[:, None]) * others
-        g = exponential.sum(1) / n
         old = self.u[side, ids] * torch.exp(before - largest)
         u = torch.where(self.u[side, ids] == 0, g, (1 - self.gamma) * old + self.gamma * g).clamp(min=FLOOR)
         self.u[side, ids] = u
-        weight = exponential / u[:, None]
-        loss = (weight * d).sum(1).mean() / n
-        if self.networks:
-            h = u.log() + largest + RHO - (weight * exponent).sum(1) / n
-            loss = loss + (h.clamp(-5, 5) * tau).mean()
-        return loss
+        return u
 
 
 class DenseNetwork(nn.Module):

@@ -8,8 +8,6 @@ objective alone; then by formula for b rows a rank on K ranks. Time: whole steps
 collectives are counted, beside the formula.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -29,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from disttempnet import Features, build_loss, distributed
 
@@ -52,7 +50,11 @@ def objective_flops(b: int, B: int, D: int, hidden: int) -> int:
 
 def count(step: Callable[[], Any]) -> int:
     """FLOP of the products in a call, a multiplication and an addition each."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+
+    def addmm(result: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+        return mm_flop(left, right)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
         step()
     return counter.get_total_flops()
 
@@ -134,16 +136,18 @@ def timing(model: nn.Module, pairs: int, rounds: int) -> dict[str, float]:
 # --- bytes between ranks ----------------------------------------------------------------------------------------------
 
 
-def communication(b: int, ranks: int, width: int, *, item: int = 4, learns: bool, state_columns: int) -> dict[str, int]:
-    """Bytes a rank receives of the others in the objective's gathers of a step, and those of its all-reduces.
+def communication(
+    b: int, ranks: int, width: int, *, item: int = 4, learns: bool, state_columns: int, parameters: int
+) -> dict[str, int]:
+    """Bytes a rank receives of the others in the gathers of a step, and those of the tensors that are all-reduced.
 
     Features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where τ is learned
-    (and m); the state's rows of the global batch, 2 numbers a column and sample.
+    (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
     """
     others = (ranks - 1) * b
     return {
         "gathered": others * (2 * width * item + 8 + 4 * (7 if learns else 5)),
-        "reduced": 8 * b * ranks * state_columns,
+        "reduced": 8 * b * ranks * state_columns + 4 * parameters,
     }
 
 
@@ -187,30 +191,26 @@ class Pair(nn.Module):
         return self.loss(Features.of(self.image(x), self.text(y)), ids).total
 
 
-def traffic(name: str, b: int, width: int) -> dict[str, int]:
-    """Bytes of one step of this rank under data parallelism: the objective's collectives, and gradient buckets."""
+def traffic(name: str, b: int, width: int) -> tuple[dict[str, int], int]:
+    """Bytes of one step of this rank under data parallelism, and the number of parameters."""
     K, rank = distributed.world_size(), distributed.rank()
     model = Pair(name, K * b, width)
     parallel = distributed.data_parallel(model, torch.device("cpu"))
-    buckets = [0]
-
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        buckets[0] += bucket.buffer().nbytes
-        return default_hooks.allreduce_hook(None, bucket)
-
-    parallel.register_comm_hook(None, hook)
+    parallel.register_comm_hook(None, default_hooks.allreduce_hook)  # what it does anyway, where it can be counted
     mine = slice(rank * b, (rank + 1) * b)
     x, y = (side[mine] for side in unit_rows(K * b, width))
     with counted() as seen:
         parallel(x, y, torch.arange(K * b)[mine]).backward()
-    parameters = sum(p.numel() for p in model.parameters())
-    return {**seen, "gradients": buckets[0], "parameters": parameters}
+    return seen, sum(p.numel() for p in model.parameters())
 
 
 def _rank(rank: int, ranks: int, store: str, answers: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found = {name: traffic(name, 64, 512) for name in OBJECTIVES}
+    found = {}
+    for name in OBJECTIVES:
+        seen, parameters = traffic(name, 64, 512)
+        found[name] = {**seen, "parameters": parameters}
     if rank == 0:
         answers.put(found)
     dist.destroy_process_group()
@@ -242,10 +242,13 @@ def show(results: dict[str, Any]) -> None:
             f"{timed['clip_cpu_s']} s with CLIP; median ratio {timed['ratio']}"
         )
     moved = results["bytes"]
-    print(f"\n| bytes a rank and step, {moved['rows_a_rank']} rows × {moved['ranks']} ranks | gathered | all-reduced |")
-    print("|---|---|---|")
+    print(
+        f"\n| bytes, {moved['rows_a_rank']} rows × {moved['ranks']} ranks | gathered | all-reduced | of that, gradients |"
+    )
+    print("|---|---|---|---|")
     for name in OBJECTIVES:
-        print(f"| {name} | {moved[name]['gathered']:,} | {moved[name]['reduced']:,} |")
+        seen = moved[name]
+        print(f"| {name} | {seen['gathered']:,} | {seen['reduced']:,} | {4 * seen['parameters']:,} |")
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The Triton kernels in Triton's interpreter on CPU, against the plain path; and that they compile for GPUs.
 
 Skipped where triton is not installed (`pip install triton`, Linux). The interpreter shows that the arithmetic and the
-edges are right, not that a GPU runs it fast.
+edges are right, not that a GPU runs it fast. Triton reads TRITON_INTERPRET when it is first imported, so one test here
+runs the others in a process that has it set.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import disttempnet.losses
 from disttempnet import Features, build_loss
 from disttempnet.errors import UserError
 from disttempnet.losses import pairwise
@@ -26,23 +25,28 @@ from disttempnet.losses.pairwise import Anchors, Pairs, pulls, statistics
 from losses.scenario import pairs
 
 pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 close = torch.testing.assert_close
-NAME = "disttempnet.losses.pairwise_triton"
 ROWS, WIDTH = 37, 40  # no multiple of any block size
 
 
+@pytest.mark.skipif(INTERPRETED, reason="this is the other process")
+def test_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stdout
+
+
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module in interpreter mode, with blocks so small that there are several of each kind."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module with blocks so small that there are several of each kind."""
     monkeypatch.setenv(pairwise.KERNEL_SETTING, "triton")
-    sys.modules.pop(NAME, None)
-    module = importlib.import_module(NAME)
+    module = importlib.import_module("disttempnet.losses.pairwise_triton")
     for constant, value in {"ROWS": 16, "COLUMNS": 16, "DEPTH": 16, "WIDTH": 32, "PROGRAMS_A_PROCESSOR": 6}.items():
         monkeypatch.setattr(module, constant, value)
-    yield module
-    sys.modules.pop(NAME, None)
-    del disttempnet.losses.pairwise_triton
+    return module
 
 
 def contrast(ids: Tensor | None, own: slice, width: int = WIDTH) -> tuple[Pairs, Pairs, Tensor]:
@@ -54,6 +58,7 @@ def contrast(ids: Tensor | None, own: slice, width: int = WIDTH) -> tuple[Pairs,
     return low, exact, negatives
 
 
+@interpreted
 @pytest.mark.parametrize("own", [slice(0, ROWS), slice(11, 30)], ids=str)
 @pytest.mark.parametrize("case", ["every column counts", "repeated"])
 def test_statistics_and_pulls(kernels: ModuleType, case: str, own: slice) -> None:
@@ -73,9 +78,10 @@ def test_statistics_and_pulls(kernels: ModuleType, case: str, own: slice) -> Non
     push = torch.linspace(-1, 1, ROWS)[own]
     high = [Anchors(*(part.double() for part in anchors)) for anchors in (image, text)]
     for a, e in zip(pulls(low, image, text, push, []), pulls(exact, *high, push.double(), []), strict=True):
-        assert (a.double() - e).norm() < 2**-8 * e.norm()
+        assert (a.double() - e).norm() < 2**-7 * e.norm()  # the interpreter rounds bf16 down, GPUs to nearest
 
 
+@interpreted
 @pytest.mark.parametrize("name", ["sogclr", "disttempnet-v1", "clip", "onlineclr"])
 def test_the_objectives_step_is_that_of_the_rounded_features(kernels: ModuleType, name: str) -> None:
     """Value, state and temperature to float32, the features' gradient to the rounding of its weights."""
@@ -97,6 +103,7 @@ def test_the_objectives_step_is_that_of_the_rounded_features(kernels: ModuleType
         assert (low - high).norm() < 2**-7 * high.norm()
 
 
+@interpreted
 def test_what_rounding_the_features_costs(kernels: ModuleType) -> None:
     """At D = 512 and τ = .01: ℓ errs by less than .03 nat in the mean square, of values spread over tens of nats."""
     x, y = pairs(ROWS, width=512)
@@ -113,6 +120,7 @@ def test_what_rounding_the_features_costs(kernels: ModuleType) -> None:
         assert e.log_mean.std() > 1
 
 
+@interpreted
 def test_where_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
     with pytest.raises(UserError, match="the features are float64"):
         pairwise.use_kernel(torch.zeros(2, 4, dtype=torch.float64))
@@ -138,7 +146,7 @@ kernels = {
 for capability, limit in ((80, 163 * 1024), (90, 227 * 1024)):
     for kernel, (constants, options) in kernels.items():
         kinds = {name: pointers.get(name, "*fp32") for name in kernel.arg_names}
-        kinds |= {name: "i32" for name in ("b", "B", "D", "share")} | {name: "constexpr" for name in constants}
+        kinds |= {name: "i32" for name in ("b", "B", "D", "share", "own")} | {name: "constexpr" for name in constants}
         source = ASTSource(kernel, kinds, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert "cubin" in compiled.asm
@@ -148,6 +156,7 @@ for capability, limit in ((80, 163 * 1024), (90, 227 * 1024)):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
 def test_the_kernels_compile_for_a_gpu_and_fit_into_its_shared_memory(tmp_path: Path) -> None:
     """For compute capability 8.0 (A100) and 9.0 (H100), without one."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -176,6 +176,8 @@ def pulls(pairs: Pairs, image: Anchors, text: Anchors, push: Tensor, kept: list[
         push: [b], what the positive pair weighs.
         kept: from `statistics`.
     """
+    if pairs.kernel and pairs.ids is None:  # the pair's own weight nearly cancels: not through bf16
+        push = push - _own_weight(pairs, image) - _own_weight(pairs, text)
     image_pull, text_pull = pairs.text * -push[:, None], pairs.image * -push[:, None]
     if pairs.kernel:
         from disttempnet.losses import pairwise_triton
@@ -196,6 +198,12 @@ def pulls(pairs: Pairs, image: Anchors, text: Anchors, push: Tensor, kept: list[
         for r, c, s in _similarities(pairs.text, pairs.all_image, pairs, kept[half:], None):
             text_pull[r].addmm_(_weights(s, own.rows(r), image.rows(c), scratch), pairs.all_image[c])
     return image_pull, text_pull
+
+
+def _own_weight(pairs: Pairs, anchors: Anchors) -> Tensor:
+    """p_ii of this rank's anchors [b]."""
+    own = anchors.rows(pairs.mine)
+    return ((pairs.image * pairs.text).sum(1) * own.slope + own.offset).exp()
 
 
 def blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -7,15 +7,15 @@ one after the other, 12·b·B·D FLOP a step.
 Numerics: features are rounded to bf16 (8 bits of mantissa) before anything is computed. Of the rounded features the
 products are exact and summed in float32, and everything that divides by τ, exp2 and all sums over columns are float32,
 so the statistics are those of pairwise.py to float32 accuracy. In the gradient the weights p_ij + p'_ji are rounded to
-bf16 once more before they meet the columns, a relative error of at most 2⁻⁸ a weight, summed in float32. Rounding unit
-features of width D changes a similarity by about 2⁻⁹ · √(2/(3D)) · |s-sized terms|: measured at D = 512 in
-tests/losses/test_pairwise_triton.py.
+bf16 once more before they meet the columns, a relative error of at most 2⁻⁹ a weight, summed in float32. Rounding the
+features moves a similarity of D = 512 by about 1e-4: tests/losses/test_pairwise_triton.py measures what that does to ℓ.
 
 Shapes: b local rows, B columns, D width, S splits of the columns.
 """
 
 from __future__ import annotations
 
+# mypy: disable-error-code="no-untyped-def"
 import os
 
 import torch
@@ -85,10 +85,14 @@ def _statistics_kernel(
 @triton.jit
 def _pull_kernel(
     rows, columns, row_ids, column_ids, row_slopes, row_offsets, column_slopes, column_offsets, out, b, B, D, share,
+    own,
     EXCLUDE: tl.constexpr, NOTHING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j (exp2(s · row slope + row offset) + exp2(s · column slope + column offset)) column_j, WIDTH entries of it."""
+    """Σ_j (exp2(s · row slope + row offset) + exp2(s · column slope + column offset)) column_j, WIDTH entries of it.
+
+    The column of the row's own pair, own + r, is left out.
+    """
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     split = tl.program_id(1)
     w = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
@@ -102,9 +106,9 @@ def _pull_kernel(
         column_offset = tl.load(column_offsets + c, mask=c < B, other=0.0)
         weight = tl.exp2(s * row_slope[:, None] + row_offset[:, None])
         weight += tl.exp2(s * column_slope[None, :] + column_offset[None, :])
-        weight = tl.where(s == NOTHING, 0.0, weight)
+        weight = tl.where((s == NOTHING) | (c[None, :] == own + r[:, None]), 0.0, weight)
         y = tl.load(columns + c[:, None] * D + w[None, :], mask=(c < B)[:, None] & (w < D)[None, :], other=0.0)
-        pulled = tl.dot(weight.to(y.dtype), y, pulled)
+        pulled = tl.dot(weight.to(tl.bfloat16).to(y.dtype), y, pulled)
     place = out + (split * b + r)[:, None] * D + w[None, :]
     tl.store(place, pulled, mask=(r < b)[:, None] & (w < D)[None, :])
 
@@ -136,14 +140,14 @@ def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: Pairs) -
 def pull(
     rows: Tensor, columns: Tensor, row_anchors: Anchors, column_anchors: Anchors, pairs: Pairs, result: Tensor
 ) -> None:
-    """Add Σ_j (p_ij + p'_ji) column_j to `result` [b, D], float32."""
+    """Add Σ_j (p_ij + p'_ji) column_j without the row's own pair to `result` [b, D], float32."""
     (blocks, splits), share, _ = _grid(rows, columns)
     D = rows.shape[1]
     width = min(WIDTH, triton.next_power_of_2(D))
     out = result.new_empty(splits, *rows.shape)
     anchors = [(LOG2E * part).contiguous() for part in (*row_anchors, *column_anchors)]
     _pull_kernel[(blocks, splits, triton.cdiv(D, width))](
-        *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share,
+        *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.own,
         EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, WIDTH=max(width, 16),
         num_warps=8, num_stages=2,
     )  # fmt: skip
@@ -164,7 +168,10 @@ def _operands(rows: Tensor, columns: Tensor, pairs: Pairs) -> tuple[Tensor, Tens
     """Features in bf16, and the ids of rows and columns (anything where all columns count)."""
     ids = pairs.ids if pairs.ids is not None else torch.empty(0, dtype=torch.int64, device=rows.device)
     mine = ids[pairs.mine] if pairs.ids is not None else ids
-    return rows.bfloat16().contiguous(), columns.bfloat16().contiguous(), mine.contiguous(), ids.contiguous()
+    features = [side.bfloat16().contiguous() for side in (rows, columns)]
+    if not rows.is_cuda:  # Triton's interpreter multiplies bf16 as if they were integers: the same numbers in float32
+        features = [side.float() for side in features]
+    return features[0], features[1], mine.contiguous(), ids.contiguous()
 
 
 def _sizes(rows: Tensor, columns: Tensor) -> tuple[int, int, int]:
