@@ -242,9 +242,8 @@ def show(results: dict[str, Any]) -> None:
             f"{timed['clip_cpu_s']} s with CLIP; median ratio {timed['ratio']}"
         )
     moved = results["bytes"]
-    print(
-        f"\n| bytes, {moved['rows_a_rank']} rows × {moved['ranks']} ranks | gathered | all-reduced | of that, gradients |"
-    )
+    layout = f"{moved['rows_a_rank']} rows × {moved['ranks']} ranks"
+    print(f"\n| bytes, {layout} | gathered | all-reduced | of that, gradients |")
     print("|---|---|---|---|")
     for name in OBJECTIVES:
         seen = moved[name]

@@ -146,7 +146,8 @@ kernels = {
 for capability, limit in ((80, 163 * 1024), (90, 227 * 1024)):
     for kernel, (constants, options) in kernels.items():
         kinds = {name: pointers.get(name, "*fp32") for name in kernel.arg_names}
-        kinds |= {name: "i32" for name in ("b", "B", "D", "share", "own")} | {name: "constexpr" for name in constants}
+        sizes = [name for name in kernel.arg_names if name in ("b", "B", "D", "share", "own")]
+        kinds |= {name: "i32" for name in sizes} | {name: "constexpr" for name in constants}
         source = ASTSource(kernel, kinds, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert "cubin" in compiled.asm

@@ -6,14 +6,14 @@ Shapes: b local rows, B global rows, D width, M prototypes.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from disttempnet.losses.core import Context
+from disttempnet.losses.core import Context, exact_arithmetic
 from disttempnet.losses.temperature import Batch, Temperature, check_bounds
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
@@ -108,12 +108,9 @@ class NetworkTemperature(Temperature):
         """τ [b]. Of large batches only a chunk's activations live at a time: the backward pass computes them again."""
         if len(x) <= KEPT_ROWS:
             return self._tau(network, x, mask)
-        masks = [None] * len(x) if mask is None else mask.split(CHUNK_ROWS)
-        taus = [
-            checkpoint(self._tau, network, rows, m, use_reentrant=False, preserve_rng_state=False)
-            for rows, m in zip(x.split(CHUNK_ROWS), masks, strict=False)
-        ]
-        return torch.cat(taus)
+        tau = _Recomputed.apply(lambda rows, kept: self._tau(network, rows, kept), x, mask, *network.parameters())
+        assert isinstance(tau, Tensor)
+        return tau
 
     def _tau(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
         factors = None if mask is None else mask.to(x.dtype) / (1 - self.dropout)
@@ -164,6 +161,32 @@ class NetworkTemperature(Temperature):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.prototypes_started = state["prototypes_started"]
+
+
+class _Recomputed(torch.autograd.Function):
+    """tau(x, mask) in chunks of rows, whose activations the backward pass computes again. Leaner than torch's own
+    checkpoint, which imports its compiler at the first call: 70 MiB."""
+
+    @staticmethod
+    def forward(ctx: Any, tau: Callable[..., Tensor], x: Tensor, mask: Tensor | None, *parameters: Tensor) -> Tensor:
+        ctx.tau = tau
+        ctx.save_for_backward(x, mask, *parameters)
+        return torch.cat([tau(*chunk) for chunk in _chunks(x, mask)])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, *parameters = ctx.saved_tensors
+        total = [torch.zeros_like(p) for p in parameters]
+        with exact_arithmetic(x.device), torch.enable_grad():
+            for chunk, given in zip(_chunks(x, mask), upstream.split(CHUNK_ROWS), strict=True):
+                for sum_, gradient in zip(total, torch.autograd.grad(ctx.tau(*chunk), parameters, given), strict=True):
+                    sum_ += gradient
+        return (None, None, None, *total)
+
+
+def _chunks(x: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    rows = x.split(CHUNK_ROWS)
+    return list(zip(rows, [None] * len(rows) if mask is None else mask.split(CHUNK_ROWS), strict=True))
 
 
 class _BoundedNetwork(nn.Module):
