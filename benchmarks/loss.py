@@ -93,12 +93,12 @@ def timed(step: Callable[[], None]) -> dict[str, float]:
 
 
 def peak(step: Callable[[], None]) -> dict[str, float]:
-    """MiB: the resident set before the step, and by how much its peak is above that. Linux."""
+    """MiB: the resident set before the step, and by how much its peak is above that (Linux); and the step's cost."""
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still there would hide what the step takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
-    step()
-    return {"before": before, "growth": resident("VmHWM") - before}
+    cost = timed(step)
+    return {"before": before, "growth": resident("VmHWM") - before, **cost}
 
 
 def resident(field: str) -> float:
@@ -153,6 +153,8 @@ def compare(batch: int, rounds: int, cases: list[str], core: int) -> dict[str, A
         served = Served(case, batch, core)
         memory[case] = served.ask("memory")
         served.close()
+    if not rounds:
+        return {case: summary(case, memory, {key: [cost] for key, cost in memory.items()}) for case in memory}
     # one process at a time holds a batch's temporaries, but all stay alive: their steps alternate
     served_cases = {case: Served(case, batch, core) for case in memory}
     costs = {case: [] for case in memory}
@@ -172,6 +174,7 @@ def summary(case: str, memory: dict[str, Any], costs: dict[str, Any]) -> dict[st
         f"{k}_ms": round(1e3 * statistics.median(c[k] for c in costs[case])) for k in ("cpu", "wall")
     }
     result["peak_mib"] = round(memory[case]["growth"], 1)
+    result["process_peak_mib"] = round(memory[case]["before"] + memory[case]["growth"], 1)
     for peer in PEERS.get(case, ()):
         if peer in memory:
             for kind in ("cpu", "wall"):
@@ -184,7 +187,11 @@ def summary(case: str, memory: dict[str, Any], costs: dict[str, Any]) -> dict[st
 def show(results: dict[str, Any]) -> None:
     """Tables for docs/performance.md."""
     sizes = results["batches"]
-    for title, key in (("CPU time, ms", "cpu_ms"), ("peak growth, MiB", "peak_mib")):
+    for title, key in (
+        ("CPU time, ms", "cpu_ms"),
+        ("peak growth, MiB", "peak_mib"),
+        ("peak of the process, MiB", "process_peak_mib"),
+    ):
         print(f"\n| {title} | " + " | ".join(sizes) + " |")
         print("|---|" + "---|" * len(sizes))
         for case in CASES:
@@ -210,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each case that count")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each case that count; 0 = the one whose memory is measured")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="core that all is pinned to")
     parser.add_argument("--out", type=Path, help="file for the result, JSON; batches already in it are kept")
     options = parser.parse_args()
@@ -219,7 +226,7 @@ def main() -> None:
     known = json.loads(options.out.read_text())["batches"] if options.out and options.out.exists() else {}
     results["batches"] = known
     for batch in options.batches:
-        rounds = max(1, min(options.rounds, options.rounds * 8192 // batch))
+        rounds = min(options.rounds, max(1, options.rounds * 8192 // batch))
         known[str(batch)] = {"rounds": rounds, **compare(batch, rounds, options.cases, options.core)}
         results["batches"] = {key: known[key] for key in sorted(known, key=int)}
         if options.out:
