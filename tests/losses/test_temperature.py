@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from disttempnet import Features, build_loss
+from disttempnet.losses import tempnet
 from disttempnet.losses.temperature import Batch
 from losses.scenario import (
     CONSTANT,
@@ -278,6 +279,16 @@ def test_masks_belong_to_a_place_in_the_global_batch(gloo, world_size: int) -> N
     for number in range(2):
         for side in (0, 1):
             close(torch.cat([masks[number][side] for masks in ranks]), expected[number][side], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recipe", [DROPOUT, {**DROPOUT, "network": "mlp"}, NETWORK], ids=["icml24", "mlp", "plain"])
+def test_chunks_whose_activations_are_computed_again_change_nothing(
+    recipe: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(recipe, stream(3))
+    monkeypatch.setattr(tempnet, "KEPT_ROWS", 5)
+    monkeypatch.setattr(tempnet, "CHUNK_ROWS", 3)  # of eight rows: 3, 3, 2
+    assert_same_steps(run(recipe, stream(3)), expected)
 
 
 def test_evaluation_has_no_dropout() -> None:

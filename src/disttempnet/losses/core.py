@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -106,6 +106,9 @@ def check_features(features: Features, ids: Tensor) -> None:
         raise ValueError(f"ids must be int64 [{image.shape[0]}], got {ids.dtype} {list(ids.shape)}")
 
 
+LaterGradient = Callable[..., tuple[Tensor, Tensor]]
+
+
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -129,6 +132,37 @@ class _WithGradient(torch.autograd.Function):
 def with_gradient(value: Tensor, image: Tensor, text: Tensor, image_gradient: Tensor, text_gradient: Tensor) -> Tensor:
     """`value`, with the given gradients with respect to `image` and `text` [b, D] (cast to their dtype)."""
     result = _WithGradient.apply(value, image, text, image_gradient.to(image.dtype), text_gradient.to(text.dtype))
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _WithLaterGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, image: Tensor, text: Tensor, gradient: LaterGradient, *kept: Tensor | None
+    ) -> Tensor:
+        ctx.gradient = gradient
+        ctx.save_for_backward(image, text, *kept)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        image, text, *kept = ctx.saved_tensors
+        with exact_arithmetic(image.device):
+            image_gradient, text_gradient = ctx.gradient(upstream, image.detach(), text.detach(), *kept)
+        given = image_gradient.to(image.dtype), text_gradient.to(text.dtype)
+        return (None, *given, None, *(None for _ in kept))
+
+
+def with_later_gradient(
+    value: Tensor, image: Tensor, text: Tensor, gradient: LaterGradient, *kept: Tensor | None
+) -> Tensor:
+    """`value`, whose gradient is computed in the backward pass, so that memory for it is taken only there.
+
+    gradient(upstream, image, text, *kept) gives those with respect to `image` and `text` [b, D], times `upstream`; it
+    holds no tensors of its own: what it needs is `kept`, which autograd frees.
+    """
+    result = _WithLaterGradient.apply(value, image, text, gradient, *kept)
     assert isinstance(result, Tensor)
     return result
 

@@ -14,14 +14,16 @@ Without γ nothing is tracked and E_j runs over the batch, the pair itself inclu
 Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
 No collective runs in the backward pass: with the weights p detached, the gradient with respect to this rank's rows
-needs this rank's rows × all columns and eight gathered numbers a sample. The mean of the parameter gradients over
-ranks (what DDP takes) is the gradient of the estimator above, for the towers and the temperatures alike.
+needs this rank's rows × all columns and five gathered numbers a sample, seven where τ is learned. The mean of the
+parameter gradients over ranks (what DDP takes) is the gradient of the estimator above, for the towers and the
+temperatures alike.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
@@ -38,9 +40,9 @@ from disttempnet.losses.core import (
     exact_arithmetic,
     only_gradient,
     tau_metrics,
-    with_gradient,
+    with_later_gradient,
 )
-from disttempnet.losses.pairwise import Anchors, pull, row_statistics
+from disttempnet.losses.pairwise import Anchors, Pairs, pulls, rounded, statistics, use_kernel
 from disttempnet.losses.sample_state import NEVER, SampleState, follow, log_mean_over_equal_ids
 from disttempnet.losses.schedule import Gamma
 from disttempnet.losses.temperature import Batch, Temperature
@@ -110,55 +112,58 @@ class GlobalContrastiveLoss(Objective):
             metrics: loss, gamma, and mean, min, max, std of tau, mean of log_u and of the τ gradient, both sides.
         """
         check_features(features, ids)
+        kernel = use_kernel(features.image)
         with exact_arithmetic(ids.device):
-            return self._step(features.image, features.text, ids)
+            return self._step(features.image, features.text, ids, kernel)
 
-    def _step(self, image: Tensor, text: Tensor, ids: Tensor) -> LossOutput:
+    def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
         dtype, b = compute_dtype(image), len(image)
-        all_image = distributed.all_gather(image).to(dtype)
-        all_text = distributed.all_gather(text).to(dtype)
+        sent = rounded(image, kernel), rounded(text, kernel)
+        all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
         all_ids = distributed.all_gather(ids)
-        x, y = image.detach().to(dtype), text.detach().to(dtype)
+        x, y = (side.to(dtype) for side in sent)
         rho = self._resolve_rho(len(all_ids))
 
         batch = Batch(x, y, all_image, all_text, all_ids, self.step)
         tau1, tau2 = self.temperature(batch)
+        counted = all_ids if self.gamma is not None else None
+        pairs, negatives = Pairs.of((x, y), (all_image, all_text), counted, kernel)
         positive = (x * y).sum(1)
-        same = (ids, all_ids) if self.gamma is not None else (None, None)
-        image_side = row_statistics(x, all_text, positive, tau1.detach(), *same)
-        text_side = row_statistics(y, all_image, positive, tau2.detach(), *same)
-
-        local = [positive, image_side.negatives, tau1.detach(), tau2.detach()]
-        local += [image_side.log_mean, text_side.log_mean, image_side.mean_exponent, text_side.mean_exponent]
-        gathered = distributed.all_gather(torch.stack(local, dim=1)).T
-        all_positive, negatives, tau, log_g, moment = (
-            gathered[0],
-            gathered[1],
-            gathered[2:4],
-            gathered[4:6],
-            gathered[6:],
+        taus = torch.stack([tau1.detach(), tau2.detach()])
+        sides, kept = statistics(
+            pairs,
+            positive,
+            taus,
+            negatives[batch.mine],
+            moments=self.temperature.learns,
+            keep=torch.is_grad_enabled() and (image.requires_grad or text.requires_grad),
         )
+        local = [positive, *taus, *(side.log_mean for side in sides)]
+        local += [side.mean_exponent for side in sides] if self.temperature.learns else []
+        gathered = distributed.all_gather(torch.stack(local, dim=1)).T
+        all_positive, tau, log_g, moment = gathered[0], gathered[1:3], gathered[3:5], gathered[5:]
 
         log_u = self._track(all_ids, log_g)
         weight = tau if self.robust else torch.ones_like(tau)
-        h = self._tau_gradient(rho, tau, log_u, log_g, moment, negatives)
-        # the weight of column j in an anchor's gradient is ω/τ · p_ij
-        anchors = [Anchors.of(tau[i], all_positive, log_u[i] - (weight / tau)[i].log(), negatives) for i in (0, 1)]
-        own = [Anchors(a.slope[batch.mine], a.offset[batch.mine]) for a in anchors]
-        # r_i = Σ_j ω/τ (p1_ij + p2_ij): the pull of the positive pair, in closed form from the row statistics
-        r = torch.where(negatives > 0, (log_g - log_u).exp() * weight / tau, 0.0).sum(0)[batch.mine, None]
-        scale = C / b
-        image_gradient = scale * (pull(x, all_text, own[0], anchors[1], *same) - r * y)
-        text_gradient = scale * (pull(y, all_image, own[1], anchors[0], *same) - r * x)
-
+        h = self._tau_gradient(rho, tau, log_u, log_g, moment, negatives) if self.temperature.learns else None
         value = C * torch.where(negatives > 0, weight * (log_u + rho), 0.0).sum(0).mean()
         if self.gamma is None:
             value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
-        total = with_gradient(value, image, text, image_gradient, text_gradient)
-        if tau1.requires_grad:
-            total = total + only_gradient(scale * (h[0, batch.mine] @ tau1 + h[1, batch.mine] @ tau2))
+
+        # the weight of column j in an anchor's gradient is ω/τ · p_ij
+        anchors = [Anchors.of(tau[i], all_positive, log_u[i] - (weight / tau)[i].log(), negatives) for i in (0, 1)]
+        # r_i = Σ_j ω/τ (p1_ij + p2_ij): the pull of the positive pair, in closed form from the row statistics
+        r = torch.where(negatives > 0, (log_g - log_u).exp() * weight / tau, 0.0).sum(0)[batch.mine]
+        others = (None, None) if pairs.whole else (all_image, all_text)
+        gradient = partial(_feature_gradient, own=pairs.own, distinct=pairs.distinct, kernel=kernel)
+        total = with_later_gradient(
+            value, image, text, gradient, *others, pairs.ids, *anchors[0], *anchors[1], r, *kept
+        )
+        if h is not None and tau1.requires_grad:
+            total = total + only_gradient(C / b * (h[0, batch.mine] @ tau1 + h[1, batch.mine] @ tau2))
         if self.training:
-            self.temperature.learn(all_ids, h, negatives > 0)
+            if h is not None:
+                self.temperature.learn(all_ids, h, negatives > 0)
             self.step += 1
         return LossOutput(total, self._metrics(value, tau, log_u, h))
 
@@ -192,7 +197,7 @@ class GlobalContrastiveLoss(Objective):
             h = h / tau
         return torch.where(negatives > 0, h, 0.0)
 
-    def _metrics(self, value: Tensor, tau: Tensor, log_u: Tensor, h: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, value: Tensor, tau: Tensor, log_u: Tensor, h: Tensor | None) -> dict[str, Tensor]:
         metrics = {"loss": value, **tau_metrics(tau)}
         if self.gamma is not None:
             metrics["gamma"] = value.new_tensor(self.gamma(self.epoch))
@@ -200,7 +205,7 @@ class GlobalContrastiveLoss(Objective):
             if self.gamma is not None:
                 visited = log_u[side].masked_fill(log_u[side] == NEVER, math.nan)
                 metrics[f"log_u/{name}_mean"] = visited.nanmean().nan_to_num()
-            if self.temperature.learns:
+            if h is not None:
                 metrics[f"tau_gradient/{name}_mean"] = h[side].mean()
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -233,3 +238,30 @@ class GlobalContrastiveLoss(Objective):
 
     def set_extra_state(self, state: dict[str, float]) -> None:
         self.step, self.epoch = int(state["step"]), state["epoch"]
+
+
+def _feature_gradient(
+    upstream: Tensor,
+    image: Tensor,
+    text: Tensor,
+    all_image: Tensor | None,
+    all_text: Tensor | None,
+    ids: Tensor | None,
+    slope1: Tensor,
+    offset1: Tensor,
+    slope2: Tensor,
+    offset2: Tensor,
+    r: Tensor,
+    *kept: Tensor,
+    own: int,
+    distinct: bool,
+    kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    """(c/b) (M·Y − r⊙y) and (c/b) (Mᵀ·X − r⊙x), M = A + Cᵀ, times `upstream`; all_… None: the local rows are all."""
+    x, y = (rounded(side, kernel).to(r.dtype) for side in (image, text))
+    pairs = Pairs(
+        x, y, x if all_image is None else all_image, y if all_text is None else all_text, own, ids, distinct, kernel
+    )
+    gradients = pulls(pairs, Anchors(slope1, offset1), Anchors(slope2, offset2), r, list(kept))
+    scale = upstream * (C / len(x))
+    return gradients[0].mul_(scale), gradients[1].mul_(scale)

@@ -27,7 +27,7 @@ from disttempnet.losses.core import (
     tau_metrics,
     with_gradient,
 )
-from disttempnet.losses.pairwise import Anchors, pull, row_statistics
+from disttempnet.losses.pairwise import Anchors, Pairs, pulls, rounded, statistics, use_kernel
 from disttempnet.losses.sample_state import NEVER, follow
 from disttempnet.losses.schedule import ConstantGamma
 from disttempnet.losses.temperature import check_start
@@ -59,25 +59,28 @@ class OnlineClrLoss(Objective):
     def forward(self, features: Features, ids: Tensor) -> LossOutput:
         """This rank's rows [b, D]. Metrics: loss, log_u of both states, and mean, min, max, std of τn."""
         check_features(features, ids)
+        kernel = use_kernel(features.image)
         with exact_arithmetic(ids.device):
-            return self._step(features.image, features.text, ids)
+            return self._step(features.image, features.text, ids, kernel)
 
-    def _step(self, image: Tensor, text: Tensor, ids: Tensor) -> LossOutput:
+    def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
         dtype = compute_dtype(image)
         tau, tau_positive = self.tau, POSITIVE_FACTOR * self.tau
-        x, y = image.detach().to(dtype), text.detach().to(dtype)
-        all_image, all_text = distributed.all_gather(image).to(dtype), distributed.all_gather(text).to(dtype)
+        sent = rounded(image, kernel), rounded(text, kernel)
+        x, y = (side.to(dtype) for side in sent)
+        all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
         all_ids = distributed.all_gather(ids)
         batch = len(all_ids)
 
         # the text side's similarities are the image side's, transposed: both directions have one mean
-        taus = x.new_full((len(x),), tau)
-        negative = row_statistics(x, all_text, torch.zeros_like(taus), taus, ids, all_ids)
-        local = torch.stack([negative.log_mean, negative.negatives, (x * y).sum(1)], dim=1)
-        log_mean, counts, positive = distributed.all_gather(local).T
-        pairs = counts.sum()
-        log_negative = torch.logsumexp(log_mean + counts.log(), 0) - pairs.log()
-        log_negative = torch.where(pairs > 0, log_negative, NEVER)
+        taus = x.new_full((1, len(x)), tau)
+        pairs, counts = Pairs.of((x, y), (all_image, all_text), all_ids, kernel)
+        own = counts[pairs.mine]
+        (negative,), _ = statistics(pairs, torch.zeros_like(own), taus, own, moments=False, keep=False)
+        log_mean, positive = distributed.all_gather(torch.stack([negative.log_mean, (x * y).sum(1)], dim=1)).T
+        total_count = counts.sum()
+        log_negative = torch.logsumexp(log_mean + counts.log(), 0) - total_count.log()
+        log_negative = torch.where(total_count > 0, log_negative, NEVER)
         log_positive = torch.logsumexp(-positive / tau_positive, 0) - math.log(batch)
         log_g = torch.stack([log_negative, log_positive])
         log_u = follow(self.log_u.to(dtype), log_g, self.gamma.gamma)
@@ -86,17 +89,15 @@ class OnlineClrLoss(Objective):
 
         # each direction has half of the negatives' weight: rows as anchors, and columns as anchors
         weight = Anchors.of(
-            *(v.expand(batch) for v in (log_u.new_tensor(tau), log_u.new_zeros(()), log_u[0], 2 * pairs))
+            *(v.expand(batch) for v in (log_u.new_tensor(tau), log_u.new_zeros(()), log_u[0], 2 * total_count))
         )
-        own = Anchors(weight.slope[: len(x)], weight.offset[: len(x)])
-        attraction = (-(x * y).sum(1, keepdim=True) / tau_positive - log_u[1]).exp() / batch
+        attraction = (-(x * y).sum(1) / tau_positive - log_u[1]).exp() / batch
         ranks = batch // len(x)  # the mean over ranks is taken of what must be the sum
-        image_gradient = ranks * (pull(x, all_text, own, weight, ids, all_ids) - attraction * y)
-        text_gradient = ranks * (pull(y, all_image, own, weight, ids, all_ids) - attraction * x)
+        image_gradient, text_gradient = (ranks * pull for pull in pulls(pairs, weight, weight, attraction, []))
 
-        value = torch.where(pairs > 0, tau * log_u[0], 0.0) + tau_positive * log_u[1]
+        value = torch.where(total_count > 0, tau * log_u[0], 0.0) + tau_positive * log_u[1]
         total = with_gradient(value, image, text, image_gradient, text_gradient)
-        metrics = {"loss": value, **tau_metrics(taus[:1].expand(2, 1)), "log_u/positive": log_u[1]}
+        metrics = {"loss": value, **tau_metrics(taus[:, :1].expand(2, 1)), "log_u/positive": log_u[1]}
         metrics["log_u/negative"] = torch.where(log_u[0] == NEVER, 0.0, log_u[0])
         return LossOutput(total, metrics)
 

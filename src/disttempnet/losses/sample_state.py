@@ -179,6 +179,12 @@ def _groups(ids: Tensor) -> Tensor:
     return group
 
 
+def multiplicity(ids: Tensor) -> Tensor:
+    """How often the id of every row comes in the batch, int64 [B]."""
+    groups = _groups(ids)
+    return torch.zeros_like(ids).scatter_add_(0, groups, torch.ones_like(ids))[groups]
+
+
 def log_mean_over_equal_ids(ids: Tensor, log_g: Tensor) -> Tensor:
     """log of the mean of g over rows of equal id, for every row: ids [B], log_g [2, B] → [2, B]."""
     index = _groups(ids).expand_as(log_g)

@@ -24,7 +24,7 @@ from disttempnet.losses.core import (
     tau_metrics,
     with_gradient,
 )
-from disttempnet.losses.pairwise import weighted_columns
+from disttempnet.losses.pairwise import blocks
 from disttempnet.losses.temperature import check_start
 
 
@@ -56,8 +56,10 @@ class SigLipLoss(Objective):
             t, bias = self.logit_scale.to(dtype).exp(), self.logit_bias.to(dtype)
 
             # the image side meets every pair of the batch once over all ranks: value, t and b need no other
-            image_pull, sums = _questions(x, all_text, t.detach(), bias.detach())
-            text_pull, _ = _questions(y, all_image, t.detach(), bias.detach())
+            whole = len(x) == len(all_image)
+            image_pull, text_pull, sums = _questions(x, all_text, t.detach(), bias.detach(), both=whole)
+            if not whole:
+                text_pull, _, _ = _questions(y, all_image, t.detach(), bias.detach(), both=False)
             value = distributed.all_sum(sums[0]) / len(all_image)
             # mean over ranks of 1/b = sum over ranks of 1/B
             scale = t.detach() / len(x)
@@ -71,24 +73,27 @@ class SigLipLoss(Objective):
         return (-self.logit_scale.to(compute_dtype(image))).exp().expand(2, len(image))
 
 
-def _questions(rows: Tensor, columns: Tensor, t: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _questions(rows: Tensor, columns: Tensor, t: Tensor, bias: Tensor, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Local rows [b, D] of one modality against all columns [B, D] of the other.
 
     Returns:
-        Σ_j w_ij column_j [b, D], where w_ij is the derivative of pair ij's loss by its logit, and
-        [Σ loss_ij, Σ w_ij s_ij, Σ w_ij] over the rows.
+        Σ_j w_ij column_j [b, D], where w_ij is the derivative of pair ij's loss by its logit; with `both`, where the
+        local rows are all rows, Σ_i w_ij row_i [B, D] as well, else zeros;
+        and [Σ loss_ij, Σ w_ij s_ij, Σ w_ij].
     """
     own = distributed.rank() * len(rows)  # the column of row i's pair is own + i
-    sums = rows.new_empty(len(rows), 3)
-
-    def weigh(similarity: Tensor, piece: slice) -> Tensor:
+    row_pull, column_pull = torch.zeros_like(rows), torch.zeros_like(columns if both else rows)
+    sums = rows.new_zeros(3)
+    for r, c in blocks(rows, columns):
+        similarity = rows[r] @ columns[c].T
+        pair = own + r.start - c.start
         wrong = similarity * t + bias  # −z times the logit: how far the answer is on the wrong side
-        wrong.diagonal(own + piece.start).neg_()
-        sums[piece, 0] = -F.logsigmoid(-wrong).sum(1)
+        wrong.diagonal(pair).neg_()
+        loss = -F.logsigmoid(-wrong).sum()
         weight = wrong.sigmoid_()
-        weight.diagonal(own + piece.start).neg_()
-        sums[piece, 1] = (weight * similarity).sum(1)
-        sums[piece, 2] = weight.sum(1)
-        return weight
-
-    return weighted_columns(rows, columns, weigh), sums.sum(0)
+        weight.diagonal(pair).neg_()
+        row_pull[r].addmm_(weight, columns[c])
+        if both:
+            column_pull[c].addmm_(weight.T, rows[r])
+        sums += torch.stack([loss, similarity.mul_(weight).sum(), weight.sum()])
+    return row_pull, column_pull, sums

@@ -6,16 +6,20 @@ Shapes: b local rows, B global rows, D width, M prototypes.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disttempnet.losses.core import Context
+from disttempnet.losses.core import Context, exact_arithmetic
 from disttempnet.losses.temperature import Batch, Temperature, check_bounds
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
+
+KEPT_ROWS = 4096  # of a rank, up to which the networks' activations are kept for the backward pass
+CHUNK_ROWS = 1024
 
 
 class NetworkTemperature(Temperature):
@@ -96,9 +100,22 @@ class NetworkTemperature(Temperature):
                 others = self._others(batch)
                 image, text = batch.all_image[others], batch.all_text[others]
         return (
-            self.image(image * self.feature_scale, self._mask(batch, side=0)),
-            self.text(text * self.feature_scale, self._mask(batch, side=1)),
+            self._in_chunks(self.image, image, self._mask(batch, side=0)),
+            self._in_chunks(self.text, text, self._mask(batch, side=1)),
         )
+
+    def _in_chunks(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        """τ [b]. Of large batches only a chunk's activations live at a time: the backward pass computes them again."""
+        if len(x) <= KEPT_ROWS:
+            return self._tau(network, x, mask)
+        tau = _Recomputed.apply(lambda rows, kept: self._tau(network, rows, kept), x, mask, *network.parameters())
+        assert isinstance(tau, Tensor)
+        return tau
+
+    def _tau(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        factors = None if mask is None else mask.to(x.dtype) / (1 - self.dropout)
+        tau: Tensor = network(x * self.feature_scale, factors)
+        return tau
 
     @torch.no_grad()
     def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
@@ -106,14 +123,14 @@ class NetworkTemperature(Temperature):
         return torch.stack([self.image(image * self.feature_scale, None), self.text(text * self.feature_scale, None)])
 
     def _mask(self, batch: Batch, side: int) -> Tensor | None:
-        """Dropout factors [b, D] of the local rows: 0, or 1 / (1 − dropout)."""
+        """Which units of the local rows stay, bool [b, D]."""
         if not self.training or self.dropout == 0:
             return None
         # float32 draws whatever the features' type: the same mask at every precision
         seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 62)
         generator = torch.Generator(batch.image.device).manual_seed(seed)
         draws = torch.rand(batch.all_image.shape, generator=generator, device=batch.image.device)
-        return (draws[batch.mine] >= self.dropout).to(batch.image.dtype) / (1 - self.dropout)
+        return draws[batch.mine] >= self.dropout
 
     def _others(self, batch: Batch) -> Tensor:
         """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
@@ -144,6 +161,32 @@ class NetworkTemperature(Temperature):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.prototypes_started = state["prototypes_started"]
+
+
+class _Recomputed(torch.autograd.Function):
+    """tau(x, mask) in chunks of rows, whose activations the backward pass computes again. Leaner than torch's own
+    checkpoint, which imports its compiler at the first call: 70 MiB."""
+
+    @staticmethod
+    def forward(ctx: Any, tau: Callable[..., Tensor], x: Tensor, mask: Tensor | None, *parameters: Tensor) -> Tensor:
+        ctx.tau = tau
+        ctx.save_for_backward(x, mask, *parameters)
+        return torch.cat([tau(*chunk) for chunk in _chunks(x, mask)])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, *parameters = ctx.saved_tensors
+        total = [torch.zeros_like(p) for p in parameters]
+        with exact_arithmetic(x.device), torch.enable_grad():
+            for chunk, given in zip(_chunks(x, mask), upstream.split(CHUNK_ROWS), strict=True):
+                for sum_, gradient in zip(total, torch.autograd.grad(ctx.tau(*chunk), parameters, given), strict=True):
+                    sum_ += gradient
+        return (None, None, None, *total)
+
+
+def _chunks(x: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    rows = x.split(CHUNK_ROWS)
+    return list(zip(rows, [None] * len(rows) if mask is None else mask.split(CHUNK_ROWS), strict=True))
 
 
 class _BoundedNetwork(nn.Module):

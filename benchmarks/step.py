@@ -1,0 +1,275 @@
+"""What the objective adds to a whole training step of ViT-B/32: operations, time, bytes between ranks.
+
+    python benchmarks/step.py --out benchmarks/results/step.json
+
+Operations: torch's counter over a real forward and backward of open_clip's ViT-B-32 (a few pairs), and over each
+objective alone; then by formula for b rows a rank on K ranks. Time: whole steps with DistTempNet-v1 and with plain CLIP
+(both this package's), alternating, one thread; ratio = median over the pairs. Bytes: two gloo processes whose
+collectives are counted, beside the formula.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+from disttempnet import Features, build_loss, distributed
+
+OBJECTIVES = ("clip", "sogclr", "disttempnet-v1")
+LAYOUTS = ((512, 8), (512, 64), (4096, 8))  # rows a rank, ranks
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+def objective_flops(b: int, B: int, D: int, hidden: int) -> int:
+    """Of products, forward and backward, a rank: two similarities, the same again in the gradient, two pulls.
+
+    One process (b = B): both sides share a similarity. The networks: one layer forward, and its weight's gradient
+    backward, a side.
+    """
+    contrast = 8 * b * B * D if b == B else 12 * b * B * D
+    return contrast + 2 * 2 * 2 * b * D * hidden
+
+
+def count(step: Callable[[], Any]) -> int:
+    """FLOP of the products in a call, a multiplication and an addition each."""
+
+    def addmm(result: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+        return mm_flop(left, right)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def unit_rows(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (F.normalize(torch.randn(rows, width, generator=generator), dim=1) for _ in range(2))
+    return x, y
+
+
+def objective_step(name: str, rows: int, width: int, **arguments: Any) -> Callable[[], None]:
+    loss = build_loss(name, num_samples=rows, embed_dim=width, **arguments)
+    x, y = unit_rows(rows, width)
+
+    def step() -> None:
+        loss(Features.unit(x.requires_grad_(), y.requires_grad_()), torch.arange(rows)).total.backward()
+
+    return step
+
+
+def towers() -> nn.Module:
+    from disttempnet.models import open_clip
+
+    return open_clip.create_model("ViT-B-32")
+
+
+def tower_step(model: nn.Module, images: Tensor, tokens: Tensor, loss: nn.Module) -> None:
+    features = Features.of(model.encode_image(images), model.encode_text(tokens))
+    loss(features, torch.arange(len(images))).total.backward()
+    model.zero_grad(set_to_none=True)
+    loss.zero_grad(set_to_none=True)
+
+
+def batch_of(pairs: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 49406, (pairs, 77), generator=generator)
+    tokens[:, -1] = 49407
+    return torch.randn(pairs, 3, 224, 224, generator=generator), tokens
+
+
+def operations(model: nn.Module) -> dict[str, Any]:
+    """FLOP of the towers a pair, and the objective's share of a step at several layouts."""
+    pairs, width = 2, 512
+    images, tokens = batch_of(pairs)
+    loss = build_loss("clip", num_samples=pairs, embed_dim=width)
+    whole = count(lambda: tower_step(model, images, tokens, loss))
+    pair = (whole - objective_flops(pairs, pairs, width, 0)) // pairs
+    result: dict[str, Any] = {"towers_gflop_a_pair": round(pair / 1e9, 2), "layouts": []}
+    for b, ranks in LAYOUTS:
+        clip, ours = (objective_flops(b, b * ranks, width, hidden) for hidden in (0, 256))
+        result["layouts"].append(
+            {
+                "rows_a_rank": b,
+                "ranks": ranks,
+                "clip_per_cent": round(100 * clip / (b * pair), 3),
+                "disttempnet_v1_per_cent": round(100 * ours / (b * pair), 3),
+                "overhead_per_cent": round(100 * (ours - clip) / (b * pair + clip), 3),
+            }
+        )
+    return result
+
+
+def timing(model: nn.Module, pairs: int, rounds: int) -> dict[str, float]:
+    """Seconds of CPU of whole steps, and the objective's overhead over plain CLIP."""
+    images, tokens = batch_of(pairs)
+    losses = {name: build_loss(name, num_samples=pairs, embed_dim=512) for name in ("clip", "disttempnet-v1")}
+    spent: dict[str, list[float]] = {name: [] for name in losses}
+    for number in range(rounds + 1):
+        for name, loss in losses.items():
+            begin = time.process_time()
+            tower_step(model, images, tokens, loss)
+            if number:
+                spent[name].append(time.process_time() - begin)
+    ratios = [ours / clip for clip, ours in zip(spent["clip"], spent["disttempnet-v1"], strict=True)]
+    seconds = {f"{name}_cpu_s": round(statistics.median(times), 3) for name, times in spent.items()}
+    return {"pairs": pairs, "rounds": rounds, **seconds, "ratio": round(statistics.median(ratios), 4)}
+
+
+# --- bytes between ranks ----------------------------------------------------------------------------------------------
+
+
+def communication(
+    b: int, ranks: int, width: int, *, item: int = 4, learns: bool, state_columns: int, parameters: int
+) -> dict[str, int]:
+    """Bytes a rank receives of the others in the gathers of a step, and those of the tensors that are all-reduced.
+
+    Features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where τ is learned
+    (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
+    """
+    others = (ranks - 1) * b
+    return {
+        "gathered": others * (2 * width * item + 8 + 4 * (7 if learns else 5)),
+        "reduced": 8 * b * ranks * state_columns + 4 * parameters,
+    }
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts, by kind, what collectives of torch.distributed move: received of others, or handed in to be summed."""
+    seen = {"gathered": 0, "reduced": 0}
+    names = [name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)]
+    originals = {name: getattr(dist, name) for name in (*names, "all_reduce")}
+
+    def gather(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(output: Tensor, local: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen["gathered"] += output.nbytes - local.nbytes
+            return original(output, local, *args, **kwargs)
+
+        return call
+
+    def reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen["reduced"] += tensor.nbytes
+        return originals["all_reduce"](tensor, *args, **kwargs)
+
+    for name in names:
+        setattr(dist, name, gather(originals[name]))
+    dist.all_reduce = reduce
+    try:
+        yield seen
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+class Pair(nn.Module):
+    """A linear map a side, and the objective: the smallest model that is trained as the real one is."""
+
+    def __init__(self, name: str, rows: int, width: int) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(width, width), nn.Linear(width, width)
+        self.loss = build_loss(name, num_samples=rows, embed_dim=width)
+
+    def forward(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        return self.loss(Features.of(self.image(x), self.text(y)), ids).total
+
+
+def traffic(name: str, b: int, width: int) -> tuple[dict[str, int], int]:
+    """Bytes of one step of this rank under data parallelism, and the number of parameters."""
+    K, rank = distributed.world_size(), distributed.rank()
+    model = Pair(name, K * b, width)
+    parallel = distributed.data_parallel(model, torch.device("cpu"))
+    parallel.register_comm_hook(None, default_hooks.allreduce_hook)  # what it does anyway, where it can be counted
+    mine = slice(rank * b, (rank + 1) * b)
+    x, y = (side[mine] for side in unit_rows(K * b, width))
+    with counted() as seen:
+        parallel(x, y, torch.arange(K * b)[mine]).backward()
+    return seen, sum(p.numel() for p in model.parameters())
+
+
+def _rank(rank: int, ranks: int, store: str, answers: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    found = {}
+    for name in OBJECTIVES:
+        seen, parameters = traffic(name, 64, 512)
+        found[name] = {**seen, "parameters": parameters}
+    if rank == 0:
+        answers.put(found)
+    dist.destroy_process_group()
+
+
+def bytes_between_ranks() -> dict[str, Any]:
+    ranks = 2
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (ranks, str(Path(folder, "store")), answers), nprocs=ranks)
+    return {"rows_a_rank": 64, "ranks": ranks, **answers.get()}
+
+
+def show(results: dict[str, Any]) -> None:
+    """Tables for docs/performance.md."""
+    operations, timed = results["operations"], results.get("timing")
+    print(f"towers: {operations['towers_gflop_a_pair']} GFLOP a pair\n")
+    print("| rows a rank × ranks | CLIP, % of the towers | DistTempNet-v1 | more than a step with CLIP, % |")
+    print("|---|---|---|---|")
+    for row in operations["layouts"]:
+        print(
+            f"| {row['rows_a_rank']} × {row['ranks']} | {row['clip_per_cent']} | {row['disttempnet_v1_per_cent']} "
+            f"| {row['overhead_per_cent']} |"
+        )
+    if timed:
+        print(
+            f"\nmeasured, {timed['pairs']} pairs: {timed['disttempnet-v1_cpu_s']} s of CPU a step against "
+            f"{timed['clip_cpu_s']} s with CLIP; median ratio {timed['ratio']}"
+        )
+    moved = results["bytes"]
+    layout = f"{moved['rows_a_rank']} rows × {moved['ranks']} ranks"
+    print(f"\n| bytes, {layout} | gathered | all-reduced | of that, gradients |")
+    print("|---|---|---|---|")
+    for name in OBJECTIVES:
+        seen = moved[name]
+        print(f"| {name} | {seen['gathered']:,} | {seen['reduced']:,} | {4 * seen['parameters']:,} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=16, help="of a timed step")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each objective; 0 = none")
+    parser.add_argument("--out", type=Path, help="file for the result, JSON")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    results: dict[str, Any] = {"python": platform.python_version()}
+    results |= {package: version(package) for package in ("torch", "open_clip_torch")}
+    model = towers()
+    results["operations"] = operations(model)
+    if options.rounds:
+        results["timing"] = timing(model, options.pairs, options.rounds)
+    results["bytes"] = bytes_between_ranks()
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    show(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

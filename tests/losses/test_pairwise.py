@@ -1,0 +1,140 @@
+"""Blocks, both sides of one product, kept similarities: against the plain dense formulas in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from disttempnet.errors import UserError
+from disttempnet.losses import pairwise
+from disttempnet.losses.pairwise import Anchors, Pairs, pulls, statistics
+from losses.scenario import EVERY, B, assert_same_steps, joined, pairs, run, stream
+
+close = torch.testing.assert_close
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+ROWS = 23  # no multiple of any block size below
+IDS = {
+    "every column counts": None,
+    "distinct": torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)),
+    "repeated": torch.randint(0, 9, (ROWS,), generator=torch.Generator().manual_seed(1)),
+    "all the same": torch.zeros(ROWS, dtype=torch.int64),
+}
+
+
+def contrast(ids: Tensor | None, own: slice, dtype: torch.dtype = torch.float64) -> tuple[Pairs, Tensor]:
+    """Local rows `own` of 23, and n of every row."""
+    x, y = (side.to(dtype) for side in pairs(ROWS))
+    whole, negatives = Pairs.of((x, y), (x, y), ids, kernel=False)
+    return whole._replace(image=x[own], text=y[own], own=own.start), negatives
+
+
+def anchors_of(seed: int) -> Anchors:
+    generator = torch.Generator().manual_seed(seed)
+    slope, offset = torch.rand(2, ROWS, dtype=torch.float64, generator=generator)
+    return Anchors(20 * slope + 1, offset - 3)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("own", [slice(0, ROWS), slice(0, 7), slice(14, ROWS)], ids=str)
+@pytest.mark.parametrize("blocks", [(4, 5), (1, 23), (30, 3), (512, 1024)], ids=str)
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_statistics_and_pulls(
+    monkeypatch: pytest.MonkeyPatch, ids: Tensor | None, blocks: tuple[int, int], own: slice, keep: bool
+) -> None:
+    monkeypatch.setitem(pairwise.BLOCKS, "cpu", blocks)
+    batch, negatives = contrast(ids, own)
+    taus = torch.rand(2, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 0.3 + 0.01
+    image, text = anchors_of(3), anchors_of(4)
+    push = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
+    x, y = batch.all_image, batch.all_text
+    sides, kept = statistics(batch, (x * y).sum(1)[own], taus[:, own], negatives[own], moments=True, keep=keep)
+    pulled = pulls(batch, image, text, push[own], kept)
+
+    counts = torch.ones(ROWS, ROWS, dtype=torch.bool) if ids is None else ids[:, None] != ids
+    s = x @ y.T
+    close(negatives, counts.sum(1).double())
+    for side, tau, similarity in zip(sides, taus, (s, s.T), strict=True):
+        e = ((similarity - s.diagonal()[:, None]) / tau[:, None]).masked_fill(~counts, -math.inf)
+        softmax = torch.softmax(e, 1).nan_to_num()
+        close(side.log_mean, (torch.logsumexp(e, 1) - negatives.log()).nan_to_num(-math.inf, neginf=-math.inf)[own])
+        close(side.mean_exponent, (softmax * e.masked_fill(~counts, 0.0)).sum(1)[own], **TIGHT)
+    weight = (s * image.slope[:, None] + image.offset[:, None]).exp()
+    weight = (weight + (s * text.slope + text.offset).exp()) * counts
+    close(pulled[0], (weight @ y - push[:, None] * y)[own], **TIGHT)
+    close(pulled[1], (weight.T @ x - push[:, None] * x)[own], **TIGHT)
+    assert bool(kept) == keep
+
+
+def test_similarities_are_kept_only_where_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, negatives = contrast(None, slice(0, ROWS))
+    positive, taus = torch.zeros(ROWS, dtype=torch.float64), torch.ones(2, ROWS, dtype=torch.float64)
+    for size, fits in ((8 * ROWS**2, True), (8 * ROWS**2 - 1, False)):
+        monkeypatch.setattr(pairwise, "KEPT_BYTES", size)
+        _, kept = statistics(batch, positive, taus, negatives, moments=False, keep=True)
+        assert sum(block.numel() for block in kept) == (ROWS**2 if fits else 0)
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.005])
+def test_extreme_temperatures_in_float32(monkeypatch: pytest.MonkeyPatch, tau: float) -> None:
+    """The largest similarity comes late or early, blocks of excluded pairs first: nothing overflows or is NaN."""
+    monkeypatch.setitem(pairwise.BLOCKS, "cpu", (4, 5))
+    for ids in IDS.values():
+        batch, negatives = contrast(ids, slice(0, ROWS), torch.float32)
+        exact, _ = contrast(ids, slice(0, ROWS))
+        taus = torch.full((2, ROWS), tau)
+        positive = (batch.image * batch.text).sum(1)
+        low, _ = statistics(batch, positive, taus, negatives, moments=True, keep=False)
+        positive = (exact.image * exact.text).sum(1)
+        high, _ = statistics(exact, positive, taus.double(), negatives.double(), moments=True, keep=False)
+        for a, b in zip(low, high, strict=True):
+            close(a.log_mean.double(), b.log_mean, rtol=1e-4, atol=1e-3)
+            close(a.mean_exponent.double(), b.mean_exponent, rtol=1e-4, atol=1e-3)
+
+
+def run_in_blocks(recipe: dict, batches: list, kept_bytes: int) -> list:
+    before = pairwise.BLOCKS["cpu"], pairwise.KEPT_BYTES
+    pairwise.BLOCKS["cpu"], pairwise.KEPT_BYTES = (3, 2), kept_bytes
+    try:
+        return run(recipe, batches)
+    finally:
+        pairwise.BLOCKS["cpu"], pairwise.KEPT_BYTES = before
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["disttempnet-v1", "sogclr", "clip", "siglip", "onlineclr"])
+def test_blocks_and_kept_similarities_change_nothing(gloo, name: str, world_size: int, kept_bytes: int) -> None:
+    batches = stream(3)
+    if world_size == 1:
+        actual = run_in_blocks(EVERY[name], batches, kept_bytes)
+    else:
+        actual = joined(gloo(world_size, run_in_blocks, EVERY[name], batches, kept_bytes))
+    assert_same_steps(actual, run(EVERY[name], batches))
+    assert len(batches[0].ids) == B
+
+
+def test_a_gradient_can_be_asked_for_twice() -> None:
+    """With retain_graph; without it autograd says that the saved tensors are gone."""
+    from disttempnet import Features, build_loss
+
+    x, y = (side.requires_grad_() for side in pairs(8))
+    loss = build_loss("sogclr", num_samples=8, embed_dim=x.shape[1])
+    total = loss(Features.unit(x, y), torch.arange(8)).total
+    first = torch.autograd.grad(total, (x, y), retain_graph=True)
+    second = torch.autograd.grad(total, (x, y))
+    close(first, second, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, (x, y))
+
+
+def test_the_setting_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.zeros(2, 4)
+    for setting in ("auto", "torch"):
+        monkeypatch.setenv(pairwise.KERNEL_SETTING, setting)
+        assert not pairwise.use_kernel(features)
+    monkeypatch.setenv(pairwise.KERNEL_SETTING, "cuda")
+    with pytest.raises(UserError, match="must be auto, torch or triton, got 'cuda'"):
+        pairwise.use_kernel(features)

@@ -1,0 +1,133 @@
+"""benchmarks/loss.py, step.py: the peers are what is said of them, counts equal formulas, docs show the results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from disttempnet import OBJECTIVES, build_loss
+from disttempnet.losses import pairwise
+from disttempnet.losses.sample_state import SampleState
+from losses.oracle import Twin
+from losses.scenario import pairs
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recorded(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["loss", "step"])
+def test_the_page_shows_the_recorded_result(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark(name).show(recorded(name))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 6
+    assert [row for row in rows if row not in PAGE] == []
+
+
+# ---- the dense peer ----
+
+
+class Squares(TorchDispatchMode):
+    """Counts the n × n tensors that operations make in memory of their own."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.made = n, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, Tensor) and item.numel() == self.n**2:
+                self.made += item.untyped_storage().data_ptr() not in given
+        return result
+
+
+def test_the_dense_peer_is_the_objective_made_of_squares() -> None:
+    """Value and gradient at unique ids and fresh u are those of the estimator; 28 B × B tensors a step are made."""
+    dense = benchmark("dense")
+    rows, tau, gamma = 32, 0.05, 0.8
+    x, y = (side.float().requires_grad_() for side in pairs(rows, width=16))
+    peer, squares, twin = dense.DenseObjective(rows, tau, 16, 8, gamma), Squares(rows), Twin()
+    ids, taus = torch.arange(rows), torch.full((2, rows), tau, dtype=torch.float64)
+    for number in range(2):
+        expected = twin.step(x, y, ids, taus, gamma)
+        x.grad = y.grad = None
+        with squares:
+            peer(x, y, ids).backward()
+        log_u = peer.u.log() + peer.largest
+        torch.testing.assert_close(log_u.double(), expected.log_u, rtol=1e-4, atol=1e-4)
+        for actual, gradient in ((x.grad, expected.grad_x), (y.grad, expected.grad_y)):
+            torch.testing.assert_close(actual.double() / 2, gradient, rtol=1e-3, atol=1e-6)
+        assert squares.made == 28 * (number + 1) + 2  # and the mask, once
+
+
+def test_every_case_of_the_loss_benchmark_runs() -> None:
+    loss = benchmark("loss")
+    for case in loss.CASES:
+        step = loss.make_step(case, 32)
+        cost = loss.timed(lambda step=step: step(32))
+        assert 0 < cost["cpu"] < 60, case
+        assert loss.summary(case, {case: {"growth": 1.5, "before": 1.0}}, {case: [cost]})["peak_mib"] == 1.5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_is_that_of_the_step() -> None:
+    loss = benchmark("loss")
+    assert loss.peak(lambda: torch.ones(16 << 20))["growth"] == pytest.approx(64, abs=8)
+
+
+# ---- the step ----
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", ["clip", "sogclr", "disttempnet-v1"])
+def test_counted_operations_are_those_of_the_formula(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process; kept similarities are one product less."""
+    monkeypatch.setattr(pairwise, "KEPT_BYTES", pairwise.KEPT_BYTES if kept else 0)
+    step = benchmark("step")
+    rows, width, hidden = 96, 32, 256
+    counted = step.count(step.objective_step(name, rows, width))
+    expected = step.objective_flops(rows, rows, width, hidden if name == "disttempnet-v1" else 0)
+    # the networks' last layer is a vector
+    vector = 2 * 2 * 3 * rows * hidden if name == "disttempnet-v1" else 0
+    assert expected - 2 * rows**2 * width * kept <= counted <= expected - 2 * rows**2 * width * kept + vector
+
+
+def traffic(name: str, rows: int, width: int) -> tuple[dict[str, int], int]:
+    return benchmark("step").traffic(name, rows, width)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["clip", "sogclr", "disttempnet-v1", "fastclip-v2", "fastclip-v3"])
+@pytest.mark.filterwarnings("ignore:rho:UserWarning")
+def test_counted_bytes_are_those_of_the_formula(gloo, name: str, ranks: int) -> None:
+    rows, width = 600, 8  # log(B − 1) is above the published values of ρ
+    loss = build_loss(name, num_samples=8, embed_dim=8)
+    columns = sum(len(module.columns) for module in loss.modules() if isinstance(module, SampleState))
+    learns = OBJECTIVES[name].temperature != "constant"
+    step = benchmark("step")
+    for seen, parameters in gloo(ranks, traffic, name, rows, width):
+        expected = step.communication(rows, ranks, width, learns=learns, state_columns=columns, parameters=parameters)
+        assert seen == expected
