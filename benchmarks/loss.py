@@ -217,7 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each case that count; 0 = the one whose memory is measured")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="steps that count of each case; 0 = the one of the memory"
+    )
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="core that all is pinned to")
     parser.add_argument("--out", type=Path, help="file for the result, JSON; batches already in it are kept")
     options = parser.parse_args()
