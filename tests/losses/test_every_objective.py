@@ -151,8 +151,8 @@ def continue_redealt(recipe: dict, states: list[dict], batches: list[GlobalBatch
     own = {key: value for key, value in loss.state_dict().items() if tables and key.startswith(tables)}
     for key in own:
         if not key.endswith("_extra_state"):
-            shards = [saved[key] for saved in states]
-            own[key] = redeal(shards, N, distributed.rank(), distributed.world_size())
+            shards = {rank: saved[key] for rank, saved in enumerate(states)}
+            own[key] = redeal(shards, len(states), N, distributed.rank(), distributed.world_size())
     loss.load_state_dict({**states[0], **own})
     results = []
     for batch in batches:

@@ -6,7 +6,7 @@ Shapes: N samples, K ranks, B rows of the global batch, C columns. 8 bytes · C 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -151,17 +151,26 @@ def follow(old: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     return torch.where(log_g == -math.inf, old, new)
 
 
-def redeal(shards: Sequence[Tensor], num_samples: int, rank: int, world_size: int) -> Tensor:
-    """A column's shard of `rank` among `world_size` from those [2, ceil(N / K_old)] of all old ranks, in rank order.
+def redealt_from(old: int, rank: int, world_size: int) -> range:
+    """The old ranks, of `old`, that hold samples which `rank` of `world_size` is to own: those of its residue."""
+    common = math.gcd(old, world_size)
+    return range(rank % common, old, common)
+
+
+def redeal(shards: Mapping[int, Tensor], old: int, num_samples: int, rank: int, world_size: int) -> Tensor:
+    """A column's shard of `rank` among `world_size` from those of `old` ranks.
 
     id = slot · K + rank on both sides; needs no table of all N samples. Slots behind the last sample hold −inf.
+
+    Args:
+        shards: old rank → its shard [2, ceil(N / old)], of all that `redealt_from` names.
     """
-    old = len(shards)
-    mine = shards[0].new_full((2, -(-num_samples // world_size)), NEVER)
-    for old_rank, shard in enumerate(shards):
+    slots = -(-num_samples // world_size)
+    mine = next(iter(shards.values())).new_full((2, slots), NEVER)
+    for old_rank in redealt_from(old, rank, world_size):
         ids = torch.arange(old_rank, max(num_samples, old_rank), old)  # empty where there are more ranks than samples
         take = ids[ids % world_size == rank]
-        mine[:, take // world_size] = shard[:, take // old]
+        mine[:, take // world_size] = shards[old_rank][:, take // old]
     return mine
 
 

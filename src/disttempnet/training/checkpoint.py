@@ -28,7 +28,7 @@ from disttempnet import distributed
 from disttempnet.config import Config, config_from_table
 from disttempnet.errors import UserError
 from disttempnet.losses import Objective
-from disttempnet.losses.sample_state import SampleState, redeal
+from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
 from disttempnet.models import Towers, load_model, load_weights, save_model
 from disttempnet.training.model import build_objective
 
@@ -258,11 +258,12 @@ def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objectiv
         shard = _read(checkpoint / _shard_name(rank, old))
         loss.load_state_dict({**trainer["objective"], **shard["state"]})
         return shard["rng"]
-    shards = [_read(checkpoint / _shard_name(r, old))["state"] for r in range(old)]
+    shards = {r: _read(checkpoint / _shard_name(r, old))["state"] for r in redealt_from(old, rank, world_size)}
     own = dict(template)
     for key in own:
         if not key.endswith("_extra_state"):
-            own[key] = redeal([shard[key] for shard in shards], trainer["num_samples"], rank, world_size)
+            column = {r: shard[key] for r, shard in shards.items()}
+            own[key] = redeal(column, old, trainer["num_samples"], rank, world_size)
     loss.load_state_dict({**trainer["objective"], **own})
     return None
 
