@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,25 @@ def test_steps_in_chunks_are_measured() -> None:
     assert chunks["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     assert whole["seconds"] > 0
     assert whole["MB"] >= 0
+
+
+def test_a_run_at_scale_is_computed_and_simulated() -> None:
+    scale = benchmark("scale")
+    found = scale.simulate(gpus=8, samples=400_000)
+    assert found["state, MB a rank"] == 8 * 400_000 / 8 / 1e6
+    assert found["8 → 4 ranks: files that a rank reads"] == 2
+    assert found["8 → 7 ranks: files that a rank reads"] == 8
+    result = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text(encoding="utf-8"))
+    assert {name: scale.on_paper(*case(name), Namespace(**result["setting"])) for name in result["paper"]} == result[
+        "paper"
+    ]
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    for row, key in (("towers, ms", "towers"), ("step, ms", "step"), ("of it the towers, %", "of it the towers, %")):
+        shown = next(line for line in page.splitlines() if line.startswith(f"| {row} |"))
+        numbers = [float(cell) for cell in shown.split("|")[2:-1]]
+        assert numbers == pytest.approx([one[key] for one in result["paper"].values()], rel=0.02)
+
+
+def case(name: str) -> tuple[str, int]:
+    model, rows = name.removesuffix(" a GPU").split(", ")
+    return model, int(rows)
