@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -208,6 +209,23 @@ def test_a_temperature_a_sample_is_read_by_id(per_sample: Path, tmp_path: Path) 
     gallery = examples.temperature_gallery(load_run(per_sample), batch=64)
     assert gallery is not None
     np.testing.assert_allclose([gallery.image_tau, gallery.text_tau], tau, rtol=1e-6)
+
+
+def test_what_tau_goes_with_is_told(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ranks(values: np.ndarray) -> np.ndarray:
+        return (values[:, None] > values).sum(1) + 0.5 * (values[:, None] == values).sum(1)
+
+    write_temperatures(
+        str(network), Source(), tmp_path / "tau.csv", columns=["subgroup"], gallery=tmp_path / "page.html",
+        frequency_by="subgroup",
+    )  # fmt: skip
+    rows = rows_of(tmp_path / "tau.csv")
+    groups = [row["subgroup"] for row in rows]
+    often = np.array([groups.count(group) for group in groups])
+    expected = [np.corrcoef(ranks(often), ranks(numbers(rows, f"tau_{side}")))[0, 1] for side in ("image", "text")]
+    told = next(line for line in capsys.readouterr().err.splitlines() if "its subgroup" in line)
+    found = [float(word) for word in re.findall(r"(?:image|text) ([+-]\d\.\d\d)", told)]
+    np.testing.assert_allclose(found, expected, atol=0.006)
 
 
 def test_one_temperature_for_all_is_said(tmp_path: Path) -> None:

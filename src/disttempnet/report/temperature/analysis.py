@@ -11,10 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from disttempnet.report.binning import spearman
 from disttempnet.report.temperature.census import Census
 from disttempnet.report.temperature.items import PAIR
 
 CLUSTERS = 12
+
+
+def goes_with(census: Census) -> list[str]:
+    """Spearman's rank correlations of τ with concept frequency and caption ambiguity, over all items, a line each."""
+    ambiguity, meaning = census.ambiguity()
+    lines = []
+    for name, values in (
+        (f"how many samples have its {census.frequency_by}", census.frequency()),
+        (f"ambiguity of the caption ({meaning.replace('`', '')})", ambiguity),
+    ):
+        known = np.isfinite(values)
+        found = {side: spearman(values[known], census.column(side)[known].astype(float)) for side in census.sides}
+        told = ", ".join(f"{side} {value:+.2f}" for side, value in found.items() if value is not None)
+        if told:
+            lines.append(f"τ and {name}, rank correlation: {told}")
+    return lines
 
 
 class Cluster(NamedTuple):

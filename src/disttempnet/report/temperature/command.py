@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
+from disttempnet.report.temperature.analysis import goes_with
 from disttempnet.report.temperature.census import Census
 from disttempnet.report.temperature.items import CaptionFile, ImageFolder, Items, Pairs, shard_pairs, training_pairs
 from disttempnet.report.temperature.measure import measure, refuse_without_temperatures
@@ -83,6 +84,8 @@ def write_temperatures(
             _name_skipped(skipped)
             if census is not None and gallery is not None:
                 write_page(run, census, gallery)
+                for line in goes_with(census):
+                    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
     return rows
 
 
