@@ -26,7 +26,7 @@ from disttempnet.evaluation.scores import Scores
 from disttempnet.models import Towers
 
 AnySample = TypeVar("AnySample", bound=Sample)
-PIXEL_CACHE_BYTES = 2**30  # larger tasks (a rank's share) are decoded anew at every evaluation
+PIXEL_CACHE_BYTES = 2**30  # of all tasks, a rank; what finds no place is decoded anew at every evaluation
 _pixels: dict[tuple, list[Batch]] = {}
 
 
@@ -117,7 +117,7 @@ def embed_samples(
     images = torch.zeros(len(samples), encoder.width, device=encoder.device)
     valid = torch.zeros(len(samples), dtype=torch.int64, device=encoder.device)
     with evaluation_mode(towers.module):
-        for part in decoded(_requests(samples, batch), towers.image_size):
+        for part in decoded(_requests(samples, batch), towers):
             images[part.rows] = encoder.images(part.pixels)
             valid[part.rows] = part.valid.to(encoder.device, torch.int64)
     images, valid = distributed.all_sum(images), distributed.all_sum(valid) == 1
@@ -178,12 +178,14 @@ def _texts(data: TaskData) -> Iterator[str]:
 
 def _task_batches(data: TaskData, encoder: Encoder) -> Iterable[Batch]:
     """A task's decoded batches of this rank, remembered where they are few enough."""
-    size, mine = encoder.towers.image_size, batches_of_this_rank(len(data.samples), encoder.batch)
-    key = (data.task, data.samples[0].shard if data.samples else "", size, encoder.batch, tuple(mine))
+    towers, mine = encoder.towers, batches_of_this_rank(len(data.samples), encoder.batch)
+    shard = data.samples[0].shard if data.samples else ""
+    key = (data.task, shard, towers.image_size, towers.resizing, encoder.batch, tuple(mine))
     if key in _pixels:
         return _pixels[key]
-    batches = decoded(_requests(data.samples, encoder.batch), size)
-    if len(mine) * encoder.batch * 3 * size**2 > PIXEL_CACHE_BYTES:
+    batches = decoded(_requests(data.samples, encoder.batch), towers)
+    kept = sum(batch.pixels.numel() for batches in _pixels.values() for batch in batches)
+    if kept + sum(map(len, mine)) * 3 * towers.image_size**2 > PIXEL_CACHE_BYTES:
         return batches
     _pixels[key] = list(batches)
     return _pixels[key]

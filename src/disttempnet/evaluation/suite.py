@@ -70,7 +70,7 @@ class Suite:
         line = SuiteProgress(present, [done[task.name] for task in present if task.name in done], self.batch)
         todo = sorted((task for task in present if task.name not in done), key=lambda task: -task.seconds)
         loaded: dict[int, TaskData | BaseException] = {}
-        batches_of_all = decoded(self._requests(todo, loaded), towers.image_size, self.workers)
+        batches_of_all = decoded(self._requests(todo, loaded), towers, self.workers)
         with evaluation_mode(towers.module), line:
             for number, batches in groupby(batches_of_all, key=lambda batch: batch.task):
                 line.begin(todo[number])
