@@ -72,6 +72,9 @@ class Resizing(NamedTuple):
     interpolation: str = "bicubic"
 
 
+AS_CLIP = Resizing()
+
+
 @dataclass(frozen=True)
 class Towers:
     """An image and a text tower with what is needed to feed them.
@@ -92,7 +95,7 @@ class Towers:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resizing: Resizing = Resizing()
+    resizing: Resizing = AS_CLIP
 
     @property
     def embed_dim(self) -> int:

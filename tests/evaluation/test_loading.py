@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,6 @@ from disttempnet.evaluation.embed import checkpoint_hash
 from disttempnet.models import Resizing, load_model, open_clip, save_model
 
 # isort: split
-from dataclasses import replace
-
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 
@@ -40,7 +39,7 @@ def test_modes_differ() -> None:
 
 
 def test_an_unknown_mode() -> None:
-    with pytest.raises(UserError, match="unknown resize_mode 'squahs'. Did you mean 'squash'"):
+    with pytest.raises(UserError, match=r"unknown resize_mode 'squahs'\. Did you mean 'squash'"):
         eval_transform(16, Resizing("squahs"))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from disttempnet.data.decoding import SCALES, EncodedImage
 from disttempnet.errors import UserError, unknown_name
-from disttempnet.models import Resizing  # first: it makes torchvision importable beside a CPU-only torch
+from disttempnet.models import AS_CLIP, Resizing  # first: it makes torchvision importable beside a CPU-only torch
 
 # isort: split
 from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
@@ -196,7 +196,7 @@ def train_transform(name: str, image_size: int, draft: bool = False) -> TrainTra
     return known[name]()
 
 
-def eval_transform(image_size: int, resizing: Resizing = Resizing()) -> EvalTransform:  # noqa: B008  immutable
+def eval_transform(image_size: int, resizing: Resizing = AS_CLIP) -> EvalTransform:
     """What open_clip evaluates with: an RGB image → uint8 [3, image_size, image_size].
 
     Raises:

@@ -78,7 +78,7 @@ def evaluate(
         UserError: unknown task, missing or broken data, no readable image, features that are not finite.
     """
     encoder = Encoder(towers, torch.device(device), batch)
-    tasks = [_loaded(find_task(name), data_root) for name in task_names]
+    tasks = load_tasks(task_names, data_root)
     own = [data for data in tasks if not data.task.below_root]
     texts = list(dict.fromkeys(text for data in own for text in _texts(data)))  # each is embedded once
     row = {text: i for i, text in enumerate(texts)}
@@ -100,7 +100,18 @@ def evaluate(
     return results
 
 
-@lru_cache(maxsize=16)
+def load_tasks(names: Sequence[str], data_root: Path | None) -> list[TaskData]:
+    """The tasks' data, indexed once and kept; every rank calls this.
+
+    Training does so before its first step: what cannot be read at the end of an epoch would end the run there.
+
+    Raises:
+        UserError: an unknown task, or data that is missing or cannot be read, on any rank.
+    """
+    return distributed.together(lambda: [_loaded(find_task(name), data_root) for name in names])
+
+
+@lru_cache(maxsize=64)
 def _loaded(task: Task, data_root: Path | None) -> TaskData:
     """A task's data, kept: training evaluates again and again."""
     return load_task(task, data_root)
@@ -139,12 +150,14 @@ def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Te
     """The metrics that are reported, with the features of a task with captions."""
     scores, measured = outcome.scores, outcome.measured
     shown = data.task.metrics or _overall(data, scores)
+    short = data.size and scores.samples != data.size
+    lost = (f"{scores.samples:,} samples of {data.size:,} were seen",) if short else ()
     plain = Scores(
         metrics={key: scores.metrics[key] for key in shown if key in scores.metrics},
         chance={key: scores.chance[key] for key in shown if key in scores.chance},
         trials={key: scores.trials[key] for key in shown if key in scores.trials},
         samples=scores.samples,
-        corrupt=scores.corrupt + data.broken,
+        corrupt=scores.corrupt + data.broken + lost,
     )
     kept = [data.samples[i] for i in outcome.kept]
     if measured.features is None or data.puzzles:
