@@ -18,7 +18,7 @@ FLOORS = [
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli_data", "cli_evaluate", "cli_export"},
+    {"cli_data", "cli_evaluate", "cli_export", "cli_task"},
     {"cli"},
     {"__main__"},
 ]
