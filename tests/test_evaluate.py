@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ from disttempnet.models import load_model, save_model
 from disttempnet.training.trainer import train
 from evaluation.dataroot import SAMPLES, write_data_root
 from evaluation.formats import labelled, write_wds
+from gloo import Pools
 
 MODEL = "open_clip:demo-vit-32"
 CIFAR = [("red", "red"), ("green", "green")]
@@ -101,6 +103,20 @@ def test_what_fails_is_the_exit_code_and_what_is_missing_is_not(here: Path, caps
     (here / "root" / "sizes.toml").unlink()
     assert main([*arguments, "--out", "again"]) == 1
     assert "2 samples of 10,000 were seen" in capsys.readouterr().out
+
+
+def evaluate_cifar(root: Path, *more: str) -> int:
+    """Every rank calls this."""
+    os.environ["DISTTEMPNET_CACHE"] = str(root / "cache")
+    return main(["evaluate", MODEL, "--data-root", str(root), "--out", str(root / "out"), "--tasks", "cifar10", *more])
+
+
+def test_the_exit_code_is_that_of_rank_0(here: Path, gloo: Pools) -> None:
+    """A launcher ends all processes where one fails: no other may fail before rank 0 has said why."""
+    write_cifar(here / "root", size=3)
+    assert gloo(2, evaluate_cifar, here / "root") == [1, 0]
+    assert lines(here / "root" / "out" / "eval_results.jsonl")[0]["error"] == "2 samples of 3 were seen"
+    assert gloo(2, evaluate_cifar, here / "root", "--precision", "bf16") == [2, 0]
 
 
 @pytest.mark.parametrize(

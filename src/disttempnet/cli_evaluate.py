@@ -199,7 +199,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
         try:
             distributed.together(lambda: _claim(out, subject) if distributed.is_main() else None)
         except distributed.OtherRankFailed:
-            return 2  # rank 0 says why
+            return 0  # rank 0 says why, with its exit code: a launcher ends the others where one fails
         opened.towers.module.to(device)
         dtype = make_encoder(opened.towers, device, precision, False, 1).text_dtype
         kept = f"{subject.checkpoint}-{str(dtype or 'torch.float32').removeprefix('torch.')}"
@@ -212,9 +212,10 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
             if distributed.is_main():
                 every = read_records(out / RESULTS_FILE)
                 write_summary(out, subject, every, counted_tags())
-        if distributed.is_main():
-            _show(every, tasks, opened.title)
-            print(f"results: {out / RESULTS_FILE}")
+        if not distributed.is_main():
+            return 0  # else a launcher might end rank 0 before its table is printed
+        _show(every, tasks, opened.title)
+        print(f"results: {out / RESULTS_FILE}")
     return int(any(record.error for record in records))
 
 

@@ -1,6 +1,6 @@
 """Retrieval and WinoGAViL data: CLIP_benchmark's tars of images and captions, or the published CSV and images.
 
-Both are read as they are: there is nothing to convert.
+Both are read as they are; converting.py writes the second as tars.
 """
 
 from __future__ import annotations
