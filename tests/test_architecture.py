@@ -18,7 +18,7 @@ FLOORS = [
     {"training"},
     {"report"},
     {"demo", "compare"},
-    {"cli_data", "cli_evaluate", "cli_export", "cli_launch"},
+    {"cli_data", "cli_evaluate", "cli_export", "cli_launch", "cli_task"},
     {"cli"},
     {"__main__"},
 ]

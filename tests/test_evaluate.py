@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from disttempnet.cli import main
 from disttempnet.config import CONFIG_FOLDER, load_config
+from disttempnet.evaluation.readers import Task, find_task
+from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.summary import read_subject
+from disttempnet.models import load_model, save_model
 from disttempnet.training.trainer import train
 from evaluation.dataroot import SAMPLES, write_data_root
 from evaluation.formats import labelled, write_wds
@@ -74,6 +79,13 @@ def test_a_folder_holds_results_of_one_thing(here: Path, capsys: pytest.CaptureF
         assert capsys.readouterr().err == f"disttempnet: {message}\n"
     assert main([*arguments[:1], "open_clip:demo-convnext-32", *arguments[2:]]) == 2
     assert "another checkpoint" in capsys.readouterr().err
+    write_wds(here / "root", "stl10", labelled(CIFAR, ("red", "green")), classes=("red", "green"), templates=["{c}"])
+    (here / "root" / "sizes.toml").write_text("cifar10 = 2\nstl10 = 2\n")
+    assert main([*arguments[:5], "stl10", *arguments[6:]]) == 0
+    shown = capsys.readouterr().out
+    assert "2/38" in shown
+    assert "CIFAR-10" in shown, "the table is of the folder, not of this command"
+    assert "not run: 36 tasks" in shown
     (here / "out" / "summary.json").unlink()
     assert main(arguments) == 2
     assert "no summary.json that says of what" in capsys.readouterr().err
@@ -89,6 +101,17 @@ def test_what_fails_is_the_exit_code_and_what_is_missing_is_not(here: Path, caps
     (here / "root" / "sizes.toml").unlink()
     assert main([*arguments, "--out", "again"]) == 1
     assert "2 samples of 10,000 were seen" in capsys.readouterr().out
+
+
+def test_other_ranks_leave_the_exit_code_to_rank_0(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A launcher ends all processes where one fails: none may before rank 0 has printed its table."""
+    write_cifar(here / "root", size=3)
+    arguments = ["evaluate", MODEL, "--data-root", "root", "--out", "out"]
+    with mock.patch("disttempnet.distributed.is_main", return_value=False):
+        assert main(arguments) == 0
+    assert capsys.readouterr().out == ""
+    assert not (here / "out").exists()
+    assert main(arguments) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,6 +130,54 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_weights_that_open_clip_names_by_a_path(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`local-dir:` and `hf-hub:` have slashes of their own; what follows them is no tag."""
+    (here / "model").mkdir()
+    torch.manual_seed(0)
+    save_model(load_model("demo-vit-32"), here / "model", 100.0)
+    write_cifar(here / "root")
+    target = f"open_clip:local-dir:{here / 'model'}"
+    assert main(["evaluate", target, "--data-root", "root", "--out", "out"]) == 0
+    assert main(["evaluate", MODEL, "--data-root", "root", "--out", "again"]) == 0
+    assert read_subject(here / "out").model == f"local-dir:{here / 'model'}"  # type: ignore[union-attr]
+    assert (
+        lines(here / "out" / "eval_results.jsonl")[0]["metrics"]
+        == lines(here / "again" / "eval_results.jsonl")[0]["metrics"]
+    )
+
+
+def test_a_stop_leaves_a_summary_of_what_there_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar(here / "root")
+    write_wds(here / "root", "sun397", labelled(CIFAR, ("red", "green")), classes=("red", "green"), templates=["{c}"])
+    (here / "root" / "sizes.toml").write_text("cifar10 = 2\nsun397 = 2\n")
+    one = Suite._one
+
+    def stopped(self: Suite, task: Task, *rest: object) -> object:
+        if task.name == "cifar10":
+            raise KeyboardInterrupt
+        return one(self, task, *rest)  # type: ignore[arg-type]
+
+    with mock.patch.object(Suite, "_one", stopped):
+        assert main(["evaluate", MODEL, "--data-root", "root", "--out", "out"]) == 130
+    assert json.loads((here / "out" / "summary.json").read_text())["averages"]["datacomp"]["coverage"] == "1/38"
+    assert main(["evaluate", MODEL, "--data-root", "root", "--out", "out"]) == 0
+    assert [line["key"] for line in lines(here / "out" / "eval_results.jsonl")] == ["sun397", "cifar10"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar(here / "root")
+    for out, why in (("root/sizes.toml/out", "is no folder"), ("/proc/out", "cannot be written: ")):
+        assert main(["evaluate", MODEL, "--data-root", "root", "--out", out]) == 2
+        error = capsys.readouterr().err
+        assert why in error
+        assert error.count("\n") == 1
+
+
+def test_a_folder_of_ones_own_that_is_named_by_a_point(here: Path) -> None:
+    """Its name stands in the line of results, which without one could not be read again."""
+    assert find_task("folder:.").display == here.name
 
 
 def test_evaluate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from disttempnet.cli_task import add_task_command
 from disttempnet.errors import UserError
 from disttempnet.machine import cores
 
@@ -70,6 +71,7 @@ def add_data_commands(commands: Any) -> None:
     _add_verify(parts)
     _add_shard(parts)
     _add_download(parts)
+    add_task_command(parts)
 
 
 def _add_index(commands: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,6 +159,8 @@ def _open(target: str) -> Opened:
 
         torch.manual_seed(0)  # random towers are the same every time
         model, _, pretrained = target.removeprefix("open_clip:").partition("/")
+        if model.startswith(("hf-hub:", "local-dir:")):  # these have slashes of their own, and weights
+            model, pretrained = target.removeprefix("open_clip:"), ""
         words = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
         return Opened(load_model(model, pretrained), target, model, pretrained, Path(), words)
     from disttempnet.losses import OBJECTIVES
@@ -186,6 +188,8 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
 
     if not any(is_there(task, root) for task in tasks):
         raise UserError(f"--data-root {root}: holds none of the {len(tasks)} tasks (--list says where to get them)")
+    if options.out:
+        refuse_unwritable(Path(options.out) / SUMMARY_FILE)  # learnt before the model is loaded
     opened = _open(options.target)
     out = Path(options.out) if options.out else opened.folder / "evaluation" / opened.name
     refuse_unwritable(out / SUMMARY_FILE)
@@ -195,19 +199,23 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
         try:
             distributed.together(lambda: _claim(out, subject) if distributed.is_main() else None)
         except distributed.OtherRankFailed:
-            return 2  # rank 0 says why
+            return 0  # rank 0 says why, with its exit code: a launcher ends the others where one fails
         opened.towers.module.to(device)
         dtype = make_encoder(opened.towers, device, precision, False, 1).text_dtype
         kept = f"{subject.checkpoint}-{str(dtype or 'torch.float32').removeprefix('torch.')}"
         texts = ClassTexts(cache_folder() / "text" / kept)
         workers = _workers(device) if options.workers is None else options.workers
         suite = Suite(root, out, precision, options.compat, options.batch, workers, texts)
-        records = suite.run(opened.towers, tasks, device)
-        if distributed.is_main():
-            every = read_records(out / RESULTS_FILE)
-            write_summary(out, subject, every, counted_tags())
-            _show(records, tasks, opened.title)
-            print(f"results: {out / RESULTS_FILE}")
+        try:
+            records = suite.run(opened.towers, tasks, device)
+        finally:  # a summary of what there is, after Ctrl-C too
+            if distributed.is_main():
+                every = read_records(out / RESULTS_FILE)
+                write_summary(out, subject, every, counted_tags())
+        if not distributed.is_main():
+            return 0  # else a launcher might end rank 0 before its table is printed
+        _show(every, tasks, opened.title)
+        print(f"results: {out / RESULTS_FILE}")
     return int(any(record.error for record in records))
 
 
@@ -256,14 +264,16 @@ def _workers(device: torch.device) -> int:
     return max(1, min(16, cores() // here - 1))
 
 
-def _show(records: Sequence[TaskRecord], tasks: Sequence[Task], title: str) -> None:
-    """The table of tasks and averages, and where to get what is missing."""
+def _show(found: Mapping[str, TaskRecord], tasks: Sequence[Task], title: str) -> None:
+    """The table of all tasks in the folder of results and of averages, and where to get what is missing."""
     from rich.console import Console
 
     from disttempnet.evaluation.averages import counted_tags
+    from disttempnet.evaluation.readers import all_tasks
     from disttempnet.evaluation.table import records_table
 
-    by_key = {record.key: record for record in records}
+    places = {key: place for place, key in enumerate(all_tasks())}
+    by_key = {key: found[key] for key in sorted(found, key=lambda key: places.get(key, len(places)))}
     Console().print(records_table(title, by_key, counted_tags()))
     for task in tasks:
         if task.name not in by_key:

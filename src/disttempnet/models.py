@@ -14,6 +14,7 @@ import logging
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -59,6 +60,21 @@ open_clip.add_model_config(MODEL_FOLDER)
 PREPROCESS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 
 
+class Resizing(NamedTuple):
+    """How evaluation makes the towers' square of an image; what open_clip's `preprocess_cfg` says of it.
+
+    Attributes:
+        mode: `shortest` side to that of the square, and its centre; `longest` side, on black; `squash`, both sides.
+        interpolation: `bicubic` or `bilinear`.
+    """
+
+    mode: str = "shortest"
+    interpolation: str = "bicubic"
+
+
+AS_CLIP = Resizing()
+
+
 @dataclass(frozen=True)
 class Towers:
     """An image and a text tower with what is needed to feed them.
@@ -69,6 +85,7 @@ class Towers:
         architecture: open_clip's `model_cfg`, as written into `open_clip_config.json`.
         image_size: side of the square input in pixels.
         mean, std: per channel, of pixels scaled to [0, 1].
+        resizing: how an image becomes that square; many published weights want another than CLIP's own.
     """
 
     name: str
@@ -78,6 +95,7 @@ class Towers:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resizing: Resizing = AS_CLIP
 
     @property
     def embed_dim(self) -> int:
@@ -136,6 +154,9 @@ def load_model(name: str, pretrained: str = "", *, image_pretrained: str = "", t
         image_size=int(size if isinstance(size, int) else size[0]),
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
+        resizing=Resizing(
+            str(preprocess.get("resize_mode", "shortest")), str(preprocess.get("interpolation", "bicubic"))
+        ),
     )
 
 
@@ -205,7 +226,12 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
         parts.save_hf_text(towers.module, towers.tokenizer, folder)
     config = {
         "model_cfg": architecture,
-        "preprocess_cfg": {"mean": list(towers.mean), "std": list(towers.std)},
+        "preprocess_cfg": {
+            "mean": list(towers.mean),
+            "std": list(towers.std),
+            "interpolation": towers.resizing.interpolation,
+            "resize_mode": towers.resizing.mode,
+        },
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
-from disttempnet.evaluation.layouts import MissingData, find_data, folder_names, load_task, require
+from disttempnet.evaluation.layouts import MissingData, find_data, folder_names, load_task
 from disttempnet.evaluation.readers import all_tasks, choose_tasks, find_task
+from disttempnet.evaluation.runner import load_tasks
 from evaluation.colours import COLOURS
 from evaluation.formats import labelled, npy, picture, write_captioned_csv, write_csv, write_tar, write_wds
 from evaluation.toy import meaning_towers
@@ -68,10 +69,13 @@ def test_what_is_missing_is_said_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(
         MissingData, match=r"none of wds_cifar10_test is below .*; get huggingface\.co/datasets/djghosh"
     ):
-        require(["emoji-concepts", "cifar10"], tmp_path)
+        load_tasks(["emoji-concepts", "cifar10"], tmp_path)
     with pytest.raises(UserError, match=r"task 'cifar10' needs its data: set --data-root, or eval\.data_root"):
-        require(["cifar10"], None)
-    require(["emoji-concepts"], None)
+        load_tasks(["cifar10"], None)
+    load_tasks(["emoji-concepts"], None)
+    write_wds(tmp_path, "cifar10", labelled([("red", "red")], SIX), templates=["{c}"])
+    with pytest.raises(UserError, match=r"classnames\.txt: cannot be read: No such file"):
+        load_tasks(["cifar10"], tmp_path)
 
 
 def faces(root: Path, names: list[str], templates: list[str]) -> None:
@@ -100,19 +104,25 @@ def test_lines_about_faces(names: list[str], templates: list[str], message: str,
         (np.array([1]), "metadata of 1 columns, 2 needed: region, year"),
         (np.array([-1, 3]), "metadata is no row of group numbers"),
         (np.array([np.nan, 3]), "metadata is no row of group numbers"),
+        (np.array([2**40, 3]), "metadata is no row of group numbers"),
+        (np.array(["1", "3"]), "its metadata is no row of numbers, but <U1"),
+        (b"", "its metadata cannot be read: No data left in file"),
+        (b"\x93NUMPY\x01\x00junk", "its metadata cannot be read: "),
     ],
 )
-def test_metadata_that_cannot_be_used(metadata: np.ndarray | None, reason: str, tmp_path: Path) -> None:
+def test_metadata_that_cannot_be_used(metadata: np.ndarray | bytes | None, reason: str, tmp_path: Path) -> None:
     samples = labelled([("red", "red", 0, 16), ("green", "green", 5, 17, 99)], SIX)
     if metadata is None:
         del samples[0]["npy"]
+    elif isinstance(metadata, bytes):
+        samples[0]["npy"] = metadata
     else:
         file = io.BytesIO()
         np.save(file, metadata)
         samples[0]["npy"] = file.getvalue()
     write_wds(tmp_path, "wilds/fmow", samples, classes=SIX, templates=["{c}"])
     data = load_task(find_task("wilds/fmow"), tmp_path)
-    assert len(data.broken) == 1
+    assert len(data.broken) == 1, "counted, and the others are measured"
     assert data.broken[0].startswith(f"0.tar/s0000000: {reason}")
     assert data.metadata.tolist() == [[5, 17]], "columns behind those that are asked for are of no concern"
 
@@ -153,6 +163,32 @@ def test_captions_as_python_prints_a_list(tmp_path: Path) -> None:
     assert load_task(find_task(COCO), tmp_path).samples[0].captions == ("one", "it's two")
 
 
+def test_raw_images_lie_as_deep_as_they_were_unzipped(tmp_path: Path) -> None:
+    folder = tmp_path / "mscoco_2014_5k_test_image_text_retrieval"
+    write_captioned_csv(folder / "in", "x.csv", "images", [("red", ["red"]), ("blue", ["blue"])])
+    (folder / "in" / "x.csv").rename(folder / "x.csv")
+    (folder / "__MACOSX" / "images").mkdir(parents=True)
+    (folder / "__MACOSX" / "images" / "._COCO_val2014_000000000000.jpg").write_bytes(b"resource fork")
+    data = load_task(find_task(COCO), tmp_path)
+    assert data.broken == ()
+    assert [sample.image().size for sample in data.samples] == [(12, 10)] * 2
+
+
+def test_a_csv_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "winogavil").mkdir()
+    (tmp_path / "winogavil" / "x.csv").write_bytes(b"cue,\xff\n")
+    with pytest.raises(UserError, match=r"x\.csv: cannot be read: "):
+        load_task(find_task(WINO), tmp_path)
+
+
+def test_a_row_that_is_cut_off(tmp_path: Path) -> None:
+    folder = tmp_path / "mscoco_2014_5k_test_image_text_retrieval"
+    folder.mkdir()
+    (folder / "x.csv").write_text("filename,raw\na.jpg\n")
+    with pytest.raises(UserError, match="in its CSV is no list of texts"):
+        load_task(find_task(COCO), tmp_path)
+
+
 def test_a_folder_with_nothing_of_use(tmp_path: Path) -> None:
     (tmp_path / "winogavil").mkdir()
     with pytest.raises(UserError, match=r"neither test/\*\.tar nor a CSV with columns cue, candidates, associations"):
@@ -171,13 +207,18 @@ def test_winogavil_as_tars(tmp_path: Path) -> None:
         {"cue": "blue", "candidates": [names[2], names[0], names[1], names[3], names[4]], "associations": [names[2]]},
         {"cue": "pink", "candidates": ["nothing", *names[:4]], "associations": [names[0]]},
         {"cue": "pink", "candidates": names[:5], "associations": []},
+        {"cue": "pink", "candidates": names[:5], "associations": [names[5]]},
     ]
     (tmp_path / "wds_winogavil_test" / "puzzles.jsonl").write_text("\n".join(map(json.dumps, puzzles)))
     data = load_task(find_task(WINO), tmp_path)
     assert [sample.key for sample in data.samples] == [f"0.tar/{name}" for name in names[:5]]
     assert data.puzzles[1].candidates == (2, 0, 1, 3, 4)
     assert data.puzzles[0].right == (True, False, False, True, False)
-    assert data.broken == ("puzzle 3: no image 'nothing'", "puzzle 4: no associations")
+    assert data.broken == (
+        "puzzle 3: no image 'nothing'",
+        "puzzle 4: no associations",
+        "puzzle 5: no associations",
+    )
     (tmp_path / "wds_winogavil_test" / "puzzles.jsonl").write_text('{"cue": "red"}')
     with pytest.raises(UserError, match=r"puzzles\.jsonl: cannot be read"):
         load_task(find_task(WINO), tmp_path)
@@ -301,6 +342,7 @@ def test_evaluation_in_training_takes_rows_below_a_root(tmp_path: Path) -> None:
     assert shown.headline == 0.0
     assert shown.metrics["acc_worst_region_no_other"] == 1.0
     assert not any(":" in name for name in shown.metrics)
+    assert shown.corrupt == ("3 samples of 22,108 were seen",), "not silently another task"
     assert "image_features" not in vars(shown)
     captioned = vars(results[COCO])
     assert captioned["captions"] == ("red", "blue")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from disttempnet.errors import UserError
+from disttempnet.evaluation.averages import why_not
 from disttempnet.evaluation.records import TaskRecord, append_record, read_records
 from evaluation import published
 
@@ -47,7 +49,7 @@ def test_line_is_the_published_form(tmp_path: Path) -> None:
     assert text.count("\n") == 1
     assert text.endswith("}\n")
     assert read_records(path) == {"vtab/dtd": DTD}
-    assert [p.name for p in path.parent.iterdir()] == ["eval_results.jsonl"]
+    assert {p.name for p in path.parent.iterdir()} <= {"eval_results.jsonl", ".eval_results.jsonl.lock"}
 
 
 def test_task_run_again_replaces_its_line(tmp_path: Path) -> None:
@@ -114,6 +116,32 @@ def test_a_write_that_fails_leaves_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         append_record(path, replace(DTD, key="cars", seconds=math.inf))
     assert path.read_bytes() == before
+
+
+def test_several_at_once_lose_nothing(tmp_path: Path) -> None:
+    """Jobs that take a part of the tasks each, into one folder."""
+    path = tmp_path / "eval_results.jsonl"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: append_record(path, replace(DTD, key=f"task{i}")), range(40)))
+    assert read_records(path).keys() == {f"task{i}" for i in range(40)}
+
+
+def test_what_failed_is_still_failed_when_it_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "eval_results.jsonl"
+    for record in (
+        TaskRecord("cars", "Stanford Cars", main_metric_name="acc1", complete=False, error="no tar"),
+        replace(DTD, complete=False, error="5 samples of 1,880 were seen"),
+    ):
+        append_record(path, record)
+    back = read_records(path)
+    assert why_not(back["cars"]) == "failed: no tar"
+    assert why_not(back["vtab/dtd"]) == "incomplete: 5 samples of 1,880 were seen"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(UserError, match=r"eval_results\.jsonl: cannot be written: "):
+        append_record(tmp_path / "out" / "eval_results.jsonl", DTD)
 
 
 def test_no_file_is_no_record(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_embed_samples_drops_the_unreadable(tmp_path: Path) -> None:
     [
         ([("red", "", "red")], "sample 00000: no caption"),
         ([("red", "red", "")], "sample 0.tar/00000: no label"),
-        ([("corrupt", "red", "red")], "none of its 1 images can be decoded"),
+        ([("corrupt", "red", "red")], "none of its 1 samples can be read; 0.tar/00000: cannot identify image"),
     ],
 )
 def test_unusable_samples_are_named(tmp_path, monkeypatch, rows, message) -> None:

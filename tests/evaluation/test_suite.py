@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,15 @@ from disttempnet.evaluation.readers import Head, find_task
 from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.suite import Suite
 from evaluation.colours import COLOURS
-from evaluation.formats import CORRUPT, labelled, picture, write_captioned_wds, write_tar, write_wds
+from evaluation.formats import (
+    CORRUPT,
+    labelled,
+    picture,
+    write_captioned_csv,
+    write_captioned_wds,
+    write_tar,
+    write_wds,
+)
 from evaluation.toy import meaning_towers
 from gloo import Pools
 
@@ -68,7 +77,20 @@ def test_a_part_that_says_so_is_whole_and_noted(tmp_path: Path) -> None:
 def test_sizes_that_are_none(text: str, message: str, tmp_path: Path) -> None:
     write(tmp_path, DTD)
     (tmp_path / "sizes.toml").write_text(text)
-    assert message in run(tmp_path, DTD)[DTD].error
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, DTD)
+
+
+def test_a_part_is_not_finished_where_the_whole_is_there(tmp_path: Path) -> None:
+    """The same folder of results, first on a root that says it holds a part, then on a larger one."""
+    folder = write(tmp_path, DTD, ROWS[:3])
+    sizes(tmp_path, dtd=3)
+    assert run(tmp_path, DTD)[DTD].samples == 3
+    shutil.rmtree(folder)
+    write(tmp_path, DTD, ROWS)
+    sizes(tmp_path, dtd=6)
+    record = run(tmp_path, DTD)[DTD]
+    assert (record.samples, record.expected, record.counts) == (6, 6, True)
 
 
 def test_missing_tasks_are_passed_over(tmp_path: Path) -> None:
@@ -112,11 +134,16 @@ def test_samples_without_label_image_or_number(tmp_path: Path) -> None:
         ("1", "nshards.txt says 1; all 2 tars that are there are read"),
         ("3", "nshards.txt says 3; all 2 tars that are there are read"),
         ("", "nshards.txt says nothing; all 2 tars that are there are read"),
+        (b"\xff2", "nshards.txt says \ufffd2; all 2 tars that are there are read"),
     ],
 )
-def test_nshards_missing_or_wrong(text: str | None, note: str, tmp_path: Path) -> None:
+def test_nshards_missing_or_wrong(text: str | bytes | None, note: str, tmp_path: Path) -> None:
     file = write(tmp_path, DTD, shards=2) / "test" / "nshards.txt"
-    file.unlink() if text is None else file.write_text(text)
+    (file.parent / "._0.tar").write_bytes(b"what other systems leave on a shared disk")
+    if text is None:
+        file.unlink()
+    else:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
     sizes(tmp_path, dtd=6)
     record = run(tmp_path, DTD)[DTD]
     assert record.notes[0] == note
@@ -188,6 +215,13 @@ def test_towers_that_fail_on_one_task(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Traceback" in capsys.readouterr().err, "a fault of the program is not hidden"
 
 
+def test_the_reason_why_nothing_can_be_read(tmp_path: Path) -> None:
+    write_captioned_csv(tmp_path / "flickr_1k_test_image_text_retrieval", "x.csv", "images", [("red", ["red"])])
+    shutil.rmtree(tmp_path / "flickr_1k_test_image_text_retrieval" / "images")
+    error = run(tmp_path, FLICKR)[FLICKR].error
+    assert error.endswith("none of its 1 samples can be read; COCO_val2014_000000000000.jpg: no such image")
+
+
 def test_features_that_are_not_finite(tmp_path: Path) -> None:
     write(tmp_path, DTD)
     with mock.patch.object(Encoder, "images", lambda self, pixels: torch.full((len(pixels), 3), torch.nan)):
@@ -253,6 +287,27 @@ def test_a_rank_that_fails_is_told_on_all_and_holds_up_none(tmp_path: Path, gloo
     assert here == [("rank 1: the disk is gone", False), ("", True)]
     assert there == [("the disk is gone", False), ("", True)]
     assert read_records(tmp_path / "out" / RESULTS_FILE)[DTD].error == "rank 1: the disk is gone"
+
+
+def run_on_copies_that_differ(root: Path) -> list[str]:
+    """Each rank has a data root of its own, the second with a sample less."""
+    from disttempnet import distributed
+
+    mine = root / str(distributed.rank())
+    suite = Suite(mine, root / "out")
+    records = suite.run(meaning_towers(), [find_task(DTD), find_task(FLOWERS)], torch.device("cpu"))
+    return [record.error for record in records]
+
+
+def test_ranks_that_see_different_data_do_not_wait_for_each_other(tmp_path: Path, gloo: Pools) -> None:
+    for rank, rows in enumerate((ROWS, ROWS[:5])):
+        (tmp_path / str(rank)).mkdir()
+        write(tmp_path / str(rank), DTD, rows)
+        write(tmp_path / str(rank), FLOWERS)
+        sizes(tmp_path / str(rank), dtd=6, flowers=6)
+    for errors in gloo(2, run_on_copies_that_differ, tmp_path):
+        assert errors[0].startswith("the ranks see different data")
+        assert errors[1] == ""
 
 
 def test_class_texts_are_embedded_once(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-import disttempnet.models  # noqa: F401  first: it makes torchvision importable beside a CPU-only torch
 from disttempnet.data.decoding import SCALES, EncodedImage
 from disttempnet.errors import UserError, unknown_name
+from disttempnet.models import AS_CLIP, Resizing  # first: it makes torchvision importable beside a CPU-only torch
 
 # isort: split
+from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
@@ -195,6 +196,19 @@ def train_transform(name: str, image_size: int, draft: bool = False) -> TrainTra
     return known[name]()
 
 
-def eval_transform(image_size: int) -> EvalTransform:
-    """Shortest side to image_size pixels, then the centre: what open_clip evaluates with."""
-    return nn.Sequential(v2.Resize(image_size, interpolation=BICUBIC), v2.CenterCrop(image_size), v2.PILToTensor())
+def eval_transform(image_size: int, resizing: Resizing = AS_CLIP) -> EvalTransform:
+    """What open_clip evaluates with: an RGB image → uint8 [3, image_size, image_size].
+
+    Raises:
+        UserError: a mode of resizing that open_clip does not have.
+    """
+    how = InterpolationMode.BILINEAR if resizing.interpolation == "bilinear" else BICUBIC
+    if resizing.mode == "shortest":
+        steps = [v2.Resize(image_size, interpolation=how), v2.CenterCrop(image_size)]
+    elif resizing.mode == "squash":
+        steps = [v2.Resize((image_size, image_size), interpolation=how)]
+    elif resizing.mode == "longest":
+        steps = [ResizeKeepRatio(image_size, interpolation=how, longest=1), CenterCropOrPad(image_size)]
+    else:
+        raise UserError(unknown_name("resize_mode", resizing.mode, ("shortest", "longest", "squash")))
+    return v2.Compose([*steps, v2.PILToTensor()])

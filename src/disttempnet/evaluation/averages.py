@@ -92,7 +92,7 @@ def why_not(record: TaskRecord | None) -> str:
     """Why a task with a main metric stands in no average; empty where it may."""
     if record is None:
         return NOT_RUN
-    if record.error and not record.metrics:
+    if record.failed:
         return f"failed: {record.error}"
     if record.error or not record.complete:
         return f"incomplete: {record.error or f'{record.samples:,} samples'}"

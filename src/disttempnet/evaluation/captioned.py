@@ -1,6 +1,6 @@
 """Retrieval and WinoGAViL data: CLIP_benchmark's tars of images and captions, or the published CSV and images.
 
-Both are read as they are: there is nothing to convert.
+Both are read as they are; converting.py writes the second as tars.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Puzzle, Sample, Task, TaskData, sample_of
 from disttempnet.evaluation.tars import Span, image_of, members_of, shards_of
@@ -66,7 +67,7 @@ def winogavil_data(task: Task, folder: Path) -> TaskData:
     puzzles = []
     for number, row in enumerate(rows, 1):
         missing = [name for name in row["candidates"] if name not in pool]
-        if missing or not row["associations"]:
+        if missing or not set(row["associations"]) & set(row["candidates"]):
             broken.append(f"puzzle {number}: " + (f"no image '{missing[0]}'" if missing else "no associations"))
             continue
         places = tuple(used.setdefault(name, len(used)) for name in row["candidates"])
@@ -76,17 +77,24 @@ def winogavil_data(task: Task, folder: Path) -> TaskData:
 
 
 def _files_below(folder: Path) -> dict[str, Path]:
-    """File name → path, of a folder and its folders."""
-    return {path.name: path for path in sorted(folder.glob("*/*")) if path.is_file()}
+    """File name → path, of all in the folders of a folder, however they were unzipped; of one name the first."""
+    names: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix[1:].lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            names.setdefault(path.name, path)
+    return names
 
 
 def _csv_rows(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of the folder's one CSV with these columns."""
     for path in sorted(folder.glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if set(columns) <= set(reader.fieldnames or ()):
-                return list(reader)
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file, restval="")
+                if set(columns) <= set(reader.fieldnames or ()):
+                    return list(reader)
+        except (OSError, ValueError, csv.Error) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
     raise UserError(f"{folder}: neither test/*.tar nor a CSV with columns {', '.join(columns)}")
 
 

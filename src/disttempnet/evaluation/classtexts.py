@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,8 +52,8 @@ class ClassTexts:
             names = missing[start : start + step]
             rows = self._embed(names, head.templates, encoder, progress)
             known |= dict(zip(names, rows.cpu(), strict=True))
-        if missing and self.folder is not None and distributed.is_main():
-            self._write(head.templates, known)
+            if self.folder is not None and distributed.is_main():  # at once: a stop loses one piece of the work
+                self._write(head.templates, known)
         return torch.stack([known[name] for name in head.names]).to(encoder.device)
 
     def _embed(
@@ -86,7 +87,7 @@ class ClassTexts:
         path = self._path(templates)
         assert path is not None
         facts = {"templates": json.dumps(templates), "names": json.dumps(list(known))}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"features": torch.stack(list(known.values()))}, temporary, metadata=facts)

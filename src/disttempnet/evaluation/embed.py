@@ -92,9 +92,9 @@ def make_encoder(towers: Towers, device: torch.device, precision: str, matching:
 
 
 def checkpoint_hash(towers: Towers) -> str:
-    """Hex digest of all that features depend on: architecture, how pixels are normalised, weights."""
+    """Hex digest of all that features depend on: architecture, how images are resized and normalised, weights."""
     digest = hashlib.blake2b(digest_size=16)
-    facts = [towers.architecture, towers.image_size, towers.mean, towers.std]
+    facts = [towers.architecture, towers.image_size, towers.mean, towers.std, towers.resizing]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, value in sorted(towers.module.state_dict().items()):
         if name not in ("logit_scale", "logit_bias"):

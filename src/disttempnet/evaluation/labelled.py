@@ -13,6 +13,7 @@ from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.readers import Head, Sample, Task, TaskData, sample_of
 from disttempnet.evaluation.tars import Span, image_of, members_of, shards_of
 
+MOST_GROUPS = 1_000_000  # a table is made of as many as the largest number says
 FACES = ("race", "gender", "age", "toxic")
 
 
@@ -104,10 +105,15 @@ def _metadata(members: Mapping[str, Span], columns: Sequence[str]) -> list[int]:
         return []
     if "npy" not in members:
         raise ValueError("no metadata")
-    row = np.load(io.BytesIO(members["npy"].content or b""), allow_pickle=False).reshape(-1)
+    try:
+        row = np.load(io.BytesIO(members["npy"].content or b""), allow_pickle=False).reshape(-1)
+    except Exception as error:  # NumPy raises all kinds on damaged bytes
+        raise ValueError(f"its metadata cannot be read: {' '.join(str(error).split())}") from None
     if len(row) < len(columns):
         raise ValueError(f"metadata of {len(row)} columns, {len(columns)} needed: {', '.join(columns)}")
+    if row.dtype.kind not in "biuf":
+        raise ValueError(f"its metadata is no row of numbers, but {row.dtype}")
     values = row[: len(columns)].astype(np.float64)
-    if not np.isfinite(values).all() or (values < 0).any():
+    if not np.isfinite(values).all() or (values < 0).any() or (values > MOST_GROUPS).any():
         raise ValueError(f"metadata is no row of group numbers: {values.tolist()}")
     return [int(value) for value in values]

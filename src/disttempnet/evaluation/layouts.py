@@ -12,7 +12,6 @@ sizes.toml                                  optional: "vtab/dtd" = 500, where a 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.captioned import captioned_data, winogavil_data
 from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.labelled import labelled_data
-from disttempnet.evaluation.readers import FOLDER, Task, TaskData, embedded_data, find_task
+from disttempnet.evaluation.readers import FOLDER, Task, TaskData, embedded_data
 
 COMPATIBLE = ("datacomp-1.4",)  # CLIP_benchmark 1.4, which DataComp pins: blank lines are no class names
 
@@ -53,25 +52,20 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
             f"none of {', '.join(folder_names(task))} is below {root}; get huggingface.co/datasets/{task.source}"
         )
     size = sizes_of(root).get(task.name, task.size)
-    if task.protocols == ("winogavil",):
-        data = winogavil_data(task, folder)
-    elif task.protocols == ("caption_retrieval",):
-        data = captioned_data(task, folder)
-    else:
-        data = labelled_data(task, folder, compat)
+    data = read_folder(task, folder, compat)
     notes = [*data.notes]
     if size != task.size:
         notes.append(f"sizes.toml: {size:,} samples, the task has {task.size:,}")
     return replace(data, notes=tuple(notes), size=size)
 
 
-def require(names: Sequence[str], root: Path | None) -> None:
-    """Raise UserError where one of the tasks does not exist or its data is not there: learnt before the work."""
-    for task in map(find_task, names):
-        if not task.below_root:
-            continue
-        if root is None or find_data(task, root) is None:
-            load_task(task, root)
+def read_folder(task: Task, folder: Path, compat: str = "") -> TaskData:
+    """What a folder holds of a task of the data root, in any layout; UserError where that cannot be read."""
+    if task.protocols == ("winogavil",):
+        return winogavil_data(task, folder)
+    if task.protocols == ("caption_retrieval",):
+        return captioned_data(task, folder)
+    return labelled_data(task, folder, compat)
 
 
 def folder_names(task: Task) -> list[str]:

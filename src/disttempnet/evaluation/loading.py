@@ -21,6 +21,7 @@ from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.transforms import eval_transform
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Sample
+from disttempnet.models import Resizing, Towers
 
 DECODE_THREADS = 4
 AHEAD = 2  # batches that are decoded before they are asked for, by each worker
@@ -52,9 +53,9 @@ class Batch(NamedTuple):
 class Decoder(Dataset):
     """Requests → batches; an unreadable image is black and not valid, so that batches keep their shape."""
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, resizing: Resizing) -> None:
         self.image_size = image_size
-        self.transform = eval_transform(image_size)
+        self.transform = eval_transform(image_size, resizing)
 
     def __getitem__(self, request: Request) -> Batch:
         return self.stack(request, [self.decode(sample) for sample in request.samples])
@@ -77,15 +78,15 @@ class Decoder(Dataset):
         return Batch(request.task, request.start, pixels, torch.tensor(good, dtype=torch.bool), errors)
 
 
-def decoded(requests: Iterable[Request], image_size: int, workers: int = 0) -> Iterator[Batch]:
+def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> Iterator[Batch]:
     """Batches in the order of the requests.
 
     Args:
         requests: iterated a few batches ahead of what is given out.
-        image_size: side of the square in pixels.
+        towers: say how large their square is, and how it is made.
         workers: processes that decode; 0 = threads of this one.
     """
-    decoder = Decoder(image_size)
+    decoder = Decoder(towers.image_size, towers.resizing)
     if not workers:
         yield from _by_threads(requests, decoder)
         return

@@ -109,7 +109,8 @@ def measure(
     if matching:
         features = distributed.all_sum(features)
     if not (seen == 1).any():
-        raise UserError(f"task '{name}': none of its {n} images can be decoded")
+        first = next(iter(data.broken), "") or next((f"{data.samples[i].key}: {why}" for i, why in unreadable), "")
+        raise UserError(f"task '{name}': none of its {n + len(data.broken)} samples can be read; {first or 'no data'}")
     if not words.isfinite().all() or not all(head.isfinite().all() for head in heads):
         raise UserError(f"task '{name}': the towers give features that are not finite")
     kept = (seen == 1).nonzero().flatten()

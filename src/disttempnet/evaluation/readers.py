@@ -152,7 +152,7 @@ def all_tasks() -> dict[str, Task]:
 def find_task(name: str) -> Task:
     """The task of that name, or `folder:PATH`, images of one's own; UserError lists those that exist."""
     if name.startswith(FOLDER):
-        title = Path(name.removeprefix(FOLDER)).name
+        title = Path(name.removeprefix(FOLDER)).resolve().name or name
         return Task(name=name, display=title, data=name, protocols=("classification",), main="acc1", tags=())
     tasks = all_tasks()
     if name not in tasks:

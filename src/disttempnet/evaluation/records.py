@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from disttempnet.errors import UserError
 
@@ -58,6 +62,11 @@ class TaskRecord:
         return None if value is None or math.isnan(value) else value
 
     @property
+    def failed(self) -> bool:
+        """Whether an error ended it before it had any numbers."""
+        return bool(self.error) and all(value is None for value in self.metrics.values())
+
+    @property
     def counts(self) -> bool:
         """Whether it may stand in an average."""
         return self.complete and not self.error and self.value is not None
@@ -93,10 +102,21 @@ def read_records(path: Path) -> dict[str, TaskRecord]:
 
 
 def append_record(path: Path, record: TaskRecord) -> None:
-    """Add a record to the file, in place of an earlier one of the same task. Only one process may write."""
-    records = read_records(path)
-    records.pop(record.key, None)
-    write_records(path, [*records.values(), record])
+    """Add a record to the file, in place of an earlier one of the same task.
+
+    Several processes may do so at once, as jobs do that take a part of the tasks each.
+
+    Raises:
+        UserError: the file is damaged, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            records = read_records(path)
+            records.pop(record.key, None)
+            write_records(path, [*records.values(), record])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_records(path: Path, records: Iterable[TaskRecord]) -> None:
@@ -106,12 +126,22 @@ def write_records(path: Path, records: Iterable[TaskRecord]) -> None:
     """
     lines = [json.dumps(_to_line(record), ensure_ascii=False, allow_nan=False) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill at any moment, finds the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _to_line(record: TaskRecord) -> dict[str, Any]:

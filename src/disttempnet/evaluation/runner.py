@@ -26,7 +26,7 @@ from disttempnet.evaluation.scores import Scores
 from disttempnet.models import Towers
 
 AnySample = TypeVar("AnySample", bound=Sample)
-PIXEL_CACHE_BYTES = 2**30  # larger tasks (a rank's share) are decoded anew at every evaluation
+PIXEL_CACHE_BYTES = 2**30  # of all tasks, a rank; what finds no place is decoded anew at every evaluation
 _pixels: dict[tuple, list[Batch]] = {}
 
 
@@ -78,7 +78,7 @@ def evaluate(
         UserError: unknown task, missing or broken data, no readable image, features that are not finite.
     """
     encoder = Encoder(towers, torch.device(device), batch)
-    tasks = [_loaded(find_task(name), data_root) for name in task_names]
+    tasks = load_tasks(task_names, data_root)
     own = [data for data in tasks if not data.task.below_root]
     texts = list(dict.fromkeys(text for data in own for text in _texts(data)))  # each is embedded once
     row = {text: i for i, text in enumerate(texts)}
@@ -100,7 +100,18 @@ def evaluate(
     return results
 
 
-@lru_cache(maxsize=16)
+def load_tasks(names: Sequence[str], data_root: Path | None) -> list[TaskData]:
+    """The tasks' data, indexed once and kept; every rank calls this.
+
+    Training does so before its first step: what cannot be read at the end of an epoch would end the run there.
+
+    Raises:
+        UserError: an unknown task, or data that is missing or cannot be read, on any rank.
+    """
+    return distributed.together(lambda: [_loaded(find_task(name), data_root) for name in names])
+
+
+@lru_cache(maxsize=64)
 def _loaded(task: Task, data_root: Path | None) -> TaskData:
     """A task's data, kept: training evaluates again and again."""
     return load_task(task, data_root)
@@ -117,7 +128,7 @@ def embed_samples(
     images = torch.zeros(len(samples), encoder.width, device=encoder.device)
     valid = torch.zeros(len(samples), dtype=torch.int64, device=encoder.device)
     with evaluation_mode(towers.module):
-        for part in decoded(_requests(samples, batch), towers.image_size):
+        for part in decoded(_requests(samples, batch), towers):
             images[part.rows] = encoder.images(part.pixels)
             valid[part.rows] = part.valid.to(encoder.device, torch.int64)
     images, valid = distributed.all_sum(images), distributed.all_sum(valid) == 1
@@ -139,12 +150,14 @@ def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Te
     """The metrics that are reported, with the features of a task with captions."""
     scores, measured = outcome.scores, outcome.measured
     shown = data.task.metrics or _overall(data, scores)
+    short = data.size and scores.samples != data.size
+    lost = (f"{scores.samples:,} samples of {data.size:,} were seen",) if short else ()
     plain = Scores(
         metrics={key: scores.metrics[key] for key in shown if key in scores.metrics},
         chance={key: scores.chance[key] for key in shown if key in scores.chance},
         trials={key: scores.trials[key] for key in shown if key in scores.trials},
         samples=scores.samples,
-        corrupt=scores.corrupt + data.broken,
+        corrupt=scores.corrupt + data.broken + lost,
     )
     kept = [data.samples[i] for i in outcome.kept]
     if measured.features is None or data.puzzles:
@@ -178,12 +191,14 @@ def _texts(data: TaskData) -> Iterator[str]:
 
 def _task_batches(data: TaskData, encoder: Encoder) -> Iterable[Batch]:
     """A task's decoded batches of this rank, remembered where they are few enough."""
-    size, mine = encoder.towers.image_size, batches_of_this_rank(len(data.samples), encoder.batch)
-    key = (data.task, data.samples[0].shard if data.samples else "", size, encoder.batch, tuple(mine))
+    towers, mine = encoder.towers, batches_of_this_rank(len(data.samples), encoder.batch)
+    shard = data.samples[0].shard if data.samples else ""
+    key = (data.task, shard, towers.image_size, towers.resizing, encoder.batch, tuple(mine))
     if key in _pixels:
         return _pixels[key]
-    batches = decoded(_requests(data.samples, encoder.batch), size)
-    if len(mine) * encoder.batch * 3 * size**2 > PIXEL_CACHE_BYTES:
+    batches = decoded(_requests(data.samples, encoder.batch), towers)
+    kept = sum(batch.pixels.numel() for batches in _pixels.values() for batch in batches)
+    if kept + sum(map(len, mine)) * 3 * towers.image_size**2 > PIXEL_CACHE_BYTES:
         return batches
     _pixels[key] = list(batches)
     return _pixels[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,9 @@ from disttempnet import distributed
 from disttempnet.errors import UserError
 from disttempnet.evaluation.classtexts import ClassTexts
 from disttempnet.evaluation.embed import Progress, batches_of_this_rank, evaluation_mode, make_encoder
-from disttempnet.evaluation.layouts import is_there, load_task
+from disttempnet.evaluation.layouts import is_there, load_task, sizes_of
 from disttempnet.evaluation.loading import Batch, Request, decoded
-from disttempnet.evaluation.measure import Outcome, embed_words, measure
+from disttempnet.evaluation.measure import Outcome, embed_words, measure, texts_of
 from disttempnet.evaluation.progress import SuiteProgress
 from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.readers import Task, TaskData
@@ -62,15 +63,25 @@ class Suite:
 
         Returns:
             A record of every task whose data is there, finished before or now, in the order of `tasks`.
+
+        Raises:
+            UserError: results cannot be written, decoding stopped, or sizes.toml cannot be read.
         """
         done = distributed.gather_objects(read_records(self.out / RESULTS_FILE) if distributed.is_main() else {})[0]
-        # a task that failed, or lacked samples, is run again: its data may be whole by now
-        done = {key: record for key, record in done.items() if record.complete and not record.error}
+        sizes = distributed.together(lambda: sizes_of(self.root))
+        expected = {task.name: sizes.get(task.name, task.size) for task in tasks}
+        # a task that failed, or lacked samples, is run again: its data may be whole by now; and one that was measured
+        # on another number of samples, of a root that held a part
+        done = {
+            key: record
+            for key, record in done.items()
+            if record.complete and not record.error and (record.expected or 0) == expected.get(key)
+        }
         present = distributed.gather_objects([task for task in tasks if is_there(task, self.root)])[0]
         line = SuiteProgress(present, [done[task.name] for task in present if task.name in done], self.batch)
         todo = sorted((task for task in present if task.name not in done), key=lambda task: -task.seconds)
         loaded: dict[int, TaskData | BaseException] = {}
-        batches_of_all = decoded(self._requests(todo, loaded), towers.image_size, self.workers)
+        batches_of_all = decoded(self._requests(todo, loaded), towers, self.workers)
         with evaluation_mode(towers.module), line:
             for number, batches in groupby(batches_of_all, key=lambda batch: batch.task):
                 line.begin(todo[number])
@@ -84,11 +95,7 @@ class Suite:
 
     def _keep(self, record: TaskRecord) -> None:
         path = self.out / RESULTS_FILE
-        try:
-            if distributed.is_main():
-                append_record(path, record)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        distributed.together(lambda: append_record(path, record) if distributed.is_main() else None)
 
     def _requests(self, todo: Sequence[Task], loaded: dict[int, TaskData | BaseException]) -> Iterator[Request]:
         """This rank's batches of all tasks in turn, after an empty one that says that the task is in `loaded`."""
@@ -125,6 +132,8 @@ class Suite:
 
         try:
             data = distributed.together(there)
+            if len(set(distributed.gather_objects(digest(data)))) > 1:
+                raise UserError("the ranks see different data: its copies on the nodes differ, or it is being written")
             matching = any(PROTOCOLS[protocol].matching for protocol in task.protocols)
             encoder = make_encoder(towers, device, self.precision, matching, self.batch)
             heads, words = embed_words(data, encoder, self.texts, progress)
@@ -147,6 +156,13 @@ class Suite:
             complete=False,
             error=" ".join(error.split()),
         )
+
+
+def digest(data: TaskData) -> int:
+    """The same on all ranks that see the same samples, and words of the same number."""
+    counts = (len(data.puzzles), len(data.broken), [(len(head.names), len(head.templates)) for head in data.heads])
+    words = "\n".join([*(sample.key for sample in data.samples), *texts_of(data)])
+    return zlib.crc32(f"{counts}{data.labels}{words}".encode())
 
 
 def _record(data: TaskData, outcome: Outcome, seconds: float) -> TaskRecord:

@@ -6,7 +6,6 @@ The file is written from the records and can be written again from them at any t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.averages import averages, why_not
-from disttempnet.evaluation.records import TaskRecord
+from disttempnet.evaluation.records import TaskRecord, replace_text
 
 SUMMARY_FILE = "summary.json"
 
@@ -57,6 +56,9 @@ def write_summary(
     Args:
         records: by key, those of FOLDER/eval_results.jsonl.
         tags: key → tags, of every task that has a main metric.
+
+    Raises:
+        UserError: it cannot be written.
     """
     path = folder / SUMMARY_FILE
     incomplete = {key: why_not(r) for key, r in records.items() if r.error or not r.complete}
@@ -75,10 +77,11 @@ def write_summary(
         "incomplete": incomplete,
         "seconds": round(sum(record.seconds for record in records.values()), 3),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
     return path
 
 

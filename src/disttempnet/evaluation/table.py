@@ -51,7 +51,7 @@ def _caption(results_by_run: Mapping[str, Mapping[str, Scores]]) -> str | None:
         keys = sorted({key for results in runs if task in results for key in results[task].corrupt})
         if keys:
             named = ", ".join(keys[:5]) + (", …" if len(keys) > 5 else "")
-            lines.append(f"incomplete: {task_title(task)} lacks {len(keys)} unreadable images: {named}")
+            lines.append(f"incomplete: {task_title(task)}, {len(keys)} unreadable or missing: {named}")
     return "\n".join(lines) or None
 
 
@@ -77,7 +77,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
             Text(percent(record.value), "" if record.counts else "dim"),
             f"{record.samples:,}",
             f"{record.seconds:,.1f}" if record.seconds < 100 else f"{record.seconds:,.0f}",
-            Text("incomplete" if record.metrics else "failed", "red") if wrong else Text("ok", "green"),
+            Text("failed" if record.failed else "incomplete", "red") if wrong else Text("ok", "green"),
         )
     table.add_section()
     every = averages(records, tags)

@@ -69,11 +69,12 @@ def image_of(members: Mapping[str, Span]) -> Span | None:
 
 def shards_of(folder: Path) -> tuple[list[Path], list[str]]:
     """All tars of a folder, 0.tar, 1.tar, … 10.tar, and what is odd about their number."""
-    shards = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    shards = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]
+    shards.sort(key=lambda path: (len(path.name), path.name))
     if not shards:
         raise UserError(f"{folder}: holds no .tar")
     path, notes = folder / "nshards.txt", []
-    text = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
     if text is None:
         notes.append(f"nshards.txt is missing; all {len(shards)} tars are read")
     elif text != str(len(shards)):

@@ -21,8 +21,7 @@ from disttempnet import distributed
 from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.errors import Preempted, UserError
-from disttempnet.evaluation.layouts import require
-from disttempnet.evaluation.runner import TaskResult, evaluate
+from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
@@ -61,7 +60,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
         weights = str(found) if found else checkpoint.weights_folder(config.model.pretrained)
-        require(config.eval.tasks, Path(config.eval.data_root) if config.eval.data_root else None)
+        load_tasks(config.eval.tasks, Path(config.eval.data_root) if config.eval.data_root else None)
         own = config.model
         self.towers = (
             load_model(own.name, weights)
