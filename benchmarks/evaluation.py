@@ -7,8 +7,9 @@ the same data root, which is made here: every task has its true number of classe
 the ImageNet family the true names and its 80 templates, and a part of its true number of images (`--part`). Names
 outside the ImageNet family, ObjectNet's among them, are invented and shared by no two tasks.
 
-Each side is one process on one core, from its start to its result file: wall time and CPU time with all children. Texts
-are counted as rows that reach the text tower, and as their token positions.
+Each side is one process on one core, from its start to its result file: wall time and CPU time with all children. Runs
+alternate, and costs and ratios are medians. Texts are counted as rows that reach the text tower, and as their token
+positions.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -179,29 +181,43 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         save_model(load_model("demo-convnext-32"), model, 100.0)
     keys = [key for key, task in all_tasks().items() if task.below_root]
     (folder / "tasks").write_text("\n".join(keys), encoding="utf-8")
-    result: dict[str, Any] = {"part": options.part, "tasks": len(keys), "model": "demo-convnext-32, random weights"}
+    result: dict[str, Any] = {
+        "part": options.part,
+        "pairs": options.pairs,
+        "tasks": len(keys),
+        "model": "demo-convnext-32, random weights",
+    }
     way = [options.other_python, str(ROOT / "benchmarks" / "datacomp_way.py"), str(root), str(model)]
     way += ["--tasks", str(folder / "tasks"), "--out", str(folder / "theirs.json")]
-    result["clip-benchmark"] = measured(way, options.core, folder / "cache")
+    own_way = [sys.executable, __file__, "--ours", str(model), str(root)]
+    passes: dict[str, list[dict[str, float]]] = {"clip-benchmark": [], "ours": []}
+    for number in range(options.pairs):
+        out = folder / f"out{number}"
+        passes["clip-benchmark"].append(measured(way, options.core, folder / "none"))
+        passes["ours"].append(measured([*own_way, str(out)], options.core, folder / f"cache{number}"))
     theirs = json.loads((folder / "theirs.json").read_text(encoding="utf-8"))
-    result["clip-benchmark"] |= {what: theirs[what] for what in COUNTED}
-    command = [sys.executable, __file__, "--ours", str(model), str(root), str(folder / "out")]
-    result["ours"] = measured(command, options.core, folder / "cache")
-    result["ours"] |= json.loads((folder / "out" / "counted.json").read_text(encoding="utf-8"))
-    lines = (folder / "out" / "eval_results.jsonl").read_text(encoding="utf-8").splitlines()
-    records = {record["key"]: record["metrics"] for record in map(json.loads, lines)}
-    assert set(records) == set(keys), sorted(set(keys) - set(records))
-    result["largest difference of a metric"] = max(
-        abs(value - records[key][name])
-        for key, metrics in theirs["tasks"].items()
-        for name, value in metrics.items()
-        if value is not None
-    )
-    for what in ("wall", "cpu", *COUNTED):
+    counted = {"clip-benchmark": theirs, "ours": json.loads((out / "counted.json").read_text(encoding="utf-8"))}
+    for side, costs in passes.items():
+        result[side] = {kind: round(median(cost[kind] for cost in costs), 1) for kind in ("wall", "cpu")}
+        result[side] |= {what: counted[side][what] for what in COUNTED} | {"passes": costs}
+    for kind in ("wall", "cpu"):
+        pairs = zip(passes["clip-benchmark"], passes["ours"], strict=True)
+        result[f"clip-benchmark / ours, {kind}"] = round(median(a[kind] / b[kind] for a, b in pairs), 2)
+    for what in COUNTED:
         result[f"clip-benchmark / ours, {what}"] = round(result["clip-benchmark"][what] / result["ours"][what], 2)
+    result["largest difference of a metric"] = largest_difference(theirs["tasks"], out / "eval_results.jsonl")
     packages = ("torch", "torchvision", "open_clip_torch", "pillow", "numpy")
     own = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return result | {"versions": {"ours": own, "clip-benchmark": theirs["versions"]}}
+
+
+def largest_difference(theirs: dict[str, dict[str, float | None]], results: Path) -> float:
+    """Of all metrics that both have a value of; every task is in both."""
+    records = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    mine = {record["key"]: record["metrics"] for record in records}
+    assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
+    pairs = [(value, mine[key][name]) for key, metrics in theirs.items() for name, value in metrics.items()]
+    return max(abs(a - b) for a, b in pairs if a is not None and b is not None)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -218,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other-python", required=True, help="interpreter of the environment with clip-benchmark")
     parser.add_argument("--part", type=int, default=50, help="one of so many images of each task")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each side; costs are medians")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="core that both are pinned to")
     parser.add_argument("--out", type=Path, help="file for the result, JSON")
     options = parser.parse_args()
