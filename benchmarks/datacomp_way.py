@@ -7,7 +7,8 @@ Runs in an environment of its own (see parity_clip_benchmark.py) and imports not
 MODEL is a folder that open_clip opens, or `colours`, the towers of tests/evaluation/colours.py. Classification and
 retrieval are clip-benchmark's own functions; grouped metrics are wilds' own classes, given the columns that DataComp
 groups by. The lines in between follow DataComp's protocol: a new model a task, its prompts encoded anew, metadata read
-in a second pass, WinoGAViL one instance at a time.
+in a second pass, WinoGAViL one instance at a time. All of it in fp32: texts under autocast, as DataComp leaves them on a
+GPU, end on a CPU in an error (clip-benchmark multiplies float32 with bfloat16).
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def classify(folder: Path, model: Model, options: argparse.Namespace) -> tuple[d
     dataset = wds(folder, model)
     loader = DataLoader(dataset.batched(options.batch), batch_size=None, num_workers=options.workers)
     weights = zeroshot_classification.zero_shot_classifier(
-        model, model.tokenizer, dataset.classes, dataset.templates, "cpu", amp=options.amp
+        model, model.tokenizer, dataset.classes, dataset.templates, "cpu", amp=False
     )
     logits, labels = zeroshot_classification.run_classification(model, weights, loader, "cpu", amp=False)
     ks = (1, 5) if len(dataset.classes) >= 5 else (1,)
@@ -210,7 +211,7 @@ def faces(key: str, folder: Path, model: Model, options: argparse.Namespace) -> 
     predicted = {}
     for name in OBJECTIVES:
         texts = words[name, "classes"], words[name, "templates"]
-        weights = zeroshot_classification.zero_shot_classifier(model, model.tokenizer, *texts, "cpu", amp=options.amp)
+        weights = zeroshot_classification.zero_shot_classifier(model, model.tokenizer, *texts, "cpu", amp=False)
         predicted[name] = (100 * features @ weights).argmax(1)
     wilds, column, metrics = Wilds(key, rows), dict(zip(WILDS_FIELDS[key], rows.T, strict=True)), {}
     not_white = (predicted["race"] != 1).int()
@@ -236,9 +237,7 @@ def retrieval(key: str, root: Path, model: Model, options: argparse.Namespace) -
         lines = list(csv.DictReader((raw / table).open(encoding="utf-8")))
         pairs = [(model.transform(Image.open(raw / images / x["filename"])), json.loads(x["raw"])) for x in lines]
     loader = DataLoader(pairs, batch_size=options.batch, collate_fn=image_captions_collate_fn)
-    metrics = zeroshot_retrieval.evaluate(
-        model, loader, model.tokenizer, "cpu", amp=options.amp, recall_k_list=[1, 5, 10]
-    )
+    metrics = zeroshot_retrieval.evaluate(model, loader, model.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     metrics["mean_recall@1"] = (metrics["image_retrieval_recall@1"] + metrics["text_retrieval_recall@1"]) / 2
     return metrics
 
@@ -251,10 +250,10 @@ def winogavil(root: Path, model: Model, options: argparse.Namespace) -> dict:
         cue = line["cue"].lower()
         prompt = f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
         paths = [folder / "winogavil_images" / f"{name}.jpg" for name in candidates]
-        with torch.no_grad(), torch.autocast("cpu", enabled=options.amp):
+        with torch.no_grad():
             images = model.encode_image(torch.stack([model.transform(Image.open(p)) for p in paths]), normalize=True)
             text = model.encode_text(model.tokenizer([prompt]), normalize=True)
-            similar = (text @ images.T)[0].float().numpy()
+            similar = (text @ images.T)[0].numpy()
         true = np.isin(candidates, associations)
         chosen = np.isin(np.arange(len(candidates)), np.argsort(similar)[-true.sum() :])
         scores.append(jaccard_score(true, chosen))
@@ -286,7 +285,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--amp", action="store_true", help="texts in 16-bit autocast, as DataComp leaves them")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -93,5 +93,5 @@ def encode_shortened(module: open_clip.CLIP, tokens: Tensor) -> Tensor:
         "positional_embedding": module.positional_embedding[:length],
         "attn_mask": module.attn_mask[:length, :length],
     }
-    features = functional_call(module, short, kwargs={"text": tokens[:, :length]})
+    features = functional_call(module, short, kwargs={"text": tokens[:, :length]}, tie_weights=False)
     return features["text_features"] if isinstance(features, dict) else features[1]
