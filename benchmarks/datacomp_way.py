@@ -7,8 +7,8 @@ Runs in an environment of its own (see parity_clip_benchmark.py) and imports not
 MODEL is a folder that open_clip opens, or `colours`, the towers of tests/evaluation/colours.py. Classification and
 retrieval are clip-benchmark's own functions; grouped metrics are wilds' own classes, given the columns that DataComp
 groups by. The lines in between follow DataComp's protocol: a new model a task, its prompts encoded anew, metadata read
-in a second pass, WinoGAViL one instance at a time. All of it in fp32: texts under autocast, as DataComp leaves them on a
-GPU, end on a CPU in an error (clip-benchmark multiplies float32 with bfloat16).
+in a second pass, WinoGAViL one instance at a time. All of it is in fp32: texts under autocast, as DataComp leaves them
+on a GPU, end in an error on a CPU (clip-benchmark multiplies float32 with bfloat16).
 """
 
 from __future__ import annotations
