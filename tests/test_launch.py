@@ -69,7 +69,16 @@ def test_torchrun_comes_before_slurm() -> None:
     with pytest.raises(UserError, match="start with torchrun"):
         launched({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(UserError, match="start with srun"):
-        launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+        launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"})
+    with pytest.raises(UserError, match="WORLD_SIZE=two, which is no number"):
+        launched(torchrun | {"WORLD_SIZE": "two"})
+
+
+def test_a_command_of_the_batch_script_is_alone() -> None:
+    """SLURM numbers the script's own process too, as the first of all tasks of the job; but it is in no step."""
+    script = variables(0, 8, job=1)
+    del script["SLURM_STEP_ID"]
+    assert launched(script) is None
 
 
 def test_every_process_has_a_gpu_of_its_own() -> None:

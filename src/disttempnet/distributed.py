@@ -104,15 +104,20 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
 
 def _watch(launch: Launch) -> Watch:
     """Connect this rank with rank 0, to hear of ranks that die."""
-    main = Watch(0, launch.world_size) if launch.rank == 0 else None
+    watch = Watch(0, launch.world_size) if launch.rank == 0 else None
     try:
-        port = gather_objects(main.port if main else 0)[0]
+        port, token = gather_objects((watch.port, watch.token) if watch else None)[0]
+        trouble = ""
+        try:
+            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token)
+        except OSError as error:
+            trouble = f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}"
+        trouble = next(filter(None, gather_objects(trouble)), "")
     except RuntimeError as error:
         raise UserError(f"rank {launch.rank} lost the other ranks at once: {_first_line(error)}") from None
-    try:
-        return main or Watch(launch.rank, launch.world_size, launch.address, port)
-    except OSError as error:
-        raise UserError(f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}") from None
+    if trouble or watch is None:  # all ranks say so, and none waits for the one that is not watched
+        raise UserError(trouble)
+    return watch
 
 
 def _lost_others(error: BaseException, watch: Watch) -> str:

@@ -28,6 +28,7 @@ from disttempnet.losses.pairwise import EXCLUDED, LOG2E, Anchors, Pairs
 ROWS, COLUMNS, DEPTH = 64, 64, 64  # of a block of similarities; DEPTH: share of D that a product takes at a time
 WIDTH = 512  # of D whose sums one program keeps in registers; wider features are shared out
 MOST_SPLITS = 16
+FIRST_WITH_BF16 = (8, 0)  # compute capability
 PROGRAMS_A_PROCESSOR = 2
 
 
@@ -117,8 +118,14 @@ def unusable(features: Tensor) -> str:
     """Why the kernels cannot compute with these features; empty where they can."""
     if features.dtype == torch.float64:
         return "the kernels compute in float32, the features are float64"
-    if not features.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the features are on {features.device.type}, and the kernels need an NVIDIA GPU"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not features.is_cuda or torch.version.hip:
+        kind = "an AMD GPU" if features.is_cuda else features.device.type
+        return f"the features are on {kind}, and the kernels need an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(features.device)
+    if capability < FIRST_WITH_BF16:
+        return "the kernels multiply bf16, which a GPU of compute capability {}.{} cannot".format(*capability)
     return ""
 
 
