@@ -52,6 +52,8 @@ def test_srun_tells_where_a_task_stands() -> None:
     assert 10_000 <= high.port < 30_000
     given = environment | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "999"}
     assert launched(given) == Launch("srun", 5, 8, 1, "10.0.0.1", 999)
+    assert Launch("srun", 5, 8, 1, "10.0.0.1", 999).place == "10.0.0.1:999"
+    assert Launch("srun", 5, 8, 1, "fd00::7", 999).place == "[fd00::7]:999"
 
 
 def test_a_step_may_be_smaller_than_its_job() -> None:

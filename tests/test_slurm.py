@@ -89,6 +89,13 @@ def test_an_array_is_a_run_a_seed(cluster: Path) -> None:
     assert evaluate[-4:] == ["evaluate", "runs/demo--seed-3", "--tasks", "emoji-concepts"]
 
 
+def test_evaluate_asks_for_a_run(cluster: Path) -> None:
+    script = batch(published("evaluate"))
+    printed, _ = script.communicate(timeout=60)
+    assert script.returncode
+    assert "which run? give its folder" in printed
+
+
 def test_launch_prints_or_submits_one_run(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loss = 'loss={name="siglip", bias=-5.0}'
     wanted = ["launch", DEBUG, loss, "name=mine", "--nodes", "1", "--gpus", "2", "--partition", "gpu", "--time", "2-0"]

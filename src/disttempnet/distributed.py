@@ -83,12 +83,11 @@ def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
 
 
 def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
-    place = f"{launch.address}:{launch.port}"
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             # torchrun keeps a store of its own, which env:// finds
-            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{place}",
+            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{launch.place}",
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -96,7 +95,7 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         )
     except RuntimeError as error:
         raise UserError(
-            f"rank {launch.rank} did not meet all {launch.world_size} processes at {place} within "
+            f"rank {launch.rank} did not meet all {launch.world_size} processes at {launch.place} within "
             f"{timeout_minutes:g} minutes: did all start (srun, torchrun), and is the port free and open? "
             f"({_first_line(error)})"
         ) from None

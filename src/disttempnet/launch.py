@@ -29,6 +29,11 @@ class Launch(NamedTuple):
     address: str
     port: int
 
+    @property
+    def place(self) -> str:
+        """HOST:PORT of rank 0, an IPv6 address in brackets."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     """What the launcher says, torchrun's variables before SLURM's; None for a process that was started alone.

@@ -133,10 +133,11 @@ def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: Pairs) -
     """Largest s, Σ exp2(e), Σ exp2(e) e of every row, e = (s − largest) · slope; rows [b, D], slope [b] → each [b]."""
     grid, share, splits = _grid(rows, columns)
     sums = [slope.new_empty(splits, len(rows)) for _ in range(3)]
-    _statistics_kernel[grid](
-        *_operands(rows, columns, pairs), slope.contiguous(), *sums, *_sizes(rows, columns), share,
-        EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):  # Triton starts kernels on the current GPU, whichever has the tensors
+        _statistics_kernel[grid](
+            *_operands(rows, columns, pairs), slope.contiguous(), *sums, *_sizes(rows, columns), share,
+            EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
+        )  # fmt: skip
     largest = sums[0].amax(0)
     step = (sums[0] - largest) * slope
     factor = step.exp2()
@@ -153,11 +154,12 @@ def pull(
     width = min(WIDTH, triton.next_power_of_2(D))
     out = result.new_empty(splits, *rows.shape)
     anchors = [(LOG2E * part).contiguous() for part in (*row_anchors, *column_anchors)]
-    _pull_kernel[(blocks, splits, triton.cdiv(D, width))](
-        *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.own,
-        EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, WIDTH=max(width, 16),
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):
+        _pull_kernel[(blocks, splits, triton.cdiv(D, width))](
+            *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.own,
+            EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
+            WIDTH=max(width, 16), num_warps=8, num_stages=2,
+        )  # fmt: skip
     result += out.sum(0)
 
 

@@ -1,4 +1,4 @@
-"""The watch itself: peers that fail or fall silent, and strangers at its port."""
+"""The watch at its port: ranks that fail or are killed, connections that cannot be made, and strangers."""
 
 from __future__ import annotations
 
