@@ -192,10 +192,11 @@ def show(results: dict[str, Any]) -> None:
         ("peak growth, MiB", "peak_mib"),
         ("peak of the process, MiB", "process_peak_mib"),
     ):
-        print(f"\n| {title} | " + " | ".join(sizes) + " |")
-        print("|---|" + "---|" * len(sizes))
+        shown = [b for b in sizes if any(key in sizes[b].get(case, {}) for case in CASES)]
+        print(f"\n| {title} | " + " | ".join(shown) + " |")
+        print("|---|" + "---|" * len(shown))
         for case in CASES:
-            cells = [sizes[b].get(case, {}).get(key) for b in sizes]
+            cells = [sizes[b].get(case, {}).get(key) for b in shown]
             if any(cell is not None for cell in cells):
                 print(f"| {case} | " + " | ".join("–" if cell is None else f"{cell:,.0f}" for cell in cells) + " |")
     print("\n| times | " + " | ".join(sizes) + " |")
@@ -225,7 +226,10 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {"width": D, "prototypes": PROTOTYPES, "threads": 1, "python": platform.python_version()}
     results |= {package: version(package) for package in ("torch", "open_clip_torch")}
-    known = json.loads(options.out.read_text())["batches"] if options.out and options.out.exists() else {}
+    before = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"batches": {}}
+    known = before.pop("batches")
+    if known and before != results:
+        raise SystemExit(f"{options.out} was measured with {before}, this is {results}: take another file")
     results["batches"] = known
     for batch in options.batches:
         rounds = min(options.rounds, max(1, options.rounds * 8192 // batch))

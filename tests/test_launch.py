@@ -52,6 +52,8 @@ def test_srun_tells_where_a_task_stands() -> None:
     assert 10_000 <= high.port < 30_000
     given = environment | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "999"}
     assert launched(given) == Launch("srun", 5, 8, 1, "10.0.0.1", 999)
+    assert Launch("srun", 5, 8, 1, "10.0.0.1", 999).place == "10.0.0.1:999"
+    assert Launch("srun", 5, 8, 1, "fd00::7", 999).place == "[fd00::7]:999"
 
 
 def test_a_step_may_be_smaller_than_its_job() -> None:
@@ -69,7 +71,16 @@ def test_torchrun_comes_before_slurm() -> None:
     with pytest.raises(UserError, match="start with torchrun"):
         launched({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(UserError, match="start with srun"):
-        launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+        launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"})
+    with pytest.raises(UserError, match="WORLD_SIZE=two, which is no number"):
+        launched(torchrun | {"WORLD_SIZE": "two"})
+
+
+def test_a_command_of_the_batch_script_is_alone() -> None:
+    """SLURM numbers the script's own process too, as the first of all tasks of the job; but it is in no step."""
+    script = variables(0, 8, job=1)
+    del script["SLURM_STEP_ID"]
+    assert launched(script) is None
 
 
 def test_every_process_has_a_gpu_of_its_own() -> None:

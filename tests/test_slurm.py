@@ -85,8 +85,15 @@ def test_an_array_is_a_run_a_seed(cluster: Path) -> None:
         printed, _ = script.communicate(timeout=60)
         assert script.returncode == 0, printed
     train, evaluate = (call["arguments"] for call in calls(cluster))
-    assert train[-2:] == ["name=demo--seed-3", "train.seed=3"]
+    assert train[-5:] == [DEBUG, "name=demo--seed-3", "train.seed=3", "--resume", "auto"]
     assert evaluate[-4:] == ["evaluate", "runs/demo--seed-3", "--tasks", "emoji-concepts"]
+
+
+def test_evaluate_asks_for_a_run(cluster: Path) -> None:
+    script = batch(published("evaluate"))
+    printed, _ = script.communicate(timeout=60)
+    assert script.returncode
+    assert "which run? give its folder" in printed
 
 
 def test_launch_prints_or_submits_one_run(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +125,7 @@ def test_launch_of_seeds_is_an_array(cluster: Path, capsys: pytest.CaptureFixtur
     script = batch(text, SLURM_ARRAY_TASK_ID="7", SLURM_JOB_NAME="mine", FAKE_CODE="0")
     script.communicate(timeout=60)
     assert calls(cluster)[0]["arguments"][6:] == [
-        DEBUG, "train.epochs=3", "--resume", "auto", "name=mine--seed-7", "train.seed=7",
+        DEBUG, "train.epochs=3", "name=mine--seed-7", "train.seed=7", "--resume", "auto",
     ]  # fmt: skip
 
 
@@ -127,6 +134,9 @@ def test_launch_of_seeds_is_an_array(cluster: Path, capsys: pytest.CaptureFixtur
     [
         (["optim.lrr=1"], "Did you mean 'optim.lr'"),
         (["--nodes", "3"], "3 nodes × 2 GPUs are 6 processes, which cannot share data.lanes = 8 evenly"),
+        (["train.accumulate=5"], "train.accumulate = 5 is more than the 4 rows of a process"),
+        (["loss.name=sogclrr"], "Did you mean 'sogclr'?"),
+        (["loss.rhoo=1"], "[loss]"),
         (["--nodes", "0"], "must be at least 1"),
         (["--time", "tomorrow"], "--time tomorrow: give minutes"),
         (["--partition", "a\nb"], "is no name that SLURM takes"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
 
-LAUNCH = """Writes a batch script for this run and gives it to sbatch. The config is checked first: a wrong key, or a
-number of processes that cannot share the batch, costs no time in the queue.
+if TYPE_CHECKING:
+    from disttempnet.config import LossConfig
+
+LAUNCH = """Writes a batch script for this run and gives it to sbatch. The config is checked first: a wrong key or
+objective, or a number of processes that cannot share the batch, costs no time in the queue.
 
 The job has a process a GPU. It continues from its last checkpoint wherever it starts again: two minutes before the time
 limit it saves and puts itself back into the queue. With --seeds it is an array, a run NAME--seed-SEED each.
@@ -60,5 +63,16 @@ def run_launch(options: argparse.Namespace) -> int:
         seeds=tuple(map(int, seeds)),
     )
     text = script(job, options.config, config, overrides)
+    _refuse_wrong_loss(config.loss)
     print(text if options.dry_run else submit(text), end="" if options.dry_run else "\n")
     return 0
+
+
+def _refuse_wrong_loss(loss: LossConfig) -> None:
+    """Raise UserError where `[loss]` names an unknown objective or argument, or a value out of range."""
+    from disttempnet.losses import build_loss  # imports torch: after all that is refused without it
+
+    try:
+        build_loss(loss.name, num_samples=1, embed_dim=8, **loss.arguments)
+    except ValueError as error:
+        raise UserError(f"[loss] {error}") from None

@@ -83,12 +83,11 @@ def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
 
 
 def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
-    place = f"{launch.address}:{launch.port}"
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             # torchrun keeps a store of its own, which env:// finds
-            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{place}",
+            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{launch.place}",
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -96,7 +95,7 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         )
     except RuntimeError as error:
         raise UserError(
-            f"rank {launch.rank} did not meet all {launch.world_size} processes at {place} within "
+            f"rank {launch.rank} did not meet all {launch.world_size} processes at {launch.place} within "
             f"{timeout_minutes:g} minutes: did all start (srun, torchrun), and is the port free and open? "
             f"({_first_line(error)})"
         ) from None
@@ -104,15 +103,20 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
 
 def _watch(launch: Launch) -> Watch:
     """Connect this rank with rank 0, to hear of ranks that die."""
-    main = Watch(0, launch.world_size) if launch.rank == 0 else None
+    watch = Watch(0, launch.world_size) if launch.rank == 0 else None
     try:
-        port = gather_objects(main.port if main else 0)[0]
+        port, token = gather_objects((watch.port, watch.token) if watch else None)[0]
+        trouble = ""
+        try:
+            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token)
+        except OSError as error:
+            trouble = f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}"
+        trouble = next(filter(None, gather_objects(trouble)), "")
     except RuntimeError as error:
         raise UserError(f"rank {launch.rank} lost the other ranks at once: {_first_line(error)}") from None
-    try:
-        return main or Watch(launch.rank, launch.world_size, launch.address, port)
-    except OSError as error:
-        raise UserError(f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}") from None
+    if trouble or watch is None:  # all ranks say so, and none waits for the one that is not watched
+        raise UserError(trouble)
+    return watch
 
 
 def _lost_others(error: BaseException, watch: Watch) -> str:

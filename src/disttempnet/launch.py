@@ -29,6 +29,11 @@ class Launch(NamedTuple):
     address: str
     port: int
 
+    @property
+    def place(self) -> str:
+        """HOST:PORT of rank 0, an IPv6 address in brackets."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     """What the launcher says, torchrun's variables before SLURM's; None for a process that was started alone.
@@ -40,19 +45,30 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     if "RANK" in env and "WORLD_SIZE" in env:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise UserError("RANK and WORLD_SIZE are set, but MASTER_ADDR or MASTER_PORT is not: start with torchrun")
-        rank, size, local = (int(env.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return Launch("torchrun", rank, size, local, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+        rank, size, local, port = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+        return Launch("torchrun", rank, size, local, env["MASTER_ADDR"], port)
+    # a command of the batch script itself is alone, however many tasks its job has: only srun numbers a step
+    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
+        return None
     # a step may have fewer tasks than the job
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or "1")
-    if "SLURM_PROCID" not in env or tasks == 1:
+    tasks = _number(env, "SLURM_STEP_NUM_TASKS") or _number(env, "SLURM_NTASKS") or 1
+    if tasks == 1:
         return None
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     address = env.get("MASTER_ADDR") or first_host(nodes)
     if not address:
         raise UserError("several SLURM tasks, but neither SLURM_JOB_NODELIST nor MASTER_ADDR is set: start with srun")
-    job, step = (int(env.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    port = int(env.get("MASTER_PORT") or PORTS[(job + 1009 * step) % len(PORTS)])
-    return Launch("srun", int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID") or 0), address, port)
+    rank, local, job, step = (_number(env, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "JOB_ID", "STEP_ID"))
+    port = _number(env, "MASTER_PORT") or PORTS[(job + 1009 * step) % len(PORTS)]
+    return Launch("srun", rank, tasks, local, address, port)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    """A variable's number; 0 where it is empty or not set."""
+    value = env.get(name) or "0"
+    if not value.isdecimal():
+        raise UserError(f"the environment says {name}={value}, which is no number")
+    return int(value)
 
 
 def first_host(nodes: str) -> str:

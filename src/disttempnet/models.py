@@ -8,6 +8,7 @@ Hugging Face text tower the folder also holds that tower's config and tokenizer,
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -243,11 +244,16 @@ def load_weights(towers: Towers, folder: Path) -> None:
 
 def encode_images(towers: Towers, pixels: Tensor, normalize: bool = True) -> Tensor:
     """uint8 pixels [b, 3, s, s] → features [b, D], unit if normalize; pixels are scaled on their device."""
-    mean = torch.tensor(towers.mean, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(towers.std, device=pixels.device).view(1, 3, 1, 1)
+    mean, std = (_channels(tuple(values), pixels.device) for values in (towers.mean, towers.std))
     scaled = pixels.float().div_(255).sub_(mean).div_(std)
     # channels last: convolutions run up to 1.7 times faster on CPU, and on tensor cores
     return towers.module.encode_image(scaled.contiguous(memory_format=torch.channels_last), normalize=normalize)
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, 3, 1, 1] on a device; kept, since the host waits for a GPU with every number that it sends there."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def encode_texts(towers: Towers, tokens: Tensor, normalize: bool = True) -> Tensor:

@@ -70,7 +70,7 @@ class Job:
 
 def published(command: Literal["train", "evaluate"]) -> str:
     """The text of slurm/COMMAND.sbatch, which takes the command's arguments as its own."""
-    return _render(Job(command), USAGE[command], "${PYTHON:-python}", '"$@"')
+    return _render(Job(command), USAGE[command], "${PYTHON:-python}", "")
 
 
 def script(job: Job, config_path: str, config: Config, overrides: Sequence[str]) -> str:
@@ -81,7 +81,7 @@ def script(job: Job, config_path: str, config: Config, overrides: Sequence[str])
         config_path, overrides: as `train` takes them; `config` is what they give.
 
     Raises:
-        UserError: as many processes cannot share the batch.
+        UserError: as many processes cannot share the batch, or cannot cut their part of it so small.
     """
     processes = job.nodes * job.gpus
     if config.data.lanes % processes:
@@ -90,11 +90,16 @@ def script(job: Job, config_path: str, config: Config, overrides: Sequence[str])
             f"{config.data.lanes} evenly; set data.lanes to a multiple of {processes} that divides global_batch "
             f"{config.data.global_batch}"
         )
+    rows = config.data.global_batch // processes
+    if config.train.accumulate > rows:
+        raise UserError(
+            f"launch: train.accumulate = {config.train.accumulate} is more than the {rows} rows of a process"
+        )
     given = [override.partition("=")[0].strip() for override in overrides]
     if job.seeds and "train.seed" in given:
         raise UserError("launch: --seeds and train.seed=… are given; one is enough")
     kept = [text for key, text in zip(given, overrides, strict=True) if not (job.seeds and key == "name")]
-    return _render(job, "", shlex.quote(sys.executable), shlex.join([config_path, *kept]))
+    return _render(job, "", shlex.quote(sys.executable), shlex.join([config_path, *kept]) + " ")
 
 
 def submit(text: str) -> str:

@@ -4,6 +4,8 @@ Rank 0 listens, every other rank holds a connection to it. A rank that fails say
 but its connection ends. Rank 0 passes on which rank ended first, and why. A collective would tell no more than that
 some peer is gone: gloo at once, NCCL after its timeout. A stopped process, or a node that vanishes within the
 keep-alive time, is left to that timeout.
+
+The port is open to the whole network: who does not begin with the run's token is not listened to.
 """
 
 from __future__ import annotations
@@ -12,32 +14,35 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import selectors
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 GRACE_SECONDS = 5.0  # the main thread has to end by itself after bad news; NCCL would hold it until its timeout
 CONNECT_SECONDS = 30.0
 LONGEST_REASON = 400
+LONGEST_LINE = 8192  # bytes
 KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a node without power: noticed in a minute
 BAD_NEWS = 2  # exit code
 
 
 class Watch:
-    """One rank's end of the watch. Rank 0 is made first; the others are given its port.
+    """One rank's end of the watch. Rank 0 is made first; the others are given its port and token.
 
     Args:
         rank, world_size: this rank among all.
-        address, port: of rank 0; not needed there.
+        address, port, token: of rank 0; not needed there.
 
     Raises:
         OSError: rank 0 cannot be reached.
     """
 
-    def __init__(self, rank: int, world_size: int, address: str = "", port: int = 0) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, world_size: int, address: str = "", port: int = 0, token: str = "") -> None:
+        self.rank, self.token = rank, token or secrets.token_hex(16)
         self._news = ""
         self._known, self._leaving = threading.Event(), threading.Event()
         self._wake, self._woken = socket.socketpair()
@@ -47,7 +52,7 @@ class Watch:
             connection = socket.create_connection((address, port), CONNECT_SECONDS)
             connection.settimeout(None)
             self._keep(connection, _Peer(0, address))
-            _send(connection, {"rank": rank, "host": platform.node()})
+            _send(connection, {"token": token, "rank": rank, "host": platform.node()})
         self.port = self._listener.getsockname()[1] if self._listener else port
         os.register_at_fork(after_in_child=self._forget)  # a loader worker's copy would outlive the rank
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -80,9 +85,7 @@ class Watch:
                     one = key.fileobj
                     assert isinstance(one, socket.socket)
                     if one is self._listener:
-                        connection, _ = one.accept()
-                        self._keep(connection, _Peer())
-                        selector.register(connection, selectors.EVENT_READ)
+                        self._accept(one, selector)
                     elif one in self._peers and not self._hear(one):
                         selector.unregister(one)
                         one.close()
@@ -90,18 +93,28 @@ class Watch:
         if self._news:
             self._spread()
 
+    def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # it is gone again, or this process may open no more files: whoever waits is asked later
+            time.sleep(0.1)
+            return
+        self._keep(connection, _Peer())
+        selector.register(connection, selectors.EVENT_READ)
+
     def _hear(self, connection: socket.socket) -> bool:
-        """Read what a peer says; False at its end."""
+        """Read what a peer says; False at its end, and where it is none of ours."""
         peer = self._peers[connection]
         try:
             received = connection.recv(4096)
         except OSError:
             received = b""
         *lines, peer.unread = (peer.unread + received).split(b"\n")
+        if len(peer.unread) > LONGEST_LINE:
+            return False
         for line in lines:
-            try:
-                message = json.loads(line)
-            except ValueError:  # a stranger at the port
+            message = _parsed(line)
+            if peer.rank < 0 and message.get("token") != self.token:
                 return False
             peer.rank, peer.host = message.get("rank", peer.rank), message.get("host", peer.host)
             peer.done = peer.done or "done" in message
@@ -117,6 +130,10 @@ class Watch:
                 _send(connection, {"failed": self._news})
         self._known.set()
         if not self._leaving.wait(GRACE_SECONDS):
+            with contextlib.suppress(
+                Exception
+            ):  # what was printed and not written yet; nothing may keep us from ending
+                sys.stdout.flush()
             print(f"disttempnet: {self._news}", file=sys.stderr, flush=True)
             os._exit(BAD_NEWS)
 
@@ -144,8 +161,18 @@ class _Peer:
 
 def _listen(world_size: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=world_size, dualstack_ipv6=True)
+        with contextlib.suppress(OSError):  # the kernel knows IPv6, but no interface has an address of it
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=world_size, dualstack_ipv6=True)
     return socket.create_server(("", 0), backlog=world_size)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A line's message; empty where it is none."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from disttempnet.losses.sample_state import SampleState, redeal
 from losses.scenario import (
     EVERY,
     B,
+    D,
     GlobalBatch,
     N,
     StepResult,
@@ -211,6 +213,29 @@ def test_what_is_kept_is_what_the_objective_needs() -> None:
 
 
 # ---- graph, memory, metrics ----
+
+
+@every_objective
+def test_a_step_neither_asks_the_device_nor_sends_it_numbers(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either makes the host wait for a GPU. On the meta device, which holds no numbers that could be asked for."""
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a number is sent to the device")
+
+    loss = make({key: value for key, value in recipe.items() if key != "dropout"}).float()
+    for temperature in (module for module in loss.modules() if hasattr(module, "dropout")):
+        temperature.dropout = 0.0  # its generator has no meta device
+    loss.to("meta")
+    x, y = (torch.empty(B, D, device="meta", requires_grad=True) for _ in range(2))
+    ids = torch.empty(B, dtype=torch.int64, device="meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    for module, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
+        monkeypatch.setattr(module, name, refuse)
+    with pytest.raises(RuntimeError):
+        x.sum().item()  # so would any question
+    for _ in range(2):
+        loss(Features.of(x, y), ids).total.backward()
+    assert x.grad is not None
 
 
 class LargestTensor(TorchDispatchMode):

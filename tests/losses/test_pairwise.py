@@ -130,6 +130,32 @@ def test_a_gradient_can_be_asked_for_twice() -> None:
         torch.autograd.grad(total, (x, y))
 
 
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+    device = torch.device("cuda:0")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("reason", ["", "an old GPU"])
+def test_the_kernel_is_chosen_on_a_gpu_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, autocast: bool, reason: str
+) -> None:
+    monkeypatch.delenv(pairwise.KERNEL_SETTING, raising=False)
+    monkeypatch.setattr(pairwise, "_unusable", lambda _: reason)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast and kind == "cuda")
+    embeddings = torch.zeros(2, 4, dtype=dtype).as_subclass(OnAGpu)
+    assert pairwise.use_kernel(embeddings) == (not reason and (autocast or dtype == torch.bfloat16))
+    monkeypatch.setenv(pairwise.KERNEL_SETTING, "torch")
+    assert not pairwise.use_kernel(embeddings)
+    monkeypatch.setenv(pairwise.KERNEL_SETTING, "triton")
+    if reason:
+        with pytest.raises(UserError, match="DISTTEMPNET_KERNEL=triton: an old GPU"):
+            pairwise.use_kernel(embeddings)
+    else:
+        assert pairwise.use_kernel(embeddings)
+
+
 def test_the_setting_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.zeros(2, 4)
     for setting in ("auto", "torch"):

@@ -130,6 +130,24 @@ def test_where_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch, kernels: 
         pairwise.use_kernel(torch.zeros(2, 4))
 
 
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+    device = torch.device("cuda:0")  # type: ignore[assignment]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter needs no GPU")
+def test_gpus_that_cannot_run_the_kernels_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from disttempnet.losses.pairwise_triton import unusable
+
+    features = torch.zeros(2, 4).as_subclass(OnAGpu)
+    for capability, message in (((7, 5), "compute capability 7.5 cannot"), ((8, 0), ""), ((12, 0), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert unusable(features).endswith(message)
+        assert bool(unusable(features)) == bool(message)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "an AMD GPU" in unusable(features)
+
+
 COMPILE = """
 import sys
 import triton
@@ -143,7 +161,7 @@ kernels = {
     p._statistics_kernel: (blocks, {}),
     p._pull_kernel: ({**blocks, "WIDTH": p.WIDTH}, {"num_warps": 8, "num_stages": 2}),
 }
-for capability, limit in ((80, 163 * 1024), (90, 227 * 1024)):
+for capability, limit in ((80, 163 * 1024), (89, 99 * 1024), (90, 227 * 1024)):
     for kernel, (constants, options) in kernels.items():
         kinds = {name: pointers.get(name, "*fp32") for name in kernel.arg_names}
         sizes = [name for name in kernel.arg_names if name in ("b", "B", "D", "share", "own")]
@@ -159,9 +177,9 @@ for capability, limit in ((80, 163 * 1024), (90, 227 * 1024)):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 def test_the_kernels_compile_for_a_gpu_and_fit_into_its_shared_memory(tmp_path: Path) -> None:
-    """For compute capability 8.0 (A100) and 9.0 (H100), without one."""
+    """For compute capability 8.0 (A100), 8.9 (RTX 4090, L40) and 9.0 (H100), without one."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 4
+    assert len(result.stdout.splitlines()) == 6

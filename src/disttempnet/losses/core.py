@@ -26,9 +26,9 @@ class Features(NamedTuple):
 
     @classmethod
     def of(cls, image_embedding: Tensor, text_embedding: Tensor) -> Features:
-        """Features of what the towers give, of any norm."""
-        unit = F.normalize(image_embedding, dim=-1), F.normalize(text_embedding, dim=-1)
-        return cls(*unit, image_embedding, text_embedding)
+        """Features of what the towers give, of any norm; half precision is normalised in float32."""
+        image, text = (side.to(compute_dtype(side)) for side in (image_embedding, text_embedding))
+        return cls(F.normalize(image, dim=-1), F.normalize(text, dim=-1), image_embedding, text_embedding)
 
     @classmethod
     def unit(cls, image: Tensor, text: Tensor) -> Features:

@@ -112,7 +112,7 @@ class GlobalContrastiveLoss(Objective):
             metrics: loss, gamma, and mean, min, max, std of tau, mean of log_u and of the τ gradient, both sides.
         """
         check_features(features, ids)
-        kernel = use_kernel(features.image)
+        kernel = use_kernel(features.image_embedding)
         with exact_arithmetic(ids.device):
             return self._step(features.image, features.text, ids, kernel)
 
@@ -200,7 +200,7 @@ class GlobalContrastiveLoss(Objective):
     def _metrics(self, value: Tensor, tau: Tensor, log_u: Tensor, h: Tensor | None) -> dict[str, Tensor]:
         metrics = {"loss": value, **tau_metrics(tau)}
         if self.gamma is not None:
-            metrics["gamma"] = value.new_tensor(self.gamma(self.epoch))
+            metrics["gamma"] = value.new_full((), self.gamma(self.epoch))  # filled there: no transfer to a GPU
         for side, name in enumerate(("image", "text")):
             if self.gamma is not None:
                 visited = log_u[side].masked_fill(log_u[side] == NEVER, math.nan)

@@ -59,7 +59,7 @@ class OnlineClrLoss(Objective):
     def forward(self, features: Features, ids: Tensor) -> LossOutput:
         """This rank's rows [b, D]. Metrics: loss, log_u of both states, and mean, min, max, std of τn."""
         check_features(features, ids)
-        kernel = use_kernel(features.image)
+        kernel = use_kernel(features.image_embedding)
         with exact_arithmetic(ids.device):
             return self._step(features.image, features.text, ids, kernel)
 
@@ -89,7 +89,7 @@ class OnlineClrLoss(Objective):
 
         # each direction has half of the negatives' weight: rows as anchors, and columns as anchors
         weight = Anchors.of(
-            *(v.expand(batch) for v in (log_u.new_tensor(tau), log_u.new_zeros(()), log_u[0], 2 * total_count))
+            *(v.expand(batch) for v in (log_u.new_full((), tau), log_u.new_zeros(()), log_u[0], 2 * total_count))
         )
         attraction = (-(x * y).sum(1) / tau_positive - log_u[1]).exp() / batch
         ranks = batch // len(x)  # the mean over ranks is taken of what must be the sum

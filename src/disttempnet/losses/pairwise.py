@@ -13,6 +13,7 @@ A second implementation for NVIDIA GPUs is in pairwise_triton.py; `use_kernel` s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -99,11 +100,11 @@ class Pairs(NamedTuple):
         return len(self.image) == len(self.all_image)
 
 
-def use_kernel(features: Tensor) -> bool:
+def use_kernel(embeddings: Tensor) -> bool:
     """Whether the GPU kernels of pairwise_triton.py compute this step: DISTTEMPNET_KERNEL says auto, torch or triton.
 
-    auto: on a GPU with Triton, where the run is in half precision anyway (autocast, or half features): the kernels
-    round features to bf16. Call it before autocast is switched off.
+    auto: on a GPU that can run them, where the run is in half precision anyway (autocast, or half embeddings): the
+    kernels round features to bf16. Call it before autocast is switched off.
 
     Raises:
         UserError: an unknown setting, or triton where it cannot run.
@@ -111,18 +112,27 @@ def use_kernel(features: Tensor) -> bool:
     setting = os.environ.get(KERNEL_SETTING, "auto")
     if setting not in ("auto", "torch", "triton"):
         raise UserError(f"{KERNEL_SETTING} must be auto, torch or triton, got '{setting}'")
-    if setting == "torch" or (setting == "auto" and not features.is_cuda):
+    if setting == "torch" or (setting == "auto" and not embeddings.is_cuda):
         return False
-    if importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
-    else:
-        from disttempnet.losses import pairwise_triton
-
-        reason = pairwise_triton.unusable(features)
+    reason = _unusable(embeddings)
     if setting == "triton" and reason:
         raise UserError(f"{KERNEL_SETTING}=triton: {reason}")
-    half = features.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(features.device.type)
+    half = embeddings.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(embeddings.device.type)
     return not reason and (half or setting == "triton")
+
+
+def _unusable(embeddings: Tensor) -> str:
+    """Why the kernels cannot run here; empty where they can."""
+    if not _triton_installed():
+        return "triton is not installed"
+    from disttempnet.losses import pairwise_triton
+
+    return pairwise_triton.unusable(embeddings)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def rounded(features: Tensor, kernel: bool) -> Tensor:

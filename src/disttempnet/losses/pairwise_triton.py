@@ -28,6 +28,7 @@ from disttempnet.losses.pairwise import EXCLUDED, LOG2E, Anchors, Pairs
 ROWS, COLUMNS, DEPTH = 64, 64, 64  # of a block of similarities; DEPTH: share of D that a product takes at a time
 WIDTH = 512  # of D whose sums one program keeps in registers; wider features are shared out
 MOST_SPLITS = 16
+FIRST_WITH_BF16 = (8, 0)  # compute capability
 PROGRAMS_A_PROCESSOR = 2
 
 
@@ -117,8 +118,14 @@ def unusable(features: Tensor) -> str:
     """Why the kernels cannot compute with these features; empty where they can."""
     if features.dtype == torch.float64:
         return "the kernels compute in float32, the features are float64"
-    if not features.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the features are on {features.device.type}, and the kernels need an NVIDIA GPU"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not features.is_cuda or torch.version.hip:
+        kind = "an AMD GPU" if features.is_cuda else features.device.type
+        return f"the features are on {kind}, and the kernels need an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(features.device)
+    if capability < FIRST_WITH_BF16:
+        return "the kernels multiply bf16, which a GPU of compute capability {}.{} cannot".format(*capability)
     return ""
 
 
@@ -126,10 +133,11 @@ def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: Pairs) -
     """Largest s, Σ exp2(e), Σ exp2(e) e of every row, e = (s − largest) · slope; rows [b, D], slope [b] → each [b]."""
     grid, share, splits = _grid(rows, columns)
     sums = [slope.new_empty(splits, len(rows)) for _ in range(3)]
-    _statistics_kernel[grid](
-        *_operands(rows, columns, pairs), slope.contiguous(), *sums, *_sizes(rows, columns), share,
-        EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):  # Triton starts kernels on the current GPU, whichever has the tensors
+        _statistics_kernel[grid](
+            *_operands(rows, columns, pairs), slope.contiguous(), *sums, *_sizes(rows, columns), share,
+            EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
+        )  # fmt: skip
     largest = sums[0].amax(0)
     step = (sums[0] - largest) * slope
     factor = step.exp2()
@@ -146,11 +154,12 @@ def pull(
     width = min(WIDTH, triton.next_power_of_2(D))
     out = result.new_empty(splits, *rows.shape)
     anchors = [(LOG2E * part).contiguous() for part in (*row_anchors, *column_anchors)]
-    _pull_kernel[(blocks, splits, triton.cdiv(D, width))](
-        *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.own,
-        EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, WIDTH=max(width, 16),
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):
+        _pull_kernel[(blocks, splits, triton.cdiv(D, width))](
+            *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.own,
+            EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
+            WIDTH=max(width, 16), num_warps=8, num_stages=2,
+        )  # fmt: skip
     result += out.sum(0)
 
 

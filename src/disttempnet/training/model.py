@@ -36,9 +36,8 @@ class Contrast(nn.Module):
         self.loss, self.autocast = loss, autocast
 
     def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> LossOutput:
-        with autocast_to(self.autocast, image):
-            features = Features.of(image, text)
-        output: LossOutput = self.loss(features, ids)
+        with autocast_to(self.autocast, image):  # the objective switches it off, and sees by it what a run allows
+            output: LossOutput = self.loss(Features.of(image, text), ids)
         return output
 
 

@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+from disttempnet import distributed
 from disttempnet.errors import Preempted
 
 TERMINATED = 143  # 128 + SIGTERM, what a shell says of such an end
@@ -15,6 +16,8 @@ LONGEST_WAIT = 10.0  # seconds of training until a signal to one rank is known t
 
 class StopSignal:
     """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT interrupts at once.
+
+    One of several ranks that ends by an exception keeps these handlers: its process ends soon.
 
     Attributes:
         code: exit code that is asked for; 0 = go on.
@@ -29,7 +32,9 @@ class StopSignal:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and kind is not Preempted and distributed.world_size() > 1:
+            return  # torchrun sends SIGTERM to all when one rank is gone: this one has yet to say which
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -26,6 +26,7 @@ from disttempnet.evaluation.scores import Scores
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
 from disttempnet.training import checkpoint, optim, runlog
+from disttempnet.training.finite import FiniteCheck
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
     Contrast,
@@ -102,7 +103,7 @@ class Trainer:
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
         self._unnamed: list[Skip] = []
-        self._unchecked: tuple[int, LossOutput, Tensor, Tensor] | None = None
+        self._finite, self._norm = FiniteCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
 
@@ -182,39 +183,21 @@ class Trainer:
         output = self.gradients(batch.images, batch.tokens, batch.ids)
         trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
         limit = self.config.optim.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
-        self._check_finite()
+        self._norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
+        self._finite.look()
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             if rate:  # a temperature that waits must not gather moments of the gradients it waits out
                 optimizer.step()
         self.step += 1
-        self._unchecked, self._metrics = (self.step, output, norm, batch.ids), output.metrics
-        self.lr = rates[0]
+        self._finite.note(self.step, output, self._norm, batch.ids)
+        self._metrics, self.lr = output.metrics, rates[0]
         return output
-
-    def _check_finite(self) -> None:
-        """Stop at a non-finite loss or gradient. Looks one step back, so that a GPU is never waited for."""
-        if self._unchecked is None:
-            return
-        step, output, norm, ids = self._unchecked
-        self._unchecked = None
-        if bool(torch.isfinite(output.total.detach()) & torch.isfinite(norm)):
-            return
-        terms = {name: float(value) for name, value in output.metrics.items()} | {"grad_norm": float(norm)}
-        report = {"step": step, "terms": {k: str(v) for k, v in terms.items()}, "ids": ids.tolist()}
-        path = self.folder / f"nonfinite-rank{distributed.rank()}.json"
-        checkpoint.write_atomically(path, json.dumps(report) + "\n")
-        raise UserError(
-            f"step {step} is not finite: loss {terms['loss']}, grad_norm {terms['grad_norm']}; all terms and the ids "
-            f"of its samples are in {path}. Lower optim.lr or set optim.grad_clip, then --resume auto"
-        )
 
     def _log(self, output: LossOutput, seconds: float, wait: float) -> None:
         """Log the last step; `seconds` a step took on average, and of these how many it waited for its batch."""
         names = list(output.metrics)
-        values = torch.stack([output.metrics[name].float() for name in names]).tolist()  # one transfer
+        *values, norm = torch.stack([*(output.metrics[name].float() for name in names), self._norm.float()]).tolist()
         metrics = dict(zip(names, values, strict=True))
-        norm = float(self._unchecked[2]) if self._unchecked else math.nan
         waits, durations = zip(*distributed.gather_objects((wait, seconds)), strict=True)
         self._ask_every = max(1, int(LONGEST_WAIT / max(durations)))
         self._name_skipped()
@@ -230,7 +213,7 @@ class Trainer:
             self.log.say(line)
 
     def _end_epoch(self, epochs_done: int, evaluated: bool) -> None:
-        self._check_finite()
+        self._finite.look()
         self._name_skipped()
         if self.skipped.total:
             self.log.say(self.skipped.summary())
@@ -270,7 +253,7 @@ class Trainer:
         np.savez(folder / f"step-{self.step:08d}.npz", **arrays)
 
     def _save(self) -> None:
-        self._check_finite()
+        self._finite.look()
         self._name_skipped()
         checkpoint.save_checkpoint(
             self.folder,

@@ -1,0 +1,42 @@
+"""A loader worker leaves the job's signals to the trainer, and ends when the trainer ends it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import subprocess
+import time
+from multiprocessing.synchronize import Event
+
+import pytest
+
+from disttempnet.data.dataset import _start_worker
+
+
+def work(ready: Event) -> None:
+    _start_worker(0)
+    ready.set()
+    time.sleep(300)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system cannot tell who sent a signal")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("start", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_only_the_trainer_ends_a_worker(start: str) -> None:
+    """However it is started: under forkserver its parent in the system is not the trainer."""
+    context = multiprocessing.get_context(start)
+    ready = context.Event()
+    worker = context.Process(target=work, args=(ready,), daemon=True)
+    worker.start()
+    try:
+        assert ready.wait(120)
+        for name in ("INT", "USR1", "TERM"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        worker.join(1.0)
+        assert worker.is_alive(), worker.exitcode
+        worker.terminate()
+        worker.join(30)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()
+        worker.join()

@@ -1,0 +1,65 @@
+"""Towers and objective under autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from disttempnet import Features, build_loss
+from disttempnet.losses import LossOutput, Objective
+from disttempnet.models import encode_images, load_model
+from disttempnet.training.model import Contrast
+from losses.scenario import pairs
+
+
+class Seen(Objective):
+    """Keeps what it is given, and whether autocast is on around it."""
+
+    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+        self.features, self.autocast = features, torch.is_autocast_enabled("cpu")
+        return LossOutput(features.image.sum(), {})
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, None])
+def test_the_objective_sees_whether_the_run_is_in_half_precision(precision: torch.dtype | None) -> None:
+    """The choice of the GPU kernels hangs on it. Rows are normalised in float32 all the same."""
+    seen = Seen()
+    image, text = (3 * side.bfloat16() for side in pairs(8, width=64))
+    Contrast(seen, precision)(image, text, torch.arange(8))
+    assert seen.autocast == (precision is not None)
+    for unit, embedding in ((seen.features.image, image), (seen.features.text, text)):
+        assert unit.dtype == torch.float32
+        torch.testing.assert_close(unit.norm(dim=1), torch.ones(8), rtol=0, atol=1e-6)
+        torch.testing.assert_close(unit, nn.functional.normalize(embedding.float(), dim=1))
+    assert seen.features.image_embedding is image
+
+
+@pytest.mark.parametrize("name", ["sogclr", "clip", "siglip", "cyclip", "vicreg", "onlineclr", "disttempnet-v1"])
+def test_autocast_around_the_objective_changes_nothing(name: str) -> None:
+    """Value and gradient are those of the same embeddings in float32, the gradient rounded to the embeddings' type."""
+    found = []
+    for precision in (torch.bfloat16, None):
+        arguments = {"rho": 1.0} if name == "disttempnet-v1" else {}
+        loss = build_loss(name, num_samples=8, embed_dim=64, seed=1, **arguments)
+        sides = [side.bfloat16().requires_grad_() for side in pairs(8, width=64)]
+        given = sides if precision else [side.float() for side in sides]
+        total = Contrast(loss, precision)(*given, torch.arange(8)).total
+        total.backward()
+        found.append((total.detach(), [side.grad.float() for side in sides]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-7)
+    for low, high in zip(found[0][1], found[1][1], strict=True):
+        assert high.norm() > 0
+        assert (low - high).norm() < 2**-7 * high.norm()
+
+
+def test_pixels_are_normalised_by_numbers_that_are_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = load_model("demo-vit-32", "")
+    pixels = torch.zeros(2, 3, towers.image_size, towers.image_size, dtype=torch.uint8)
+    first = encode_images(towers, pixels)
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a transfer in every step")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    torch.testing.assert_close(encode_images(towers, pixels), first)
