@@ -1,4 +1,4 @@
-"""The one file that talks to torch.distributed.
+"""The one file that talks to torch.distributed, but for towers that are shared out (sharding.py).
 
 Everything else sees plain functions that are the identity in one process, so world size is invisible
 to the losses, the data and the trainer. Launchers: torchrun and SLURM's srun (launch.py).

@@ -17,29 +17,32 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
 
+# all that a checkpoint's list of contents may call up when it is read, beside names of dtypes
+PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
+CONTENTS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 HOLLOW = "_hollow"  # attribute of a module that is shared out: its plain copy, without parameters
 CALLED = ("encode_image", "encode_text")  # what is called of open_clip's models, beside forward
 
 
-def shard(module: nn.Module, device: torch.device, half: torch.dtype | None = None) -> None:
+def shard(module: nn.Module, device: torch.device) -> None:
     """Share the parameters of both towers out over all ranks, in place, and move them to this rank's device.
 
     Every rank holds the same parameters before. They come to the device a block at a time: no GPU ever holds all of
     them. Scalars (open_clip's own logit scale and bias, which are not trained) stay whole.
 
+    Parameters are gathered in their own precision, and autocast rounds them as in any run. Gathering in bf16
+    (MixedPrecisionPolicy) would move half the bytes, but also round the gains of norms.
+
     Args:
         module: open_clip's model on the CPU, locked and prepared; its optimizers are built afterwards.
-        half: what the run's autocast computes in; blocks are then gathered in it. Autocast alone would do too, but
-            the graph would keep its half copy of every weight until the backward pass, all of them on every rank.
     """
     if distributed.world_size() == 1:
         module.to(device)
@@ -48,11 +51,8 @@ def shard(module: nn.Module, device: torch.device, half: torch.dtype | None = No
     module.__dict__[HOLLOW] = _hollow(module)
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     shared = partial(fully_shard, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
-    # autocast rounds what goes into a product as ever; gradients add up in float32
-    policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
-    for block in blocks(module):
-        shared(block, mp_policy=policy)
-    for part in _rest(module):
+    for part in (*blocks(module), *_rest(module)):
+        part.register_forward_hook(_own_memory)
         shared(part)
     for name in CALLED:
         register_fsdp_forward_method(module, name)
@@ -62,6 +62,12 @@ def shard(module: nn.Module, device: torch.device, half: torch.dtype | None = No
                 part.set_force_sum_reduction_for_comms(True)
     for scalar in scalars:
         scalar.data = scalar.data.to(device)
+
+
+def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Features that are a view of something else are copied: an operation in place on a view would lose the hook that
+    gathers the parameters for the backward pass."""
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -189,17 +195,14 @@ def _reader(folder: Path) -> Any:
 class _Contents(pickle.Unpickler):
     """Of classes and functions, those that describe tensors and files."""
 
-    PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
-    CONTENTS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name)
         fine = (
-            (module, name) in self.PLAIN
-            or (module in self.CONTENTS and isinstance(found, type) and found.__module__ == module)
+            (module, name) in PLAIN
+            or (module in CONTENTS and isinstance(found, type) and found.__module__ == module)
             or (module == "torch" and isinstance(found, torch.dtype))
         )
         if not fine:

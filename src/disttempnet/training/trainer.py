@@ -88,7 +88,7 @@ class Trainer:
             if exported is not None:
                 exported.requires_grad_(False)
         if config.train.shard:
-            sharding.shard(self.towers.module, device, self._autocast())
+            sharding.shard(self.towers.module, device)
         else:
             self.towers.module.to(device)
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
