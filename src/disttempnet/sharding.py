@@ -122,7 +122,7 @@ def whole_module(module: nn.Module, device: torch.device, everywhere: bool = Tru
 
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a tensor that is shared out, without a gradient, on every rank; another as it is."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def is_part(tensor: object) -> bool:
@@ -146,11 +146,13 @@ def save_parts(parts: dict[str, Tensor], folder: Path) -> None:
     Raises:
         UserError: a rank cannot write. Every rank raises.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        dcp.save(parts, storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
-    except dcp.api.CheckpointException as error:
+        save(parts, storage_writer=FileSystemWriter(folder, sync_files=True))
+    except CheckpointException as error:
         raise UserError(f"{folder}: cannot be written: {_first_failure(error)}") from None
 
 
@@ -160,13 +162,14 @@ def load_parts(parts: dict[str, Tensor], folder: Path) -> None:
     Raises:
         UserError: the folder is not whole, or is damaged. Every rank raises.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
-            dcp.load(parts, storage_reader=_reader(folder))
-    except (dcp.api.CheckpointException, OSError) as error:
+            load(parts, storage_reader=_reader(folder))
+    except (CheckpointException, OSError) as error:
         raise UserError(f"{folder}: cannot be read as a checkpoint: {_first_failure(error)}") from None
 
 
@@ -178,7 +181,7 @@ def _first_failure(error: BaseException) -> str:
 
 def _reader(folder: Path) -> Any:
     """A reader that unpickles nothing of the folder's list of contents but what such a list is made of."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
     class Reader(FileSystemReader):

@@ -285,7 +285,7 @@ def test_locked_towers_and_half_precision(overrides: tuple[str, ...], gloo: Pool
     if overrides == ("locked",):
         save_model(load_model("demo-vit-32"), tmp_path, 10.0)
         pretrained = f"model.pretrained={json.dumps(str(tmp_path))}"
-        overrides = ("model.lock_image=true", "model.unlocked_image_groups=1", "model.lock_text=true", pretrained)
+        overrides = ("model.lock_image=true", "model.unlocked_image_groups=2", "model.lock_text=true", pretrained)
     for way, own in (("ddp", []), ("shard", [SHARD])):
         gloo(2, go, str(tmp_path / way), *own, *overrides, "train.stop_after_steps=6")
     np.testing.assert_allclose(losses(tmp_path / "shard"), losses(tmp_path / "ddp"), rtol=TOLERANCE)

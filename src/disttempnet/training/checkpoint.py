@@ -281,7 +281,8 @@ def _split_moments(optimizers: list[torch.optim.Optimizer]) -> tuple[list[dict[s
 
     Parameters count as in the optimizer, whether shared out or not: a run may go on in the other way.
     """
-    states, moments = [], {}
+    states: list[dict[str, Any]] = []
+    moments: dict[str, torch.Tensor] = {}
     for number, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         for index, entries in state["state"].items():
