@@ -288,7 +288,9 @@ def test_locked_towers_and_half_precision(overrides: tuple[str, ...], gloo: Pool
         overrides = ("model.lock_image=true", "model.unlocked_image_groups=2", "model.lock_text=true", pretrained)
     for way, own in (("ddp", []), ("shard", [SHARD])):
         gloo(2, go, str(tmp_path / way), *own, *overrides, "train.stop_after_steps=6")
-    np.testing.assert_allclose(losses(tmp_path / "shard"), losses(tmp_path / "ddp"), rtol=TOLERANCE)
+    # chunks add up in another order: where weights are rounded to bf16, the last bit of a sum can become a whole step
+    rtol = 2e-3 if len(overrides) == 2 else TOLERANCE
+    np.testing.assert_allclose(losses(tmp_path / "shard"), losses(tmp_path / "ddp"), rtol=rtol)
     if HALF not in overrides:
         before, after = load_model("demo-vit-32", str(tmp_path)).module.state_dict(), weights(tmp_path / "shard")
         stayed = {name for name in before if torch.equal(before[name], after[name])}
