@@ -201,11 +201,24 @@ class TrainConfig(Section):
         description="embed a process's part of a batch in this many chunks: the gradient of the whole batch with the "
         "memory of a chunk, for a second forward pass of the towers",
     )
+    shard: bool = Field(
+        False,
+        description="share parameters, gradients and moments of the towers out over the processes (FSDP2), for towers "
+        "that outgrow a GPU: less memory, half as much communication again",
+    )
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = once an epoch")
     keep: int = Field(2, gt=0, description="how many of the latest checkpoints stay")
     stop_after_steps: int = Field(0, ge=0, description="end early at this step, schedules unchanged; 0 = full length")
     timeout_minutes: float = Field(10.0, gt=0, description="how long a rank waits for the others")
+
+    @model_validator(mode="after")
+    def _shares_out_what_is_trained(self) -> TrainConfig:
+        if self.shard and self.freeze:
+            raise ValueError(f'shard is for towers that are trained: leave it out beside freeze = "{self.freeze}"')
+        if self.shard and self.compile:
+            raise ValueError("shard and compile do not go together: leave one of them out")
+        return self
 
 
 class EvalConfig(Section):

@@ -1,4 +1,4 @@
-"""The one file that talks to torch.distributed.
+"""The one file that talks to torch.distributed, but for towers that are shared out (sharding.py).
 
 Everything else sees plain functions that are the identity in one process, so world size is invisible
 to the losses, the data and the trainer. Launchers: torchrun and SLURM's srun (launch.py).
@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from disttempnet.errors import Preempted, UserError
 from disttempnet.launch import Launch, gpu_of, launched
@@ -240,8 +241,10 @@ def barrier() -> None:
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP over all ranks; the module itself in one process, or where no parameter is trained (DDP refuses that)."""
-    if world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
+    """DDP over all ranks. The module itself in one process, where no parameter is trained (DDP refuses that), and
+    where its parameters are shared out: those exchange gradients by themselves."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if world_size() == 1 or not trained or any(isinstance(p, DTensor) for p in trained):
         return module
     return nn.parallel.DistributedDataParallel(
         module,
@@ -251,5 +254,7 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def without_exchange(module: nn.Module) -> AbstractContextManager:
-    """Inside, backward passes of a module from `data_parallel` keep their gradients to this rank, and add them up."""
+    """Inside, backward passes of a module from `data_parallel` keep their gradients to this rank, and add them up.
+
+    One whose parameters are shared out exchanges all the same: whole gradients would not fit."""
     return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()

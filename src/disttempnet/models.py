@@ -237,11 +237,6 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_weights(towers: Towers, folder: Path) -> None:
-    """Load the weights that `save_model` wrote into towers of the same architecture."""
-    load_checkpoint(towers.module, str(folder / WEIGHTS_NAME), strict=True)
-
-
 def encode_images(towers: Towers, pixels: Tensor, normalize: bool = True) -> Tensor:
     """uint8 pixels [b, 3, s, s] → features [b, D], unit if normalize; pixels are scaled on their device."""
     mean, std = (_channels(tuple(values), pixels.device) for values in (towers.mean, towers.std))

@@ -4,10 +4,11 @@
         open_clip_model.safetensors, open_clip_config.json     the towers; open_clip opens the folder
         trainer.pt                                             objective, optimizers, position, config, data digest
         shard-00000-of-00002.pt                                a rank's part of the per-sample state, and its RNG
+    moments/                                               the optimizers', where towers are shared out (train.shard)
     RUN/checkpoints/best.json                                  {"step": 42, "mean_recall": …}
 
 A folder gets its name when every file in it is on disk: a killed writer leaves only `.writing-…`, which the next
-start removes. Files are read with `weights_only=True`.
+start removes. Files are read with `weights_only=True`, the list of what is in moments/ no less strictly.
 """
 
 from __future__ import annotations
@@ -17,26 +18,27 @@ import os
 import pickle
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
-from disttempnet import distributed
+from disttempnet import distributed, sharding
 from disttempnet.config import Config, config_from_table
 from disttempnet.errors import UserError
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
-from disttempnet.models import Towers, load_model, load_weights, save_model
+from disttempnet.models import Towers, load_model, save_model
 from disttempnet.training.model import build_objective
 
 FORMAT = 1
+MOMENTS = "moments"
 # Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
 NOT_PART_OF_THE_RESULT = {
     "name", "out", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.timeout_minutes", "train.compile", "train.accumulate", "eval.batch", "eval.data_root",
+    "train.timeout_minutes", "train.compile", "train.accumulate", "train.shard", "eval.batch", "eval.data_root",
     "data.index",  # of runs before sources had indexes of their own
 }  # fmt: skip
 # What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).
@@ -99,14 +101,18 @@ def save_checkpoint(
     shard = {"state": own, "rng": torch.get_rng_state()}
     written = [writing / _shard_name(distributed.rank(), distributed.world_size())]
     torch.save(shard, written[0])
+    optimizer_states, moments = _split_moments(optimizers)
+    if moments:
+        sharding.save_parts(moments, writing / MOMENTS)
+    module = sharding.whole_module(towers.module, torch.device("cpu"), everywhere=False)
     if distributed.is_main():
-        save_model(towers, writing, logit_scale, logit_bias)
+        save_model(replace(towers, module=module), writing, logit_scale, logit_bias)
         trainer = {
             "format": FORMAT,
             "step": step,
             "world_size": distributed.world_size(),
             "objective": shared,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "optimizers": optimizer_states,
             "config": config.model_dump(),
             "index_digest": index_digest,
             "num_samples": _num_samples(loss),
@@ -115,7 +121,9 @@ def save_checkpoint(
             "skipped": dict(skipped),
         }
         torch.save(trainer, writing / "trainer.pt")
-        written += [path for path in writing.iterdir() if not path.name.startswith("shard-")]
+        written += [path for path in writing.iterdir() if path.is_file() and not path.name.startswith("shard-")]
+        if moments:
+            _sync_to_disk(writing / MOMENTS, [])
     _sync_to_disk(writing, written)  # what this rank wrote: another's files may still come and go
     distributed.barrier()
     if distributed.is_main():
@@ -139,19 +147,20 @@ def load_checkpoint(
     config: Config,
     index_digest: str,
 ) -> Progress:
-    """Restore everything in place, re-dealing per-sample state to this world size.
+    """Restore everything in place, re-dealing per-sample state and what is shared out of towers to this world size.
+
+    Args:
+        towers: opened from this checkpoint by `load_model`: they have its weights.
 
     Raises:
         UserError: another data set, another config, or a file that cannot be read.
     """
     trainer = _read(checkpoint / "trainer.pt")
     _same_run(checkpoint, trainer, config, index_digest)
-    load_weights(towers, checkpoint)
     with torch.no_grad():
         towers.module.logit_scale.copy_(trainer["logit_scale"])
     rng = _restore_objective(checkpoint, trainer, loss)
-    for optimizer, state in zip(optimizers, trainer["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
+    _restore_optimizers(checkpoint, trainer["optimizers"], optimizers)
     if rng is not None:
         torch.set_rng_state(rng)
     return Progress(trainer["step"], trainer["best"], trainer.get("skipped", {}))  # none in older ones
@@ -266,6 +275,43 @@ def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objectiv
             own[key] = redeal(column, old, trainer["num_samples"], rank, world_size)
     loss.load_state_dict({**trainer["objective"], **own})
     return None
+
+
+def _split_moments(optimizers: list[torch.optim.Optimizer]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """State dicts of the optimizers with None for what is shared out, and that by `OPTIMIZER.PARAMETER.NAME`.
+
+    Parameters count as in the optimizer, whether shared out or not: a run may go on in the other way.
+    """
+    states: list[dict[str, Any]] = []
+    moments: dict[str, torch.Tensor] = {}
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for index, entries in state["state"].items():
+            parts = {name: value for name, value in entries.items() if sharding.is_part(value)}
+            moments |= {f"{number}.{index}.{name}": value for name, value in parts.items()}
+            state["state"][index] = entries | dict.fromkeys(parts)
+        states.append(state)
+    return states, moments
+
+
+def _restore_optimizers(
+    checkpoint: Path, states: list[dict[str, Any]], optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Load what `_split_moments` gave into optimizers whose parameters are shared out as they are now."""
+    moments: dict[str, torch.Tensor] = {}
+    for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, entries in state["state"].items():
+            for name, value in entries.items():
+                if value is None:
+                    entries[name] = moments[f"{number}.{index}.{name}"] = torch.zeros_like(parameters[index])
+                else:
+                    entries[name] = sharding.as_parameter(value, parameters[index])
+    if moments:
+        sharding.load_parts(moments, checkpoint / MOMENTS)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        # groups are those of the config, which is the same; the learning rate is set at every step
+        optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_digest: str) -> None:

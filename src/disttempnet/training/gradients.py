@@ -30,7 +30,10 @@ class WholeBatch:
     """The gradient of this rank's rows in one pass; called with images, tokens and ids."""
 
     def __init__(self, model: ContrastiveModel, device: torch.device) -> None:
-        self.model = distributed.data_parallel(model, device)
+        # each exchanges its gradients in its own way: the towers' parameters may be shared out
+        self.model = ContrastiveModel(
+            distributed.data_parallel(model.encoder, device), distributed.data_parallel(model.contrast, device)
+        )
 
     def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
         output: LossOutput = self.model(images, tokens, ids)
@@ -78,7 +81,9 @@ class InChunks:
         image_gradient: Tensor | None,
         text_gradient: Tensor | None,
     ) -> None:
-        """Every chunk's embeddings once more, and their gradient to the towers; the last chunk sums over ranks."""
+        """Every chunk's embeddings once more, and their gradient to the towers; the last chunk sums over ranks.
+
+        Towers that are shared out sum in every chunk: until then a rank would hold the whole gradient."""
         assert image_gradient is not None
         assert text_gradient is not None
         gradients = zip(image_gradient.tensor_split(self.chunks), text_gradient.tensor_split(self.chunks), strict=True)

@@ -19,10 +19,11 @@ def build_optimizers(towers: nn.Module, loss: nn.Module, config: OptimConfig) ->
     """
     own = [p for temperature in own_rate(loss) for p in temperature.parameters()]
     owned = {id(p) for p in own}
-    rest = [p for p in [*towers.parameters(), *loss.parameters()] if p.requires_grad and id(p) not in owned]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if (p.ndim >= 2) == matrices and p.requires_grad and id(p) not in owned]}
+        | {"weight_decay": config.weight_decay if matrices else 0.0}
+        for matrices in (True, False)
+        for params in (towers.parameters(), loss.parameters())  # apart: the towers' may be shared out
     ]
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from disttempnet import distributed
+from disttempnet import distributed, sharding
 from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.errors import Preempted, UserError
@@ -79,13 +80,17 @@ class Trainer:
         if config.train.accumulate > rows:
             raise UserError(f"train.accumulate = {config.train.accumulate} is more than the {rows} rows of a process")
         self.frozen = config.train.freeze == "towers"
-        self.towers.module.to(device).train(not self.frozen).requires_grad_(not self.frozen)
+        self.towers.module.train(not self.frozen).requires_grad_(not self.frozen)
         if not self.frozen:
             prepare_towers(self.towers.module, config.model, config.train.accumulate)
         # The objective owns temperature and bias; open_clip's own are written at export (save_model).
         for exported in (self.towers.module.logit_scale, getattr(self.towers.module, "logit_bias", None)):
             if exported is not None:
                 exported.requires_grad_(False)
+        if config.train.shard:
+            sharding.shard(self.towers.module, device)
+        else:
+            self.towers.module.to(device)
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
         start = checkpoint.Progress()
@@ -183,7 +188,8 @@ class Trainer:
         output = self.gradients(batch.images, batch.tokens, batch.ids)
         trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
         limit = self.config.optim.grad_clip or math.inf
-        self._norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
+        norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
+        self._norm = sharding.whole(norm)
         self._finite.look()
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             if rate:  # a temperature that waits must not gather moments of the gradients it waits out
@@ -221,7 +227,9 @@ class Trainer:
         due = epochs_done % config.every_epochs == 0 or epochs_done == self.config.train.epochs
         if config.tasks and evaluated and due:
             root = Path(config.data_root) if config.data_root else None
-            results = evaluate(self.towers, config.tasks, device=self.device, batch=config.batch, data_root=root)
+            # ranks embed different numbers of batches: towers that are shared out would wait for each other
+            towers = replace(self.towers, module=sharding.whole_module(self.towers.module, self.device))
+            results = evaluate(towers, config.tasks, device=self.device, batch=config.batch, data_root=root)
             self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
             if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
                 self._save_temperatures(pairs[0])
