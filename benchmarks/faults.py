@@ -3,14 +3,15 @@
     python benchmarks/faults.py --count 60 --out benchmarks/results/faults.json
 
 A trial is a run of 30 steps with a checkpoint every three and a loader worker a process: alone, as two gloo processes
-that know each other by SLURM's variables, or as two under torchrun. Its seed draws the kind of fault, how often (once or
-twice), the rank and the moment. After every end the checkpoints that are there are compared with those of an undisturbed
-run, then it is started again with `--resume auto` until it is through.
+that know each other by SLURM's variables, or as two under torchrun. Its seed draws the kind of fault, how often (once
+or twice), the rank and the moment. After every end the checkpoints that are there are compared with those of an
+undisturbed run, then it is started again with `--resume auto` until it is through.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -21,14 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-
 from faulty_run import EVERY, LONGEST_S, STEPS, Run, children, digest, prepare
 
 KINDS = {
@@ -45,6 +47,7 @@ KINDS = {
 }
 INSIDE = ("raise", "commit", "write")  # what faulty_rank.py does
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "preempt": signal.SIGUSR1, "stop": signal.SIGSTOP}
+LAUNCHERS = {"alone": 3, "srun": 5, "torchrun": 1}  # of nine trials; torchrun imports everything at each start
 GRACEFUL = ("terminate", "preempt")  # nothing is repeated
 MOST_STARTS = 8
 
@@ -52,18 +55,18 @@ MOST_STARTS = 8
 class Trial:
     """What one seed draws, and what came of it."""
 
-    def __init__(self, seed: int, only: list[str]) -> None:
+    def __init__(self, seed: int, only: Sequence[str], launchers: Mapping[str, int]) -> None:
         self.draw = random.Random(seed)
         kinds = list(KINDS)
         self.seed, self.kind = seed, only[seed % len(only)] if only else kinds[seed % len(kinds)]
-        launchers = ["srun", "srun", "torchrun"] if self.kind == "stop" else ["alone", "srun", "srun", "torchrun"]
-        self.launcher = self.draw.choice(launchers)
+        can = [one for one in launchers if one != "alone" or self.kind != "stop"]  # alone, nobody would notice
+        (self.launcher,) = self.draw.choices(can, [launchers[one] for one in can])
         self.planned = self.draw.choice([1, 1, 2])
         self.faults: list[dict[str, Any]] = []
         self.wrong: list[str] = []  # what should not be
 
     def next_fault(self, ranks: int, begun: int) -> dict[str, Any]:
-        """Another moment, after step `begun`; step 0 is that many seconds after the start, so mostly ahead of the first."""
+        """Another moment, from step `begun` on; at step 0 the delay counts from the start: mostly ahead of step 1."""
         earliest = begun + (2 * EVERY if self.kind == "damage" else 0)  # two checkpoints: one to lose
         step = self.draw.randrange(min(earliest, STEPS - 2), STEPS - 1)
         return {
@@ -259,44 +262,59 @@ def undisturbed_runs(home: Path) -> dict[str, Any]:
             digests = {step: digest(folder) for step, folder in run.checkpoints().items()}
             if list(digests) != list(range(1, STEPS + 1)) or len({*digests.values()} - {""}) != STEPS:
                 raise RuntimeError("the undisturbed run has not a checkpoint of its own at every step")
-            files = list(run.checkpoints()[STEPS].iterdir())
-            shards = [[p.stat().st_size for p in files if p.name.startswith(f"shard-{r:05d}")] for r in range(run.ranks)]
-            shards[0] += [p.stat().st_size for p in files if p.suffix in (".safetensors", ".pt") and "shard" not in p.name]
-            found[str(run.ranks)] = {"digests": digests, "logged": run.logged(), "sizes": shards}
+            sizes: list[list[int]] = [[] for _ in range(run.ranks)]
+            for path in run.checkpoints()[STEPS].iterdir():
+                writer = int(path.name[len("shard-") :][:5]) if path.name.startswith("shard-") else 0
+                if path.suffix != ".json":
+                    sizes[writer].append(path.stat().st_size)
+            found[str(run.ranks)] = {"digests": digests, "logged": run.logged(), "sizes": sizes}
     return found
 
 
 def summary(trials: list[dict[str, Any]]) -> list[str]:
     """A row a kind, as docs/reliability.md shows them."""
     rows = [
-        "| fault | trials | faults | all ended within (s) | steps repeated, at most | corrupt checkpoints | bit-equal |",
+        "| fault | trials | faults | all ended within (s) | steps repeated at most | corrupt checkpoints | bit-equal |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for kind, words in KINDS.items():
         own = [trial for trial in trials if trial["kind"] == kind]
         faults = [fault for trial in own for fault in trial["faults"]]
         if faults:
-            equal = sum(not trial["wrong"] for trial in own)
-            rows.append(
-                f"| {words} | {len(own)} | {len(faults)} | {max(f['seconds'] for f in faults):.1f} "
-                f"| {max(f['repeated'] for f in faults)} | {sum(f['corrupt'] for f in faults)} | {equal} of {len(own)} |"
-            )
+            seconds, repeated = (max(fault[key] for fault in faults) for key in ("seconds", "repeated"))
+            corrupt, equal = sum(f["corrupt"] for f in faults), sum(not trial["wrong"] for trial in own)
+            numbers = (len(own), len(faults), f"{seconds:.1f}", repeated, corrupt, f"{equal} of {len(own)}")
+            rows.append(" | ".join([f"| {words}", *map(str, numbers)]) + " |")
     return rows
 
 
-def run_trials(home: Path, seed: int, count: int, only: list[str]) -> Iterator[dict[str, Any]]:
-    """Trials until `count` had their fault; one that ended before its moment came does not count."""
+def run_trials(
+    home: Path,
+    seed: int,
+    count: int,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    launchers: Mapping[str, int] = MappingProxyType(LAUNCHERS),
+) -> Iterator[dict[str, Any]]:
+    """Trials until `count` had their fault, `jobs` at a time; one that ended before its moment does not count."""
     prepare(home)
     undisturbed = undisturbed_runs(home)
-    counted = 0
-    for number in range(seed, seed + 3 * count):
-        trial = Trial(number, only)
+
+    def one(number: int) -> dict[str, Any]:
+        trial = Trial(number, only, launchers)
         play(trial, home, undisturbed)
-        counted += bool(trial.faults) or bool(trial.wrong)
-        if trial.faults or trial.wrong:
-            yield {name: getattr(trial, name) for name in ("seed", "kind", "launcher", "faults", "wrong")}
-        if counted == count:
-            return
+        return {name: getattr(trial, name) for name in ("seed", "kind", "launcher", "faults", "wrong")}
+
+    counted, following = 0, itertools.count(seed)
+    with ThreadPoolExecutor(jobs) as pool:
+        begun = {pool.submit(one, next(following)) for _ in range(min(jobs, count))}
+        while begun:
+            done, begun = wait(begun, return_when=FIRST_COMPLETED)
+            for trial in (future.result() for future in done):
+                if trial["faults"] or trial["wrong"]:
+                    counted += 1
+                    yield trial
+            begun |= {pool.submit(one, next(following)) for _ in range(min(jobs, count - counted) - len(begun))}
 
 
 def main() -> int:
@@ -304,12 +322,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=60, help="trials whose fault struck (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next has the next (default: 0)")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=[], metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default: 1)")
     parser.add_argument("--folder", help="where the runs lie (default: the folder for temporary files)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args()
     began, trials = time.monotonic(), []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="faults-") as home:
-        for trial in run_trials(Path(home), options.seed, options.count, options.only):
+        for trial in run_trials(Path(home), options.seed, options.count, options.only, options.jobs):
             trials.append(trial)
             minutes, wrong = (time.monotonic() - began) / 60, sum(bool(one["wrong"]) for one in trials)
             line = f"{len(trials)} of {options.count} trials, {wrong} wrong, {minutes:.1f} minutes: {trial['kind']}"

@@ -1,7 +1,7 @@
 """One rank of a training run, with a fault inside it that SIGUSR2 sets off.
 
-`python faulty_rank.py train …` is `python -m disttempnet train …`; `FAULT` in the environment is JSON: the rank that has
-the fault, its kind, and for some a number. Nothing of the package knows of this file.
+`python faulty_rank.py train …` is `python -m disttempnet train …`; `FAULT` in the environment is JSON: the rank that
+has the fault, its kind, and for some a number. Nothing of the package knows of this file.
 
     raise    an exception wherever the program is then
     commit   SIGKILL ahead of the N-th operation on a file from then on: make, open, fsync, rename, remove

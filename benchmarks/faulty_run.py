@@ -1,7 +1,7 @@
 """Starting a small run that something happens to, and looking at what it leaves behind.
 
-A run is `python -m disttempnet train` with checkpoints every few steps: one process, two that know each other by SLURM's
-variables, or two under torchrun. Its digest of a checkpoint covers every bit of towers, objective, optimizers,
+A run is `python -m disttempnet train` with checkpoints every few steps: one process, two that know each other by
+SLURM's variables, or two under torchrun. Its digest of a checkpoint covers every bit of towers, objective, optimizers,
 per-sample state and generators, so that two checkpoints of a step can be compared by a string.
 """
 
@@ -21,14 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faulty_rank
 import torch
 
-import faulty_rank
 from disttempnet.config import CONFIG_FOLDER
 
 STEPS, EVERY, SAMPLES, BATCH = 30, 3, 320, 32
 LONGEST_S = 300.0  # a start of a run, on a busy machine
-NEEDED = ("trainer.pt", "open_clip_model.safetensors", "open_clip_config.json")
 TOWERS = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8},
@@ -64,7 +63,13 @@ class Run:
             "train.checkpoint_every": EVERY,
             "train.timeout_minutes": 1,
         } | dict(override.split("=", 1) for override in overrides)
-        self.arguments = ["train", str(CONFIG_FOLDER / "debug.toml"), *(f"{k}={v}" for k, v in given.items()), "--resume", "auto"]
+        self.arguments = [
+            "train",
+            str(CONFIG_FOLDER / "debug.toml"),
+            *(f"{k}={v}" for k, v in given.items()),
+            "--resume",
+            "auto",
+        ]
         self._tasks: list[Any] = []
         self._agent: subprocess.Popen | None = None
 

@@ -280,15 +280,46 @@ def test_a_checkpoint_of_another_data_set_is_refused(straight: Path) -> None:
         train(debug(straight.parent, "data.train=embedded:emoji/val"), resume="auto")
 
 
-def test_an_unfinished_checkpoint_is_ignored_and_a_damaged_one_named(straight: Path, tmp_path: Path) -> None:
-    shutil.copytree(straight, tmp_path / "debug")
-    folder = tmp_path / "debug" / "checkpoints"
-    (folder / ".writing-step-00000099").mkdir()
-    assert list_checkpoints(tmp_path / "debug")[-1].name == "step-00000020"
-    damaged = folder / "step-00000020" / "trainer.pt"
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"trainer.pt: cannot be read"):
+def test_an_unfinished_checkpoint_is_removed_and_a_damaged_one_passed_over(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "debug"
+    shutil.copytree(straight, run)
+    left = [run / "checkpoints" / name for name in (".writing-step-00000099-1", ".removing-step-00000005-1")]
+    for folder in left:
+        folder.mkdir()
+    assert list_checkpoints(run)[-1].name == "step-00000020"
+    weights = run / "checkpoints" / "step-00000020" / "open_clip_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # nothing but a checksum shows this
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-00000020: damaged: open_clip_model.safetensors is not what was written"):
+        train(debug(tmp_path), resume=str(weights.parent))
+    assert train(debug(tmp_path), resume="auto")
+    printed = capsys.readouterr().err
+    assert "step-00000020 is damaged and passed over: open_clip_model.safetensors is not what was written" in printed
+    assert "from step 10" in printed
+    assert not any(folder.exists() for folder in left)
+    same_ending(run, straight)
+    assert losses(run) == losses(straight)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "debug"
+    shutil.copytree(straight, run)
+    for folder in list_checkpoints(run):
+        os.truncate(folder / "trainer.pt", 100)
+    with pytest.raises(UserError, match=r"no checkpoint of it is whole: step-00000020 is damaged .* step-00000010 is"):
         train(debug(tmp_path), resume="auto")
+
+
+def test_going_on_from_an_earlier_checkpoint_gives_up_the_later_ones(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "debug"
+    shutil.copytree(straight, run)
+    goal = debug(tmp_path, "train.stop_after_steps=14", "train.checkpoint_every=2", "train.keep=1")
+    assert train(goal, resume=str(list_checkpoints(run)[0]))
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000014"], "and not the old step 20"
+    assert max(losses(run)) == 14
 
 
 def test_a_step_that_is_not_finite_stops_with_its_samples(tmp_path: Path) -> None:
