@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -98,8 +98,10 @@ def strike(run: Run, fault: dict[str, Any], sizes: list[list[int]]) -> bool:
     elif kind == "full":
         free = os.statvfs(run.out)
         room = free.f_bavail * free.f_frsize - int(fault["share"] * sum(map(sum, sizes)))
-        with (run.out / "ballast").open("wb") as ballast:
+        with (run.out / "ballast").open("wb") as ballast, suppress(OSError):  # less is free by now
             os.posix_fallocate(ballast.fileno(), 0, max(1, room))
+            return True
+        return False
     elif kind == "damage":
         run.kill()
     else:
