@@ -125,6 +125,16 @@ def test_resume_of_a_finished_run_changes_nothing(straight: Path) -> None:
     assert losses(straight) == before
 
 
+def test_a_run_that_was_killed_ahead_of_its_best_json_gets_it_at_the_next_start(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "debug")
+    best = tmp_path / "debug" / "checkpoints" / "best.json"
+    content = best.read_text(encoding="utf-8")
+    assert json.loads(content)["step"] == 20
+    best.write_text('{"step": 10, "mean_recall": 0.01}\n', encoding="utf-8")
+    assert train(debug(tmp_path), resume="auto")
+    assert best.read_text(encoding="utf-8") == content
+
+
 def test_loader_workers_change_nothing(straight: Path, tmp_path: Path) -> None:
     assert train(debug(tmp_path, "data.workers=2", "train.stop_after_steps=5"))
     assert list(losses(tmp_path / "debug").values()) == list(losses(straight).values())[:5]

@@ -96,8 +96,8 @@ def save_checkpoint(
     Raises:
         UserError: no room on the disk; every rank raises.
     """
-    folder, (step, best, skipped) = checkpoint_folder(run), progress
-    target = folder / f"step-{step:08d}"
+    step, best, skipped = progress
+    target = checkpoint_folder(run) / f"step-{step:08d}"
     own, shared = _split(loss)
 
     def write(writing: Path) -> list[Path]:
@@ -125,7 +125,7 @@ def save_checkpoint(
     def make_room() -> None:
         if not distributed.is_main():
             return
-        write_atomically(folder / "best.json", json.dumps(dict(best)) + "\n")
+        write_best(run, best)
         kept = {f"step-{int(best['step']):08d}"} if best else set()
         steps = [one for one in list_checkpoints(run) if one.name <= target.name]
         kept |= {one.name for one in steps[-keep:]}
@@ -136,6 +136,12 @@ def save_checkpoint(
     whole.write_whole(target, write)
     distributed.together(make_room)
     return target
+
+
+def write_best(run: Path, best: Mapping[str, float]) -> None:
+    """Name the best checkpoint of a run; a start does so too, as the one before may have ended ahead of it."""
+    checkpoint_folder(run).mkdir(parents=True, exist_ok=True)
+    write_atomically(checkpoint_folder(run) / "best.json", json.dumps(dict(best)) + "\n")
 
 
 def last_whole(run: Path) -> tuple[Path | None, list[str]]:

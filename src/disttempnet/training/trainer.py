@@ -337,6 +337,8 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             whole.tidy(checkpoint.checkpoint_folder(self.folder))
             checkpoint.write_atomically(self.folder / "config.toml", dump_config(self.config))
+            if self.step:
+                checkpoint.write_best(self.folder, self.best)
         self._write_facts(started=runlog.now())
         distributed.barrier()
 
