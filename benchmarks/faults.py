@@ -235,7 +235,7 @@ def finish(trial: Trial, run: Run, reference: dict[str, Any]) -> None:
         trial.wrong.append("metrics.jsonl differs")
     if "finished" not in json.loads((run.folder / "run.json").read_text(encoding="utf-8")):
         trial.wrong.append("not marked as finished")
-    left = [p.name for p in (run.folder / "checkpoints").iterdir() if p.name.startswith(".")]
+    left = [path.name for path in run.folder.rglob(".*")]
     trial.wrong += [f"left behind: {left}"] * bool(left)
 
 

@@ -78,6 +78,7 @@ def test_what_is_removed_loses_its_name_first(target: Path, monkeypatch: pytest.
         (left,) = target.parent.iterdir()
     whole.remove(target)
     (target.parent / ".writing-step-00000001-abc").mkdir()
+    (target.parent / ".writing-best.json-17").touch()
     assert left.exists()
     whole.tidy(target.parent)
     assert list(target.parent.iterdir()) == []

@@ -228,7 +228,7 @@ def load_run(path: str | Path) -> Run:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{whole.WRITING}{path.name}-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

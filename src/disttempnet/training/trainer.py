@@ -335,7 +335,8 @@ class Trainer:
         """Write config.toml and run.json before the first step."""
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            whole.tidy(checkpoint.checkpoint_folder(self.folder))
+            for folder in (self.folder, checkpoint.checkpoint_folder(self.folder)):
+                whole.tidy(folder)
             checkpoint.write_atomically(self.folder / "config.toml", dump_config(self.config))
             if self.step:
                 checkpoint.write_best(self.folder, self.best)

@@ -82,10 +82,12 @@ def remove(folder: Path) -> None:
 
 
 def tidy(parent: Path) -> None:
-    """Remove what ranks that were killed have left of folders that they wrote or removed."""
-    for pattern in (WRITING, REMOVING):
-        for left in parent.glob(f"{pattern}*"):
+    """Remove what ranks that were killed have left in a folder: files and folders that they wrote or removed."""
+    for left in [*parent.glob(f"{WRITING}*"), *parent.glob(f"{REMOVING}*")]:
+        if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def damage(folder: Path) -> str:
