@@ -165,22 +165,23 @@ def one_start(run: Run, fault: dict[str, Any] | None, sizes: list[list[int]]) ->
 
 
 def told_in_a_line(run: Run, fault: dict[str, Any]) -> str:
-    """What is amiss with the reasons that were printed; empty if nothing."""
+    """What is amiss with the reasons that were printed; empty if nothing.
+
+    A rank that was hit itself tells none; at most its orphaned loader worker says that a connection broke.
+    """
     texts = run.printed()
     reasons = [[line for line in text.splitlines() if line.startswith("disttempnet: ")] for text in texts]
     kind = fault["kind"]
     if kind in GRACEFUL:
         return "" if "continue with --resume auto" in texts[0] or not run.logged() else "not stopped in good order"
-    if "Traceback" in "".join(texts) and not (kind == "raise" or run.launcher == "torchrun"):
-        return "a traceback"
     dead = {fault["rank"]} if kind in ("kill", "stop", "write", "commit", "raise") else set()
     if kind == "damage" or run.launcher == "torchrun":
         dead = set(range(run.ranks))
         if kind != "damage" and not reasons[0]:
             return "no reason told"
     for rank, lines in enumerate(reasons):
-        if rank not in dead and len(lines) != 1:
-            return f"rank {rank} told {len(lines)} reasons"
+        if rank not in dead and (len(lines) != 1 or "Traceback" in texts[rank]):
+            return f"rank {rank} told {len(lines)} reasons: {texts[rank][-1500:]}"
     return ""
 
 
