@@ -49,7 +49,7 @@ def write_whole(target: Path, write: Callable[[Path], list[Path]]) -> None:
         for file in files:
             _to_disk(file)
         _to_disk(folder)
-        return {file.name: _size_and_sum(file) for file in files}
+        return {file.relative_to(folder).as_posix(): _size_and_sum(file) for file in files}
 
     def publish() -> None:
         if main:
