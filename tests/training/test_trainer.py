@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from itertools import islice
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 import torch
 
 from disttempnet.config import CONFIG_FOLDER, Config, load_config
-from disttempnet.data import Skip
+from disttempnet.data import Skip, lost_workers_named
 from disttempnet.errors import UserError
 from disttempnet.training.checkpoint import list_checkpoints, load_run
 from disttempnet.training.runlog import Skipped, _summary, about_data, data_facts
@@ -219,6 +221,18 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line_and_it_goes_on(straight
     assert train(debug(tmp_path, "train.checkpoint_every=3"), resume="auto")
     assert losses(run) == losses(straight)
     same_ending(run, straight)
+
+
+def test_a_loader_worker_that_dies_while_it_hands_over_a_batch_is_named_too(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "worker"))  # and nobody listens
+        handle = DupFd(0)
+        handle._id = (str(tmp_path / "worker"), 1)
+        reason = "a loader worker died while it handed over a batch: out of memory"
+        with pytest.raises(UserError, match=reason), lost_workers_named():
+            handle.detach()
+    with pytest.raises(ConnectionResetError), lost_workers_named():
+        raise ConnectionResetError("of something else")
 
 
 def test_skipped_samples_of_every_rank_are_counted_by_reason() -> None:
