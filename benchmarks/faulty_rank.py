@@ -3,7 +3,7 @@
 `python faulty_rank.py train …` is `python -m disttempnet train …`; `FAULT` in the environment is JSON: the rank that
 has the fault, its kind, and for some a number. Nothing of the package knows of this file.
 
-    raise    an exception wherever the program is then
+    raise    an exception in the next function of the package that is called
     commit   SIGKILL ahead of the N-th operation on a file from then on: make, open, fsync, rename, remove
     write    SIGKILL's twin SIGXFSZ, as soon as a file has as many bytes as the limit that the harness sets
 
@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+PACKAGE = f"{os.sep}disttempnet{os.sep}"
 WRITES = os.O_WRONLY | os.O_RDWR
 
 
@@ -47,8 +48,12 @@ def install(kind: str, number: int) -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    raise Injected("a fault of the program")
+    def at_the_next_call(frame: FrameType, event: str, argument: Any) -> None:
+        if PACKAGE in frame.f_code.co_filename:  # not inside a lock or a queue of Python's own: none raises there
+            sys.settrace(None)
+            raise Injected("a fault of the program")
+
+    sys.settrace(at_the_next_call)
 
 
 def _kill_at_operation(number: int) -> None:
