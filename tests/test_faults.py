@@ -22,7 +22,7 @@ def test_runs_that_are_disturbed_end_like_the_undisturbed(
     faults: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes and one; the seed draws the moments."""
-    for module in (faults, faults.faulty_run):
+    for module in (faults, importlib.import_module("faulty_run")):
         monkeypatch.setattr(module, "STEPS", 20)
     kinds = ["kill", "write", "commit", "damage"]
     launchers = {"alone": 1, "srun": 1}
