@@ -8,9 +8,11 @@ import os
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from disttempnet.errors import UserError
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 MAX_SKIPPED = 100  # unreadable samples in a row: then it is the data that is broken, not a sample
+WORKER_DIED = ": out of memory, as a rule. Set data.workers lower, then --resume auto goes on from the last checkpoint"
 PREFETCH = 4  # batches a worker holds ready
 CAPTION_CHARACTERS = 2000  # what a tokenizer is given: it cuts at some 77 words anyway, and takes n² time over one word
 
@@ -152,7 +155,8 @@ def _end_with_the_trainer(trainer: int) -> None:
 def lost_workers_named() -> Iterator[None]:
     """Tell in one line of a loader worker that died.
 
-    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader.
+    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader. Where it
+    died while a batch was handed over, the connection to it breaks before the signal comes.
     """
     try:
         yield
@@ -161,10 +165,12 @@ def lost_workers_named() -> Iterator[None]:
         if found is None:
             raise
         how = re.search(r"killed by signal: ([^.]+)", str(error))
-        raise UserError(
-            f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + ": out of memory, as a rule. "
-            "Set data.workers lower, then --resume auto goes on from the last checkpoint"
-        ) from None
+        raise UserError(f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + WORKER_DIED) from None
+    except (OSError, EOFError) as error:
+        places = traceback.extract_tb(error.__traceback__)
+        if not any(Path(place.filename).name == "resource_sharer.py" for place in places):
+            raise
+        raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
 
 
 def make_loader(
