@@ -135,10 +135,11 @@ def save_checkpoint(
         if not distributed.is_main():
             return
         write_best(run, best)
-        kept = {f"step-{int(best['step']):08d}"} if best else set()
-        steps = [one for one in list_checkpoints(run) if one.name <= target.name]
-        kept |= {one.name for one in steps[-keep:]}
-        for other in list_checkpoints(run):
+        found = list_checkpoints(run)  # once: what it misses is not removed
+        earlier = [one.name for one in found if one.name < target.name]
+        kept = {target.name, *earlier[max(0, len(earlier) - keep + 1) :]}
+        kept |= {f"step-{int(best['step']):08d}"} if best else set()
+        for other in found:
             if other.name not in kept:
                 whole.remove(other)
 
