@@ -262,6 +262,8 @@ def undisturbed_runs(home: Path) -> dict[str, Any]:
             one_start(run, None, [])
             if any(run.codes()):
                 raise RuntimeError(f"the undisturbed run failed: {run.printed()}")
+            if launcher == "srun" and not run.printed()[0].startswith("2 processes "):
+                raise RuntimeError(f"the processes did not find each other: {run.printed()}")
             digests = {step: digest(folder) for step, folder in run.checkpoints().items()}
             if list(digests) != list(range(1, STEPS + 1)) or len({*digests.values()} - {""}) != STEPS:
                 raise RuntimeError("the undisturbed run has not a checkpoint of its own at every step")

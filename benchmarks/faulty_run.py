@@ -99,6 +99,7 @@ class Run:
         context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli"])
         job = random.SystemRandom().randrange(1, 10**6)  # the port follows from it
         slurm = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": str(self.ranks)}
+        slurm["SLURM_STEP_ID"] = "0"
         self._tasks = []
         for rank in range(self.ranks):
             own = common | slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
