@@ -24,18 +24,18 @@ class DenseObjective(nn.Module):
     def __init__(self, samples: int, tau: float | None, width: int, prototypes: int, gamma: float = 0.8) -> None:
         super().__init__()
         self.gamma, self.tau = gamma, tau
-        self.u = torch.zeros(2, samples)
-        self.largest = torch.zeros(2, samples)
+        self.register_buffer("u", torch.zeros(2, samples))
+        self.register_buffer("largest", torch.zeros(2, samples))
         self.others: Tensor | None = None  # 1 off the diagonal
         self.networks = nn.ModuleList(DenseNetwork(width, prototypes) for _ in range(2 if tau is None else 0))
 
     def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
         s = image @ text.T
         if self.others is None or len(self.others) != len(s):
-            self.others = 1 - torch.eye(len(s))
+            self.others = 1 - torch.eye(len(s), device=s.device)
         diagonal, n, total = s.diagonal(), len(s) - 1, 0.0
         taus = [
-            self.networks[side](features.detach()) if self.networks else torch.full((len(s),), self.tau)
+            self.networks[side](features.detach()) if self.networks else s.new_full((len(s),), self.tau)
             for side, features in enumerate((image, text))
         ]
         # one list a step of the formula, a side each, all alive until the end of the pass: as one function's variables

@@ -27,7 +27,10 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # this process only asks others, which need it
+    from torch import Tensor
 
 D, PROTOTYPES = 512, 256
 PEERS = {  # case → the peer that its ratio is against
@@ -36,39 +39,52 @@ PEERS = {  # case → the peer that its ratio is against
     "network-icml24": ("dense-network",),
 }
 CASES = (*PEERS, "dense", "dense-network", "open_clip")
+OURS = {"core": "sogclr", "network": "disttempnet-v1", "network-icml24": "tempnet", "clip": "clip"}  # case → objective
 WARM = 64  # rows of the step that loads the code
 
 
 # --- in the measured process ----------------------------------------------------------------------------------------
 
 
-def make_step(case: str, batch: int) -> Callable[[int], Any]:
-    """A function that does forward and backward of the first n rows of a batch."""
+def unit_pairs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit features [batch, D], y near x, and ids that all differ."""
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     x = F.normalize(torch.randn(batch, D), dim=1)
     y = F.normalize(torch.randn(batch, D).mul_(0.04).add_(x), dim=1)
-    ids = torch.randperm(batch)
+    return x, y, torch.randperm(batch)
+
+
+def make_objective(case: str, batch: int, device: str = "cpu") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Unit features of both sides [b, D] and their ids [b] → the value to call backward on."""
+    import torch
+
     if case == "open_clip":
         from disttempnet.models import open_clip
 
-        clip, scale = open_clip.loss.ClipLoss(), torch.tensor(1 / 0.07, requires_grad=True)
-        objective = lambda a, b, i: clip(a, b, scale)  # noqa: E731
-    elif case.startswith("dense"):
+        clip, scale = open_clip.loss.ClipLoss(), torch.tensor(1 / 0.07, requires_grad=True, device=device)
+        return lambda x, y, ids: clip(x, y, scale)
+    if case.startswith("dense"):
         sys.path.insert(0, str(Path(__file__).parent))
         from dense import DenseObjective
 
-        objective = DenseObjective(batch, None if case == "dense-network" else 0.05, D, PROTOTYPES)
-    else:
-        from disttempnet import Features, build_loss
+        return DenseObjective(batch, None if case == "dense-network" else 0.05, D, PROTOTYPES).to(device)
+    from disttempnet import Features, build_loss
 
-        name = {"core": "sogclr", "network": "disttempnet-v1", "network-icml24": "tempnet"}[case]
-        arguments = {} if case == "core" else {"prototypes": PROTOTYPES, "rho": 2.0}
-        loss = build_loss(name, num_samples=batch, embed_dim=D, **arguments)
-        objective = lambda a, b, i: loss(Features.unit(a, b), i).total  # noqa: E731
+    arguments = {"prototypes": PROTOTYPES, "rho": 2.0} if case.startswith("network") else {}
+    loss = build_loss(OURS[case], num_samples=batch, embed_dim=D, **arguments).to(device)
+    return lambda x, y, ids: loss(Features.unit(x, y), ids).total
+
+
+def make_step(case: str, batch: int) -> Callable[[int], Any]:
+    """A function that does forward and backward of the first n rows of a batch."""
+    import torch
+
+    torch.set_num_threads(1)
+    x, y, ids = unit_pairs(batch)
+    objective = make_objective(case, batch)
 
     def step(rows: int) -> None:
         features = [side[:rows].requires_grad_() for side in (x, y)]

@@ -100,23 +100,27 @@ def compare(mine: dict[str, dict[str, float | None]], theirs: dict[str, dict[str
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
-    from disttempnet.models import load_model, save_model
+    from disttempnet.config import CONFIG_FOLDER, load_config
+    from disttempnet.training.checkpoint import list_checkpoints, load_run
+    from disttempnet.training.trainer import train
     from evaluation.dataroot import EXPECTED, write_data_root
     from evaluation.toy import meaning_towers
 
     torch.set_num_threads(1)
-    colours, textured, model = folder / "colours", folder / "textured", folder / "model"
-    for made in (colours, textured, model):
+    colours, textured = folder / "colours", folder / "textured"
+    for made in (colours, textured):
         made.mkdir()
     write_data_root(colours)
     speed_benchmark().write_root(textured, PART)
-    torch.manual_seed(0)
-    demo = load_model("demo-convnext-32")
-    save_model(demo, model, 100.0)
+    trained = [f"out={json.dumps(str(folder))}", "train.epochs=2", "eval.tasks=[]", "data.workers=0"]
+    config = load_config(CONFIG_FOLDER / "demo.toml", trained)
+    train(config)
+    (model,) = list_checkpoints(config.folder)[-1:]
+    demo = load_run(model).towers
     cases = {
         "solid colours, towers that read colours": (colours, "colours", meaning_towers()),
-        "solid colours, demo towers": (colours, str(model), demo),
-        "textured images, demo towers": (textured, str(model), demo),
+        "solid colours, demo towers, trained": (colours, str(model), demo),
+        "textured images, demo towers, trained": (textured, str(model), demo),
     }
     result: dict[str, Any] = {"tolerance": TOLERANCE, "part": PART, "comparisons": {}}
     for number, (name, (root, source, towers)) in enumerate(cases.items()):

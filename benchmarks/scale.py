@@ -184,7 +184,7 @@ def plan(gpus: int, samples: int) -> dict[str, float]:
 def watch(gpus: int) -> dict[str, float]:
     """All ranks' connections to rank 0, and how long the others take to hear that one has died."""
     main = Watch(0, gpus)
-    joining, others = timed(lambda: [Watch(rank, gpus, "127.0.0.1", main.port) for rank in range(1, gpus)])
+    joining, others = timed(lambda: [Watch(rank, gpus, "127.0.0.1", main.port, main.token) for rank in range(1, gpus)])
     heard = threading.Barrier(gpus - 1)
     threads = [threading.Thread(target=lambda one=one: (one.news(60), heard.wait(60))) for one in others[1:]]
     for thread in threads:

@@ -1,4 +1,4 @@
-"""benchmarks/loss.py, step.py, trim.py: peers are what is said of them, counts equal formulas, docs show the results."""
+"""benchmarks/loss.py, step.py, trim.py: peers are what is said of them, counts equal formulas, docs show results."""
 
 from __future__ import annotations
 

@@ -194,6 +194,12 @@ def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["misc/winogavil"] == ["3,563", "jaccard_score_10-12", "–", "nlphuji/winogavil"]
     assert main(["evaluate", "--list", "--tags", "emoji"]) == 0
     assert "(ships with the package)" in capsys.readouterr().out
+    for tags in (["retrieval,imagenet"], ["retrieval", "imagenet"]):
+        assert main(["evaluate", "--list", "--tags", *tags]) == 0
+        listed = capsys.readouterr().out
+        assert "winogavil" in listed
+        assert "imagenet1k" in listed
+        assert "cifar10" not in listed
 
 
 def test_a_run_and_its_evaluation_in_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def finds_no_way(arguments: list[str]) -> int:
     """Rank 1 meets the others, but a firewall keeps it from the watch's port."""
     if is_rank(1):
 
-        def blocked(*_: object) -> Watch:
+        def blocked(*_: object, **__: object) -> Watch:
             raise OSError("Connection timed out")
 
         distributed.Watch = blocked  # type: ignore[assignment, misc]

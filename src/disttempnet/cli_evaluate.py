@@ -31,7 +31,7 @@ is reported, what fails is reported and makes the exit code 1; neither ends the 
 examples:
   disttempnet evaluate runs/mine
   disttempnet evaluate runs/mine --data-root /data/datacomp
-  disttempnet evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data-root /data/datacomp --tags imagenet retrieval
+  disttempnet evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data-root /data/datacomp --tags imagenet,retrieval
   disttempnet evaluate runs/mine --data-root /data/datacomp --tasks vtab/dtd imagenet1k --precision fp32
   torchrun --nproc_per_node 8 -m disttempnet evaluate runs/mine --data-root /data/datacomp --workers 8
   disttempnet evaluate --list --data-root /data/datacomp
@@ -77,6 +77,11 @@ def add_evaluate_command(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
+def _words(given: Sequence[str]) -> list[str]:
+    """`a,b c` as well as `a b c`."""
+    return [word for part in given for word in part.split(",") if word]
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from disttempnet.evaluation.readers import all_tasks, choose_tasks
 
@@ -85,7 +90,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise UserError(f"--data-root {root}: no such folder")
     if options.batch < 1 or (options.workers or 0) < 0:
         raise UserError("--batch is at least 1, --workers at least 0")
-    chosen = choose_tasks(options.tasks, options.tags)
+    chosen = choose_tasks(_words(options.tasks), _words(options.tags))
     if options.list:
         return _list(chosen or [task for task in all_tasks().values() if task.below_root], root)
     if options.target is None:

@@ -22,6 +22,7 @@ from disttempnet.errors import Preempted, UserError
 from disttempnet.launch import Launch, gpu_of, launched
 from disttempnet.watch import Watch
 
+SILENCE = 1 / 5  # of the timeout, after which a rank that sends no beat counts as lost: two of ten minutes
 NEWS_SECONDS = 5.0  # that a collective's failure may come before the news of whose fault it is
 
 Result = TypeVar("Result")
@@ -63,7 +64,7 @@ def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
         yield device
         return
     _join(launch, device, timeout_minutes)
-    watch = _watch(launch)
+    watch = _watch(launch, 60 * timeout_minutes * SILENCE)
     try:
         yield device
     except Preempted:  # all ranks end in good order
@@ -102,14 +103,14 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         ) from None
 
 
-def _watch(launch: Launch) -> Watch:
-    """Connect this rank with rank 0, to hear of ranks that die."""
-    watch = Watch(0, launch.world_size) if launch.rank == 0 else None
+def _watch(launch: Launch, silence: float) -> Watch:
+    """Connect this rank with rank 0, to hear of ranks that die, or are silent for so many seconds."""
+    watch = Watch(0, launch.world_size, silence=silence) if launch.rank == 0 else None
     try:
         port, token = gather_objects((watch.port, watch.token) if watch else None)[0]
         trouble = ""
         try:
-            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token)
+            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token, silence=silence)
         except OSError as error:
             trouble = f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}"
         trouble = next(filter(None, gather_objects(trouble)), "")

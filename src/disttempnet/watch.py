@@ -1,9 +1,10 @@
-"""How ranks learn that another one has died: by a connection that the kernel closes for it.
+"""How ranks learn that another one has died or stands still: by a connection, and by what is no longer heard on it.
 
 Rank 0 listens, every other rank holds a connection to it. A rank that fails says so; one that is killed says nothing,
-but its connection ends. Rank 0 passes on which rank ended first, and why. A collective would tell no more than that
-some peer is gone: gloo at once, NCCL after its timeout. A stopped process, or a node that vanishes within the
-keep-alive time, is left to that timeout.
+but its connection ends. Both ends send a beat now and then, from a thread of their own, whatever the main thread is
+at: a process that is stopped, or a node that vanishes, sends none. Rank 0 passes on which rank ended first, and why. A
+collective would tell no more than that some peer is gone: gloo at once, NCCL after its timeout; a main thread that
+waits for ever, while its process runs, is left to that timeout.
 
 The port is open to the whole network: who does not begin with the run's token is not listened to.
 """
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import secrets
 import selectors
 import socket
@@ -26,6 +28,7 @@ GRACE_SECONDS = 5.0  # the main thread has to end by itself after bad news; NCCL
 CONNECT_SECONDS = 30.0
 LONGEST_REASON = 400
 LONGEST_LINE = 8192  # bytes
+BEATS = 6  # that a rank may miss
 KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a node without power: noticed in a minute
 BAD_NEWS = 2  # exit code
 
@@ -36,13 +39,16 @@ class Watch:
     Args:
         rank, world_size: this rank among all.
         address, port, token: of rank 0; not needed there.
+        silence: seconds without a beat after which a rank counts as lost.
 
     Raises:
         OSError: rank 0 cannot be reached.
     """
 
-    def __init__(self, rank: int, world_size: int, address: str = "", port: int = 0, token: str = "") -> None:
-        self.rank, self.token = rank, token or secrets.token_hex(16)
+    def __init__(
+        self, rank: int, world_size: int, address: str = "", port: int = 0, token: str = "", *, silence: float = 120.0
+    ) -> None:
+        self.rank, self.token, self._silence = rank, token or secrets.token_hex(16), silence
         self._news = ""
         self._known, self._leaving = threading.Event(), threading.Event()
         self._wake, self._woken = socket.socketpair()
@@ -80,8 +86,12 @@ class Watch:
             selector.register(self._woken, selectors.EVENT_READ)
             for known in filter(None, (self._listener, *self._peers)):
                 selector.register(known, selectors.EVENT_READ)
+            beat = time.monotonic()
             while not (self._leaving.is_set() or self._news):
-                for key, _ in selector.select():
+                if time.monotonic() >= beat:
+                    self._beat()
+                    beat = time.monotonic() + self._silence / BEATS
+                for key, _ in selector.select(max(0.0, beat - time.monotonic())):
                     one = key.fileobj
                     assert isinstance(one, socket.socket)
                     if one is self._listener:
@@ -102,6 +112,16 @@ class Watch:
         self._keep(connection, _Peer())
         selector.register(connection, selectors.EVENT_READ)
 
+    def _beat(self) -> None:
+        """Send a beat to every peer, and count those that it did not send meanwhile. Own beats are the clock: a job
+        that was suspended as a whole, and goes on, has missed none."""
+        for connection, peer in list(self._peers.items()):
+            _send(connection, {})
+            if peer.missed > BEATS and peer.rank >= 0 and not (peer.done or self._news):
+                what = f"has not been heard for {self._silence:.0f} seconds: stopped, or its node is gone"
+                self._news = self._named(peer.rank, peer.host, what)
+            peer.missed += 1
+
     def _hear(self, connection: socket.socket) -> bool:
         """Read what a peer says; False at its end, and where it is none of ours."""
         peer = self._peers[connection]
@@ -112,6 +132,7 @@ class Watch:
         *lines, peer.unread = (peer.unread + received).split(b"\n")
         if len(peer.unread) > LONGEST_LINE:
             return False
+        peer.missed = 0
         for line in lines:
             message = _parsed(line)
             if peer.rank < 0 and message.get("token") != self.token:
@@ -130,9 +151,7 @@ class Watch:
                 _send(connection, {"failed": self._news})
         self._known.set()
         if not self._leaving.wait(GRACE_SECONDS):
-            with contextlib.suppress(
-                Exception
-            ):  # what was printed and not written yet; nothing may keep us from ending
+            with contextlib.suppress(Exception):  # nothing may keep us from ending
                 sys.stdout.flush()
             print(f"disttempnet: {self._news}", file=sys.stderr, flush=True)
             os._exit(BAD_NEWS)
@@ -153,13 +172,20 @@ class Watch:
 
 
 class _Peer:
-    """Whom a connection leads to, and what was received of a line."""
+    """Whom a connection leads to, what was received of a line, and own beats since anything was."""
 
     def __init__(self, rank: int = -1, host: str = "an unknown host") -> None:
-        self.rank, self.host, self.done, self.unread = rank, host, False, b""
+        self.rank, self.host, self.done, self.unread, self.missed = rank, host, False, b"", 0
 
 
 def _listen(world_size: int) -> socket.socket:
+    """For one connection a rank, which on a thousand ranks are more files than a process may open by custom."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + world_size
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # the kernel knows IPv6, but no interface has an address of it
             return socket.create_server(("", 0), family=socket.AF_INET6, backlog=world_size, dualstack_ipv6=True)

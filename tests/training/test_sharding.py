@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 import parts
 from disttempnet import distributed, sharding
 from disttempnet.config import CONFIG_FOLDER, load_config
+from disttempnet.data import Batch
 from disttempnet.errors import UserError
+from disttempnet.losses import LossOutput
 from disttempnet.models import load_model, save_model
-from disttempnet.training import checkpoint
+from disttempnet.training import checkpoint, whole
 from disttempnet.training.checkpoint import list_checkpoints, load_run
 from disttempnet.training.trainer import Trainer
 from gloo import GlooPool, Pools, WorkerError
@@ -48,13 +50,14 @@ def go(out: str, *overrides: str) -> Seen:
     own = [f"out={json.dumps(out)}", "eval.tasks=[]", *overrides]
     trainer = Trainer(load_config(CONFIG_FOLDER / "debug.toml", own), CPU, "auto")
     norms = []
-    check = trainer._check_finite
+    step = trainer.train_step
 
-    def check_finite() -> None:
-        norms.extend([] if trainer._unchecked is None else [float(trainer._unchecked[2])])
-        check()
+    def train_step(batch: Batch) -> LossOutput:
+        output = step(batch)
+        norms.append(float(trainer._norm))
+        return output
 
-    trainer._check_finite = check_finite  # type: ignore[method-assign]
+    trainer.train_step = train_step  # type: ignore[method-assign]
     trainer.run()
     named = dict(trainer.towers.module.named_parameters())
     held = {name: (p.to_local() if isinstance(p, DTensor) else p).numel() for name, p in named.items()}
@@ -159,6 +162,7 @@ def test_stop_and_resume_is_bit_exact(straight: Path, gloo: Pools, tmp_path: Pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     folders = [list_checkpoints(out / "debug")[-1] for out in (tmp_path, straight)]
     assert sorted(p.name for p in folders[0].iterdir()) == [
+        "files.json",
         "moments",
         "open_clip_config.json",
         "open_clip_model.safetensors",
@@ -240,9 +244,7 @@ def test_a_killed_write_leaves_the_last_checkpoint(straight: Path, gloo: Pools, 
     pool = GlooPool(2)
     with pytest.raises(WorkerError, match="exit code 9"):
         pool.run(go_and_die, str(tmp_path), *often)
-    folder = tmp_path / "debug" / "checkpoints"
     assert [p.name for p in list_checkpoints(tmp_path / "debug")] == ["step-00000003"]
-    assert (folder / ".writing-step-00000006" / "moments").is_dir(), "killed while it was written"
     gloo(2, go, str(tmp_path), *often)
     assert losses(tmp_path) == losses(straight)
     ours, theirs = weights(tmp_path), weights(straight)
@@ -255,11 +257,14 @@ def test_damage_is_named(straight: Path, gloo: Pools, tmp_path: Path) -> None:
     for name, content in (("__1_0.distcp", None), (".metadata", b"\x80\x04]"), (".metadata", None)):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(straight, tmp_path / "run")
-        damaged = list_checkpoints(tmp_path / "run" / "debug")[-1] / "moments" / name
+        last = list_checkpoints(tmp_path / "run" / "debug")[-1]
+        damaged = last / "moments" / name
         if content is None:
             damaged.unlink()
         else:
             damaged.write_bytes(content)
+        assert whole.damage(last).startswith(f"moments/{name} ")
+        (last / whole.LISTING).unlink()  # as of a checkpoint without one
         with pytest.raises(UserError, match="moments: cannot be read as a checkpoint"):
             go(str(tmp_path / "run"), "train.stop_after_steps=15")
 

@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from itertools import islice
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 import torch
 
 from disttempnet.config import CONFIG_FOLDER, Config, load_config
-from disttempnet.data import Skip
+from disttempnet.data import Skip, lost_workers_named
 from disttempnet.errors import UserError
 from disttempnet.training.checkpoint import list_checkpoints, load_run
 from disttempnet.training.runlog import Skipped, _summary, about_data, data_facts
@@ -125,6 +127,16 @@ def test_resume_of_a_finished_run_changes_nothing(straight: Path) -> None:
     assert losses(straight) == before
 
 
+def test_a_run_that_was_killed_ahead_of_its_best_json_gets_it_at_the_next_start(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "debug")
+    best = tmp_path / "debug" / "checkpoints" / "best.json"
+    content = best.read_text(encoding="utf-8")
+    assert json.loads(content)["step"] == 20
+    best.write_text('{"step": 10, "mean_recall": 0.01}\n', encoding="utf-8")
+    assert train(debug(tmp_path), resume="auto")
+    assert best.read_text(encoding="utf-8") == content
+
+
 def test_loader_workers_change_nothing(straight: Path, tmp_path: Path) -> None:
     assert train(debug(tmp_path, "data.workers=2", "train.stop_after_steps=5"))
     assert list(losses(tmp_path / "debug").values()) == list(losses(straight).values())[:5]
@@ -203,12 +215,26 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line_and_it_goes_on(straight
         os.kill(int(children[-1]), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert re.fullmatch(r"disttempnet: loader worker \d+ died \(Killed\): .* --resume auto .*", errors.splitlines()[-1])
+    assert re.fullmatch(
+        r"disttempnet: loader worker \d+ died( \(Killed\))?: .* --resume auto .*", errors.splitlines()[-1]
+    )
     assert "Traceback" not in errors
     assert load_run(run).step >= 3
     assert train(debug(tmp_path, "train.checkpoint_every=3"), resume="auto")
     assert losses(run) == losses(straight)
     same_ending(run, straight)
+
+
+def test_a_loader_worker_that_dies_while_it_hands_over_a_batch_is_named_too(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "worker"))  # and nobody listens
+        handle = DupFd(0)
+        handle._id = (str(tmp_path / "worker"), 1)
+        reason = "a loader worker died while it handed over a batch: out of memory"
+        with pytest.raises(UserError, match=reason), lost_workers_named():
+            handle.detach()
+    with pytest.raises(ConnectionResetError), lost_workers_named():
+        raise ConnectionResetError("of something else")
 
 
 def test_skipped_samples_of_every_rank_are_counted_by_reason() -> None:
@@ -280,15 +306,46 @@ def test_a_checkpoint_of_another_data_set_is_refused(straight: Path) -> None:
         train(debug(straight.parent, "data.train=embedded:emoji/val"), resume="auto")
 
 
-def test_an_unfinished_checkpoint_is_ignored_and_a_damaged_one_named(straight: Path, tmp_path: Path) -> None:
-    shutil.copytree(straight, tmp_path / "debug")
-    folder = tmp_path / "debug" / "checkpoints"
-    (folder / ".writing-step-00000099").mkdir()
-    assert list_checkpoints(tmp_path / "debug")[-1].name == "step-00000020"
-    damaged = folder / "step-00000020" / "trainer.pt"
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"trainer.pt: cannot be read"):
+def test_an_unfinished_checkpoint_is_removed_and_a_damaged_one_passed_over(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "debug"
+    shutil.copytree(straight, run)
+    left = [run / "checkpoints" / name for name in (".writing-step-00000099-1", ".removing-step-00000005-1")]
+    for folder in left:
+        folder.mkdir()
+    assert list_checkpoints(run)[-1].name == "step-00000020"
+    weights = run / "checkpoints" / "step-00000020" / "open_clip_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # nothing but a checksum shows this
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-00000020: damaged: open_clip_model.safetensors is not what was written"):
+        train(debug(tmp_path), resume=str(weights.parent))
+    assert train(debug(tmp_path), resume="auto")
+    printed = capsys.readouterr().err
+    assert "step-00000020 is damaged and passed over: open_clip_model.safetensors is not what was written" in printed
+    assert "from step 10" in printed
+    assert not any(folder.exists() for folder in left)
+    same_ending(run, straight)
+    assert losses(run) == losses(straight)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "debug"
+    shutil.copytree(straight, run)
+    for folder in list_checkpoints(run):
+        os.truncate(folder / "trainer.pt", 100)
+    with pytest.raises(UserError, match=r"no checkpoint of it is whole: step-00000020 is damaged .* step-00000010 is"):
         train(debug(tmp_path), resume="auto")
+
+
+def test_going_on_from_an_earlier_checkpoint_gives_up_the_later_ones(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "debug"
+    shutil.copytree(straight, run)
+    goal = debug(tmp_path, "train.stop_after_steps=14", "train.checkpoint_every=2", "train.keep=1")
+    assert train(goal, resume=str(list_checkpoints(run)[0]))
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000014"], "and not the old step 20"
+    assert max(losses(run)) == 14
 
 
 def test_a_step_that_is_not_finite_stops_with_its_samples(tmp_path: Path) -> None:

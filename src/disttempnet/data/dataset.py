@@ -8,9 +8,11 @@ import os
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from disttempnet.errors import UserError
 from disttempnet.texts import Tokenizer, Trim
 
 MAX_SKIPPED = 100  # unreadable samples in a row: then it is the data that is broken, not a sample
+WORKER_DIED = ": out of memory, as a rule. Set data.workers lower, then --resume auto goes on from the last checkpoint"
 PREFETCH = 4  # batches a worker holds ready
 # Trimmed tokens come in few lengths: torch.compile and the allocator of a GPU meet few shapes. Attention and tensor
 # cores are fastest at multiples of eight.
@@ -157,7 +160,8 @@ def _end_with_the_trainer(trainer: int) -> None:
 def lost_workers_named() -> Iterator[None]:
     """Tell in one line of a loader worker that died.
 
-    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader.
+    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader. Where it
+    died while a batch was handed over, the connection to it breaks before the signal comes.
     """
     try:
         yield
@@ -166,10 +170,12 @@ def lost_workers_named() -> Iterator[None]:
         if found is None:
             raise
         how = re.search(r"killed by signal: ([^.]+)", str(error))
-        raise UserError(
-            f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + ": out of memory, as a rule. "
-            "Set data.workers lower, then --resume auto goes on from the last checkpoint"
-        ) from None
+        raise UserError(f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + WORKER_DIED) from None
+    except (OSError, EOFError) as error:
+        places = traceback.extract_tb(error.__traceback__)
+        if not any(Path(place.filename).name == "resource_sharer.py" for place in places):
+            raise
+        raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
 
 
 def make_loader(

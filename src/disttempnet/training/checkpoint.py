@@ -4,11 +4,13 @@
         open_clip_model.safetensors, open_clip_config.json     the towers; open_clip opens the folder
         trainer.pt                                             objective, optimizers, position, config, data digest
         shard-00000-of-00002.pt                                a rank's part of the per-sample state, and its RNG
-    moments/                                               the optimizers', where towers are shared out (train.shard)
+        moments/                                               of optimizers, where towers are shared out (train.shard)
+        files.json                                             size and CRC-32 of each of them
     RUN/checkpoints/best.json                                  {"step": 42, "mean_recall": …}
 
-A folder gets its name when every file in it is on disk: a killed writer leaves only `.writing-…`, which the next
-start removes. Files are read with `weights_only=True`, the list of what is in moments/ no less strictly.
+A folder gets its name when every file in it is on disk (whole.py): a killed writer leaves only `.writing-…`, which the
+next start removes. A resumed run examines the files. They are read with `weights_only=True`, the list of what is in
+moments/ no less strictly.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from disttempnet.errors import UserError
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
 from disttempnet.models import Towers, load_model, save_model
+from disttempnet.training import whole
 from disttempnet.training.model import build_objective
 
 FORMAT = 1
@@ -90,22 +92,27 @@ def save_checkpoint(
     progress: Progress,
     keep: int,
 ) -> Path:
-    """Write a checkpoint from all ranks at once; it appears whole, or not at all."""
-    folder, (step, best, skipped) = checkpoint_folder(run), progress
-    target, writing = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
-    if distributed.is_main():
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    distributed.barrier()
+    """Write a checkpoint from all ranks at once; it appears whole, or not at all.
+
+    Only then older ones than the last `keep` go, but for the best; and later ones: of a course that was given up.
+
+    Raises:
+        UserError: no room on the disk; every rank raises.
+    """
+    step, best, skipped = progress
+    target = checkpoint_folder(run) / f"step-{step:08d}"
     own, shared = _split(loss)
-    shard = {"state": own, "rng": torch.get_rng_state()}
-    written = [writing / _shard_name(distributed.rank(), distributed.world_size())]
-    torch.save(shard, written[0])
     optimizer_states, moments = _split_moments(optimizers)
-    if moments:
-        sharding.save_parts(moments, writing / MOMENTS)
     module = sharding.whole_module(towers.module, torch.device("cpu"), everywhere=False)
-    if distributed.is_main():
+
+    def write(writing: Path) -> list[Path]:
+        if moments:  # first: in it every rank fails, or none
+            sharding.save_parts(moments, writing / MOMENTS)
+        shard = writing / _shard_name(distributed.rank(), distributed.world_size())
+        torch.save({"state": own, "rng": torch.get_rng_state()}, shard)
+        written = [shard, *(writing / MOMENTS).glob(f"__{distributed.rank()}_*")]
+        if module is None or not distributed.is_main():
+            return written
         save_model(replace(towers, module=module), writing, logit_scale, logit_bias)
         trainer = {
             "format": FORMAT,
@@ -121,21 +128,50 @@ def save_checkpoint(
             "skipped": dict(skipped),
         }
         torch.save(trainer, writing / "trainer.pt")
-        written += [path for path in writing.iterdir() if path.is_file() and not path.name.startswith("shard-")]
-        if moments:
-            _sync_to_disk(writing / MOMENTS, [])
-    _sync_to_disk(writing, written)  # what this rank wrote: another's files may still come and go
-    distributed.barrier()
-    if distributed.is_main():
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(writing, target)
-        write_atomically(folder / "best.json", json.dumps(dict(best)) + "\n")
-        kept = {f"step-{int(best['step']):08d}"} if best else set()
-        for old in list_checkpoints(run)[:-keep]:
-            if old.name not in kept:
-                shutil.rmtree(old)
-    distributed.barrier()
+        written += (writing / MOMENTS).glob(".metadata")
+        return written + [one for one in writing.iterdir() if one.is_file() and not one.name.startswith("shard-")]
+
+    def make_room() -> None:
+        if not distributed.is_main():
+            return
+        write_best(run, best)
+        found = list_checkpoints(run)  # once: what it misses is not removed
+        earlier = [one.name for one in found if one.name < target.name]
+        kept = {target.name, *earlier[max(0, len(earlier) - keep + 1) :]}
+        kept |= {f"step-{int(best['step']):08d}"} if best else set()
+        for other in found:
+            if other.name not in kept:
+                whole.remove(other)
+
+    whole.write_whole(target, write)
+    distributed.together(make_room)
     return target
+
+
+def write_best(run: Path, best: Mapping[str, float]) -> None:
+    """Name the best checkpoint of a run; a start does so too, as the one before may have ended ahead of it."""
+    checkpoint_folder(run).mkdir(parents=True, exist_ok=True)
+    write_atomically(checkpoint_folder(run) / "best.json", json.dumps(dict(best)) + "\n")
+
+
+def last_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The last checkpoint whose files are as they were written, the same on every rank; None if the run has none.
+
+    Also returns a line for each later one that was passed over.
+
+    Raises:
+        UserError: there are some, and all are damaged.
+    """
+    passed_over: list[str] = []
+    found = distributed.gather_objects(list_checkpoints(run))[0]  # a node's view of a shared disk may be older
+    for checkpoint in reversed(found):
+        wrong = whole.damage(checkpoint)
+        if not wrong:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.name} is damaged and passed over: {wrong}")
+    if found:
+        raise UserError(f"{run}: no checkpoint of it is whole: {'; '.join(passed_over)}")
+    return None, passed_over
 
 
 def load_checkpoint(
@@ -203,11 +239,16 @@ def load_run(path: str | Path) -> Run:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{whole.WRITING}{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -359,14 +400,3 @@ def _read(path: Path) -> dict[str, Any]:
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
     return content
-
-
-def _sync_to_disk(folder: Path, written: list[Path]) -> None:
-    for file in written:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

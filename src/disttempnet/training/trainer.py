@@ -26,7 +26,7 @@ from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
-from disttempnet.training import checkpoint, optim, runlog
+from disttempnet.training import checkpoint, optim, runlog, whole
 from disttempnet.training.finite import FiniteCheck
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
@@ -121,7 +121,8 @@ class Trainer:
         self._describe()
         log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
         facts = runlog.about_data(runlog.data_facts(self.data.source))
-        for line in (distributed.describe(self.device, self.config.train.timeout_minutes), self._plan(), *facts):
+        about = distributed.describe(self.device, self.config.train.timeout_minutes)
+        for line in (about, *self._passed_over, self._plan(), *facts):
             log.say(line)
         for temperature in optim.own_rate(self.loss):
             if not temperature.learning_rate(self.config.train.epochs - 1):
@@ -299,18 +300,21 @@ class Trainer:
         return distributed.largest(stop.code, self.device)
 
     def _find_checkpoint(self, resume: str) -> Path | None:
-        found = checkpoint.list_checkpoints(self.folder)
+        self._passed_over: list[str] = []
         if resume == "never":
-            if found or (self.folder / "config.toml").exists():
+            if checkpoint.list_checkpoints(self.folder) or (self.folder / "config.toml").exists():
                 raise UserError(
                     f"{self.folder}: this run exists already; continue it with --resume auto, "
                     "or give the new one another name (name=…)"
                 )
             return None
         if resume == "auto":
-            return found[-1] if found else None
+            last, self._passed_over = checkpoint.last_whole(self.folder)
+            return last
         if not (Path(resume) / "trainer.pt").is_file():
             raise UserError(f"{resume}: no checkpoint (a folder with trainer.pt); --resume auto takes the last one")
+        if wrong := whole.damage(Path(resume)):
+            raise UserError(f"{resume}: damaged: {wrong}; --resume auto takes the last one that is whole")
         return Path(resume)
 
     def _autocast(self) -> torch.dtype | None:
@@ -321,7 +325,11 @@ class Trainer:
         """Write config.toml and run.json before the first step."""
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder, checkpoint.checkpoint_folder(self.folder)):
+                whole.tidy(folder)
             checkpoint.write_atomically(self.folder / "config.toml", dump_config(self.config))
+            if self.step:
+                checkpoint.write_best(self.folder, self.best)
         self._write_facts(started=runlog.now())
         distributed.barrier()
 
@@ -364,7 +372,7 @@ def train(config: Config, resume: str = "never", report: runlog.Report | None = 
     Raises:
         Preempted: SIGUSR1 stopped it; everything is saved.
     """
-    with distributed.session(config.train.timeout_minutes) as device:
+    with distributed.session(config.train.timeout_minutes) as device, whole.full_disk_named(config.folder):
         return Trainer(config, device, resume, report).run()
 
 
