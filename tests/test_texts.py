@@ -149,3 +149,25 @@ def test_towers_of_hugging_face_are_left_alone(tmp_path: Path) -> None:
 
 def test_what_open_clip_did_not_make_is_left_alone() -> None:
     assert trimming(torch.nn.Identity()) is None
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of any input
+@pytest.mark.parametrize("custom", [False, True], ids=["CLIP", "CustomTextCLIP"])
+def test_compiled_towers_meet_new_lengths_without_compiling_anew(custom: bool) -> None:
+    torch.compiler.reset()
+    module, graphs = small_clip(custom), []
+    accept_trimmed(module)
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    (module.text if custom else module.transformer).compile(backend=backend)
+    tokens = PLAIN(["word " * 200, "red"])
+    for length in (8, 16, 77):
+        module.encode_text(tokens[:, :length]).sum().backward()
+    met = len(graphs)
+    assert met > 0
+    for length in (24, 32, 64, 72, 8, 77):
+        module.encode_text(tokens[:, :length]).sum().backward()
+    assert len(graphs) == met
