@@ -1,4 +1,4 @@
-"""benchmarks/loss.py, step.py: the peers are what is said of them, counts equal formulas, docs show the results."""
+"""benchmarks/loss.py, step.py, trim.py: peers are what is said of them, counts equal formulas, docs show results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recorded(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["loss", "step"])
+@pytest.mark.parametrize("name", ["loss", "step", "trim"])
 def test_the_page_shows_the_recorded_result(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark(name).show(recorded(name))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -131,3 +131,23 @@ def test_counted_bytes_are_those_of_the_formula(gloo, name: str, ranks: int) -> 
     for seen, parameters in gloo(ranks, traffic, name, rows, width):
         expected = step.communication(rows, ranks, width, learns=learns, state_columns=columns, parameters=parameters)
         assert seen == expected
+
+
+# ---- trimmed texts ----
+
+
+def test_trimmed_and_whole_steps_begin_alike() -> None:
+    """open_clip's step, ours and ours without trimming, of a small model: one loss, and a time each."""
+    found = benchmark("trim").timing("demo-vit-32", pairs=4, rounds=1)
+    assert (found["tokens_mean"], found["tokens_longest"]) == (10.0, 16)
+    losses = found["first_loss"].values()
+    assert len(losses) == 3
+    assert max(losses) - min(losses) < 1e-5
+    assert found["gradients"]["ours"].keys() == found["gradients and AdamW"]["open_clip"].keys()
+
+
+def test_captions_are_as_long_as_they_are_said_to_be() -> None:
+    tokens = benchmark("trim").captions(16, 8, 32, 77)
+    lengths = tokens.argmax(1) + 1
+    assert (int(lengths.min()), int(lengths.max()), float(lengths.float().mean())) == (8, 32, 20.0)
+    assert torch.equal((tokens > 0).sum(1), lengths)

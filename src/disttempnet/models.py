@@ -54,7 +54,7 @@ import open_clip  # noqa: E402
 from open_clip.factory import load_checkpoint  # noqa: E402
 
 from disttempnet import pretrained as parts  # noqa: E402 (torchvision is imported there too)
-from disttempnet.texts import Tokenizer, wordwise  # noqa: E402
+from disttempnet.texts import Tokenizer, accept_trimmed, wordwise  # noqa: E402
 
 open_clip.add_model_config(MODEL_FOLDER)
 
@@ -145,6 +145,7 @@ def load_model(name: str, pretrained: str = "", *, image_pretrained: str = "", t
     finally:
         logging.disable(silenced)
         root.handlers[:] = handlers
+    accept_trimmed(module)
     preprocess = {**PREPROCESS, **open_clip.get_model_preprocess_cfg(module), **given}
     size = preprocess["size"]
     return Towers(
@@ -252,5 +253,5 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def encode_texts(towers: Towers, tokens: Tensor, normalize: bool = True) -> Tensor:
-    """int64 tokens [b, L] → features [b, D], unit if normalize."""
+    """int64 tokens [b, L], trimmed or not (texts.py) → features [b, D], unit if normalize."""
     return towers.module.encode_text(tokens, normalize=normalize)

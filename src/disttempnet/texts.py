@@ -1,18 +1,20 @@
 """Texts through open_clip's tokenizer and text tower for less work, and the same result.
 
 Tokens come word by word from memory; and a causal tower computes nothing after the last end of text of a batch, where
-of CLIP's 77 positions a prompt fills about ten. On ViT-B-32 the two make prompts six times as fast.
+of CLIP's 77 positions a prompt fills about ten. On ViT-B-32 the two make prompts six times as fast. Training trims its
+batches the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 if TYPE_CHECKING:  # open_clip waits for models.py, which prepares its import
     import open_clip
@@ -68,30 +70,81 @@ def wordwise(tokenizer: Any) -> Tokenizer:
     return WordwiseTokenizer(tokenizer) if same else tokenizer
 
 
-def is_causal(module: nn.Module) -> bool:
-    """Whether a text's feature is that of its end-of-text token, which sees nothing that follows it."""
+@dataclass(frozen=True)
+class Trim:
+    """What of tokens a causal tower needs: a text's feature is that of its end-of-text token, which sees nothing after.
+
+    It is asked where tokens are made, on the CPU: to ask a GPU is to wait for it.
+
+    Attributes:
+        eos_id: the token at whose first place the feature stands; None where that is the largest token.
+    """
+
+    eos_id: int | None
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Tokens of each text [b] up to its end of text, of int64 tokens [b, L]."""
+        ends = tokens if self.eos_id is None else (tokens == self.eos_id).int()
+        return ends.argmax(1) + 1
+
+    def __call__(self, tokens: Tensor, multiple: int = 1) -> Tensor:
+        """int64 tokens [b, L] up to the last end of text of the batch, or somewhat more: a `multiple`, or L."""
+        length = int(self.lengths(tokens).max())
+        return tokens[:, : -(-length // multiple) * multiple].contiguous()  # a view would be sent with all it views
+
+
+def trimming(module: nn.Module) -> Trim | None:
+    """How tokens of this tower are trimmed; None where texts look ahead, are pooled otherwise, or are not open_clip's.
+
+    Towers of Hugging Face are left alone: they look at all of a text, and draw dropout for every position.
+    """
+    import open_clip
+    from open_clip.transformer import TextTransformer
+
+    if not isinstance(module, (open_clip.CLIP, open_clip.CustomTextCLIP)):
+        return None
+    text = getattr(module, "text", module)
+    if isinstance(text, open_clip.CLIP):
+        pool, eos = text.text_pool_type, text.text_eos_id
+    elif isinstance(text, TextTransformer) and text.cls_emb is None:
+        pool, eos = text.pool_type, text.eos_id
+    else:
+        return None
+    if text.attn_mask is None or pool not in ("argmax", "eos"):
+        return None
+    return Trim(int(eos) if pool == "eos" else None)
+
+
+def accept_trimmed(module: nn.Module) -> None:
+    """Let `encode_text` take tokens [b, L] of any L up to the tower's positions, in place, where `trimming` is of use.
+
+    Everything is cut inside of the tower's own forward pass, where parameters that are shared out are whole.
+    """
     import open_clip
 
-    return (
-        isinstance(module, open_clip.CLIP)
-        and module.attn_mask is not None
-        and module.text_pool_type in ("argmax", "eos")
-    )
+    if trimming(module) is None:
+        return
+    text: Any = getattr(module, "text", module)
+    text.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
+    if isinstance(module, open_clip.CLIP):  # the other cuts its positions itself
+        module.encode_text = MethodType(_encode_text, module)
 
 
-def text_lengths(module: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """Tokens of each text [b] up to its end-of-text token, of tokens [b, L] of a causal tower."""
-    if module.text_pool_type == "eos":
-        return (tokens == module.text_eos_id).int().argmax(1) + 1
-    return tokens.argmax(1) + 1
+def _cut_mask(_: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+    length = args[0].shape[1]
+    # contiguous: a mask of one stride for every length is one compilation for all, and aligned at multiples of eight
+    return args, {**kwargs, "attn_mask": kwargs["attn_mask"][:length, :length].contiguous()}
 
 
-def encode_shortened(module: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """Unit features [b, D] of a causal tower, from the positions up to the batch's last end of text alone."""
-    length = int(text_lengths(module, tokens).max())
-    short = {
-        "positional_embedding": module.positional_embedding[:length],
-        "attn_mask": module.attn_mask[:length, :length],
-    }
-    features = functional_call(module, short, kwargs={"text": tokens[:, :length]}, tie_weights=False)
-    return features["text_features"] if isinstance(features, dict) else features[1]
+class _FirstPositions:
+    """A CLIP as its own methods see it, but for the number of its positions."""
+
+    def __init__(self, module: open_clip.CLIP, length: int) -> None:
+        self._module, self.positional_embedding = module, module.positional_embedding[:length]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _encode_text(module: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
+    return type(module).encode_text(_FirstPositions(module, text.shape[1]), text, normalize=normalize)

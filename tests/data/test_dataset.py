@@ -45,7 +45,7 @@ def tokenizer(captions: Sequence[str]) -> Tensor:
     return torch.tensor([list(caption.encode()[:12].ljust(12)) for caption in captions])
 
 
-TOWERS: Any = SimpleNamespace(image_size=24, tokenizer=tokenizer)
+TOWERS: Any = SimpleNamespace(image_size=24, tokenizer=tokenizer, module=None)
 
 
 def data_of(folder: Path | str, seed: int = 5, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainingData:
@@ -74,6 +74,26 @@ def test_batches_carry_the_plans_samples(shards: Write) -> None:
         assert (batch.images.shape, batch.images.dtype) == ((4, 3, 24, 24), torch.uint8)
         assert (batch.ids.dtype, batch.tokens.dtype) == (torch.int64, torch.int64)
         assert batch.skipped == ()
+
+
+@fork
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tokens_come_trimmed_to_the_longest_caption_of_a_batch(shards: Write, workers: int) -> None:
+    from disttempnet.models import load_model
+
+    towers = load_model("demo-vit-32")
+    words = [30 if n == 5 else 12 if n % 9 == 0 else 1 + n % 6 for n in range(24)]
+    changes = {n: {"png": png(n), "txt": b"word " * count} for n, count in enumerate(words)}
+    config = DataConfig(train=str(shards(24, changes=changes)), global_batch=4, lanes=2, workers=workers)
+    lengths = set()
+    for batch in open_training_data(config, 5, towers).loader_from(0):
+        whole = towers.tokenizer(["word " * words[n] for n in batch.ids.tolist()])
+        longest = 2 + max(words[n] for n in batch.ids.tolist())  # start, words, end
+        length = next(n for n in (8, 16, 20) if n >= min(longest, 20))  # twenty are all that this tower has
+        assert torch.equal(batch.tokens, whole[:, :length])
+        assert batch.tokens.is_contiguous()
+        lengths.add(length)
+    assert {8, 20} <= lengths
 
 
 def test_image_caption_and_id_belong_together(shards: Write) -> None:
@@ -212,7 +232,7 @@ def test_a_caption_of_100_kb_takes_no_time(shards: Write) -> None:
 
     letters = bytes(torch.randint(97, 123, (100_000,), generator=torch.Generator().manual_seed(0)).tolist())
     changes = {n: {"png": png(n), "txt": text} for n, text in enumerate((letters, b"caption " * 12_500))}
-    towers: Any = SimpleNamespace(image_size=24, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    towers: Any = SimpleNamespace(image_size=24, tokenizer=open_clip.get_tokenizer("ViT-B-32"), module=None)
     folder, begin = shards(2, changes=changes), time.process_time()
     config = DataConfig(train=str(folder), global_batch=2, lanes=1, workers=0)
     (batch,) = open_training_data(config, 5, towers).loader_from(0)

@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +24,14 @@ from disttempnet.data.sampler import PlanSampler
 from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.data.transforms import TrainTransform
 from disttempnet.errors import UserError
+from disttempnet.texts import Tokenizer, Trim
 
-Tokenizer = Callable[[Sequence[str]], Tensor]
 MAX_SKIPPED = 100  # unreadable samples in a row: then it is the data that is broken, not a sample
 WORKER_DIED = ": out of memory, as a rule. Set data.workers lower, then --resume auto goes on from the last checkpoint"
 PREFETCH = 4  # batches a worker holds ready
+# Trimmed tokens come in few lengths: torch.compile and the allocator of a GPU meet few shapes. Attention and tensor
+# cores are fastest at multiples of eight.
+LENGTH_STEP = 8
 CAPTION_CHARACTERS = 2000  # what a tokenizer is given: it cuts at some 77 words anyway, and takes n² time over one word
 
 
@@ -54,7 +57,7 @@ class Batch:
 
     Attributes:
         images: uint8 [b, 3, s, s].
-        tokens: int64 [b, L].
+        tokens: int64 [b, L]; of a causal text tower L is no more than the longest of these captions needs.
         ids: int64 [b]; where a sample was unreadable, the id of the one that replaced it.
         skipped: every unreadable sample that was replaced.
     """
@@ -117,15 +120,17 @@ class PairDataset(Dataset[Sample]):
 
 
 class Collate:
-    """Samples → Batch, captions tokenised together; images stand in shared memory at once where this is a worker."""
+    """Samples → Batch, captions tokenised and trimmed together; images stand in shared memory at once where this is a
+    worker."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, trim: Trim | None = None) -> None:
+        self.tokenizer, self.trim = tokenizer, trim
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
+        tokens = self.tokenizer([sample.caption[:CAPTION_CHARACTERS] for sample in samples])
         return Batch(
             default_collate([sample.image for sample in samples]),
-            self.tokenizer([sample.caption[:CAPTION_CHARACTERS] for sample in samples]),
+            self.trim(tokens, LENGTH_STEP) if self.trim else tokens,
             torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             tuple(skip for sample in samples for skip in sample.skipped),
         )
@@ -174,7 +179,12 @@ def lost_workers_named() -> Iterator[None]:
 
 
 def make_loader(
-    dataset: PairDataset, sampler: PlanSampler, tokenizer: Tokenizer, workers: int, pin_memory: bool = False
+    dataset: PairDataset,
+    sampler: PlanSampler,
+    tokenizer: Tokenizer,
+    workers: int,
+    pin_memory: bool = False,
+    trim: Trim | None = None,
 ) -> DataLoader:
     """A loader of Batches in the sampler's order; `sampler.seek` before an iteration chooses epoch and step.
 
@@ -184,11 +194,12 @@ def make_loader(
         tokenizer: list of captions → int64 [b, L].
         workers: processes, kept from epoch to epoch; 0 = load in this process.
         pin_memory: page-lock the batches, for copies to a GPU that overlap with computing.
+        trim: of the text tower, where tokens can be trimmed to the longest caption of a batch.
     """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collate(tokenizer),
+        collate_fn=Collate(tokenizer, trim),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,

@@ -18,6 +18,7 @@ from disttempnet.data.source import Source
 from disttempnet.data.transforms import train_transform
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
+from disttempnet.texts import trimming
 
 
 def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Source:
@@ -74,7 +75,7 @@ def open_training_data(
     Args:
         config: the run's [data].
         seed: of order and augmentation.
-        towers: give image size and tokenizer.
+        towers: give image size and tokenizer, and whether tokens can be trimmed.
         rank, world_size: whose part of every batch to load.
 
     Raises:
@@ -85,5 +86,6 @@ def open_training_data(
     plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
     dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
     sampler = PlanSampler(plan, rank, world_size)
-    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available())
+    trim = trimming(towers.module)
+    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available(), trim)
     return TrainingData(source, plan, dataset, sampler, loader)

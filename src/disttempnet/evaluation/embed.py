@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from disttempnet import distributed
 from disttempnet.models import Towers, encode_images, encode_texts
-from disttempnet.texts import encode_shortened, is_causal, text_lengths
+from disttempnet.texts import trimming
 
 Progress = Callable[[str, int, int], None]
 PRECISIONS = ("fp32", "bf16", "datacomp")
@@ -53,16 +53,16 @@ class Encoder:
         table = torch.zeros(len(texts), self.width, device=self.device)
         if not texts:
             return table
-        causal = is_causal(self.towers.module)
+        trim = trimming(self.towers.module)
         tokens, order = self.towers.tokenizer(list(texts)), torch.arange(len(texts))
-        if causal:  # batches of like lengths: no text waits for a long one
-            order = torch.argsort(text_lengths(self.towers.module, tokens), stable=True)
+        if trim:  # batches of like lengths: no text waits for a long one
+            order = torch.argsort(trim.lengths(tokens), stable=True)
         mine = batches_of_this_rank(len(texts), self.batch)
         for done, batch in enumerate(mine, 1):
             rows = order[batch.start : batch.stop]
-            part = tokens[rows].to(self.device)
+            part = trim(tokens[rows]) if trim else tokens[rows]
             with self._autocast(self.text_dtype):
-                features = encode_shortened(self.towers.module, part) if causal else encode_texts(self.towers, part)
+                features = encode_texts(self.towers, part.to(self.device))
             table[rows.to(self.device)] = features.float()
             if progress:
                 progress("texts", done, len(mine))
