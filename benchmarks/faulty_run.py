@@ -131,9 +131,11 @@ class Run:
 
     def kill(self) -> None:
         if self._agent and self._agent.poll() is None:
+            # looked up ahead: each has a session of its own, and is nobody's child once the agent is gone
+            ranks = [self.pid(rank) for rank in range(self.ranks)]
             os.killpg(self._agent.pid, signal.SIGKILL)
-            for rank in range(self.ranks):
-                if pid := self.pid(rank):
+            for pid in filter(None, ranks):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._agent.wait()
         for task in self._tasks:
