@@ -1,6 +1,7 @@
 """Small runs that are killed, stopped, broken and starved at random moments, restarted, and compared bit for bit.
 
     python benchmarks/faults.py --count 60 --out benchmarks/results/faults.json
+    python benchmarks/faults.py --count 20 --shard                                 # towers shared out: train.shard
 
 A trial is a run of 30 steps with a checkpoint every three and a loader worker a process: alone, as two gloo processes
 that know each other by SLURM's variables, or as two under torchrun. Its seed draws the kind of fault, how often (once
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -114,7 +116,8 @@ def damage(run: Run, fault: dict[str, Any]) -> str:
     found = list(run.checkpoints().values())
     if len(found) < 2:
         return ""
-    files = sorted(path for path in found[-1].iterdir() if path.name != "files.json" or fault["number"] % 2)
+    every = (path for path in found[-1].rglob("*") if path.is_file())
+    files = sorted(path for path in every if path.name != "files.json" or fault["number"] % 2)
     path = files[fault["number"] % len(files)]
     content = bytearray(path.read_bytes())
     place = int(fault["share"] * len(content))
@@ -191,9 +194,9 @@ def census(run: Run, undisturbed: dict[int, str]) -> tuple[list[int], list[int]]
     return [s for s in whole if whole[s] == undisturbed[s]], [s for s in whole if whole[s] != undisturbed[s]]
 
 
-def play(trial: Trial, home: Path, undisturbed: dict[str, Any]) -> None:
+def play(trial: Trial, home: Path, undisturbed: dict[str, Any], overrides: Sequence[str]) -> None:
     """Faults and restarts until the run is through; what is wrong is noted in the trial."""
-    with Run(home, f"trial-{trial.seed}", trial.launcher) as run, small_disk(run, trial, undisturbed):
+    with Run(home, f"trial-{trial.seed}", trial.launcher, *overrides) as run, small_disk(run, trial, undisturbed):
         reference = undisturbed[str(run.ranks)]
         fault: dict[str, Any] | None = trial.next_fault(run.ranks, 0)
         expected = 0
@@ -236,7 +239,7 @@ def finish(trial: Trial, run: Run, reference: dict[str, Any]) -> None:
         trial.wrong.append("metrics.jsonl differs")
     if "finished" not in json.loads((run.folder / "run.json").read_text(encoding="utf-8")):
         trial.wrong.append("not marked as finished")
-    left = [path.name for path in run.folder.rglob(".*")]
+    left = [path.name for path in run.folder.rglob(".*") if path.parent.name != "moments"]  # .metadata is its contents
     trial.wrong += [f"left behind: {left}"] * bool(left)
 
 
@@ -254,24 +257,24 @@ def small_disk(run: Run, trial: Trial, undisturbed: dict[str, Any]) -> Iterator[
             subprocess.run(["umount", "-l", str(run.out)], check=True)
 
 
-def undisturbed_runs(home: Path) -> dict[str, Any]:
+def undisturbed_runs(home: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """For one process and for two: the digest of every step's checkpoint, the losses, the files each rank writes."""
     found: dict[str, Any] = {}
     for launcher in ("alone", "srun"):
-        with Run(home, launcher, launcher, "train.checkpoint_every=1", f"train.keep={STEPS}") as run:
+        with Run(home, launcher, launcher, "train.checkpoint_every=1", f"train.keep={STEPS}", *overrides) as run:
             one_start(run, None, [])
             if any(run.codes()):
                 raise RuntimeError(f"the undisturbed run failed: {run.printed()}")
-            if launcher == "srun" and not run.printed()[0].startswith("2 processes "):
-                raise RuntimeError(f"the processes did not find each other: {run.printed()}")
+            if run.processes() != run.ranks:
+                raise RuntimeError(f"{run.ranks} processes did not find each other: {run.printed()}")
             digests = {step: digest(folder) for step, folder in run.checkpoints().items()}
             if list(digests) != list(range(1, STEPS + 1)) or len({*digests.values()} - {""}) != STEPS:
                 raise RuntimeError("the undisturbed run has not a checkpoint of its own at every step")
             sizes: list[list[int]] = [[] for _ in range(run.ranks)]
-            for path in run.checkpoints()[STEPS].iterdir():
-                writer = int(path.name[len("shard-") :][:5]) if path.name.startswith("shard-") else 0
-                if path.suffix != ".json":
-                    sizes[writer].append(path.stat().st_size)
+            for path in run.checkpoints()[STEPS].rglob("*"):
+                named = re.match(r"(?:shard-|__)(\d+)", path.name)
+                if path.is_file() and path.suffix != ".json":
+                    sizes[int(named[1]) if named else 0].append(path.stat().st_size)
             found[str(run.ranks)] = {"digests": digests, "logged": run.logged(), "sizes": sizes}
     return found
 
@@ -300,14 +303,15 @@ def run_trials(
     only: Sequence[str] = (),
     jobs: int = 1,
     launchers: Mapping[str, int] = MappingProxyType(LAUNCHERS),
+    overrides: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Trials until `count` had their fault, `jobs` at a time; one that ended before its moment does not count."""
     prepare(home)
-    undisturbed = undisturbed_runs(home)
+    undisturbed = undisturbed_runs(home, overrides)
 
     def one(number: int) -> dict[str, Any]:
         trial = Trial(number, only, launchers)
-        play(trial, home, undisturbed)
+        play(trial, home, undisturbed, overrides)
         return {name: getattr(trial, name) for name in ("seed", "kind", "launcher", "faults", "wrong")}
 
     counted, following = 0, itertools.count(seed)
@@ -328,12 +332,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next has the next (default: 0)")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=[], metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default: 1)")
+    parser.add_argument("--shard", action="store_true", help="two processes with train.shard, in every trial")
     parser.add_argument("--folder", help="where the runs lie (default: the folder for temporary files)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args()
+    shared: dict[str, Any] = {"launchers": {"srun": 1}, "overrides": ["train.shard=true"]} if options.shard else {}
     began, trials = time.monotonic(), []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="faults-") as home:
-        for trial in run_trials(Path(home), options.seed, options.count, options.only, options.jobs):
+        for trial in run_trials(Path(home), options.seed, options.count, options.only, options.jobs, **shared):
             trials.append(trial)
             minutes, wrong = (time.monotonic() - began) / 60, sum(bool(one["wrong"]) for one in trials)
             line = f"{len(trials)} of {options.count} trials, {wrong} wrong, {minutes:.1f} minutes: {trial['kind']}"

@@ -23,7 +23,9 @@ from typing import Any
 
 import faulty_rank
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
+from disttempnet import sharding
 from disttempnet.config import CONFIG_FOLDER
 
 STEPS, EVERY, SAMPLES, BATCH = 30, 3, 320, 32
@@ -98,8 +100,8 @@ class Run:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli"])
         job = random.SystemRandom().randrange(1, 10**6)  # the port follows from it
-        slurm = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": str(self.ranks)}
-        slurm["SLURM_STEP_ID"] = "0"
+        slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "localhost"}
+        slurm["SLURM_NTASKS"] = str(self.ranks)
         self._tasks = []
         for rank in range(self.ranks):
             own = common | slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
@@ -132,9 +134,11 @@ class Run:
 
     def kill(self) -> None:
         if self._agent and self._agent.poll() is None:
+            # looked up ahead: each has a session of its own, and is nobody's child once the agent is gone
+            ranks = [self.pid(rank) for rank in range(self.ranks)]
             os.killpg(self._agent.pid, signal.SIGKILL)
-            for rank in range(self.ranks):
-                if pid := self.pid(rank):
+            for pid in filter(None, ranks):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._agent.wait()
         for task in self._tasks:
@@ -152,6 +156,11 @@ class Run:
             return []
         records = [json.loads(line) for line in lines]
         return [(record["step"], record["loss"]) for record in records]
+
+    def processes(self) -> int:
+        """How many this start has met, as it says itself; 0 where it did not come so far."""
+        found = re.search(r"^(\d+) processes on|^one process,", self.printed()[0], re.MULTILINE)
+        return int(found[1] or 1) if found else 0
 
     def resumed_at(self) -> int | None:
         """The step that this start went on from, as it says itself; None where it did not come so far."""
@@ -189,11 +198,21 @@ def digest(checkpoint: Path) -> str:
         _feed(found, trainer)
         _feed(found, load_file(checkpoint / "open_clip_model.safetensors"))
         _feed(found, json.loads((checkpoint / "open_clip_config.json").read_text(encoding="utf-8")))
+        if (checkpoint / "moments").is_dir():
+            _feed(found, _moments(checkpoint / "moments"))
         for rank in range(trainer["world_size"]):
             _feed(found, torch.load(checkpoint / f"shard-{rank:05d}-of-{trainer['world_size']:05d}.pt"))
     except Exception:  # whatever a broken file makes torch raise
         return ""
     return found.hexdigest()
+
+
+def _moments(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a run whose towers are shared out."""
+    contents = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(one.size) for name, one in contents.items()}  # type: ignore[union-attr]
+    sharding.load_parts(tensors, folder)
+    return tensors
 
 
 def _feed(into: Any, value: Any) -> None:

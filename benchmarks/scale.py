@@ -66,8 +66,7 @@ def on_paper(model: str, rows: int, options: argparse.Namespace) -> dict[str, fl
     """A step of `rows` pairs a rank, DistTempNet-v1 in bf16: bytes in MB, times in ms, of one rank."""
     flop, parameters, width = MODELS[model]
     ranks, size = options.gpus, rows * options.gpus
-    speed, link = options.mfu * options.tflops * 1e9, options.gbytes * 1e3  # FLOP and MB a millisecond
-    link /= 1e3
+    speed, link = options.mfu * options.tflops * 1e9, options.gbytes  # FLOP and MB a millisecond
     towers, contrast = rows * flop / speed, 12 * rows * size * width / speed
     gathered = (ranks - 1) * rows * (2 * width * 2 + 8 + 4 * 7) / 1e6
     ring = 2 * (ranks - 1) / ranks  # what an all-reduce moves, times its size

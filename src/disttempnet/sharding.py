@@ -26,7 +26,8 @@ from disttempnet import distributed
 from disttempnet.errors import UserError
 
 # all that a checkpoint's list of contents may call up when it is read, beside names of dtypes
-PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
+PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+PATHS = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}  # the second is what Python 3.13 calls it
 CONTENTS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 HOLLOW = "_hollow"  # attribute of a module that is shared out: its plain copy, without parameters
 CALLED = ("encode_image", "encode_text")  # what is called of open_clip's models, beside forward
@@ -43,11 +44,16 @@ def shard(module: nn.Module, device: torch.device) -> None:
 
     Args:
         module: open_clip's model on the CPU, locked and prepared; its optimizers are built afterwards.
+
+    Raises:
+        UserError: a scalar of it is trained: it has no rows to share out, and nobody would average its gradient.
     """
     if distributed.world_size() == 1:
         module.to(device)
         return
     scalars = {p for p in module.parameters() if p.ndim == 0}
+    if trained := [name for name, p in module.named_parameters() if p in scalars and p.requires_grad]:
+        raise UserError(f"train.shard: the towers train single numbers ({trained[0]}), which cannot be shared out")
     module.__dict__[HOLLOW] = _hollow(module)
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     shared = partial(fully_shard, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
@@ -144,7 +150,7 @@ def save_parts(parts: dict[str, Tensor], folder: Path) -> None:
     Every rank calls this with the same names; everything is on disk afterwards, the folder's entries too.
 
     Raises:
-        UserError: a rank cannot write. Every rank raises.
+        OSError, RuntimeError, …: what the first rank met that failed. Every rank raises it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -152,8 +158,9 @@ def save_parts(parts: dict[str, Tensor], folder: Path) -> None:
 
     try:
         save(parts, storage_writer=FileSystemWriter(folder, sync_files=True))
-    except CheckpointException as error:
-        raise UserError(f"{folder}: cannot be written: {_first_failure(error)}") from None
+    except CheckpointException as error:  # of anything, an interruption too
+        cause, _ = error.failures[min(error.failures)]
+        raise cause from None
 
 
 def load_parts(parts: dict[str, Tensor], folder: Path) -> None:
@@ -202,12 +209,14 @@ class _Contents(pickle.Unpickler):
         super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        fine = (
-            (module, name) in PLAIN
-            or (module in CONTENTS and isinstance(found, type) and found.__module__ == module)
-            or (module == "torch" and isinstance(found, torch.dtype))
-        )
-        if not fine:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a list of contents")
-        return found
+        if (module, name) in PATHS:
+            return Path
+        if (module, name) in PLAIN or module in (*CONTENTS, "torch"):  # of others not even the module is imported
+            found = super().find_class(module, name)
+            if (
+                (module, name) in PLAIN
+                or (module in CONTENTS and isinstance(found, type) and found.__module__ == module)
+                or (module == "torch" and isinstance(found, torch.dtype))
+            ):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a list of contents")

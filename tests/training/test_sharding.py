@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import parts
 from disttempnet import distributed, sharding
@@ -274,6 +276,90 @@ class Malice:
         return os.mkdir, ("broken-in",)
 
 
+def no_room(out: str, who: int, most: int) -> tuple[str, list[str]]:
+    """What this rank hears where rank `who` can write no file of more bytes, and what is in the folder then."""
+    own = [f"out={json.dumps(out)}", "eval.tasks=[]", SHARD, "train.stop_after_steps=2"]
+    trainer = Trainer(load_config(CONFIG_FOLDER / "debug.toml", own), CPU, "auto")
+    trainer.run()
+    trainer.step += 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == who:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    told = ""
+    try:
+        trainer._save()
+    except UserError as error:
+        told = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    distributed.barrier()  # rank 0 removes what was half written
+    return told, sorted(p.name for p in (Path(out) / "debug" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("who", "most"), [(0, 100), (1, 300_000)])
+def test_a_full_disk_while_moments_are_written_is_the_same_line(
+    who: int, most: int, gloo: Pools, tmp_path: Path
+) -> None:
+    """As for a run under DDP: of the checkpoint, not of the hidden folder, and on every rank."""
+    for told, left in gloo(2, no_room, str(tmp_path), who, most):
+        assert told.startswith(f"{tmp_path / 'debug' / 'checkpoints' / 'step-00000003'}: cannot be written: ")
+        assert told.endswith(" MB are free there. --resume auto goes on from the last checkpoint")
+        assert "inline_container" not in told
+        assert left == ["best.json", "step-00000002"]
+
+
+def interrupted(folder: str, fault: type[BaseException]) -> str:
+    """What a rank meets where writing is broken off on rank 1 by something that is no fault of the disk."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    def write_data(*_: object) -> None:
+        raise fault("here")
+
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
+    parts = {"a": distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])}
+    with pytest.MonkeyPatch.context() as patched:
+        if distributed.rank() == 1:
+            patched.setattr(FileSystemWriter, "write_data", write_data)
+        try:
+            whole.write_whole(Path(folder) / "step", lambda to: sharding.save_parts(parts, to / "m") or [])
+        except BaseException as error:
+            return repr(error)
+    return ""
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, KeyError])
+def test_what_is_no_fault_of_the_disk_is_not_called_so(fault: type[BaseException], gloo: Pools, tmp_path: Path) -> None:
+    assert gloo(2, interrupted, str(tmp_path), fault) == [f"{fault.__name__}('here')"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def few_rows(folder: str) -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
+    wholes = {"one row": torch.arange(5.0).view(1, 5), "three": torch.arange(3.0)}
+    sharding.save_parts({k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in wholes.items()}, Path(folder))
+    return wholes
+
+
+def test_ranks_without_a_row_and_paths_of_other_pythons(gloo: Pools, tmp_path: Path) -> None:
+    """Python 3.13 pickles paths as of a module that others have not; the list of contents holds one."""
+    wholes = gloo(2, few_rows, str(tmp_path))[0]
+    contents = tmp_path / ".metadata"
+    plain = pickle.dumps(pickle.loads(contents.read_bytes()), 2)  # the protocol that spells names out
+    assert plain.count(b"cpathlib\nPosixPath\n") == 1
+    contents.write_bytes(plain.replace(b"cpathlib\n", b"cpathlib._local\n"))
+    read = {name: torch.full(value.shape, torch.nan) for name, value in wholes.items()}
+    sharding.load_parts(read, tmp_path)
+    assert all(torch.equal(read[name], wholes[name]) for name in wholes)
+
+
+def test_not_even_a_module_is_imported_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "malice_beside.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / ".metadata").write_bytes(b"cmalice_beside\nMetadata\n.")
+    with pytest.raises(UserError, match=r"malice_beside\.Metadata does not belong into a list of contents"):
+        sharding.load_parts({"a": torch.zeros(2)}, tmp_path)
+
+
 def test_nothing_is_executed_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Malice()))
@@ -328,6 +414,23 @@ def trained(name: str, shared: bool) -> tuple[float, dict[str, torch.Tensor]]:
     return float(total.detach()), {k: sharding.whole(g) for k, g in gradients.items()}
 
 
+def trained_scalar() -> str:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    module.gain = torch.nn.Parameter(torch.zeros(()))
+    try:
+        sharding.shard(module, CPU)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_trained_scalars_are_refused(gloo: Pools) -> None:
+    """As of timm's NFNets: FSDP2 takes none, and left alone they would become other ones on every rank."""
+    assert gloo(2, trained_scalar) == [
+        "train.shard: the towers train single numbers (gain), which cannot be shared out"
+    ] * 2  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["demo-convnext-32", "timm-and-hf", "modified-resnet"])
 def test_gradients_of_other_towers(kind: str, gloo: Pools, tmp_path: Path) -> None:
     name = kind
@@ -351,7 +454,7 @@ def pieces(name: str) -> tuple[int, list[int]]:
     """Blocks of an architecture, and how many parameters are gathered at a time; without its memory."""
     with torch.device("meta"):
         module = open_clip.create_model(name, device="meta")
-    module.logit_scale = torch.nn.Parameter(torch.zeros(()))
+    module.logit_scale = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
     count = len(sharding.blocks(module))
     sharding.shard(module, CPU)
     sizes, counted = [], set()

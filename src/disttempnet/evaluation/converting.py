@@ -12,9 +12,9 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -71,8 +71,8 @@ def convert(task: Task, source: str, root: Path, per_shard: int, progress: bool 
                 os.rename(part, target)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-            with suppress(OSError):
-                os.unlink(f"{part}.lock")
+                with suppress(OSError):
+                    os.unlink(f"{part}.lock")
     except Timeout:
         raise UserError(f"{target}: another command is writing it") from None
     except OSError as error:
@@ -104,21 +104,30 @@ def _write(data: TaskData, folder: Path, per_shard: int, progress: bool) -> tupl
     with Meter(f"writing {data.task.display}", len(data.samples), active=progress) as meter:
         for number, start in enumerate(starts):
             path = folder / "test" / f"{number}.tar"
-            with path.open("wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                    for place in range(start, min(start + per_shard, len(data.samples))):
-                        for suffix, content in _members(data, place):
-                            member = tarfile.TarInfo(f"{_key(place)}.{suffix}")
-                            member.size = len(content)
-                            tar.addfile(member, io.BytesIO(content))
-                        meter.advance()
-                file.flush()
-                os.fsync(file.fileno())
+            with (
+                _on_disk(path) as file,
+                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+            ):
+                for place in range(start, min(start + per_shard, len(data.samples))):
+                    for suffix, content in _members(data, place):
+                        member = tarfile.TarInfo(f"{_key(place)}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+                    meter.advance()
             size += path.stat().st_size
-    for name, lines in _words(data).items():
-        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    (folder / "test" / "nshards.txt").write_text(f"{len(starts)}\n", encoding="utf-8")
+    for name, lines in (_words(data) | {"test/nshards.txt": [str(len(starts))]}).items():
+        with _on_disk(folder / name) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
     return len(starts), size
+
+
+@contextmanager
+def _on_disk(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is on the disk when it is closed."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _key(place: int) -> str:
@@ -166,7 +175,7 @@ def _words(data: TaskData) -> dict[str, list[str]]:
             names = [_key(place) for place in puzzle.candidates]
             right = [name for name, belongs in zip(names, puzzle.right, strict=True) if belongs]
             rows.append({"cue": puzzle.cue, "candidates": names, "associations": right})
-        files["puzzles.jsonl"] = [json.dumps(row, ensure_ascii=False) for row in rows]
+        files["puzzles.jsonl"] = [json.dumps(row) for row in rows]  # ASCII: no line separator of Unicode's
     elif not data.labels:
         files["dataset_type.txt"] = ["retrieval"]
     return files

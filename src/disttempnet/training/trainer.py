@@ -302,7 +302,8 @@ class Trainer:
     def _find_checkpoint(self, resume: str) -> Path | None:
         self._passed_over: list[str] = []
         if resume == "never":
-            if checkpoint.list_checkpoints(self.folder) or (self.folder / "config.toml").exists():
+            there = bool(checkpoint.list_checkpoints(self.folder)) or (self.folder / "config.toml").exists()
+            if distributed.gather_objects(there)[0]:  # another rank may look when rank 0 has begun
                 raise UserError(
                     f"{self.folder}: this run exists already; continue it with --resume auto, "
                     "or give the new one another name (name=…)"
