@@ -1,7 +1,7 @@
 """The training loop, for one process or many.
 
 A step: Batch(images, tokens, ids) → towers → loss(features, ids), which gathers what it needs → backward → optimizers.
-Towers and objective are ONE module that DDP wraps; per-sample state travels in its state_dict and is never broadcast.
+Encoder and contrast are wrapped one by one (gradients.py); per-sample state travels in state_dict, never broadcast.
 """
 
 from __future__ import annotations
