@@ -168,3 +168,23 @@ def shared_folder(folder: str, spoil: str) -> list[str]:
 
 def test_every_rank_learns_of_damage_that_one_finds(gloo: Pools, tmp_path: Path) -> None:
     assert gloo(2, shared_folder, str(tmp_path), "1.bin") == [["", "1.bin is not what was written"]] * 2
+
+
+@pytest.mark.parametrize(
+    "words", ["[enforce fail at inline_container.cc:672] . unexpected pos 64", "basic_ios::clear: iostream error"]
+)
+def test_what_torch_says_of_a_full_disk_is_one_line(words: str, tmp_path: Path) -> None:
+    def write(folder: Path) -> list[Path]:
+        raise RuntimeError(words)
+
+    with pytest.raises(UserError, match="step: cannot be written: a file could not be written to its end"):
+        whole.write_whole(tmp_path / "step", write)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_other_errors_of_torch_stay_loud(tmp_path: Path) -> None:
+    def write(folder: Path) -> list[Path]:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        whole.write_whole(tmp_path / "step", write)

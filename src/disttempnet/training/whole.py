@@ -23,6 +23,7 @@ from disttempnet.errors import UserError
 LISTING = "files.json"
 WRITING, REMOVING = ".writing-", ".removing-"
 PIECE = 8 << 20  # bytes that are read at a time
+TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")  # all that torch.save says of it, by where it strikes
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -137,7 +138,7 @@ def _unwritable_named(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(_full(target, getattr(error, "strerror", None) or str(error))) from None
     except RuntimeError as error:
-        if "inline_container" not in str(error):  # all that torch says of a write that failed
+        if not any(words in str(error) for words in TORCH_COULD_NOT_WRITE):
             raise
         raise UserError(_full(target, "a file could not be written to its end")) from None
 
