@@ -164,18 +164,19 @@ def lost_workers_named() -> Iterator[None]:
     died while a batch was handed over, the connection to it breaks before the signal comes.
     """
     try:
-        yield
-    except RuntimeError as error:
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            places = traceback.extract_tb(error.__traceback__)
+            if not any(Path(place.filename).name == "resource_sharer.py" for place in places):
+                raise
+            raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
+    except RuntimeError as error:  # the signal may come in the lines above, too
         found = re.search(r"DataLoader worker \(pid\D*(\d+)\D*\)", str(error))
         if found is None:
             raise
         how = re.search(r"killed by signal: ([^.]+)", str(error))
         raise UserError(f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + WORKER_DIED) from None
-    except (OSError, EOFError) as error:
-        places = traceback.extract_tb(error.__traceback__)
-        if not any(Path(place.filename).name == "resource_sharer.py" for place in places):
-            raise
-        raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
 
 
 def make_loader(
