@@ -9,7 +9,7 @@ import disttempnet
 
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
-    {"errors", "machine"},
+    {"errors", "files", "machine"},
     {"config_file"},
     {"config", "launch", "watch", "distributed", "slurm"},
     {"sharding"},

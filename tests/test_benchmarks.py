@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -10,18 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmark import benchmark
 from data.pictures import photo
 
 ROOT = Path(__file__).parents[1]
-
-
-def benchmark(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from test_benchmarks_loss import benchmark
+from benchmark import benchmark
 
 STEP = {
     "what": "step", "device": "cpu", "model": "demo-vit-32", "precision": "bf16", "batch": 8, "tokens": 12,

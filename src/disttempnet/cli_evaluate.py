@@ -112,7 +112,8 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
     from disttempnet.evaluation.runner import evaluate
     from disttempnet.evaluation.scores import to_record
     from disttempnet.evaluation.table import results_table
-    from disttempnet.training.checkpoint import refuse_unwritable, write_atomically
+    from disttempnet.files import write_atomically
+    from disttempnet.training.checkpoint import refuse_unwritable
 
     out = Path(options.out) if options.out else None
     if out is not None:

@@ -39,7 +39,8 @@ def _export(options: argparse.Namespace) -> int:
     from disttempnet.evaluation.averages import counted_tags
     from disttempnet.evaluation.exports import clip_benchmark_files, left_out, openclip_csv, read_evaluated
     from disttempnet.evaluation.readers import all_tasks
-    from disttempnet.training.checkpoint import refuse_unwritable, write_atomically
+    from disttempnet.files import write_atomically
+    from disttempnet.training.checkpoint import refuse_unwritable
 
     every = [read_evaluated(Path(folder)) for folder in options.results]
     out = Path(options.out)

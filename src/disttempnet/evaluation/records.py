@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from disttempnet.errors import UserError
+from disttempnet.files import write_atomically
 
 RESULTS_FILE = "eval_results.jsonl"
 MAIN = "main_metric"
@@ -126,22 +124,7 @@ def write_records(path: Path, records: Iterable[TaskRecord]) -> None:
     """
     lines = [json.dumps(_to_line(record), ensure_ascii=False, allow_nan=False) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill at any moment, finds the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def _to_line(record: TaskRecord) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.averages import averages, why_not
-from disttempnet.evaluation.records import TaskRecord, replace_text
+from disttempnet.evaluation.records import TaskRecord
+from disttempnet.files import write_atomically
 
 SUMMARY_FILE = "summary.json"
 
@@ -79,7 +80,7 @@ def write_summary(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
     return path

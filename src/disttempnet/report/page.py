@@ -16,9 +16,10 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation import readers
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
+from disttempnet.files import write_atomically
 from disttempnet.report import examples, plots
 from disttempnet.report.runs import RunRecord, distinct_titles, read_run
-from disttempnet.training.checkpoint import Run, write_atomically
+from disttempnet.training.checkpoint import Run
 
 
 def build_report(run_folders: Sequence[Path], out: Path) -> Path:

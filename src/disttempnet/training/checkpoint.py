@@ -29,6 +29,7 @@ import torch
 from disttempnet import distributed, sharding
 from disttempnet.config import Config, config_from_table
 from disttempnet.errors import UserError
+from disttempnet.files import write_atomically
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
 from disttempnet.models import Towers, load_model, save_model
@@ -235,20 +236,6 @@ def load_run(path: str | Path) -> Run:
     loss.eval()
     folder, digest = checkpoint.parent.parent, trainer["index_digest"]
     return Run(folder, config, towers, loss, trainer["step"], trainer["num_samples"], digest)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f"{whole.WRITING}{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
+from disttempnet.files import write_atomically
 from disttempnet.losses import LossOutput
-from disttempnet.training import checkpoint
 
 
 class _Step(NamedTuple):
@@ -61,7 +61,7 @@ class FiniteCheck:
         terms = {name: float(value) for name, value in output.metrics.items()} | {"grad_norm": float(norm)}
         report = {"step": step, "terms": {k: str(v) for k, v in terms.items()}, "ids": ids.tolist()}
         path = self.folder / f"nonfinite-rank{distributed.rank()}.json"
-        checkpoint.write_atomically(path, json.dumps(report) + "\n")
+        write_atomically(path, json.dumps(report) + "\n")
         raise UserError(
             f"step {step} is not finite: loss {terms['loss']}, grad_norm {terms['grad_norm']}; all terms and the ids "
             f"of its samples are in {path}. Lower optim.lr or set optim.grad_clip, then --resume auto"

@@ -24,6 +24,7 @@ from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
+from disttempnet.files import write_atomically
 from disttempnet.losses import OBJECTIVES, LossOutput
 from disttempnet.models import load_model
 from disttempnet.training import checkpoint, optim, runlog, whole
@@ -328,7 +329,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, checkpoint.checkpoint_folder(self.folder)):
                 whole.tidy(folder)
-            checkpoint.write_atomically(self.folder / "config.toml", dump_config(self.config))
+            write_atomically(self.folder / "config.toml", dump_config(self.config))
             if self.step:
                 checkpoint.write_best(self.folder, self.best)
         self._write_facts(started=runlog.now())
@@ -364,7 +365,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.towers.module.parameters()),
             **times,
         }
-        checkpoint.write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def train(config: Config, resume: str = "never", report: runlog.Report | None = None) -> bool:

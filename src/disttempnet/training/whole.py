@@ -19,9 +19,10 @@ from pathlib import Path
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
+from disttempnet.files import WRITING
 
 LISTING = "files.json"
-WRITING, REMOVING = ".writing-", ".removing-"
+REMOVING = ".removing-"
 PIECE = 8 << 20  # bytes that are read at a time
 TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")  # all that torch.save says of it, by where it strikes
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

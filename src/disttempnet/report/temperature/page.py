@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disttempnet.data.decoding import UnreadableImage
+from disttempnet.files import write_atomically
 from disttempnet.losses import OBJECTIVES
 from disttempnet.report.binning import binned, spearman
 from disttempnet.report.examples import picture
@@ -17,7 +18,7 @@ from disttempnet.report.plots import scatter_chart
 from disttempnet.report.temperature import analysis, plots
 from disttempnet.report.temperature.analysis import Parameter
 from disttempnet.report.temperature.census import Census
-from disttempnet.training.checkpoint import Run, write_atomically
+from disttempnet.training.checkpoint import Run
 
 EXTREMES = 20
 OF_CLUSTER = 6  # examples
