@@ -2,10 +2,11 @@
 
     python benchmarks/evaluation.py --other-python OTHER/bin/python --out benchmarks/results/evaluation.json
 
-parity_clip_benchmark.py says how OTHER is made. Both sides score the same towers (the demo's, with random weights) on
-the same data root, which is made here: every task has its true number of classes and templates, as tasks.toml has them,
-the ImageNet family the true names and its 80 templates, and a part of its true number of images (`--part`). Names
-outside the ImageNet family, ObjectNet's among them, are invented and shared by no two tasks.
+parity_clip_benchmark.py says how OTHER is made. Both sides score the same towers (the demo's, with random weights, and
+as many text positions as CLIP's; `--context`) on the same data root, which is made here: every task has its true number
+of classes and templates, as tasks.toml has them, the ImageNet family the true names and its 80 templates, and a part of
+its true number of images (`--part`). Names outside the ImageNet family, ObjectNet's among them, are invented and shared
+by no two tasks.
 
 Each side is one process on one core, from its start to its result file: wall time and CPU time with all children. Runs
 alternate, and costs and ratios are medians. Texts are counted as rows that reach the text tower, and as their token
@@ -149,7 +150,7 @@ def ours(model: str, root: str, out: str, *more: str) -> None:
             return _call(self, rows, *args, **kwargs)
 
         setattr(open_clip.CLIP, what, count)
-    code = cli.main(["evaluate", f"open_clip:demo-convnext-32/{model}", "--data-root", root, "--out", out, *more])
+    code = cli.main(["evaluate", f"open_clip:local-dir:{model}", "--data-root", root, "--out", out, *more])
     Path(out, "counted.json").write_text(json.dumps(counted), encoding="utf-8")
     sys.exit(code)
 
@@ -171,21 +172,25 @@ def measured(command: list[str], core: int, cache: Path) -> dict[str, float]:
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from disttempnet.evaluation.readers import all_tasks
-    from disttempnet.models import load_model, save_model
+    from disttempnet.models import CONFIG_NAME, load_model, open_clip, save_model
 
     root, model = folder / "root", folder / "model"
     root.mkdir()
     model.mkdir()
     write_root(root, options.part)
+    config = open_clip.get_model_config("demo-convnext-32")
+    config["text_cfg"]["context_length"] = options.context
+    config = {"model_cfg": config, "preprocess_cfg": {}}
+    (model / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        save_model(load_model("demo-convnext-32"), model, 100.0)
+        save_model(load_model(f"local-dir:{model}"), model, 100.0)
     keys = [key for key, task in all_tasks().items() if task.below_root]
     (folder / "tasks").write_text("\n".join(keys), encoding="utf-8")
     result: dict[str, Any] = {
         "part": options.part,
         "pairs": options.pairs,
         "tasks": len(keys),
-        "model": "demo-convnext-32, random weights",
+        "model": f"demo-convnext-32, {options.context} text positions, random weights",
     }
     way = [options.other_python, str(ROOT / "benchmarks" / "datacomp_way.py"), str(root), str(model)]
     way += ["--tasks", str(folder / "tasks"), "--out", str(folder / "theirs.json")]
@@ -235,6 +240,7 @@ def main() -> None:
     parser.add_argument("--other-python", required=True, help="interpreter of the environment with clip-benchmark")
     parser.add_argument("--part", type=int, default=50, help="one of so many images of each task")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side; costs are medians")
+    parser.add_argument("--context", type=int, default=77, help="positions of the text tower (CLIP: 77, the demo: 16)")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="core that both are pinned to")
     parser.add_argument("--out", type=Path, help="file for the result, JSON")
     options = parser.parse_args()

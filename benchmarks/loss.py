@@ -248,8 +248,7 @@ def main() -> None:
         raise SystemExit(f"{options.out} was measured with {before}, this is {results}: take another file")
     results["batches"] = known
     for batch in options.batches:
-        rounds = min(options.rounds, max(1, options.rounds * 8192 // batch))
-        known[str(batch)] = {"rounds": rounds, **compare(batch, rounds, options.cases, options.core)}
+        known[str(batch)] = {"rounds": options.rounds, **compare(batch, options.rounds, options.cases, options.core)}
         results["batches"] = {key: known[key] for key in sorted(known, key=int)}
         if options.out:
             options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from disttempnet.losses.temperature import Batch, Temperature, check_bounds
 NetworkForm = Literal["icml24", "dist", "mlp"]
 
 KEPT_ROWS = 4096  # of a rank, up to which the networks' activations are kept for the backward pass
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 256
 
 
 class NetworkTemperature(Temperature):
@@ -126,11 +126,13 @@ class NetworkTemperature(Temperature):
         """Which units of the local rows stay, bool [b, D]."""
         if not self.training or self.dropout == 0:
             return None
-        # float32 draws whatever the features' type: the same mask at every precision
         seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 62)
         generator = torch.Generator(batch.image.device).manual_seed(seed)
-        draws = torch.rand(batch.all_image.shape, generator=generator, device=batch.image.device)
-        return draws[batch.mine] >= self.dropout
+        kept = torch.empty(batch.all_image.shape, dtype=torch.bool, device=batch.image.device)
+        for rows in kept.split(CHUNK_ROWS):
+            # float32 draws whatever the features' type: the same mask at every precision
+            torch.ge(torch.rand(rows.shape, generator=generator, device=rows.device), self.dropout, out=rows)
+        return kept[batch.mine]
 
     def _others(self, batch: Batch) -> Tensor:
         """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
