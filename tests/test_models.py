@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from disttempnet.errors import UserError
-from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, load_model, save_model
+from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, load_model, open_clip, save_model
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_cfg": {}}', '{"preprocess_cfg": 3}'])
@@ -38,3 +39,19 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=f"{WEIGHTS_NAME}' cannot be loaded"):
         load_model("demo-vit-32", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, "weights.pt"])
+def test_text_positions_are_not_stretched(name: str, tmp_path: Path) -> None:
+    """open_clip alone would interpolate them, and every score would be wrong without a word."""
+    short = open_clip.get_model_config("demo-vit-32")
+    config = copy.deepcopy(short)
+    config["text_cfg"]["context_length"] = 77
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    towers = load_model(f"local-dir:{tmp_path}")
+    save_model(towers, tmp_path, logit_scale=10.0)
+    torch.save(towers.module.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"have 77 text positions, the model has 20: .* local-dir:FOLDER"):
+        load_model("demo-vit-32", str(tmp_path / name))
+    again = load_model(f"local-dir:{tmp_path}").module.state_dict()["positional_embedding"]
+    assert torch.equal(again, towers.module.state_dict()["positional_embedding"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from disttempnet.errors import UserError, unknown_name
@@ -51,7 +51,7 @@ _STUBS: list[torch.library.Library] = []  # an operator lives as long as the lib
 _allow_torchvision_without_native_ops()
 
 import open_clip  # noqa: E402
-from open_clip.factory import load_checkpoint  # noqa: E402
+from open_clip.factory import load_checkpoint, load_state_dict  # noqa: E402
 
 from disttempnet import pretrained as parts  # noqa: E402 (torchvision is imported there too)
 from disttempnet.texts import Tokenizer, accept_trimmed, wordwise  # noqa: E402
@@ -136,6 +136,7 @@ def load_model(name: str, pretrained: str = "", *, image_pretrained: str = "", t
         if "init_logit_bias" in saved:
             architecture["init_logit_bias"] = saved["init_logit_bias"]
         module, tokenizer = _build(origin, architecture, folder, weights, text_pretrained)
+        _refuse_stretched_positions(module, weights)
         if image_pretrained:
             given = given | parts.load_image_tower(module, image_pretrained)
     except (RuntimeError, ValueError, OSError, SafetensorError, pickle.UnpicklingError) as error:
@@ -181,6 +182,26 @@ def _build(
     bias = {key: architecture[key] for key in ("init_logit_bias",) if key in architecture}
     module = open_clip.create_model(name, pretrained=weights or None, **bias)
     return module, wordwise(open_clip.get_tokenizer(name))
+
+
+def _refuse_stretched_positions(module: open_clip.CLIP, weights: str) -> None:
+    """open_clip fits the text positions of a file to a model with more or fewer of them by interpolation: captions
+    lie at other places then, and scores are wrong without a word."""
+    if not Path(weights).is_file() or Path(weights).suffix in (".npz", ".npy"):
+        return  # a tag, or big_vision arrays: those stand for one architecture
+    if weights.endswith(".safetensors"):
+        with safe_open(weights, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no dict)
+    else:
+        shapes = {key: value.shape for key, value in load_state_dict(weights).items() if hasattr(value, "shape")}
+    own = module.state_dict()
+    for key in ("positional_embedding", "text.positional_embedding"):
+        name = key if key in own else f"text.{key}"
+        if key in shapes and name in own and shapes[key][0] != own[name].shape[0]:
+            raise UserError(
+                f"weights '{weights}' have {shapes[key][0]} text positions, the model has {own[name].shape[0]}: name "
+                "the architecture that they were trained with, or open a saved folder as local-dir:FOLDER"
+            )
 
 
 def _saved_folder(pretrained: str) -> Path | None:
