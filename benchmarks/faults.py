@@ -239,7 +239,8 @@ def finish(trial: Trial, run: Run, reference: dict[str, Any]) -> None:
         trial.wrong.append("metrics.jsonl differs")
     if "finished" not in json.loads((run.folder / "run.json").read_text(encoding="utf-8")):
         trial.wrong.append("not marked as finished")
-    left = [path.name for path in run.folder.rglob(".*") if path.parent.name != "moments"]  # .metadata is its contents
+    kept = {".lock", ".metadata"}  # who writes the run; the contents of moments/
+    left = [path.name for path in run.folder.rglob(".*") if path.name not in kept]
     trial.wrong += [f"left behind: {left}"] * bool(left)
 
 

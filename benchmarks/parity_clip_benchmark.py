@@ -101,7 +101,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
     from disttempnet.config import CONFIG_FOLDER, load_config
-    from disttempnet.training.checkpoint import list_checkpoints, load_run
+    from disttempnet.training.checkpoint import load_run
+    from disttempnet.training.runs import list_checkpoints
     from disttempnet.training.trainer import train
     from evaluation.dataroot import EXPECTED, write_data_root
     from evaluation.toy import meaning_towers

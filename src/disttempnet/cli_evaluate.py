@@ -112,8 +112,7 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
     from disttempnet.evaluation.runner import evaluate
     from disttempnet.evaluation.scores import to_record
     from disttempnet.evaluation.table import results_table
-    from disttempnet.files import write_atomically
-    from disttempnet.training.checkpoint import refuse_unwritable
+    from disttempnet.files import refuse_unwritable, write_atomically
 
     out = Path(options.out) if options.out else None
     if out is not None:
@@ -190,7 +189,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
     from disttempnet.evaluation.records import RESULTS_FILE, read_records
     from disttempnet.evaluation.suite import Suite
     from disttempnet.evaluation.summary import SUMMARY_FILE, write_summary
-    from disttempnet.training.checkpoint import refuse_unwritable
+    from disttempnet.files import refuse_unwritable
 
     if not any(is_there(task, root) for task in tasks):
         raise UserError(f"--data-root {root}: holds none of the {len(tasks)} tasks (--list says where to get them)")
@@ -228,7 +227,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
 def _subject(opened: Opened, precision: str, compat: str) -> Subject:
     from disttempnet.evaluation.embed import checkpoint_hash
     from disttempnet.evaluation.summary import Subject
-    from disttempnet.training.runlog import provenance
+    from disttempnet.training.facts import provenance
 
     run = {}
     if opened.config is not None:

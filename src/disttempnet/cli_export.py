@@ -39,8 +39,7 @@ def _export(options: argparse.Namespace) -> int:
     from disttempnet.evaluation.averages import counted_tags
     from disttempnet.evaluation.exports import clip_benchmark_files, left_out, openclip_csv, read_evaluated
     from disttempnet.evaluation.readers import all_tasks
-    from disttempnet.files import write_atomically
-    from disttempnet.training.checkpoint import refuse_unwritable
+    from disttempnet.files import refuse_unwritable, write_atomically
 
     every = [read_evaluated(Path(folder)) for folder in options.results]
     out = Path(options.out)

@@ -26,7 +26,8 @@ from disttempnet.report.temperature import analysis, items, measure
 from disttempnet.report.temperature.census import Census
 from disttempnet.report.temperature.command import Source, write_temperatures
 from disttempnet.report.temperature.table import COLUMNS
-from disttempnet.training.checkpoint import list_checkpoints, load_run
+from disttempnet.training.checkpoint import load_run
+from disttempnet.training.runs import list_checkpoints
 from disttempnet.training.trainer import train
 from evaluation.toy import COLOURS, write_shard
 from gloo import Pools

@@ -19,8 +19,9 @@ import parts
 from disttempnet.config import CONFIG_FOLDER, flat, load_config
 from disttempnet.evaluation.runner import embed_captions
 from disttempnet.losses import OBJECTIVES
-from disttempnet.training.checkpoint import list_checkpoints, load_run
+from disttempnet.training.checkpoint import load_run
 from disttempnet.training.model import build_objective, resolved
+from disttempnet.training.runs import list_checkpoints
 from disttempnet.training.trainer import Trainer
 from gloo import Pools
 

@@ -25,7 +25,8 @@ from disttempnet.errors import UserError
 from disttempnet.losses import LossOutput
 from disttempnet.models import load_model, save_model
 from disttempnet.training import checkpoint, whole
-from disttempnet.training.checkpoint import list_checkpoints, load_run
+from disttempnet.training.checkpoint import load_run
+from disttempnet.training.runs import list_checkpoints
 from disttempnet.training.trainer import Trainer
 from gloo import GlooPool, Pools, WorkerError
 

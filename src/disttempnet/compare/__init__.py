@@ -20,8 +20,7 @@ from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.errors import UserError
-from disttempnet.files import write_atomically
-from disttempnet.training.checkpoint import refuse_unwritable
+from disttempnet.files import refuse_unwritable, write_atomically
 
 __all__ = ["load_grid", "run_compare"]
 

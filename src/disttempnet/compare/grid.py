@@ -30,8 +30,9 @@ from disttempnet.config import Config, Section, config_from_table, explain, flat
 from disttempnet.config_file import apply_override, base_path, merge, read_run, read_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
-from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences, list_checkpoints
+from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences
 from disttempnet.training.model import resolved
+from disttempnet.training.runs import list_checkpoints
 
 SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from disttempnet.config import flat
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import task_title
-from disttempnet.files import write_atomically
+from disttempnet.files import refuse_unwritable, write_atomically
 from disttempnet.report import comparison_plots as plots
 from disttempnet.report.compact import Result, read_results, write_compact
 from disttempnet.report.evaluation_page import evaluation_report
@@ -26,7 +26,6 @@ from disttempnet.report.tables import (
     markdown_table,
     published_cells,
 )
-from disttempnet.training.checkpoint import refuse_unwritable
 
 TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
 SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")

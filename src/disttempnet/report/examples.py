@@ -25,7 +25,8 @@ from disttempnet.evaluation.readers import Sample, find_task
 from disttempnet.report.binning import evenly_spread
 from disttempnet.report.runs import RunRecord
 from disttempnet.report.temperature.items import training_pairs
-from disttempnet.training.checkpoint import Run, list_checkpoints, load_run
+from disttempnet.training.checkpoint import Run, load_run
+from disttempnet.training.runs import list_checkpoints
 
 PICTURE_SIDE = 128  # pixels: shown at 64, sharp on dense screens too
 TRAINING_PAIRS = 20_000  # embedded for the temperature gallery, evenly spread over larger data

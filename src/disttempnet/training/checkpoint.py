@@ -15,8 +15,6 @@ moments/ no less strictly.
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -29,12 +27,12 @@ import torch
 from disttempnet import distributed, sharding
 from disttempnet.config import Config, config_from_table
 from disttempnet.errors import UserError
-from disttempnet.files import write_atomically
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
 from disttempnet.models import Towers, load_model, save_model
 from disttempnet.training import whole
 from disttempnet.training.model import build_objective
+from disttempnet.training.runs import checkpoint_folder, chosen_checkpoint, list_checkpoints, refuse_damaged, write_best
 
 FORMAT = 1
 MOMENTS = "moments"
@@ -46,24 +44,6 @@ NOT_PART_OF_THE_RESULT = {
 }  # fmt: skip
 # What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).
 MAY_CHANGE = NOT_PART_OF_THE_RESULT | {"data.train", "train.stop_after_steps", "eval"}
-
-
-def checkpoint_folder(run: Path) -> Path:
-    return run / "checkpoints"
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in checkpoint_folder(run).glob("step-*") if p.is_dir())
-
-
-def weights_folder(pretrained: str) -> str:
-    """`model.pretrained`, with a run folder replaced by its best checkpoint (else its last).
-
-    Raises:
-        UserError: a run folder without a checkpoint.
-    """
-    return str(_choose(Path(pretrained))) if pretrained and checkpoint_folder(Path(pretrained)).is_dir() else pretrained
 
 
 class Progress(NamedTuple):
@@ -110,7 +90,7 @@ def save_checkpoint(
         if moments:  # first: in it every rank fails, or none
             sharding.save_parts(moments, writing / MOMENTS)
         shard = writing / _shard_name(distributed.rank(), distributed.world_size())
-        torch.save({"state": own, "rng": torch.get_rng_state()}, shard)
+        torch.save({"state": own, **_generators()}, shard)
         written = [shard, *(writing / MOMENTS).glob(f"__{distributed.rank()}_*")]
         if module is None or not distributed.is_main():
             return written
@@ -149,32 +129,6 @@ def save_checkpoint(
     return target
 
 
-def write_best(run: Path, best: Mapping[str, float]) -> None:
-    """Name the best checkpoint of a run; a start does so too, as the one before may have ended ahead of it."""
-    checkpoint_folder(run).mkdir(parents=True, exist_ok=True)
-    write_atomically(checkpoint_folder(run) / "best.json", json.dumps(dict(best)) + "\n")
-
-
-def last_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """The last checkpoint whose files are as they were written, the same on every rank; None if the run has none.
-
-    Also returns a line for each later one that was passed over.
-
-    Raises:
-        UserError: there are some, and all are damaged.
-    """
-    passed_over: list[str] = []
-    found = distributed.gather_objects(list_checkpoints(run))[0]  # a node's view of a shared disk may be older
-    for checkpoint in reversed(found):
-        wrong = whole.damage(checkpoint)
-        if not wrong:
-            return checkpoint, passed_over
-        passed_over.append(f"{checkpoint.name} is damaged and passed over: {wrong}")
-    if found:
-        raise UserError(f"{run}: no checkpoint of it is whole: {'; '.join(passed_over)}")
-    return None, passed_over
-
-
 def load_checkpoint(
     checkpoint: Path,
     *,
@@ -196,10 +150,10 @@ def load_checkpoint(
     _same_run(checkpoint, trainer, config, index_digest)
     with torch.no_grad():
         towers.module.logit_scale.copy_(trainer["logit_scale"])
-    rng = _restore_objective(checkpoint, trainer, loss)
+    shard = _restore_objective(checkpoint, trainer, loss)
     _restore_optimizers(checkpoint, trainer["optimizers"], optimizers)
-    if rng is not None:
-        torch.set_rng_state(rng)
+    if shard is not None:
+        _restore_generators(shard)
     return Progress(trainer["step"], trainer["best"], trainer.get("skipped", {}))  # none in older ones
 
 
@@ -223,10 +177,11 @@ def load_run(path: str | Path) -> Run:
     """Open a run folder (its best checkpoint, else its last) or one checkpoint folder; no data set is needed.
 
     Raises:
-        UserError: no run, no checkpoint, or an unreadable file, by name.
+        UserError: no run, no checkpoint, a damaged or an unreadable file, by name.
     """
     path = Path(path)
-    checkpoint = path if (path / "trainer.pt").is_file() else _choose(path)
+    checkpoint = path if (path / "trainer.pt").is_file() else chosen_checkpoint(path)
+    refuse_damaged(checkpoint)
     trainer = _read(checkpoint / "trainer.pt")
     config = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")
     towers = load_model(config.model.name, str(checkpoint))
@@ -236,41 +191,6 @@ def load_run(path: str | Path) -> Run:
     loss.eval()
     folder, digest = checkpoint.parent.parent, trainer["index_digest"]
     return Run(folder, config, towers, loss, trainer["step"], trainer["num_samples"], digest)
-
-
-def refuse_unwritable(path: Path) -> None:
-    """Raise UserError where a file of this path cannot be written: learnt before the work, not after it.
-
-    Nothing is made; folders of the path may be missing.
-    """
-    try:
-        folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
-        if path.is_dir():
-            why = "it is a folder"
-        elif not folder.is_dir():
-            why = f"{folder} is no folder"
-        elif not os.access(folder, os.W_OK | os.X_OK):
-            why = f"{folder} does not allow it"
-        else:
-            return
-    except OSError as error:
-        why = str(error.strerror)
-    raise UserError(f"{path}: cannot be written: {why}")
-
-
-def _choose(run: Path) -> Path:
-    if not run.is_dir():
-        raise UserError(f"{run}: no such run folder or checkpoint")
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        raise UserError(f"{run}: holds no checkpoint (expected {checkpoint_folder(run)}/step-…)")
-    best = checkpoint_folder(run) / "best.json"
-    if best.is_file():
-        step = json.loads(best.read_text(encoding="utf-8")).get("step", -1)
-        chosen = checkpoint_folder(run) / f"step-{int(step):08d}"
-        if chosen.is_dir():
-            return chosen
-    return checkpoints[-1]
 
 
 def _split(loss: Objective) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -287,14 +207,28 @@ def _num_samples(loss: Objective) -> int:
     return next((m.num_samples for m in loss.modules() if isinstance(m, SampleState)), 1)
 
 
-def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objective) -> torch.Tensor | None:
-    """Load the objective; its shards are taken as they are or re-dealt. Returns this rank's RNG state, if it is one."""
+def _generators() -> dict[str, torch.Tensor]:
+    """States of the random generators that towers draw from (dropout, dropped patches)."""
+    states = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda_rng"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_generators(shard: dict[str, Any]) -> None:
+    torch.set_rng_state(shard["rng"])
+    if "cuda_rng" in shard and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(shard["cuda_rng"])
+
+
+def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objective) -> dict[str, Any] | None:
+    """Load the objective; its shards are taken as they are or re-dealt. Returns this rank's shard, if it is one."""
     old, rank, world_size = trainer["world_size"], distributed.rank(), distributed.world_size()
     template, _ = _split(loss)
     if old == world_size:
         shard = _read(checkpoint / _shard_name(rank, old))
         loss.load_state_dict({**trainer["objective"], **shard["state"]})
-        return shard["rng"]
+        return shard
     shards = {r: _read(checkpoint / _shard_name(r, old))["state"] for r in redealt_from(old, rank, world_size)}
     own = dict(template)
     for key in own:

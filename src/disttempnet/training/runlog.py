@@ -5,26 +5,20 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from disttempnet.data import Skip, Source
+from disttempnet.data import Skip
 from disttempnet.evaluation.scores import Scores, to_record
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
 NAMED_SKIPPED = 20  # unreadable samples of a run that get a line of their own
-PROBLEMS = 20  # lines that say what of the data is left out
 WORTH_A_WORD = 0.1  # of a step's time spent waiting for data: then the progress line says so
 
 
@@ -136,50 +130,6 @@ class Skipped:
     def summary(self) -> str:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         return f"skipped so far: {self.total:,} samples ({counts})"
-
-
-def data_facts(source: Source) -> dict[str, Any]:
-    """What run.json says of the training data: samples, how many are usable, a line for each reason of the others."""
-    lines = source.problems().splitlines()
-    if len(lines) > PROBLEMS:  # every damaged shard has one
-        lines[PROBLEMS:] = [f"and {len(lines) - PROBLEMS:,} lines more: disttempnet data index shows all"]
-    return {"samples": len(source), "usable": int(source.usable_counts.sum()), "left_out": lines}
-
-
-def about_data(facts: Mapping[str, Any]) -> list[str]:
-    """The same as lines for the console."""
-    return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts["left_out"]]
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, git revision and command: what is needed to run the same thing again."""
-    versions = {"python": platform.python_version()}
-    for package in ("disttempnet", "torch", "torchvision", "open_clip_torch", "timm", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"versions": versions, "git": _git_revision(), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _git_revision() -> str:
-    """The revision of the checkout that the package runs from, with + where it was changed; empty when installed."""
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parents[3])}
-    try:
-        run = [
-            subprocess.run(["git", *words], cwd=here, env=environment, capture_output=True, text=True, timeout=10)
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    if run[0].returncode:
-        return ""
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
 
 
 def _summary(metrics: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ Encoder and contrast are wrapped one by one (gradients.py); per-sample state tra
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import time
 from dataclasses import replace
@@ -25,9 +25,9 @@ from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.files import write_atomically
-from disttempnet.losses import OBJECTIVES, LossOutput
+from disttempnet.losses import LossOutput
 from disttempnet.models import load_model
-from disttempnet.training import checkpoint, optim, runlog, whole
+from disttempnet.training import checkpoint, facts, optim, runlog, runs, whole
 from disttempnet.training.finite import FiniteCheck
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
@@ -59,10 +59,10 @@ class Trainer:
     ) -> None:
         self.config = config = resolved(config)
         self.device, self.folder, self.report = device, config.folder, report
-        found = self._find_checkpoint(resume)
+        found, self._passed_over = runs.starting_point(self.folder, resume)
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
-        weights = str(found) if found else checkpoint.weights_folder(config.model.pretrained)
+        weights = str(found) if found else runs.weights_folder(config.model.pretrained)
         load_tasks(config.eval.tasks, Path(config.eval.data_root) if config.eval.data_root else None)
         own = config.model
         self.towers = (
@@ -118,12 +118,17 @@ class Trainer:
 
         Raises:
             Preempted: SIGUSR1 stopped it; everything is saved.
+            UserError: another process trains this run.
         """
+        with runs.claimed(self.folder):
+            return self._run()
+
+    def _run(self) -> bool:
         self._describe()
         log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
-        facts = runlog.about_data(runlog.data_facts(self.data.source))
         about = distributed.describe(self.device, self.config.train.timeout_minutes)
-        for line in (about, *self._passed_over, self._plan(), *facts):
+        plan = facts.plan_line(self.config, self.data, self.step)
+        for line in (about, *self._passed_over, plan, *facts.about_data(facts.data_facts(self.data.source))):
             log.say(line)
         for temperature in optim.own_rate(self.loss):
             if not temperature.learning_rate(self.config.train.epochs - 1):
@@ -143,7 +148,8 @@ class Trainer:
                 )
         finally:
             log.close()
-        self._write_facts(finished=runlog.now())
+        if distributed.is_main():
+            facts.write_facts(self.config, self.device, self.data, self.towers, finished=True)
         return True
 
     def _run_epoch(self, stop: StopSignal) -> bool:
@@ -260,7 +266,9 @@ class Trainer:
         arrays: dict[str, Any] = {"image": image, "text": text}
         if known:
             arrays["frequency"] = result.frequency.cpu().numpy()
-        np.savez(folder / f"step-{self.step:08d}.npz", **arrays)
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        write_atomically(folder / f"step-{self.step:08d}.npz", content.getvalue())
 
     def _save(self) -> None:
         self._finite.look()
@@ -300,25 +308,6 @@ class Trainer:
             return 0
         return distributed.largest(stop.code, self.device)
 
-    def _find_checkpoint(self, resume: str) -> Path | None:
-        self._passed_over: list[str] = []
-        if resume == "never":
-            there = bool(checkpoint.list_checkpoints(self.folder)) or (self.folder / "config.toml").exists()
-            if distributed.gather_objects(there)[0]:  # another rank may look when rank 0 has begun
-                raise UserError(
-                    f"{self.folder}: this run exists already; continue it with --resume auto, "
-                    "or give the new one another name (name=…)"
-                )
-            return None
-        if resume == "auto":
-            last, self._passed_over = checkpoint.last_whole(self.folder)
-            return last
-        if not (Path(resume) / "trainer.pt").is_file():
-            raise UserError(f"{resume}: no checkpoint (a folder with trainer.pt); --resume auto takes the last one")
-        if wrong := whole.damage(Path(resume)):
-            raise UserError(f"{resume}: damaged: {wrong}; --resume auto takes the last one that is whole")
-        return Path(resume)
-
     def _autocast(self) -> torch.dtype | None:
         wanted = self.config.train.precision
         return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda") else None
@@ -326,46 +315,13 @@ class Trainer:
     def _describe(self) -> None:
         """Write config.toml and run.json before the first step."""
         if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for folder in (self.folder, checkpoint.checkpoint_folder(self.folder)):
+            for folder in (self.folder, runs.checkpoint_folder(self.folder)):
                 whole.tidy(folder)
             write_atomically(self.folder / "config.toml", dump_config(self.config))
             if self.step:
-                checkpoint.write_best(self.folder, self.best)
-        self._write_facts(started=runlog.now())
+                runs.write_best(self.folder, self.best)
+            facts.write_facts(self.config, self.device, self.data, self.towers)
         distributed.barrier()
-
-    def _plan(self) -> str:
-        """What is ahead, in one line."""
-        data, ranks = self.config.data, distributed.world_size()
-        share = f" = {ranks} × {data.global_batch // ranks}" if ranks > 1 else ""
-        begun = f", from step {self.step}" if self.step else ""
-        return (
-            f"{self.folder.name}: {self.data.plan.samples:,} samples an epoch, {self.config.train.epochs} epochs of "
-            f"{self.steps_per_epoch:,} steps, global batch {data.global_batch}{share}{begun}"
-        )
-
-    def _write_facts(self, **times: str) -> None:
-        if not distributed.is_main():
-            return
-        path = self.folder / "run.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        known.pop("finished", None)  # of an earlier, shorter goal
-        times = {k: v for k, v in times.items() if not (k == "started" and k in known)}
-        objective = OBJECTIVES[self.config.loss.name]
-        facts = {
-            **known,
-            **runlog.provenance(),
-            "objective": {"name": self.config.loss.name, "title": objective.title, "formula": objective.formula},
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "world_size": distributed.world_size(),
-            "index_digest": self.data.source.digest,
-            "num_samples": self.data.plan.samples,
-            "data": runlog.data_facts(self.data.source),
-            "parameters": sum(p.numel() for p in self.towers.module.parameters()),
-            **times,
-        }
-        write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def train(config: Config, resume: str = "never", report: runlog.Report | None = None) -> bool:

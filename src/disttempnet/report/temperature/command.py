@@ -14,13 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
+from disttempnet.files import refuse_unwritable
 from disttempnet.report.temperature.analysis import goes_with
 from disttempnet.report.temperature.census import Census
 from disttempnet.report.temperature.items import CaptionFile, ImageFolder, Items, Pairs, shard_pairs, training_pairs
 from disttempnet.report.temperature.measure import measure, refuse_without_temperatures
 from disttempnet.report.temperature.page import write_page
 from disttempnet.report.temperature.table import check_table, columns_of, open_table
-from disttempnet.training.checkpoint import Run, list_checkpoints, load_run, refuse_unwritable
+from disttempnet.training.checkpoint import Run, load_run
+from disttempnet.training.runs import list_checkpoints
 
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
 NAMED = 20  # unreadable images that are named

@@ -1,0 +1,111 @@
+"""What run.json says: where a run comes from, on what data and machine it ran, and when."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from disttempnet import distributed
+from disttempnet.config import Config
+from disttempnet.data import Source, TrainingData
+from disttempnet.files import write_atomically
+from disttempnet.losses import OBJECTIVES
+from disttempnet.models import Towers
+
+PROBLEMS = 20  # lines that say what of the data is left out
+
+
+def write_facts(
+    config: Config,
+    device: torch.device,
+    data: TrainingData,
+    towers: Towers,
+    *,
+    started: bool = False,
+    finished: bool = False,
+) -> None:
+    """Write run.json; when a run began is kept where it goes on. Only rank 0 calls this."""
+    path = config.folder / "run.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known.pop("finished", None)  # of an earlier, shorter goal
+    objective = OBJECTIVES[config.loss.name]
+    facts = {
+        **known,
+        **provenance(),
+        "objective": {"name": config.loss.name, "title": objective.title, "formula": objective.formula},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "world_size": distributed.world_size(),
+        "index_digest": data.source.digest,
+        "num_samples": data.plan.samples,
+        "data": data_facts(data.source),
+        "parameters": sum(p.numel() for p in towers.module.parameters()),
+    }
+    facts.setdefault("started", _now())  # kept where a run goes on
+    if finished:
+        facts["finished"] = _now()
+    write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def plan_line(config: Config, data: TrainingData, step: int) -> str:
+    """What is ahead, in one line."""
+    batch, ranks = config.data.global_batch, distributed.world_size()
+    share = f" = {ranks} × {batch // ranks}" if ranks > 1 else ""
+    begun = f", from step {step}" if step else ""
+    return (
+        f"{config.folder.name}: {data.plan.samples:,} samples an epoch, {config.train.epochs} epochs of "
+        f"{data.plan.steps:,} steps, global batch {batch}{share}{begun}"
+    )
+
+
+def data_facts(source: Source) -> dict[str, Any]:
+    """What run.json says of the training data: samples, how many are usable, a line for each reason of the others."""
+    lines = source.problems().splitlines()
+    if len(lines) > PROBLEMS:  # every damaged shard has one
+        lines[PROBLEMS:] = [f"and {len(lines) - PROBLEMS:,} lines more: disttempnet data index shows all"]
+    return {"samples": len(source), "usable": int(source.usable_counts.sum()), "left_out": lines}
+
+
+def about_data(facts: Mapping[str, Any]) -> list[str]:
+    """The same as lines for the console."""
+    return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts["left_out"]]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision and command: what is needed to run the same thing again."""
+    versions = {"python": platform.python_version()}
+    for package in ("disttempnet", "torch", "torchvision", "open_clip_torch", "timm", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"versions": versions, "git": _git_revision(), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _git_revision() -> str:
+    """The revision of the checkout that the package runs from, with + where it was changed; empty when installed."""
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parents[3])}
+    try:
+        run = [
+            subprocess.run(["git", *words], cwd=here, env=environment, capture_output=True, text=True, timeout=10)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if run[0].returncode:
+        return ""
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")

@@ -1,0 +1,163 @@
+"""The folder of a run: its checkpoints, which of them is opened, and who writes there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from disttempnet import distributed
+from disttempnet.errors import UserError
+from disttempnet.files import write_atomically
+from disttempnet.training import whole
+
+LOCK = ".lock"
+LEASE = 120.0  # seconds after which file servers have taken the lock of a machine that is gone, most of them
+
+
+def checkpoint_folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in checkpoint_folder(run).glob("step-*") if p.is_dir())
+
+
+def weights_folder(pretrained: str) -> str:
+    """`model.pretrained`, with a run folder replaced by its best checkpoint (else its last).
+
+    Raises:
+        UserError: a run folder without a checkpoint.
+    """
+    return (
+        str(chosen_checkpoint(Path(pretrained)))
+        if pretrained and checkpoint_folder(Path(pretrained)).is_dir()
+        else pretrained
+    )
+
+
+def chosen_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a run folder, else its last.
+
+    Raises:
+        UserError: no such folder, or no checkpoint in it.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder or checkpoint")
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise UserError(f"{run}: holds no checkpoint (expected {checkpoint_folder(run)}/step-…)")
+    best = checkpoint_folder(run) / "best.json"
+    if best.is_file():
+        step = json.loads(best.read_text(encoding="utf-8")).get("step", -1)
+        chosen = checkpoint_folder(run) / f"step-{int(step):08d}"
+        if chosen.is_dir():
+            return chosen
+    return checkpoints[-1]
+
+
+def write_best(run: Path, best: Mapping[str, float]) -> None:
+    """Name the best checkpoint of a run; a start does so too, as the one before may have ended ahead of it."""
+    checkpoint_folder(run).mkdir(parents=True, exist_ok=True)
+    write_atomically(checkpoint_folder(run) / "best.json", json.dumps(dict(best)) + "\n")
+
+
+def last_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The last checkpoint whose files are as they were written, the same on every rank; None if the run has none.
+
+    Also returns a line for each later one that was passed over.
+
+    Raises:
+        UserError: there are some, and all are damaged.
+    """
+    passed_over: list[str] = []
+    found = distributed.gather_objects(list_checkpoints(run))[0]  # a node's view of a shared disk may be older
+    for checkpoint in reversed(found):
+        wrong = whole.damage(checkpoint)
+        if not wrong:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.name} is damaged and passed over: {wrong}")
+    if found:
+        raise UserError(f"{run}: no checkpoint of it is whole: {'; '.join(passed_over)}")
+    return None, passed_over
+
+
+def starting_point(run: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run goes on from, if any, and a line for each damaged one that was passed over.
+
+    Args:
+        resume: `auto` takes the last one where there is one, `never` refuses a folder that holds a run, and a path is
+            that checkpoint.
+
+    Raises:
+        UserError: there is a run already; no such checkpoint, or it is damaged.
+    """
+    if resume == "never":
+        there = bool(list_checkpoints(run)) or (run / "config.toml").exists()
+        if distributed.gather_objects(there)[0]:  # another rank may look when rank 0 has begun
+            raise UserError(
+                f"{run}: this run exists already; continue it with --resume auto, "
+                "or give the new one another name (name=…)"
+            )
+        return None, []
+    if resume == "auto":
+        return last_whole(run)
+    if not (Path(resume) / "trainer.pt").is_file():
+        raise UserError(f"{resume}: no checkpoint (a folder with trainer.pt); --resume auto takes the last one")
+    refuse_damaged(Path(resume))
+    return Path(resume), []
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Raise UserError where a file of a checkpoint is not as it was written."""
+    if wrong := whole.damage(checkpoint):
+        raise UserError(f"{checkpoint}: damaged: {wrong}")
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Make the folder of a run, if it is not there, and be the only ones that write it, until this process ends.
+
+    Rank 0 holds a lock of the process, not of the open file: loader workers, which outlive a killed process by a
+    moment, do not hold it. Where a file system has no locks there is none.
+
+    Raises:
+        UserError: another process trains this run; only rank 0 raises.
+    """
+    if not distributed.is_main():
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("a+", encoding="utf-8") as file:
+        _lock(file, run)
+        yield
+
+
+def _lock(file: TextIO, run: Path) -> None:
+    patience = time.monotonic() + LEASE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if holder.endswith(f" on {platform.node()}") or time.monotonic() > patience:
+                raise UserError(
+                    f"{run}: {holder} is training this run: wait for its end, or stop it (if that machine is gone, "
+                    f"remove {run / LOCK})"
+                ) from None
+            time.sleep(2)
+        except OSError:
+            return
+    with suppress(OSError):  # a full disk: the lock is held all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()

@@ -1,0 +1,92 @@
+"""The folder of a run: one writer at a time, and nothing damaged is opened."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from disttempnet.config import CONFIG_FOLDER, load_config
+from disttempnet.errors import UserError
+from disttempnet.files import write_atomically
+from disttempnet.training import checkpoint, runs
+from disttempnet.training.checkpoint import load_run
+from disttempnet.training.runs import claimed, list_checkpoints
+from disttempnet.training.trainer import train
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from disttempnet.training.runs import claimed
+with claimed(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_has_one_writer_until_it_is_killed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        worker = int(holder.stdout.readline())
+        words = f"{run}: process {holder.pid} on "
+        with pytest.raises(UserError, match=re.escape(words) + ".* is training this run"), claimed(run):
+            pytest.fail("two writers")
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with claimed(run):  # although the worker that it had forked still lives
+            os.kill(worker, signal.SIGKILL)
+    with claimed(run):
+        assert (run / ".lock").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
+
+
+def test_a_lock_of_a_machine_that_is_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        os.kill(int(holder.stdout.readline()), signal.SIGKILL)
+        monkeypatch.setattr(platform, "node", lambda: "another")
+        slept: list[float] = []
+        monkeypatch.setattr(runs.time, "sleep", lambda seconds: (slept.append(seconds), holder.kill(), holder.wait()))
+        with claimed(tmp_path):
+            assert slept
+            assert (tmp_path / ".lock").read_text(encoding="utf-8") == f"process {os.getpid()} on another"
+
+
+def test_a_damaged_checkpoint_is_not_opened(tmp_path: Path) -> None:
+    assert train(load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}", "train.stop_after_steps=1"]))
+    weights = list_checkpoints(tmp_path / "debug")[-1] / "open_clip_model.safetensors"
+    assert load_run(tmp_path / "debug").step == 1
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of the last weight, which safetensors would not notice
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-00000001: damaged: open_clip_model.safetensors is not what was written"):
+        load_run(tmp_path / "debug")
+
+
+def test_generators_of_the_gpu_are_kept_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint._generators().keys() == {"rng"}
+    state, restored = torch.arange(4, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    kept = checkpoint._generators()
+    checkpoint._restore_generators(kept)
+    checkpoint._restore_generators({"rng": kept["rng"]})  # of a run that began without one
+    assert [value is state for value in restored] == [True]
+
+
+def test_a_file_is_replaced_as_a_whole_bytes_or_text(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in ("τ", b"\x00\xff"):
+        write_atomically(path, content)
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert list(tmp_path.iterdir()) == [path]
