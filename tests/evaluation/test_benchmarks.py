@@ -39,9 +39,11 @@ def test_speed_as_recorded(capsys: pytest.CaptureFixture[str]) -> None:
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 5
     assert [row for row in rows if row not in PAGE] == []
-    assert result["clip-benchmark / ours, cpu"] >= 2.5
+    assert result["clip-benchmark / ours, cpu"] >= 3
     assert result["clip-benchmark / ours, texts"] >= 2
-    assert result["largest difference of a metric"] <= 1e-6
+    short = recorded("evaluation_16")
+    assert f"it is {short['clip-benchmark / ours, cpu']} times the" in PAGE
+    assert max(one["largest difference of a metric"] for one in (result, short)) <= 1e-6
 
 
 def test_our_side_of_parity(tmp_path: Path) -> None:
