@@ -12,7 +12,7 @@ environment and imports nothing of this package.
 
 Three comparisons, in fp32: the fixture root of tests/evaluation/dataroot.py (solid colours, forty tasks, every format)
 with towers that read colours, and with the demo's towers; and the root of evaluation.py (textured images, true numbers
-of classes and templates) with the demo's towers. Weights are random.
+of classes and templates) with the demo's towers. These have been trained for two epochs.
 """
 
 from __future__ import annotations

@@ -66,6 +66,22 @@ def test_all_forty_and_then_none_again(here: Path, capsys: pytest.CaptureFixture
     assert "1/40" not in capsys.readouterr().out, "nothing is run again"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["a demo run", "open_clip:ViT-B-32"])
+def test_a_run_and_a_large_model_go_through_all_forty(
+    what: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "root").mkdir()
+    write_data_root(here / "root")
+    if what == "a demo run":
+        assert main(["train", str(CONFIG_FOLDER / "demo.toml"), "train.stop_after_steps=3", "eval.tasks=[]"]) == 0
+    target = what if what.startswith("open_clip:") else "runs/demo"
+    capsys.readouterr()
+    assert main(["evaluate", target, "--data-root", "root", "--out", "out"]) == 0
+    assert "Average over 38" in capsys.readouterr().out
+    assert {line["key"]: line["samples"] for line in lines(here / "out" / "eval_results.jsonl")} == SAMPLES
+
+
 def test_a_folder_holds_results_of_one_thing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cifar(here / "root")
     arguments = ["evaluate", MODEL, "--data-root", "root", "--tasks", "cifar10", "--out", "out"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from disttempnet.errors import UserError
 from disttempnet.evaluation.classtexts import ClassTexts
 from disttempnet.evaluation.embed import Encoder, checkpoint_hash, make_encoder
+from disttempnet.evaluation.loading import Batch, Decoder, Request
 from disttempnet.evaluation.readers import Head, find_task
 from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.suite import Suite
@@ -261,6 +264,25 @@ def test_a_stream_that_ends_early_is_no_success(tmp_path: Path) -> None:
         pytest.raises(UserError, match="decoding stopped before Describable Textures"),
     ):
         run(tmp_path, DTD)
+
+
+def test_a_decoding_worker_that_dies_costs_nothing(tmp_path: Path) -> None:
+    for key in (DTD, FLOWERS):
+        write(tmp_path, key)
+    sizes(tmp_path, dtd=6, flowers=6)
+    expected = run(tmp_path, DTD, FLOWERS, batch=2)
+    decode = Decoder.__getitem__
+
+    def dies(self: Decoder, request: Request) -> Batch:
+        if multiprocessing.parent_process() is not None and request.start == 4:
+            os._exit(9)
+        return decode(self, request)
+
+    (tmp_path / "out" / RESULTS_FILE).unlink()
+    with mock.patch.object(Decoder, "__getitem__", dies), pytest.warns(UserWarning, match="threads decode from here"):
+        again = run(tmp_path, DTD, FLOWERS, batch=2, workers=1)
+    assert [again[key].metrics for key in (DTD, FLOWERS)] == [expected[key].metrics for key in (DTD, FLOWERS)]
+    assert all(record.complete and not record.error for record in again.values())
 
 
 def run_with_a_rank_that_fails(root: Path) -> list[tuple[str, bool]]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from disttempnet.data.dataset import lost_workers_named
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.transforms import eval_transform
 from disttempnet.errors import UserError
@@ -84,15 +88,16 @@ def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> It
     Args:
         requests: iterated a few batches ahead of what is given out.
         towers: say how large their square is, and how it is made.
-        workers: processes that decode; 0 = threads of this one.
+        workers: processes that decode; 0 = threads of this one. Where one dies, threads take over, with a warning.
     """
     decoder = Decoder(towers.image_size, towers.resizing)
     if not workers:
         yield from _by_threads(requests, decoder)
         return
+    requests, begun = iter(requests), deque[Request]()
     loader = DataLoader(
         decoder,
-        sampler=requests,  # of requests, not of numbers: the decoder takes what comes
+        sampler=_noted(requests, begun),  # of requests, not of numbers: the decoder takes what comes
         batch_size=None,
         num_workers=workers,
         prefetch_factor=AHEAD,
@@ -100,12 +105,37 @@ def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> It
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed: not from the program's generator
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError("a decoding worker died, out of memory as a rule: set --workers lower") from None
+    batches = _without_signal(loader)
+    while True:
+        try:
+            with lost_workers_named():
+                batch = next(batches, None)
+        except UserError as error:
+            what = str(error).partition(":")[0]
+            warnings.warn(f"{what}, out of memory as a rule (--workers): threads decode from here on", stacklevel=2)
+            break
+        if batch is None:
+            return
+        begun.popleft()
+        yield batch
+    del batches, loader  # ends the other workers
+    yield from _by_threads(chain(begun, requests), decoder)
+
+
+def _noted(requests: Iterator[Request], begun: deque[Request]) -> Iterator[Request]:
+    for request in requests:
+        begun.append(request)
+        yield request
+
+
+def _without_signal(loader: DataLoader) -> Iterator[Batch]:
+    """An iterator that finds out itself, within seconds, that a worker has died: the handler of torch would raise
+    wherever this process is just then."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 def _by_threads(requests: Iterable[Request], decoder: Decoder) -> Iterator[Batch]:

@@ -76,7 +76,8 @@ class SuiteProgress:
             value = "–" if record.value is None else f"{100 * record.value:.2f}"
             what = record.error or f"{record.main_metric_name or 'done'} {value}"
             place = f"{len(self.records)}/{self._total}"
-            self.console.print(f"{place}  {record.dataset}: {what}  ({self._ahead(0.0)})", markup=False, soft_wrap=True)
+            how = "  ".join(filter(None, [self._rate, self._ahead(0.0)]))
+            self.console.print(f"{place}  {record.dataset}: {what}  ({how})", markup=False, soft_wrap=True)
 
     def _show(self, part: float) -> None:
         if self._task is None:
