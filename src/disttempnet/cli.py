@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=TRAIN + config_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", help="a TOML file, e.g. configs/demo.toml")
+    train.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
     train.add_argument(
         "--resume",
         default="never",
@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=COMPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    compare.add_argument("grid", help="a TOML file, e.g. configs/compare.toml")
+    compare.add_argument("grid", help="a TOML file, or the name of a shipped one: compare")
     compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, a process each (default: 1)")
     compare.add_argument("--list", action="store_true", help="print the grid and how far each run is; train nothing")
     compare.add_argument(
