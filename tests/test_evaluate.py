@@ -188,12 +188,26 @@ def test_evaluate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cifar(here / "root")
     assert main(["evaluate", "--list", "--data-root", "root"]) == 0
-    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()[1:]}
+    table, _, how = capsys.readouterr().out.partition("\n\n")
+    rows = {row.split()[0]: row.split()[1:] for row in table.splitlines()[1:]}
     assert len(rows) == 40
     assert rows["cifar10"] == ["10,000", "acc1", "wds_cifar10_test", "djghosh/wds_cifar10_test"]
     assert rows["misc/winogavil"] == ["3,563", "jaccard_score_10-12", "–", "nlphuji/winogavil"]
+    first = next(key for key in rows if key != "cifar10")
+    folder = rows[first][-1].removeprefix("djghosh/")
+    assert how.splitlines() == [
+        f"get one, for example:  hf download --repo-type dataset djghosh/{folder} --local-dir root/{folder}",
+        "then unzip the images in that folder: Flickr, MSCOCO, WinoGAViL (DataComp's hf_cache is not read)",
+    ]
+    assert main(["evaluate", "--list", "--data-root", "root", "--tasks", "cifar10"]) == 0
+    assert "get one" not in capsys.readouterr().out, "nothing is missing"
+    (here / "root" / "wds_cifar10_test" / "test" / "0.tar").unlink()
+    assert main(["evaluate", "--list", "--data-root", "root", "--tasks", "cifar10"]) == 0
+    assert "–" in capsys.readouterr().out, "a folder without tars is not there"
     assert main(["evaluate", "--list", "--tags", "emoji"]) == 0
-    assert "(ships with the package)" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "(ships with the package)" in listed
+    assert "get one" not in listed
     for tags in (["retrieval,imagenet"], ["retrieval", "imagenet"]):
         assert main(["evaluate", "--list", "--tags", *tags]) == 0
         listed = capsys.readouterr().out
