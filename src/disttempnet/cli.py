@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from disttempnet.cli_data import add_data_commands
 from disttempnet.cli_evaluate import add_evaluate_command
 from disttempnet.cli_export import add_export_command
 from disttempnet.cli_launch import add_launch_command
-from disttempnet.errors import Preempted, UserError
+from disttempnet.errors import Preempted, UserError, show_notices_plainly
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -233,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _refuse_repeated(getattr(options, "overrides", ()))
-        return options.run(options)
+        with warnings.catch_warnings():
+            show_notices_plainly()
+            return options.run(options)
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2
