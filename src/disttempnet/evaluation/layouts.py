@@ -11,6 +11,7 @@ sizes.toml                                  optional: "vtab/dtd" = 500, where a 
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.captioned import RAW_PROTOCOLS, captioned_data, winogavil_data
 from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.labelled import labelled_data
-from disttempnet.evaluation.readers import FOLDER, Task, TaskData, embedded_data
+from disttempnet.evaluation.readers import FOLDER, Task, TaskData, all_tasks, embedded_data
 from disttempnet.evaluation.tars import has_tars
 
 HF_CACHE = "hf_cache"  # where DataComp's download keeps raw sets, in a form of `datasets` that only it reads
@@ -104,6 +105,25 @@ def download_folder(task: Task, root: Path) -> Path:
 def is_there(task: Task, root: Path) -> bool:
     """Whether a task's data is below a data root, or needs none."""
     return not task.below_root or find_data(task, root) is not None
+
+
+def how_to_evaluate(tars: Path, images: int) -> str:
+    """What to do with tars of images and captions: where they have to lie, or the command where they do.
+
+    Args:
+        tars: their folder, as an absolute path.
+        images: how many they hold; other than the task has needs a word in sizes.toml.
+    """
+    tasks = [task for task in all_tasks().values() if task.protocols == ("caption_retrieval",)]
+    root, name = tars.parent.parent, tars.parent.name
+    task = next((task for task in tasks if tars.name == "test" and name in folder_names(task)), None)
+    if task is None:
+        places = " or ".join(f"ROOT/{task.also[0]}/test" for task in tasks)
+        return f"to evaluate retrieval on it, it has to be {places}: then evaluate RUN --data-root ROOT finds it"
+    command = shlex.join(["disttempnet", "evaluate", "RUN", "--data-root", str(root), "--tasks", task.name])
+    if sizes_of(root).get(task.name, task.size) != images:
+        command += f'\n  (the task has {task.size:,} images: say "{task.name}" = {images} in {root / "sizes.toml"})'
+    return f"evaluate retrieval on it: {command}"
 
 
 def sizes_of(root: Path) -> dict[str, int]:
