@@ -280,7 +280,8 @@ def _list_of(folder: Path, part: Part) -> Path:
 
 
 def _finish(source: Source, folder: Path, recipe: Recipe, parts: list[Part]) -> Written:
-    """Gather the lists of all shards into one, with what the source itself leaves out; count the shards for evaluation."""
+    """Gather the lists of all shards into one, with what the source itself leaves out; for evaluation, say how many
+    shards there are."""
     path = folder / SKIPPED
     if not path.is_file():
         faults = list(known_faults(source, 0, len(source)))

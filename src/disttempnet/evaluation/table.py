@@ -109,11 +109,12 @@ def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
         rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
         missing += [task] if task.below_root and not found else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:>{w}}" if i == 1 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return [line.rstrip() for line in lines] + _how_to_get(missing, root)
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[1] = row[1].rjust(widths[1])
+        lines.append("  ".join(cells).rstrip())
+    return lines + _how_to_get(missing, root)
 
 
 def _how_to_get(missing: Sequence[Task], root: Path | None) -> list[str]:
