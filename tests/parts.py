@@ -42,7 +42,9 @@ def write_text_folder(folder: Path, pad_first: bool = True, full_size: bool = Fa
     from tokenizers.pre_tokenizers import BertPreTokenizer
     from tokenizers.processors import BertProcessing
     from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     letters = "abcdefghijklmnopqrstuvwxyz"
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *(w for w in WORDS if len(w) > 1)]

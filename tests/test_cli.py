@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from disttempnet.cli import main
 from disttempnet.config import CONFIG_FOLDER
+from disttempnet.errors import UserNotice, show_notices_plainly
 
 DEBUG = str(CONFIG_FOLDER / "debug.toml")
 
@@ -67,6 +69,28 @@ def test_what_a_user_can_fix_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, *arguments)
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_a_user_should_know_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.showwarning
+    more = ["loss.rho=4", "eval.tasks=[]", "train.stop_after_steps=1", f"out={tmp_path}"]  # log(32 − 1) = 3.43
+    assert main(["train", DEBUG, *more]) == 0
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if "rho = 4" in line]
+    assert line.startswith("warning: rho = 4 is not below log(B − 1) = 3.43 at a global batch of 32: ")
+    assert "UserNotice" not in printed
+    assert warnings.showwarning is before, "a program that calls main keeps its own way"
+
+
+def test_other_warnings_are_shown_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        show_notices_plainly()
+        warnings.warn("of others", stacklevel=1)
+        warnings.warn("ours", UserNotice, stacklevel=1)
+    assert [str(one.message) for one in caught] == ["of others"]
+    assert capsys.readouterr().err == "warning: ours\n"
 
 
 def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

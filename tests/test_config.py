@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from disttempnet.cli import main
+from disttempnet.compare.grid import load_grid
 from disttempnet.config import CONFIG_FOLDER, dump_config, load_config
 from disttempnet.errors import UserError
 
@@ -108,3 +110,21 @@ def test_a_wrong_base_is_named(text: str, message: str, tmp_path: Path) -> None:
     write(tmp_path, one=text, loop="config = 'one.toml'")
     with pytest.raises(UserError, match=message):
         load_config(tmp_path / "one.toml")
+
+
+def test_a_bare_name_means_a_shipped_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cc12m_vitb32_v1").mkdir()  # a folder is no config
+    for name in ("cc12m_vitb32_v1", "cc12m_vitb32_v1.toml"):
+        assert load_config(name) == load_config(CONFIG_FOLDER / "cc12m_vitb32_v1.toml")
+    assert load_grid("compare") == load_grid(CONFIG_FOLDER / "compare.toml")
+    assert main(["launch", "demo", "--nodes", "1", "--gpus", "1", "--dry-run"]) == 0
+    assert "train demo" in capsys.readouterr().out
+    for name in ("nope", "folder/demo", "./debug.toml/x"):
+        with pytest.raises(UserError, match="no such config file"):
+            load_config(name)
+    write(tmp_path, debug="config = 'demo.toml'\nname = 'mine'\n")
+    assert load_config("debug.toml").name == "mine", "a file goes first"
+    assert load_config("debug").name == load_config(DEBUG).name

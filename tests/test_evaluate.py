@@ -17,7 +17,7 @@ from disttempnet.evaluation.summary import read_subject
 from disttempnet.models import load_model, save_model
 from disttempnet.training.trainer import train
 from evaluation.dataroot import SAMPLES, write_data_root
-from evaluation.formats import labelled, write_wds
+from evaluation.formats import labelled, picture, write_wds
 
 MODEL = "open_clip:demo-vit-32"
 CIFAR = [("red", "red"), ("green", "green")]
@@ -204,12 +204,26 @@ def test_evaluate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cifar(here / "root")
     assert main(["evaluate", "--list", "--data-root", "root"]) == 0
-    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()[1:]}
+    table, _, how = capsys.readouterr().out.partition("\n\n")
+    rows = {row.split()[0]: row.split()[1:] for row in table.splitlines()[1:]}
     assert len(rows) == 40
     assert rows["cifar10"] == ["10,000", "acc1", "wds_cifar10_test", "djghosh/wds_cifar10_test"]
     assert rows["misc/winogavil"] == ["3,563", "jaccard_score_10-12", "–", "nlphuji/winogavil"]
+    first = next(key for key in rows if key != "cifar10")
+    folder = rows[first][-1].removeprefix("djghosh/")
+    assert how.splitlines() == [
+        f"get one, for example:  hf download --repo-type dataset djghosh/{folder} --local-dir root/{folder}",
+        "then unzip the images in that folder: Flickr, MSCOCO, WinoGAViL (DataComp's hf_cache is not read)",
+    ]
+    assert main(["evaluate", "--list", "--data-root", "root", "--tasks", "cifar10"]) == 0
+    assert "get one" not in capsys.readouterr().out, "nothing is missing"
+    (here / "root" / "wds_cifar10_test" / "test" / "0.tar").unlink()
+    assert main(["evaluate", "--list", "--data-root", "root", "--tasks", "cifar10"]) == 0
+    assert "–" in capsys.readouterr().out, "a folder without tars is not there"
     assert main(["evaluate", "--list", "--tags", "emoji"]) == 0
-    assert "(ships with the package)" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "(ships with the package)" in listed
+    assert "get one" not in listed
     for tags in (["retrieval,imagenet"], ["retrieval", "imagenet"]):
         assert main(["evaluate", "--list", "--tags", *tags]) == 0
         listed = capsys.readouterr().out
@@ -220,11 +234,20 @@ def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_and_its_evaluation_in_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cifar(here / "root")
-    more = ["eval.data_root=root", 'eval.tasks=["cifar10"]', "train.stop_after_steps=0", "train.epochs=1"]
+    for place, colour in enumerate(("red", "green", "green")):
+        path = here / "photos" / colour / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(colour))
+    tasks = 'eval.tasks=["cifar10", "folder:photos"]'
+    more = ["eval.data_root=root", tasks, "train.stop_after_steps=0", "train.epochs=1"]
     config = load_config(CONFIG_FOLDER / "debug.toml", ["name=small", "out=runs", *more])
     assert train(config)
     logged = lines(here / "runs" / "small" / "eval.jsonl")[-1]
     assert set(logged["results"]["cifar10"]) == {"acc1", "mean_per_class_recall"}
+    own = logged["results"]["folder:photos"]
+    assert own["acc1"] * 3 == pytest.approx(round(own["acc1"] * 3)), "a share of three images"
+    assert main(["evaluate", "runs/small", "--tasks", "folder:photos", "--out", "own.json"]) == 0
+    assert json.loads(Path("own.json").read_text())["results"]["folder:photos"]["acc1"] == own["acc1"]
     assert main(["evaluate", "runs/small", "--data-root", "root", "--tasks", "cifar10"]) == 0
     found = list((here / "runs" / "small" / "evaluation").glob("step-*/eval_results.jsonl"))
     assert lines(found[0])[0]["metrics"]["acc1"] == logged["results"]["cifar10"]["acc1"]

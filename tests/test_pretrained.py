@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +126,59 @@ def test_rn50_distilbert_has_the_published_shape(made: Made) -> None:
     }
     assert (towers.embed_dim, towers.image_size) == (256, 224)
     assert towers.tokenizer(["a cat"]).shape == (1, 30)
+
+
+BY_NAME = """
+import json, sys
+from pathlib import Path
+from disttempnet.errors import UserError
+from disttempnet.models import load_model, save_model
+architecture, images, texts, folder = sys.argv[1:]
+towers = load_model(architecture, image_pretrained=images, text_pretrained=texts)
+save_model(towers, Path(folder), 10.0)
+messages = []
+for names in ((images, "bert-base-uncased"), ("resnet18.a1_in1k", texts), ("resnet18.nothing", texts)):
+    try:
+        load_model(architecture, image_pretrained=names[0], text_pretrained=names[1])
+    except UserError as error:
+        messages.append(str(error))
+print(json.dumps(messages))
+"""
+
+
+def test_names_of_the_hub_mean_what_its_cache_holds(made: Made, tmp_path: Path) -> None:
+    """The libraries read these variables when they are imported: a process of its own, without a network."""
+    images, texts = "test_resnet.r160_in1k", "distilbert-base-uncased"
+    for name, files in ((f"timm--{images}", [made.image]), (texts, [*made.text.iterdir()])):
+        repository = tmp_path / "hf" / "hub" / f"models--{name}"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        for folder in (repository / "refs", snapshot):
+            folder.mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        for file in files:
+            shutil.copy(file, snapshot / ("model.safetensors" if file == made.image else file.name))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", BY_NAME, made.name, images, texts, str(saved)],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr, "no bars of other libraries"
+    found, expected = load_file(saved / "open_clip_model.safetensors"), made.load().module.state_dict()
+    from_files = [key for key in expected if key.startswith(("visual.trunk.", "text.transformer."))]
+    assert len(from_files) > 50
+    for key in from_files:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
+    assert load_model(made.name, str(saved)).tokenizer(CAPTIONS).equal(made.load().tokenizer(CAPTIONS))
+    messages = json.loads(done.stdout.splitlines()[-1])
+    for message, name in zip(messages, ("bert-base-uncased", "resnet18.a1_in1k", "resnet18.nothing"), strict=True):
+        assert f"'{name}'" in message
+        assert "cannot be loaded" in message
+        assert "\n" not in message
 
 
 def test_what_does_not_fit_is_named(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

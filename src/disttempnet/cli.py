@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from disttempnet.cli_data import add_data_commands
 from disttempnet.cli_evaluate import add_evaluate_command
 from disttempnet.cli_export import add_export_command
 from disttempnet.cli_launch import add_launch_command
-from disttempnet.errors import Preempted, UserError
+from disttempnet.errors import Preempted, UserError, show_notices_plainly
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -117,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=TRAIN + config_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", help="a TOML file, e.g. configs/demo.toml")
+    train.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
     train.add_argument(
         "--resume",
         default="never",
@@ -139,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=COMPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    compare.add_argument("grid", help="a TOML file, e.g. configs/compare.toml")
+    compare.add_argument("grid", help="a TOML file, or the name of a shipped one: compare")
     compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, a process each (default: 1)")
     compare.add_argument("--list", action="store_true", help="print the grid and how far each run is; train nothing")
     compare.add_argument(
@@ -233,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _refuse_repeated(getattr(options, "overrides", ()))
-        return options.run(options)
+        with warnings.catch_warnings():
+            show_notices_plainly()
+            return options.run(options)
     except UserError as error:
         print(f"disttempnet: {error}", file=sys.stderr)
         return 2

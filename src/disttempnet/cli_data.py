@@ -49,7 +49,9 @@ goes on. Then the index is written.
 
 examples:
   disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
-  disttempnet data shard downstream/flickr30k_test.json --images flickr30k --captions lines --out /flickr30k
+  disttempnet data shard downstream/flickr30k_test.json --images flickr30k --captions lines \\
+      --out /data/datacomp/wds_flickr30k_test/test        for evaluate --data-root /data/datacomp; COCO goes to
+                                                          /data/datacomp/wds_mscoco_captions_test/test
 """
 
 DOWNLOAD = """Fetches the images of a public list of captions and URLs, through img2dataset (pip install
@@ -272,7 +274,10 @@ def _shard(options: argparse.Namespace) -> int:
             Console().print(fault_table(written.faults), markup=False)
         open_source([SourceConfig(path=str(out))])  # writes the index
     if options.captions == "lines":
-        print(f'evaluate retrieval on it; to train: data.train=[{{path="{out.resolve()}", caption_key="captions"}}]')
+        from disttempnet.evaluation.layouts import how_to_evaluate
+
+        print(how_to_evaluate(out.resolve(), written.samples))
+        print(f'train on it: data.train=[{{path="{out.resolve()}", caption_key="captions"}}]')
     else:
         print(f"train on it: data.train={out.resolve()}")
     return 0

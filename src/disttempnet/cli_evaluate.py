@@ -219,7 +219,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
                 write_summary(out, subject, every, counted_tags())
         if not distributed.is_main():
             return 0  # else a launcher might end rank 0 before its table is printed
-        _show(every, tasks, opened.title)
+        _show(every, tasks, opened.title, root)
         print(f"results: {out / RESULTS_FILE}")
     return int(any(record.error for record in records))
 
@@ -269,11 +269,12 @@ def _workers(device: torch.device) -> int:
     return max(1, min(16, cores() // here - 1))
 
 
-def _show(found: Mapping[str, TaskRecord], tasks: Sequence[Task], title: str) -> None:
+def _show(found: Mapping[str, TaskRecord], tasks: Sequence[Task], title: str, root: Path) -> None:
     """The table of all tasks in the folder of results and of averages, and where to get what is missing."""
     from rich.console import Console
 
     from disttempnet.evaluation.averages import counted_tags
+    from disttempnet.evaluation.layouts import where_to_get
     from disttempnet.evaluation.readers import all_tasks
     from disttempnet.evaluation.table import records_table
 
@@ -282,22 +283,12 @@ def _show(found: Mapping[str, TaskRecord], tasks: Sequence[Task], title: str) ->
     Console().print(records_table(title, by_key, counted_tags()))
     for task in tasks:
         if task.name not in by_key:
-            print(f"missing: {task.display} (huggingface.co/datasets/{task.source})")
+            print(f"missing: {task.display} ({where_to_get(task, root)})")
 
 
 def _list(tasks: Sequence[Task], root: Path | None) -> int:
     """Print tasks: what they are, whether they are there, where to get them."""
-    from disttempnet.evaluation.layouts import find_data
+    from disttempnet.evaluation.table import tasks_list
 
-    rows = [("task", "samples", "main metric", "below the data root", "huggingface.co/datasets/")]
-    for task in tasks:
-        found = find_data(task, root) if root is not None and task.below_root else None
-        where = found.name if found else "–" if task.below_root else "(ships with the package)"
-        rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(w) if i == 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    print("\n".join(tasks_list(tasks, root)))
     return 0

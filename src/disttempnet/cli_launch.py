@@ -30,7 +30,7 @@ def add_launch_command(commands: Any) -> None:
         description=LAUNCH,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    launch.add_argument("config", help="a TOML file, e.g. configs/demo.toml")
+    launch.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
     launch.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     launch.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes (default: 4)")
     launch.add_argument("--gpus", type=int, default=2, metavar="N", help="GPUs of a node (default: 2)")

@@ -249,6 +249,7 @@ class Config(Section):
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides (values in TOML; a bare word is a string).
+    A bare name that is no file may be that of a shipped config, with or without .toml.
 
     An override of `loss.name` takes the file's whole [loss] out: its arguments belong to the objective it names.
 

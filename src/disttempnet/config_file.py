@@ -15,16 +15,25 @@ from disttempnet.errors import UserError
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
+def find_config(name: str | Path) -> Path:
+    """The file that a command's argument means: itself, or else a config of that name, with or without .toml, that the
+    package ships."""
+    path = Path(name)
+    shipped = CONFIG_FOLDER / f"{path.name.removesuffix('.toml')}.toml"
+    bare = str(path) == path.name and not path.is_file()
+    return shipped if bare and shipped.is_file() else path
+
+
 def read_run(path: str | Path) -> dict[str, Any]:
     """The plain table of a run's TOML file, laid over that of the file which its key `config` names, if it has one.
 
     Later wins, key by key. One section is special, as arguments belong to an objective: where `loss.name` is given,
-    nothing of the other file's `loss` is left.
+    nothing of the other file's `loss` is left. A bare name may be that of a shipped config.
 
     Raises:
         UserError: one line that names the file.
     """
-    path, tables = Path(path), list[dict[str, Any]]()
+    path, tables = find_config(path), list[dict[str, Any]]()
     seen: set[Path] = set()
     while True:
         if path.resolve() in seen:

@@ -1,11 +1,32 @@
-"""What a user can fix: the one exception that the command line prints as a single line."""
+"""What a user can fix, or should know: the exception and the warning that the command line prints as single lines."""
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class UserError(Exception):
     """A mistake outside the program: its message names the file, key or shard and says what to do."""
+
+
+class UserNotice(UserWarning):
+    """Something to know about one's run, which goes on."""
+
+
+def show_notices_plainly() -> None:
+    """From here on print each UserNotice as a line on standard error, without the place in the code that gave it; other
+    warnings stay as they were."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, UserNotice):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *place, **more)
+
+    warnings.showwarning = show
 
 
 class Preempted(Exception):

@@ -1,5 +1,6 @@
 """Samples and batches: reproducible whatever loads them, and broken ones are replaced, named and counted."""
 
+import json
 import os
 import pickle
 import signal
@@ -150,6 +151,22 @@ def test_augmentation_depends_on_seed_epoch_and_id_only() -> None:
     assert not torch.equal(dataset[4, 7].image, view)
     assert not torch.equal(other[3, 7].image, view)
     assert not torch.equal(dataset[3, 8].image, view)
+
+
+def test_one_of_several_captions_is_drawn_by_seed_epoch_and_id(shards: Write) -> None:
+    changes = {
+        n: {"png": png(n), "json": json.dumps({"captions": [f"{n}: {word}" for word in "abcde"]}).encode()}
+        for n in range(2)
+    }
+    index = open_index(str(shards(2, changes=changes)), progress=False, caption_key="captions")
+    dataset, again, other = (PairDataset(index, as_evaluated(7), seed) for seed in (1, 1, 2))
+    epochs = 100  # each of the five is missed by that many fair draws with a chance of (4/5)^100 = 2e-10
+    drawn = {n: [dataset[epoch, n].caption for epoch in range(epochs)] for n in range(2)}
+    for number, captions in drawn.items():
+        assert set(captions) == {f"{number}: {word}" for word in "abcde"}
+        assert captions == [again[epoch, number].caption for epoch in range(epochs)]
+        assert captions != [other[epoch, number].caption for epoch in range(epochs)]
+    assert [text[-1] for text in drawn[0]] != [text[-1] for text in drawn[1]], "each id draws for itself"
 
 
 def test_loading_leaves_the_global_generator_alone() -> None:

@@ -479,9 +479,11 @@ def test_the_command_indexes_it_and_says_what_it_found(tmp_path: Path, capsys: p
     del rows[4]["image"]
     Path(config.path).write_text(json.dumps(rows))
     command = ["data", "index", config.path, "--images", config.images, "--index", str(tmp_path / "rows.index")]
-    for _ in range(2):
+    for time in range(2):
         assert main(command) == 0
-        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        printed = capsys.readouterr()
+        assert ("5 rows" in printed.err) == (time == 0), "the bar ends at all of them"
+        text = " ".join(printed.out.replace("│", " ").split())
         for line in (
             "rows 5, of which 2 usable",
             "no image 1 cc3m_train.json:row 5",

@@ -83,7 +83,9 @@ def test_webdataset_reads_what_the_source_holds(shards: Write, tmp_path: Path) -
     assert [again.image_bytes(n) for n in range(7)] == [source.image_bytes(n) for n in range(7)]
 
 
-def test_all_captions_as_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_captions_as_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [[f"{n}: {word}" for word in ("one", "two", "three", "four", "five")] for n in range(3)]
     texts[1][3] = "over\ntwo  lines"
     texts[2] = ["alone"]
@@ -93,7 +95,9 @@ def test_all_captions_as_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     listing.write_text(json.dumps([{"image": f"{n}.png", "caption": captions} for n, captions in enumerate(texts)]))
     arguments = ["data", "shard", str(listing), "--workers", "1", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--captions", "lines"]) == 0
-    assert 'caption_key="captions"' in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert 'caption_key="captions"' in told
+    assert "has to be ROOT/wds_flickr30k_test/test or ROOT/wds_mscoco_captions_test/test" in told
     found = members(tmp_path / "out" / "00000.tar")
     assert found["000000000.txt"].decode().split("\n") == texts[0]
     assert found["000000001.txt"].decode().split("\n")[3:] == ["over two lines", "1: five"], "a line a caption"
@@ -102,6 +106,21 @@ def test_all_captions_as_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [list(trained.captions(n)) for n in range(3)] == texts
     assert main(arguments) == 2
     assert "its shards are made from captions lines, not first" in capsys.readouterr().err
+
+    root, task = tmp_path / "root", "retrieval/flickr_1k_test_image_text_retrieval"
+    there = ["--captions", "lines", "--samples-per-shard", "2", "--out", str(root / "wds_flickr30k_test" / "test")]
+    assert main([*arguments[:5], *there]) == 0
+    told = capsys.readouterr().out
+    assert f"disttempnet evaluate RUN --data-root {root} --tasks {task}\n" in told
+    assert f'"{task}" = 3 in {root / "sizes.toml"}' in told
+    (root / "sizes.toml").write_text(f'"{task}" = 3\n')
+    monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
+    evaluate = ["evaluate", "open_clip:demo-vit-32", "--data-root", str(root), "--out", str(tmp_path / "results")]
+    assert main([*evaluate, "--tasks", task]) == 0
+    (line,) = map(json.loads, (tmp_path / "results" / "eval_results.jsonl").read_text().splitlines())
+    assert (line["samples"], line["complete"], line["error"], line["corrupt"]) == (3, True, "", [])
+    assert line["metrics"]["image_retrieval_recall@5"] == 1.0
+    assert not any("nshards" in note for note in line["notes"])
 
 
 def test_workers_and_moment_change_nothing(whole: dict[str, bytes], tmp_path: Path) -> None:

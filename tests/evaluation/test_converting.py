@@ -160,6 +160,7 @@ def test_mistakes_are_one_line(
     raw_coco(tmp_path / "raw", [("red", ["red"]), ("blue", [" "])])
     for folder in ("none", "bare", "there/test", "root"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "there" / "test" / "0.tar").touch()
     write_csv(tmp_path / "bare" / "x.csv", [{"filename": "a.jpg", "raw": '["a"]'}])
     if "already; delete" in message:
         (tmp_path / "root" / "wds_misc-winogavil_test").mkdir()

@@ -60,16 +60,39 @@ def test_rows_are_those_of_datacomp() -> None:
 )
 def test_names_of_folders(key: str, folder: str, tmp_path: Path) -> None:
     assert find_data(find_task(key), tmp_path) is None
-    (tmp_path / folder).mkdir()
+    test = tmp_path / folder / "test"
+    test.mkdir(parents=True)
+    (test / ".0.tar").touch()  # a download that is not finished
+    assert find_data(find_task(key), tmp_path) is None, "an empty folder is no data"
+    write_tar(test / "0.tar", [])
     assert find_data(find_task(key), tmp_path) == tmp_path / folder
+
+
+@pytest.mark.parametrize(
+    ("key", "folder", "raw"),
+    [(COCO, "mscoco_2014_5k_test_image_text_retrieval", True), (WINO, "winogavil", True), ("cifar10", "x", False)],
+)
+def test_a_csv_is_data_of_raw_sets_only(key: str, folder: str, raw: bool, tmp_path: Path) -> None:
+    (tmp_path / folder_names(find_task(key))[0] / "test").mkdir(parents=True)  # tried first, and empty
+    folder = folder if raw else folder_names(find_task(key))[0]
+    (tmp_path / folder).mkdir(exist_ok=True)
+    assert find_data(find_task(key), tmp_path) is None
+    (tmp_path / folder / "a.csv").touch()
+    assert find_data(find_task(key), tmp_path) == (tmp_path / folder if raw else None)
 
 
 def test_what_is_missing_is_said_before_the_work(tmp_path: Path) -> None:
     assert len(set(folder_names(find_task("cifar10")))) == 1
     with pytest.raises(
-        MissingData, match=r"none of wds_cifar10_test is below .*; get huggingface\.co/datasets/djghosh"
+        MissingData, match=r"none of wds_cifar10_test below .* holds test/\*\.tar; get huggingface\.co/datasets/djghosh"
     ):
         load_tasks(["emoji-concepts", "cifar10"], tmp_path)
+    raw = r"test/\*\.tar or a CSV with its images; get .*nlphuji/winogavil: its CSV and its images, unzipped, in "
+    with pytest.raises(MissingData, match=rf"{raw}{tmp_path / 'winogavil'}$"):
+        load_tasks([WINO], tmp_path)
+    (tmp_path / "hf_cache").mkdir()
+    with pytest.raises(MissingData, match=rf"{tmp_path / 'winogavil'}; {tmp_path / 'hf_cache'} is not read$"):
+        load_tasks([WINO], tmp_path)
     with pytest.raises(UserError, match=r"task 'cifar10' needs its data: set --data-root, or eval\.data_root"):
         load_tasks(["cifar10"], None)
     load_tasks(["emoji-concepts"], None)
@@ -191,6 +214,7 @@ def test_a_row_that_is_cut_off(tmp_path: Path) -> None:
 
 def test_a_folder_with_nothing_of_use(tmp_path: Path) -> None:
     (tmp_path / "winogavil").mkdir()
+    (tmp_path / "winogavil" / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"neither test/\*\.tar nor a CSV with columns cue, candidates, associations"):
         load_task(find_task(WINO), tmp_path)
 

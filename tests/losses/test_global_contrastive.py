@@ -338,6 +338,7 @@ def test_rho_that_no_batch_can_reach_warns_once_with_both_numbers() -> None:
     with pytest.warns(UserWarning, match=r"2\.5.*1\.9") as caught:  # log(8 − 1) = 1.9459
         step(loss, unique_batch(1))
     assert len(caught) == 1
+    assert caught[0].filename == step.__code__.co_filename, "it points at who called the objective"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(loss, unique_batch(2))

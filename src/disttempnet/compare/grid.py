@@ -27,7 +27,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from disttempnet.config import Config, Section, config_from_table, explain, flat, load_config
-from disttempnet.config_file import apply_override, base_path, merge, read_run, read_table
+from disttempnet.config_file import apply_override, base_path, find_config, merge, read_run, read_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences
@@ -68,13 +68,13 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     """Read a comparison's file and check every config of it, the arguments of its objective included.
 
     Args:
-        path: the TOML file.
+        path: the TOML file, or the name of one that the package ships.
         overrides: `key=value`; keys of the file (`seeds`, `out`, `runs.clip.loss`, …), or else keys of every run.
 
     Raises:
         UserError: one line that names the file, the run, the key, and what is known.
     """
-    path = Path(path)
+    path = find_config(path)
     table = read_table(path)
     own = [override for override in overrides if re.split(r"[.=]", override)[0].strip() in GridFile.model_fields]
     for override in own:

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from disttempnet.config import Config
-from disttempnet.errors import Preempted, UserError
+from disttempnet.errors import Preempted, UserError, show_notices_plainly
 
 
 class Progress(NamedTuple):
@@ -60,6 +60,7 @@ def work(connection: Connection, place: Place) -> None:
         stream.flush()
         with place.log.open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), stream.fileno())
+    show_notices_plainly()
     if place.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
     for variable in ("RANK", "SLURM_PROCID"):  # each run is one process, whatever launched the command

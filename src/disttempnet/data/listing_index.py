@@ -219,10 +219,12 @@ def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
     )
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(layout.where.name, total=layout.total or None, rows="0")
-        for count, (fields, done) in enumerate(layout.rows()):
+        count = done = 0
+        for count, (fields, done) in enumerate(layout.rows(), 1):
             if count % HEAD == 0:
                 bar.update(task, completed=done, rows=f"{count:,}")
             yield fields
+        bar.update(task, completed=done, rows=f"{count:,}")
 
 
 def _judged(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[tuple[bytes, int]]:

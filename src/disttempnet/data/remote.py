@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from disttempnet.data.cache import cache_folder
 from disttempnet.data.store import CACHE_GB, ShardStore, State, changed, state_by, state_of
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
@@ -204,6 +204,7 @@ class RemoteStore(ShardStore):
                 warnings.warn(
                     f"{self.root}: shards that are open now take {(taken + size) / GIGA:.1f} GB, more than the limit "
                     f"of {self.limit / GIGA:g} GB: raise cache_gb, or the same shards are fetched again and again",
+                    UserNotice,
                     stacklevel=2,
                 )
             part = path.with_name(f".{path.name}.{os.getpid()}.{size}.part")

@@ -30,6 +30,7 @@ from disttempnet.errors import UserError
 
 FORMAT = "disttempnet-shards-1"
 PLAN, SKIPPED, LOCK = "plan.json", "skipped.jsonl", ".lock"
+COUNT = "nshards.txt"  # as CLIP_benchmark's sets have it
 REPORT_EVERY = 50  # samples between a worker's messages
 
 
@@ -109,7 +110,7 @@ def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, pro
                 raise
             finally:
                 _remove_leftovers(folder)
-            return _finish(source, folder, parts)
+            return _finish(source, folder, recipe, parts)
     except Timeout:
         raise UserError(f"{folder}: another command is writing shards here") from None
     except OSError as error:
@@ -278,8 +279,9 @@ def _list_of(folder: Path, part: Part) -> Path:
     return folder / f".{part.name.removesuffix('.tar')}.skipped"
 
 
-def _finish(source: Source, folder: Path, parts: list[Part]) -> Written:
-    """Gather the lists of all shards into one, with what the source itself leaves out."""
+def _finish(source: Source, folder: Path, recipe: Recipe, parts: list[Part]) -> Written:
+    """Gather the lists of all shards into one, with what the source itself leaves out; for evaluation, say how many
+    shards there are."""
     path = folder / SKIPPED
     if not path.is_file():
         faults = list(known_faults(source, 0, len(source)))
@@ -291,6 +293,10 @@ def _finish(source: Source, folder: Path, parts: list[Part]) -> Written:
         os.replace(temporary, path)
     for part in parts:
         _list_of(folder, part).unlink(missing_ok=True)
+    if recipe.captions == "lines":
+        temporary = folder / f".{COUNT}.{os.getpid()}"
+        temporary.write_text(f"{len(parts)}\n", encoding="utf-8")
+        os.replace(temporary, folder / COUNT)
     faults = list(read_faults(path))
     size = sum((folder / part.name).stat().st_size for part in parts)
     return Written(len(parts), len(source) - len(faults), size, faults)

@@ -14,8 +14,9 @@ from pathlib import Path
 from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Puzzle, Sample, Task, TaskData, sample_of
-from disttempnet.evaluation.tars import Span, image_of, members_of, shards_of
+from disttempnet.evaluation.tars import Span, has_tars, image_of, members_of, shards_of
 
+RAW_PROTOCOLS = (("caption_retrieval",), ("winogavil",))  # of tasks that are published as a CSV and images
 WHOLE = Span(0, -1, None)  # an image that is a file of its own
 
 
@@ -24,7 +25,7 @@ def captioned_data(task: Task, folder: Path) -> TaskData:
     broken: list[str] = []
     notes: list[str] = []
     samples = []
-    if (folder / "test").is_dir():
+    if has_tars(folder):
         shards, notes = shards_of(folder / "test")
         for name, shard, members in members_of(shards, broken):
             image = image_of(members)
@@ -50,7 +51,7 @@ def winogavil_data(task: Task, folder: Path) -> TaskData:
     broken: list[str] = []
     notes: list[str] = []
     pool: dict[str, Sample] = {}
-    if (folder / "test").is_dir():
+    if has_tars(folder):
         shards, notes = shards_of(folder / "test")
         for name, shard, members in members_of(shards, broken):
             if (image := image_of(members)) is not None:

@@ -22,9 +22,11 @@ from PIL import Image
 from disttempnet.data.headers import UNKNOWN, image_header
 from disttempnet.data.meter import Meter
 from disttempnet.errors import UserError
+from disttempnet.evaluation.captioned import RAW_PROTOCOLS
 from disttempnet.evaluation.folders import Pixels, folder_data
 from disttempnet.evaluation.layouts import folder_names, read_folder
 from disttempnet.evaluation.readers import FOLDER, Sample, Task, TaskData, find_task
+from disttempnet.evaluation.tars import has_tars
 
 HEADER_BYTES = 4096  # tell an image's format
 
@@ -90,9 +92,9 @@ def _read(task: Task, source: str) -> TaskData:
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if (folder / "test").is_dir():
+    if has_tars(folder):
         raise UserError(f"{folder}: holds tars already; put it, or a link to it, below the data root")
-    if task.protocols not in (("caption_retrieval",), ("winogavil",)):
+    if task.protocols not in RAW_PROTOCOLS:
         raise UserError(f"task '{task.name}' has no raw form but images in folders of classes: give {FOLDER}{source}")
     return read_folder(task, folder)
 

@@ -11,16 +11,19 @@ sizes.toml                                  optional: "vtab/dtd" = 500, where a 
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation.captioned import captioned_data, winogavil_data
+from disttempnet.evaluation.captioned import RAW_PROTOCOLS, captioned_data, winogavil_data
 from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.labelled import labelled_data
-from disttempnet.evaluation.readers import FOLDER, Task, TaskData, embedded_data
+from disttempnet.evaluation.readers import FOLDER, Task, TaskData, all_tasks, embedded_data
+from disttempnet.evaluation.tars import has_tars
 
+HF_CACHE = "hf_cache"  # where DataComp's download keeps raw sets, in a form of `datasets` that only it reads
 COMPATIBLE = ("datacomp-1.4",)  # CLIP_benchmark 1.4, which DataComp pins: blank lines are no class names
 
 
@@ -48,9 +51,8 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
         raise UserError(f"task '{task.name}' needs its data: set --data-root, or eval.data_root in a config")
     folder = find_data(task, root)
     if folder is None:
-        raise MissingData(
-            f"none of {', '.join(folder_names(task))} is below {root}; get huggingface.co/datasets/{task.source}"
-        )
+        looked = f"none of {', '.join(folder_names(task))} below {root} holds "
+        raise MissingData(f"{looked}{' or '.join(_patterns(task))}; get {where_to_get(task, root)}")
     size = sizes_of(root).get(task.name, task.size)
     data = read_folder(task, folder, compat)
     notes = [*data.notes]
@@ -76,13 +78,52 @@ def folder_names(task: Task) -> list[str]:
 
 
 def find_data(task: Task, root: Path) -> Path | None:
-    """A task's folder below a data root; None where it is not there."""
-    return next((root / name for name in folder_names(task) if (root / name).is_dir()), None)
+    """A task's folder below a data root: the first that holds tars, or the CSV of raw data; None where none does."""
+    raw = task.protocols in RAW_PROTOCOLS
+    folders = (root / name for name in folder_names(task))
+    return next((folder for folder in folders if has_tars(folder) or (raw and any(folder.glob("*.csv")))), None)
+
+
+def _patterns(task: Task) -> list[str]:
+    return ["test/*.tar", "a CSV with its images"] if task.protocols in RAW_PROTOCOLS else ["test/*.tar"]
+
+
+def where_to_get(task: Task, root: Path) -> str:
+    """The data set's page; for raw data also what has to be done with it."""
+    page = f"huggingface.co/datasets/{task.source}"
+    if task.protocols not in RAW_PROTOCOLS:
+        return page
+    words = f"{page}: its CSV and its images, unzipped, in {download_folder(task, root)}"
+    return words + (f"; {root / HF_CACHE} is not read" if (root / HF_CACHE).is_dir() else "")
+
+
+def download_folder(task: Task, root: Path) -> Path:
+    """Where a download of the task's source goes: DataComp's name for its tars, or the name of the raw set."""
+    return root / task.source.rpartition("/")[2]
 
 
 def is_there(task: Task, root: Path) -> bool:
     """Whether a task's data is below a data root, or needs none."""
     return not task.below_root or find_data(task, root) is not None
+
+
+def how_to_evaluate(tars: Path, images: int) -> str:
+    """What to do with tars of images and captions: where they have to lie, or the command where they do.
+
+    Args:
+        tars: their folder, as an absolute path.
+        images: how many they hold; other than the task has needs a word in sizes.toml.
+    """
+    tasks = [task for task in all_tasks().values() if task.protocols == ("caption_retrieval",)]
+    root, name = tars.parent.parent, tars.parent.name
+    task = next((task for task in tasks if tars.name == "test" and name in folder_names(task)), None)
+    if task is None:
+        places = " or ".join(f"ROOT/{task.also[0]}/test" for task in tasks)
+        return f"to evaluate retrieval on it, it has to be {places}: then evaluate RUN --data-root ROOT finds it"
+    command = shlex.join(["disttempnet", "evaluate", "RUN", "--data-root", str(root), "--tasks", task.name])
+    if sizes_of(root).get(task.name, task.size) != images:
+        command += f'\n  (the task has {task.size:,} images: say "{task.name}" = {images} in {root / "sizes.toml"})'
+    return f"evaluate retrieval on it: {command}"
 
 
 def sizes_of(root: Path) -> dict[str, int]:

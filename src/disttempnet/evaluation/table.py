@@ -1,15 +1,19 @@
-"""Results as terminal tables: several runs side by side, or one model's tasks with their averages."""
+"""Results as terminal tables: several runs side by side, or one model's tasks with their averages; and the tasks."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from disttempnet.evaluation.averages import NAMED, averages, why_not
-from disttempnet.evaluation.readers import task_title
+from disttempnet.evaluation.captioned import RAW_PROTOCOLS
+from disttempnet.evaluation.layouts import HF_CACHE, download_folder, find_data
+from disttempnet.evaluation.readers import Task, task_title
 from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
 
@@ -93,3 +97,33 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
         lines += [f"in no average: {words}" for words in every["datacomp"].lacking]
     table.caption = "\n".join(lines) or None
     return table
+
+
+def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
+    """Lines: what each task is, in which folder of the data root it lies, and how to get what is not there."""
+    rows = [("task", "samples", "main metric", "below the data root", "huggingface.co/datasets/")]
+    missing = []
+    for task in tasks:
+        found = find_data(task, root) if root is not None and task.below_root else None
+        where = found.name if found else "–" if task.below_root else "(ships with the package)"
+        rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
+        missing += [task] if task.below_root and not found else []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[1] = row[1].rjust(widths[1])
+        lines.append("  ".join(cells).rstrip())
+    return lines + _how_to_get(missing, root)
+
+
+def _how_to_get(missing: Sequence[Task], root: Path | None) -> list[str]:
+    lines = []
+    if missing:
+        folder = download_folder(missing[0], root or Path("ROOT"))
+        command = ["hf", "download", "--repo-type", "dataset", missing[0].source, "--local-dir", str(folder)]
+        lines = ["", f"get one, for example:  {shlex.join(command)}"]
+    if raw := [task for task in missing if task.protocols in RAW_PROTOCOLS]:
+        names = ", ".join(task.display for task in raw)
+        lines.append(f"then unzip the images in that folder: {names} (DataComp's {HF_CACHE} is not read)")
+    return lines

@@ -67,6 +67,11 @@ def image_of(members: Mapping[str, Span]) -> Span | None:
     return next((span for suffix, span in members.items() if suffix in IMAGE_SUFFIXES), None)
 
 
+def has_tars(folder: Path) -> bool:
+    """Whether a task's folder has tars: test/*.tar."""
+    return any(not path.name.startswith(".") for path in (folder / "test").glob("*.tar"))
+
+
 def shards_of(folder: Path) -> tuple[list[Path], list[str]]:
     """All tars of a folder, 0.tar, 1.tar, … 10.tar, and what is odd about their number."""
     shards = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]

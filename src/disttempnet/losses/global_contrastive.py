@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from disttempnet import distributed
+from disttempnet.errors import UserNotice
 from disttempnet.losses.core import (
     Context,
     Features,
@@ -219,7 +220,8 @@ class GlobalContrastiveLoss(Objective):
                 f"rho = {self.rho:g} is not below log(B − 1) = {limit:.3g} at a global batch of {batch}: the "
                 "gradient of the temperature is then never negative and every τ falls to its lower bound; "
                 f"choose rho < {limit:.3g}, or 0 for {RHO_SHARE:g} · log(B − 1)",
-                stacklevel=4,
+                UserNotice,
+                stacklevel=6,  # whoever called the module: over _step, forward and torch's two
             )
         self._warned = True
         return self.rho or RHO_SHARE * limit
