@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything, set-up included. Needs Python ≥ 3.11, make, and a package index.
-# Without an NVIDIA GPU the CPU build of torch is a tenth of the download:
+# Without an NVIDIA GPU the CPU build of torch is far less to download:
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 test-slow: .venv/slow
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -rs
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import random
 import re
 import resource
@@ -27,13 +26,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from faulty_run import EVERY, LONGEST_S, STEPS, Run, children, digest, prepare
+
+from disttempnet.training.facts import provenance
 
 KINDS = {
     "kill": "SIGKILL to a rank",
@@ -327,6 +327,13 @@ def run_trials(
             begun |= {pool.submit(one, next(following)) for _ in range(min(jobs, count - counted) - len(begun))}
 
 
+def machine() -> dict[str, Any]:
+    """What the trials ran on and of: versions, the checkout's git revision (+ where it was changed), cores."""
+    known = provenance()
+    versions = {package: known["versions"][package] for package in ("python", "disttempnet", "numpy")}
+    return {**versions, "torch": torch.__version__, "git": known["git"], "cores": os.cpu_count()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60, help="trials whose fault struck (default: 60)")
@@ -338,6 +345,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args()
     shared: dict[str, Any] = {"launchers": {"srun": 1}, "overrides": ["train.shard=true"]} if options.shard else {}
+    about = machine()  # as it was when the trials began
     began, trials = time.monotonic(), []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="faults-") as home:
         for trial in run_trials(Path(home), options.seed, options.count, options.only, options.jobs, **shared):
@@ -348,8 +356,7 @@ def main() -> int:
             for what in trial["wrong"]:
                 print(f"\nseed {trial['seed']} ({trial['launcher']}): {what}", file=sys.stderr, flush=True)
             if options.out:
-                facts = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
-                facts |= {"disttempnet": version("disttempnet"), "minutes": round(minutes, 1)}
+                facts = {**about, "minutes": round(minutes, 1)}
                 options.out.write_text(json.dumps({**facts, "trials": trials}, indent=1) + "\n", encoding="utf-8")
     print("", file=sys.stderr)
     print("\n".join(summary(trials)))

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from disttempnet import Features, build_loss, distributed
+from disttempnet import OBJECTIVES, Features, build_loss, distributed
 
-OBJECTIVES = ("clip", "sogclr", "disttempnet-v1")
+MEASURED = ("clip", "sogclr", "disttempnet-v1")
 LAYOUTS = ((512, 8), (512, 64), (4096, 8))  # rows a rank, ranks
 
 
@@ -137,17 +137,22 @@ def timing(model: nn.Module, pairs: int, rounds: int) -> dict[str, float]:
 
 
 def communication(
-    b: int, ranks: int, width: int, *, item: int = 4, learns: bool, state_columns: int, parameters: int
+    name: str, b: int, ranks: int, width: int, *, item: int = 4, state_columns: int = 0, parameters: int
 ) -> dict[str, int]:
     """Bytes a rank receives of the others in the gathers of a step, and those of the tensors that are all-reduced.
 
-    Features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where τ is learned
-    (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
+    The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where
+    τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
+    The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
+    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features.
     """
-    others = (ranks - 1) * b
+    features = 2 * width * item
+    family = features + 8 + 4 * (5 if OBJECTIVES[name].temperature == "constant" else 7)
+    row = {"siglip": features, "vicreg": 0, "onlineclr": features + 8 + 4 * 2}.get(name, family)
+    summed = {"siglip": 4, "cyclip": 12 * width**2, "vicreg": 12 * width + 8 * width**2}
     return {
-        "gathered": others * (2 * width * item + 8 + 4 * (7 if learns else 5)),
-        "reduced": 8 * b * ranks * state_columns + 4 * parameters,
+        "gathered": (ranks - 1) * b * row,
+        "reduced": summed.get(name, 8 * b * ranks * state_columns) + 4 * parameters,
     }
 
 
@@ -208,7 +213,7 @@ def _rank(rank: int, ranks: int, store: str, answers: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = {}
-    for name in OBJECTIVES:
+    for name in MEASURED:
         seen, parameters = traffic(name, 64, 512)
         found[name] = {**seen, "parameters": parameters}
     if rank == 0:
@@ -245,7 +250,7 @@ def show(results: dict[str, Any]) -> None:
     layout = f"{moved['rows_a_rank']} rows × {moved['ranks']} ranks"
     print(f"\n| bytes, {layout} | gathered | all-reduced | of that, gradients |")
     print("|---|---|---|---|")
-    for name in OBJECTIVES:
+    for name in MEASURED:
         seen = moved[name]
         print(f"| {name} | {seen['gathered']:,} | {seen['reduced']:,} | {4 * seen['parameters']:,} |")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +14,7 @@ import torch
 
 from disttempnet.cli import main
 from disttempnet.config import CONFIG_FOLDER, load_config
+from disttempnet.evaluation.embed import Encoder
 from disttempnet.evaluation.readers import Task, find_task
 from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.summary import read_subject
@@ -179,6 +183,36 @@ def test_a_stop_leaves_a_summary_of_what_there_is(here: Path, capsys: pytest.Cap
         assert main(["evaluate", MODEL, "--data-root", "root", "--out", "out"]) == 130
     assert json.loads((here / "out" / "summary.json").read_text())["averages"]["datacomp"]["coverage"] == "1/38"
     assert main(["evaluate", MODEL, "--data-root", "root", "--out", "out"]) == 0
+    assert [line["key"] for line in lines(here / "out" / "eval_results.jsonl")] == ["sun397", "cifar10"]
+
+
+def test_sigusr1_ends_with_138_and_the_same_command_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As SLURM sends it: to the decoding worker too, which leaves it to the main process."""
+    write_cifar(here / "root", CIFAR * 10)
+    write_wds(here / "root", "sun397", labelled(CIFAR, ("red", "green")), classes=("red", "green"), templates=["{c}"])
+    (here / "root" / "sizes.toml").write_text("cifar10 = 20\nsun397 = 2\n")
+    arguments = ["evaluate", MODEL, "--data-root", "root", "--out", "out", "--workers", "1", "--batch", "1"]
+    before, encode, seen = signal.getsignal(signal.SIGUSR1), Encoder.images, []
+
+    def told(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        if len(seen) == 3:
+            (worker,) = multiprocessing.active_children()
+            for process in (worker, multiprocessing.current_process()):
+                os.kill(process.pid or 0, signal.SIGUSR1)
+            worker.join(0.2)
+            assert worker.is_alive()
+        return encode(self, pixels)
+
+    with mock.patch.object(Encoder, "images", told):
+        assert main(arguments) == 138
+    assert seen == [1, 1, 1], "it ends after the batch"
+    shown = capsys.readouterr()
+    assert shown.out.endswith("stopped: the same command goes on with the task that was cut off\n")
+    assert shown.err == ""
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert json.loads((here / "out" / "summary.json").read_text())["averages"]["datacomp"]["coverage"] == "1/38"
+    assert main(arguments) == 0
     assert [line["key"] for line in lines(here / "out" / "eval_results.jsonl")] == ["sun397", "cifar10"]
 
 

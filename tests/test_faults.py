@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +33,13 @@ def test_runs_that_are_disturbed_end_like_the_undisturbed(
     assert {fault["kind"] for trial in trials for fault in trial["faults"]} == set(kinds)
     for fault in (fault for trial in trials for fault in trial["faults"] if fault["kind"] != "damage"):
         assert 0 <= fault["repeated"] <= faults.EVERY
+
+
+def test_the_result_says_of_which_revision_it_is(faults: Any) -> None:
+    about = faults.machine()
+    assert about["torch"] == torch.__version__
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert about["git"].rstrip("+") == head.stdout.strip()  # both empty where this is no checkout
 
 
 @pytest.mark.slow

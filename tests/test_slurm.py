@@ -14,6 +14,7 @@ import pytest
 from disttempnet.cli import main
 from disttempnet.config import CONFIG_FOLDER
 from disttempnet.slurm import published
+from evaluation.dataroot import SAMPLES, write_data_root
 
 FOLDER = Path(__file__).parents[1] / "slurm"
 DEBUG = str(CONFIG_FOLDER / "debug.toml")
@@ -68,12 +69,25 @@ def calls(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 143, 138])
-def test_only_a_run_that_was_told_to_save_is_requeued(code: int, cluster: Path) -> None:
-    script = batch(published("train"), DEBUG, "optim.lr=1e-3", FAKE_CODE=str(code))
+@pytest.mark.parametrize(
+    ("command", "given", "called"),
+    [
+        ("train", [DEBUG, "optim.lr=1e-3"], ["train", DEBUG, "optim.lr=1e-3", "--resume", "auto"]),
+        ("evaluate", ["runs/a b", "--data-root", "/data"], ["evaluate", "runs/a b", "--data-root", "/data"]),
+    ],
+    ids=["train", "evaluate"],
+)
+def test_only_what_was_told_to_save_is_requeued(
+    command: str, given: list[str], called: list[str], code: int, cluster: Path
+) -> None:
+    text = published(command)
+    assert "#SBATCH --requeue\n" in text
+    assert "#SBATCH --signal=USR1@120\n" in text
+    script = batch(text, *given, FAKE_CODE=str(code))
     printed, _ = script.communicate(timeout=60)
     assert script.returncode == code, printed
     (call,) = calls(cluster)
-    assert call["arguments"][-7:] == ["-m", "disttempnet", "train", DEBUG, "optim.lr=1e-3", "--resume", "auto"]
+    assert call["arguments"][-len(called) - 2 :] == ["-m", "disttempnet", *called]
     assert call["cpus"] == "8"
     requeued = (cluster / "scontrol").read_text() if (cluster / "scontrol").exists() else ""
     assert requeued == ("requeue 4711\n" if code == 138 else "")
@@ -186,3 +200,33 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(cluster: Path) -> No
     assert again.returncode == 0, printed
     assert f"from step {stopped}" in printed
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 101))
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_told_to_stop_is_requeued_and_goes_on(cluster: Path) -> None:
+    """Two tasks, SIGUSR1 between the first and the last of forty data sets, and the same script once more."""
+    (cluster / "root").mkdir()
+    write_data_root(cluster / "root")
+    wanted = ["open_clip:demo-vit-32", "--data-root", "root", "--out", "out", "--batch", "2"]
+    cache = {"PYTHON": sys.executable, "DISTTEMPNET_CACHE": str(cluster / "cache")}
+    script = batch(published("evaluate"), *wanted, **cache)
+    results = cluster / "out" / "eval_results.jsonl"
+    deadline = time.monotonic() + 240
+    while not (results.exists() and results.read_text().count("\n") > 1):
+        assert time.monotonic() < deadline
+        assert script.poll() is None, script.communicate()
+        time.sleep(0.02)
+    subprocess.run(["kill", "-USR1", *(cluster / "pids").read_text().split()], check=True)
+    printed, _ = script.communicate(timeout=240)
+    assert script.returncode == 138, printed
+    assert (cluster / "scontrol").read_text() == "requeue 4711\n"
+    finished = results.read_text().splitlines()
+    assert 1 < len(finished) < len(SAMPLES)
+    assert "Traceback" not in printed
+
+    again = batch(published("evaluate"), *wanted, **cache)
+    printed, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, printed
+    lines = results.read_text().splitlines()
+    assert lines[: len(finished)] == finished
+    assert {line["key"]: line["samples"] for line in map(json.loads, lines)} == SAMPLES

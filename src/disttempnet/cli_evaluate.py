@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
 from disttempnet.machine import cores
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 EVALUATE = """Without --data-root: the tasks whose data ships with the package, or that the run's config names.
 
 With --data-root DIR: DataComp's tasks, as far as their data is below DIR (--list says which are, and where to get
-them). Each finished task is a line of OUT/eval_results.jsonl; the same command goes on after a stop. What is missing
-is reported, what fails is reported and makes the exit code 1; neither ends the run.
+them). Each finished task is a line of OUT/eval_results.jsonl; the same command goes on after a stop (SIGUSR1, as SLURM
+sends it ahead of a time limit: exit code 138). What is missing is reported, what fails is reported and makes the exit
+code 1; neither ends the run.
 
 examples:
   disttempnet evaluate runs/mine
@@ -190,6 +192,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
     from disttempnet.evaluation.suite import Suite
     from disttempnet.evaluation.summary import SUMMARY_FILE, write_summary
     from disttempnet.files import refuse_unwritable
+    from disttempnet.training.stopping import StopSignal
 
     if not any(is_there(task, root) for task in tasks):
         raise UserError(f"--data-root {root}: holds none of the {len(tasks)} tasks (--list says where to get them)")
@@ -210,9 +213,15 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
         kept = f"{subject.checkpoint}-{str(dtype or 'torch.float32').removeprefix('torch.')}"
         texts = ClassTexts(cache_folder() / "text" / kept)
         workers = _workers(device) if options.workers is None else options.workers
-        suite = Suite(root, out, precision, options.compat, options.batch, workers, texts)
+        stop = StopSignal({signal.SIGUSR1: Preempted.code})
+        suite = Suite(root, out, precision, options.compat, options.batch, workers, texts, lambda: stop.code)
         try:
-            records = suite.run(opened.towers, tasks, device)
+            with stop:
+                records = suite.run(opened.towers, tasks, device)
+        except Preempted:
+            if distributed.is_main():
+                print("stopped: the same command goes on with the task that was cut off", flush=True)
+            raise
         finally:  # a summary of what there is, after Ctrl-C too
             if distributed.is_main():
                 every = read_records(out / RESULTS_FILE)

@@ -17,7 +17,7 @@ The job has a process a GPU. It continues from its last checkpoint wherever it s
 limit it saves and puts itself back into the queue. With --seeds it is an array, a run NAME--seed-SEED each.
 
 examples:
-  disttempnet launch configs/cc12m_vitb32_v1.toml --nodes 4 --gpus 2 --partition gpu --time 24:00:00
+  disttempnet launch configs/cc12m_vitb32_v1_corrected.toml --nodes 4 --gpus 2 --partition gpu --time 24:00:00
   disttempnet launch configs/demo.toml name=mine train.epochs=20 --nodes 1 --gpus 1 --seeds 1 2 3 --dry-run
 """
 

@@ -30,7 +30,7 @@ def show_notices_plainly() -> None:
 
 
 class Preempted(Exception):
-    """SIGUSR1 ended a run in good order, with a checkpoint: whoever sent it starts the run again."""
+    """SIGUSR1 ended a run or an evaluation in good order, what is done is saved: whoever sent it starts it again."""
 
     code = 138  # exit code: 128 + SIGUSR1, as a shell says of a process that it ended
 

@@ -20,7 +20,7 @@ WORD = re.compile(r"[\w.,@+-]*")
 
 USAGE = {
     "train": """# Trains a run on 4 nodes with 2 GPUs each, a process a GPU; flags of sbatch override this.
-#   sbatch slurm/train.sbatch configs/cc12m_vitb32_v1.toml 'data.train=/data/cc12m/{00000..01242}.tar'
+#   sbatch slurm/train.sbatch configs/cc12m_vitb32_v1_corrected.toml 'data.train=/data/cc12m/{00000..01242}.tar'
 #   sbatch --nodes=1 --array=1-3 --job-name=demo slurm/train.sbatch configs/demo.toml     demo--seed-1 to -3
 # `disttempnet launch` writes such a script for one run, and checks its config first. docs/cluster.md has more.""",
     "evaluate": """# Evaluates a run on 4 nodes with 2 GPUs each, a process a GPU; flags of sbatch override this.

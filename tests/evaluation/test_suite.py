@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.classtexts import ClassTexts
 from disttempnet.evaluation.embed import Encoder, checkpoint_hash, make_encoder
 from disttempnet.evaluation.loading import Batch, Decoder, Request
@@ -36,6 +36,7 @@ from gloo import Pools
 SIX = tuple(COLOURS)
 ROWS = [(colour, colour) for colour in SIX]
 DTD, FLOWERS, CLEVR = "vtab/dtd", "vtab/flowers", "vtab/clevr_closest_object_distance"
+THREE = (DTD, FLOWERS, "sun397")
 FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
 
 
@@ -248,6 +249,36 @@ def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert first[DTD].metrics == again[DTD].metrics
     assert not first[FLOWERS].complete
     assert again[FLOWERS].counts
+
+
+def run_and_be_told_to_stop(root: Path, told: int) -> tuple[list[str], int]:
+    """Rank `told` is told within the second task; every rank calls this.
+
+    Which tasks have a line afterwards, and how many batches of images this rank has when it goes on.
+    """
+    from disttempnet import distributed
+
+    results, seen, encode = root / "out" / RESULTS_FILE, [], Encoder.images
+    with pytest.raises(Preempted):
+        run(root, *THREE, batch=2, stopped=lambda: distributed.rank() == told and len(read_records(results)) == 1)
+    finished = list(read_records(results))
+    distributed.barrier()
+    with mock.patch.object(Encoder, "images", lambda self, pixels: (seen.append(len(pixels)), encode(self, pixels))[1]):
+        assert all(record.counts for record in run(root, *THREE, batch=2).values())
+    return finished, len(seen)
+
+
+@pytest.mark.parametrize(("told", "batches"), [(0, [6]), (0, [4, 2]), (1, [4, 2])])
+def test_one_that_is_told_to_stop_keeps_what_is_finished(
+    tmp_path: Path, gloo: Pools, told: int, batches: list[int]
+) -> None:
+    """Three tasks of three batches, in one process and in two: the finished one is not run again."""
+    for key in THREE:
+        write(tmp_path, key)
+    (tmp_path / "sizes.toml").write_text("".join(f'"{key}" = 6\n' for key in THREE))
+    alone = len(batches) == 1
+    every = [run_and_be_told_to_stop(tmp_path, told)] if alone else gloo(2, run_and_be_told_to_stop, tmp_path, told)
+    assert every == [(["sun397"], number) for number in batches]
 
 
 def test_longest_task_first(tmp_path: Path) -> None:

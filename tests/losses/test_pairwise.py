@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from disttempnet import Features, build_loss, distributed
 from disttempnet.errors import UserError
 from disttempnet.losses import pairwise
 from disttempnet.losses.pairwise import Anchors, Pairs, pulls, statistics
+from gloo import Pools
 from losses.scenario import EVERY, B, assert_same_steps, joined, pairs, run, stream
 
 close = torch.testing.assert_close
@@ -118,8 +120,6 @@ def test_blocks_and_kept_similarities_change_nothing(gloo, name: str, world_size
 
 def test_a_gradient_can_be_asked_for_twice() -> None:
     """With retain_graph; without it autograd says that the saved tensors are gone."""
-    from disttempnet import Features, build_loss
-
     x, y = (side.requires_grad_() for side in pairs(8))
     loss = build_loss("sogclr", num_samples=8, embed_dim=x.shape[1])
     total = loss(Features.unit(x, y), torch.arange(8)).total
@@ -164,3 +164,36 @@ def test_the_setting_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pairwise.KERNEL_SETTING, "cuda")
     with pytest.raises(UserError, match="must be auto, torch or triton, got 'cuda'"):
         pairwise.use_kernel(features)
+
+
+def waiting_bytes(rows: int, width: int, keep: bool) -> int:
+    """Of the tensors that SogCLR keeps for the backward pass, this rank's share."""
+    found: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.append(tensor.nbytes)
+        return tensor
+
+    loss = build_loss("sogclr", num_samples=64, embed_dim=width)
+    x, y = (side.float().requires_grad_() for side in pairs(rows, width=width))
+    ids = torch.arange(rows) + rows * distributed.rank()
+    before = pairwise.KEPT_BYTES
+    pairwise.KEPT_BYTES = before if keep else 0
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss(Features.unit(x, y), ids).total.backward()
+    finally:
+        pairwise.KEPT_BYTES = before
+    return sum(found)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_waits_for_the_backward_pass(gloo: Pools, ranks: int, keep: bool) -> None:
+    """As docs/performance.md says: features, gathered columns of both sides in float32, similarities where they fit."""
+    rows, width, every = 8, 16, 8 * ranks
+    (found, *_) = gloo(2, waiting_bytes, rows, width, keep) if ranks > 1 else [waiting_bytes(rows, width, keep)]
+    features, columns = 2 * rows * width * 4, 2 * every * width * 4 if ranks > 1 else 0
+    # ids; slope and offset of both sides' anchors; the pull of the own pairs
+    numbers = 8 * every + 4 * 4 * every + 4 * rows
+    assert found == features + columns + numbers + keep * 4 * rows * every * ranks

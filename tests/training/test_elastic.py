@@ -31,6 +31,7 @@ class Continued(NamedTuple):
 
     towers: dict[str, Tensor]
     optimizers: list[dict[str, Any]]
+    objective: dict[str, Any]  # the same on every rank: parameters, schedules
     tables: dict[str, Tensor]  # this rank's shard of every column, [2, ceil(N / K)]
     ids: list[Tensor]
 
@@ -46,7 +47,8 @@ def go(out: str, stop: int, overrides: tuple[str, ...] = ()) -> Continued:
         for column in module.columns
     }
     towers = {name: value.clone() for name, value in trainer.towers.module.state_dict().items()}
-    loaded = Continued(towers, [copy.deepcopy(one.state_dict()) for one in trainer.optimizers], tables, [])
+    moments = [copy.deepcopy(one.state_dict()) for one in trainer.optimizers]
+    loaded = Continued(towers, moments, copy.deepcopy(trainer.loss.state_dict()), tables, [])
     step = trainer.train_step
 
     def train_step(batch: Batch) -> LossOutput:
@@ -92,6 +94,13 @@ def check(pools: Pools, processes: int, folder: Path, overrides: tuple[str, ...]
         old = of_all([shard[name] for shard in shards], trainer["num_samples"])
         assert torch.equal(of_all([rank.tables[name] for rank in ranks], trainer["num_samples"]), old), name
         assert len(old.unique()) > 100, "something was learnt of many samples"
+    shared = trainer["objective"]
+    learnt = [name for name, value in shared.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    assert bool(learnt) == (PER_SAMPLE not in overrides), "temperature networks, but where each sample has its own τ"
+    for rank in ranks:
+        for name, value in shared.items():
+            ours = rank.objective[name]
+            assert torch.equal(ours, value) if isinstance(value, Tensor) else ours == value, name
     for ours, theirs in zip(ranks[0].optimizers, trainer["optimizers"], strict=True):
         assert ours["state"].keys() == theirs["state"].keys()
         for number, moments in theirs["state"].items():

@@ -151,7 +151,8 @@ def _by_threads(requests: Iterable[Request], decoder: Decoder) -> Iterator[Batch
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C is the main process's to answer; decoding needs one thread a worker."""
+    """Ctrl-C and SLURM's SIGUSR1 are the main process's to answer; decoding needs one thread a worker."""
     os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import time
 import traceback
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from disttempnet import distributed
-from disttempnet.errors import UserError
+from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.classtexts import ClassTexts
 from disttempnet.evaluation.embed import Progress, batches_of_this_rank, evaluation_mode, make_encoder
 from disttempnet.evaluation.layouts import is_there, load_task, sizes_of
@@ -47,7 +47,7 @@ class Suite:
         batch: images or texts embedded at once by a rank.
         workers: processes that decode for a rank; 0 = threads.
         texts: class features that are known already, and where they are kept.
-        progress: told of all tasks on every rank.
+        stopped: asked after every batch; where it is true on any rank, all end, and the task is not kept.
     """
 
     root: Path
@@ -57,6 +57,7 @@ class Suite:
     batch: int = 256
     workers: int = 0
     texts: ClassTexts = field(default_factory=ClassTexts)
+    stopped: Callable[[], object] = bool
 
     def run(self, towers: Towers, tasks: Sequence[Task], device: torch.device) -> list[TaskRecord]:
         """Evaluate on the tasks that are there and not finished yet; every rank calls this.
@@ -66,6 +67,7 @@ class Suite:
 
         Raises:
             UserError: results cannot be written, decoding stopped, or sizes.toml cannot be read.
+            Preempted: a rank was told to stop; what is finished is kept.
         """
         done = distributed.gather_objects(read_records(self.out / RESULTS_FILE) if distributed.is_main() else {})[0]
         sizes = distributed.together(lambda: sizes_of(self.root))
@@ -82,13 +84,23 @@ class Suite:
         todo = sorted((task for task in present if task.name not in done), key=lambda task: -task.seconds)
         loaded: dict[int, TaskData | BaseException] = {}
         batches_of_all = decoded(self._requests(todo, loaded), towers, self.workers)
+
+        def progress(what: str, done: int, of: int) -> None:
+            line.progress(what, done, of)
+            if self.stopped():  # where no rank waits for this one in vain
+                raise Preempted("told to stop")
+
         with evaluation_mode(towers.module), line:
             for number, batches in groupby(batches_of_all, key=lambda batch: batch.task):
                 line.begin(todo[number])
-                record = self._one(todo[number], towers, device, loaded.pop(number), batches, line.progress)
-                self._keep(record)
-                line.finish(record)
-                done[record.key] = record
+                record = self._one(todo[number], towers, device, loaded.pop(number), batches, progress)
+                stop = distributed.largest(int(bool(self.stopped())), device)
+                if not (stop and record.error):
+                    self._keep(record)
+                    line.finish(record)
+                    done[record.key] = record
+                if stop:
+                    raise Preempted
         if lost := [task.display for task in present if task.name not in done]:
             raise UserError(f"decoding stopped before {lost[0]}: the same command goes on from there")
         return [done[task.name] for task in present]
@@ -138,7 +150,7 @@ class Suite:
             encoder = make_encoder(towers, device, self.precision, matching, self.batch)
             heads, words = embed_words(data, encoder, self.texts, progress)
             outcome = measure(data, encoder, batches, heads, words, progress)
-        except (UserError, distributed.OtherRankFailed) as error:
+        except (UserError, Preempted, distributed.OtherRankFailed) as error:
             return self._failed(task, str(error), begun)
         except Exception as error:
             traceback.print_exc()

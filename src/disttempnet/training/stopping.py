@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
+from collections.abc import Mapping
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from disttempnet import distributed
@@ -19,16 +20,20 @@ class StopSignal:
 
     One of several ranks that ends by an exception keeps these handlers: its process ends soon.
 
+    Args:
+        codes: the signals that are answered, and the exit code that each asks for.
+
     Attributes:
         code: exit code that is asked for; 0 = go on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, codes: Mapping[signal.Signals, int] = MappingProxyType(STOPPING)) -> None:
         self.code = 0
+        self._codes = codes
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in STOPPING:
+        for number in self._codes:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -41,4 +46,4 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.code and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.code = max(self.code, STOPPING[signal.Signals(number)])
+        self.code = max(self.code, self._codes[signal.Signals(number)])
