@@ -110,6 +110,8 @@ def test_objectives_lists_every_name_with_what_it_needs(capsys: pytest.CaptureFi
         assert {f"{key}={value!r}" for key, value in recipe.arguments.items()} <= set(words)
         assert recipe.formula in block
         assert recipe.source in block
+        assert recipe.note.split() == (words[words.index("note") + 1 :] if recipe.note else [])
+    assert "configs/cc12m_vitb32_v0.toml" in blocks[list(OBJECTIVES).index("disttempnet")]
     assert main(["objectives", "isogclr"]) == 0
     shown = capsys.readouterr().out
     # log u, τ and its momentum, two sides, four bytes each

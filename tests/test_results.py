@@ -1,18 +1,25 @@
-"""docs/results.md: every table is what its command gives, and every grid that it names can be run."""
+"""docs/results.md: every table is what its command gives, every grid can be run, and its results are all there."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from disttempnet.compare.grid import load_grid
-from disttempnet.config import CONFIG_FOLDER
+from disttempnet.compare.grid import Grid, load_grid
+from disttempnet.config import CONFIG_FOLDER, defaults, flat
+from disttempnet.report.compact import Result, read_results
+from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.jsonl"))
+GRIDS = sorted(CONFIG_FOLDER.glob("compare*.toml"))
 
 
 def test_every_table_is_what_its_command_gives(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +35,55 @@ def test_every_table_is_what_its_command_gives(capsys: pytest.CaptureFixture[str
     assert tool.filled(emptied) == text
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("compare*.toml")), ids=lambda path: path.stem)
+def grid_of(results: Path) -> Grid:
+    """The grid that makes these results: of the commands in the heads of the shipped grids, the one with their name."""
+    for path in GRIDS:
+        comment = re.sub(r"(?m)^# ?", "", path.read_text(encoding="utf-8")).replace("\\\n", " ")
+        for command in re.findall(rf"disttempnet compare configs/{re.escape(path.name)}(.*)", comment):
+            overrides = [word for word in shlex.split(command) if "=" in word]
+            grid = load_grid(path, overrides)
+            if grid.out.name == results.stem:
+                return grid
+    raise AssertionError(f"no grid's head has the command that makes {results.name}")
+
+
+def what_it_depends_on(config: dict[str, Any]) -> dict[str, Any]:
+    """Its keys but for those that the result does not depend on; those that an old config lacks have their defaults."""
+    table = {key: value for key, value in flat(config).items() if key not in NOT_PART_OF_THE_RESULT}
+    return {**{key: value for key, value in defaults().items() if key not in NOT_PART_OF_THE_RESULT}, **table}
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_are_the_whole_grid_with_its_configs(path: Path) -> None:
+    results = {result.name: result for result in read_results([path])}
+    expected = {config.name: json.loads(config.model_dump_json()) for config in grid_of(path).configs}
+    assert sorted(results) == sorted(expected)
+    assert all(result.finished for result in results.values())
+    for name, config in expected.items():
+        assert what_it_depends_on(results[name].config) == what_it_depends_on(config), name
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_shipped_grid_is_valid_and_named_on_the_page(path: Path) -> None:
     assert load_grid(path).configs
     assert f"configs/{path.name}" in PAGE.read_text(encoding="utf-8")
+
+
+def test_every_objective_is_compared_at_the_best_of_its_three_settings() -> None:
+    """The rule in the head of compare-tuning.toml; disttempnet-v1 is a default instead, and `-tuned` is its best."""
+    tried: dict[str, list[Result]] = {}
+    for result in read_results([ROOT / "docs" / "results" / "compare-tuning.jsonl"]):
+        run, letter = result.name.removesuffix("--seed-0").rsplit("-", 1)
+        assert letter in "abc"
+        tried.setdefault(run, []).append(result)
+    assert {len(settings) for settings in tried.values()} == {3}
+    for name in ("compare", "compare-scenes"):
+        chosen = {
+            config.name: config.loss for config in load_grid(CONFIG_FOLDER / f"{name}.toml", ["seeds=[1]"]).configs
+        }
+        del chosen["disttempnet-v1--seed-1"]
+        assert {run.removesuffix("--seed-1").removesuffix("-tuned") for run in chosen} == set(tried)
+        for run, loss in chosen.items():
+            settings = tried[run.removesuffix("--seed-1").removesuffix("-tuned")]
+            best = max(settings, key=lambda r: sum(scores.metrics["mean_recall"] for scores in r.final.values()))
+            assert loss.model_dump() == best.config["loss"], run

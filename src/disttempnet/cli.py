@@ -82,7 +82,8 @@ tau_text, log_u_image, log_u_text (the tracked normalisers of training samples),
 a sample does not have is empty. Data sets of any size are streamed; torchrun shares the work between GPUs.
 
 The page (--gallery) shows the lowest and highest τ with pictures, how τ is spread, how it goes with concept frequency
-and caption ambiguity, clusters, the network's prototypes among the features, and what the network has learned.
+and caption ambiguity, clusters, and what the network has learned; for networks with prototypes (loss.network icml24,
+dist; not mlp, the default of disttempnet-v1) also the prototypes among the features.
 
 Objectives with a τ for each training sample (isogclr, fastclip-v2, clip-per-sample) know no other samples.
 
@@ -281,7 +282,10 @@ def _objectives(options: argparse.Namespace) -> int:
         print(
             f"  temperature  {recipe.temperature};  γ {recipe.gamma};  state {recipe.bytes_a_sample()} bytes a sample"
         )
-        print(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15) + "\n")
+        print(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15))
+        if recipe.note:
+            print(textwrap.fill(recipe.note, 110, initial_indent="  note         ", subsequent_indent=" " * 15))
+        print()
     return 0
 
 

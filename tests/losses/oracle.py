@@ -190,6 +190,22 @@ def tempnet(weights: dict[str, Tensor], feature: Tensor, tau_min: float, tau_max
     return torch.stack(rows)
 
 
+def mlp_temperature(
+    weights: dict[str, Tensor], feature: Tensor, tau_min: float, tau_max: float, mask: Tensor
+) -> Tensor:
+    """The plain network's temperature of every row of `feature` [n, D]; mask as above, here on the input.
+
+    o = Σ_k v_k z_k Φ(z_k) + v_0 with z = W (mask·x) + b, and Φ the normal distribution function (gelu);
+    τ = (τ_max − τ_min) σ(o) + τ_min.   weights: W, b, v, v0.
+    """
+    rows = []
+    for row, kept in zip(feature.detach(), mask, strict=True):
+        z = weights["W"] @ (kept * row) + weights["b"]
+        o = (weights["v"] * z * (1 + torch.erf(z / math.sqrt(2))) / 2).sum() + weights["v0"]
+        rows.append(tau_min + (tau_max - tau_min) / (1 + (-o).exp()))
+    return torch.stack(rows)
+
+
 def clip_objective(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
     """½ (mean_i −log softmax_j(scale x_i·y_j)_i + the same with the sides exchanged), the scale held in [1, 100]."""
     scale = torch.as_tensor(scale, dtype=x.dtype).clamp(1, 100)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttempnet import Features, distributed
+from disttempnet import OBJECTIVES, Features, distributed
 from losses.oracle import Twin, inner_rate, written_objective, written_objective_repeated
 from losses.scenario import (
     CONSTANT,
@@ -81,6 +81,34 @@ def test_network_temperature_follows_the_twin(gamma: float, mode: str) -> None:
             close(actual.parameters[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
         assert expected.h.abs().max() > 0.1, "hardly any τ-gradient: the case says little"
         descend(loss, 0.3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_disttempnet_v1_as_it_comes_follows_the_twin(mode: str) -> None:
+    """Its default network (an mlp on features times √D), bounds, ρ = .3 log(B − 1) and γ(epoch): value and gradients.
+
+    The networks start with every τ alike, and no gradient in their first layer: the later steps have both.
+    """
+    recipe = {**OBJECTIVES["disttempnet-v1"].arguments, "name": "disttempnet-v1", "tau_gradient": mode}
+    assert (recipe["network"], recipe["feature_scale"], recipe["rho"]) == ("mlp", 0.0, 0.0)
+    recipe.update(gamma_min=0.2, gamma_decay_epochs=2.0)
+    loss, twin = make(recipe), Twin(rho=0.3 * math.log(B - 1), tau_gradient=mode)
+    for number, batch in enumerate(stream(5)):
+        actual, parameters = step(loss, batch), weights_of(loss)
+        tau = twin_taus(parameters, batch.x, batch.y, recipe)
+        expected = twin.step(batch.x, batch.y, batch.ids, tau, inner_rate(batch.epoch, 0.2, 2))
+        assert actual.total.item() == pytest.approx(expected.value, rel=1e-11)
+        close(actual.grad_x, expected.grad_x, **TIGHT)
+        close(actual.grad_y, expected.grad_y, **TIGHT)
+        close(actual.log_u, expected.log_u, **TIGHT)
+        (expected.grad_tau * tau).sum().backward()
+        named = dict(parameters.named())
+        assert set(actual.parameters) == set(named), "every parameter of the loss is one of the networks'"
+        for name, parameter in named.items():
+            close(actual.parameters[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            assert number == 0 or parameter.grad.abs().max() > 1e-6, f"{name}: hardly any gradient"
+        descend(loss, 3.0)
+    assert tau.std(1).min() > 1e-3, "the temperatures hardly differ: the case says little"
 
 
 @pytest.mark.parametrize("gamma", [0.8, 0.2])

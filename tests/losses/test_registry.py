@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 import torch
 
 import disttempnet
 import disttempnet.losses
 from disttempnet import OBJECTIVES, Features, build_loss
+from disttempnet.config import CONFIG_FOLDER
 from losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch
 
 NAMES = (
@@ -133,6 +136,16 @@ def test_building_does_not_move_the_global_generator() -> None:
     before = torch.get_rng_state()
     make(NETWORK)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_disttempnet_is_tempnet_and_its_note_says_what_its_own_published_code_has() -> None:
+    row = OBJECTIVES["disttempnet"]
+    assert row.arguments == OBJECTIVES["tempnet"].arguments
+    published = tomllib.loads((CONFIG_FOLDER / "cc12m_vitb32_v0.toml").read_text(encoding="utf-8"))["loss"]
+    other = {key: value for key, value in published.items() if key != "name" and value != row.arguments[key]}
+    assert other == {"rho": 9.5, "network": "dist", "prototypes": 512, "tau_min": 0.001}
+    for words in ("rho = 9.5", "network = 'dist'", "prototypes = 512", "tau_min = .001", "cc12m_vitb32_v0.toml"):
+        assert words in row.note
 
 
 @pytest.mark.parametrize(("wrong", "nearest"), [("disttempnet_v1", "disttempnet-v1"), ("sogcl", "sogclr")])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from losses.oracle import tempnet
+from losses.oracle import mlp_temperature, tempnet
 
 MODES = ("fcco", "batch")
-SYMBOLS = {  # ending of the parameter's name → symbol in oracle.tempnet
+SYMBOLS = {  # ending of the parameter's name → symbol in oracle.tempnet and .mlp_temperature
     "weight": "W",
     "bias": "b",
     "prototypes": "P",
@@ -47,13 +48,14 @@ def weights_of(loss: nn.Module) -> Weights:
 def twin_taus(
     weights: Weights, x: Tensor, y: Tensor, recipe: dict, masks: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """τ [2, B] of the ICML'24 networks: images on side 0, texts on side 1."""
+    """τ [2, B] of the ICML'24 networks, or of the mlp where the recipe says so: images on side 0, texts on side 1."""
     masks = masks or (torch.ones_like(x), torch.ones_like(y))
     bounds = recipe["tau_min"], recipe["tau_max"]
-    scale = recipe.get("feature_scale", 1.0)
+    scale = recipe.get("feature_scale", 1.0) or math.sqrt(x.shape[1])
+    tau = mlp_temperature if recipe.get("network") == "mlp" else tempnet
     return torch.stack(
         [
-            tempnet(weights.image, x.detach().double() * scale, *bounds, masks[0].double()),
-            tempnet(weights.text, y.detach().double() * scale, *bounds, masks[1].double()),
+            tau(weights.image, x.detach().double() * scale, *bounds, masks[0].double()),
+            tau(weights.text, y.detach().double() * scale, *bounds, masks[1].double()),
         ]
     )

@@ -16,9 +16,10 @@ from disttempnet.errors import UserError
 from disttempnet.report import comparison_plots, write_report
 from disttempnet.report.compact import read_results, write_compact
 from disttempnet.report.comparison import comparison_page
-from disttempnet.report.comparison_plots import batch_series, frequency_panel, learning_series, tau_series
+from disttempnet.report.comparison_plots import batch_series, frequency_panel, learning_series
 from disttempnet.report.groups import Column, compare_groups, families
 from disttempnet.report.tables import csv_table, latex_table, markdown_table, text_table
+from disttempnet.report.tau_tables import tau_series
 from report.invented import result
 from report.synthetic import write_run
 from report.test_report import Page, assert_self_contained
@@ -66,13 +67,18 @@ def test_latex_is_escaped_and_complete() -> None:
     assert r"A\_B \& $\tau$|<b> & 3 & \textbf{25.0 (2.0)} & -- & -- \\" in text
     assert r"\multicolumn{3}{c}{Unseen concepts}" in text
     assert r"\cmidrule(lr){3-5}" in text
-    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    scores, *_ = text.split(r"\end{tabular}")
+    rows = [line for line in scores.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
     assert {line.replace(r"\&", "").count("&") for line in rows} == {4}
     assert text.count("{") == text.count("}")
 
 
+def csv_rows(results: list) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(csv_table(compare_groups(results, [f"{TASK}/acc1"])))))
+
+
 def test_csv_carries_raw_numbers() -> None:
-    rows = list(csv.DictReader(io.StringIO(csv_table(compare_groups(runs(), [f"{TASK}/acc1"])))))
+    rows = [row for row in csv_rows(runs()) if row["task"] == TASK]
     assert [row["group"] for row in rows] == ["CLIP", "A_B & τ|<b>", "SogCLR"]
     for row, values in zip(rows, (CLIP, TEMPNET, OTHER), strict=True):
         assert float(row["mean"]) == pytest.approx(np.mean(values), rel=1e-14)
@@ -80,7 +86,7 @@ def test_csv_carries_raw_numbers() -> None:
         assert int(row["n"]) == len(values)
         assert float(row["chance"]) == 0.01
     assert [row["mark"] for row in rows] == ["", "best", ""]
-    (single,) = csv.DictReader(io.StringIO(csv_table(compare_groups(runs()[:1], [f"{TASK}/acc1"]))))
+    (single,) = (row for row in csv_rows(runs()[:1]) if row["task"] == TASK)
     assert single["std"] == ""
 
 
@@ -135,6 +141,49 @@ def test_tau_against_frequency_of_a_run_and_over_seeds(tmp_path: Path) -> None:
         assert "-0.25 (0.00)" in shown
         assert f"{np.mean(seeds):.2f} ({np.std(seeds, ddof=1):.2f})" in shown
         assert "0.0300 ± 0.0040, 0.0200 to 0.0500" in shown
+
+
+def test_tau_stands_in_every_table() -> None:
+    """Where it ends, its correlation with frequency, and its trajectory: mean and std over the seeds 0, 1, 2."""
+    made = [one for one in runs() if one.name.startswith("x")]
+    for seed, one in enumerate(made):
+        one.tau["text"] = [0.04 + 0.01 * seed, 0.02, 0.06, 0.005]
+        curve = one.tau_curve  # what stands between its points lies on a line
+        curve["mean"] = [0.01 * epoch + 0.001 * seed for epoch in curve["epoch"]]
+    final = "0.0300 ± 0.0040, 0.0200 to 0.0500", "0.0500 ± 0.0050, 0.0200 to 0.0600", "0.60 (0.10)", "-0.25 (0.00)"
+    # four epochs; the first that is logged is .1
+    trained = "0.0020 (0.0010)", "0.0110 (0.0010)", "0.0210 (0.0010)", "0.0310 (0.0010)", "0.0410 (0.0010)"
+    markdown, latex = markdown_table(compare_groups(made)), latex_table(compare_groups(made))
+    for words in (final, trained):
+        assert "| A_B & τ\\|<b> | " + " | ".join(words) + " |" in markdown
+        assert r"A\_B \& $\tau$|<b> & " + " & ".join(words).replace("±", r"$\pm$") + r" \\" in latex
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
+    rows = {row["metric"]: row for row in csv_rows(made) if not row["task"]}
+    assert {row["n"] for row in rows.values()} == {"3"}
+    for metric, mean, std in (
+        ("tau_image_mean", 0.03, 0),
+        ("tau_text_mean", 0.05, 0.01),
+        ("tau_text_min", 0.02, 0),
+        ("tau_text_max", 0.06, 0),
+        ("tau_text_std", 0.005, 0),
+        ("tau_image_rank_correlation_with_frequency", 0.6, 0.1),
+        ("tau_text_rank_correlation_with_frequency", -0.25, 0),
+        ("training_tau_image_mean@0", 0.002, 0.001),
+        ("training_tau_image_mean@0.25", 0.011, 0.001),
+        ("training_tau_image_mean@1", 0.041, 0.001),
+    ):
+        assert float(rows[metric]["mean"]) == pytest.approx(mean, abs=1e-12), metric
+        assert float(rows[metric]["std"]) == pytest.approx(std, abs=1e-12), metric
+
+
+def test_no_table_of_tau_where_it_is_one_for_all() -> None:
+    made = runs()[:3]
+    for one in made:
+        one.tau_by_frequency.clear()
+    comparison = compare_groups(made)
+    assert "τ" not in markdown_table(comparison)
+    assert latex_table(comparison).count("tabular") == 2
+    assert all(row["task"] for row in csv_rows(made))
 
 
 def test_curves_and_batches_are_means_over_seeds() -> None:

@@ -124,6 +124,7 @@ def test_the_page_shows_everything(measured: tuple[list[Row], Page]) -> None:
     assert sum(tag == "figure" for tag, _ in page.tags) > 4 * 20
     charts = [attributes["alt"] for tag, attributes in page.tags if attributes.get("class") == "chart"]
     assert len(charts) >= 6
+    assert "temperature has none" not in page.text
     assert "could not be read" not in page.text
 
 
@@ -236,6 +237,17 @@ def test_one_temperature_for_all_is_said(tmp_path: Path) -> None:
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.ids == ["distribution"]
     assert "the same temperature" in page.text
+
+
+def test_a_network_without_prototypes_says_so(tmp_path: Path) -> None:
+    learns = 'loss={name="disttempnet-v1", tau_start_epoch=0, tau_lr=0.1}'
+    run = trained(tmp_path, "name=mlp", learns, "train.stop_after_steps=2")
+    write_temperatures(str(run), Source(), tmp_path / "tau.csv", gallery=tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "clusters" in page.ids
+    assert "parameters" in page.ids
+    assert "prototypes" not in page.ids
+    assert "Prototypes among the features are not shown: this run's temperature has none." in page.text
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class Recipe:
         source: paper.
         arguments: its own arguments and their defaults.
         build: takes a Context and the arguments.
+        note: what a reader of the defaults should know besides; may be empty.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Recipe:
     source: str
     arguments: dict[str, Any]
     build: Callable[..., Objective]
+    note: str = ""
 
     def bytes_a_sample(self) -> int:
         """Of per-sample state in float32, over all ranks."""
@@ -72,6 +74,7 @@ def _family(
     /,
     *,
     robust: bool = True,
+    note: str = "",
     **defaults: Any,
 ) -> Recipe:
     """A row of the family: one estimator × a temperature × a schedule of γ. `defaults` are the published values."""
@@ -95,7 +98,7 @@ def _family(
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
     kinds = {None: "–", ConstantGamma: "constant", CosineGamma: "cosine"}
-    return Recipe(title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build)
+    return Recipe(title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build, note)
 
 
 def _minibatch(
@@ -124,7 +127,11 @@ OBJECTIVES: dict[str, Recipe] = {
         rho=8.0, tau_lr=0.03, tau_beta=0.5, **_ISOGCLR,
     ),
     "tempnet": _family("TempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0),
-    "disttempnet": _family("DistTempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0),
+    "disttempnet": _family(
+        "DistTempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0,
+        note="the defaults are TempNet's as published; the published code of DistTempNet has rho = 9.5 and network = "
+        "'dist' with prototypes = 512 and tau_min = .001: configs/cc12m_vitb32_v0.toml",
+    ),
     "disttempnet-v1": _family(
         "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445",
         rho=0.0, network="mlp", feature_scale=0.0, dropout=0.0, tau_max=0.2, tau_lr=1e-4, tau_start_epoch=2,

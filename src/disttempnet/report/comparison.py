@@ -16,16 +16,8 @@ from disttempnet.report.evaluation_page import evaluation_report
 from disttempnet.report.evaluations import holds_evaluations, read_evaluations
 from disttempnet.report.groups import Column, Comparison, Group, by_config, compare_groups, families
 from disttempnet.report.page import build_report, open_template
-from disttempnet.report.tables import (
-    cell_text,
-    correlations,
-    csv_table,
-    final_tau,
-    latex_table,
-    legend,
-    markdown_table,
-    published_cells,
-)
+from disttempnet.report.tables import cell_text, csv_table, latex_table, legend, markdown_table, published_cells
+from disttempnet.report.tau_tables import correlations, final_tau, groups_with_tau
 
 TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
 SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
@@ -76,7 +68,7 @@ def comparison_page(comparison: Comparison) -> str:
     headlines = _headlines(comparison)
     with_parts = dict.fromkeys(c.task for c in comparison.columns if c.metric in plots.PARTS)
     with_tau = [group for group in groups if any(result.tau_curve for result in group.results)]
-    with_frequency = [group for group in groups if any(result.tau_by_frequency for result in group.results)]
+    with_frequency = groups_with_tau(comparison)
     same_batch = families(groups)
     return open_template("comparison.html").render(
         title=_title(groups),

@@ -11,6 +11,7 @@ import numpy as np
 from disttempnet.evaluation.readers import task_title
 from disttempnet.report.groups import AVERAGES, THIRDS, Cell, Column, Comparison, Group, cell_of
 from disttempnet.report.plots import FAINT, INK, RUN_COLOURS, SIDE_COLOURS, epoch_axis, grid, styled, svg
+from disttempnet.report.tau_tables import tau_series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,21 +164,6 @@ def _from_zero(axes: Sequence[Axes]) -> None:
 
 def _heading(axis: Axes, title: str) -> None:
     axis.set_title(fill(title, 26), fontsize=9.0)
-
-
-def tau_series(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Epochs, mean over the seeds, least and greatest τ: at every epoch that some seed logged and all have reached.
-
-    Between the epochs that a seed logged, its curve is a straight line.
-    """
-    curves = [result.tau_curve for result in group.results if result.tau_curve]
-    every = np.unique(np.concatenate([curve["epoch"] for curve in curves]))
-    first, last = (f(curve["epoch"][end] for curve in curves) for f, end in ((max, 0), (min, -1)))
-    x = every[(every >= first) & (every <= last)]
-    mean, low, high = (
-        np.array([np.interp(x, curve["epoch"], curve[key]) for curve in curves]) for key in ("mean", "min", "max")
-    )
-    return x, mean.mean(0), low.min(0), high.max(0)
 
 
 def _tau_panel(axis: Axes, group: Group) -> None:

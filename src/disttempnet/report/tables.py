@@ -11,12 +11,13 @@ from rich.text import Text
 
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import percent
-from disttempnet.report.groups import MARK_RULE, THIRDS, Cell, Column, Comparison, Group, cell_of
+from disttempnet.report.groups import MARK_RULE, THIRDS, Cell, Column, Comparison
+from disttempnet.report.tau_tables import TauTable, groups_with_tau, tau_cells, tau_tables
 
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "→": r"$\rightarrow$", "γ": r"$\gamma$", "τ": r"$\tau$",
-    "ρ": r"$\rho$", "–": "--",
+    "ρ": r"$\rho$", "±": r"$\pm$", "–": "--",
 }  # fmt: skip
 _DAGGER = {"near": "†"}
 
@@ -72,7 +73,7 @@ def text_table(comparison: Comparison) -> Table:
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """A pipe table; the best in bold, those within reach with a dagger; below it the notes of published rows."""
+    """A pipe table; the best in bold, those within reach with a dagger; below it the notes of published rows, and τ."""
     heads = ["", "seeds", *(column.title for column in comparison.columns)]
     rows = [heads, ["---", "--:", *("--:" for _ in comparison.columns)]]
     for group, cells in comparison.rows:
@@ -83,7 +84,8 @@ def markdown_table(comparison: Comparison) -> str:
     if comparison.has_chance:
         rows.append(["chance", "", *(percent(value) for value in comparison.chance)])
     notes = "".join(f"\n[{number}] {note}\n" for number, note in enumerate(comparison.notes, 1))
-    return f"{pipes(rows)}\n{legend(comparison)}\n{notes}{_tau_markdown(comparison)}"
+    tau = "".join(_tau_markdown(table) for table in tau_tables(comparison))
+    return f"{pipes(rows)}\n{legend(comparison)}\n{notes}{tau}"
 
 
 def markdown_cell(cell: Cell | None, seeds: int, digits: int) -> str:
@@ -92,20 +94,9 @@ def markdown_cell(cell: Cell | None, seeds: int, digits: int) -> str:
     return f"**{text}**" if cell and cell.mark == "best" else text + _dagger(cell)
 
 
-def _tau_markdown(comparison: Comparison) -> str:
-    """Below it, where τ differs between pairs: its final spread, and its correlation with concept frequency."""
-    own = [group for group in comparison.groups if any(result.tau_by_frequency for result in group.results)]
-    if not own:
-        return ""
-    rows = [
-        ["τ at the end", "image side", "text side", "rank correlation with frequency, image", "text"],
-        ["---", *["--:"] * 4],
-    ]
-    rows += [[group.title, *final_tau(group), *correlations(group)] for group in own]
-    return (
-        f"\n{pipes(rows)}\nτ of the first task's pairs: mean ± std over the pairs, range; then Spearman's correlation "
-        "with how often the concept was trained on, mean (standard deviation) over the seeds\n"
-    )
+def _tau_markdown(table: TauTable) -> str:
+    rows = [table.head, ["---", *["--:"] * (len(table.head) - 1)], *table.rows]
+    return f"\n{pipes(rows)}\n{table.note}\n"
 
 
 def pipes(rows: Sequence[Sequence[str]]) -> str:
@@ -113,29 +104,8 @@ def pipes(rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |\n" for row in rows)
 
 
-def final_tau(group: Group) -> list[str]:
-    """For each side: mean, least, greatest and spread of the final τ, averaged over the seeds but for the bounds."""
-    words = []
-    for side in ("image", "text"):
-        known = [result.tau[side] for result in group.results if side in result.tau]
-        if not known:
-            words.append("–")
-            continue
-        mean, low, high, std = zip(*known, strict=True)
-        average = [sum(values) / len(values) for values in (mean, std)]
-        words.append(f"{average[0]:.4f} ± {average[1]:.4f}, {min(low):.4f} to {max(high):.4f}")
-    return words
-
-
-def correlations(group: Group) -> list[str]:
-    """For each side: Spearman's correlation of τ with the frequency of the concept, mean (std) over the seeds."""
-    known = [result.tau_by_frequency["spearman"] for result in group.results if result.tau_by_frequency]
-    cells = [cell_of(values) for values in zip(*known, strict=True)]
-    return [f"{cell.mean:.2f}" + (f" ({cell.std:.2f})" if cell.std is not None else "") for cell in cells if cell]
-
-
 def latex_table(comparison: Comparison) -> str:
-    """A booktabs tabular; needs \\usepackage{booktabs}."""
+    """A booktabs tabular, and one for each table of τ; needs \\usepackage{booktabs}."""
     spans = comparison.heads
     tasks = " & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_tex(heading)}}}" for heading, n in spans)
     rules, place = [], 3
@@ -165,13 +135,30 @@ def latex_table(comparison: Comparison) -> str:
         chance = " & ".join(_tex(percent(value)) for value in comparison.chance)
         lines += ["\\midrule", f"chance & & {chance} \\\\"]
     lines += ["\\bottomrule", "\\end{tabular}"]
+    for table in tau_tables(comparison):
+        lines += ["", *_tau_latex(table)]
     return "\n".join(lines) + "\n"
+
+
+def _tau_latex(table: TauTable) -> list[str]:
+    head, *rows = (" & ".join(_tex(word) for word in row) + " \\\\" for row in (table.head, *table.rows))
+    return [
+        f"% {table.note}",
+        f"\\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
+        "\\toprule",
+        head,
+        "\\midrule",
+        *rows,
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
 
 
 def csv_table(comparison: Comparison) -> str:
     """A line a group and metric: shares in [0, 1] as they are, std empty for one seed.
 
-    Published rows have n = 0 and the mark `published`.
+    Published rows have n = 0 and the mark `published`. Below them stands τ where it differs between pairs, which is no
+    task's metric and no share: to four digits, task and chance empty.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -184,6 +171,10 @@ def csv_table(comparison: Comparison) -> str:
         for column in comparison.columns:
             if column in row.values:
                 writer.writerow(_csv_row(row.title, column, row.values[column]._replace(mark="published"), None))
+    for group in groups_with_tau(comparison):
+        for name, cell in tau_cells(group):
+            std = "" if cell.std is None else f"{cell.std:.4g}"
+            writer.writerow([group.title, "", name, f"{cell.mean:.4g}", std, cell.n, "", ""])
     return buffer.getvalue()
 
 
