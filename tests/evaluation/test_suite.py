@@ -310,7 +310,7 @@ def test_a_decoding_worker_that_dies_costs_nothing(tmp_path: Path) -> None:
         return decode(self, request)
 
     (tmp_path / "out" / RESULTS_FILE).unlink()
-    with mock.patch.object(Decoder, "__getitem__", dies), pytest.warns(UserWarning, match="threads decode from here"):
+    with mock.patch.object(Decoder, "__getitem__", dies), pytest.warns(UserNotice, match="threads decode from here"):
         again = run(tmp_path, DTD, FLOWERS, batch=2, workers=1)
     assert [again[key].metrics for key in (DTD, FLOWERS)] == [expected[key].metrics for key in (DTD, FLOWERS)]
     assert all(record.complete and not record.error for record in again.values())

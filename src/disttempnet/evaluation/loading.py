@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from disttempnet.data.dataset import lost_workers_named
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.transforms import eval_transform
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.evaluation.readers import Sample
 from disttempnet.models import Resizing, Towers
 
@@ -112,7 +112,8 @@ def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> It
                 batch = next(batches, None)
         except UserError as error:
             what = str(error).partition(":")[0]
-            warnings.warn(f"{what}, out of memory as a rule (--workers): threads decode from here on", stacklevel=2)
+            more = "out of memory as a rule (--workers): threads decode from here on"
+            warnings.warn(f"{what}, {more}", UserNotice, stacklevel=2)
             break
         if batch is None:
             return
