@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from disttempnet.errors import Preempted, UserError
+from disttempnet.errors import Preempted, UserError, UserNotice
 from disttempnet.evaluation.classtexts import ClassTexts
 from disttempnet.evaluation.embed import Encoder, checkpoint_hash, make_encoder
 from disttempnet.evaluation.loading import Batch, Decoder, Request
