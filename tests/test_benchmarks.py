@@ -56,6 +56,8 @@ def test_steps_in_chunks_are_measured() -> None:
     assert chunks["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     assert whole["seconds"] > 0
     assert whole["MB"] >= 0
+    rounds = [{"MB": 2.04, "seconds": 3.0, "loss": 0.5}, {"MB": 4.0, "seconds": 1.0, "loss": 0.5}]
+    assert accumulate.summary(rounds) == {"MB": 2.0, "seconds": 1.0, "loss": 0.5}
 
 
 def test_a_run_at_scale_is_computed_and_simulated() -> None:
