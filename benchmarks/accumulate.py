@@ -1,10 +1,10 @@
 """What a batch in chunks costs: peak memory and time of training steps with `train.accumulate` = 1, 2, 4, 8.
 
-    python benchmarks/accumulate.py [--batch 512] [--accumulate 1 4] [--config demo.toml] [--rounds 3]
+    python benchmarks/accumulate.py [--batch 512] [--accumulate 1 4] [--config demo.toml] [--rounds 3] [--out FILE]
 
 Every measurement is a process of its own on one thread; they take turns, and the table has the smallest time and
 memory of the rounds. Memory is the growth of the process's largest resident size over what it held before the first
-step; time is that of a step without its batch, which is loaded ahead.
+step; time is seconds of CPU of a step without its batch, which is loaded ahead.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import argparse
 import itertools
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 STEPS = 3  # after a first one that is not timed
 
@@ -28,6 +32,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--config", default="demo.toml")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="file for the result, JSON")
     parser.add_argument("--measure", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -44,15 +49,31 @@ def main() -> None:
             check=True,
         ).stdout
         found[chunks].append(json.loads(answer))
-    print(f"| accumulate, batch {options.batch} | peak memory of a step, MB | seconds a step | loss of the last step |")
+    setting = {"config": options.config, "batch": options.batch, "rounds": options.rounds, "threads": 1}
+    versions = {"python": platform.python_version(), "torch": version("torch")}
+    result = {**setting, **versions, "accumulate": {str(chunks): summary(found[chunks]) for chunks in found}}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result)
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The smallest memory and time; the loss is the same in every round."""
+    memory, seconds = (min(one[key] for one in rounds) for key in ("MB", "seconds"))
+    return {"MB": round(memory, 1), "seconds": round(seconds, 3), "loss": round(rounds[0]["loss"], 6)}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table for docs/performance.md."""
+    columns = ("peak memory of a step, MB", "CPU, s a step", "loss of the last step")
+    print(f"| accumulate, batch {result['batch']} | {' | '.join(columns)} |")
     print("|--:|--:|--:|--:|")
-    for chunks, rounds in found.items():
-        memory, seconds = (min(one[key] for one in rounds) for key in ("MB", "seconds"))
-        print(f"| {chunks} | {memory:.0f} | {seconds:.2f} | {rounds[0]['loss']:.6f} |")
+    for chunks, one in result["accumulate"].items():
+        print(f"| {chunks} | {one['MB']:.0f} | {one['seconds']:.2f} | {one['loss']:.6f} |")
 
 
 def measure(config_name: str, batch: int, chunks: int) -> dict[str, float]:
-    """Train a few steps; peak growth in MB, seconds of a step."""
+    """Train a few steps; peak growth in MB, seconds of CPU of a step."""
     import torch
 
     from disttempnet.config import CONFIG_FOLDER, load_config
@@ -66,10 +87,10 @@ def measure(config_name: str, batch: int, chunks: int) -> dict[str, float]:
         batches = list(itertools.islice(trainer.data.loader_from(0), STEPS + 1))
         before = resident()
         trainer.train_step(batches[0])
-        clock = time.perf_counter()
+        clock = time.process_time()
         for one in batches[1:]:
             output = trainer.train_step(one)
-        seconds = (time.perf_counter() - clock) / STEPS
+        seconds = (time.process_time() - clock) / STEPS
         return {"MB": peak() - before, "seconds": seconds, "loss": float(output.metrics["loss"])}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from disttempnet.cli import main
+from disttempnet.cli_launch import LAUNCH
 from disttempnet.config import CONFIG_FOLDER
 from disttempnet.slurm import published
 from evaluation.dataroot import SAMPLES, write_data_root
@@ -41,6 +43,15 @@ SBATCH = 'import sys; open("submitted", "w").write(sys.stdin.read()); print("Sub
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_the_files_are_what_the_template_gives(command: str) -> None:
     assert (FOLDER / f"{command}.sbatch").read_text(encoding="utf-8") == published(command)
+
+
+def test_examples_name_the_corrected_config_where_there_is_one() -> None:
+    """The published values push every τ to its lower bound."""
+    named = re.findall(r"configs/(\w+\.toml)", "".join([LAUNCH, published("train"), published("evaluate")]))
+    assert len(named) > 2
+    for name in named:
+        assert (CONFIG_FOLDER / name).is_file()
+        assert not (CONFIG_FOLDER / name.replace(".toml", "_corrected.toml")).exists(), name
 
 
 @pytest.fixture
