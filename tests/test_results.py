@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import re
@@ -87,3 +88,19 @@ def test_every_objective_is_compared_at_the_best_of_its_three_settings() -> None
             settings = tried[run.removesuffix("--seed-1").removesuffix("-tuned")]
             best = max(settings, key=lambda r: sum(scores.metrics["mean_recall"] for scores in r.final.values()))
             assert loss.model_dump() == best.config["loss"], run
+
+
+def test_the_correlations_of_the_scenes_are_those_of_the_file_beside_the_page() -> None:
+    with (PAGE.parent / "results" / "frequency-scenes.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {
+        (what, side): sorted(float(row[side]) for row in rows if row["with"] == what)
+        for what in ("frequency", "ambiguity")
+        for side in ("image", "text")
+    }
+    assert [row["seed"] for row in rows] == ["1", "1", "2", "2", "3", "3"]
+    (told,) = re.findall(r"\*\*Frequency and ambiguity\.\*\* (.*?)The commands", PAGE.read_text("utf-8"), re.DOTALL)
+    ranges = [(float(f"-{high}"), float(f"-{low}")) for low, high in re.findall(r"−(\.\d\d) to −(\.\d\d)", told)]
+    assert ranges == [(found[key][0], found[key][-1]) for key in found if key != ("ambiguity", "image")]
+    assert found["ambiguity", "image"] == [0, 0, 0]
+    assert "0 on the image side" in " ".join(told.split())
