@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter on CPU, against the plain path; and that they compile for GPUs.
 
-Skipped where triton is not installed: `.[kernels]` has it for Linux on x86_64. The interpreter shows that arithmetic and
-edges are right, not that a GPU runs it fast. Triton reads TRITON_INTERPRET when it is first imported, so one test here
-runs the others in a process that has it set.
+Skipped where triton is not installed: `.[kernels]` has it for Linux on x86_64. The interpreter shows that the
+arithmetic and the edges are right, not that a GPU runs it fast. Triton reads TRITON_INTERPRET when it is first
+imported, so one test here runs the others in a process that has it set.
 """
 
 from __future__ import annotations
