@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/disttempnet demo
 
 test: .venv/tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -m slow -rs
