@@ -20,7 +20,7 @@ def find_config(name: str | Path) -> Path:
     package ships."""
     path = Path(name)
     shipped = CONFIG_FOLDER / f"{path.name.removesuffix('.toml')}.toml"
-    bare = str(path) == path.name and not path.is_file()
+    bare = str(name) == path.name and not path.is_file()
     return shipped if bare and shipped.is_file() else path
 
 

@@ -1,4 +1,4 @@
-"""Files that are written as a whole, where they can be written."""
+"""Small files that are replaced as a whole; whether a path can be written."""
 
 from __future__ import annotations
 

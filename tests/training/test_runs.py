@@ -18,8 +18,8 @@ from disttempnet.errors import UserError
 from disttempnet.files import write_atomically
 from disttempnet.training import checkpoint, runs
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.runs import claimed, list_checkpoints
-from disttempnet.training.trainer import train
+from disttempnet.training.runs import claimed, list_checkpoints, weights_folder
+from disttempnet.training.trainer import Trainer, train
 
 HOLDER = """
 import os, sys, time
@@ -39,8 +39,11 @@ def test_a_run_has_one_writer_until_it_is_killed(tmp_path: Path) -> None:
         assert holder.stdout is not None
         worker = int(holder.stdout.readline())
         words = f"{run}: process {holder.pid} on "
-        with pytest.raises(UserError, match=re.escape(words) + ".* is training this run"), claimed(run):
-            pytest.fail("two writers")
+        with pytest.raises(UserError, match=re.escape(words) + ".* is training this run"):
+            train(
+                load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}", "name=run", "train.stop_after_steps=1"])
+            )
+        assert [path.name for path in run.iterdir()] == [".lock"]
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         with claimed(run):  # although the worker that it had forked still lives
@@ -61,6 +64,16 @@ def test_a_lock_of_a_machine_that_is_gone_is_waited_for(tmp_path: Path, monkeypa
             assert (tmp_path / ".lock").read_text(encoding="utf-8") == f"process {os.getpid()} on another"
 
 
+def test_a_run_that_was_trained_while_another_start_waited_is_not_trained_over(tmp_path: Path) -> None:
+    config = load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}", "train.stop_after_steps=1", "eval.tasks=[]"])
+    late = Trainer(config, torch.device("cpu"), "auto")
+    assert train(config)
+    written = (tmp_path / "debug" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="another process has just trained this run: start again"):
+        late.run()
+    assert (tmp_path / "debug" / "metrics.jsonl").read_bytes() == written
+
+
 def test_a_damaged_checkpoint_is_not_opened(tmp_path: Path) -> None:
     assert train(load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}", "train.stop_after_steps=1"]))
     weights = list_checkpoints(tmp_path / "debug")[-1] / "open_clip_model.safetensors"
@@ -70,6 +83,8 @@ def test_a_damaged_checkpoint_is_not_opened(tmp_path: Path) -> None:
     weights.write_bytes(content)
     with pytest.raises(UserError, match=r"step-00000001: damaged: open_clip_model.safetensors is not what was written"):
         load_run(tmp_path / "debug")
+    with pytest.raises(UserError, match="damaged"):
+        weights_folder(str(tmp_path / "debug"))
 
 
 def test_generators_of_the_gpu_are_kept_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

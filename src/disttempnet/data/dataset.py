@@ -172,7 +172,9 @@ def lost_workers_named() -> Iterator[None]:
                 raise
             raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
     except RuntimeError as error:  # the signal may come in the lines above, too
-        found = re.search(r"DataLoader worker \(pid\D*(\d+)\D*\)", str(error))
+        if "Pin memory thread exited" in str(error):  # it was handing over what the worker gave
+            raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
+        found = re.search(r"DataLoader worker \(pid\D*([\d, ]+)\)", str(error))
         if found is None:
             raise
         how = re.search(r"killed by signal: ([^.]+)", str(error))

@@ -64,7 +64,7 @@ class SuiteProgress:
             self._show(0.0)
             return
         if done == 1:
-            self._images = now
+            self._images, self._rate = now, ""
         elif now > self._images:
             self._rate = f"{(done - 1) * self._batch / (now - self._images):,.0f} images/s"
         self._show(done / of)

@@ -176,6 +176,8 @@ class Run:
 def load_run(path: str | Path) -> Run:
     """Open a run folder (its best checkpoint, else its last) or one checkpoint folder; no data set is needed.
 
+    In a process group all ranks call this: they share the examination of the files.
+
     Raises:
         UserError: no run, no checkpoint, a damaged or an unreadable file, by name.
     """

@@ -1,4 +1,4 @@
-"""What run.json says: where a run comes from, on what data and machine it ran, and when."""
+"""Facts of a run: for run.json, where it comes from and on what data and machine it ran; for the console, its plan."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ def write_facts(
     device: torch.device,
     data: TrainingData,
     towers: Towers,
-    *,
-    started: bool = False,
     finished: bool = False,
 ) -> None:
-    """Write run.json; when a run began is kept where it goes on. Only rank 0 calls this."""
+    """Write run.json, at the start and at the end of a run. Only rank 0 calls this."""
     path = config.folder / "run.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known.pop("finished", None)  # of an earlier, shorter goal

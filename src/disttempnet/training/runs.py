@@ -34,13 +34,13 @@ def weights_folder(pretrained: str) -> str:
     """`model.pretrained`, with a run folder replaced by its best checkpoint (else its last).
 
     Raises:
-        UserError: a run folder without a checkpoint.
+        UserError: a run folder without a checkpoint, or a damaged one.
     """
-    return (
-        str(chosen_checkpoint(Path(pretrained)))
-        if pretrained and checkpoint_folder(Path(pretrained)).is_dir()
-        else pretrained
-    )
+    if not pretrained or not checkpoint_folder(Path(pretrained)).is_dir():
+        return pretrained
+    chosen = chosen_checkpoint(Path(pretrained))
+    refuse_damaged(chosen)
+    return str(chosen)
 
 
 def chosen_checkpoint(run: Path) -> Path:
@@ -111,22 +111,28 @@ def starting_point(run: Path, resume: str) -> tuple[Path | None, list[str]]:
         return last_whole(run)
     if not (Path(resume) / "trainer.pt").is_file():
         raise UserError(f"{resume}: no checkpoint (a folder with trainer.pt); --resume auto takes the last one")
-    refuse_damaged(Path(resume))
+    refuse_damaged(Path(resume), "; --resume auto takes the last one that is whole")
     return Path(resume), []
 
 
-def refuse_damaged(checkpoint: Path) -> None:
-    """Raise UserError where a file of a checkpoint is not as it was written."""
+def contents(run: Path) -> tuple[bool, list[str]]:
+    """What a start decides by: whether a run has begun, and its checkpoints."""
+    return (run / "config.toml").exists(), [one.name for one in list_checkpoints(run)]
+
+
+def refuse_damaged(checkpoint: Path, advice: str = "") -> None:
+    """Raise UserError where a file of a checkpoint is not as it was written. In a process group all ranks call this."""
     if wrong := whole.damage(checkpoint):
-        raise UserError(f"{checkpoint}: damaged: {wrong}")
+        raise UserError(f"{checkpoint}: damaged: {wrong}{advice}")
 
 
 @contextmanager
 def claimed(run: Path) -> Iterator[None]:
-    """Make the folder of a run, if it is not there, and be the only ones that write it, until this process ends.
+    """Make the folder of a run, if it is not there, and be the only ones that write it.
 
     Rank 0 holds a lock of the process, not of the open file: loader workers, which outlive a killed process by a
-    moment, do not hold it. Where a file system has no locks there is none.
+    moment, do not hold it. Opening and closing that file in the same process gives it back. Where a file system has no
+    locks there is none.
 
     Raises:
         UserError: another process trains this run; only rank 0 raises.

@@ -59,6 +59,7 @@ class Trainer:
     ) -> None:
         self.config = config = resolved(config)
         self.device, self.folder, self.report = device, config.folder, report
+        self._seen = runs.contents(self.folder)
         found, self._passed_over = runs.starting_point(self.folder, resume)
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
@@ -315,6 +316,8 @@ class Trainer:
     def _describe(self) -> None:
         """Write config.toml and run.json before the first step."""
         if distributed.is_main():
+            if runs.contents(self.folder) != self._seen:  # between that look and the lock
+                raise UserError(f"{self.folder}: another process has just trained this run: start again")
             for folder in (self.folder, runs.checkpoint_folder(self.folder)):
                 whole.tidy(folder)
             write_atomically(self.folder / "config.toml", dump_config(self.config))
