@@ -211,7 +211,7 @@ def test_a_signal_to_every_process_of_the_job_saves_and_ends(number: int, code: 
         for pid in [*(one for parent in pids for one in descendants(parent)), *pids]:
             os.kill(pid, number)
         ends = ranks.wait()
-    assert [end.code for end in ends] == [code, code], ends
+    assert [end.code for end in ends] == [code, code], "\n".join(end.printed for end in ends)
     step = len(metrics.read_text().splitlines())
     assert f"stopped at step {step}: continue with --resume auto" in ends[0].printed
     assert (tmp_path / "debug" / "checkpoints" / f"step-{step:08d}").is_dir()

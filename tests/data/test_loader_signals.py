@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import time
 from multiprocessing.synchronize import Event
 
 import pytest
+from torch.utils.data import DataLoader
 
-from disttempnet.data.dataset import _start_worker
+from disttempnet.data.dataset import _start_worker, batches_of
 
 
 def work(ready: Event) -> None:
     _start_worker(0)
     ready.set()
     time.sleep(300)
+
+
+def start_slowly(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)  # from another process than the trainer
+    _start_worker(number)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system cannot tell who sent a signal")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_signal_while_a_worker_starts_does_not_end_it() -> None:
+    loader = DataLoader(range(3), batch_size=None, num_workers=1, worker_init_fn=start_slowly)  # type: ignore[arg-type]
+    assert [int(number) for number in batches_of(loader)] == [0, 1, 2]  # type: ignore[call-overload]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated|exited unexpectedly"):
+        list(loader)  # as torch has it
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system cannot tell who sent a signal")

@@ -156,6 +156,18 @@ def _end_with_the_trainer(trainer: int) -> None:
     os._exit(0)
 
 
+def batches_of(loader: DataLoader) -> Iterator[Batch]:
+    """The batches of an iteration. Workers that are started for it do not die of a SIGTERM that comes ahead of
+    `_start_worker`, nor of one that a thread of theirs from before it would take: they inherit that it is blocked."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def lost_workers_named() -> Iterator[None]:
     """Tell in one line of a loader worker that died.

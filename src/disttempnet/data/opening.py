@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from disttempnet.config import DataConfig, SourceConfig
-from disttempnet.data.dataset import Batch, PairDataset, make_loader
+from disttempnet.data.dataset import Batch, PairDataset, batches_of, make_loader
 from disttempnet.data.indexing import open_index
 from disttempnet.data.listing import is_listing, open_listing
 from disttempnet.data.mixture import MixedSource
@@ -61,7 +61,7 @@ class TrainingData:
         """
         self.sampler.seek(epoch, start_step)
         try:
-            yield from self.loader
+            yield from batches_of(self.loader)
         except UserError as error:
             # torch prefixes what a worker raised with the worker's traceback
             raise UserError(str(error).rsplit("UserError: ")[-1].strip()) from None
