@@ -32,7 +32,7 @@ def test_a_signal_while_a_worker_starts_does_not_end_it() -> None:
     loader = DataLoader(range(3), batch_size=None, num_workers=1, worker_init_fn=start_slowly)  # type: ignore[arg-type]
     assert [int(number) for number in batches_of(loader)] == [0, 1, 2]  # type: ignore[call-overload]
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated|exited unexpectedly"):
+    with pytest.raises(RuntimeError, match=r"killed by signal: Terminated|exited unexpectedly"):
         list(loader)  # as torch has it
 
 
