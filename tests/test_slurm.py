@@ -187,6 +187,20 @@ def test_launch_passes_on_why_sbatch_refuses(cluster: Path, capsys: pytest.Captu
     assert "sbatch refuses: sbatch: error: invalid partition" in capsys.readouterr().err
 
 
+def told_to_stop(script: subprocess.Popen[str], cluster: Path, written: Path, lines: int) -> str:
+    """What a script prints that gets SIGUSR1 when its tasks have written so many lines; it must requeue its job."""
+    deadline = time.monotonic() + 240
+    while not (written.exists() and written.read_text().count("\n") >= lines):
+        assert time.monotonic() < deadline
+        assert script.poll() is None, script.communicate()
+        time.sleep(0.02)
+    subprocess.run(["kill", "-USR1", *(cluster / "pids").read_text().split()], check=True)
+    printed, _ = script.communicate(timeout=240)
+    assert script.returncode == 138, printed
+    assert (cluster / "scontrol").read_text() == "requeue 4711\n"
+    return printed
+
+
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(cluster: Path) -> None:
     """The whole way: two tasks, SIGUSR1, checkpoint, code 138, scontrol requeue, the same script once more."""
@@ -194,15 +208,7 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(cluster: Path) -> No
     wanted = [DEBUG, "train.epochs=20", "train.stop_after_steps=100", "eval.tasks=[]", "train.keep=1"]
     script = batch(text, *wanted, PYTHON=sys.executable)
     metrics = cluster / "runs" / "debug" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
-        assert time.monotonic() < deadline
-        assert script.poll() is None, script.communicate()
-        time.sleep(0.1)
-    subprocess.run(["kill", "-USR1", *(cluster / "pids").read_text().split()], check=True)
-    printed, _ = script.communicate(timeout=240)
-    assert script.returncode == 138, printed
-    assert (cluster / "scontrol").read_text() == "requeue 4711\n"
+    told_to_stop(script, cluster, metrics, lines=6)
     stopped = len(metrics.read_text().splitlines())
     assert stopped < 100
 
@@ -222,15 +228,7 @@ def test_an_evaluation_that_is_told_to_stop_is_requeued_and_goes_on(cluster: Pat
     cache = {"PYTHON": sys.executable, "DISTTEMPNET_CACHE": str(cluster / "cache")}
     script = batch(published("evaluate"), *wanted, **cache)
     results = cluster / "out" / "eval_results.jsonl"
-    deadline = time.monotonic() + 240
-    while not (results.exists() and results.read_text().count("\n") > 1):
-        assert time.monotonic() < deadline
-        assert script.poll() is None, script.communicate()
-        time.sleep(0.02)
-    subprocess.run(["kill", "-USR1", *(cluster / "pids").read_text().split()], check=True)
-    printed, _ = script.communicate(timeout=240)
-    assert script.returncode == 138, printed
-    assert (cluster / "scontrol").read_text() == "requeue 4711\n"
+    printed = told_to_stop(script, cluster, results, lines=2)
     finished = results.read_text().splitlines()
     assert 1 < len(finished) < len(SAMPLES)
     assert "Traceback" not in printed

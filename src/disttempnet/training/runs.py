@@ -163,7 +163,6 @@ def _lock(file: TextIO, run: Path) -> None:
             time.sleep(2)
         except OSError:
             return
-    with suppress(OSError):  # a full disk: the lock is held all the same
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+    with suppress(OSError):  # a full disk: the lock is held all the same, and nothing is left to write at its end
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
