@@ -14,6 +14,7 @@ from typing import Any
 from disttempnet.errors import unknown_name
 from disttempnet.losses.core import Context, Features, LossOutput, Objective
 from disttempnet.losses.cyclip import CyClipLoss
+from disttempnet.losses.density import DensityTemperature
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.onlineclr import OnlineClrLoss
 from disttempnet.losses.sample_state import SampleState
@@ -135,6 +136,10 @@ OBJECTIVES: dict[str, Recipe] = {
     "disttempnet-v1": _family(
         "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445",
         rho=0.0, network="mlp", feature_scale=0.0, dropout=0.0, tau_max=0.2, tau_lr=1e-4, tau_start_epoch=2,
+    ),
+    "disttempnet-density": _family(
+        "DistTempNet, τ by density", DensityTemperature, CosineGamma, "arXiv 2404.04575, with τ as docs/results.md has it",
+        note="ours: a temperature network without weights, whose prototypes are the batch's own features",
     ),
     "fastclip-v0": _family(
         "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP

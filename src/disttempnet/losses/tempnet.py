@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttempnet.losses.core import Context, exact_arithmetic
-from disttempnet.losses.temperature import Batch, Temperature, check_bounds
+from disttempnet.losses.temperature import Batch, Temperature, check_bounds, random_partners
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
 
@@ -97,7 +97,7 @@ class NetworkTemperature(Temperature):
         if self.training:
             self._start_prototypes(batch)
             if self.shuffle:
-                others = self._others(batch)
+                others = random_partners(batch, self.seed)[batch.mine]
                 image, text = batch.all_image[others], batch.all_text[others]
         return (
             self._in_chunks(self.image, image, self._mask(batch, side=0)),
@@ -133,13 +133,6 @@ class NetworkTemperature(Temperature):
             # float32 draws whatever the features' type: the same mask at every precision
             torch.ge(torch.rand(rows.shape, generator=generator, device=rows.device), self.dropout, out=rows)
         return kept[batch.mine]
-
-    def _others(self, batch: Batch) -> Tensor:
-        """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
-        device = batch.image.device
-        seed = (self.seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # a stream apart from the masks'
-        generator = torch.Generator(device).manual_seed(seed)
-        return torch.randperm(len(batch.all_image), generator=generator, device=device)[batch.mine]
 
     @torch.no_grad()
     def _start_prototypes(self, batch: Batch) -> None:
