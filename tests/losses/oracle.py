@@ -81,7 +81,7 @@ class Twin:
                     continue
                 u_i = u[ids[i]] if gamma is not None else g[i]
                 weight = t if self.robust else 1.0
-                value += C / B * weight * (math.log(u_i) + self.rho + (math.log(B) if gamma is None else 0.0))
+                value += C / B * (weight * (math.log(u_i) + self.rho) + (math.log(B) if gamma is None else 0.0))
                 mean_d, batch_d, kl = 0.0, 0.0, 0.0
                 for j in negatives[i]:
                     p, q = e[i][j] / (n * u_i), e[i][j] / (n * g[i])

@@ -203,13 +203,14 @@ def test_what_is_kept_is_what_the_objective_needs() -> None:
     for name, recipe in EVERY.items():
         loss = make(recipe)
         found = kept(loss, torch.arange(N))
-        tables |= {name} if any(value.ndim == 2 for value in found.values()) else set()
-        buffers |= {name} if any(value.ndim == 1 for value in found.values()) else set()
+        named = {key for key, _ in loss.named_buffers()}
+        tables |= {name} if found.keys() - named else set()
+        buffers |= {name} if named else set()
         parameters |= {name} if list(loss.parameters()) else set()
-    assert buffers == {"onlineclr"}
+    assert buffers == {"onlineclr", "disttempnet-density"}
     assert set(EVERY) - tables == {"clip", "clip-constant", "siglip", "cyclip", "vicreg", "onlineclr"}
     no_parameters = {"clip-constant", "clip-per-sample", "sogclr", "isogclr", "fastclip-v1", "fastclip-v2"}
-    assert set(EVERY) - parameters == no_parameters | {"vicreg", "onlineclr"}
+    assert set(EVERY) - parameters == no_parameters | {"vicreg", "onlineclr", "disttempnet-density"}
 
 
 # ---- graph, memory, metrics ----
@@ -300,7 +301,10 @@ def test_metrics_are_detached_scalars(recipe: dict) -> None:
     close(out.metrics["loss"], out.total.detach(), rtol=1e-12, atol=1e-15)
     assert (wanted is None) == (recipe["name"] == "vicreg")
     assert ("tau/image_mean" in out.metrics) == (wanted is not None)
-    if wanted is not None and OBJECTIVES[recipe["name"]].temperature != "network":  # dropout, prototypes
+    if wanted is not None and OBJECTIVES[recipe["name"]].temperature not in (
+        "network",
+        "density",
+    ):  # dropout, prototypes
         assert wanted.shape == (2, B)
         assert not wanted.requires_grad
         close(out.metrics["tau/image_mean"].double(), wanted[0].double().mean(), rtol=1e-6, atol=0)

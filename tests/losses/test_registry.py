@@ -19,6 +19,7 @@ NAMES = (
     "clip-per-sample",
     "cyclip",
     "disttempnet",
+    "disttempnet-density",
     "disttempnet-v1",
     "fastclip-v0",
     "fastclip-v1",
@@ -84,6 +85,11 @@ PUBLISHED = {  # temperature, γ, values
         "cosine",
         {"gamma_min": 0.8, "gamma_decay_epochs": 20, "tau_lr_decay": 0.9, "network": "mlp", "rho": 0},
     ),
+    "disttempnet-density": (
+        "density",
+        "cosine",
+        {"gamma_min": 0.8, "gamma_decay_epochs": 20, "temperature": 0.07, "density_power": 0.5, "density_tau": 0.1},
+    ),
     "fastclip-v0": (ONE, "cosine", {"temperature": 0.07, **COSINE, "tau_lr": 0}),
     "fastclip-v1": (CONSTANT, "cosine", COSINE),
     "fastclip-v2": (
@@ -117,7 +123,8 @@ def test_published_defaults(name: str) -> None:
     row, (temperature, gamma, values) = OBJECTIVES[name], PUBLISHED[name]
     assert (row.temperature, row.gamma) == (temperature, gamma)
     assert {key: row.arguments[key] for key in values} == values
-    assert ("rho" in row.arguments) == (row.title.startswith(("iSog", "Temp", "Dist", "FastCLIP-v2", "FastCLIP-v3")))
+    learns_robustly = name.startswith(("isog", "tempnet", "disttempnet", "fastclip-v2", "fastclip-v3"))
+    assert ("rho" in row.arguments) == (learns_robustly and temperature != "density")
     assert row.title
     assert row.source.startswith("arXiv ")
     loss = build_loss(name, num_samples=N, embed_dim=D)

@@ -1,7 +1,7 @@
 """A synthetic long-tailed data set with known head and tail: small pictures of coloured shapes, with captions.
 
 A concept is a colour, a pattern and a shape: one of 200 combinations. The k-th most frequent one has a share of
-training samples ∝ 1/k (Zipf), and the validation split shows every concept equally often. Concepts are made of
+training samples ∝ 1/k (Zipf), and the validation and test splits show every concept equally often. Concepts are made of
 the same few parts, so that what the head teaches about a part is of use in the tail. What is not the concept
 varies: place, size, rotation, shade, background, noise, and often a smaller second thing, rare or common like the
 first. Rare parts look like common ones (maroon like red, a ring like a circle).
@@ -37,6 +37,7 @@ from disttempnet.errors import UserError, unknown_name
 SEED = 2024
 TRAIN_SAMPLES = 6000
 VAL_PER_CONCEPT = 6
+TEST_PER_CONCEPT = 20  # where a point of top-1 has to be told from chance
 SHARD_SAMPLES = 1000
 SCATTER = 0.5  # 0: a concept is as rare as its parts; large: rarity says nothing about the parts
 SIDE = 48  # pixels
@@ -129,12 +130,16 @@ def generated_shards(name: str) -> Path:
     have every part that the caption names: 1 = it tells the concept), the parts of the concept, and the scene.
 
     Args:
-        name: `scenes/train` or `scenes/val`.
+        name: `scenes/train`, `scenes/val` or `scenes/test`.
 
     Raises:
         UserError: unknown name, a cache folder that cannot be written, or a cached shard that is gone.
     """
-    known = {"scenes/train": zipf_counts(), "scenes/val": [VAL_PER_CONCEPT] * CONCEPTS}
+    known = {
+        "scenes/train": zipf_counts(),
+        "scenes/val": [VAL_PER_CONCEPT] * CONCEPTS,
+        "scenes/test": [TEST_PER_CONCEPT] * CONCEPTS,
+    }
     if name not in known:
         raise UserError(unknown_name("generated data set", name, known))
     counts, split = known[name], name.removeprefix("scenes/")

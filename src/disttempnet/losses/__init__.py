@@ -138,8 +138,8 @@ OBJECTIVES: dict[str, Recipe] = {
         rho=0.0, network="mlp", feature_scale=0.0, dropout=0.0, tau_max=0.2, tau_lr=1e-4, tau_start_epoch=2,
     ),
     "disttempnet-density": _family(
-        "DistTempNet, τ by density", DensityTemperature, CosineGamma, "arXiv 2404.04575, with τ as docs/results.md has it",
-        note="ours: a temperature network without weights, whose prototypes are the batch's own features",
+        "DistTempNet, τ by density", DensityTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445; τ is ours",
+        note="a temperature network without weights, whose prototypes are the batch's own features: docs/results.md",
     ),
     "fastclip-v0": _family(
         "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP

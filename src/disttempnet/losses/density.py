@@ -110,7 +110,7 @@ class DensityTemperature(Temperature):
         others = (kept != NOBODY).expand(len(image), -1)
         if ids is not None:
             others = others & (kept != ids[:, None])
-        count = others.sum(1)
+        count = others.sum(1).to(image.dtype)
         density = torch.zeros_like(image[:, 0])
         for name, rows in (("image", image), ("text", text)):
             exponent = (rows @ self.get_buffer(name).to(rows.dtype).T - 1) / self.width

@@ -147,8 +147,9 @@ class GlobalContrastiveLoss(Objective):
         log_u = self._track(all_ids, log_g)
         weight = tau if self.robust else torch.ones_like(tau)
         h = self._tau_gradient(rho, tau, log_u, log_g, moment, negatives) if self.temperature.learns else None
-        summed = math.log(len(all_ids)) if self.gamma is None else 0.0  # cross-entropy sums over the batch
-        value = C * torch.where(negatives > 0, weight * (log_u + rho + summed), 0.0).sum(0).mean()
+        value = C * torch.where(negatives > 0, weight * (log_u + rho), 0.0).sum(0).mean()
+        if self.gamma is None:
+            value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
 
         # the weight of column j in an anchor's gradient is ω/τ · p_ij
         anchors = [Anchors.of(tau[i], all_positive, log_u[i] - (weight / tau)[i].log(), negatives) for i in (0, 1)]
