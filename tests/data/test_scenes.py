@@ -159,7 +159,7 @@ def test_members_are_those_of_the_embedded_shards() -> None:
     assert json.loads(record)["caption"] == caption.decode()
 
 
-@pytest.mark.parametrize("name", ["scenes/test", "scenes", "emoji/train", ""])
+@pytest.mark.parametrize("name", ["scenes/tests", "scenes", "emoji/train", ""])
 def test_unknown_names_say_what_is_known(name: str) -> None:
     with pytest.raises(UserError, match=r"unknown generated data set .*scenes/train, scenes/val"):
         resolve_shards(f"generated:{name}")

@@ -211,9 +211,11 @@ def test_shipped_tasks_have_the_promised_sizes() -> None:
         "emoji-renderings": (1172, 1914),
         "emoji-concepts": (332, 83),
         "scenes": (1200, 200),
+        "scenes-test": (4000, 200),
     }
     thirds = {name: [data.third.count(third) for third in range(3)] for name, data in sizes.items()}
     assert thirds["scenes"] == [67 * 6, 66 * 6, 67 * 6]
+    assert thirds["scenes-test"] == [67 * 20, 66 * 20, 67 * 20]
     for name, counts in thirds.items():  # groups stay whole: near thirds, not exactly
         assert all(abs(count - sum(counts) / 3) < 0.05 * sum(counts) for count in counts), (name, counts)
     for data in sizes.values():

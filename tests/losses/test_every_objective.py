@@ -301,14 +301,13 @@ def test_metrics_are_detached_scalars(recipe: dict) -> None:
     close(out.metrics["loss"], out.total.detach(), rtol=1e-12, atol=1e-15)
     assert (wanted is None) == (recipe["name"] == "vicreg")
     assert ("tau/image_mean" in out.metrics) == (wanted is not None)
-    if wanted is not None and OBJECTIVES[recipe["name"]].temperature not in (
-        "network",
-        "density",
-    ):  # dropout, prototypes
+    if wanted is not None:
         assert wanted.shape == (2, B)
         assert not wanted.requires_grad
-        close(out.metrics["tau/image_mean"].double(), wanted[0].double().mean(), rtol=1e-6, atol=0)
-        close(out.metrics["tau/text_mean"].double(), wanted[1].double().mean(), rtol=1e-6, atol=0)
+        kind = OBJECTIVES[recipe["name"]].temperature
+        if kind not in ("network", "density"):  # dropout and prototypes; references that are not there yet
+            close(out.metrics["tau/image_mean"].double(), wanted[0].double().mean(), rtol=1e-6, atol=0)
+            close(out.metrics["tau/text_mean"].double(), wanted[1].double().mean(), rtol=1e-6, atol=0)
 
 
 class Towers(nn.Module):

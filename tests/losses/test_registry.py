@@ -123,8 +123,8 @@ def test_published_defaults(name: str) -> None:
     row, (temperature, gamma, values) = OBJECTIVES[name], PUBLISHED[name]
     assert (row.temperature, row.gamma) == (temperature, gamma)
     assert {key: row.arguments[key] for key in values} == values
-    learns_robustly = name.startswith(("isog", "tempnet", "disttempnet", "fastclip-v2", "fastclip-v3"))
-    assert ("rho" in row.arguments) == (learns_robustly and temperature != "density")
+    with_rho = "isogclr", "tempnet", "disttempnet", "disttempnet-v1", "fastclip-v2", "fastclip-v3"
+    assert ("rho" in row.arguments) == (name.removesuffix("-constant-gamma") in with_rho)
     assert row.title
     assert row.source.startswith("arXiv ")
     loss = build_loss(name, num_samples=N, embed_dim=D)

@@ -139,7 +139,7 @@ OBJECTIVES: dict[str, Recipe] = {
     ),
     "disttempnet-density": _family(
         "DistTempNet, τ by density", DensityTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445; τ is ours",
-        note="a temperature network without weights, whose prototypes are the batch's own features: docs/results.md",
+        note="τ is measured, not learned: how many pairs of the batch lie near a pair (docs/results.md)",
     ),
     "fastclip-v0": _family(
         "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP
@@ -195,7 +195,7 @@ def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **
         name: a key of `OBJECTIVES`.
         num_samples: N, the size of the data set; sample ids lie in [0, N).
         embed_dim: D, width of the features.
-        seed: of the temperature network's start and dropout.
+        seed: of the temperature network's start and dropout, and of `shuffle`.
         arguments: the objective's own; see `OBJECTIVES[name].arguments`.
 
     Returns:

@@ -52,13 +52,15 @@ class Temperature(nn.Module):
 
     Attributes:
         kind: in words, for lists.
-        learns: whether τ changes; the objective then computes its gradient.
+        learns: whether τ is learned; the objective then computes its gradient.
+        needs_pairs: whether τ of an anchor is told from both sides of its pair, not from its own alone.
         tau_lr: learning rate of an optimizer of its own; 0 = it has no parameters, or they are trained with the
             towers and at their rate.
     """
 
     kind = ""
     learns = True
+    needs_pairs = False
     tau_lr = 0.0
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
