@@ -304,7 +304,9 @@ def test_draft_is_what_the_config_says(shards: Write) -> None:
 @fork
 def test_a_killed_worker_is_named(shards: Write) -> None:
     data = data_of(shards(9, 9), workers=1, global_batch=2)
-    with pytest.raises(UserError, match=r"^loader worker \d+ died \(Killed\): out of memory.*--resume auto") as caught:  # noqa: PT012, SIM117
+    # torch knows the signal only where its handler saw the death before its poll of the workers did
+    told = r"^loader worker \d+ died( \(Killed\))?: out of memory.*--resume auto"
+    with pytest.raises(UserError, match=told) as caught:  # noqa: PT012, SIM117
         with lost_workers_named():
             for _ in data.loader_from(0):
                 os.kill(data.loader._iterator._workers[0].pid, signal.SIGKILL)
