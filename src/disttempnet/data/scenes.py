@@ -37,7 +37,7 @@ from disttempnet.errors import UserError, unknown_name
 SEED = 2024
 TRAIN_SAMPLES = 6000
 VAL_PER_CONCEPT = 6
-TEST_PER_CONCEPT = 20  # where a point of top-1 has to be told from chance
+TEST_PER_CONCEPT = 20  # enough images to tell a difference of a point of top-1
 SHARD_SAMPLES = 1000
 SCATTER = 0.5  # 0: a concept is as rare as its parts; large: rarity says nothing about the parts
 SIDE = 48  # pixels

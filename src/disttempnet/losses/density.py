@@ -21,7 +21,7 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.losses.core import Context
 from disttempnet.losses.pairwise import Pairs, statistics
-from disttempnet.losses.temperature import Batch, Temperature, check_bounds, check_start, random_partners
+from disttempnet.losses.temperature import Batch, Temperature, check_bounds, random_partners
 
 NOBODY = -1  # id of a reference that is not there yet
 
@@ -61,10 +61,7 @@ class DensityTemperature(Temperature):
         shuffle: bool = False,
     ) -> None:
         super().__init__()
-        check_start(temperature)
-        check_bounds(tau_min, tau_max)
-        if not tau_min <= temperature <= tau_max:
-            raise ValueError(f"temperature {temperature} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}]")
+        check_bounds(tau_min, tau_max, temperature)
         if not density_tau > 0:
             raise ValueError(f"density_tau must be positive, got {density_tau}")
         if density_power < 0:

@@ -89,10 +89,12 @@ class Temperature(nn.Module):
         """Called when an epoch begins."""
 
 
-def check_bounds(tau_min: float, tau_max: float) -> None:
-    """Raise ValueError unless 0 < tau_min < tau_max."""
+def check_bounds(tau_min: float, tau_max: float, temperature: float | None = None) -> None:
+    """Raise ValueError unless 0 < tau_min < tau_max, with the temperature, where one is given, between them."""
     if not 0 < tau_min < tau_max:
         raise ValueError(f"need 0 < tau_min < tau_max, got tau_min {tau_min} and tau_max {tau_max}")
+    if temperature is not None and not tau_min <= temperature <= tau_max:
+        raise ValueError(f"temperature {temperature} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}]")
 
 
 def check_start(tau: float) -> None:
@@ -226,11 +228,9 @@ class PerSampleTemperature(Temperature):
         tau_beta2: float = 0.999,
     ) -> None:
         super().__init__()
-        check_bounds(tau_min, tau_max)
+        check_bounds(tau_min, tau_max, temperature)
         if tau_optimizer not in _COLUMNS:
             raise ValueError(f"unknown tau_optimizer '{tau_optimizer}'; known: {', '.join(_COLUMNS)}")
-        if not tau_min <= temperature <= tau_max:
-            raise ValueError(f"temperature {temperature} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}]")
         if not (tau_lr > 0 and 0 < tau_beta < 1 and 0 < tau_beta2 < 1):
             raise ValueError(
                 f"need tau_lr > 0, tau_beta in (0, 1), tau_beta2 in (0, 1): got {tau_lr}, {tau_beta}, {tau_beta2}"
