@@ -141,14 +141,13 @@ def communication(
 ) -> dict[str, int]:
     """Bytes a rank receives of the others in the gathers of a step, and those of the tensors that are all-reduced.
 
-    The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), six with τ
-    by density (and k), seven where τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a
-    column and sample; the gradients. The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D
-    matrices beside CLIP; VICReg sums three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with
-    the features.
+    The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where
+    τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
+    The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
+    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features.
     """
     features = 2 * width * item
-    family = features + 8 + 4 * {"constant": 5, "density": 6}.get(OBJECTIVES[name].temperature, 7)
+    family = features + 8 + 4 * (5 if OBJECTIVES[name].temperature == "constant" else 7)
     row = {"siglip": features, "vicreg": 0, "onlineclr": features + 8 + 4 * 2}.get(name, family)
     summed = {"siglip": 4, "cyclip": 12 * width**2, "vicreg": 12 * width + 8 * width**2}
     return {

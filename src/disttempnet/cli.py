@@ -86,7 +86,6 @@ and caption ambiguity, clusters, and what the network has learned; for networks 
 dist; not mlp, the default of disttempnet-v1) also the prototypes among the features.
 
 Objectives with a τ for each training sample (isogclr, fastclip-v2, clip-per-sample) know no other samples.
-disttempnet-density tells τ from both sides of a pair: no --images, no --captions.
 
 examples:
   disttempnet temperature runs/demo --gallery temperatures.html --frequency-by subgroup

@@ -207,10 +207,10 @@ def test_what_is_kept_is_what_the_objective_needs() -> None:
         tables |= {name} if found.keys() - named else set()
         buffers |= {name} if named else set()
         parameters |= {name} if list(loss.parameters()) else set()
-    assert buffers == {"onlineclr", "disttempnet-density"}
-    assert set(EVERY) - tables == {"clip", "clip-constant", "siglip", "cyclip", "vicreg", "onlineclr"}
+    assert buffers == {"onlineclr"}
+    assert set(EVERY) - tables == {"clip", "clip-constant", "clip-network", "siglip", "cyclip", "vicreg", "onlineclr"}
     no_parameters = {"clip-constant", "clip-per-sample", "sogclr", "isogclr", "fastclip-v1", "fastclip-v2"}
-    assert set(EVERY) - parameters == no_parameters | {"vicreg", "onlineclr", "disttempnet-density"}
+    assert set(EVERY) - parameters == no_parameters | {"vicreg", "onlineclr"}
 
 
 # ---- graph, memory, metrics ----
@@ -305,7 +305,7 @@ def test_metrics_are_detached_scalars(recipe: dict) -> None:
         assert wanted.shape == (2, B)
         assert not wanted.requires_grad
         kind = OBJECTIVES[recipe["name"]].temperature
-        if kind not in ("network", "density"):  # dropout and prototypes; references that are not there yet
+        if kind != "network":  # dropout and prototypes
             close(out.metrics["tau/image_mean"].double(), wanted[0].double().mean(), rtol=1e-6, atol=0)
             close(out.metrics["tau/text_mean"].double(), wanted[1].double().mean(), rtol=1e-6, atol=0)
 

@@ -300,28 +300,7 @@ def test_objective_without_temperature(network: Path, monkeypatch: pytest.Monkey
     run = load_run(network)
     monkeypatch.setattr(run.loss, "temperatures", lambda image, text, ids=None: None)
     with pytest.raises(UserError, match="objective disttempnet-v1 has no temperature"):
-        measure.refuse_without_temperatures(run, training=True, pairs=True)
-
-
-def test_a_temperature_of_pairs_refuses_one_side(
-    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """τ by density looks at both sides; of all training pairs it is there, one number for both."""
-    run = trained(tmp_path, 'loss={name = "disttempnet-density"}', "name=density")
-    (tmp_path / "captions.txt").write_text("a cat\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    for source in (Source(captions="captions.txt"), Source(images=".")):
-        with pytest.raises(UserError, match=r"disttempnet-density tells τ from both sides of a pair.*--shards"):
-            write_temperatures(str(run), source, tmp_path / "tau.csv")
-    write_temperatures(str(run), Source(), tmp_path / "tau.csv", gallery=tmp_path / "tau.html")
-    with (tmp_path / "tau.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == SAMPLES
-    assert len({row["tau_image"] for row in rows}) > SAMPLES // 2
-    assert all(row["tau_image"] == row["tau_text"] for row in rows)
-    page = (tmp_path / "tau.html").read_text(encoding="utf-8")
-    assert "Distribution" in page
-    assert "The two temperatures of a pair" not in page
+        measure.refuse_without_temperatures(run, training=True)
 
 
 def test_other_training_data_is_refused(network: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from disttempnet.errors import unknown_name
 from disttempnet.losses.core import Context, Features, LossOutput, Objective
 from disttempnet.losses.cyclip import CyClipLoss
-from disttempnet.losses.density import DensityTemperature
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.onlineclr import OnlineClrLoss
 from disttempnet.losses.sample_state import SampleState
@@ -80,6 +79,8 @@ def _family(
 ) -> Recipe:
     """A row of the family: one estimator × a temperature × a schedule of γ. `defaults` are the published values."""
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
+    if not robust:
+        of_temperature.pop("rho", None)  # there is no ρ; the network that divides by one has its own default
     of_loss = ["rho"] * (robust and temperature.learns) + ["tau_gradient"] * (gamma is not None and temperature.learns)
     own = _own(GlobalContrastiveLoss)
     arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}
@@ -109,6 +110,7 @@ def _minibatch(
     return Recipe(title, formula, temperature, gamma, source, _own(loss), loss)
 
 
+_MLP: dict[str, Any] = {"network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2}
 _ISOGCLR: dict[str, Any] = {"tau_optimizer": "momentum", "temperature": 0.01, "tau_min": 0.005, "tau_max": 0.05}
 _FASTCLIP: dict[str, Any] = {"gamma_min": 0.2, "gamma_decay_epochs": 18.0}
 _V3: dict[str, Any] = {"rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}
@@ -121,6 +123,10 @@ OBJECTIVES: dict[str, Recipe] = {
     "clip-per-sample": _family(
         "CLIP, τ per sample", PerSampleTemperature, None, "arXiv 2103.00020, 2305.11965", robust=False,
         temperature=0.07, tau_lr=1e-3,
+    ),
+    "clip-network": _family(
+        "CLIP, τ by a network", NetworkTemperature, None, "arXiv 2103.00020, 2404.04575; the pairing is ours",
+        robust=False, **_MLP, tau_lr=1e-3,
     ),
     "sogclr": _family("SogCLR", ConstantTemperature, ConstantGamma, "arXiv 2202.12387"),
     "isogclr": _family(
@@ -135,11 +141,7 @@ OBJECTIVES: dict[str, Recipe] = {
     ),
     "disttempnet-v1": _family(
         "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445",
-        rho=0.0, network="mlp", feature_scale=0.0, dropout=0.0, tau_max=0.2, tau_lr=1e-4, tau_start_epoch=2,
-    ),
-    "disttempnet-density": _family(
-        "DistTempNet, τ by density", DensityTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445; τ is ours",
-        note="τ is measured, not learned: how many pairs of the batch lie near a pair (docs/results.md)",
+        rho=0.0, **_MLP, tau_lr=1e-4, tau_start_epoch=2,
     ),
     "fastclip-v0": _family(
         "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP

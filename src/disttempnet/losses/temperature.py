@@ -4,7 +4,6 @@
     Learnable     one τ, a parameter                                 CLIP, FastCLIP-v0, FastCLIP-v3
     PerSample     one τ a training sample and side, in a table       iSogCLR, FastCLIP-v2
     Network       predicted from the anchor's feature                TempNet                  (tempnet.py)
-    Density       from how many look-alikes a pair has               ours                     (density.py)
 
 Shapes: b local rows, B global rows, D width, N samples.
 """
@@ -53,14 +52,12 @@ class Temperature(nn.Module):
     Attributes:
         kind: in words, for lists.
         learns: whether τ is learned; the objective then computes its gradient.
-        needs_pairs: whether τ of an anchor is told from both sides of its pair, not from its own alone.
         tau_lr: learning rate of an optimizer of its own; 0 = it has no parameters, or they are trained with the
             towers and at their rate.
     """
 
     kind = ""
     learns = True
-    needs_pairs = False
     tau_lr = 0.0
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -66,10 +66,9 @@ def write_temperatures(
         run = load_run(checkpoints[-1] if checkpoints else target)
         run.towers.module.to(device)
         run.loss.to(device)
-        of_pairs = not any(source) or bool(source.shards)
-        refuse_without_temperatures(run, training=of_pairs, pairs=of_pairs)
+        refuse_without_temperatures(run, training=not any(source) or bool(source.shards))
         items = _open(run, source)
-        refuse_without_temperatures(run, training=isinstance(items, Pairs) and items.training, pairs=of_pairs)
+        refuse_without_temperatures(run, training=isinstance(items, Pairs) and items.training)
         census, rows, skipped = Census(items, frequency_by) if gallery else None, 0, list[str]()
         main = distributed.is_main()
         with open_table(out, columns) if main else nullcontext() as table, _progress(len(items), main) as advance:

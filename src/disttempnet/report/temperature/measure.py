@@ -13,7 +13,6 @@ from disttempnet import distributed
 from disttempnet.errors import UserError
 from disttempnet.evaluation import embed_captions, embed_samples
 from disttempnet.losses.sample_state import SampleState
-from disttempnet.losses.temperature import Temperature
 from disttempnet.report.temperature.items import Item, Items
 from disttempnet.training.checkpoint import Run
 
@@ -42,14 +41,8 @@ class Chunk(NamedTuple):
     read: int
 
 
-def refuse_without_temperatures(run: Run, training: bool, pairs: bool) -> None:
-    """Raise UserError where the objective has no τ, has one for training samples only and these are others, or of
-    pairs only and these are none."""
-    if not pairs and any(module.needs_pairs for module in run.loss.modules() if isinstance(module, Temperature)):
-        raise UserError(
-            f"{run.folder}: objective {run.config.loss.name} tells τ from both sides of a pair; leave out --images and "
-            "--captions, or give pairs with --shards"
-        )
+def refuse_without_temperatures(run: Run, training: bool) -> None:
+    """Raise UserError where the objective has no τ, or has one for training samples only and these are others."""
     one = torch.nn.functional.normalize(torch.ones(1, run.towers.embed_dim), dim=1).to(_device_of(run))
     if run.loss.temperatures(one, one) is not None:
         return

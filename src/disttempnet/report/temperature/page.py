@@ -67,9 +67,7 @@ def _analyses(run: Run, census: Census, tau: dict[str, np.ndarray]) -> dict[str,
     ambiguous = binned(ambiguity, tau)
     projected = analysis.projections(census, run.loss)
     found = analysis.clusters(census)
-    # both sides may share one τ: nothing to compare then
-    pair = len(tau) == 2 and not np.array_equal(tau["image"], tau["text"])
-    by = census.frequency_by
+    pair, by = len(tau) == 2, census.frequency_by
     return {
         "distribution_chart": plots.distribution_chart(tau),
         "scatter_chart": scatter_chart(tau["image"], tau["text"]) if pair else "",
