@@ -90,38 +90,39 @@ def test_every_objective_is_compared_at_the_best_of_its_three_settings() -> None
             assert loss.model_dump() == best.config["loss"], run
 
 
-def test_density_leads_and_shuffling_costs_as_the_page_says() -> None:
+def test_the_network_leads_and_shuffling_costs_as_the_page_says() -> None:
     """Differences of means, and in how many of the five seeds they are positive."""
     scores = {
         result.name: result.final["scenes-test"].metrics
-        for result in read_results(RESULTS)
-        if "scenes-test" in result.final
+        for result in read_results([ROOT / "docs" / "results" / "compare-personal.jsonl"])
     }
     told = {
-        "density-shuffled": ((1.1, 5), (0.7, 5)),
-        "clip-06": ((0.2, 3), (0.7, 5)),
-        "constant-06": ((1.0, 4), (0.5, 5)),
-        "constant-08": ((0.8, 4), (0.3, 4)),
-        "mlp": ((2.6, 5), (1.2, 5)),
+        "network-shuffled": ((1.5, 5), (0.3, 5)),
+        "learned": ((1.3, 5), (0.3, 5)),
+        "clip-06": ((1.3, 4), (0.4, 5)),
+        "clip-08": ((2.6, 5), (0.5, 4)),
+        "mlp": ((3.9, 5), (1.1, 5)),
     }
     for other, expected in told.items():
         for metric, (points, ahead) in zip(("acc1", "mean_recall"), expected, strict=True):
             leads = [
-                100 * (scores[f"density--seed-{seed}"][metric] - scores[f"{other}--seed-{seed}"][metric])
+                100 * (scores[f"network--seed-{seed}"][metric] - scores[f"{other}--seed-{seed}"][metric])
                 for seed in range(11, 16)
             ]
             assert round(sum(leads) / 5, 1) == points, (other, metric)
             assert sum(lead > 0 for lead in leads) == ahead, (other, metric)
 
 
-def test_the_correlations_of_density_are_those_of_the_file_beside_the_page() -> None:
-    with (PAGE.parent / "results" / "frequency-density.csv").open(encoding="utf-8") as file:
+def test_the_correlations_of_the_network_are_those_of_the_file_beside_the_page() -> None:
+    with (PAGE.parent / "results" / "frequency-personal.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["seed"] for row in rows] == ["11", "11", "12", "12", "13", "13"]
     text = " ".join(PAGE.read_text("utf-8").split())
-    for what, words in (("frequency", "rank correlation of {} to {} (seeds 11"), ("ambiguity", "caption by {} to {}.")):
-        found = sorted(float(row[side]) for row in rows if row["with"] == what for side in ("image", "text"))
-        assert words.format(*(f"{value:.2f}".lstrip("0") for value in (found[0], found[-1]))) in text, what
+    for what in ("frequency", "ambiguity"):
+        for side in ("image", "text"):
+            found = sorted(float(row[side]) for row in rows if row["with"] == what)
+            low, high = (f"{value:.2f}".replace("0.", ".").replace("-", "−") for value in (found[0], found[-1]))
+            assert f"{what}, {side} side: {low} to {high}" in text
 
 
 def test_the_correlations_of_the_scenes_are_those_of_the_file_beside_the_page() -> None:

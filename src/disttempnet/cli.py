@@ -83,7 +83,7 @@ a sample does not have is empty. Data sets of any size are streamed; torchrun sh
 
 The page (--gallery) shows the lowest and highest τ with pictures, how τ is spread, how it goes with concept frequency
 and caption ambiguity, clusters, and what the network has learned; for networks with prototypes (loss.network icml24,
-dist; not mlp, the default of disttempnet-v1) also the prototypes among the features.
+dist; not mlp, the default of disttempnet-v1 and clip-network) also the prototypes among the features.
 
 Objectives with a τ for each training sample (isogclr, fastclip-v2, clip-per-sample) know no other samples.
 

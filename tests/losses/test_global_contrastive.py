@@ -83,7 +83,7 @@ def test_network_temperature_follows_the_twin(gamma: float, mode: str) -> None:
         descend(loss, 0.3)
 
 
-@pytest.mark.parametrize(("name", "mode"), [*(("disttempnet-v1", mode) for mode in MODES), ("clip-network", "batch")])
+@pytest.mark.parametrize(("name", "mode"), [*(("disttempnet-v1", mode) for mode in MODES), ("clip-network", "fcco")])
 def test_the_mlp_as_it_comes_follows_the_twin(name: str, mode: str) -> None:
     """Its network (features times √D) and bounds, with ρ = .3 log(B − 1) and γ(epoch), or in CLIP's cross-entropy.
 

@@ -15,6 +15,7 @@ from disttempnet.losses import tempnet
 from disttempnet.losses.temperature import Batch
 from losses.scenario import (
     CONSTANT,
+    EVERY,
     NETWORK,
     B,
     D,
@@ -401,11 +402,35 @@ def test_shuffle_gives_every_pair_the_temperature_of_another_in_training_only() 
     for mine, other in zip(own, others, strict=True):
         assert not torch.allclose(mine, other)
         close(mine.sort().values, other.sort().values)
+    assert not torch.allclose(shuffled.temperature(asked._replace(step=1))[0], others[0]), "dealt anew every step"
     shuffled.eval()
     close(shuffled.temperature(asked)[0], plain.temperature(asked)[0])
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_shuffle_crosses_ranks(gloo, world_size: int) -> None:
-    recipe, batches = {**NETWORK, "shuffle": True}, stream(3, seed=3)
+@pytest.mark.parametrize("recipe", [NETWORK, EVERY["clip-network"]], ids=["tempnet", "clip-network"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shuffle_crosses_ranks(gloo, world_size: int, recipe: dict) -> None:
+    recipe, batches = {**recipe, "shuffle": True}, stream(3, seed=3)
     assert_same_steps(joined(gloo(world_size, run, recipe, batches)), run(recipe, batches))
+
+
+@pytest.mark.parametrize("network", ["icml24", "dist"])
+def test_the_published_networks_train_in_cross_entropy_too(network: str) -> None:
+    """Every one of their parameters has a gradient; `dist` divides by the ρ of its published code's kin, 7."""
+    recipe = {**EVERY["clip-network"], "network": network, "dropout": 0.0}
+    first, *_, last = run(recipe, stream(4), rate=0.05)
+    assert {name for name, gradient in first.parameters.items() if gradient.abs().max() > 0} == set(first.parameters)
+    assert last.metrics["tau/image_mean"] != first.metrics["tau/image_mean"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tau_min": 0.3, "tau_max": 0.3}, "need 0 < tau_min < tau_max, got tau_min 0.3 and tau_max 0.3"),
+        ({"temperature": 0.5}, r"temperature 0.5 must lie in \[tau_min, tau_max\] = \[0.02, 0.3\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["clip-per-sample", "isogclr"])
+def test_values_out_of_range_are_named(name: str, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make({**EVERY[name], **changes})

@@ -80,7 +80,7 @@ def _family(
     """A row of the family: one estimator × a temperature × a schedule of γ. `defaults` are the published values."""
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
     if not robust:
-        of_temperature.pop("rho", None)  # there is no ρ; the network that divides by one has its own default
+        of_temperature.pop("rho", None)  # there is no ρ; the network `dist` divides by its own default
     of_loss = ["rho"] * (robust and temperature.learns) + ["tau_gradient"] * (gamma is not None and temperature.learns)
     own = _own(GlobalContrastiveLoss)
     arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}

@@ -3,7 +3,7 @@
     Constant      one τ, never changed                               SogCLR, FastCLIP-v1
     Learnable     one τ, a parameter                                 CLIP, FastCLIP-v0, FastCLIP-v3
     PerSample     one τ a training sample and side, in a table       iSogCLR, FastCLIP-v2
-    Network       predicted from the anchor's feature                TempNet                  (tempnet.py)
+    Network       predicted from the anchor's feature                TempNet, DistTempNet     (tempnet.py)
 
 Shapes: b local rows, B global rows, D width, N samples.
 """
@@ -36,14 +36,6 @@ class Batch(NamedTuple):
         """This rank's rows among all."""
         start = distributed.rank() * len(self.image)
         return slice(start, start + len(self.image))
-
-
-def random_partners(batch: Batch, seed: int) -> Tensor:
-    """Rows of the global batch [B] that stand in for its rows under `shuffle`: a random permutation of this step."""
-    device = batch.image.device
-    stream = (seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # a stream apart from the dropout masks'
-    generator = torch.Generator(device).manual_seed(stream)
-    return torch.randperm(len(batch.all_image), generator=generator, device=device)
 
 
 class Temperature(nn.Module):

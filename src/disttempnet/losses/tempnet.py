@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttempnet.losses.core import Context, exact_arithmetic
-from disttempnet.losses.temperature import Batch, Temperature, check_bounds, random_partners
+from disttempnet.losses.temperature import Batch, Temperature, check_bounds
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
 
@@ -30,7 +30,7 @@ class NetworkTemperature(Temperature):
         network: `icml24` and `dist` are the published forms, `mlp` a plain one that tells samples apart better.
         prototypes: M of the published forms; hidden units of the mlp.
         tau_min, tau_max: open bounds of τ.
-        rho: weight of τ in the objective; only the `dist` form divides by it.
+        rho: ρ of the robust objective; only the `dist` form divides by it (in `clip-network` by the default here).
         dropout: share of the hidden (mlp: input) units that are dropped in training.
         feature_scale: what the unit features are multiplied by; 0 = √D, which gives entries of unit size. At 1, as
             published, the hidden layer hardly varies between samples, and neither does τ.
@@ -38,7 +38,8 @@ class NetworkTemperature(Temperature):
             costs is what the temperatures being one's own is worth.
         tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch after the first.
         tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved all similarities are
-            alike, the best τ lies below tau_min, and a network that follows it there hardly comes back.
+            alike, the robust objective's best τ lies below tau_min, and a network that follows it there hardly comes
+            back.
 
     Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
     in the global batch and world size changes nothing.
@@ -97,7 +98,7 @@ class NetworkTemperature(Temperature):
         if self.training:
             self._start_prototypes(batch)
             if self.shuffle:
-                others = random_partners(batch, self.seed)[batch.mine]
+                others = self._others(batch)
                 image, text = batch.all_image[others], batch.all_text[others]
         return (
             self._in_chunks(self.image, image, self._mask(batch, side=0)),
@@ -133,6 +134,13 @@ class NetworkTemperature(Temperature):
             # float32 draws whatever the features' type: the same mask at every precision
             torch.ge(torch.rand(rows.shape, generator=generator, device=rows.device), self.dropout, out=rows)
         return kept[batch.mine]
+
+    def _others(self, batch: Batch) -> Tensor:
+        """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
+        device = batch.image.device
+        seed = (self.seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # a stream apart from the masks'
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randperm(len(batch.all_image), generator=generator, device=device)[batch.mine]
 
     @torch.no_grad()
     def _start_prototypes(self, batch: Batch) -> None:

@@ -17,6 +17,7 @@ from disttempnet.evaluation import readers
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
 from disttempnet.files import write_atomically
+from disttempnet.losses import OBJECTIVES
 from disttempnet.report import examples, plots
 from disttempnet.report.runs import RunRecord, distinct_titles, read_run
 from disttempnet.training.checkpoint import Run
@@ -138,6 +139,7 @@ def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequenc
                 "title": title,
                 "missing": "",
                 "robust": getattr(model.loss, "robust", False),
+                "network": OBJECTIVES[run.config.loss.name].temperature == "network",
                 "extremes": gallery.extremes,
                 "embedded": len(gallery.image_tau),
                 "total": gallery.total,
