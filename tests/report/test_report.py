@@ -212,6 +212,15 @@ def test_examples_and_gallery_by_hand(tmp_path: Path, toy_run: Path) -> None:
     assert "at step 40" in page.text
 
 
+@pytest.mark.parametrize("robust", [True, False])
+def test_the_page_says_what_moves_the_temperature(tmp_path: Path, toy_run: Path, robust: bool) -> None:
+    examples.open_model(SimpleNamespace()).loss.robust = robust
+    page = page_of([toy_run], tmp_path / "page.html")
+    assert ("by a fixed amount, ρ nats" in page.text) == robust
+    assert ("In a cross-entropy, τ falls" in page.text) == (not robust)
+    assert "learns to guess it from the embedding alone" in page.text
+
+
 def test_gallery_orders_by_temperature(toy_run: Path) -> None:
     gallery = examples.temperature_gallery(examples.open_model(SimpleNamespace()), batch=4)
     assert gallery is not None
