@@ -25,6 +25,7 @@ def above_chance(config: Config) -> None:
             assert metrics[metric] > 3 * last["chance"][task][metric], (config.name, task, metric)
 
 
+@pytest.mark.slow
 def test_no_temperature_of_the_demo_ends_at_a_bound(tmp_path: Path) -> None:
     config = load_config(
         CONFIG_FOLDER / "demo.toml", [f"out={json.dumps(str(tmp_path))}", "data.workers=0", "eval.every_epochs=8"]
