@@ -120,6 +120,12 @@ def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
     parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
     parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
+    parser.add_argument(
+        "--join-rows",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="listings: rows of one image are one sample with all their captions (default)",
+    )
     parser.add_argument("--index", default="", metavar="FILE", help="file of the index (default: beside the data)")
     parser.add_argument("--cache", default="", metavar="DIR", help="remote shards: folder that they are kept in")
     parser.add_argument("--cache-gb", type=float, metavar="GB", help="remote shards: what they may take (default: 100)")
@@ -134,7 +140,7 @@ def _sources(options: argparse.Namespace) -> list[SourceConfig]:
         raise UserError(f"--index names one index, but there are {len(specs)} data sets: take them one by one")
     if options.cache_gb is not None and options.cache_gb <= 0:
         raise UserError(f"--cache-gb {options.cache_gb:g}: more than 0")
-    keys = ("caption_key", "images", "image_key", "index", "cache", "cache_gb")
+    keys = ("caption_key", "images", "image_key", "join_rows", "index", "cache", "cache_gb")
     values = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     return [SourceConfig(path=spec, **values) for spec in specs]
 

@@ -43,6 +43,9 @@ class SourceConfig(Section):
     )
     images: str = Field("", description="listings: folder of relative paths; empty = the listing's or the one above")
     image_key: str = Field("", description="listings: key or column of the image; empty = image, filepath, path, …")
+    join_rows: bool = Field(
+        True, description="listings: rows of one image are one sample with all their captions; false = a sample a row"
+    )
 
 
 def _source(item: Any, name: str) -> SourceConfig:

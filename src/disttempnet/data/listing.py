@@ -78,7 +78,6 @@ class Listing(Source):
         self.status, self.first = columns.status, columns.first
 
     def __reduce__(self) -> tuple[Callable[..., Listing], tuple[Path, str, Images]]:
-        self.images.close()  # open files stay in their process
         return _load, (self.path, self.where, self.images)  # another process maps the file, instead of a copy
 
     @property
@@ -98,7 +97,7 @@ class Listing(Source):
 
     def name(self, sample: int) -> str:
         """`LISTING:IMAGE`, or the number of a row without image; `FILE.parquet:ROW`, from 0."""
-        image = printable(self.columns.row(sample)[0]) or f"row {sample + 1}"
+        image = printable(self.columns.row(sample)[0]) or f"row {self.columns.number(sample) + 1}"
         return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
 
     def reason(self, sample: int) -> str:
@@ -118,6 +117,9 @@ class Listing(Source):
             more = ", …" if samples > len(shown) else ""
             lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
         return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        return self.columns.said()
 
     def close(self) -> None:
         self.images.close()
@@ -167,6 +169,10 @@ def layout_of(source: SourceConfig) -> Layout:
     return Folder(path, source.caption_key)
 
 
+def settings_of(source: SourceConfig) -> Settings:
+    return Settings(source.image_key, source.caption_key, source.join_rows)
+
+
 def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
     """The samples of a listing: its index is built by rank 0 on first use, and checked by every rank always.
 
@@ -179,7 +185,7 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
         UserError: it is missing or has changed since it was indexed, cannot be read, holds no usable row, or its
             images are not found. Every rank raises.
     """
-    settings = Settings(source.image_key, source.caption_key)
+    settings = settings_of(source)
     layout = distributed.together(lambda: layout_of(source))
 
     def build() -> None:
@@ -193,7 +199,7 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
         path = index_file(layout, source.index)
         columns = load_columns(path, verify=True)
         columns.check(layout, settings)
-        return Listing(path, layout.where, columns, _images(layout, columns, source.images))
+        return Listing(path, layout.where, columns, images_of(layout, columns, source.images))
 
     distributed.together(build)  # the others wait here, no longer than the process group's timeout
     listing = distributed.together(load)
@@ -210,7 +216,7 @@ def index_file(layout: Layout, index_path: str) -> Path:
     return path
 
 
-def _images(layout: Layout, columns: Columns, root: str) -> Images:
+def images_of(layout: Layout, columns: Columns, root: str) -> Images:
     """What reads the images of these rows. Raises UserError: none of the first of them is found."""
     if isinstance(layout, Parquet):
         notes = columns.about["notes"]

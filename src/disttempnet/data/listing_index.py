@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedRandom, BufferedReader
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -52,10 +54,20 @@ KINDS = {"I64": np.int64, "U8": np.uint8}
 
 
 class Settings(NamedTuple):
-    """Keys that the config names; empty = found among the usual ones."""
+    """What the config says: keys, empty = found among the usual ones; whether rows of one image are one sample."""
 
     image_key: str
     caption_key: str
+    join_rows: bool
+
+
+class Row(NamedTuple):
+    """A row that was validated: what an index keeps of it, and its place in `ROW_REASONS`."""
+
+    image: str
+    captions: list[str]
+    fields: dict[str, Any]
+    status: int
 
 
 class Columns:
@@ -65,6 +77,7 @@ class Columns:
         path: the file.
         rows: uint8, JSON texts; start: int64 [N + 1], where each begins.
         status: uint8 [N]; first: int64 [G + 1].
+        numbers: int64 [N], row of the listing, from 0, that each sample begins with; None = its id.
         about: what the index was made from.
         digest: hex, of what the rows say.
     """
@@ -73,6 +86,7 @@ class Columns:
         self.path, self.digest = path, digest
         self.rows, self.start = tensors["rows"], tensors["start"]
         self.status, self.first = tensors["status"], tensors["first"]
+        self.numbers = tensors.get("numbers")  # only where rows were joined
         self.about: dict[str, Any] = json.loads(tensors["about"].tobytes())
 
     def row(self, sample: int) -> tuple[str, list[str], dict[str, Any]]:
@@ -82,11 +96,24 @@ class Columns:
         image, captions, fields = json.loads(self.rows[self.start[sample] : self.start[sample + 1]].tobytes())
         return image, captions, fields
 
+    def number(self, sample: int) -> int:
+        """The row of the listing, from 0, that a sample begins with."""
+        return sample if self.numbers is None else int(self.numbers[sample])
+
+    def said(self) -> list[str]:
+        """How the listing was read, where that had to be found out, a line each."""
+        notes = self.about["notes"]
+        if self.numbers is None:
+            return [*notes.get("said", ())]
+        joined = f"{notes['rows']:,} rows, {len(self.status):,} samples: rows of one image are one sample"
+        return [*notes["said"], f"{joined} (join_rows = false: a sample a row)"]
+
     def check(self, layout: Layout, settings: Settings) -> None:
         """Raise UserError, by name, where data or settings are not those that were indexed."""
         for key, now in settings._asdict().items():
-            if self.about["settings"][key] != now:
-                self._refuse(f"was indexed with {key} = '{self.about['settings'][key]}', not '{now}'", layout.where)
+            then = self.about["settings"].get(key, now)  # an index of before there was the setting stays as it is
+            if then != now:
+                self._refuse(f"was indexed with {key} = '{then}', not '{now}'", layout.where)
         parts, names = self.about["parts"], layout.names()
         if names is not None and names - parts.keys():
             self._refuse("was not there at indexing; take it away", layout.path(min(names - parts.keys())))
@@ -145,33 +172,100 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
     Args:
         layout: what to read.
         path: where the index will be.
-        settings: keys of image and captions.
+        settings: keys of image and captions, and whether to join rows.
         progress: show a bar on standard error.
 
     Raises:
         UserError: it cannot be read, has no such keys, or no usable row.
     """
-    start, status, digest = array("q", [0]), bytearray(), hashlib.sha256()
+    joins = settings.join_rows and layout.repeats
     with writable(path) as temporary, temporary.open("w+b") as file:
         file.write(bytes(HEADER_BYTES))
-        for text, code in _judged(_with_bar(layout, progress), layout, settings):
-            digest.update(text)
-            file.write(text)
-            start.append(start[-1] + len(text))
-            status.append(code)
-        _refuse_unusable(layout, status)
-        about = {"settings": settings._asdict(), "parts": layout.parts, "notes": layout.notes()}
+        rows, images = _RowWriter(file), array("q")
+        for row in _validated(_with_bar(layout, progress), layout, settings):
+            rows.add(_encoded(row), row.status)
+            if joins:
+                images.append(hash(row.image))
+        _refuse_unusable(layout, rows.status)
+        read = len(rows.status)
+        first = _first_rows(np.frombuffer(images, np.int64), rows.status) if joins else None
+        numbers = np.arange(0)
+        if first is not None:
+            rows, numbers = _joined(rows, first, path.parent)
+        notes = {**layout.notes(), "rows": read, "said": layout.said()}
+        about = {"settings": settings._asdict(), "parts": layout.parts, "notes": notes}
         tensors: dict[str, NDArray[Any]] = {
-            "start": np.array(start, np.int64),
-            "first": np.cumsum([0, *layout.groups(len(status))], dtype=np.int64),
-            "status": np.frombuffer(bytes(status), np.uint8),
+            "start": np.array(rows.start, np.int64),
+            "first": np.cumsum([0, *layout.groups(len(rows.status))], dtype=np.int64),
+            **({"numbers": numbers} if first is not None else {}),
+            "status": np.frombuffer(bytes(rows.status), np.uint8),
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         }
         for name in ("start", "first", "status"):
-            digest.update(tensors[name].data)
-        digest.update(layout.identity().encode())
-        _finish(file, start[-1], tensors, digest.hexdigest())
+            rows.digest.update(tensors[name].data)
+        rows.digest.update(layout.identity().encode())
+        _finish(file, rows.start[-1], tensors, rows.digest.hexdigest())
         os.replace(temporary, path)
+
+
+class _RowWriter:
+    """Rows as texts in a file, one after another from its current position on."""
+
+    def __init__(self, file: BufferedRandom) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.start, self.status = array("q", [0]), bytearray()
+
+    def add(self, text: bytes, status: int) -> None:
+        self.digest.update(text)
+        self.file.write(text)
+        self.start.append(self.start[-1] + len(text))
+        self.status.append(status)
+
+
+def _first_rows(images: NDArray[np.int64], status: bytearray) -> NDArray[np.int64] | None:
+    """int64 [N]: of each row, the first usable one whose image has the same hash; None where no two have the same."""
+    usable = np.flatnonzero(np.frombuffer(bytes(status), np.uint8) == OK)
+    _, index, which = np.unique(images[usable], return_index=True, return_inverse=True)
+    if len(index) == len(usable):
+        return None
+    first = np.arange(len(images))  # a row that cannot be used stays on its own
+    first[usable] = usable[index][which]
+    return first
+
+
+def _joined(rows: _RowWriter, first: NDArray[np.int64], folder: Path) -> tuple[_RowWriter, NDArray[np.int64]]:
+    """The file written anew with a text a sample, and the row that each sample begins with."""
+    order = np.argsort(first, kind="stable")
+    cuts = [0, *(np.flatnonzero(np.diff(first[order])) + 1).tolist(), len(order)]
+    with TemporaryFile(dir=folder) as before:
+        rows.file.seek(HEADER_BYTES)
+        shutil.copyfileobj(rows.file, before)
+        before.flush()
+        rows.file.seek(HEADER_BYTES)
+        rows.file.truncate()
+        joined, numbers = _RowWriter(rows.file), array("q")
+        for begin, end in pairwise(cuts):
+            same: dict[str, list[bytes]] = {}  # two images may share a hash
+            members = order[begin:end].tolist()
+            for row in members:
+                text = os.pread(before.fileno(), rows.start[row + 1] - rows.start[row], rows.start[row])
+                same.setdefault(json.loads(text)[0] if len(members) > 1 else "", []).append(text)
+            for texts in same.values():
+                joined.add(_joined_text(texts), rows.status[members[0]])
+                numbers.append(members[0])
+    return joined, np.array(numbers, np.int64)
+
+
+def _joined_text(texts: list[bytes]) -> bytes:
+    """One text of those of an image: all captions, and the fields that are the same in all."""
+    if len(texts) == 1:
+        return texts[0]
+    image, captions, fields = json.loads(texts[0])
+    for text in texts[1:]:
+        _, more, others = json.loads(text)
+        captions += more
+        fields = {key: value for key, value in fields.items() if key in others and others[key] == value}
+    return _encoded(Row(image, captions, fields, OK))
 
 
 def _finish(file: BufferedRandom, row_bytes: int, tensors: dict[str, NDArray[Any]], digest: str) -> None:
@@ -227,14 +321,13 @@ def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
         bar.update(task, completed=done, rows=f"{count:,}")
 
 
-def _judged(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[tuple[bytes, int]]:
-    """(JSON text, status) of each row."""
+def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[Row]:
     head = list(islice(rows, HEAD))
     image_key = layout.image_key or _key(head, layout, "image_key", settings.image_key, IMAGE_KEYS)
     caption_key = layout.caption_key or _key(head, layout, "caption_key", settings.caption_key, CAPTION_KEYS)
     _refuse_addresses(head, layout, image_key)
     for fields in chain(head, rows):
-        yield _judge(fields, image_key, caption_key)
+        yield _validate(fields, image_key, caption_key)
 
 
 def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str, usual: Sequence[str]) -> str:
@@ -266,9 +359,9 @@ def _refuse_addresses(head: Sequence[Fields | None], layout: Layout, image_key: 
         )
 
 
-def _judge(fields: Fields | None, image_key: str, caption_key: str) -> tuple[bytes, int]:
+def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
     if fields is None:
-        return b'["", [], {}]', BAD_ROW
+        return Row("", [], {}, BAD_ROW)
     image, captions = fields.get(image_key), fields.get(caption_key)
     image_status, caption_status = _image_status(image), OK
     texts: list[str] = []
@@ -278,10 +371,14 @@ def _judge(fields: Fields | None, image_key: str, caption_key: str) -> tuple[byt
         texts = [captions] if isinstance(captions, str) else captions
         caption_status = _caption_status(texts)
     others = {key: value for key, value in fields.items() if key not in (image_key, caption_key)}
-    path = json.dumps(image if image_status in (OK, OUTSIDE) else "")  # ASCII: it may be no UTF-8
     kept = [text.strip() for text in texts if text.strip()] if caption_status == OK else []
-    text = f"[{path}, {json.dumps(kept, ensure_ascii=False)}, {json.dumps(others, ensure_ascii=False)}]"
-    return text.encode("utf-8", "replace"), image_status or caption_status
+    return Row(str(image) if image_status in (OK, OUTSIDE) else "", kept, others, image_status or caption_status)
+
+
+def _encoded(row: Row) -> bytes:
+    path = json.dumps(row.image)  # ASCII: it may be no UTF-8
+    captions, fields = (json.dumps(value, ensure_ascii=False) for value in (row.captions, row.fields))
+    return f"[{path}, {captions}, {fields}]".encode("utf-8", "replace")
 
 
 def _image_status(image: Any) -> int:

@@ -73,6 +73,9 @@ class MixedSource(Source):
         part, own = self._locate(sample)
         return self.parts[part].reason(own)
 
+    def notes(self) -> list[str]:
+        return [f"{part.where}: {note}" for part in self.parts for note in part.notes()]
+
     def problems(self, names: int = 3) -> str:
         found = [(part.where, part.problems(names)) for part in self.parts]
         return "\n".join(f"{where}: {line}" for where, lines in found for line in lines.splitlines())

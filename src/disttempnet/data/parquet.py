@@ -190,6 +190,9 @@ class ParquetImages:
         self._files: OrderedDict[int, ParquetFile] = OrderedDict()
         self._groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_files": OrderedDict(), "_groups": OrderedDict()}  # open files stay in their process
+
     def read(self, sample: int, _: str) -> bytes:
         """Raises UnreadableImage: no bytes in this row, or its row group is damaged; UserError: the file is gone."""
         group = int(np.searchsorted(self.first, sample, side="right")) - 1

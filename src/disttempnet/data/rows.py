@@ -43,12 +43,14 @@ class Layout(ABC):
         parts: name → what it was when its rows were read; complete once `rows` is.
         image_key, caption_key: fields that hold image and captions, where the layout settles it; else empty.
         total: what the second value of `rows` runs up to; 0 = unknown.
+        repeats: whether several rows may name the same image.
     """
 
     where: Path
     parts: dict[str, Part]
     image_key = caption_key = ""
     total = 0
+    repeats = False
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
@@ -91,9 +93,15 @@ class Layout(ABC):
         """What reading images needs to know beside the rows; kept in the index."""
         return {}
 
+    def said(self) -> list[str]:
+        """How the rows were read, where that had to be found out, a line each; complete once they are."""
+        return []
+
 
 class Table(Layout):
     """A file of rows: a JSON list of objects, a JSON object a line, CSV or TSV with a header."""
+
+    repeats = True
 
     def __init__(self, where: Path) -> None:
         self.where, self.parts = where, {}

@@ -64,6 +64,10 @@ class Source(ABC):
     def reason(self, sample: int) -> str:
         """Why a sample is not usable, in words."""
 
+    def notes(self) -> list[str]:
+        """How the data was read, where that had to be found out, a line each."""
+        return []
+
     def metadata(self, sample: int) -> dict[str, Any] | None:
         """What else is known of a sample; None where nothing is."""
         return None

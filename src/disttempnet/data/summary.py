@@ -31,7 +31,12 @@ def index_summary(index: ShardIndex) -> RenderableType:
 def listing_summary(listing: Listing) -> RenderableType:
     """Tables for a terminal."""
     table = Table(title=escape(str(listing.path)), title_justify="left", show_header=False)
-    table.add_row("rows", f"{len(listing):,}, of which {len(listing.usable):,} usable")
+    table.add_row(
+        "rows" if listing.columns.numbers is None else "samples",
+        f"{len(listing):,}, of which {len(listing.usable):,} usable",
+    )
+    for note in listing.notes():
+        table.add_row("read", escape(note))
     table.add_row("index", f"{listing.path.stat().st_size / 1e6:,.1f} MB, digest {listing.digest[:12]}")
     return Group(table, *_left_out(listing.left_out()))
 

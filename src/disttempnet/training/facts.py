@@ -66,16 +66,18 @@ def plan_line(config: Config, data: TrainingData, step: int) -> str:
 
 
 def data_facts(source: Source) -> dict[str, Any]:
-    """What run.json says of the training data: samples, how many are usable, a line for each reason of the others."""
+    """What run.json says of the training data: samples, how many are usable, how they were read where that had to be
+    found out, and a line for each reason of those that are not usable."""
     lines = source.problems().splitlines()
     if len(lines) > PROBLEMS:  # every damaged shard has one
         lines[PROBLEMS:] = [f"and {len(lines) - PROBLEMS:,} lines more: disttempnet data index shows all"]
-    return {"samples": len(source), "usable": int(source.usable_counts.sum()), "left_out": lines}
+    facts = {"samples": len(source), "usable": int(source.usable_counts.sum()), "left_out": lines}
+    return facts | ({"read": notes} if (notes := source.notes()) else {})
 
 
 def about_data(facts: Mapping[str, Any]) -> list[str]:
     """The same as lines for the console."""
-    return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts["left_out"]]
+    return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts.get("read", ()), *facts["left_out"]]
 
 
 def provenance() -> dict[str, Any]:
