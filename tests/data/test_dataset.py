@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,11 +25,15 @@ from disttempnet.data import (
     Batch,
     EpochPlan,
     PairDataset,
+    PlanSampler,
     Skip,
+    Source,
     TrainingData,
+    UnreadableImage,
     decode,
     eval_transform,
     lost_workers_named,
+    make_loader,
     open_index,
     open_training_data,
     train_transform,
@@ -188,32 +195,132 @@ def test_broken_samples_are_replaced_named_and_counted(shards: Write, workers: i
         7: {"png": b"garbage" * 30, "txt": b"seven"},
         5: {"txt": b"known to the index: never drawn"},
     }
-    data = data_of(shards(4, 4, changes=changes), workers=workers, tail="drop", global_batch=2)
+    data, broken = data_of(shards(4, 4, changes=changes), workers=workers, tail="drop", global_batch=2), {2, 3, 7}
     batches = list(data.loader_from(0))
     assert len(batches) == 3  # 7 usable as far as the index knows
     named, drawn = [], []
     for step, batch in enumerate(batches):
-        named += [": ".join(skip) for skip in batch.skipped]
-        for planned, got, text in zip(
-            data.plan.batch(0, step).tolist(), batch.ids.tolist(), batch.tokens.tolist(), strict=True
-        ):
-            drawn.append(planned)
-            assert got == {2: 4, 3: 4, 7: 0}.get(planned, planned)
-            assert bytes(text).decode().strip() == f"caption {got}"
+        named += [": ".join(skip[:2]) for skip in batch.skipped]
+        planned = data.plan.batch(0, step).tolist()
+        replaced = [replacement(data.plan, step, slot, broken) for slot in range(2)]
+        assert batch.ids.tolist() == [found for found, _ in replaced]
+        drawn += [name for _, tried in replaced for name in tried]
+        assert [bytes(text).decode().strip() for text in batch.tokens.tolist()] == [f"caption {n}" for n in batch.ids]
+        assert [n for n in planned if n not in broken] == [n for n in batch.ids.tolist() if n in planned]
     texts = {
-        2: ["00000.tar:000000002: cannot identify image", "00000.tar:000000003: cannot decode image"],
-        3: ["00000.tar:000000003: cannot decode image"],
-        7: ["00001.tar:000000007: cannot identify image"],
+        2: "00000.tar:000000002: cannot identify image",
+        3: "00000.tar:000000003: cannot decode image",
+        7: "00001.tar:000000007: cannot identify image",
     }
-    expected = [text for planned in drawn for text in texts.get(planned, [])]
-    assert len(named) == len(expected) >= 2
-    assert all(name.startswith(text) for name, text in zip(named, expected, strict=True))
+    assert len(named) == len(drawn) >= 2
+    assert all(name.startswith(texts[sample]) for name, sample in zip(named, drawn, strict=True))
+
+
+def replacement(plan: EpochPlan, step: int, slot: int, broken: Container[int], epoch: int = 0) -> tuple[int, list[int]]:
+    """The first readable id for a slot, and those that were tried before."""
+    tried = []
+    for sample in chain([int(plan.batch(epoch, step)[slot])], plan.stand_ins(epoch, step, slot)):
+        if sample not in broken:
+            return sample, tried
+        tried.append(sample)
+    raise AssertionError("there is no end of stand-ins")
+
+
+class Numbers(Source):
+    """Samples without content, some of which are lost; an image is its id in eight bytes."""
+
+    where, digest = "numbers", "0"
+
+    def __init__(self, samples: int, lost: Container[int]) -> None:
+        self.status, self.first = np.zeros(samples, np.uint8), np.append(np.arange(0, samples, 1000), samples)
+        self.lost = lost
+
+    def image_bytes(self, sample: int) -> bytes:
+        if sample in self.lost:
+            raise UnreadableImage("No such file or directory: it")
+        return sample.to_bytes(8, "little")
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        return (f"caption {sample}",)
+
+    def name(self, sample: int) -> str:
+        return f"numbers:{sample}"
+
+    def problems(self, names: int = 3) -> str:
+        return ""
+
+    def reason(self, sample: int) -> str:
+        return ""
+
+
+def batches_of_numbers(source: Source, plan: EpochPlan, epoch: int, workers: int = 0, ranks: int = 1) -> list[Batch]:
+    """The global batches of an epoch, put together from those of the ranks."""
+    pairs = PairDataset(source, lambda data, seed: torch.tensor([*data], dtype=torch.uint8), 0)
+    parts = []
+    for rank in range(ranks):
+        sampler = PlanSampler(plan, rank, ranks)
+        sampler.seek(epoch)
+        parts.append([*make_loader(pairs, sampler, tokenizer, workers)])
+    return [
+        Batch(
+            torch.cat([one.images for one in step]),
+            torch.cat([one.tokens for one in step]),
+            torch.cat([one.ids for one in step]),
+            tuple(skip for one in step for skip in one.skipped),
+        )
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def test_a_lost_folder_is_replaced_from_all_over_the_epoch() -> None:
+    """90 files in a row of 2,000: each batch of 128 is others' samples, hardly any stands in twice in an epoch."""
+    lost = range(1000, 1090)
+    source = Numbers(2000, lost)
+    plan = EpochPlan(source, 128, 8, 1)
+    batches = batches_of_numbers(source, plan, 1)
+    stood_in: list[int] = []
+    for step, batch in enumerate(batches):
+        planned, ids = plan.batch(1, step).tolist(), batch.ids.tolist()
+        assert max(Counter(ids).values()) == 1, "no id twice in a batch"
+        assert [n for n in ids if n in planned] == [n for n in planned if n not in lost]
+        stood_in += [n for n in ids if n not in planned]
+    assert {skip.id for batch in batches for skip in batch.skipped} == set(lost), "each is named"
+    places = sum(n in lost for step in range(plan.steps) for n in plan.batch(1, step).tolist())
+    assert len(stood_in) == places
+    assert max(Counter(stood_in).values()) <= 2
+    assert len(set(stood_in)) >= 0.9 * places
+    assert np.histogram(stood_in, 4, (0, 2000))[0].min() > places / 10, "from all over"
+
+
+@fork
+def test_stand_ins_do_not_depend_on_world_size_and_workers() -> None:
+    source = Numbers(300, {*range(20, 90), 150, 299})
+    plan = EpochPlan(source, 32, 4, 3)
+    whole = batches_of_numbers(source, plan, 2)
+    for workers, ranks in ((0, 2), (0, 4), (2, 1)):
+        assert all(map(same, batches_of_numbers(source, plan, 2, workers, ranks), whole)), (workers, ranks)
+    sampler = PlanSampler(EpochPlan(source, 32, 4, 3))
+    sampler.seek(2, 5)  # resumed, by a plan that has seen nothing
+    pairs = PairDataset(source, lambda data, seed: torch.tensor([*data], dtype=torch.uint8), 0)
+    assert all(map(same, make_loader(pairs, sampler, tokenizer, 0), whole[5:]))
+
+
+def test_most_of_the_data_may_be_lost_but_not_all() -> None:
+    """1,500 lost in a row are no reason to end; 100 of 2,000 that are left may serve a small run."""
+    source = Numbers(2000, range(100, 2000))
+    batches = batches_of_numbers(source, EpochPlan(source, 16, 4, 0), 0)
+    assert {n for batch in batches for n in batch.ids.tolist()} <= set(range(100))
+    source = Numbers(2000, range(2000))
+    with pytest.raises(
+        UserError, match=r"^200 samples from all over the data cannot be read, the first is numbers:\d+: No"
+    ):
+        batches_of_numbers(source, EpochPlan(source, 16, 4, 0), 0)
 
 
 @fork
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_fault_is_named_and_no_id_shifts(shards: Write, workers: int) -> None:
-    """One sample of ten is whole, and stands in for all before it."""
+    """Three samples of nine are whole, and stand in for the others of their own, only, batch."""
     exif = Image.Exif()
     exif[0x0112] = 6
     jpeg = encoded(gradient(80, 60), "JPEG")
@@ -233,11 +340,11 @@ def test_every_fault_is_named_and_no_id_shifts(shards: Write, workers: int) -> N
     changes = {n: {"jpg": data, "txt": f"caption {n}".encode()} for n, data in enumerate(contents)}
     data = data_of(shards(4, len(contents) - 4, changes=changes), workers=workers, global_batch=9, lanes=1, tail="drop")
     (batch,) = data.loader_from(0)
-    planned, first_good = data.plan.batch(0, 0).tolist(), len(broken)
-    assert batch.ids.tolist() == [max(sample, first_good) for sample in planned]
+    assert batch.ids.tolist() == [replacement(data.plan, 0, slot, range(len(broken)))[0] for slot in range(9)]
+    assert set(batch.ids.tolist()) == set(range(len(broken), 9))
     assert [bytes(text).decode().strip() for text in batch.tokens.tolist()] == [f"caption {n}" for n in batch.ids]
     assert batch.images.shape == (9, 3, 24, 24)
-    named = dict(batch.skipped)
+    named = {skip.name: skip.reason for skip in batch.skipped}
     for number, (reason, _) in enumerate(broken):
         assert named[f"{number // 4:05d}.tar:{number:09d}"].startswith(reason)
     assert len(named) == len(broken)
@@ -264,13 +371,16 @@ def test_captions_that_changed_after_indexing_are_skipped_too(shards: Write) -> 
     folder = shards(3)
     index = open_index(str(folder), progress=False)
     index.image_bytes(0)
+    plan = EpochPlan(index, 3, 1, 0)
     place = (folder / "00000.tar").read_bytes().index(b"caption 1")
-    for replacement, reason in ((b" " * 9, "empty caption"), (b"\xff" * 9, "caption is not UTF-8")):
+    for text, reason in ((b" " * 9, "empty caption"), (b"\xff" * 9, "caption is not UTF-8")):
         with (folder / "00000.tar").open("r+b") as shard:
             shard.seek(place)
-            shard.write(replacement)
-        sample = PairDataset(index, as_evaluated(8), 0)[0, 1]
-        assert (sample.id, sample.skipped) == (2, (("00000.tar:000000001", reason),))
+            shard.write(text)
+        (batch,) = make_loader(PairDataset(index, as_evaluated(8), 0), PlanSampler(plan), tokenizer, 0)
+        slot = plan.batch(0, 0).tolist().index(1)
+        assert batch.ids[slot] == replacement(plan, 0, slot, {1})[0]
+        assert set(batch.skipped) == {("00000.tar:000000001", reason, 1)}
 
 
 @fork
@@ -280,7 +390,7 @@ def test_broken_data_ends_in_one_line(shards: Write, workers: int) -> None:
     folder = shards(6, changes=changes)
     with pytest.raises(UserError) as caught:
         list(data_of(folder, workers=workers).loader_from(0))
-    assert str(caught.value).startswith("100 samples in a row cannot be read, the first is 00000.tar:00000000")
+    assert str(caught.value).startswith("200 samples from all over the data cannot be read, the first is 00000.tar:0")
     assert "\n" not in str(caught.value)
 
 
@@ -351,11 +461,11 @@ def test_limit_takes_the_first_usable_samples(shards: Write) -> None:
 
 def test_batches_move_as_a_whole() -> None:
     batch = Batch(
-        torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.ones(2, 5).long(), torch.arange(2), (Skip("x", "y"),)
+        torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.ones(2, 5).long(), torch.arange(2), (Skip("x", "y", 0),)
     )
     moved = batch.to("meta")
     assert {tensor.device.type for tensor in (moved.images, moved.tokens, moved.ids)} == {"meta"}
-    assert moved.skipped == (("x", "y"),)
+    assert moved.skipped == (("x", "y", 0),)
     assert same(batch.to("cpu"), batch)
     if torch.cuda.is_available():
         assert batch.pin_memory().images.is_pinned()

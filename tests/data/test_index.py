@@ -6,19 +6,15 @@ import os
 import pickle
 import re
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from disttempnet import distributed
 from disttempnet.data import (
-    PairDataset,
     ShardIndex,
-    UnreadableImage,
     embedded_shards,
     indexing,
     open_index,
@@ -282,7 +278,6 @@ def test_unusable_samples_keep_their_ids_and_are_named(shards: Write) -> None:
     assert index.usable_counts.tolist() == [1, 1]
     assert index.usable_in(1).tolist() == [7]
     assert index.captions(7)[0] == "caption 7"
-    assert [index.next_usable(n) for n in (0, 1, 6, 7)] == [7, 7, 7, 0]
     problems = index.problems()
     for line in (
         "2 samples left out, no image: 00000.tar:000000001, 00001.tar:000000005",
@@ -407,27 +402,6 @@ def test_a_name_that_cannot_be_read_is_the_id(shards: Write) -> None:
     with (index.folder / "00001.tar").open("r+b") as file:
         file.write(b"x" * 512)
     assert index.name(3) == "00001.tar:sample 3"
-    dataset = PairDataset(index, _unreadable, seed=0)
-    with pytest.raises(UserError, match=r"100 samples in a row cannot be read, .* 00001\.tar:sample 3: broken$"):
-        dataset[0, 3]
-
-
-def _unreadable(data: bytes, seed: int) -> torch.Tensor:
-    raise UnreadableImage("broken")
-
-
-def test_the_next_usable_sample(shards: Write) -> None:
-    index = open_index(str(shards(3)), progress=False)
-    index.status = np.ones(5_000_000, dtype=np.uint8)
-    with pytest.raises(UserError, match="no sample of this data is usable"):
-        index.next_usable(7)
-    index.status[[7, 4_999_000]] = 0
-    begun = time.process_time()
-    places = (0, 6, 7, 8, 4_998_999, 4_999_000, 4_999_999)
-    assert [index.next_usable(n) for n in places] == [7, 7, 4_999_000, 4_999_000, 4_999_000, 7, 7]
-    index.status[7] = 1
-    assert index.next_usable(4_999_000) == 4_999_000  # all around
-    assert time.process_time() - begun < 0.5
 
 
 @pytest.mark.parametrize("by", ["rewriting", "renaming", "cutting"])

@@ -22,13 +22,22 @@ from safetensors.numpy import load_file
 
 from disttempnet.cli import main
 from disttempnet.config import SourceConfig
-from disttempnet.data import EpochPlan, PairDataset, ShardIndex, decode, eval_transform, open_listing, open_source
+from disttempnet.data import (
+    EpochPlan,
+    PairDataset,
+    ShardIndex,
+    UnreadableImage,
+    decode,
+    eval_transform,
+    open_listing,
+    open_source,
+)
 from disttempnet.data import listing as listing_module
 from disttempnet.data import parquet as parquet_module
 from disttempnet.data import rows as rows_module
 from disttempnet.data.listing import Listing
 from disttempnet.data.listing_index import ROW_REASONS
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from gloo import Pools
 
 from .conftest import png, sample, write_shard
@@ -241,12 +250,11 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
         "no caption",
         "empty caption",
     ] + ["ok"] * 2
-    item = PairDataset(source, as_evaluated, seed=1)[0, 4]
-    assert item.id == 0
-    assert item.skipped == (
-        ("b.parquet:0", "no bytes of an image in this row"),
-        ("b.parquet:1", "cannot identify image"),
-    )
+    dataset = PairDataset(source, as_evaluated, seed=1)
+    for n, reason in ((4, "no bytes of an image in this row"), (5, "cannot identify image")):
+        with pytest.raises(UnreadableImage, match=reason):
+            dataset[0, n]
+    assert [source.name(n) for n in (4, 5)] == ["b.parquet:0", "b.parquet:1"]
     (tmp_path / "parquet.index").unlink()
     assert "'pixels' is no column of images; its columns are jpg (binary), caption (string)" in refusal(
         tmp_path, image_key="pixels"
@@ -418,13 +426,25 @@ def test_missing_and_broken_images_are_skipped_by_name(tmp_path: Path) -> None:
     (images / "000000002.jpg").write_bytes(b"<html>")
     (images / "000000003.jpg").unlink()
     (images / "000000003.jpg").mkdir()
-    item = PairDataset(source, as_evaluated, seed=1)[0, 1]
-    assert item.id == 4
-    assert [[name, reason.partition(": ")[0]] for name, reason in item.skipped] == [
-        ["cc3m_train.json:cc3m_train/000000001.jpg", "No such file or directory"],
-        ["cc3m_train.json:cc3m_train/000000002.jpg", "cannot identify image"],
-        ["cc3m_train.json:cc3m_train/000000003.jpg", "Is a directory"],
-    ]
+    dataset = PairDataset(source, as_evaluated, seed=1)
+    for n, reason in ((1, "No such file or directory"), (2, "cannot identify image"), (3, "Is a directory")):
+        with pytest.raises(UnreadableImage, match=rf"^{reason}"):
+            dataset[0, n]
+        assert source.name(n) == f"cc3m_train.json:cc3m_train/{n:09d}.jpg"
+
+
+def test_images_are_looked_for_all_over_a_listing(tmp_path: Path) -> None:
+    """The first 150 of 400 are lost: that is told, and no reason to refuse a folder that is right."""
+    config = cc3m(tmp_path, 400)
+    images = tmp_path / "cc3m" / "cc3m_train"
+    for n in range(150):
+        (images / f"{n:09d}.jpg").unlink()
+    with pytest.warns(UserNotice, match=r"cc3m_train\.json: of 100 images from all over it 38 are not in \S+/cc3m;"):
+        assert len(open_source((config,), progress=False)) == 400
+    for n in range(150, 400):
+        (images / f"{n:09d}.jpg").unlink()
+    with pytest.raises(UserError, match=r"of 100 of its images, such as cc3m_train/0{9}\.jpg, none is in \S+/cc3m;"):
+        open_source((config,), progress=False)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])

@@ -1,6 +1,7 @@
 """The epoch plan: every sample once, the same batches for every world size, from every step, with bounded reach."""
 
 import tracemalloc
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,34 @@ def test_a_batch_depends_on_seed_epoch_and_step_only(plan: EpochPlan, data: st.D
 
 
 @quick
+@given(plans(), st.integers(0, 2))
+def test_stand_ins_are_others_and_none_is_asked_for_twice(plan: EpochPlan, epoch: int) -> None:
+    """The first candidates of an epoch's full batches are its samples, each once, and none of the own batch."""
+    batches, full = epoch_of(plan, epoch), plan.samples // plan.global_batch
+    candidates = [
+        [list(islice(plan.stand_ins(epoch, step, slot), full)) for slot in range(plan.global_batch)]
+        for step in range(plan.steps)
+    ]
+    firsts = [one[0] for step in candidates[:full] for one in step]
+    assert sorted(firsts) == sorted(batches[:full].ravel().tolist())
+    for step, of_slots in enumerate(candidates):
+        others = [sample for one in of_slots for sample in one[: full - 1]]
+        assert not set(others) & set(batches[step].tolist())
+        if step < full:
+            assert len(set(others)) == len(others), "no two slots of a batch share one of another batch"
+
+
+@quick
+@given(plans(), st.data())
+def test_stand_ins_depend_on_seed_epoch_and_place_only(plan: EpochPlan, data: st.DataObject) -> None:
+    places = st.tuples(st.integers(0, 2), st.integers(0, plan.steps - 1), st.integers(0, plan.global_batch - 1))
+    tail: Literal["wrap", "drop"] = "wrap" if plan.steps > plan.samples // plan.global_batch else "drop"
+    for place in data.draw(st.lists(places, max_size=4)):
+        expected = list(islice(fresh(plan, tail).stand_ins(*place), 5))
+        assert list(islice(plan.stand_ins(*place), 5)) == expected
+
+
+@quick
 @given(plans(), st.data())
 def test_resuming_continues_the_straight_order(plan: EpochPlan, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, plan.steps))
@@ -115,7 +144,10 @@ def test_resuming_continues_the_straight_order(plan: EpochPlan, data: st.DataObj
     sampler.seek(1, start)
     assert len(sampler) == plan.steps - start
     assert list(sampler) == straight[start:]
-    assert straight == [[(1, sample) for sample in batch] for batch in epoch_of(plan, 1).tolist()]
+    assert straight == [
+        [(1, sample, step, slot) for slot, sample in enumerate(batch)]
+        for step, batch in enumerate(epoch_of(plan, 1).tolist())
+    ]
 
 
 @quick

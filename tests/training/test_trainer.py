@@ -240,15 +240,27 @@ def test_a_loader_worker_that_dies_while_it_hands_over_a_batch_is_named_too(tmp_
 
 
 def test_skipped_samples_of_every_rank_are_counted_by_reason() -> None:
-    skipped = Skipped()
-    broken = [Skip(f"0.tar:at 12: 30: {n:09d}", f"cannot decode image: {n} bytes missing") for n in range(25)]
-    lines = [*skipped.add(broken), *skipped.add([Skip("1.tar:7", "one pixel: a placeholder, not an image")])]
-    assert lines == [f"skipped 0.tar:at 12: 30: {n:09d}: cannot decode image: {n} bytes missing" for n in range(20)]
+    skipped = Skipped(3000, 2000)
+    broken = [Skip(f"0.tar:at 12: 30: {n:09d}", f"cannot decode image: {n} bytes missing", n) for n in range(25)]
+    pixel = Skip("1.tar:7", "one pixel: a placeholder, not an image", 1007)
+    lines = [*skipped.add(broken), *skipped.add([pixel, *broken[3:9], pixel])]
+    named = [f"skipped 0.tar:at 12: 30: {n:09d}: cannot decode image: {n} bytes missing" for n in range(20)]
+    one_in_a_hundred = "skipped so far: {} of 2,000 samples ({} %) unreadable: {} cannot decode image"
+    assert lines[:20] == named, "each once, however often it is drawn"
     assert skipped.total == 26
-    assert skipped.summary() == "skipped so far: 26 samples (25 cannot decode image, 1 one pixel)"
-    resumed = Skipped(skipped.reasons)
-    assert list(resumed.add([Skip("1.tar:8", "one pixel: a placeholder")])) == [], "the first 20 of the run, not more"
+    assert skipped.summary() == one_in_a_hundred.format(26, "1.3", 25) + ", 1 one pixel"
+    resumed = Skipped(3000, 2000, skipped.by_reason())
+    assert resumed.summary() == skipped.summary()
+    again = [Skip("1.tar:8", "one pixel: a placeholder", 1008), pixel]
+    assert list(resumed.add(again)) == [], "the first 20 of the run, not more"
     assert (resumed.total, skipped.total) == (27, 26)
+    older = {"cannot decode image": 4711}  # draws, as earlier versions counted
+    assert Skipped(3000, 2000, older).total == 0
+    grown = list(resumed.add(Skip("x", "cannot decode image", n) for n in range(1000)))
+    assert [line.partition(" samples")[0] for line in grown] == [
+        "skipped so far: 200 of 2,000",
+        "skipped so far: 1,000 of 2,000",
+    ], "said when it is a tenth, and half"
 
 
 def test_many_damaged_shards_are_told_in_few_lines() -> None:

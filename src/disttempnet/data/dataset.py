@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from disttempnet.data.decoding import UnreadableImage
-from disttempnet.data.sampler import PlanSampler
+from disttempnet.data.sampler import Draw, EpochPlan, PlanSampler
 from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.data.transforms import TrainTransform
 from disttempnet.errors import UserError
 from disttempnet.texts import Tokenizer, Trim
 
-MAX_SKIPPED = 100  # unreadable samples in a row: then it is the data that is broken, not a sample
+CANDIDATES = 200  # from all over the epoch for one slot: if none is readable, the data is broken, not a sample
 WORKER_DIED = ": out of memory, as a rule. Set data.workers lower, then --resume auto goes on from the last checkpoint"
 PREFETCH = 4  # batches a worker holds ready
 # Trimmed tokens come in few lengths: torch.compile and the allocator of a GPU meet few shapes. Attention and tensor
@@ -36,10 +37,11 @@ CAPTION_CHARACTERS = 2000  # what a tokenizer is given: it cuts at some 77 words
 
 
 class Skip(NamedTuple):
-    """An unreadable sample: `SHARD.tar:KEY` or `LISTING:IMAGE`, and why."""
+    """An unreadable sample: `SHARD.tar:KEY` or `LISTING:IMAGE`, why, and its id."""
 
     name: str
     reason: str
+    id: int
 
 
 class Sample(NamedTuple):
@@ -59,7 +61,7 @@ class Batch:
         images: uint8 [b, 3, s, s].
         tokens: int64 [b, L]; of a causal text tower L is no more than the longest of these captions needs.
         ids: int64 [b]; where a sample was unreadable, the id of the one that replaced it.
-        skipped: every unreadable sample that was replaced.
+        skipped: the unreadable samples that were replaced, and those that could not stand in for them either.
     """
 
     images: Tensor
@@ -94,29 +96,53 @@ class PairDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (epoch, id), or the next usable one when it cannot be read.
+        """The sample of (epoch, id).
 
         Raises:
-            UserError: 100 in a row cannot be read, or a shard is gone.
+            UnreadableImage, UnreadableCaption: this sample is broken.
+            UserError: a shard is gone, or a file that is there cannot be read.
         """
         epoch, sample = key
-        skipped: list[Skip] = []
-        while len(skipped) < MAX_SKIPPED:
-            try:
-                captions = self.source.captions(sample)
-                pixels = self.transform(self.source.image_bytes(sample), self._draw(epoch, sample))
-            except (UnreadableImage, UnreadableCaption) as error:
-                skipped.append(Skip(self.source.name(sample), str(error)))
-                sample = self.source.next_usable(sample)
-                continue
-            chosen = self._draw(epoch, sample, b"caption") % len(captions) if len(captions) > 1 else 0
-            return Sample(pixels, captions[chosen], sample, tuple(skipped))
-        raise UserError(f"{MAX_SKIPPED} samples in a row cannot be read, the first is {': '.join(skipped[0])}")
+        captions = self.source.captions(sample)
+        pixels = self.transform(self.source.image_bytes(sample), self._draw(epoch, sample))
+        chosen = self._draw(epoch, sample, b"caption") % len(captions) if len(captions) > 1 else 0
+        return Sample(pixels, captions[chosen], sample, ())
 
     def _draw(self, epoch: int, sample: int, purpose: bytes = b"") -> int:
         """56 bits that look random, others for every purpose."""
         text = f"{self.seed} {epoch} {sample}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=7, person=purpose).digest())
+
+
+class PlannedSamples(Dataset[Sample]):
+    """The samples that a plan draws; those that cannot be read are replaced as the plan says.
+
+    Args:
+        pairs: the samples.
+        plan: gives the stand-ins.
+    """
+
+    def __init__(self, pairs: PairDataset, plan: EpochPlan) -> None:
+        self.pairs, self.plan = pairs, plan
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """The sample of a draw, or its first readable stand-in.
+
+        Raises:
+            UserError: none of 200 from all over the epoch can be read, or a shard is gone.
+        """
+        skipped: list[Skip] = []
+        candidates = chain([draw.sample], self.plan.stand_ins(draw.epoch, draw.step, draw.slot))
+        for sample in islice(candidates, CANDIDATES):
+            try:
+                return self.pairs[draw.epoch, sample]._replace(skipped=tuple(skipped))
+            except (UnreadableImage, UnreadableCaption) as error:
+                skipped.append(Skip(self.pairs.source.name(sample), str(error), sample))
+        first = ": ".join(skipped[0][:2])
+        raise UserError(
+            f"{CANDIDATES} samples from all over the data cannot be read, the first is {first}. Look at the data: "
+            "disttempnet data verify names what is broken"
+        )
 
 
 class Collate:
@@ -212,7 +238,7 @@ def make_loader(
         trim: of the text tower, where tokens can be trimmed to the longest caption of a batch.
     """
     return DataLoader(
-        dataset,
+        PlannedSamples(dataset, sampler.plan),
         batch_sampler=sampler,
         collate_fn=Collate(tokenizer, trim),
         num_workers=workers,

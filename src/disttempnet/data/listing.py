@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +25,11 @@ from disttempnet.data.parquet import Parquet, ParquetImages
 from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
 from disttempnet.data.source import OK, Source, usable_captions
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
-PROBED = 20  # images that are looked for at every start
+PROBED = 100  # images, from all over the listing, that are looked for at every start
+MANY_MISSING = 10  # of these: worth a line before the first step
 
 
 class Images(Protocol):
@@ -217,27 +219,41 @@ def index_file(layout: Layout, index_path: str) -> Path:
 
 
 def images_of(layout: Layout, columns: Columns, root: str) -> Images:
-    """What reads the images of these rows. Raises UserError: none of the first of them is found."""
+    """What reads the images of these rows. Raises UserError: none of those that are looked for is found."""
     if isinstance(layout, Parquet):
         notes = columns.about["notes"]
         return ParquetImages(layout.paths, notes["column"], notes["row_groups"], columns.first)
     if isinstance(layout, Folder):
         return ImageFiles(layout.where)
-    probed = [columns.row(int(sample))[0] for sample in np.flatnonzero(columns.status[:1000] == OK)[:PROBED]]
+    usable = np.flatnonzero(columns.status == OK)
+    spread = np.unique(usable[np.linspace(0, len(usable) - 1, PROBED).astype(np.int64)])
+    probed = [columns.row(int(sample))[0] for sample in spread]
     above = layout.where.absolute().parent
     roots = [Path(root).expanduser()] if root else [above, above.parent]
     for candidate in roots:
-        if not probed or _any_in(candidate, probed):
+        if found := _found_in(candidate, probed):
+            _tell_of_missing(layout, candidate, len(probed) - found, len(probed))
             return ImageFiles(candidate)
-    inside = [folder for folder in above.parent.glob("*/") if not root and _any_in(folder, probed)]
+    inside = [folder for folder in above.parent.glob("*/") if not root and _found_in(folder, probed)]
     hint = f"; they are in {inside[0]}" if inside else ""
     places = " nor in ".join(map(str, roots))
     raise UserError(
-        f"{layout.where}: none of its first images, such as {printable(probed[0])}, is in {places}{hint}; name the "
-        "folder of images in data.train = [{path = …, images = FOLDER}]"
+        f"{layout.where}: of {len(probed)} of its images, such as {printable(probed[0])}, none is in {places}{hint}; "
+        "name the folder of images in data.train = [{path = …, images = FOLDER}]"
     )
 
 
-def _any_in(folder: Path, images: list[str]) -> bool:
+def _found_in(folder: Path, images: list[str]) -> int:
+    """How many of these are there."""
     files = ImageFiles(folder)
-    return any(os.path.isfile(files.path(image)) for image in images)
+    return sum(os.path.isfile(files.path(image)) for image in images)
+
+
+def _tell_of_missing(layout: Layout, root: Path, missing: int, probed: int) -> None:
+    if distributed.is_main() and missing >= MANY_MISSING:
+        warnings.warn(
+            f"{layout.where}: of {probed} images from all over it {missing} are not in {root}; in training others "
+            "stand in for such",
+            UserNotice,
+            stacklevel=2,
+        )

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from disttempnet.data.source import OK, Source
-from disttempnet.errors import UserError
+from disttempnet.data.source import Source
 
 
 class MixedSource(Source):
@@ -90,17 +89,6 @@ class MixedSource(Source):
     def usable_in(self, group: int) -> NDArray[np.int64]:
         part = int(np.searchsorted(self._groups, group, side="right")) - 1
         return self.parts[part].usable_in(group - int(self._groups[part])) + self.offsets[part]
-
-    def next_usable(self, sample: int) -> int:
-        """As of a single source; a part is searched to its end before the next."""
-        part, own = self._locate(sample)
-        for turn in range(len(self.parts) + 1):
-            number = (part + turn) % len(self.parts)
-            status = self.parts[number].status
-            for candidate in range(own + 1 if turn == 0 else 0, len(status)):
-                if status[candidate] == OK:
-                    return candidate + int(self.offsets[number])
-        raise UserError(f"{self.where}: no sample of this data is usable")
 
     def _locate(self, sample: int) -> tuple[int, int]:
         """(part, id in the part) of a sample. Raises IndexError."""

@@ -13,12 +13,19 @@ Several sources, a weight w each: the string holds all shards of a source ⌊w�
 together in a shuffled order that stays, the next (w − ⌊w⌋) part, in a circle from epoch to epoch: every epoch reads
 another part, no part comes again before all others have, and all epochs are of one length. With w > 1 a batch can
 hold a sample twice. n counts what an epoch reads.
+
+A sample that cannot be read is replaced by one that the epoch reads in another batch. The k-th candidate for a slot of
+batch t is in the k-th full batch after t, at the slot that a shuffle of all slots gives: so no two slots of a batch
+have a candidate in common before all batches are through, and in an epoch no sample is the first candidate twice. What
+stands in depends on (seed, epoch, step, slot) and on what is readable: not on rank, world size or worker. It comes
+from the windows that are open anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from itertools import count
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +35,7 @@ from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 
 Ids = NDArray[np.int64]
-SHARDS, WINDOW, TAIL, PART = range(4)  # what a random permutation is for: each draws from a stream of its own
+SHARDS, WINDOW, TAIL, PART, STAND_IN = range(5)  # what a random permutation is for: each draws from a stream of its own
 
 
 class EpochPlan:
@@ -84,6 +91,7 @@ class EpochPlan:
         self._begins: Ids = np.empty(0, np.int64)  # the first of its usable samples that is in it,
         self._starts: Ids = np.empty(0, np.int64)
         self._windows: dict[int, tuple[int, Ids]] = {}  # lane → (number, ids) of the window it is in
+        self._stand_in_slots: dict[int, Ids] = {}  # k → the slot of each slot's k-th stand-in
 
     def batch(self, epoch: int, step: int) -> Ids:
         """Ids of a global batch, int64 [B], in lane order."""
@@ -109,6 +117,25 @@ class EpochPlan:
             return self._tail()[rank * local : (rank + 1) * local]
         return np.concatenate([self._lane(lane, step) for lane in range(rank * share, (rank + 1) * share)])
 
+    def stand_ins(self, epoch: int, step: int, slot: int) -> Iterator[int]:
+        """Ids that may take the place of an unreadable sample, without end, the first choice first.
+
+        Args:
+            epoch, step: of the batch.
+            slot: place of the unreadable sample in the global batch, from 0.
+        """
+        self._turn_to(epoch)
+        # a last batch that is filled from the epoch's beginning has samples of others
+        avoided = frozenset(self._tail().tolist()) if step == self._full_steps else frozenset()
+        share = self.global_batch // self.lanes
+        for k in count(1):
+            if k not in self._stand_in_slots:
+                self._stand_in_slots[k] = self._permutation(self.global_batch, STAND_IN, epoch, k)
+            lane, place = divmod(int(self._stand_in_slots[k][slot]), share)
+            sample = int(self._lane(lane, (step + k) % self._full_steps)[place])
+            if sample not in avoided or k > self._full_steps:
+                yield sample
+
     def _turn_to(self, epoch: int) -> None:
         if epoch != self._epoch:
             pieces = [(self._whole, np.zeros_like(self._whole), self._counts[self._whole])]
@@ -118,6 +145,7 @@ class EpochPlan:
             self._shards, self._begins = shards[order], begins[order]
             self._starts = np.cumsum([0, *counts[order]], dtype=np.int64)
             self._windows.clear()
+            self._stand_in_slots.clear()
             self._epoch = epoch
 
     def _divide(self) -> tuple[Ids, list[tuple[Ids, int]]]:
@@ -194,8 +222,17 @@ class EpochPlan:
         return ids[self._permutation(len(ids), TAIL, self._epoch)]
 
 
-class PlanSampler(Sampler[list[tuple[int, int]]]):
-    """One rank's batches of one epoch, from a step on, as lists of (epoch, id) for torch's DataLoader.
+class Draw(NamedTuple):
+    """A sample's place in an epoch: `slot` of the global batch of `step`."""
+
+    epoch: int
+    sample: int
+    step: int
+    slot: int
+
+
+class PlanSampler(Sampler[list[Draw]]):
+    """One rank's batches of one epoch, from a step on, as lists of draws for torch's DataLoader.
 
     `seek` says which epoch and step the next iteration begins with, so that worker processes outlive an epoch.
     """
@@ -210,8 +247,9 @@ class PlanSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return max(0, self.plan.steps - self.start_step)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         epoch = self.epoch
         for step in range(self.start_step, self.plan.steps):
             ids = self.plan.local_batch(epoch, step, self.rank, self.world_size)
-            yield [(epoch, sample) for sample in ids.tolist()]
+            first = self.rank * len(ids)
+            yield [Draw(epoch, sample, step, first + place) for place, sample in enumerate(ids.tolist())]

@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from disttempnet.errors import UserError
-
 OK = 0  # the status of a usable sample
-BLOCK = 4096  # samples whose status is looked at together
 
 
 class UnreadableCaption(ValueError):
@@ -99,15 +96,6 @@ class Source(ABC):
         """Ids of the usable samples of one group, ascending."""
         first, end = self.first[group : group + 2]
         return np.flatnonzero(self.status[first:end] == OK) + first
-
-    def next_usable(self, sample: int) -> int:
-        """The first usable id after this one; after the last id the search starts over."""
-        after = sample + 1
-        for start in (*range(after, len(self), BLOCK), *range(0, after, BLOCK)):
-            usable = self.status[start : start + BLOCK] == OK
-            if usable.any():
-                return start + int(usable.argmax())
-        raise UserError(f"{self.where}: no sample of this data is usable")
 
     def group_of(self, sample: int) -> int:
         """Number of the group that a sample is in. Raises IndexError."""

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from disttempnet import distributed, sharding
 from disttempnet.config import Config, config_from_table
@@ -52,12 +53,12 @@ class Progress(NamedTuple):
     Attributes:
         step: steps done.
         best: step and score of the best checkpoint; empty before the first evaluation.
-        skipped: reason → samples that could not be read so far.
+        skipped: reason → int64 ids of the samples that could not be read so far; of earlier versions, their number.
     """
 
     step: int = 0
     best: Mapping[str, float] = MappingProxyType({})
-    skipped: Mapping[str, int] = MappingProxyType({})
+    skipped: Mapping[str, Tensor | int] = MappingProxyType({})
 
 
 def save_checkpoint(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from disttempnet.data import Skip
 from disttempnet.evaluation.scores import Scores, to_record
@@ -19,6 +22,7 @@ from disttempnet.evaluation.scores import Scores, to_record
 Report = Callable[[int, int, Mapping[str, float]], None]
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
 NAMED_SKIPPED = 20  # unreadable samples of a run that get a line of their own
+WORRYING_SHARES = (0.01, 0.1, 0.5)  # of unreadable samples: said when they are reached, not at the end of an epoch
 WORTH_A_WORD = 0.1  # of a step's time spent waiting for data: then the progress line says so
 
 
@@ -107,29 +111,57 @@ class RunLog:
 
 
 class Skipped:
-    """Samples that could not be read, of all ranks, since the run began: the first are named, all are counted.
+    """Samples that could not be read, of all ranks, since the run began: each is counted once, the first are named.
 
     Args:
-        reasons: what a checkpoint has kept, reason → samples.
+        samples: N of the source.
+        readable: how many of them an epoch may read.
+        found: what a checkpoint has kept, reason → int64 ids. (Those of earlier versions kept numbers of draws, not
+            samples: these are passed over.)
     """
 
-    def __init__(self, reasons: Mapping[str, int] | None = None) -> None:
-        self.reasons = Counter(reasons)
+    def __init__(self, samples: int, readable: int, found: Mapping[str, Tensor | int] | None = None) -> None:
+        self.readable, self.total = readable, 0
+        self._reasons: list[str] = []
+        self._codes = np.zeros(samples, np.uint8)  # place of the reason in the list, from 1; 0 = nothing is known
+        for reason, ids in (found or {}).items():
+            if isinstance(ids, Tensor):
+                self._codes[ids.numpy()] = self._code(reason)
+                self.total += len(ids)
 
-    @property
-    def total(self) -> int:
-        return self.reasons.total()
+    def _code(self, reason: str) -> int:
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        return min(self._reasons.index(reason) + 1, 255)
 
     def add(self, skips: Iterable[Skip]) -> Iterator[str]:
-        """Count by reason, without its details (`reason: detail`), and yield a line for each of the first 20."""
+        """Count by reason, without its details (`reason: detail`), and yield a line for each of the first 20, and one
+        whenever the share has become one to be worried about."""
         for skip in skips:
-            self.reasons[skip.reason.partition(":")[0]] += 1
+            if self._codes[skip.id]:
+                continue
+            self._codes[skip.id] = self._code(skip.reason.partition(":")[0])
+            self.total += 1
             if self.total <= NAMED_SKIPPED:
                 yield f"skipped {skip.name}: {skip.reason}"
+            if self.total > NAMED_SKIPPED and self.total in [
+                math.ceil(share * self.readable) for share in WORRYING_SHARES
+            ]:
+                yield self.summary()
+
+    def by_reason(self) -> dict[str, Tensor]:
+        """Ids, for a checkpoint."""
+        return {
+            reason: torch.from_numpy(np.flatnonzero(self._codes == code))
+            for code, reason in enumerate(self._reasons, 1)
+        }
 
     def summary(self) -> str:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
-        return f"skipped so far: {self.total:,} samples ({counts})"
+        counts = {reason: len(ids) for reason, ids in self.by_reason().items()}
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda one: -one[1]))
+        share = 100 * self.total / self.readable
+        about = f"{self.total:,} of {self.readable:,} samples ({share:.{2 if share < 1 else 1}f} %) unreadable"
+        return f"skipped so far: {about}: {listed}"
 
 
 def _summary(metrics: Mapping[str, float]) -> str:

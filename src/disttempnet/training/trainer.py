@@ -98,7 +98,9 @@ class Trainer:
         start = checkpoint.Progress()
         if found is not None:
             start = checkpoint.load_checkpoint(found, **self._restorable())
-        self.step, self.best, self.skipped = start.step, dict(start.best), runlog.Skipped(start.skipped)
+        self.step, self.best = start.step, dict(start.best)
+        usable = int(self.data.source.usable_counts.sum())
+        self.skipped = runlog.Skipped(len(self.data.source), min(usable, config.data.limit or usable), start.skipped)
         if config.train.compile:
             compile_towers(self.towers)
         model = ContrastiveModel(
@@ -278,7 +280,7 @@ class Trainer:
             self.folder,
             logit_scale=self._logit_scale(),
             logit_bias=self._logit_bias(),
-            progress=checkpoint.Progress(self.step, self.best, dict(self.skipped.reasons)),
+            progress=checkpoint.Progress(self.step, self.best, self.skipped.by_reason()),
             keep=self.config.train.keep,
             **self._restorable(),
         )
