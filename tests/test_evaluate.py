@@ -141,6 +141,7 @@ def test_other_ranks_leave_the_exit_code_to_rank_0(here: Path, capsys: pytest.Ca
         (["--data-root", "."], "--data-root .: holds none of the 40 tasks (--list says where to get them)"),
         (["--data-root", ".", "--tags", "vtba"], "unknown tag 'vtba'. Did you mean 'vtab'"),
         (["--data-root", ".", "--batch", "0"], "--batch is at least 1"),
+        (["--batch", "-1"], "--batch is at least 1"),
         (["--precision", "bf16"], "--precision goes with --data-root"),
         (["--tasks", "cifar10"], "task 'cifar10' needs its data: set --data-root"),
     ],
@@ -231,6 +232,35 @@ def test_a_folder_of_ones_own_that_is_named_by_a_point(here: Path) -> None:
     assert find_task("folder:.").display == here.name
 
 
+def write_photos(root: Path) -> Path:
+    for place, colour in enumerate(("red", "green", "green")):
+        path = root / colour / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(colour))
+    return root
+
+
+def test_a_path_with_a_comma_and_an_image_that_cannot_be_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photos(here / "my, photos")
+    tasks = ["--tasks", "emoji-concepts,folder:my, photos"]
+    assert main(["evaluate", MODEL, "--list", *tasks]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["emoji-concepts", "folder:my,"]
+    assert main(["evaluate", MODEL, "--tasks", "folder:my, photos", "--out", "out.json"]) == 0
+    assert "my, photos (3 images)" in capsys.readouterr().out
+    (here / "my, photos" / "red" / "1.png").write_bytes(b"no image")
+    (here / "my, photos" / "owl").mkdir()
+    assert main(["evaluate", MODEL, "--tasks", "folder:my, photos", "--out", "out.json"]) == 1
+    shown = capsys.readouterr().out
+    assert "incomplete: my, photos, 1 unreadable or missing: red/1.png" in shown
+    assert "my, photos: left out, without images: owl" in shown
+    assert json.loads(Path("out.json").read_text())["notes"] == {"folder:my, photos": ["left out, without images: owl"]}
+
+
+def test_an_own_task_needs_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", MODEL, "--tasks", "folder:"]) == 2
+    assert capsys.readouterr().err == "disttempnet: task 'folder:': of which folder? folder:PATH\n"
+
+
 def test_evaluate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate"]) == 2
     assert "evaluate what?" in capsys.readouterr().err
@@ -248,6 +278,10 @@ def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = rows[first][-1].removeprefix("djghosh/")
     assert how.splitlines() == [
         f"get one, for example:  hf download --repo-type dataset djghosh/{folder} --local-dir root/{folder}",
+        "looked for below root:  vtab/caltech101 in wds_vtab-caltech101_test or wds_vtab-caltech101; "
+        "vtab/cifar100 in wds_vtab-cifar100_test or wds_vtab-cifar100; "
+        "vtab/clevr_count_all in wds_vtab-clevr_count_all_test or wds_vtab-clevr_count_all; "
+        "the others likewise, or --tasks NAME names them",
         "then unzip the images in that folder: Flickr, MSCOCO, WinoGAViL (DataComp's hf_cache is not read)",
     ]
     assert main(["evaluate", "--list", "--data-root", "root", "--tasks", "cifar10"]) == 0
@@ -269,10 +303,7 @@ def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_and_its_evaluation_in_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cifar(here / "root")
-    for place, colour in enumerate(("red", "green", "green")):
-        path = here / "photos" / colour / f"{place}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(colour))
+    write_photos(here / "photos")
     tasks = 'eval.tasks=["cifar10", "folder:photos"]'
     more = ["eval.data_root=root", tasks, "train.stop_after_steps=0", "train.epochs=1"]
     config = load_config(CONFIG_FOLDER / "debug.toml", ["name=small", "out=runs", *more])

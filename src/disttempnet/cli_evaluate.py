@@ -80,8 +80,12 @@ def add_evaluate_command(commands: Any) -> None:
 
 
 def _words(given: Sequence[str]) -> list[str]:
-    """`a,b c` as well as `a b c`."""
-    return [word for part in given for word in part.split(",") if word]
+    """`a,b c` as well as `a b c`; a comma in data of one's own (folder:PATH) belongs to its path."""
+    from disttempnet.evaluation.readers import OWN
+
+    own = "|".join(OWN)
+    pieces = [piece for part in given for piece in re.split(rf",(?={own})", part)]
+    return [word for piece in pieces for word in ([piece] if re.match(own, piece) else piece.split(",")) if word]
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -135,7 +139,9 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(out, json.dumps({"model": opened.title, **to_record(results)}, indent=2) + "\n")
                 print(f"results: {out}")
-    return 0
+        if not distributed.is_main():
+            return 0  # else a launcher might end rank 0 before its table is printed
+    return int(not all(scores.complete for scores in results.values()))
 
 
 class Opened(NamedTuple):
@@ -195,7 +201,11 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
     from disttempnet.training.stopping import StopSignal
 
     if not any(is_there(task, root) for task in tasks):
-        raise UserError(f"--data-root {root}: holds none of the {len(tasks)} tasks (--list says where to get them)")
+        others = sorted(path.name for path in root.glob("wds_*"))
+        there = f"; {others[0]} is no folder of theirs" if others else ""
+        raise UserError(
+            f"--data-root {root}: holds none of the {len(tasks)} tasks (--list says where to get them){there}"
+        )
     if options.out:
         refuse_unwritable(Path(options.out) / SUMMARY_FILE)  # learnt before the model is loaded
     opened = _open(options.target)

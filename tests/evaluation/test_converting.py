@@ -19,7 +19,7 @@ from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.suite import Suite
 from evaluation.dataroot import CAPTIONED, EXPECTED, WINOGAVIL
 from evaluation.formats import CORRUPT, picture, write_captioned_csv, write_csv, write_winogavil_csv
-from evaluation.test_layouts import write_pickle
+from evaluation.test_folders import write_pickle
 from evaluation.toy import meaning_towers
 
 FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
@@ -98,7 +98,7 @@ def test_folders_of_classes(tmp_path: Path) -> None:
     root = tmp_path / "root"
     assert convert("vtab/dtd", f"folder:{tmp_path / 'images'}", root) == 0
     data = load_task(find_task("vtab/dtd"), root)
-    assert data.heads == ((("red", "blue", ""), ("{c}", "a {c} thing")),)
+    assert data.heads == ((("red", "blue"), ("{c}", "a {c} thing")),), "c is empty, and the last line is blank"
     assert data.labels == (0, 0, 1)
     assert score(root, "vtab/dtd", 3).metrics["acc1"] == 1.0
     with tarfile.open(root / "wds_vtab-dtd_test" / "test" / "0.tar") as tar:

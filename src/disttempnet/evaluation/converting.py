@@ -23,7 +23,8 @@ from disttempnet.data.headers import UNKNOWN, image_header
 from disttempnet.data.meter import Meter
 from disttempnet.errors import UserError
 from disttempnet.evaluation.captioned import RAW_PROTOCOLS
-from disttempnet.evaluation.folders import Pixels, folder_data
+from disttempnet.evaluation.cifar import Pixels
+from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.layouts import folder_names, read_folder
 from disttempnet.evaluation.readers import FOLDER, Sample, Task, TaskData, find_task
 from disttempnet.evaluation.tars import has_tars

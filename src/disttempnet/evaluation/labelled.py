@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from disttempnet.errors import UserError
+from disttempnet.evaluation.classwords import read_lines, without_trailing_blanks
 from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.readers import Head, Sample, Task, TaskData, sample_of
 from disttempnet.evaluation.tars import Span, image_of, members_of, shards_of
@@ -19,7 +20,7 @@ FACES = ("race", "gender", "age", "toxic")
 
 def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
     """A classification task: its tars, class names and templates."""
-    heads = _heads(task, folder, compat)
+    heads, about_words = _heads(task, folder, compat)
     columns = PROTOCOLS[task.protocols[0]].columns
     faces = task.protocols == ("faces",)
     samples: list[Sample] = []
@@ -27,6 +28,7 @@ def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
     rows: list[list[int]] = []
     broken: list[str] = []
     shards, notes = shards_of(folder / "test")
+    notes += about_words
     for name, shard, members in members_of(shards, broken):
         image = image_of(members)
         try:
@@ -58,15 +60,18 @@ def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
     )
 
 
-def _heads(task: Task, folder: Path, compat: str) -> tuple[Head, ...]:
-    names, templates = (
-        _lines(folder / name, blanks=not compat) for name in ("classnames.txt", "zeroshot_classification_templates.txt")
-    )
+def _heads(task: Task, folder: Path, compat: str) -> tuple[tuple[Head, ...], list[str]]:
+    """Classifiers, and what a reader has to know of the files that they are read from."""
+    names, notes = _lines(folder / "classnames.txt", blanks=not compat)
+    templates, more = _lines(folder / "zeroshot_classification_templates.txt", blanks=not compat)
+    notes += more
+    if task.classes and len(names) > task.classes:  # blank lines at the end that are no classes
+        names = [*names[: task.classes], *without_trailing_blanks(names[task.classes :])]
     for template in templates:
         if template and "{c}" not in template:
             raise UserError(f"{folder}: template '{template}' has no {{c}} for the class name")
     if task.protocols != ("faces",):
-        return (Head(names, templates),)
+        return (Head(tuple(names), tuple(templates)),), notes
     parted: list[dict[str, list[str]]] = [{kind: [] for kind in FACES} for _ in range(2)]
     for lines, parts in zip((names, templates), parted, strict=True):
         for line in lines:
@@ -77,19 +82,17 @@ def _heads(task: Task, folder: Path, compat: str) -> tuple[Head, ...]:
     for kind in FACES:
         if not parted[0][kind] or not parted[1][kind]:
             raise UserError(f"{folder}: no class names or no templates that begin with '{kind}:'")
-    return tuple(Head(tuple(parted[0][kind]), tuple(parted[1][kind])) for kind in FACES)
+    return tuple(Head(tuple(parted[0][kind]), tuple(parted[1][kind])) for kind in FACES), notes
 
 
-def _lines(path: Path, blanks: bool) -> tuple[str, ...]:
-    """Stripped lines of a text file; a blank line is a class name too (CLEVR's fourth), unless `blanks` is off."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def _lines(path: Path, blanks: bool) -> tuple[list[str], list[str]]:
+    """Stripped lines of a text file, and notes; a blank line is a class name too (CLEVR's fourth), unless `blanks` is
+    off."""
+    lines, notes = read_lines(path)
     lines = [line for line in lines if line or blanks]
     if not lines:
         raise UserError(f"{path}: is empty")
-    return tuple(lines)
+    return lines, notes
 
 
 def _label(members: Mapping[str, Span]) -> int:

@@ -1,6 +1,6 @@
 """Evaluation data below a data root, as DataComp's and CLIP_benchmark's tools lay it out, and as it is published.
 
-wds_vtab-dtd_test/                          a task's key with "/" as "-"; `fairness/` may be left out
+wds_vtab-dtd_test/                          a task's key with "/" as "-"; `fairness/` and `_test` may be left out
     classnames.txt                          a name a line, line i = label i
     zeroshot_classification_templates.txt   a template a line, {c} = the name
     test/nshards.txt  test/0.tar …          KEY.webp|png|jpg|jpeg, KEY.cls, KEY.npy (metadata), KEY.txt (captions)
@@ -74,6 +74,7 @@ def folder_names(task: Task) -> list[str]:
     """Folders below a data root that a task may lie in, in the order in which they are tried."""
     key = task.name.replace("/", "-")
     names = [f"wds_{key}_test", f"wds_{key.removeprefix('fairness-')}_test", task.source.rpartition("/")[2], *task.also]
+    names += [name.removesuffix("_test") for name in names if name.startswith("wds_")]  # as CLIP_benchmark calls them
     return list(dict.fromkeys(names))
 
 

@@ -28,6 +28,7 @@ from disttempnet.evaluation.tars import Span, image_of, read_tar
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
 FOLDER = "folder:"  # what names of tasks begin with that are no rows
+OWN = (FOLDER,)
 
 
 class Task(Section):
@@ -152,7 +153,9 @@ def all_tasks() -> dict[str, Task]:
 def find_task(name: str) -> Task:
     """The task of that name, or `folder:PATH`, images of one's own; UserError lists those that exist."""
     if name.startswith(FOLDER):
-        title = Path(name.removeprefix(FOLDER)).resolve().name or name
+        if name == FOLDER:
+            raise UserError(f"task '{name}': of which folder? {FOLDER}PATH")
+        title = Path(name.removeprefix(FOLDER)).expanduser().resolve().name or name
         return Task(name=name, display=title, data=name, protocols=("classification",), main="acc1", tags=())
     tasks = all_tasks()
     if name not in tasks:
@@ -172,9 +175,8 @@ def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Ta
 
 
 def task_title(name: str) -> str:
-    """A task's heading in tables; the name itself where tasks.toml does not have it."""
-    tasks = all_tasks()
-    return tasks[name].display if name in tasks else name
+    """A task's heading in tables; the name itself of one that is not known here."""
+    return find_task(name).display if name in all_tasks() or name.startswith(OWN) else name
 
 
 @cache

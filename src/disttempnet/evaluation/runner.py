@@ -158,6 +158,7 @@ def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Te
         trials={key: scores.trials[key] for key in shown if key in scores.trials},
         samples=scores.samples,
         corrupt=scores.corrupt + data.broken + lost,
+        notes=data.notes,
     )
     kept = [data.samples[i] for i in outcome.kept]
     if measured.features is None or data.puzzles:

@@ -20,6 +20,7 @@ class Scores:
         samples: how many images were scored.
         corrupt: keys of images that could not be decoded and are left out.
         undefined: metrics that this task has no value of: accuracy in an empty group, the first five of four classes.
+        notes: what else a reader of the numbers has to know.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -28,6 +29,7 @@ class Scores:
     samples: int = 0
     corrupt: tuple[str, ...] = ()
     undefined: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -55,6 +57,7 @@ def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:
         "trials": {task: scores.trials for task, scores in results.items()},
         "samples": {task: scores.samples for task, scores in results.items()},
         "corrupt": {task: list(scores.corrupt) for task, scores in results.items() if scores.corrupt},
+        "notes": {task: list(scores.notes) for task, scores in results.items() if scores.notes},
     }
 
 
@@ -70,6 +73,7 @@ def from_record(record: Mapping[str, Any]) -> dict[str, Scores]:
             trials={key: int(trials.get(key, samples)) for key in metrics},
             samples=samples,
             corrupt=tuple(record.get("corrupt", {}).get(task, ())),
+            notes=tuple(record.get("notes", {}).get(task, ())),
         )
     return results
 

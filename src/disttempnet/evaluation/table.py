@@ -12,10 +12,12 @@ from rich.text import Text
 
 from disttempnet.evaluation.averages import NAMED, averages, why_not
 from disttempnet.evaluation.captioned import RAW_PROTOCOLS
-from disttempnet.evaluation.layouts import HF_CACHE, download_folder, find_data
+from disttempnet.evaluation.layouts import HF_CACHE, download_folder, find_data, folder_names
 from disttempnet.evaluation.readers import Task, task_title
 from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
+
+LOOKED_FOR = 3  # missing tasks whose folders are named
 
 
 def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
@@ -56,6 +58,8 @@ def _caption(results_by_run: Mapping[str, Mapping[str, Scores]]) -> str | None:
         if keys:
             named = ", ".join(keys[:5]) + (", …" if len(keys) > 5 else "")
             lines.append(f"incomplete: {task_title(task)}, {len(keys)} unreadable or missing: {named}")
+        said = dict.fromkeys(note for results in runs if task in results for note in results[task].notes)
+        lines += [f"{task_title(task)}: {note}" for note in said]
     return "\n".join(lines) or None
 
 
@@ -123,6 +127,9 @@ def _how_to_get(missing: Sequence[Task], root: Path | None) -> list[str]:
         folder = download_folder(missing[0], root or Path("ROOT"))
         command = ["hf", "download", "--repo-type", "dataset", missing[0].source, "--local-dir", str(folder)]
         lines = ["", f"get one, for example:  {shlex.join(command)}"]
+        looked = [f"{task.name} in {' or '.join(folder_names(task))}" for task in missing[:LOOKED_FOR]]
+        more = "; the others likewise, or --tasks NAME names them" if len(missing) > LOOKED_FOR else ""
+        lines.append(f"looked for below {root or 'ROOT'}:  {'; '.join(looked)}{more}")
     if raw := [task for task in missing if task.protocols in RAW_PROTOCOLS]:
         names = ", ".join(task.display for task in raw)
         lines.append(f"then unzip the images in that folder: {names} (DataComp's {HF_CACHE} is not read)")
