@@ -183,7 +183,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = {"model_cfg": config, "preprocess_cfg": {}}
     (model / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        save_model(load_model(f"local-dir:{model}"), model, 100.0)
+        save_model(load_model(str(model / CONFIG_NAME)), model, 100.0)
     keys = [key for key, task in all_tasks().items() if task.below_root]
     (folder / "tasks").write_text("\n".join(keys), encoding="utf-8")
     result: dict[str, Any] = {

@@ -56,7 +56,7 @@ class Run:
         given = {
             "name": "run",
             "out": str(self.out),
-            "model.name": f"local-dir:{home / 'towers'}",
+            "model.name": str(home / "towers" / "open_clip_config.json"),
             "eval.tasks": "[]",
             "data.workers": 1,
             "data.limit": SAMPLES,

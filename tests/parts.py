@@ -85,4 +85,4 @@ def write_architecture(folder: Path, timm_name: str = "test_resnet", image_size:
     shipped["text_cfg"]["context_length"] = CONTEXT
     config = {"model_cfg": shipped, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return f"local-dir:{folder}"
+    return f"{folder}/open_clip_config.json"

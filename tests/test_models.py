@@ -48,7 +48,7 @@ def test_text_positions_are_not_stretched(name: str, tmp_path: Path) -> None:
     config = copy.deepcopy(short)
     config["text_cfg"]["context_length"] = 77
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    towers = load_model(f"local-dir:{tmp_path}")
+    towers = load_model(str(tmp_path / CONFIG_NAME))
     save_model(towers, tmp_path, logit_scale=10.0)
     torch.save(towers.module.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"have 77 text positions, the model has 20: .* local-dir:FOLDER"):

@@ -33,11 +33,15 @@ code 1; neither ends the run.
 examples:
   disttempnet evaluate runs/mine
   disttempnet evaluate runs/mine --data-root /data/datacomp
-  disttempnet evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data-root /data/datacomp --tags imagenet,retrieval
+  disttempnet evaluate ViT-B-32/laion2b_s34b_b79k --data-root /data/datacomp --tags imagenet,retrieval
   disttempnet evaluate runs/mine --data-root /data/datacomp --tasks vtab/dtd imagenet1k --precision fp32
   torchrun --nproc_per_node 8 -m disttempnet evaluate runs/mine --data-root /data/datacomp --workers 8
   disttempnet evaluate --list --data-root /data/datacomp
 """
+TARGETS = (
+    "a run folder, a checkpoint folder, NAME/TAG (ViT-B-32/openai), open_clip:NAME/FILE, a folder with an "
+    "open_clip_config.json or of transformers' CLIPModel, hf-hub:ORG/NAME"
+)
 FIXED = ("checkpoint", "precision", "compat")  # what all results of a folder have in common
 
 
@@ -49,7 +53,12 @@ def add_evaluate_command(commands: Any) -> None:
         description=EVALUATE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    evaluate.add_argument("target", nargs="?", help="a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
+    evaluate.add_argument("target", nargs="?", help=f"one of: {TARGETS}")
+    evaluate.add_argument(
+        "--resize-positions",
+        action="store_true",
+        help="take weights of another image size than the architecture's: interpolate their position embeddings",
+    )
     evaluate.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="rows of tasks.toml")
     evaluate.add_argument(
         "--tags", nargs="+", default=(), metavar="TAG", help="all tasks of a group: imagenet, retrieval, vtab, …"
@@ -100,7 +109,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.list:
         return _list(chosen or [task for task in all_tasks().values() if task.below_root], root)
     if options.target is None:
-        raise UserError("evaluate what? a run folder, a checkpoint folder, or open_clip:NAME[/PRETRAINED]")
+        raise UserError(f"evaluate what? {TARGETS}")
     if root is None:
         for flag in ("precision", "compat", "workers"):
             if getattr(options, flag):
@@ -123,7 +132,7 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
     out = Path(options.out) if options.out else None
     if out is not None:
         refuse_unwritable(out)
-    opened = _open(options.target)
+    opened = _open(options.target, options.resize_positions)
     names, data_root = chosen, None
     if opened.config is not None:
         names = names or list(opened.config.eval.tasks)
@@ -135,9 +144,11 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
         results = evaluate(opened.towers, names, device=device, batch=options.batch, data_root=data_root)
         if distributed.is_main():
             Console().print(results_table({opened.title: results}))
+            _print_notes(opened.notes)
+            record = {"model": opened.title, "notes": list(opened.notes), **to_record(results)}
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(out, json.dumps({"model": opened.title, **to_record(results)}, indent=2) + "\n")
+                write_atomically(out, json.dumps(record, indent=2) + "\n")
                 print(f"results: {out}")
         if not distributed.is_main():
             return 0  # else a launcher might end rank 0 before its table is printed
@@ -151,6 +162,7 @@ class Opened(NamedTuple):
         title: for a reader; model, pretrained: names of the towers and of their weights.
         folder: that results go below, by `name`.
         config: of a run; objective, step: what run.json says, and where the checkpoint stands.
+        notes: what a reader of scores has to know of the weights.
     """
 
     towers: Towers
@@ -162,20 +174,14 @@ class Opened(NamedTuple):
     config: Config | None = None
     objective: dict[str, str] | None = None
     step: int = 0
+    notes: tuple[str, ...] = ()
 
 
-def _open(target: str) -> Opened:
-    if target.startswith("open_clip:"):
-        import torch
+def _open(target: str, resize_positions: bool) -> Opened:
+    from disttempnet.models import read_target
 
-        from disttempnet.models import load_model
-
-        torch.manual_seed(0)  # random towers are the same every time
-        model, _, pretrained = target.removeprefix("open_clip:").partition("/")
-        if model.startswith(("hf-hub:", "local-dir:")):  # these have slashes of their own, and weights
-            model, pretrained = target.removeprefix("open_clip:"), ""
-        words = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
-        return Opened(load_model(model, pretrained), target, model, pretrained, Path(), words)
+    if named := read_target(target):
+        return _open_named(target, *named, resize_positions)
     from disttempnet.losses import OBJECTIVES
     from disttempnet.training.checkpoint import load_run
 
@@ -183,7 +189,26 @@ def _open(target: str) -> Opened:
     recipe = OBJECTIVES[run.config.loss.name]
     objective = {"name": run.config.loss.name, "title": recipe.title, "formula": recipe.formula}
     title, name = f"{run.config.name} @ step {run.step}", f"step-{run.step:08d}"
-    return Opened(run.towers, title, run.config.model.name, title, run.folder, name, run.config, objective, run.step)
+    about = (run.config, objective, run.step, run.towers.notes)
+    return Opened(run.towers, title, run.config.model.name, title, run.folder, name, *about)
+
+
+def _open_named(target: str, model: str, pretrained: str, resize_positions: bool) -> Opened:
+    """Towers that are no run of ours."""
+    import torch
+
+    from disttempnet.models import is_random, load_model
+
+    torch.manual_seed(0)  # random towers are the same every time
+    towers = load_model(model, pretrained, resize_positions=resize_positions)
+    notes = (*towers.notes, *((f"random weights: {target} names none",) if is_random(model, pretrained) else ()))
+    words = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
+    return Opened(towers, target, model, pretrained, Path(), words, notes=notes)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -> int:
@@ -208,7 +233,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
         )
     if options.out:
         refuse_unwritable(Path(options.out) / SUMMARY_FILE)  # learnt before the model is loaded
-    opened = _open(options.target)
+    opened = _open(options.target, options.resize_positions)
     out = Path(options.out) if options.out else opened.folder / "evaluation" / opened.name
     refuse_unwritable(out / SUMMARY_FILE)
     with distributed.session(timeout_minutes=60.0) as device:
@@ -239,6 +264,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
         if not distributed.is_main():
             return 0  # else a launcher might end rank 0 before its table is printed
         _show(every, tasks, opened.title, root)
+        _print_notes(opened.notes)
         print(f"results: {out / RESULTS_FILE}")
     return int(any(record.error for record in records))
 
@@ -261,6 +287,7 @@ def _subject(opened: Opened, precision: str, compat: str) -> Subject:
         versions=provenance()["versions"],
         parameters=sum(p.numel() for p in opened.towers.module.parameters()),
         run=run,
+        notes=opened.notes,
     )
 
 

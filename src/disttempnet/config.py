@@ -120,19 +120,26 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The towers, by an open_clip name or one of the package's own (src/disttempnet/models/*.json)."""
+    """The towers, and what they start from."""
 
-    name: str
+    name: str = Field(
+        description="an open_clip architecture, one of the package's own, a JSON file with one, or a place with its "
+        "weights: hf-hub:ORG/NAME, local-dir:FOLDER"
+    )
     pretrained: str = Field(
         "",
-        description="what to start from: an open_clip tag, a file of weights, a checkpoint folder, or a run folder "
-        "(its best checkpoint); empty = random",
+        description="what to start from: an open_clip tag, a file of weights, a checkpoint folder, a run folder (its "
+        "best checkpoint), hf-hub:ORG/NAME or local-dir:FOLDER; empty = random",
     )
     image_pretrained: str = Field(
         "", description="weights of a timm image tower alone: a file, or a name (resnet50.tv_in1k) to download"
     )
     text_pretrained: str = Field(
         "", description="weights of a Hugging Face text tower alone: a folder, or a name (distilbert-base-uncased)"
+    )
+    resize_positions: bool = Field(
+        False,
+        description="take weights of another image size all the same: interpolate their position embeddings",
     )
     lock_image: bool = Field(False, description="keep the image tower as it is, but for a projection laid on it")
     unlocked_image_groups: int = Field(

@@ -4,6 +4,7 @@ Own architectures are JSON files in models/, in open_clip's format. A saved mode
 `open_clip_config.json` and `open_clip_model.safetensors`: `open_clip.create_model_and_transforms("local-dir:FOLDER")`
 opens it, and so does `pretrained=FOLDER/open_clip_model.safetensors` where open_clip knows the architecture. With a
 Hugging Face text tower the folder also holds that tower's config and tokenizer, and `load_model` opens it, offline.
+Which architecture and which file a name means is origin.py's, how a file is read weights.py's.
 """
 
 from __future__ import annotations
@@ -12,20 +13,18 @@ import functools
 import importlib.util
 import json
 import logging
-import pickle
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from disttempnet.errors import UserError, unknown_name
+from disttempnet.errors import UserError
+from disttempnet.weights import misfit, one_line, read_weights, refusal, without_prefix
 
 MODEL_FOLDER = Path(__file__).parent / "models"
-WEIGHTS_NAME = "open_clip_model.safetensors"
-CONFIG_NAME = "open_clip_config.json"
 
 
 def _allow_torchvision_without_native_ops() -> None:
@@ -51,9 +50,18 @@ _STUBS: list[torch.library.Library] = []  # an operator lives as long as the lib
 _allow_torchvision_without_native_ops()
 
 import open_clip  # noqa: E402
-from open_clip.factory import load_checkpoint, load_state_dict  # noqa: E402
+from open_clip.convert import convert_state_dict, load_big_vision_weights  # noqa: E402
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed  # noqa: E402
+from open_clip.tokenizer import HFTokenizer  # noqa: E402
+from timm.layers import resample_abs_pos_embed  # noqa: E402
 
 from disttempnet import pretrained as parts  # noqa: E402 (torchvision is imported there too)
+from disttempnet import transformers_clip  # noqa: E402
+from disttempnet.origin import CONFIG_NAME as CONFIG_NAME  # noqa: E402
+from disttempnet.origin import WEIGHTS_NAME as WEIGHTS_NAME  # noqa: E402
+from disttempnet.origin import Origin, find_origin  # noqa: E402
+from disttempnet.origin import is_random as is_random  # noqa: E402
+from disttempnet.origin import read_target as read_target  # noqa: E402
 from disttempnet.texts import Tokenizer, accept_trimmed, wordwise  # noqa: E402
 
 open_clip.add_model_config(MODEL_FOLDER)
@@ -74,6 +82,9 @@ class Resizing(NamedTuple):
 
 
 AS_CLIP = Resizing()
+TEXT_POSITIONS = ("positional_embedding", "text.positional_embedding")
+IMAGE_POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
+OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights in OpenAI's own files
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ class Towers:
         image_size: side of the square input in pixels.
         mean, std: per channel, of pixels scaled to [0, 1].
         resizing: how an image becomes that square; many published weights want another than CLIP's own.
+        notes: what was taken from the weights or done to them, in words: a reader of scores has to know it.
     """
 
     name: str
@@ -97,58 +109,60 @@ class Towers:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resizing: Resizing = AS_CLIP
+    notes: tuple[str, ...] = ()
 
     @property
     def embed_dim(self) -> int:
         return int(self.architecture["embed_dim"])
 
 
-def load_model(name: str, pretrained: str = "", *, image_pretrained: str = "", text_pretrained: str = "") -> Towers:
+def load_model(
+    name: str,
+    pretrained: str = "",
+    *,
+    image_pretrained: str = "",
+    text_pretrained: str = "",
+    resize_positions: bool = False,
+) -> Towers:
     """Build towers by name, randomly initialised or from weights.
 
     Args:
-        name: an open_clip architecture (`ViT-B-32`), one of the package's own, `hf-hub:…` or `local-dir:FOLDER`.
-        pretrained: weights of both towers: an open_clip tag, the path of a file (.safetensors, .pt), or a saved
-            model's folder, which also says how its pixels are normalised.
+        name: an open_clip architecture (`ViT-B-32`), one of the package's own, or the path of a JSON file with one:
+            random towers, unless `pretrained` gives them weights. `hf-hub:ORG/NAME` and `local-dir:FOLDER` bring their
+            weights with them.
+        pretrained: weights of both towers: an open_clip tag, the path of a file (.safetensors, .pt), a folder that
+            save_model, open_clip or transformers (CLIPModel) wrote, `hf-hub:…` or `local-dir:…`. What says how pixels
+            are normalised is taken along.
         image_pretrained: weights of a timm image tower alone, and the normalisation that goes with them: a file, or
             a name that timm knows.
         text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, or a name of the hub.
+        resize_positions: take weights of another image size, with their position embeddings interpolated.
 
     Raises:
         UserError: unknown name or tag, missing or unfitting weights, a damaged `open_clip_config.json`.
     """
-    folder = _saved_folder(pretrained)
-    weights = str(folder / WEIGHTS_NAME) if folder else pretrained
-    schema = name.startswith(("hf-hub:", "local-dir:"))
-    if not schema and name not in open_clip.list_models():
-        raise UserError(unknown_name("model", name, open_clip.list_models()))
-    given: dict = {}
-    saved: dict = {}
-    if folder and (folder / CONFIG_NAME).is_file():
-        given, saved = _read_config(folder, "preprocess_cfg"), _read_config(folder, "model_cfg")
     silenced, root = logging.root.manager.disable, logging.getLogger()
     handlers = list(root.handlers)
-    logging.disable(logging.WARNING)  # open_clip warns about random weights, which is what is asked for here
+    logging.disable(logging.WARNING)  # libraries warn about random weights, which is what is asked for here
     try:
-        # open_clip reads no weights beside a schema: a saved folder then stands for the one it began from
-        origin = f"local-dir:{folder}" if schema and saved else name
-        architecture = _architecture(origin)
-        if "init_logit_bias" in saved:
-            architecture["init_logit_bias"] = saved["init_logit_bias"]
-        module, tokenizer = _build(origin, architecture, folder, weights, text_pretrained)
-        _refuse_stretched_positions(module, weights)
-        if image_pretrained:
-            given = given | parts.load_image_tower(module, image_pretrained)
-    except (RuntimeError, ValueError, OSError, SafetensorError, pickle.UnpicklingError) as error:
-        named = {"weights": weights, "image weights": image_pretrained, "text weights": text_pretrained}
+        origin = find_origin(name, pretrained)
+        state, changes = _state(origin)
+        architecture = {**origin.architecture, **changes}
+        module, tokenizer = _build(name, architecture, origin, text_pretrained)
+        notes = [*origin.notes, *(["QuickGELU, as OpenAI's weights want it"] if "quick_gelu" in changes else [])]
+        if origin.weights is not None:
+            notes += _fill(module, name, origin.weights, state, resize_positions)
+        own = parts.load_image_tower(module, image_pretrained) if image_pretrained else {}
+    except (RuntimeError, ValueError, OSError) as error:
+        named = {"weights": pretrained, "image weights": image_pretrained, "text weights": text_pretrained}
         what = ", ".join([f"model '{name}'", *(f"{kind} '{path}'" for kind, path in named.items() if path)])
-        raise UserError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{what} cannot be loaded: {one_line(error)}") from None
     finally:
         logging.disable(silenced)
         root.handlers[:] = handlers
     accept_trimmed(module)
-    preprocess = {**PREPROCESS, **open_clip.get_model_preprocess_cfg(module), **given}
-    size = preprocess["size"]
+    preprocess = {**PREPROCESS, **origin.preprocess, **own}
+    size = module.visual.image_size
     return Towers(
         name=name,
         module=module,
@@ -160,72 +174,146 @@ def load_model(name: str, pretrained: str = "", *, image_pretrained: str = "", t
         resizing=Resizing(
             str(preprocess.get("resize_mode", "shortest")), str(preprocess.get("interpolation", "bicubic"))
         ),
+        notes=tuple(notes),
     )
 
 
-def _build(
-    name: str, architecture: dict, folder: Path | None, weights: str, text_pretrained: str
-) -> tuple[open_clip.CLIP, Tokenizer]:
-    """The module, with the weights of both towers if there are any, and its tokenizer."""
-    if parts.has_hf_text(architecture) and not name.startswith("hf-hub:") and (not weights or Path(weights).is_file()):
-        local = _saved_folder(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
-        beside = [where for where in (folder, local) if where and (where / parts.HF_CONFIG_NAME).is_file()]
-        source = text_pretrained or str(beside[0] if beside else architecture["text_cfg"]["hf_model_name"])
+def _state(origin: Origin) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of an origin's file, and what it alone says of the architecture: a bias, OpenAI's activation."""
+    if origin.weights is None or origin.weights.suffix == ".npz":
+        return {}, {}
+    state, changes = read_weights(origin.weights), dict[str, Any]()
+    if transformers_clip.has_its_names(state):
+        if not origin.from_transformers:
+            raise refusal(
+                origin.weights,
+                "it has the names of transformers' CLIPModel: name its folder, whose "
+                f"{transformers_clip.CONFIG_NAME} says which activation it was trained with",
+            )
+        state = transformers_clip.open_clip_state(state)
+    biases = [value for key, value in state.items() if key.split(".")[-1] == "logit_bias"]
+    if biases and origin.architecture.get("init_logit_bias") is None:
+        changes["init_logit_bias"] = float(biases[0])
+    if state.keys() >= OPENAI and not origin.architecture.get("quick_gelu"):
+        changes["quick_gelu"] = True
+    return {key: value for key, value in state.items() if key not in OPENAI}, changes
+
+
+def _build(name: str, architecture: dict, origin: Origin, text_pretrained: str) -> tuple[open_clip.CLIP, Tokenizer]:
+    """The module, random but for the encoder of `text_pretrained`, and its tokenizer."""
+    if parts.has_hf_text(architecture):
+        beside = origin.folder if origin.folder and (origin.folder / parts.HF_CONFIG_NAME).is_file() else None
+        source = text_pretrained or str(beside or architecture["text_cfg"]["hf_model_name"])
         module = parts.build_with_hf_text(architecture, source, with_weights=bool(text_pretrained))
-        if not weights and local and (local / WEIGHTS_NAME).is_file():
-            weights = str(local / WEIGHTS_NAME)
-        if weights:
-            load_checkpoint(module, weights, strict=True)
         return module, parts.hf_tokenizer(source, module)
     if text_pretrained:
         raise UserError(f"model '{name}' has no Hugging Face text tower that model.text_pretrained could be for")
-    bias = {key: architecture[key] for key in ("init_logit_bias",) if key in architecture}
-    module = open_clip.create_model(name, pretrained=weights or None, **bias)
-    return module, wordwise(open_clip.get_tokenizer(name))
+    wanted = deepcopy(architecture)
+    wanted["vision_cfg"].pop("timm_model_pretrained", None)
+    kind = open_clip.CustomTextCLIP if wanted.pop("custom_text", False) else open_clip.CLIP
+    try:
+        module = (open_clip.CoCa if "multimodal_cfg" in wanted else kind)(**wanted)
+    except (TypeError, AttributeError, KeyError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"model '{name}': open_clip cannot build its architecture: {one_line(error)}") from None
+    return module, _tokenizer(name, architecture["text_cfg"], origin.folder)
 
 
-def _refuse_stretched_positions(module: open_clip.CLIP, weights: str) -> None:
+def _tokenizer(name: str, text_cfg: dict, folder: Path | None) -> Tokenizer:
+    """Captions → tokens, for a text tower of open_clip's own."""
+    if text_cfg.get("hf_tokenizer_name"):
+        parts.import_transformers()
+        return HFTokenizer(
+            str(folder) if folder and (folder / "tokenizer_config.json").is_file() else text_cfg["hf_tokenizer_name"],
+            context_length=text_cfg.get("context_length", 77),
+            tokenizer_mode=text_cfg.get("tokenizer_mode"),
+            **{**text_cfg.get("tokenizer_kwargs", {}), "trust_remote_code": False},
+        )
+    if name in open_clip.list_models():
+        return wordwise(open_clip.get_tokenizer(name))
+    kwargs = text_cfg.get("tokenizer_kwargs", {})
+    return wordwise(open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length", 77), **kwargs))
+
+
+def _fill(module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor], resize: bool) -> list[str]:
+    """Give a module the weights of a file, in place; returns what was done to them.
+
+    Args:
+        state: of the file, in open_clip's names or nearly so; empty for the arrays of big_vision.
+        resize: whether image positions are interpolated to another number of them.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    if path.suffix == ".npz":
+        _fill_from_big_vision(module, name, path)
+        return []
+    own = module.state_dict()
+    state = _as_open_clip(module, without_prefix(path, state, [key for key in own if key.startswith("visual.")]))
+    if wrong := misfit(state, own, (*TEXT_POSITIONS, *IMAGE_POSITIONS)):
+        raise refusal(path, f"not weights of {name}: {wrong}")
+    _refuse_stretched_positions(path, state, own)
+    notes = _fit_image_positions(module, path, state, own, resize)
+    module.load_state_dict(state, strict=False)
+    return notes
+
+
+def _fill_from_big_vision(module: open_clip.CLIP, name: str, path: Path) -> None:
+    try:
+        load_big_vision_weights(module, str(path))
+    except Exception as error:  # its arrays are looked up one by one, in whatever model this is
+        raise refusal(path, f"not big_vision's weights of {name}: {one_line(error)}") from None
+
+
+def _as_open_clip(module: open_clip.CLIP, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names and shapes that this module's text tower and logit scale have; older files have others."""
+    state = dict(convert_state_dict(module, state))
+    own = module.state_dict()
+    if "positional_embedding" in state and "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    if "text.positional_embedding" in state and "positional_embedding" in own:
+        state = {key.removeprefix("text."): value for key, value in state.items()}
+    if "logit_bias" in own and "logit_scale" in state:  # a model without one adds nothing
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+    for key in ("logit_scale", "logit_bias"):
+        if key in state and key in own and state[key].numel() == 1:
+            state[key] = state[key].reshape(own[key].shape)
+    counters = [key for key in state if key.endswith("embeddings.position_ids") and key not in own]
+    return {key: value for key, value in state.items() if key not in counters}
+
+
+def _refuse_stretched_positions(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     """open_clip fits the text positions of a file to a model with more or fewer of them by interpolation: captions
     lie at other places then, and scores are wrong without a word."""
-    if not Path(weights).is_file() or Path(weights).suffix in (".npz", ".npy"):
-        return  # a tag, or big_vision arrays: those stand for one architecture
-    if weights.endswith(".safetensors"):
-        with safe_open(weights, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no dict)
-    else:
-        shapes = {key: value.shape for key, value in load_state_dict(weights).items() if hasattr(value, "shape")}
-    own = module.state_dict()
-    for key in ("positional_embedding", "text.positional_embedding"):
-        name = key if key in own else f"text.{key}"
-        if key in shapes and name in own and shapes[key][0] != own[name].shape[0]:
+    for key in TEXT_POSITIONS:
+        if key in own and len(state[key]) != len(own[key]):
             raise UserError(
-                f"weights '{weights}' have {shapes[key][0]} text positions, the model has {own[name].shape[0]}: name "
+                f"weights '{path}' have {len(state[key])} text positions, the model has {len(own[key])}: name "
                 "the architecture that they were trained with, or open a saved folder as local-dir:FOLDER"
             )
 
 
-def _saved_folder(pretrained: str) -> Path | None:
-    """The folder of a saved model that a path means: itself, or its file of weights."""
-    path = Path(pretrained)
-    if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
-        return path.parent
-    return path if pretrained and path.is_dir() else None
-
-
-def _architecture(name: str) -> dict:
-    if name.startswith("local-dir:"):
-        return _read_config(Path(name.removeprefix("local-dir:")), "model_cfg")
-    return open_clip.get_model_config(name.split("/")[-1] if name.startswith("hf-hub:") else name) or {}
-
-
-def _read_config(folder: Path, section: str) -> dict:
-    """A section of a folder's `open_clip_config.json`."""
-    path = folder / CONFIG_NAME
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))[section])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not an open_clip config with a '{section}'"
-        raise UserError(f"{path}: {why}") from None
+def _fit_image_positions(
+    module: open_clip.CLIP, path: Path, state: dict[str, Tensor], own: dict[str, Tensor], resize: bool
+) -> list[str]:
+    """Interpolate the image positions of weights of another image size, in place, where that is asked for."""
+    key = next((key for key in IMAGE_POSITIONS if key in own), None)
+    if key is None or state[key].shape == own[key].shape:
+        return []
+    before, now = (value.shape[-2] for value in (state[key], own[key]))
+    what = f"weights '{path}' are of another image size: {before} image positions, the model has {now}"
+    if not resize:
+        raise UserError(
+            f"{what}: name the architecture of their size, or have them interpolated by model.resize_positions=true "
+            "(evaluate: --resize-positions)"
+        )
+    if key == IMAGE_POSITIONS[0]:
+        resize_pos_embed(state, module)
+    else:
+        trunk = module.visual.trunk
+        state[key] = resample_abs_pos_embed(
+            state[key], list(trunk.patch_embed.grid_size), num_prefix_tokens=trunk.num_prefix_tokens
+        )
+    return [f"{what}, to which they were interpolated"]
 
 
 def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: float | None = None) -> None:

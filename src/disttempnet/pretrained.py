@@ -23,9 +23,9 @@ from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from disttempnet.errors import UserError
+from disttempnet.weights import SUFFIXES, listed, misfit, read_weights, refuse_other_files, without_prefix
 
 HF_CONFIG_NAME = "config.json"
-WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 NO_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 arch_dict["distilbert"] = {
@@ -59,8 +59,9 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
         UserError: transformers is not installed, or the encoder is of no kind that open_clip knows.
         OSError, ValueError, RuntimeError: what transformers raises on a source that it cannot read.
     """
-    transformers = _transformers()
-    config = transformers.AutoConfig.from_pretrained(source)
+    transformers = import_transformers()
+    refuse_unreadable(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in arch_dict:
         raise UserError(f"{source}: a text tower of kind '{config.model_type}'; known: {', '.join(arch_dict)}")
     for name in NO_DROPOUT:
@@ -81,11 +82,36 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
         proj_type=text_cfg.get("hf_proj_type", "linear"),
     )
     if with_weights:
-        module.text.transformer = transformers.AutoModel.from_pretrained(source, config=config).float()
+        module.text.transformer = _encoder(transformers, source, config)
+    if getattr(config, "is_encoder_decoder", False):
+        module.text.transformer = module.text.transformer.encoder
     if text_cfg.get("hf_pooler_type") != "cls_pooler" and hasattr(module.text.transformer, "pooler"):
         module.text.transformer.pooler = None  # nothing would reach it, and data parallel wants no idle parameter
     module.context_length, module.vocab_size = text_cfg["context_length"], config.vocab_size
     return module
+
+
+def refuse_unreadable(source: str) -> None:
+    """Raise UserError where a folder has a file of weights that is none: a Git LFS pointer, a web page, empty."""
+    folder = Path(source)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin":
+            refuse_other_files(path)
+
+
+def _encoder(transformers: ModuleType, source: str, config: Any) -> nn.Module:
+    """The encoder with its weights; transformers draws at random what a file lacks, which is refused here."""
+    encoder, found = transformers.AutoModel.from_pretrained(
+        source, config=config, trust_remote_code=False, output_loading_info=True
+    )
+    lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    if lacking:
+        beside = sorted(found["unexpected_keys"])
+        has = f"; has {listed(beside)}" if beside else ""
+        raise UserError(
+            f"model.text_pretrained: {source}: not weights of {config.model_type}: lacks {listed(lacking)}{has}"
+        )
+    return encoder.float()
 
 
 def hf_tokenizer(source: str, module: CustomTextCLIP) -> HFTokenizer:
@@ -93,9 +119,9 @@ def hf_tokenizer(source: str, module: CustomTextCLIP) -> HFTokenizer:
 
     The text tower's attention mask is `tokens != pad`, so both must mean the same by padding.
     """
-    _transformers()
+    import_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism; it warns of forks
-    tokenizer = HFTokenizer(source, context_length=module.context_length)
+    tokenizer = HFTokenizer(source, context_length=module.context_length, trust_remote_code=False)
     pad, expected = tokenizer.tokenizer.pad_token_id, module.text.config.pad_token_id
     if pad != expected:
         raise UserError(f"{source}: its tokenizer pads with token {pad}, its model expects {expected}")
@@ -125,29 +151,27 @@ def load_image_tower(module: nn.Module, source: str) -> dict[str, Any]:
     trunk = getattr(module.visual, "trunk", None)
     if trunk is None:
         raise UserError("model.image_pretrained is for timm image towers; this model takes model.pretrained")
-    if Path(source).suffix in WEIGHT_SUFFIXES:
-        if not Path(source).is_file():
+    own = trunk.state_dict()
+    if Path(source).suffix in SUFFIXES or Path(source).is_file():
+        if not Path(source).exists():
             raise UserError(f"model.image_pretrained: {source}: no such file")
-        weights, known = timm.models.load_state_dict(source), trunk.pretrained_cfg
+        weights, known = without_prefix(source, read_weights(source, prefer_ema=True), own), trunk.pretrained_cfg
     else:
         whole = timm.create_model(source, pretrained=True)
         weights, known = whole.state_dict(), whole.pretrained_cfg
     heads = known.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     weights = {key: value for key, value in weights.items() if not key.startswith(tuple(f"{h}." for h in heads))}
-    own = trunk.state_dict()
-    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
-    strange = [key for key in weights if key not in own or weights[key].shape != own[key].shape]
-    if missing or strange:
-        what = f"lacks {missing[0]}" if missing else f"has a strange {strange[0]}"
+    if wrong := misfit(weights, own):
         raise UserError(
-            f"model.image_pretrained: {source}: not weights of timm's {trunk.pretrained_cfg['architecture']}: {what}"
+            f"model.image_pretrained: {source}: not weights of timm's {trunk.pretrained_cfg['architecture']}: {wrong}"
         )
     trunk.load_state_dict(weights, strict=False)
     return {"mean": tuple(known["mean"]), "std": tuple(known["std"])}
 
 
-def _transformers() -> ModuleType:
+def import_transformers() -> ModuleType:
+    """The library, silent; UserError where it is not installed."""
     try:
         import transformers
     except ImportError:

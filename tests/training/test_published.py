@@ -163,7 +163,7 @@ def small(name: str, folder: Path) -> list[str]:
         parts.write_text_folder(folder / "distilbert")
     return [
         *overrides,
-        f"model.name={json.dumps(f'local-dir:{folder}/architecture')}",
+        f"model.name={json.dumps(f'{folder}/architecture/open_clip_config.json')}",
         f"model.image_pretrained={json.dumps(str(folder / 'resnet.safetensors'))}",
         f"model.text_pretrained={json.dumps(str(folder / 'distilbert'))}",
     ]

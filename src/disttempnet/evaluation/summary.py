@@ -33,6 +33,7 @@ class Subject:
         parameters: of both towers; 0 where unknown.
         run: of a run its `name`, `config` (resolved, a plain table), `objective` (as in run.json) and `step`; empty for
             other models. Runs whose configs differ in the seed alone are one group of a report.
+        notes: what was taken from the weights or done to them, in words (`Towers.notes`).
     """
 
     model: str
@@ -43,6 +44,7 @@ class Subject:
     versions: Mapping[str, str] = field(default_factory=dict)
     parameters: int = 0
     run: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def title(self) -> str:

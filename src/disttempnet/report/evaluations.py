@@ -202,6 +202,7 @@ def warnings(every: Sequence[Evaluated]) -> list[str]:
     lines = []
     for one in every:
         average = one.averages["datacomp"]
+        lines += [f"{one.result.config['out']}: {note}" for note in (one.subject.notes if one.subject else ())]
         if noted := notes(one.records):
             lines.append(f"{one.result.config['out']}: may not compare with others. {'; '.join(noted)}")
         if not average.complete:

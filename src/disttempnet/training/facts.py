@@ -47,6 +47,7 @@ def write_facts(
         "num_samples": data.plan.samples,
         "data": data_facts(data.source),
         "parameters": sum(p.numel() for p in towers.module.parameters()),
+        "model_notes": list(towers.notes),
     }
     facts.setdefault("started", _now())  # kept where a run goes on
     if finished:

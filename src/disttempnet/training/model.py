@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from disttempnet.config import Config, LossConfig
 from disttempnet.errors import UserError
 from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss
-from disttempnet.models import Towers, encode_images, encode_texts
+from disttempnet.models import Towers, encode_images, encode_texts, is_random
 
 
 class Encoder(nn.Module):
@@ -91,7 +91,7 @@ def refuse_if_nothing_is_trained(config: Config, loss: Objective) -> None:
     """Raise UserError where frozen towers would be random, or would leave nothing to train."""
     if config.train.freeze != "towers":
         return
-    if not config.model.pretrained and not config.model.name.startswith(("hf-hub:", "local-dir:")):
+    if is_random(config.model.name, config.model.pretrained):
         raise UserError(
             'train.freeze = "towers" needs trained ones: set model.pretrained to an open_clip tag, a checkpoint folder '
             "or a run folder"

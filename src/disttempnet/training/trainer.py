@@ -70,7 +70,11 @@ class Trainer:
             load_model(own.name, weights)
             if found
             else load_model(
-                own.name, weights, image_pretrained=own.image_pretrained, text_pretrained=own.text_pretrained
+                own.name,
+                weights,
+                image_pretrained=own.image_pretrained,
+                text_pretrained=own.text_pretrained,
+                resize_positions=own.resize_positions,
             )
         )
         # a wrong [loss] is refused before any shard is read
@@ -131,7 +135,8 @@ class Trainer:
         log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
         about = distributed.describe(self.device, self.config.train.timeout_minutes)
         plan = facts.plan_line(self.config, self.data, self.step)
-        for line in (about, *self._passed_over, plan, *facts.about_data(facts.data_facts(self.data.source))):
+        skipped = facts.about_data(facts.data_facts(self.data.source))
+        for line in (about, *self._passed_over, *self.towers.notes, plan, *skipped):
             log.say(line)
         for temperature in optim.own_rate(self.loss):
             if not temperature.learning_rate(self.config.train.epochs - 1):

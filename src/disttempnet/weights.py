@@ -1,0 +1,296 @@
+"""Files of weights: what kind of file one is, its state dict, and whether that fits a model.
+
+Nothing in a file is executed. A pickle may name tensors and plain containers, as torch's `weights_only=True` has it,
+and records that people keep beside weights (RECORDS): of those nothing is made, an inert object stands for each. A
+file that names anything else is refused.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from disttempnet.errors import UserError
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".npz")
+RECORDS = {  # packages whose objects stand beside weights: arguments, scores, dates, paths, settings of a trainer
+    "accelerate", "argparse", "datetime", "lightning", "lightning_fabric", "numpy", "omegaconf",
+    "pathlib", "pytorch_lightning", "transformers", "typing",
+}  # fmt: skip
+PLAIN = ("bool", "dict", "float", "frozenset", "int", "list", "range", "slice", "str", "tuple")  # types by name
+NESTED = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "weights")
+NESTED_EMA = ("state_dict_ema", "model_ema")
+DEEPEST = 4  # dicts within each other
+# What torch.compile, FSDP, activation checkpointing and Fabric put into the names of parameters, at any depth.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+NAMED = 3  # keys that a message lists
+TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
+
+
+def read_weights(path: str | Path, prefer_ema: bool = False) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU.
+
+    Args:
+        path: of safetensors or torch.save, whatever its name ends in; the state dict itself, or a dict that holds it
+            under one of NESTED (a trainer's checkpoint).
+        prefer_ema: take the moving average where a file has both, as timm does.
+
+    Raises:
+        UserError: in one line what the file is, if not that.
+    """
+    path = Path(path)
+    refuse_other_files(path)
+    if _is_safetensors(path):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise refusal(path, f"it is cut off or damaged ({one_line(error)})") from None
+    return _state_dict(path, _unpickled(path), (*NESTED_EMA, *NESTED) if prefer_ema else NESTED)
+
+
+def refusal(path: str | Path, why: str) -> UserError:
+    """The error that every file of weights which cannot be loaded ends in."""
+    return UserError(f"weights '{path}' cannot be loaded: {why}")
+
+
+def one_line(error: object, longest: int = 500) -> str:
+    """What an exception or a text of another library says, without colours, line breaks and control characters."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= longest else f"{text[:longest]} …"
+
+
+def refuse_other_files(path: Path) -> None:
+    """Raise UserError where the first bytes of a file say that it holds no weights.
+
+    Raises:
+        UserError: no such file; an empty one, a Git LFS pointer, a web page, an archive, TorchScript, …
+    """
+    if not path.is_file():
+        raise refusal(path, "no such file" if not path.exists() else "it is no regular file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise refusal(path, str(error.strerror)) from None
+    if why := _other_kind(path, head):
+        raise refusal(path, why)
+
+
+def _other_kind(path: Path, head: bytes) -> str:
+    """What a file is that holds no weights of PyTorch, and what to do; empty where it may hold some."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "it is empty (0 bytes): copy or download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer in place of the weights: get them with `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "it is a web page (HTML), which a download gave in place of the weights: download it again"
+    for begin, kind in (
+        (b"\x89HDF", "HDF5 (Keras, TensorFlow)"),
+        (b"GGUF", "GGUF"),
+        (b"\x93NUMPY", "one NumPy array"),
+        (b"\x1f\x8b", "gzip: unpack it"),
+    ):
+        if head.startswith(begin):
+            return f"it is a file of another kind, {kind}; safetensors and files of torch.save are read"
+    if head[257:262] == b"ustar":
+        return "it is a tar archive: unpack it, and name the file of weights in it"
+    if head.startswith(b"PK\x03\x04"):
+        return _other_zip(path)
+    if _is_safetensors(path) or head.startswith(b"\x80"):
+        return ""
+    if text.startswith((b"{", b"[")):
+        return "it is JSON, a config or an index, not weights"
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
+        return f"it is a text file (it begins with {one_line(head[:40].decode('ascii'))!r})"
+    return f"it is neither safetensors nor a file of torch.save (it begins with {head[:8]!r})"
+
+
+def _other_zip(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return "it is cut off or damaged: copy or download it again"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "it is TorchScript, a program with its weights, and is not run: save these alone by "
+            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pt')"
+        )
+    if any(name.endswith("data.pkl") for name in names):
+        return ""
+    if names and all(name.endswith(".npy") for name in names):
+        return "it is an archive of NumPy arrays; only big_vision's SigLIP is read from those"
+    return "it is a zip archive that torch.save did not write: unpack it"
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes of length, then JSON; however short the file then is."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
+
+
+class _Inert:
+    """Stands for any object, or function, of RECORDS in a file: takes whatever that is made from, and keeps nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Entries:
+    """A `collections.defaultdict` in a file, read as a dict."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return {}
+
+
+def _unpickled(path: Path) -> Any:
+    """What torch.save wrote, with nothing made but tensors and containers.
+
+    Raises:
+        UserError: another file, a damaged one, or objects of other kinds in it.
+    """
+    try:
+        named = _globals(path)
+    except Exception as error:  # foreign bytes: the parsers of Python raise what they like on them
+        raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({one_line(error)})") from None
+    inert: list[Any] = [
+        (_Inert, name) for name in named if name.partition(".")[0] in RECORDS
+    ]  # torch knows its own first
+    inert += [(_Entries, "collections.defaultdict"), *((_Inert, f"builtins.{name}") for name in PLAIN)]
+    with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old formats and pickle protocols: they load, or do not
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                raise refusal(
+                    path,
+                    f"it holds objects of Python, such as {found[1]}, which could run code and are not read: save the "
+                    "weights alone, by torch.save(model.state_dict(), FILE)",
+                ) from None
+            why = one_line(str(error).partition("WeightsUnpickler error:")[2] or error, 200) or type(error).__name__
+            raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({why})") from None
+
+
+def _globals(path: Path) -> set[str]:
+    """MODULE.NAME of all that the pickle of a file refers to; nothing is made of them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            return _globals_in(archive.open(name), 1)
+    with path.open("rb") as file:
+        if not file.read(len(TORCH_PICKLE)) == TORCH_PICKLE:
+            raise ValueError("a pickle of another program")
+        return _globals_in(file, 3)  # version, machine, content
+
+
+def _globals_in(file: Any, pickles: int) -> set[str]:
+    return {
+        str(argument).replace(" ", ".")
+        for _ in range(pickles)
+        for code, argument, _ in pickletools.genops(file)
+        if code.name == "GLOBAL"
+    }
+
+
+def _state_dict(path: Path, content: Any, nested: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict in what a file holds.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    for _ in range(DEEPEST):
+        if not isinstance(content, Mapping):
+            what = "one tensor" if isinstance(content, Tensor) else f"a {type(content).__name__}"
+            raise refusal(path, f"it holds {what}, not a state dict")
+        inside = [key for key in nested if isinstance(content.get(key), Mapping)][:1]
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        if not inside and tensors:
+            return tensors
+        inside = inside or [key for key, value in content.items() if _has_tensors(value)]
+        if len(inside) > 1:
+            raise refusal(path, f"it holds several state dicts ({listed(inside)}): save the one alone")
+        if not inside:
+            break
+        content = content[inside[0]]
+    keys = f", only {listed(content)}" if content else ": an empty dict"
+    raise refusal(path, f"it holds no weights{keys}")
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
+
+
+def without_prefix(path: str | Path, state: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """A state dict with the names that a model knows, without what wrappers put before or into them.
+
+    The prefix is that behind which most of the wanted keys stand; what stands elsewhere is no part of the model then.
+
+    Args:
+        path: named in errors.
+        wanted: keys of the model.
+
+    Raises:
+        UserError: the model is there more than once.
+    """
+    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    wanted = set(wanted)
+    found: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        found.update(
+            "".join(f"{part}." for part in parts[:cut]) for cut in range(len(parts)) if ".".join(parts[cut:]) in wanted
+        )
+    most = max(found.values(), default=0)
+    prefixes = [prefix for prefix, count in found.items() if count == most]
+    if 2 * most <= len(wanted) or "" in prefixes:
+        return state
+    if len(prefixes) > 1:
+        raise refusal(path, f"it holds the model {len(prefixes)} times, below {listed(prefixes)}: save the one alone")
+    return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
+
+
+def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], apart_from: Collection[str] = ()) -> str:
+    """In words why a state dict is not that of a model; empty if it is.
+
+    Args:
+        own: the state dict of the model; the counters of its BatchNorm may be missing.
+        apart_from: keys whose shapes may differ.
+    """
+    lacking = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    strange = [key for key in state if key not in own]
+    shapes = [
+        f"{key} of {_shape(value)} (the model: {_shape(own[key])})"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape and key not in apart_from
+    ]
+    said = [("lacks", lacking), ("has", strange), ("other shapes:", shapes)]
+    return "; ".join(f"{verb} {listed(found)}" for verb, found in said if found)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "one number"
+
+
+def listed(names: Iterable[Any], most: int = NAMED) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(one_line(name, 100) for name in names[:most]) + more
