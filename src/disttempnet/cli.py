@@ -9,12 +9,16 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from disttempnet.cli_data import add_data_commands
 from disttempnet.cli_evaluate import add_evaluate_command
 from disttempnet.cli_export import add_export_command
 from disttempnet.cli_launch import add_launch_command
-from disttempnet.errors import Preempted, UserError, show_notices_plainly
+from disttempnet.errors import Preempted, UserError, show_notices_plainly, unknown_name
+from disttempnet.machine import memory_named
+from disttempnet.paths import path_argument
+from disttempnet.ranges import BATCH, Range, whole
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -95,8 +99,23 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+JOBS = whole(1, 1024)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one line that names the nearest word."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+            raise argparse.ArgumentError(None, unknown_name(what or action.dest, str(value), map(str, action.choices)))
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         prog="disttempnet",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -106,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train DistTempNet-v1 and CLIP on the embedded data, compare, report")
-    demo.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
+    demo.add_argument("--out", type=path_argument, metavar="FOLDER", help="folder of run folders (default: runs)")
     demo.add_argument("--fresh", action="store_true", help="remove an earlier demo in that folder and start over")
     demo.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config keys for both runs, e.g. train.epochs=2"
@@ -122,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
     train.add_argument(
         "--resume",
+        type=path_argument,
         default="never",
         metavar="auto|CHECKPOINT",
         help="auto: continue from the run's last checkpoint if there is one; or a checkpoint folder",
@@ -142,7 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compare.add_argument("grid", help="a TOML file, or the name of a shipped one: compare")
-    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, a process each (default: 1)")
+    compare.add_argument(
+        "--jobs", type=JOBS.parse, default=1, metavar="N", help="runs at a time, a process each (default: 1)"
+    )
     compare.add_argument("--list", action="store_true", help="print the grid and how far each run is; train nothing")
     compare.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the file, or config keys of every run"
@@ -159,10 +181,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder, folder of run folders, compact .jsonl, or evaluation"
+        "runs",
+        nargs="+",
+        type=path_argument,
+        metavar="RUN",
+        help="run folder, folder of run folders, compact .jsonl, or evaluation",
     )
     report.add_argument(
-        "--out", default="report.html", metavar="FILE", help=".html .md .tex .csv .jsonl (default: report.html)"
+        "--out",
+        type=path_argument,
+        default="report.html",
+        metavar="FILE",
+        help=".html .md .tex .csv .jsonl (default: report.html)",
     )
     report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
     report.set_defaults(run=_report)
@@ -173,21 +203,31 @@ def build_parser() -> argparse.ArgumentParser:
         description=TEMPERATURE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    temperature.add_argument("target", metavar="RUN", help="a run folder (its last checkpoint) or a checkpoint folder")
+    temperature.add_argument(
+        "target", type=path_argument, metavar="RUN", help="a run folder (its last checkpoint) or a checkpoint folder"
+    )
     data = temperature.add_mutually_exclusive_group()
-    data.add_argument("--shards", default="", metavar="SPEC", help="pairs: shards or a listing, as in data.train")
-    data.add_argument("--images", default="", metavar="DIR", help="images only: .jpg .jpeg .png .webp, at any depth")
-    data.add_argument("--captions", default="", metavar="FILE", help="captions only: one a line")
-    temperature.add_argument("--out", metavar="FILE", help="table, .csv or .parquet (default: RUN/temperatures.csv)")
+    data.add_argument(
+        "--shards", type=path_argument, metavar="SPEC", help="pairs: shards or a listing, as in data.train"
+    )
+    data.add_argument(
+        "--images", type=path_argument, metavar="DIR", help="images only: .jpg .jpeg .png .webp, at any depth"
+    )
+    data.add_argument("--captions", type=path_argument, metavar="FILE", help="captions only: one a line")
+    temperature.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="table, .csv or .parquet (default: RUN/temperatures.csv)"
+    )
     temperature.add_argument(
         "--columns", nargs="*", default=["label"], metavar="KEY", help="keys of the samples' .json (default: label)"
     )
-    temperature.add_argument("--gallery", metavar="FILE.html", help="write a page as well")
+    temperature.add_argument("--gallery", type=path_argument, metavar="FILE.html", help="write a page as well")
     temperature.add_argument(
         "--frequency-by", default="label", metavar="KEY", help="key of the .json that is counted (default: label)"
     )
-    temperature.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
-    temperature.set_defaults(run=_temperature)
+    temperature.add_argument(
+        "--batch", type=BATCH.parse, default=256, metavar="N", help="images a forward pass (default: 256)"
+    )
+    temperature.set_defaults(run=_temperature, memory="lower --batch")
     add_data_commands(commands)
     add_launch_command(commands)
     return parser
@@ -203,39 +243,39 @@ def config_reference() -> str:
     for name, field in Config.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            for key, inner in kind.model_fields.items():
-                default = "required" if inner.is_required() else f"default {inner.default!r}"
-                lines.append(f"  {name}.{key}  ({default})  {inner.description or ''}".rstrip())
+            lines += [_key_line(f"{name}.{key}", inner) for key, inner in kind.model_fields.items()]
         elif name == "loss":
             lines.append(
-                "  loss.name and the arguments of that objective, e.g. loss.rho; another name drops the file's [loss]"
+                "  loss.name and the arguments of that objective, e.g. loss.rho; another name drops the file's [loss]\n"
+                "  (`disttempnet objectives` lists them with their ranges)"
             )
         else:
-            default = "required" if field.is_required() else f"default {field.default!r}"
-            lines.append(f"  {name}  ({default})  {field.description or ''}".rstrip())
+            lines.append(_key_line(name, field))
     return "\n".join(lines)
+
+
+def _key_line(key: str, field: Any) -> str:
+    """A key of the config with its default, the numbers that it takes, and what it means."""
+    facts = ["required" if field.is_required() else f"default {field.default!r}"]
+    facts += [str(one) for one in field.metadata if isinstance(one, Range)]
+    return f"  {key}  ({'; '.join(facts)})  {field.description or ''}".rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user can fix ends in one line on stderr and code 2."""
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    # Overrides may also stand behind the flags: `train demo.toml --resume auto train.epochs=2`.
-    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unknown arguments: {' '.join(rest)} (see disttempnet {options.command or ''} --help)")
-    elif rest:
-        options.overrides += rest
-    if options.version:
-        from disttempnet import __version__
-
-        print(f"disttempnet {__version__}")
-        return 0
-    if options.command is None:
-        parser.print_help()
-        return 2
     try:
+        parser = build_parser()
+        options = _parsed(parser, arguments)
+        if options.version:
+            from disttempnet import __version__
+
+            print(f"disttempnet {__version__}")
+            return 0
+        if options.command is None:
+            parser.print_help()
+            return 2
         _refuse_repeated(getattr(options, "overrides", ()))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), memory_named(getattr(options, "memory", "work on less at a time")):
             show_notices_plainly()
             return options.run(options)
     except UserError as error:
@@ -249,6 +289,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parsed(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides may also stand behind the flags: `train demo.toml --resume auto train.epochs=2`."""
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
+        command = f"disttempnet {options.command or ''}".rstrip()
+        parser.exit(2, f"disttempnet: unknown arguments: {' '.join(rest)} (see {command} --help)\n")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _refuse_repeated(overrides: Sequence[str]) -> None:
@@ -309,9 +360,11 @@ def _temperature(options: argparse.Namespace) -> int:
 
     out = Path(options.out or Path(options.target, "temperatures.csv"))
     gallery = Path(options.gallery) if options.gallery else None
+    if gallery is not None and gallery.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--gallery {gallery}: the page is an .html file")
     rows = write_temperatures(
         options.target,
-        Source(options.shards, options.images, options.captions),
+        Source(options.shards or "", options.images or "", options.captions or ""),
         out,
         columns=options.columns,
         gallery=gallery,
@@ -329,4 +382,4 @@ def _temperature(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from disttempnet.demo import run_demo
 
-    return 0 if run_demo(Path(options.out), options.overrides, options.fresh) else 143
+    return 0 if run_demo(options.out, options.overrides, options.fresh) else 143

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from disttempnet.cli_task import add_task_command
 from disttempnet.errors import UserError
 from disttempnet.machine import cores
+from disttempnet.paths import path_argument
+from disttempnet.ranges import GIGABYTES, SAMPLES, SEED, WORKERS, whole
 
 if TYPE_CHECKING:
     from disttempnet.config import SourceConfig
     from disttempnet.data.faults import Fault
 
+COUNT = whole(1, 10**9)
 SPEC = "shards or another layout, as in data.train"
 
 INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
@@ -98,7 +101,7 @@ def run_index(options: argparse.Namespace) -> int:
     from disttempnet.data.listing import is_listing, open_listing
     from disttempnet.data.summary import index_summary, listing_summary
 
-    workers, console = _asked_workers(options), Console()
+    workers, console = options.workers, Console()
     for source in _sources(options):
         if is_listing(source):
             if options.checksum:
@@ -114,11 +117,11 @@ def run_index(options: argparse.Namespace) -> int:
 def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """What a source needs to be opened."""
     if several:
-        parser.add_argument("spec", nargs="+", metavar="SPEC", help=SPEC)
+        parser.add_argument("spec", nargs="+", type=path_argument, metavar="SPEC", help=SPEC)
     else:
-        parser.add_argument("spec", metavar="SPEC", help=SPEC)
+        parser.add_argument("spec", type=path_argument, metavar="SPEC", help=SPEC)
     parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
-    parser.add_argument("--images", default="", metavar="DIR", help="listings: folder of relative image paths")
+    parser.add_argument("--images", type=path_argument, metavar="DIR", help="listings: folder of relative image paths")
     parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
     parser.add_argument(
         "--join-rows",
@@ -126,9 +129,15 @@ def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
         default=True,
         help="listings: rows of one image are one sample with all their captions (default)",
     )
-    parser.add_argument("--index", default="", metavar="FILE", help="file of the index (default: beside the data)")
-    parser.add_argument("--cache", default="", metavar="DIR", help="remote shards: folder that they are kept in")
-    parser.add_argument("--cache-gb", type=float, metavar="GB", help="remote shards: what they may take (default: 100)")
+    parser.add_argument(
+        "--index", type=path_argument, metavar="FILE", help="file of the index (default: beside the data)"
+    )
+    parser.add_argument(
+        "--cache", type=path_argument, metavar="DIR", help="remote shards: folder that they are kept in"
+    )
+    parser.add_argument(
+        "--cache-gb", type=GIGABYTES.parse, metavar="GB", help="remote shards: what they may take (default: 100)"
+    )
 
 
 def _sources(options: argparse.Namespace) -> list[SourceConfig]:
@@ -136,10 +145,10 @@ def _sources(options: argparse.Namespace) -> list[SourceConfig]:
 
     given = [options.spec] if isinstance(options.spec, str) else options.spec
     specs = [spec for one in given for spec in one.split("::")]
+    if not all(spec.strip() for spec in specs):
+        raise UserError(f"'{'::'.join(given)}' names an empty source beside '::': leave it out")
     if options.index and len(specs) > 1:
         raise UserError(f"--index names one index, but there are {len(specs)} data sets: take them one by one")
-    if options.cache_gb is not None and options.cache_gb <= 0:
-        raise UserError(f"--cache-gb {options.cache_gb:g}: more than 0")
     keys = ("caption_key", "images", "image_key", "join_rows", "index", "cache", "cache_gb")
     values = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     return [SourceConfig(path=spec, **values) for spec in specs]
@@ -148,9 +157,11 @@ def _sources(options: argparse.Namespace) -> list[SourceConfig]:
 def _add_preview(parts: Any) -> None:
     preview = parts.add_parser("preview", help="random samples with captions and ids on one sheet")
     _add_source(preview)
-    preview.add_argument("--out", default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)")
-    preview.add_argument("--count", type=int, default=48, metavar="N", help="samples (default: 48)")
-    preview.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    preview.add_argument(
+        "--out", type=path_argument, default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)"
+    )
+    preview.add_argument("--count", type=COUNT.parse, default=48, metavar="N", help="samples (default: 48)")
+    preview.add_argument("--seed", type=SEED.parse, default=0, metavar="N", help="which ones (default: 0)")
     preview.set_defaults(run=_preview)
 
 
@@ -158,7 +169,6 @@ def _preview(options: argparse.Namespace) -> int:
     from disttempnet.data import open_source
     from disttempnet.data.preview import write_preview
 
-    _refuse_negative(options, "seed")
     out = Path(options.out)
     note = write_preview(open_source(_sources(options)), out, options.count, options.seed)
     print(f"preview: {out.resolve()}")
@@ -168,24 +178,11 @@ def _preview(options: argparse.Namespace) -> int:
 
 
 def _add_workers(parser: argparse.ArgumentParser, default: str = "one a core") -> None:
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help=f"processes (default: {default})")
-
-
-def _asked_workers(options: argparse.Namespace) -> int:
-    """As many as were asked for; 0 where none were."""
-    if options.workers < 0:
-        raise UserError(f"--workers {options.workers}: a number of processes, 0 for the default")
-    return int(options.workers)
+    parser.add_argument("--workers", type=WORKERS.parse, default=0, metavar="N", help=f"processes (default: {default})")
 
 
 def _workers(options: argparse.Namespace) -> int:
-    return _asked_workers(options) or cores()
-
-
-def _refuse_negative(options: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} {getattr(options, name)}: at least 0")
+    return options.workers or cores()
 
 
 def _add_verify(parts: Any) -> None:
@@ -196,9 +193,13 @@ def _add_verify(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(verify, several=True)
-    verify.add_argument("--sample", type=int, default=0, metavar="N", help="read this many random samples of each only")
-    verify.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
-    verify.add_argument("--out", metavar="FILE", help="write all that is broken, a line of JSON each")
+    verify.add_argument(
+        "--sample", type=SAMPLES.parse, default=0, metavar="N", help="read this many random samples of each only"
+    )
+    verify.add_argument("--seed", type=SEED.parse, default=0, metavar="N", help="which ones (default: 0)")
+    verify.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="write all that is broken, a line of JSON each"
+    )
     _add_workers(verify)
     verify.set_defaults(run=_verify)
 
@@ -210,7 +211,6 @@ def _verify(options: argparse.Namespace) -> int:
     from disttempnet.data.verifying import verify
     from disttempnet.data.workers import stopped_by_sigterm
 
-    _refuse_negative(options, "sample", "seed")
     workers, everything = _workers(options), []
     with stopped_by_sigterm():
         for source in _sources(options):
@@ -240,11 +240,11 @@ def _add_shard(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(shard)
-    shard.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
-    shard.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="default: 10000")
+    shard.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the shards go")
+    shard.add_argument("--samples-per-shard", type=COUNT.parse, default=10_000, metavar="N", help="default: 10000")
     shard.add_argument(
         "--resize",
-        type=int,
+        type=whole(0, 65_535).parse,
         default=0,
         metavar="PIXELS",
         help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
@@ -255,7 +255,9 @@ def _add_shard(parts: Any) -> None:
         default="first",
         help="what .txt holds of several: the first, for training, or all, one a line, for retrieval (default: first)",
     )
-    shard.add_argument("--quality", type=int, default=95, help="of those JPEGs (default: 95)")
+    shard.add_argument(
+        "--quality", type=whole(1, 100).parse, default=95, metavar="N", help="of those JPEGs (default: 95)"
+    )
     _add_workers(shard)
     shard.set_defaults(run=_shard)
 
@@ -297,12 +299,20 @@ def _add_download(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     download.add_argument("name", choices=("cc3m", "cc12m"), help="the data set")
-    download.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
-    download.add_argument("--tsv", metavar="FILE", help="its list (default: its public name, in this folder)")
-    download.add_argument("--processes", type=int, metavar="N", help="default: one a core")
-    download.add_argument("--threads", type=int, default=64, metavar="N", help="of each process (default: 64)")
+    download.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the shards go")
     download.add_argument(
-        "--image-size", type=int, default=256, metavar="PIXELS", help="shorter side of larger images (default: 256)"
+        "--tsv", type=path_argument, metavar="FILE", help="its list (default: its public name, in this folder)"
+    )
+    download.add_argument("--processes", type=whole(1, 1024).parse, metavar="N", help="default: one a core")
+    download.add_argument(
+        "--threads", type=whole(1, 1024).parse, default=64, metavar="N", help="of each process (default: 64)"
+    )
+    download.add_argument(
+        "--image-size",
+        type=whole(1, 65_535).parse,
+        default=256,
+        metavar="PIXELS",
+        help="shorter side of larger images (default: 256)",
     )
     download.add_argument("--dry-run", action="store_true", help="print the command of img2dataset only")
     download.set_defaults(run=_download)

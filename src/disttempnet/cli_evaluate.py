@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disttempnet.errors import Preempted, UserError
 from disttempnet.machine import cores
+from disttempnet.paths import path_argument
+from disttempnet.ranges import BATCH, WORKERS
 
 if TYPE_CHECKING:
     import torch
@@ -53,17 +55,21 @@ def add_evaluate_command(commands: Any) -> None:
         description=EVALUATE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    evaluate.add_argument("target", nargs="?", help=f"one of: {TARGETS}")
+    evaluate.add_argument("target", nargs="?", type=path_argument, help=f"one of: {TARGETS}")
     evaluate.add_argument(
         "--resize-positions",
         action="store_true",
         help="take weights of another image size than the architecture's: interpolate their position embeddings",
     )
-    evaluate.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="rows of tasks.toml")
+    evaluate.add_argument(
+        "--tasks", nargs="+", type=path_argument, default=(), metavar="TASK", help="rows of tasks.toml"
+    )
     evaluate.add_argument(
         "--tags", nargs="+", default=(), metavar="TAG", help="all tasks of a group: imagenet, retrieval, vtab, …"
     )
-    evaluate.add_argument("--data-root", metavar="DIR", help="folder of the data of DataComp's tasks")
+    evaluate.add_argument(
+        "--data-root", type=path_argument, metavar="DIR", help="folder of the data of DataComp's tasks"
+    )
     evaluate.add_argument("--list", action="store_true", help="print the tasks, and which are there; evaluate nothing")
     evaluate.add_argument(
         "--precision",
@@ -77,15 +83,20 @@ def add_evaluate_command(commands: Any) -> None:
         default="",
         help="with --data-root: read class names as the CLIP_benchmark 1.4 that DataComp pins, without blank ones",
     )
-    evaluate.add_argument("--workers", type=int, metavar="N", help="with --data-root: decoding processes of each rank")
-    evaluate.add_argument("--batch", type=int, default=256, help="images a forward pass (default: 256)")
+    evaluate.add_argument(
+        "--workers", type=WORKERS.parse, metavar="N", help="with --data-root: decoding processes of each rank"
+    )
+    evaluate.add_argument(
+        "--batch", type=BATCH.parse, default=256, metavar="N", help="images a forward pass (default: 256)"
+    )
     evaluate.add_argument(
         "--out",
+        type=path_argument,
         metavar="PATH",
         help="with --data-root a folder (default: RUN/evaluation/STEP, or evaluation/NAME), else a JSON file "
         "(default: RUN/results.json)",
     )
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, memory="lower --batch")
 
 
 def _words(given: Sequence[str]) -> list[str]:
@@ -103,8 +114,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     root = Path(options.data_root) if options.data_root else None
     if root is not None and not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
-    if options.batch < 1 or (options.workers or 0) < 0:
-        raise UserError("--batch is at least 1, --workers at least 0")
     chosen = choose_tasks(_words(options.tasks), _words(options.tags))
     if options.list:
         return _list(chosen or [task for task in all_tasks().values() if task.below_root], root)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disttempnet.errors import UserError
+from disttempnet.paths import path_argument
 
 EXPORT = """RESULTS is what `evaluate --data-root` wrote: a folder with eval_results.jsonl and summary.json.
 
@@ -29,9 +30,9 @@ def add_export_command(commands: Any) -> None:
         description=EXPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("results", nargs="+", metavar="RESULTS", help="folder of an evaluation")
+    export.add_argument("results", nargs="+", type=path_argument, metavar="RESULTS", help="folder of an evaluation")
     export.add_argument("--to", required=True, choices=("clip-benchmark", "openclip-csv"), help="the form")
-    export.add_argument("--out", required=True, metavar="PATH", help="a folder, or a .csv file")
+    export.add_argument("--out", type=path_argument, required=True, metavar="PATH", help="a folder, or a .csv file")
     export.set_defaults(run=_export)
 
 

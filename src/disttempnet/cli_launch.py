@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
+from disttempnet.ranges import SEED, whole
 
 if TYPE_CHECKING:
     from disttempnet.config import LossConfig
@@ -32,8 +33,8 @@ def add_launch_command(commands: Any) -> None:
     )
     launch.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
     launch.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
-    launch.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes (default: 4)")
-    launch.add_argument("--gpus", type=int, default=2, metavar="N", help="GPUs of a node (default: 2)")
+    launch.add_argument("--nodes", type=whole(1, 100_000).parse, default=4, metavar="N", help="nodes (default: 4)")
+    launch.add_argument("--gpus", type=whole(1, 1024).parse, default=2, metavar="N", help="GPUs of a node (default: 2)")
     launch.add_argument("--partition", default="", help="partition (default: the site's)")
     launch.add_argument("--account", default="", help="account (default: the site's)")
     launch.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit (default: 24:00:00)")
@@ -48,9 +49,7 @@ def run_launch(options: argparse.Namespace) -> int:
 
     # overrides behind --seeds are taken for seeds by argparse
     overrides = [*options.overrides, *(word for word in options.seeds if "=" in word)]
-    seeds = [word for word in options.seeds if "=" not in word]
-    if not all(seed.isdecimal() for seed in seeds):
-        raise UserError(f"launch: --seeds {' '.join(seeds)}: different numbers from 0 on")
+    seeds = [_seed(word) for word in options.seeds if "=" not in word]
     config = load_config(options.config, overrides)
     job = Job(
         name=config.name,
@@ -60,12 +59,19 @@ def run_launch(options: argparse.Namespace) -> int:
         time=options.time,
         partition=options.partition,
         account=options.account,
-        seeds=tuple(map(int, seeds)),
+        seeds=tuple(seeds),
     )
     text = script(job, options.config, config, overrides)
     _refuse_wrong_loss(config.loss)
     print(text if options.dry_run else submit(text), end="" if options.dry_run else "\n")
     return 0
+
+
+def _seed(word: str) -> int:
+    try:
+        return int(SEED.parse(word))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"launch: --seeds: {error}") from None
 
 
 def _refuse_wrong_loss(loss: LossConfig) -> None:

@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from disttempnet.paths import path_argument
+from disttempnet.ranges import whole
+
 TASK = """Writes the raw data of an evaluation task as its tars below a data root, in the layout of DataComp's download:
 ROOT/wds_TASK_test/test/0.tar …. `evaluate` reads raw folders as they are and gives the same numbers; tars are for disks
 that many nodes read, where a hundred thousand small files are slow. Where both are below the root, the tars are taken.
@@ -37,10 +40,14 @@ def add_task_command(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     task.add_argument("task", metavar="TASK", help="a task of `evaluate --list`")
-    task.add_argument("source", metavar="RAW", help="its raw folder, or folder:PATH")
-    task.add_argument("--out", required=True, metavar="ROOT", help="the data root")
+    task.add_argument("source", type=path_argument, metavar="RAW", help="its raw folder, or folder:PATH")
+    task.add_argument("--out", type=path_argument, required=True, metavar="ROOT", help="the data root")
     task.add_argument(
-        "--samples-per-shard", type=int, default=1000, metavar="N", help="images of a tar (default: 1000)"
+        "--samples-per-shard",
+        type=whole(1, 10**9).parse,
+        default=1000,
+        metavar="N",
+        help="images of a tar (default: 1000)",
     )
     task.set_defaults(run=_task)
 

@@ -6,16 +6,26 @@ Unknown keys and wrong types are refused with the file, the key and the nearest 
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from disttempnet.config_file import CONFIG_FOLDER as CONFIG_FOLDER
 from disttempnet.config_file import apply_override, read_run
 from disttempnet.errors import UserError, unknown_name
+from disttempnet.paths import Home, expand_home
+from disttempnet.ranges import BATCH, GIGABYTES, SAMPLES, SEED, WORKERS, Range, whole
+
+Place = Annotated[str, Home()]  # a path, or a name that may be one
+PlaceOrNone = Annotated[str, Home(empty=True)]  # where nothing has a meaning
+STEPS = whole(0, 10**12)
+SHOWN = 60  # characters of a wrong value
 
 
 class Section(BaseModel):
@@ -25,25 +35,26 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """One place that training samples come from."""
 
-    path: str = Field(description="as data.train")
-    weight: float = Field(
+    path: Place = Field(description="as data.train")
+    weight: Annotated[float, Range(0, 1000, above=True)] = Field(
         1.0,
-        gt=0,
         description="how often an epoch reads each of its samples, on average, with one crop and caption an epoch",
     )
-    index: str = Field("", description="file where the index is written; empty = beside the data")
+    index: PlaceOrNone = Field("", description="file where the index is written; empty = beside the data")
     caption_key: str = Field(
         "",
         description="key of a sample's .json, or of a listing's rows, that holds its caption or captions; empty = "
         ".txt, and in rows one of caption, captions, title, text",
     )
-    cache: str = Field("", description="remote shards: folder that they are kept in; empty = the user's cache")
-    cache_gb: float = Field(
-        100.0, gt=0, description="remote shards: gigabytes that they may take in the cache, those of all sources"
+    cache: PlaceOrNone = Field("", description="remote shards: folder that they are kept in; empty = the user's cache")
+    cache_gb: Annotated[float, GIGABYTES] = Field(
+        100.0, description="remote shards: gigabytes that they may take in the cache, those of all sources"
     )
-    images: str = Field("", description="listings: folder of relative paths; empty = the listing's or the one above")
+    images: PlaceOrNone = Field(
+        "", description="listings: folder of relative paths; empty = the listing's or the one above"
+    )
     image_key: str = Field("", description="listings: key or column of the image; empty = image, filepath, path, …")
-    join_rows: bool = Field(
+    join_rows: StrictBool = Field(
         True, description="listings: rows of one image are one sample with all their captions; false = a sample a row"
     )
 
@@ -72,28 +83,32 @@ class DataConfig(Section):
         description="open_clip: random crop of 90-100 %; tempnet: crop of 50-100 %, flip, RandAugment(2, 7); "
         "emoji: crop of 60-100 %, no flip (arrows have a direction)",
     )
-    draft: bool = Field(
+    draft: StrictBool = Field(
         False,
         description="decode JPEGs at the smallest of 1/8, 1/4, 1/2 that still covers the crop: quicker where images "
         "are over twice as large as the model's input, and slightly other pixels",
     )
-    global_batch: int = Field(gt=1, description="samples a step over all ranks")
-    lanes: int = Field(
-        8, gt=0, description="parallel reading lanes; every world size that divides it sees the same batches"
+    global_batch: Annotated[int, whole(2, 2**24)] = Field(description="samples a step over all ranks")
+    lanes: Annotated[int, whole(1, 65_536)] = Field(
+        8, description="parallel reading lanes; every world size that divides it sees the same batches"
     )
-    shuffle_window: int = Field(16384, gt=0, description="samples a lane that are shuffled together")
+    shuffle_window: Annotated[int, whole(1, 2**31)] = Field(
+        16384, description="samples a lane that are shuffled together"
+    )
     tail: Literal["wrap", "drop"] = Field(
         "wrap", description="last batch of an epoch: filled from the epoch's beginning, or dropped"
     )
-    workers: int = Field(2, ge=0, description="loader processes a rank; 0 loads in the training process")
-    limit: int = Field(0, ge=0, description="use only the first this many readable samples; 0 = all")
+    workers: Annotated[int, WORKERS] = Field(2, description="loader processes a rank; 0 loads in the training process")
+    limit: Annotated[int, SAMPLES] = Field(0, description="use only the first this many readable samples; 0 = all")
 
     @field_validator("train", mode="before")
     @classmethod
     def _sources_one_by_one(cls, train: Any) -> Any:
         """Check each source by itself: a fault in one would be told as one of both kinds that `train` may be."""
         if isinstance(train, str) and train:
-            return train
+            if not all(part.strip() for part in train.split("::")):
+                raise ValueError(f"names an empty source beside '::': leave it out (got {train!r})")
+            return expand_home(train)
         if not isinstance(train, (list, tuple)) or not train:
             raise ValueError(f"must name a source, or a list of them, [{{path = …}}, …] (got {train!r})")
         return tuple(_source(item, f"source {number}") for number, item in enumerate(train, 1))
@@ -122,31 +137,33 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The towers, and what they start from."""
 
-    name: str = Field(
+    name: Place = Field(
         description="an open_clip architecture, one of the package's own, a JSON file with one, or a place with its "
         "weights: hf-hub:ORG/NAME, local-dir:FOLDER"
     )
-    pretrained: str = Field(
+    pretrained: PlaceOrNone = Field(
         "",
         description="what to start from: an open_clip tag, a file of weights, a checkpoint folder, a run folder (its "
         "best checkpoint), hf-hub:ORG/NAME or local-dir:FOLDER; empty = random",
     )
-    image_pretrained: str = Field(
+    image_pretrained: PlaceOrNone = Field(
         "", description="weights of a timm image tower alone: a file, or a name (resnet50.tv_in1k) to download"
     )
-    text_pretrained: str = Field(
+    text_pretrained: PlaceOrNone = Field(
         "", description="weights of a Hugging Face text tower alone: a folder, or a name (distilbert-base-uncased)"
     )
-    resize_positions: bool = Field(
+    resize_positions: StrictBool = Field(
         False,
         description="take weights of another image size all the same: interpolate their position embeddings",
     )
-    lock_image: bool = Field(False, description="keep the image tower as it is, but for a projection laid on it")
-    unlocked_image_groups: int = Field(
-        0, ge=0, description="last groups of layers of a locked image tower that are trained"
+    lock_image: StrictBool = Field(False, description="keep the image tower as it is, but for a projection laid on it")
+    unlocked_image_groups: Annotated[int, whole(0, 1000)] = Field(
+        0, description="last groups of layers of a locked image tower that are trained"
     )
-    lock_text: bool = Field(False, description="keep the text tower as it is, but for a projection laid on it")
-    unlocked_text_layers: int = Field(0, ge=0, description="last layers of a locked text tower that are trained")
+    lock_text: StrictBool = Field(False, description="keep the text tower as it is, but for a projection laid on it")
+    unlocked_text_layers: Annotated[int, whole(0, 1000)] = Field(
+        0, description="last layers of a locked text tower that are trained"
+    )
     batch_norm: Literal["global", "frozen"] = Field(
         "global",
         description="global: BatchNorm takes the statistics of the global batch, whatever the world size; "
@@ -183,44 +200,57 @@ class LossConfig(BaseModel):
 class OptimConfig(Section):
     """AdamW for the towers: linear warm-up, then a cosine. The temperature's own rate is in [loss]."""
 
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(0.02, ge=0, description="on matrices only: not on gains, biases, embeddings' scale")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.98, ge=0, lt=1)
-    eps: float = Field(1e-6, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    lr_end: float = Field(0.0, ge=0, description="where the cosine ends")
-    grad_clip: float = Field(
-        0.0, ge=0, description="largest gradient norm of the towers (frozen: of the rest); 0 = none"
+    lr: Annotated[float, Range(0, 10, above=True)]
+    weight_decay: Annotated[float, Range(0, 10)] = Field(
+        0.02, description="on matrices only: not on gains, biases, embeddings' scale"
     )
+    beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    beta2: Annotated[float, Range(0, 1, below=True)] = 0.98
+    eps: Annotated[float, Range(0, 1, above=True)] = 1e-6
+    warmup_steps: Annotated[int, STEPS] = Field(
+        0, description="steps over which the rate rises to lr; a warm-up that the run does not outlast is shortened"
+    )
+    lr_end: Annotated[float, Range(0, 10)] = Field(0.0, description="where the cosine ends; at most lr")
+    grad_clip: Annotated[float, Range(0, 10**6)] = Field(
+        0.0, description="largest gradient norm of the towers (frozen: of the rest); 0 = none"
+    )
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimConfig:
+        if self.lr_end > self.lr:
+            raise ValueError(f"lr_end {self.lr_end:g} is above lr {self.lr:g}: the cosine falls; set optim.lr_end too")
+        return self
 
 
 class TrainConfig(Section):
     """How long, how precise, what is trained, what is saved when."""
 
-    epochs: int = Field(gt=0)
+    epochs: Annotated[int, whole(1, 10**6)]
     freeze: Literal["", "towers"] = Field(
         "", description="towers: keep those of model.pretrained as they are and train the temperature only"
     )
-    seed: int = 2024
+    seed: Annotated[int, SEED] = 2024
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
-    compile: bool = Field(False, description="torch.compile the towers")
-    accumulate: int = Field(
+    compile: StrictBool = Field(False, description="torch.compile the towers")
+    accumulate: Annotated[int, whole(1, 65_536)] = Field(
         1,
-        gt=0,
         description="embed a process's part of a batch in this many chunks: the gradient of the whole batch with the "
         "memory of a chunk, for a second forward pass of the towers",
     )
-    shard: bool = Field(
+    shard: StrictBool = Field(
         False,
         description="share parameters, gradients and moments of the towers out over the processes (FSDP2), for towers "
         "that outgrow a GPU: less memory, half as much communication again",
     )
-    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = once an epoch")
-    keep: int = Field(2, gt=0, description="how many of the latest checkpoints stay")
-    stop_after_steps: int = Field(0, ge=0, description="end early at this step, schedules unchanged; 0 = full length")
-    timeout_minutes: float = Field(10.0, gt=0, description="how long a rank waits for the others")
+    log_every: Annotated[int, whole(1, 10**6)] = Field(10, description="steps between lines of metrics.jsonl")
+    checkpoint_every: Annotated[int, STEPS] = Field(0, description="steps between checkpoints; 0 = once an epoch")
+    keep: Annotated[int, whole(1, 10**6)] = Field(2, description="how many of the latest checkpoints stay")
+    stop_after_steps: Annotated[int, STEPS] = Field(
+        0, description="end early at this step, schedules unchanged; 0 = full length"
+    )
+    timeout_minutes: Annotated[float, Range(0, 10_080, above=True)] = Field(
+        10.0, description="how long a rank waits for the others"
+    )
 
     @model_validator(mode="after")
     def _shares_out_what_is_trained(self) -> TrainConfig:
@@ -234,23 +264,30 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """What is measured during and after training."""
 
-    tasks: tuple[str, ...] = Field((), description="rows of evaluation/tasks.toml, or folder:PATH")
-    data_root: str = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
-    every_epochs: int = Field(1, gt=0)
-    batch: int = Field(256, gt=0)
+    tasks: tuple[Place, ...] = Field((), description="rows of evaluation/tasks.toml, or folder:PATH")
+    data_root: PlaceOrNone = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
+    every_epochs: Annotated[int, whole(1, 10**6)] = 1
+    batch: Annotated[int, BATCH] = Field(256, description="images a forward pass")
 
 
 class Config(Section):
     """A whole run."""
 
-    name: str = Field(description="name of the run; its folder is OUT/name", pattern=r"^[A-Za-z0-9._-]+$")
-    out: str = Field("runs", description="folder of run folders")
+    name: str = Field(description="name of the run; its folder is OUT/name")
+    out: Place = Field("runs", description="folder of run folders")
     data: DataConfig
     model: ModelConfig
     loss: LossConfig
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or not name.strip("."):
+            raise PydanticCustomError("name", "must be 1 to 200 letters (a to z), digits, dots, _ or -, not dots alone")
+        return name
 
     @property
     def folder(self) -> Path:
@@ -270,8 +307,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if any(override.partition("=")[0].strip() == "loss.name" for override in overrides):
         table["loss"] = {}
     for override in overrides:
-        apply_override(table, override)
+        apply_override(table, override, is_text)
     return config_from_table(table, str(path))
+
+
+def is_text(key: str) -> bool:
+    """Whether a dotted key takes a string: on the command line `name=2024-05-01` is that string, and no date."""
+    kind: Any = Config
+    for part in key.split("."):
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)) or part not in kind.model_fields:
+            return False
+        kind = kind.model_fields[part].annotation
+    return kind is str or str in get_args(kind)
 
 
 def config_from_table(table: dict[str, Any], source: str) -> Config:
@@ -323,6 +370,15 @@ def defaults() -> dict[str, Any]:
     return result
 
 
+_KINDS = {  # pydantic's kinds of faults, in the words of a TOML file
+    "string_type": "must be a string, in quotes",
+    "bool_type": "must be true or false",
+    "tuple_type": 'must be a list, ["…", "…"]',
+    "model_type": "must be a section or table, with keys of its own",
+    "dict_type": "must be a section or table, with keys of its own",
+}
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault in one line, an unknown key before all: it names the nearest one that `model` knows."""
     faults = error.errors()
@@ -335,9 +391,13 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return unknown_name("key", where, [".".join([*map(str, first["loc"][:-1]), k]) for k in section.model_fields])
     if first["type"] == "missing":
         return f"key '{where}' is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _KINDS.get(first["type"], first["msg"]).removeprefix("Value error, ").replace("Input should", "must")
     return (
-        f"key '{where}': {message} (got {first['input']!r})"
-        if first["type"] != "value_error"
-        else f"[{where}] {message}"
+        f"[{where}] {message}" if first["type"] == "value_error" else f"key '{where}': {message} {got(first['input'])}"
     )
+
+
+def got(value: Any) -> str:
+    """What was found in place of something else, for the end of a line."""
+    shown = str(value) if isinstance(value, (datetime.date, datetime.time)) else repr(value)
+    return f"(got {shown if len(shown) <= SHOWN else shown[:SHOWN] + '…'})"

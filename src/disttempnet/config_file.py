@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from disttempnet.errors import UserError
+from disttempnet.paths import expand_home
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+LARGEST = 10_000_000  # characters of a config file
+NOT_TOML = (ValueError, RecursionError)  # also a number of thousands of digits, brackets nested as deep
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def find_config(name: str | Path) -> Path:
     """The file that a command's argument means: itself, or else a config of that name, with or without .toml, that the
     package ships."""
-    path = Path(name)
+    path = _at_home(str(name))
     shipped = CONFIG_FOLDER / f"{path.name.removesuffix('.toml')}.toml"
     bare = str(name) == path.name and not path.is_file()
     return shipped if bare and shipped.is_file() else path
@@ -53,12 +61,20 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return result
 
 
+def _at_home(path: str) -> Path:
+    try:
+        return Path(expand_home(path))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def base_path(path: Path, config: str) -> Path:
     """The file that `config` in another file means: relative to that file, or a config that the package ships.
 
     Raises:
         UserError: there is none.
     """
+    config = str(_at_home(config))
     for folder in (path.parent, CONFIG_FOLDER):
         if (folder / config).is_file():
             return folder / config
@@ -91,26 +107,38 @@ def read_table(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8-sig") as file:  # Windows' editors begin with a byte-order mark
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(f"{path}: over {LARGEST:,} characters: no config file")
+        return tomllib.loads(text)
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
         raise UserError(f"{path}: no such config file (the package ships: {shipped}, in {CONFIG_FOLDER})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except NOT_TOML as error:
+        raise UserError(f"{path}: not valid TOML: {_first_line(error)}") from None
 
 
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set the key that `section.key=value` names in a plain table; the value is TOML, a bare word a string."""
+def apply_override(table: dict[str, Any], override: str, is_text: Callable[[str], bool]) -> None:
+    """Set the key that `section.key=value` names in a plain table; the value is TOML, a bare word a string.
+
+    Where `is_text(key)`, what TOML reads as a number, a date or a truth value is a string as well.
+    """
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    *sections, last = key.strip().split(".")
+    if not equals or not all([*sections, last]):
         raise UserError(f"override '{override}' is not of the form section.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = tomllib.loads(f"value = {text}")
+        value = read["value"] if len(read) == 1 else text  # a line break may begin another key
+    except NOT_TOML:
         value = text
-    *sections, last = key.strip().split(".")
+    if is_text(key.strip()) and not isinstance(value, (str, list, dict)):
+        value = text.strip()
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):

@@ -17,18 +17,19 @@ from disttempnet.errors import UserError
 CONTENDERS = {"demo": (), "demo-clip": ("name=demo-clip", 'loss={name = "clip"}')}
 
 
-def run_demo(out: Path, overrides: Sequence[str], fresh: bool) -> bool:
+def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
     """Train both runs into OUT, print the table, write OUT/demo-report.html; False where it was stopped on the way.
 
     Args:
-        out: folder of run folders.
+        out: folder of run folders; None: as the overrides say, else `runs`.
         overrides: `section.key=value`, applied to both runs.
-        fresh: remove what an earlier demo left in `out` first; otherwise it is continued.
+        fresh: remove what an earlier demo left in that folder first; otherwise it is continued.
     """
-    configs = [
-        load_config(CONFIG_FOLDER / "demo.toml", [*own, *overrides, f"out={json.dumps(str(out))}"])
-        for own in CONTENDERS.values()
-    ]
+    if out is not None:
+        if any(override.partition("=")[0].strip() == "out" for override in overrides):
+            raise UserError("demo: --out and out=… are given; one is enough")
+        overrides = [*overrides, f"out={json.dumps(out)}"]
+    configs = [load_config(CONFIG_FOLDER / "demo.toml", [*own, *overrides]) for own in CONTENDERS.values()]
     if [config.name for config in configs] != list(CONTENDERS):
         raise UserError("demo: the names of its two runs are fixed; use --out FOLDER for another place")
 
@@ -46,6 +47,6 @@ def run_demo(out: Path, overrides: Sequence[str], fresh: bool) -> bool:
             return False
     runs = [read_run(config.folder) for config in configs]
     Console().print(results_table({run.title: run.final for run in runs}))
-    page = build_report([config.folder for config in configs], out / "demo-report.html")
+    page = build_report([config.folder for config in configs], Path(configs[0].out) / "demo-report.html")
     print(f"report: {page.resolve()}")
     return True

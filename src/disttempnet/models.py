@@ -348,7 +348,15 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
 
 
 def encode_images(towers: Towers, pixels: Tensor, normalize: bool = True) -> Tensor:
-    """uint8 pixels [b, 3, s, s] → features [b, D], unit if normalize; pixels are scaled on their device."""
+    """uint8 pixels [b, 3, s, s] → features [b, D], unit if normalize; pixels are scaled on their device.
+
+    Raises:
+        ValueError: pixels of another type: floats are scaled or normalised already, as a rule, and would be so again.
+    """
+    if pixels.dtype != torch.uint8:
+        raise ValueError(
+            f"pixels must be uint8, 0 to 255, got {pixels.dtype}: encode_images scales and normalises them"
+        )
     mean, std = (_channels(tuple(values), pixels.device) for values in (towers.mean, towers.std))
     scaled = pixels.float().div_(255).sub_(mean).div_(std)
     # channels last: convolutions run up to 1.7 times faster on CPU, and on tensor cores

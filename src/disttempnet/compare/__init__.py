@@ -20,7 +20,9 @@ from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.errors import UserError
-from disttempnet.files import refuse_unwritable, write_atomically
+from disttempnet.files import write_atomically
+from disttempnet.launch import launched
+from disttempnet.training import runs
 
 __all__ = ["load_grid", "run_compare"]
 
@@ -41,15 +43,13 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
         UserError: a mistake in the file, a run folder that holds another run, an `out` that cannot be written or that
             another such command is at work in.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: at least 1")
-    if "RANK" in os.environ:
-        raise UserError("compare starts its own processes: call it without torchrun, and give --jobs N")
+    if launch := launched():
+        raise UserError(f"compare starts its own processes: call it without {launch.launcher}, and give --jobs N")
     grid = load_grid(path, overrides)
     if only_list:
         _print_list(grid, _states(grid))
         return 0
-    refuse_unwritable(grid.out / "results.jsonl")
+    runs.refuse_unwritable(grid.out)
     with _alone_in(grid.out):
         return _run(grid, jobs)
 
@@ -84,6 +84,8 @@ def _alone_in(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another compare is at work here: wait for its end, or give another out") from None
+        except OSError as error:
+            runs.warn_without_lock(out, error)
         yield
 
 

@@ -21,28 +21,31 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from disttempnet.config import Config, Section, config_from_table, explain, flat, load_config
+from disttempnet.config import Config, Place, Section, config_from_table, explain, flat, is_text, load_config
 from disttempnet.config_file import apply_override, base_path, find_config, merge, read_run, read_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
+from disttempnet.ranges import SEED
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences
 from disttempnet.training.model import resolved
 from disttempnet.training.runs import list_checkpoints
 
+MOST_RUNS = 10_000
 SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}
 
 
 class GridFile(Section):
     """The keys of a comparison's file."""
 
-    config: str
-    out: str = "runs/compare"
-    seeds: tuple[int, ...] = Field(min_length=1)
+    config: Place
+    out: Place = "runs/compare"
+    seeds: tuple[Annotated[int, SEED], ...] = Field(min_length=1)
     common: dict[str, Any] = Field(default_factory=dict)
     vary: dict[str, Any] = Field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -78,7 +81,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     table = read_table(path)
     own = [override for override in overrides if re.split(r"[.=]", override)[0].strip() in GridFile.model_fields]
     for override in own:
-        apply_override(table, override)
+        apply_override(table, override, {"config", "out"}.__contains__)
     try:
         file = GridFile.model_validate(table)
     except ValidationError as error:
@@ -123,6 +126,9 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{path}: vary: '{key}' is not a list of values")
+    count = len(file.seeds) * len(file.runs) * prod(map(len, vary.values()))
+    if count > MOST_RUNS:
+        raise UserError(f"{path}: {count:,} runs, over {MOST_RUNS:,}: give fewer seeds, runs or values in vary")
     labels = _labels(list(vary))
     for seed, values, (run, own) in product(file.seeds, product(*vary.values()), file.runs.items()):
         changes = _nested(own)
@@ -134,7 +140,7 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
         for layer in layers:
             merge(table, layer)
         for override in overrides:
-            apply_override(table, override)
+            apply_override(table, override, is_text)
         varied = [f"{label}-{_word(value)}" for label, value in zip(labels, values, strict=True)]
         table["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join([run, *varied, f"seed-{seed}"]))
         table["out"] = file.out

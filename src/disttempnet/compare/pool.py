@@ -17,6 +17,9 @@ from typing import Any
 from disttempnet.compare.display import Display
 from disttempnet.compare.worker import Ended, Place, Progress, work
 from disttempnet.config import Config
+from disttempnet.training.stopping import stop_signals
+
+END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -55,8 +58,8 @@ class Pool:
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
-        """Train all runs, or until SIGINT or SIGTERM; then every run in progress saves a checkpoint first."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Train all runs, or until a signal asks for the end; then every run in progress saves a checkpoint first."""
+        before = {number: signal.signal(number, self._on_signal) for number in stop_signals(END)}
         try:
             for number in range(self._jobs):
                 self._start(number)
@@ -144,7 +147,12 @@ class Pool:
             self._deal(self._start(worker.place.number))
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """First signal: every worker saves and ends. Second: they are killed; the last checkpoints stay."""
+        """First signal: every worker saves and ends. Second: they are killed; the last checkpoints stay.
+
+        A terminal that is closed may send SIGHUP twice, by the shell and by the kernel: it never counts as a second.
+        """
+        if number == signal.SIGHUP and self._signals:
+            return
         self._signals += 1
         self.outcome.stopped = True
         for worker in self._workers:

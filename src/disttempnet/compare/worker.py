@@ -55,7 +55,9 @@ def work(connection: Connection, place: Place) -> None:
     """The worker's main function: configs come in, `Progress` and `Ended` go out, until None or the parent's end."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         with place.log.open("a", encoding="utf-8") as log:
@@ -63,8 +65,6 @@ def work(connection: Connection, place: Place) -> None:
     show_notices_plainly()
     if place.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
-    for variable in ("RANK", "SLURM_PROCID"):  # each run is one process, whatever launched the command
-        os.environ.pop(variable, None)
     try:
         import torch
 

@@ -52,12 +52,19 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def cache_folder() -> Path:
-    """DISTTEMPNET_CACHE, or this user's cache folder."""
+    """DISTTEMPNET_CACHE, or this user's cache folder.
+
+    Raises:
+        UserError: a user without a home.
+    """
     if chosen := os.environ.get("DISTTEMPNET_CACHE"):
         return Path(chosen)
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared) / "disttempnet"
-    return Path.home() / ".cache" / "disttempnet"
+    try:
+        return Path.home() / ".cache" / "disttempnet"
+    except RuntimeError:
+        raise UserError("no home folder is known (HOME is not set): set DISTTEMPNET_CACHE to a folder") from None
 
 
 def _materialise(folder: Path, write: Callable[[Path], None]) -> None:

@@ -167,7 +167,7 @@ def _start_worker(_: int) -> None:
     those that SLURM sends to every process of a job. SIGTERM from the trainer itself ends the worker: Python's exit
     would wait for it otherwise."""
     os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     if trainer is not None and hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,14 +26,28 @@ from disttempnet.models import Towers
 PROBLEMS = 20  # lines that say what of the data is left out
 
 
+class Clock:
+    """The time of day at the start, carried on by a monotonic clock: it never goes back."""
+
+    def __init__(self) -> None:
+        self._start, self._begun = datetime.datetime.now(datetime.UTC), time.monotonic()
+
+    def now(self) -> str:
+        """UTC, to the second, in ISO 8601."""
+        passed = datetime.timedelta(seconds=time.monotonic() - self._begun)
+        return (self._start + passed).isoformat(timespec="seconds")
+
+
 def write_facts(
     config: Config,
     device: torch.device,
     data: TrainingData,
     towers: Towers,
-    finished: bool = False,
+    *,
+    started: str = "",
+    finished: str = "",
 ) -> None:
-    """Write run.json, at the start and at the end of a run. Only rank 0 calls this."""
+    """Write run.json, at the start and at the end of a run, with the time of either. Only rank 0 calls this."""
     path = config.folder / "run.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known.pop("finished", None)  # of an earlier, shorter goal
@@ -49,9 +64,10 @@ def write_facts(
         "parameters": sum(p.numel() for p in towers.module.parameters()),
         "model_notes": list(towers.notes),
     }
-    facts.setdefault("started", _now())  # kept where a run goes on
+    if started:
+        facts.setdefault("started", started)  # kept where a run goes on
     if finished:
-        facts["finished"] = _now()
+        facts["finished"] = max(finished, str(facts.get("started", "")))  # the clock may have been set back in a pause
     write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -90,10 +106,6 @@ def provenance() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {"versions": versions, "git": _git_revision(), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _git_revision() -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -108,3 +113,26 @@ def compile_towers(towers: Towers) -> None:
     module = towers.module
     module.visual.compile()
     (module.text if hasattr(module, "text") else module.transformer).compile()
+
+
+def refuse_without_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile will find no compiler for the code that it writes: PyTorch's runtime images
+    have none. On a GPU it is Triton's code, in C."""
+    variable, known = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    chosen = os.environ.get(variable)
+    if not any(map(shutil.which, (chosen,) if chosen else known)):
+        what = f"{variable}={chosen} is not there" if chosen else f"there is neither {known[0]} nor {known[1]}"
+        raise UserError(f"train.compile needs a compiler, and {what}: install one, or leave train.compile out")
+
+
+@contextmanager
+def compile_failure_named() -> Iterator[None]:
+    """Inside, what torch.compile cannot compile is one line: its own report has a hundred."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ not in ("BackendCompilerFailed", "InductorError"):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        what = next((line for line in lines if "error:" in line), lines[0])[:300]
+        raise UserError(f"train.compile failed: {what}: mend the compiler, or leave train.compile out") from None

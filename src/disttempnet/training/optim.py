@@ -39,6 +39,14 @@ def own_rate(loss: nn.Module) -> list[Temperature]:
     return [m for m in loss.modules() if isinstance(m, Temperature) and m.tau_lr]
 
 
+def within(config: OptimConfig, total_steps: int) -> OptimConfig:
+    """The config with a warm-up that this run outlasts: one that is as long as the run, or longer, would leave the rate
+    far below `lr` all along, and a small data set unlearned. It becomes a tenth of the run."""
+    if not config.warmup_steps or config.warmup_steps < total_steps:
+        return config
+    return config.model_copy(update={"warmup_steps": max(1, total_steps // 10)})
+
+
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Linear warm-up from 0 over `warmup_steps`, then a cosine from lr to lr_end at `total_steps`."""
     if step < config.warmup_steps:

@@ -6,14 +6,16 @@ import fcntl
 import json
 import os
 import platform
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from disttempnet import distributed
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.files import write_atomically
 from disttempnet.training import whole
 
@@ -126,13 +128,32 @@ def refuse_damaged(checkpoint: Path, advice: str = "") -> None:
         raise UserError(f"{checkpoint}: damaged: {wrong}{advice}")
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UserError where no folder of this path can be made and written: learnt before the work, not after it.
+
+    It is tried, as permissions alone do not tell (read-only mounts, /proc, long names); nothing is left of the trial.
+    """
+    folder = folder.absolute()
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; give another place with out=…") from None
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
 @contextmanager
 def claimed(run: Path) -> Iterator[None]:
     """Make the folder of a run, if it is not there, and be the only ones that write it.
 
     Rank 0 holds a lock of the process, not of the open file: loader workers, which outlive a killed process by a
     moment, do not hold it. Opening and closing that file in the same process gives it back. Where a file system has no
-    locks there is none.
+    locks there is none, with a notice.
 
     Raises:
         UserError: another process trains this run; only rank 0 raises.
@@ -144,6 +165,14 @@ def claimed(run: Path) -> Iterator[None]:
     with (run / LOCK).open("a+", encoding="utf-8") as file:
         _lock(file, run)
         yield
+
+
+def warn_without_lock(folder: Path, error: OSError) -> None:
+    warnings.warn(
+        f"{folder}: its file system has no locks ({error.strerror}): nothing keeps a second process out of this folder",
+        UserNotice,
+        stacklevel=2,
+    )
 
 
 def _lock(file: TextIO, run: Path) -> None:
@@ -161,7 +190,8 @@ def _lock(file: TextIO, run: Path) -> None:
                     f"remove {run / LOCK})"
                 ) from None
             time.sleep(2)
-        except OSError:
+        except OSError as error:
+            warn_without_lock(run, error)
             return
     with suppress(OSError):  # a full disk: the lock is held all the same, and nothing is left to write at its end
         os.ftruncate(file.fileno(), 0)

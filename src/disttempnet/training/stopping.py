@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import FrameType, MappingProxyType
 from typing import Any
 
@@ -11,12 +11,22 @@ from disttempnet import distributed
 from disttempnet.errors import Preempted
 
 TERMINATED = 143  # 128 + SIGTERM, what a shell says of such an end
-STOPPING = {signal.SIGINT: TERMINATED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: Preempted.code}
+STOPPING = {
+    signal.SIGINT: TERMINATED,
+    signal.SIGTERM: TERMINATED,
+    signal.SIGHUP: TERMINATED,
+    signal.SIGUSR1: Preempted.code,
+}
 LONGEST_WAIT = 10.0  # seconds of training until a signal to one rank is known to all
 
 
+def stop_signals(wanted: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those of the signals that are to be answered: not SIGHUP where nohup has it ignored."""
+    return [one for one in wanted if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+
+
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT interrupts at once.
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT interrupts at once.
 
     One of several ranks that ends by an exception keeps these handlers: its process ends soon.
 
@@ -33,7 +43,7 @@ class StopSignal:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in self._codes:
+        for number in stop_signals(self._codes):
             self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -26,6 +26,7 @@ from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.files import write_atomically
 from disttempnet.losses import LossOutput
+from disttempnet.machine import memory_named
 from disttempnet.models import load_model
 from disttempnet.training import checkpoint, facts, optim, runlog, runs, whole
 from disttempnet.training.finite import FiniteCheck
@@ -35,12 +36,18 @@ from disttempnet.training.model import (
     ContrastiveModel,
     Encoder,
     build_objective,
+    compile_failure_named,
     compile_towers,
     refuse_if_nothing_is_trained,
+    refuse_without_compiler,
     resolved,
 )
 from disttempnet.training.stopping import LONGEST_WAIT, StopSignal
 from disttempnet.training.towers import prepare_towers
+
+MEMORY = (
+    "raise train.accumulate (the same batch in chunks), or lower data.global_batch, data.workers or model.name's size"
+)
 
 
 class Trainer:
@@ -59,6 +66,9 @@ class Trainer:
     ) -> None:
         self.config = config = resolved(config)
         self.device, self.folder, self.report = device, config.folder, report
+        distributed.together(lambda: runs.refuse_unwritable(self.folder) if distributed.is_main() else None)
+        if config.train.compile:
+            refuse_without_compiler(device)
         self._seen = runs.contents(self.folder)
         found, self._passed_over = runs.starting_point(self.folder, resume)
         torch.manual_seed(config.train.seed)
@@ -98,7 +108,11 @@ class Trainer:
         else:
             self.towers.module.to(device)
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
-        self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
+        self.steps_per_epoch = self.data.plan.steps
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
+        self.optim = optim.within(config.optim, self.total_steps)
+        self.optimizers = optim.build_optimizers(self.towers.module, self.loss, self.optim)
         start = checkpoint.Progress()
         if found is not None:
             start = checkpoint.load_checkpoint(found, **self._restorable())
@@ -112,10 +126,8 @@ class Trainer:
         )
         chunks = config.train.accumulate
         self.gradients = WholeBatch(model, device) if chunks == 1 else InChunks(model, device, chunks)
-        self.steps_per_epoch = self.data.plan.steps
-        self.total_steps = config.train.epochs * self.steps_per_epoch
-        self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
         self._unnamed: list[Skip] = []
+        self._clock = facts.Clock()
         self._finite, self._norm = FiniteCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
@@ -138,6 +150,11 @@ class Trainer:
         skipped = facts.about_data(facts.data_facts(self.data.source))
         for line in (about, *self._passed_over, *self.towers.notes, plan, *skipped):
             log.say(line)
+        if self.optim != self.config.optim:
+            log.say(
+                f"optim.warmup_steps = {self.config.optim.warmup_steps} would take up the whole run of "
+                f"{self.total_steps} steps: shortened to {self.optim.warmup_steps}, a tenth of it"
+            )
         for temperature in optim.own_rate(self.loss):
             if not temperature.learning_rate(self.config.train.epochs - 1):
                 log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
@@ -157,7 +174,7 @@ class Trainer:
         finally:
             log.close()
         if distributed.is_main():
-            facts.write_facts(self.config, self.device, self.data, self.towers, finished=True)
+            facts.write_facts(self.config, self.device, self.data, self.towers, finished=self._clock.now())
         return True
 
     def _run_epoch(self, stop: StopSignal) -> bool:
@@ -194,10 +211,10 @@ class Trainer:
         """One optimisation step on this rank's rows of a global batch."""
         batch = batch.to(self.device)
         epoch = self.step // self.steps_per_epoch
-        rates = [optim.learning_rate(self.config.optim, self.step, self.total_steps)]
+        rates = [optim.learning_rate(self.optim, self.step, self.total_steps)]
         for temperature in optim.own_rate(self.loss):
             rate = temperature.learning_rate(epoch)
-            rates.append(optim.temperature_learning_rate(self.config.optim, self.step, rate))
+            rates.append(optim.temperature_learning_rate(self.optim, self.step, rate))
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
@@ -330,7 +347,7 @@ class Trainer:
             write_atomically(self.folder / "config.toml", dump_config(self.config))
             if self.step:
                 runs.write_best(self.folder, self.best)
-            facts.write_facts(self.config, self.device, self.data, self.towers)
+            facts.write_facts(self.config, self.device, self.data, self.towers, started=self._clock.now())
         distributed.barrier()
 
 
@@ -340,7 +357,12 @@ def train(config: Config, resume: str = "never", report: runlog.Report | None = 
     Raises:
         Preempted: SIGUSR1 stopped it; everything is saved.
     """
-    with distributed.session(config.train.timeout_minutes) as device, whole.full_disk_named(config.folder):
+    with (
+        distributed.session(config.train.timeout_minutes) as device,
+        whole.full_disk_named(config.folder),
+        compile_failure_named(),
+        memory_named(MEMORY),
+    ):
         return Trainer(config, device, resume, report).run()
 
 
