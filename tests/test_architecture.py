@@ -10,6 +10,7 @@ import disttempnet
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
     {"errors", "files", "machine"},
+    {"paths", "ranges"},
     {"config_file"},
     {"config", "launch", "watch", "distributed", "slurm"},
     {"sharding"},

@@ -41,7 +41,7 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
         ("name=a/b", "name"),
         ("data.train=''", "[data.train] must name a source, or a list of them, [{path = …}, …] (got '')"),
         ("data.train=[]", "[data.train] must name a source, or a list of them, [{path = …}, …] (got [])"),
-        ("data.train=3", "[data.train] must name a source"),
+        ("data.train={path='a'}", "[data.train] must name a source"),
         ("data.train=['a']", "[data.train] source 1 must be a table, {path = …} (got 'a')"),
         (
             "data.train=[{path='x'}, {pathh='x'}]",
@@ -50,7 +50,7 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
         ("data.train=[{weight=2}]", "[data.train] source 1: key 'path' is missing"),
         (
             "data.train=[{path='x', weight=0}]",
-            "[data.train] source 1: key 'weight': Input should be greater than 0 (got 0)",
+            "[data.train] source 1: key 'weight': must be a number above 0 and at most 1,000 (got 0)",
         ),
         ("train.epochs", "section.key=value"),
         ("name.x=1", "not a section"),

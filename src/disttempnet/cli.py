@@ -321,7 +321,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _objectives(options: argparse.Namespace) -> int:
     from disttempnet.errors import unknown_name
-    from disttempnet.losses import OBJECTIVES
+    from disttempnet.losses import ARGUMENT_RANGES, OBJECTIVES
 
     for name in options.names or OBJECTIVES:
         if name not in OBJECTIVES:
@@ -334,6 +334,8 @@ def _objectives(options: argparse.Namespace) -> int:
             f"  temperature  {recipe.temperature};  γ {recipe.gamma};  state {recipe.bytes_a_sample()} bytes a sample"
         )
         print(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15))
+        ranges = "; ".join(f"{key} {ARGUMENT_RANGES[key]}" for key in recipe.arguments if key in ARGUMENT_RANGES)
+        print(textwrap.fill(ranges, 110, initial_indent="  ranges       ", subsequent_indent=" " * 15))
         if recipe.note:
             print(textwrap.fill(recipe.note, 110, initial_indent="  note         ", subsequent_indent=" " * 15))
         print()

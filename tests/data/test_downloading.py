@@ -149,7 +149,7 @@ def test_without_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     one = job(tmp_path, CC12M)
     assert main(["data", "download", "cc12m", "--tsv", str(one.tsv), "--out", str(one.out), "--threads", "0"]) == 2
-    assert "--threads 0: at least 1" in capsys.readouterr().err
+    assert "--threads: must be a whole number from 1 to 1,024 (got 0)" in capsys.readouterr().err
     assert main(["data", "download", "cc12m", "--tsv", str(one.tsv), "--out", str(one.out)]) == 2
     assert "pip install 'disttempnet[download]'" in capsys.readouterr().err
 

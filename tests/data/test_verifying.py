@@ -129,7 +129,10 @@ def test_listings_are_verified_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--sample", "-5"], "--sample -5: at least 0"), (["--seed", "-1"], "--seed -1: at least 0")],
+    [
+        (["--sample", "-5"], "--sample: must be a whole number from 0 to 1,000,000,000,000 (got -5)"),
+        (["--seed", "-1"], "--seed: must be a whole number from 0"),
+    ],
 )
 def test_negative_numbers_are_refused(
     shards: Write, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

@@ -39,8 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:rho:UserWarning")  # batches of 
 
 
 def arguments_for_tiny_batches(recipe: dict) -> dict:
-    """ρ below log(B − 1) of two rows, where there is a ρ: a warning is an error on the ranks."""
-    return {**recipe, "rho": -0.5} if "rho" in recipe else recipe
+    """ρ = 0, which stands for a share of log(B − 1), where there is a ρ: a warning is an error on the ranks."""
+    return {**recipe, "rho": 0.0} if "rho" in recipe else recipe
 
 
 # ---- world size ----

@@ -1,12 +1,12 @@
 """The one list of objectives: name → what it minimises, where it comes from, and how it is built.
 
-To add an objective, add a row to `OBJECTIVES` (and a file, where it is no member of the family).
+To add an objective, add a row to `OBJECTIVES` (and a file, where it is no member of the family); numbers that it alone
+takes get a row of `ARGUMENT_RANGES`.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,18 @@ from disttempnet.losses.temperature import (
 )
 from disttempnet.losses.tempnet import NetworkTemperature
 from disttempnet.losses.vicreg import VicRegLoss
+from disttempnet.ranges import SEED, Range, whole
 
-__all__ = ["OBJECTIVES", "Features", "GlobalContrastiveLoss", "LossOutput", "Objective", "Recipe", "build_loss"]
+__all__ = [
+    "ARGUMENT_RANGES",
+    "OBJECTIVES",
+    "Features",
+    "GlobalContrastiveLoss",
+    "LossOutput",
+    "Objective",
+    "Recipe",
+    "build_loss",
+]
 
 
 @dataclass(frozen=True)
@@ -176,17 +186,35 @@ OBJECTIVES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def _check_type(what: str, default: Any, value: Any) -> None:
-    """Raise ValueError unless the value is of its default's kind: a finite number, a whole one, a truth, a word."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    fits = {
-        bool: isinstance(value, bool),
-        int: number and isinstance(value, int),
-        float: number,
-        str: isinstance(value, str),
-    }[type(default)]
-    if not fits:
-        kind = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}[type(default)]
+_POSITIVE, _RATE, _WEIGHT = Range(0, 10, above=True), Range(0, 10), Range(0, 10**6)
+_SHARE = Range(0, 1, above=True)
+
+ARGUMENT_RANGES: dict[str, Range] = {
+    **dict.fromkeys(("temperature", "tau_min", "tau_max"), _POSITIVE),
+    **dict.fromkeys(("tau_lr", "tau_threshold"), _RATE),
+    **dict.fromkeys(("tau_beta", "tau_beta2"), Range(0, 1, above=True, below=True)),
+    **dict.fromkeys(("gamma", "gamma_min", "tau_lr_decay"), _SHARE),
+    **dict.fromkeys(("in_modal", "cross_modal", "invariance", "variance", "covariance"), _WEIGHT),
+    "gamma_decay_epochs": Range(0, 10**6, above=True),
+    "tau_start_epoch": whole(0, 10**6),
+    "rho": Range(0, 100),
+    "dropout": Range(0, 1, below=True),
+    "feature_scale": Range(0, 10**4),
+    "prototypes": whole(1, 2**20),
+    "bias": Range(-1000, 1000),
+}
+_CONTEXT_RANGES = {"num_samples": whole(1, 10**12), "embed_dim": whole(1, 65_536), "seed": SEED}
+
+
+def _check(what: str, default: Any, value: Any, allowed: Range | None) -> None:
+    """Raise ValueError unless the value is of its default's kind: a number in its range, a truth value, a string."""
+    if allowed is not None:
+        try:
+            allowed.check(value)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}, got {value!r}") from None
+    elif not isinstance(value, type(default)):
+        kind = {bool: "true or false", str: "a string"}[type(default)]
         raise ValueError(f"{what} must be {kind}, got {value!r}")
 
 
@@ -213,7 +241,10 @@ def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **
     for argument in arguments:
         if argument not in recipe.arguments:
             raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
-        _check_type(f"objective {name}: {argument}", recipe.arguments[argument], arguments[argument])
+        default, allowed = recipe.arguments[argument], ARGUMENT_RANGES.get(argument)
+        _check(f"objective {name}: {argument}", default, arguments[argument], allowed)
+    for key, number in {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed}.items():
+        _check(f"objective {name}: {key}", 0, number, _CONTEXT_RANGES[key])
     try:
         return recipe.build(Context(num_samples, embed_dim, seed), **{**recipe.arguments, **arguments})
     except ValueError as error:
