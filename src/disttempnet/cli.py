@@ -362,7 +362,7 @@ def _temperature(options: argparse.Namespace) -> int:
 
     out = Path(options.out or Path(options.target, "temperatures.csv"))
     gallery = Path(options.gallery) if options.gallery else None
-    if gallery is not None and gallery.suffix.lower() not in (".html", ".htm"):
+    if gallery is not None and gallery.suffix.lower() not in ("", ".htm", ".html"):
         raise UserError(f"--gallery {gallery}: the page is an .html file")
     rows = write_temperatures(
         options.target,
