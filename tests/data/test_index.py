@@ -224,6 +224,53 @@ def test_a_sample_is_a_run_of_members_of_one_key(tmp_path: Path) -> None:
     assert "0.tar: holds no samples" in index.problems()
 
 
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_names_with_dots_are_samples_too(tmp_path: Path, format: int) -> None:
+    """Where the name up to the first dot gives no image and no caption, the last dot divides."""
+    keys = ["mr. b 001", "000", "shot_v1.0", "shot_v1.1", "x.y/5.input", "001"]
+    write_shard(tmp_path / "0.tar", {key: sample(n) for n, key in enumerate(keys)}, format)
+    index = open_index(str(tmp_path), progress=False)
+    assert [index.name(n) for n in range(len(index))] == [f"0.tar:{key}" for key in keys]
+    assert [index.captions(n)[0] for n in range(6)] == [f"caption {n}" for n in range(6)]
+    assert [index.image_bytes(n) for n in range(6)] == [png(n) for n in range(6)]
+    assert [index.metadata(n) for n in range(6)] == [{"number": n} for n in range(6)]
+    assert index.problems() == ""
+    assert index.shards[0].tally["png"][0] == index.shards[0].tally["caption characters"][0] == 6
+    assert index.shards[0].tally["image width"] == [6, 54, 9, 9]
+
+
+@pytest.mark.parametrize("cut", [700, 520, 1540])
+def test_a_whole_shard_of_names_with_dots(tmp_path: Path, cut: int) -> None:
+    write_shard(tmp_path / "0.tar", {f"{n}.in.put": sample(n) for n in range(40)})
+    os.truncate(tmp_path / "0.tar", 512 * 6 * 30 + cut)  # a header and a block for each of three members
+    index = open_index(str(tmp_path), progress=False)
+    assert index.usable.tolist() == list(range(30))
+    assert "1 samples left out, cut off by the end of the shard: 0.tar:30.in.put" in index.problems()
+
+
+def test_parts_of_another_sample_are_no_samples_and_what_is_lost_is_told(tmp_path: Path) -> None:
+    members = {
+        "a": {"jpg": png(0), "txt": b"a", "seg.png": png(9), "v2.json": b"{}"},  # as webdataset has it: all of sample a
+        "b": {"1.png": png(1), "1.txt": b"b.1", "jpg": png(2), "txt": b"b"},  # b.1 could be one, but b is
+        "c": {"v1.png": png(3)},
+        "d": {"v1.txt": b"no image"},
+        ".e": {"x.png": png(3), "x.txt": b"hidden"},
+        "f/._g": {"png": png(3), "txt": b"of macOS"},
+        "h": {"tar.gz": b"x", "v1.json": b"{}"},
+    }
+    write_shard(tmp_path / "0.tar", members)
+    index = open_index(str(tmp_path), progress=False)
+    assert [index.name(n) for n in range(len(index))] == ["0.tar:a", "0.tar:b"]
+    assert [index.image_bytes(n) for n in range(2)] == [png(0), png(2)]
+    lost = "0.tar: 4 files with several dots in their names belong to no sample: b.1.png, b.1.txt, c.v1.png, …"
+    assert index.problems() == lost
+    plain = {key: {"jpg": png(0), "txt": b"a", "seg.png": png(9)} for key in "ab"}
+    write_shard(tmp_path / "0.tar", plain)
+    index.path.unlink()
+    index = open_index(str(tmp_path), progress=False)
+    assert (len(index), index.problems()) == (2, "")
+
+
 def _entry(name: str, kind: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type = kind

@@ -9,6 +9,7 @@ import pytest
 from disttempnet.cli import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_index
+from disttempnet.data import scan as scan_module
 from disttempnet.data.building import Scan, build_shard_index
 from disttempnet.data.shards import resolve_shards
 from disttempnet.data.verifying import verify
@@ -62,6 +63,24 @@ def test_names_shards_that_differ_from_the_index(shards: Write) -> None:
         (None, "00001.tar", "shard has other content than when it was indexed"),
         (None, "00002.tar", f"shard is gone: {gone}: cannot be read: No such file or directory; restore the shard"),
     ]
+
+
+def test_names_with_dots_that_were_lost_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the index, and where an earlier version made it, by another look at the shard."""
+    write_shard(tmp_path / "0.tar", {"a": sample(0), "c": {"v1.png": png(3)}})
+    assert found(tmp_path) == [
+        (None, "0.tar", "1 files with several dots in their names belong to no sample: c.v1.png")
+    ]
+    write_shard(tmp_path / "0.tar", {"a": sample(0), "mr. b": sample(1), "mr. c": sample(2)})
+    path = tmp_path / "all.index"
+    path.unlink()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(scan_module, "_add_dotted", lambda *_: None)
+        earlier.setattr(scan_module.ShardScan, "about_ungrouped", None)
+        assert len(open_index(str(tmp_path), progress=False)) == 1
+    assert len(open_index(str(tmp_path), progress=False)) == 1, "what it has is as valid as before"
+    what = f"3 samples are in it, 1 in its index, which an earlier version made: delete {path} to index again"
+    assert found(tmp_path) == [(None, "0.tar", what)]
 
 
 def test_names_shards_that_were_cut_off(shards: Write) -> None:

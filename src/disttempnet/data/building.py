@@ -185,7 +185,8 @@ def _scan_one(store: ShardStore, name: str, state: State, how: Scan) -> Scanned 
             scan = scan_shard(path, how.caption_key)
             samples = len(scan.start)
             checksum = _checksum(path) if how.checksum else ""
-            shard = Shard(name, path.stat().st_size, samples, fingerprint(path), scan.note, checksum, scan.tally)
+            facts = (scan.note, checksum, scan.tally, scan.about_ungrouped)
+            shard = Shard(name, path.stat().st_size, samples, fingerprint(path), *facts)
         values: dict[str, list] = {"start": scan.start, "spans": scan.spans, "status": scan.status}
         return shard, {key: np.array(values[key], kind).tobytes() for key, kind in COLUMNS.items()}
     except UserError as error:

@@ -22,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disttempnet.data.scan import REASONS, Tally, json_captions
-from disttempnet.data.shards import BrokenTar, read_member, split_name
+from disttempnet.data.shards import BrokenTar, read_member, sample_key
 from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.data.store import LocalStore, ShardStore, State
 from disttempnet.errors import UserError
 
 FORMAT = "disttempnet-index-1"
 IMAGE, CAPTION, JSON = range(3)
+NOT_IN_THE_DIGEST = ("checksum", "tally", "ungrouped")  # of a shard: what may be added to the same one later
 COLUMNS: dict[str, np.dtype] = {
     "start": np.dtype("<i8"),
     "spans": np.dtype("<u4"),
@@ -48,6 +49,8 @@ class Shard:
         note: what is wrong with it as a whole; empty if nothing is.
         checksum: hex sha256 of all its bytes; empty if never asked for.
         tally: formats and measures of its images and captions.
+        ungrouped: what a user is told of files with several dots in their names that belong to no sample; None where an
+            earlier version indexed it, which lost them without a word.
     """
 
     name: str
@@ -57,11 +60,12 @@ class Shard:
     note: str = ""
     checksum: str = ""
     tally: Tally = field(default_factory=dict)
+    ungrouped: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the digest of an index covers: not what may be added to the same shard later."""
-        return {key: value for key, value in asdict(self).items() if key not in ("checksum", "tally")}
+        """What the digest of an index covers."""
+        return {key: value for key, value in asdict(self).items() if key not in NOT_IN_THE_DIGEST}
 
 
 class ShardIndex(Source):
@@ -124,7 +128,7 @@ class ShardIndex(Source):
         shard, key = self.group_of(sample), f"sample {sample}"
         with suppress(BrokenTar):
             if member := read_member(self._file(shard), int(self.start[sample])):
-                key = split_name(member.name)[0]
+                key = sample_key(member.name)
         return f"{self.shards[shard].name}:{key}"
 
     def reason(self, sample: int) -> str:
@@ -149,6 +153,8 @@ class ShardIndex(Source):
                 lines.append(f"{shard.name}: {shard.note}; {shard.samples:,} samples before it")
             elif not shard.samples:
                 lines.append(f"{shard.name}: holds no samples")
+            if shard.ungrouped:
+                lines.append(f"{shard.name}: {shard.ungrouped}")
         return "\n".join(lines)
 
     def _read(self, sample: int, kind: int) -> bytes:

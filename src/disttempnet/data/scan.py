@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from disttempnet.data.headers import image_header
-from disttempnet.data.shards import HEADER, IMAGE_SUFFIXES, BrokenTar, Member, read_member, split_name
+from disttempnet.data.shards import (
+    HEADER,
+    READ_AHEAD,
+    BrokenTar,
+    Member,
+    read_member,
+    role_of,
+    split_at_last_dot,
+    split_name,
+)
 from disttempnet.data.source import OK, UnreadableCaption, usable_captions
 from disttempnet.errors import UserError
 
@@ -26,6 +37,7 @@ REASONS = (
     "its .json cannot be read",
     "caption is not a text",
 )
+NAMED = 3  # members that belong to no sample
 NO_IMAGE, NO_CAPTION, CUT_OFF, TOO_LARGE = 1, 2, 5, 6
 
 # Counts, and [count, sum, lowest, highest] of measures, by name: `jpg` and `image bytes`, for example.
@@ -78,6 +90,7 @@ class ShardScan:
         status: place in REASONS, n integers.
         tally: formats and measures of images and captions.
         note: what is wrong with the shard as a whole; empty if nothing is.
+        ungrouped: names of members with several dots that look like a sample's, and belong to none.
     """
 
     start: list[int] = field(default_factory=list)
@@ -85,6 +98,23 @@ class ShardScan:
     status: list[int] = field(default_factory=list)
     tally: Tally = field(default_factory=dict)
     note: str = ""
+    ungrouped: list[str] = field(default_factory=list)
+
+    @property
+    def about_ungrouped(self) -> str:
+        """What a user is told of them; empty if there are none."""
+        named = ", ".join(self.ungrouped[:NAMED]) + (", …" if len(self.ungrouped) > NAMED else "")
+        what = f"{len(self.ungrouped):,} files with several dots in their names belong to no sample"
+        return f"{what}: {named}" if self.ungrouped else ""
+
+
+class _Dotted(NamedTuple):
+    """A member that is an image, caption or .json by what follows its last dot, not its first."""
+
+    key: str  # up to the first dot
+    stem: str  # up to the last
+    suffix: str
+    member: Member
 
 
 def scan_shard(path: Path, caption_key: str = "") -> ShardScan:
@@ -104,16 +134,12 @@ def scan_shard(path: Path, caption_key: str = "") -> ShardScan:
     scan = ShardScan()
     try:
         _scan(scan, descriptor, caption_key)
-    except BrokenTar as error:
-        if not scan.start:
-            raise UserError(
-                f"{path}: not a readable .tar shard: {error}; replace it or take it out of data.train"
-            ) from None
-        scan.note = str(error)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     finally:
         os.close(descriptor)
+    if scan.note and not scan.start:
+        raise UserError(f"{path}: not a readable .tar shard: {scan.note}; replace it or take it out of data.train")
     _judge(scan)
     return scan
 
@@ -121,43 +147,86 @@ def scan_shard(path: Path, caption_key: str = "") -> ShardScan:
 def _scan(scan: ShardScan, descriptor: int, caption_key: str) -> None:
     end, offset, key = os.fstat(descriptor).st_size, 0, None
     seen: set[str] = set()
-    while (member := read_member(descriptor, offset)) is not None:
-        member_key, suffix = split_name(member.name)
-        kind = _kind(suffix) if member.is_file else None
-        offset = member.after
-        if kind is not None:
-            if member_key != key or suffix in seen:
-                key, seen = member_key, set()
-                scan.start.append(member.start)
-                scan.spans.append([0] * 6)
-                scan.status.append(NO_CAPTION)
-            seen.add(suffix)
-            _add(scan, kind, member, descriptor, caption_key)
-        if member.data + member.size > end:
-            raise BrokenTar(f"cut off at byte {end:,}, inside {member.name}")
+    keys: set[str] = set()
+    dotted: list[_Dotted] = []
+    try:
+        while (member := read_member(descriptor, offset)) is not None:
+            member_key, suffix = split_name(member.name)
+            role = role_of(suffix) if member.is_file else None
+            offset = member.after
+            if role is not None:
+                if member_key != key or suffix in seen:
+                    key, seen = member_key, set()
+                    keys.add(member_key)
+                    _begin(scan, member)
+                seen.add(suffix)
+                _add(scan, role, member, descriptor, caption_key)
+            elif member.is_file and (one := _dotted(member_key, member)):
+                dotted.append(one)
+            if member.data + member.size > end:
+                raise BrokenTar(f"cut off at byte {end:,}, inside {member.name}")
+    except BrokenTar as error:
+        scan.note = str(error)
+    _add_dotted(scan, dotted, keys, descriptor, caption_key)
 
 
-def _kind(suffix: str) -> int | None:
-    """Which span a member fills: 0 image, 1 caption, 2 JSON; None for what training does not use."""
-    if suffix in IMAGE_SUFFIXES:
-        return 0
-    return {"txt": 1, "json": 2}.get(suffix)
+def _begin(scan: ShardScan, member: Member) -> None:
+    scan.start.append(member.start)
+    scan.spans.append([0] * 6)
+    scan.status.append(NO_CAPTION)
 
 
-def _add(scan: ShardScan, kind: int, member: Member, descriptor: int, caption_key: str) -> None:
+def _dotted(key: str, member: Member) -> _Dotted | None:
+    stem, suffix = split_at_last_dot(member.name)
+    hidden = not key or key.endswith("/")  # ._0001.jpg of macOS
+    # what was read of it is read again, where it is a sample's: most shards have no such, or one beside each image
+    return None if hidden or role_of(suffix) is None else _Dotted(key, stem, suffix, member._replace(block=b""))
+
+
+def _add_dotted(
+    scan: ShardScan, dotted: Sequence[_Dotted], keys: Collection[str], descriptor: int, caption_key: str
+) -> None:
+    """Make samples of runs of members with one name up to the last dot, where they are complete and no other sample has
+    their name up to the first dot; `0001.seg.png` beside `0001.jpg` is part of that one."""
+    runs: list[list[_Dotted]] = []
+    for one in dotted:
+        if not runs or one.stem != runs[-1][0].stem or one.suffix in {other.suffix for other in runs[-1]}:
+            runs.append([])
+        runs[-1].append(one)
+    for run in runs:
+        roles = {role_of(one.suffix) for one in run}
+        complete = {0, 2 if caption_key else 1} <= roles
+        cut_off = scan.note and run is runs[-1] and run[0].member.start > max(scan.start, default=-1)
+        if (complete or cut_off) and run[0].key not in keys:
+            _begin(scan, run[0].member)
+            for one in run:
+                role = role_of(one.suffix)
+                assert role is not None
+                _add(scan, role, one.member, descriptor, caption_key)
+        elif complete or (run[0].key not in keys and roles & {0, 1}):
+            scan.ungrouped += [one.member.name for one in run]
+    order = sorted(range(len(scan.start)), key=scan.start.__getitem__)
+    scan.start, scan.spans, scan.status = (
+        [scan.start[n] for n in order],
+        [scan.spans[n] for n in order],
+        [scan.status[n] for n in order],
+    )
+
+
+def _add(scan: ShardScan, role: int, member: Member, descriptor: int, caption_key: str) -> None:
     """Note a member's place in the last sample; of several images the first counts."""
     spans, start = scan.spans[-1], scan.start[-1]
-    if kind == 0 and spans[1]:
+    if role == 0 and spans[1]:
         return
-    spans[2 * kind : 2 * kind + 2] = member.data - start, member.size
+    spans[2 * role : 2 * role + 2] = member.data - start, member.size
     content = member.block[HEADER : HEADER + member.size]
-    if kind == 0 and member.size:
-        format, size = image_header(content)
+    if role == 0 and member.size:
+        format, size = image_header(content or os.pread(descriptor, READ_AHEAD, member.data))
         add_to(scan.tally, format, 1)
         add_to(scan.tally, "image bytes", member.size)
         for name, pixels in zip(("image width", "image height"), size or (), strict=False):
             add_to(scan.tally, name, pixels)
-    elif kind == (2 if caption_key else 1):
+    elif role == (2 if caption_key else 1):
         if len(content) < member.size:
             content = os.pread(descriptor, member.size, member.data)
         scan.status[-1] = _caption_status(content, member.size, caption_key, scan.tally)

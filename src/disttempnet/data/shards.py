@@ -1,6 +1,7 @@
 """Webdataset shards on disk: which files a spec names, and what one .tar holds, as byte ranges.
 
-A sample is a run of consecutive members with the same name up to the first dot (webdataset's rule).
+A sample is a run of consecutive members with the same name up to the first dot (webdataset's rule); where that gives no
+image and no caption, up to the last dot.
 """
 
 from __future__ import annotations
@@ -236,3 +237,23 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     key, _, suffix = base.partition(".")
     return folder + slash + key, suffix.lower()
+
+
+def split_at_last_dot(name: str) -> tuple[str, str]:
+    """`folder/mr. b.png` → (`folder/mr. b`, `png`): for names with dots that separate no suffix."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.rpartition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def role_of(suffix: str) -> int | None:
+    """Which part of a sample a member is: 0 image, 1 caption, 2 JSON; None for what training does not use."""
+    if suffix in IMAGE_SUFFIXES:
+        return 0
+    return {"txt": 1, "json": 2}.get(suffix)
+
+
+def sample_key(name: str) -> str:
+    """The key of a sample that begins with a member of this name."""
+    key, suffix = split_name(name)
+    return key if role_of(suffix) is not None else split_at_last_dot(name)[0]

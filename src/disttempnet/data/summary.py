@@ -20,7 +20,7 @@ def index_summary(index: ShardIndex) -> RenderableType:
     for shard in index.shards:
         merge_tally(tally, shard.tally)
     tables: list[RenderableType] = [_totals(index, tally), _measures(tally), *_left_out(index.left_out())]
-    if notes := [(shard.name, shard.note or "holds no samples") for shard in index.shards if _odd(shard)]:
+    if notes := [(shard.name, note) for shard in index.shards for note in _notes(shard)]:
         table = Table("shard", "what is wrong", title="shards", title_justify="left")
         for name, note in notes:
             table.add_row(escape(name), escape(note))
@@ -52,8 +52,10 @@ def _left_out(reasons: list[tuple[str, int, list[str]]]) -> list[RenderableType]
     return [table]
 
 
-def _odd(shard: Shard) -> bool:
-    return bool(shard.note) or not shard.samples
+def _notes(shard: Shard) -> list[str]:
+    """What is wrong with a shard as a whole."""
+    empty = "" if shard.samples else "holds no samples"
+    return [note for note in (shard.note or empty, shard.ungrouped) if note]
 
 
 def _totals(index: ShardIndex, tally: Tally) -> Table:

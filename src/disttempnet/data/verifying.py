@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from disttempnet.data.index import Shard, ShardIndex
 from disttempnet.data.indexing import load_known, shard_index_file, shards_of
 from disttempnet.data.listing import is_listing
 from disttempnet.data.meter import Meter
+from disttempnet.data.scan import scan_shard
 from disttempnet.data.source import OK, Source
 from disttempnet.data.store import ShardStore, State
 from disttempnet.data.workers import run_jobs
@@ -66,6 +67,7 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
         for number, shard in enumerate(opened.shards):
             sound[opened.first[number] : opened.first[number + 1]] = shard.name not in changed
         faults += [Fault(None, shard.name, f"shard {shard.note}") for shard in opened.shards if shard.note]
+        faults += _ungrouped(opened, changed, workers, progress)
     chosen = np.flatnonzero(sound)
     if 0 < count < len(chosen):
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, count, replace=False))
@@ -117,6 +119,25 @@ def _same_bytes(store: ShardStore, shard: Shard) -> Iterator[bool]:
             yield hashlib.file_digest(file, "sha256").hexdigest() == shard.checksum
     except (UserError, OSError):
         yield False
+
+
+def _ungrouped(index: ShardIndex, changed: Collection[str], workers: int, progress: bool) -> list[Fault]:
+    """Shards with files that belong to no sample, by the index; where an earlier version made it, by another look."""
+    faults = [Fault(None, shard.name, shard.ungrouped) for shard in index.shards if shard.ungrouped]
+    tasks = [shard for shard in index.shards if shard.ungrouped is None and shard.name not in changed]
+    with Meter("looking for names with several dots", len(tasks), active=progress and bool(tasks)) as meter:
+        for shard, found in run_jobs(partial(_grouped_now, index.store, index.caption_key), tasks, workers):
+            if found != shard.samples:
+                what = f"{found:,} samples are in it, {shard.samples:,} in its index, which an earlier version made"
+                faults.append(Fault(None, shard.name, f"{what}: delete {index.path} to index again"))
+            meter.advance()
+    return faults
+
+
+def _grouped_now(store: ShardStore, caption_key: str, shard: Shard) -> Iterator[int]:
+    """A worker's job: how many samples a shard holds by today's rule."""
+    with store.local(shard.name, State(shard.size, shard.fingerprint)) as path:
+        yield len(scan_shard(path, caption_key).start)
 
 
 def _read_samples(source: Source, chosen: NDArray[np.int64], workers: int, progress: bool) -> list[Fault]:
