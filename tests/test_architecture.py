@@ -9,7 +9,7 @@ import disttempnet
 
 ROOT = Path(disttempnet.__file__).parent
 FLOORS = [
-    {"errors", "files", "machine"},
+    {"errors", "files", "machine", "sanitize", "terminal"},
     {"paths", "ranges"},
     {"config_file"},
     {"config", "launch", "watch", "distributed", "slurm"},
@@ -59,3 +59,13 @@ def test_torch_distributed_is_imported_in_two_files() -> None:
         if any(f"{word} torch.distributed" in path.read_text(encoding="utf-8") for word in ("import", "from"))
     }
     assert found == {"distributed.py", "sharding.py"}
+
+
+def test_everything_is_printed_in_one_file() -> None:
+    """There credentials and control characters are taken out."""
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "Console"):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert {place.partition(":")[0] for place in wrong} <= {"terminal.py"}, wrong

@@ -19,6 +19,7 @@ from disttempnet.errors import Preempted, UserError, show_notices_plainly, unkno
 from disttempnet.machine import memory_named
 from disttempnet.paths import path_argument
 from disttempnet.ranges import BATCH, Range, whole
+from disttempnet.terminal import say
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -269,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.version:
             from disttempnet import __version__
 
-            print(f"disttempnet {__version__}")
+            say(f"disttempnet {__version__}")
             return 0
         if options.command is None:
             parser.print_help()
@@ -279,12 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show_notices_plainly()
             return options.run(options)
     except UserError as error:
-        print(f"disttempnet: {error}", file=sys.stderr)
+        say(f"disttempnet: {error}", error=True)
         return 2
     except Preempted:
         return Preempted.code
     except KeyboardInterrupt:
-        print("disttempnet: interrupted", file=sys.stderr)
+        say("disttempnet: interrupted", error=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -328,17 +329,15 @@ def _objectives(options: argparse.Namespace) -> int:
             raise UserError(unknown_name("objective", name, OBJECTIVES))
         recipe = OBJECTIVES[name]
         defaults = "  ".join(f"{key}={value!r}" for key, value in recipe.arguments.items())
-        print(f"{name}  ({recipe.title}; {recipe.source})")
-        print(f"  minimises    {recipe.formula}")
-        print(
-            f"  temperature  {recipe.temperature};  γ {recipe.gamma};  state {recipe.bytes_a_sample()} bytes a sample"
-        )
-        print(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15))
+        say(f"{name}  ({recipe.title}; {recipe.source})")
+        say(f"  minimises    {recipe.formula}")
+        say(f"  temperature  {recipe.temperature};  γ {recipe.gamma};  state {recipe.bytes_a_sample()} bytes a sample")
+        say(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15))
         ranges = "; ".join(f"{key} {ARGUMENT_RANGES[key]}" for key in recipe.arguments if key in ARGUMENT_RANGES)
-        print(textwrap.fill(ranges, 110, initial_indent="  ranges       ", subsequent_indent=" " * 15))
+        say(textwrap.fill(ranges, 110, initial_indent="  ranges       ", subsequent_indent=" " * 15))
         if recipe.note:
-            print(textwrap.fill(recipe.note, 110, initial_indent="  note         ", subsequent_indent=" " * 15))
-        print()
+            say(textwrap.fill(recipe.note, 110, initial_indent="  note         ", subsequent_indent=" " * 15))
+        say()
     return 0
 
 
@@ -352,7 +351,7 @@ def _report(options: argparse.Namespace) -> int:
     from disttempnet.report import write_report
 
     path = write_report([Path(run) for run in options.runs], Path(options.out), options.metrics)
-    print(f"report: {path.resolve()}")
+    say(f"report: {path.resolve()}")
     return 0
 
 
@@ -375,9 +374,9 @@ def _temperature(options: argparse.Namespace) -> int:
     )
     launch = launched()
     if launch is None or launch.rank == 0:
-        print(f"temperatures: {out.resolve()} ({rows:,} rows)")
+        say(f"temperatures: {out.resolve()} ({rows:,} rows)")
         if gallery:
-            print(f"page: {gallery.resolve()}")
+            say(f"page: {gallery.resolve()}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from disttempnet.errors import UserError
 from disttempnet.machine import cores
 from disttempnet.paths import path_argument
 from disttempnet.ranges import GIGABYTES, SAMPLES, SEED, WORKERS, whole
+from disttempnet.terminal import console, say
 
 if TYPE_CHECKING:
     from disttempnet.config import SourceConfig
@@ -95,22 +95,21 @@ def _add_index(commands: Any) -> None:
 
 
 def run_index(options: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from disttempnet.data.indexing import update_index
     from disttempnet.data.listing import is_listing, open_listing
     from disttempnet.data.summary import index_summary, listing_summary
 
-    workers, console = options.workers, Console()
+    workers, shown = options.workers, console()
     for source in _sources(options):
         if is_listing(source):
             if options.checksum:
                 raise UserError(f"{source.path}: --checksum is for shards; the content of a listing is always compared")
-            console.print(listing_summary(open_listing(source)))
+            shown.print(listing_summary(open_listing(source)))
             continue
         index, news = update_index(source, workers, options.checksum)
-        console.print(index_summary(index))
-        console.print(news, markup=False, highlight=False)
+        shown.print(index_summary(index))
+        shown.print(news)
     return 0
 
 
@@ -171,9 +170,9 @@ def _preview(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     note = write_preview(open_source(_sources(options)), out, options.count, options.seed)
-    print(f"preview: {out.resolve()}")
+    say(f"preview: {out.resolve()}")
     if note:
-        print(f"  {note}")
+        say(f"  {note}")
     return 0
 
 
@@ -205,7 +204,6 @@ def _add_verify(parts: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from disttempnet.data.faults import fault_table, write_faults
     from disttempnet.data.verifying import verify
@@ -215,9 +213,9 @@ def _verify(options: argparse.Namespace) -> int:
     with stopped_by_sigterm():
         for source in _sources(options):
             checked, faults = verify(source, workers, options.sample, options.seed)
-            print(f"{source.path}: {checked:,} samples read, {_count_faults(faults)}")
+            say(f"{source.path}: {checked:,} samples read, {_count_faults(faults)}")
             if faults:
-                Console().print(fault_table(faults), markup=False)
+                console().print(fault_table(faults))
             everything += faults
     if options.out:
         try:
@@ -263,7 +261,6 @@ def _add_shard(parts: Any) -> None:
 
 
 def _shard(options: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.filesize import decimal
 
     from disttempnet.config import SourceConfig
@@ -276,18 +273,18 @@ def _shard(options: argparse.Namespace) -> int:
     out, workers = Path(options.out), _workers(options)
     with stopped_by_sigterm():
         written = write_shards(open_source(_sources(options)), out, recipe, workers)
-        print(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
+        say(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
         if written.faults:
-            print(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
-            Console().print(fault_table(written.faults), markup=False)
+            say(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
+            console().print(fault_table(written.faults))
         open_source([SourceConfig(path=str(out))])  # writes the index
     if options.captions == "lines":
         from disttempnet.evaluation.layouts import how_to_evaluate
 
-        print(how_to_evaluate(out.resolve(), written.samples))
-        print(f'train on it: data.train=[{{path="{out.resolve()}", caption_key="captions"}}]')
+        say(how_to_evaluate(out.resolve(), written.samples))
+        say(f'train on it: data.train=[{{path="{out.resolve()}", caption_key="captions"}}]')
     else:
-        print(f"train on it: data.train={out.resolve()}")
+        say(f"train on it: data.train={out.resolve()}")
     return 0
 
 
@@ -333,22 +330,22 @@ def _download(options: argparse.Namespace) -> int:
     tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
     job = Download(options.name, tsv, out, processes, options.threads, options.image_size)
     check_list(job)
-    print(as_typed(job.command), flush=True)
+    say(as_typed(job.command))
     if options.dry_run:
-        print(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", file=sys.stderr)
+        say(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", error=True)
         return 0
     from disttempnet.data.workers import stopped_by_sigterm  # it loads torch, which the above need not wait for
 
     with stopped_by_sigterm():
         if left_out := write_headed(job):
-            print(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")
+            say(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")
         code = run_download(job)
     found = outcome(out)
     failed = sum(found.failures.values())
-    print(f"{out.resolve()}: {found.shards:,} shards, {found.samples:,} samples; {failed:,} URLs failed")
+    say(f"{out.resolve()}: {found.shards:,} shards, {found.samples:,} samples; {failed:,} URLs failed")
     for reason, count in found.failures.most_common(10):
-        print(f"  {count:>10,}  {reason}")
+        say(f"  {count:>10,}  {reason}")
     if code:
         raise UserError(f"img2dataset ended with exit code {code}; the same command goes on where it was")
-    print(f"train on it: data.train={out.resolve()}")
+    say(f"train on it: data.train={out.resolve()}")
     return 0

@@ -15,6 +15,7 @@ from disttempnet.errors import Preempted, UserError
 from disttempnet.machine import cores
 from disttempnet.paths import path_argument
 from disttempnet.ranges import BATCH, WORKERS
+from disttempnet.terminal import console, say
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,6 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
     """Tasks whose data ships with the package, or that a run's config names: a table, and one JSON file."""
-    from rich.console import Console
 
     from disttempnet import distributed
     from disttempnet.evaluation.readers import all_tasks
@@ -152,13 +152,13 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
         opened.towers.module.to(device)
         results = evaluate(opened.towers, names, device=device, batch=options.batch, data_root=data_root)
         if distributed.is_main():
-            Console().print(results_table({opened.title: results}))
+            console().print(results_table({opened.title: results}))
             _print_notes(opened.notes)
             record = {"model": opened.title, "notes": list(opened.notes), **to_record(results)}
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(out, json.dumps(record, indent=2) + "\n")
-                print(f"results: {out}")
+                say(f"results: {out}")
         if not distributed.is_main():
             return 0  # else a launcher might end rank 0 before its table is printed
     return int(not all(scores.complete for scores in results.values()))
@@ -217,7 +217,7 @@ def _open_named(target: str, model: str, pretrained: str, resize_positions: bool
 
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -> int:
@@ -264,7 +264,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
                 records = suite.run(opened.towers, tasks, device)
         except Preempted:
             if distributed.is_main():
-                print("stopped: the same command goes on with the task that was cut off", flush=True)
+                say("stopped: the same command goes on with the task that was cut off")
             raise
         finally:  # a summary of what there is, after Ctrl-C too
             if distributed.is_main():
@@ -274,7 +274,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
             return 0  # else a launcher might end rank 0 before its table is printed
         _show(every, tasks, opened.title, root)
         _print_notes(opened.notes)
-        print(f"results: {out / RESULTS_FILE}")
+        say(f"results: {out / RESULTS_FILE}")
     return int(any(record.error for record in records))
 
 
@@ -326,7 +326,6 @@ def _workers(device: torch.device) -> int:
 
 def _show(found: Mapping[str, TaskRecord], tasks: Sequence[Task], title: str, root: Path) -> None:
     """The table of all tasks in the folder of results and of averages, and where to get what is missing."""
-    from rich.console import Console
 
     from disttempnet.evaluation.averages import counted_tags
     from disttempnet.evaluation.layouts import where_to_get
@@ -335,15 +334,15 @@ def _show(found: Mapping[str, TaskRecord], tasks: Sequence[Task], title: str, ro
 
     places = {key: place for place, key in enumerate(all_tasks())}
     by_key = {key: found[key] for key in sorted(found, key=lambda key: places.get(key, len(places)))}
-    Console().print(records_table(title, by_key, counted_tags()))
+    console().print(records_table(title, by_key, counted_tags()))
     for task in tasks:
         if task.name not in by_key:
-            print(f"missing: {task.display} ({where_to_get(task, root)})")
+            say(f"missing: {task.display} ({where_to_get(task, root)})")
 
 
 def _list(tasks: Sequence[Task], root: Path | None) -> int:
     """Print tasks: what they are, whether they are there, where to get them."""
     from disttempnet.evaluation.table import tasks_list
 
-    print("\n".join(tasks_list(tasks, root)))
+    say("\n".join(tasks_list(tasks, root)))
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from disttempnet.errors import UserError
 from disttempnet.paths import path_argument
+from disttempnet.terminal import say
 
 EXPORT = """RESULTS is what `evaluate --data-root` wrote: a folder with eval_results.jsonl and summary.json.
 
@@ -61,6 +62,6 @@ def _export(options: argparse.Namespace) -> int:
         write_atomically(path, text)
     for folder, one in zip(options.results, every, strict=True):
         for line in left_out(one):
-            print(f"left out of {folder}: {line}")
-    print(f"export: {out.resolve()} ({len(files):,} file{'s' if len(files) != 1 else ''})")
+            say(f"left out of {folder}: {line}")
+    say(f"export: {out.resolve()} ({len(files):,} file{'s' if len(files) != 1 else ''})")
     return 0

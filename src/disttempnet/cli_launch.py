@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
 from disttempnet.ranges import SEED, whole
+from disttempnet.terminal import say
 
 if TYPE_CHECKING:
     from disttempnet.config import LossConfig
@@ -63,7 +64,7 @@ def run_launch(options: argparse.Namespace) -> int:
     )
     text = script(job, options.config, config, overrides)
     _refuse_wrong_loss(config.loss)
-    print(text if options.dry_run else submit(text), end="" if options.dry_run else "\n")
+    say(text if options.dry_run else submit(text), end="" if options.dry_run else "\n")
     return 0
 
 

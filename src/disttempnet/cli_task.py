@@ -8,6 +8,7 @@ from typing import Any
 
 from disttempnet.paths import path_argument
 from disttempnet.ranges import whole
+from disttempnet.terminal import say
 
 TASK = """Writes the raw data of an evaluation task as its tars below a data root, in the layout of DataComp's download:
 ROOT/wds_TASK_test/test/0.tar …. `evaluate` reads raw folders as they are and gives the same numbers; tars are for disks
@@ -63,10 +64,10 @@ def _task(options: argparse.Namespace) -> int:
     with stopped_by_sigterm():
         done = convert(task, options.source, root, options.samples_per_shard)
     tars = f"{done.shards:,} tar{'s' if done.shards != 1 else ''}"
-    print(f"{done.folder.resolve()}: {tars}, {done.samples:,} images, {decimal(done.size)}")
+    say(f"{done.folder.resolve()}: {tars}, {done.samples:,} images, {decimal(done.size)}")
     for name in done.left_out[:NAMED]:
-        print(f"left out: {name}")
+        say(f"left out: {name}")
     if len(done.left_out) > NAMED:
-        print(f"and {len(done.left_out) - NAMED:,} more")
-    print(f"evaluate on it: disttempnet evaluate MODEL --data-root {root.resolve()} --tasks {task.name}")
+        say(f"and {len(done.left_out) - NAMED:,} more")
+    say(f"evaluate on it: disttempnet evaluate MODEL --data-root {root.resolve()} --tasks {task.name}")
     return int(bool(done.left_out))

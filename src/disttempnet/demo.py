@@ -13,6 +13,7 @@ from pathlib import Path
 
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError
+from disttempnet.terminal import console, say
 
 CONTENDERS = {"demo": (), "demo-clip": ("name=demo-clip", 'loss={name = "clip"}')}
 
@@ -33,8 +34,6 @@ def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
     if [config.name for config in configs] != list(CONTENDERS):
         raise UserError("demo: the names of its two runs are fixed; use --out FOLDER for another place")
 
-    from rich.console import Console
-
     from disttempnet.evaluation.table import results_table
     from disttempnet.report import build_report
     from disttempnet.report.runs import read_run
@@ -46,7 +45,7 @@ def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
         if not train(config, resume="auto"):
             return False
     runs = [read_run(config.folder) for config in configs]
-    Console().print(results_table({run.title: run.final for run in runs}))
+    console().print(results_table({run.title: run.final for run in runs}))
     page = build_report([config.folder for config in configs], Path(configs[0].out) / "demo-report.html")
-    print(f"report: {page.resolve()}")
+    say(f"report: {page.resolve()}")
     return True

@@ -1,14 +1,22 @@
 """What a user can fix, or should know: the exception and the warning that the command line prints as single lines."""
 
-import sys
 import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from disttempnet.sanitize import one_line, redacted
+from disttempnet.terminal import say
+
 
 class UserError(Exception):
-    """A mistake outside the program: its message names the file, key or shard and says what to do."""
+    """A mistake outside the program: its message names the file, key or shard and says what to do.
+
+    The message is one line without credentials or control characters, wherever it is shown, sent or written.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(redacted(message)))
 
 
 class UserNotice(UserWarning):
@@ -22,7 +30,7 @@ def show_notices_plainly() -> None:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, UserNotice):
-            print(f"warning: {message}", file=sys.stderr)
+            say(f"warning: {one_line(str(message))}", error=True)
         else:
             others(message, category, *place, **more)
 

@@ -1,39 +1,99 @@
-"""Small files that are replaced as a whole; whether a path can be written."""
+"""Files that are replaced atomically; whether a path can be written, learnt before the work, and one line where not."""
 
 from __future__ import annotations
 
+import errno
 import os
-import platform
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from disttempnet.errors import UserError
 
 WRITING = ".writing-"  # begins the name of what is not whole yet
+LONGEST_NAME = 255  # bytes, on most file systems
+OPEN_FILES = ("/dev/std", "/dev/fd/", "/proc/")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file, on the disk at once: a reader, or a kill at any moment, finds the old or the new one.
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new, empty file in the folder of `path`; it is gone at the end, unless it was renamed.
+
+    Its name cannot be guessed, an existing file or link of that name is never opened, and its permissions follow the
+    umask. Process ids would repeat on nodes that share a disk, and a guessed name could be a link to somebody's file.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    mark = f"-{secrets.token_hex(8)}"
+    room = LONGEST_NAME - len(WRITING) - len(mark)
+    name = path.name.encode("utf-8", "surrogateescape")[:room].decode("utf-8", "ignore")
+    temporary = path.with_name(f"{WRITING}{name}{mark}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    os.close(os.open(temporary, flags, 0o666))
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file to write to, which replaces `path` when the block ends without an error, on the disk at once.
+
+    A reader, or a kill at any moment, finds the old or the new file. What is no regular file (/dev/stdout) is written
+    to as it is.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    # process ids repeat on the nodes that share a disk
-    temporary = path.with_name(f"{WRITING}{path.name}-{platform.node()}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+    if _is_device(path):
+        yield path
+        return
+    with temporary_beside(path) as temporary:
+        yield temporary
+        follow_umask(temporary)  # some writers put a file of their own in its place
+        _to_disk(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file by this content. See `atomic`.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Replace a file that a user asked for; its folder is made.
+
+    Raises:
+        UserError: it cannot be written; nothing is left of it.
+    """
+    with unwritable_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+
+
+@contextmanager
+def unwritable_named(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into a UserError that says what could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def refuse_unwritable(path: Path) -> None:
     """Raise UserError where a file of this path cannot be written: learnt before the work, not after it.
 
-    Nothing is made; folders of the path may be missing.
+    Nothing is left there; folders of the path may be missing.
     """
     try:
         folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
@@ -43,8 +103,29 @@ def refuse_unwritable(path: Path) -> None:
             why = f"{folder} is no folder"
         elif not os.access(folder, os.W_OK | os.X_OK):
             why = f"{folder} does not allow it"
+        elif len(os.fsencode(path.name)) > LONGEST_NAME:
+            why = str(os.strerror(errno.ENAMETOOLONG))
         else:
             return
     except OSError as error:
         why = str(error.strerror)
     raise UserError(f"{path}: cannot be written: {why}")
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions of a new one in its folder. Writers of weights make theirs for their owner alone."""
+    with temporary_beside(path) as new:
+        path.chmod(stat.S_IMODE(new.stat().st_mode))
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is there and is no regular file, or is one by which a process has it open (/dev/stdout)."""
+    return path.exists() and (not path.is_file() or str(path.absolute()).startswith(OPEN_FILES))
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

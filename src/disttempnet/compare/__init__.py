@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.errors import UserError
 from disttempnet.files import write_atomically
 from disttempnet.launch import launched
+from disttempnet.terminal import console, say
 from disttempnet.training import runs
 
 __all__ = ["load_grid", "run_compare"]
@@ -62,7 +62,7 @@ def _run(grid: Grid, jobs: int) -> int:
     outcome = _train(grid, states, jobs)
     if outcome.stopped:
         _print_failed(outcome, len(grid.configs))
-        print("stopped: continue with the same command")
+        say("stopped: continue with the same command")
         return 143
     done = [config.folder for config in grid.configs if state_of(config).kind == "done"]
     if done:
@@ -117,16 +117,16 @@ def _report(folders: Sequence[Path], out: Path) -> None:
     write_atomically(out / "results.jsonl", write_compact(results))
     comparison = compare_groups(results)
     write_atomically(out / "report.html", comparison_page(comparison))
-    Console().print(text_table(comparison))
-    print(f"results: {(out / 'results.jsonl').resolve()}")
-    print(f"report: {(out / 'report.html').resolve()}")
+    console().print(text_table(comparison))
+    say(f"results: {(out / 'results.jsonl').resolve()}")
+    say(f"report: {(out / 'report.html').resolve()}")
 
 
 def _print_failed(outcome: Outcome, total: int) -> None:
     if outcome.failed:
-        print(f"{len(outcome.failed)} of {total} runs failed; the same command tries them again:")
+        say(f"{len(outcome.failed)} of {total} runs failed; the same command tries them again:")
     for name, reason in outcome.failed.items():
-        print(f"  {name}: {reason}")
+        say(f"  {name}: {reason}")
 
 
 def _print_list(grid: Grid, states: dict[str, State]) -> None:
@@ -137,6 +137,6 @@ def _print_list(grid: Grid, states: dict[str, State]) -> None:
         state = states[config.name]
         words = f"{state.kind}: {state.why}" if state.why else state.kind
         table.add_row(Text(config.name), Text(config.loss.name), Text(words))
-    Console().print(table)
+    console().print(table)
     done = sum(state.kind == "done" for state in states.values())
-    print(f"{done} of {len(states)} runs are done, in {grid.out}")
+    say(f"{done} of {len(states)} runs are done, in {grid.out}")

@@ -6,8 +6,9 @@ import datetime
 import time
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from disttempnet.terminal import console
 
 PLAIN_LINE_SECONDS = 30.0  # between lines where the output is no terminal
 
@@ -26,9 +27,9 @@ class Display:
         self._before: dict[str, float] = {}  # of that, what was not done by this call
         self._state: dict[str, str] = {}  # running ones
         self._bars: dict[str, TaskID] = {}
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[state]}"),
             console=self._console,
@@ -46,7 +47,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line above the bars."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def began(self, name: str) -> None:
         self._share[name], self._state[name] = 0.0, "starting"

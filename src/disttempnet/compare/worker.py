@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from disttempnet.config import Config
 from disttempnet.errors import Preempted, UserError, show_notices_plainly
+from disttempnet.terminal import say
 
 
 class Progress(NamedTuple):
@@ -91,7 +92,7 @@ def _run(config: Config, connection: Connection) -> Ended:
     except UserError as error:
         return Ended("failed", str(error))
     except Exception as error:  # one run's fault must not end the others; the log holds all of it
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {config.name}", file=sys.stderr)
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {config.name}", error=True)
         traceback.print_exc()
         sys.stderr.flush()
         return Ended("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")

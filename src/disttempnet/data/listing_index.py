@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from disttempnet.data.index import writable
 from disttempnet.data.rows import Fields, Layout
 from disttempnet.data.source import OK
 from disttempnet.errors import UserError
+from disttempnet.terminal import console
 
 FORMAT = "disttempnet-listing-2"
 HEADER_BYTES = 4096  # what the header is padded to, as it is written last
@@ -305,13 +305,13 @@ def _refuse_unusable(layout: Layout, status: bytearray) -> None:
 def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
     """The rows of a layout; a bar on standard error shows how far they are read."""
     columns = (
-        TextColumn("indexing {task.description}"),
+        TextColumn("indexing {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(show_speed=False),
         TextColumn("{task.fields[rows]} rows"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with Progress(*columns, console=console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(layout.where.name, total=layout.total or None, rows="0")
         count = done = 0
         for count, (fields, done) in enumerate(layout.rows(), 1):

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from disttempnet.terminal import console
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -27,9 +28,9 @@ class Meter:
     def __init__(self, what: str, total: int, done: int = 0, active: bool = True, sizes: bool = False) -> None:
         self.what, self.total, self.done, self._before = what, total, done, done
         self._text: Callable[[int], str] = decimal if sizes else "{:,}".format
-        self.console = Console(stderr=True, quiet=not active, highlight=False)
+        self.console = console(stderr=True, quiet=not active)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[rate]}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from disttempnet.data.headers import FORMATS
@@ -23,20 +22,20 @@ def index_summary(index: ShardIndex) -> RenderableType:
     if notes := [(shard.name, note) for shard in index.shards for note in _notes(shard)]:
         table = Table("shard", "what is wrong", title="shards", title_justify="left")
         for name, note in notes:
-            table.add_row(escape(name), escape(note))
+            table.add_row(name, note)
         tables.append(table)
     return Group(*tables)
 
 
 def listing_summary(listing: Listing) -> RenderableType:
     """Tables for a terminal."""
-    table = Table(title=escape(str(listing.path)), title_justify="left", show_header=False)
+    table = Table(title=str(listing.path), title_justify="left", show_header=False)
     table.add_row(
         "rows" if listing.columns.numbers is None else "samples",
         f"{len(listing):,}, of which {len(listing.usable):,} usable",
     )
     for note in listing.notes():
-        table.add_row("read", escape(note))
+        table.add_row("read", note)
     table.add_row("index", f"{listing.path.stat().st_size / 1e6:,.1f} MB, digest {listing.digest[:12]}")
     return Group(table, *_left_out(listing.left_out()))
 
@@ -48,7 +47,7 @@ def _left_out(reasons: list[tuple[str, int, list[str]]]) -> list[RenderableType]
     table = Table("left out", "samples", "for example", title="unreadable samples", title_justify="left")
     table.columns[1].justify = "right"
     for reason, samples, names in reasons:
-        table.add_row(reason, f"{samples:,}", escape(", ".join(names)) + (", …" if samples > len(names) else ""))
+        table.add_row(reason, f"{samples:,}", ", ".join(names) + (", …" if samples > len(names) else ""))
     return [table]
 
 
@@ -62,11 +61,11 @@ def _totals(index: ShardIndex, tally: Tally) -> Table:
     usable, hashed = int(index.usable_counts.sum()), sum(1 for shard in index.shards if shard.checksum)
     images = sum(tally[name][0] for name in FORMATS if name in tally)
     formats = ", ".join(f"{name} {tally[name][0] / images:.4%}" for name in FORMATS if name in tally)
-    table = Table(title=f"{escape(str(index.path))}", title_justify="left", show_header=False)
+    table = Table(title=f"{index.path!s}", title_justify="left", show_header=False)
     table.add_row("shards", f"{len(index.shards):,}, {sum(shard.size for shard in index.shards) / 1e9:,.2f} GB")
     table.add_row("samples", f"{len(index):,}, of which {usable:,} usable")
     table.add_row("images", formats or "not measured: indexed by an earlier version")
-    table.add_row("captions", f"key '{escape(index.caption_key)}' of .json" if index.caption_key else ".txt")
+    table.add_row("captions", f"key '{index.caption_key}' of .json" if index.caption_key else ".txt")
     table.add_row("checksums", f"of {hashed:,} shards" if hashed else "none (--checksum)")
     table.add_row("index", f"{index.path.stat().st_size / 1e6:,.1f} MB, digest {index.digest[:12]}")
     return table

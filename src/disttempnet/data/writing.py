@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from disttempnet.data.meter import Meter
 from disttempnet.data.source import OK, Source
 from disttempnet.data.workers import run_jobs
 from disttempnet.errors import UserError
+from disttempnet.terminal import say
 
 FORMAT = "disttempnet-shards-1"
 PLAN, SKIPPED, LOCK = "plan.json", "skipped.jsonl", ".lock"
@@ -104,9 +104,7 @@ def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, pro
                 _write_missing(source, folder, recipe, parts, workers, progress)
             except (KeyboardInterrupt, SystemExit):
                 whole = sum((folder / part.name).is_file() for part in parts)
-                print(
-                    f"stopped: {whole:,} of {len(parts):,} shards are whole; the same command goes on", file=sys.stderr
-                )
+                say(f"stopped: {whole:,} of {len(parts):,} shards are whole; the same command goes on", error=True)
                 raise
             finally:
                 _remove_leftovers(folder)

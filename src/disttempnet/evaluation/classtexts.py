@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.embed import Encoder, Progress
 from disttempnet.evaluation.protocols import classifier, prompts
 from disttempnet.evaluation.readers import Head
+from disttempnet.terminal import say
 
 PROMPTS_AT_ONCE = 8192  # bounds the memory that prompts take before they are averaged
 
@@ -93,5 +93,5 @@ class ClassTexts:
             save_file({"features": torch.stack(list(known.values()))}, temporary, metadata=facts)
             os.replace(temporary, path)
         except OSError as error:
-            print(f"disttempnet: {path}: text features are not kept: {error.strerror}", file=sys.stderr)
+            say(f"disttempnet: {path}: text features are not kept: {error.strerror}", error=True)
             self.folder = None

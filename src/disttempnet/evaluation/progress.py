@@ -6,12 +6,12 @@ import datetime
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from disttempnet import distributed
 from disttempnet.evaluation.readers import Task
 from disttempnet.evaluation.records import TaskRecord
+from disttempnet.terminal import console
 
 
 class SuiteProgress:
@@ -24,7 +24,7 @@ class SuiteProgress:
     """
 
     def __init__(self, tasks: Sequence[Task], finished: Sequence[TaskRecord], batch: int) -> None:
-        self.console = Console()
+        self.console = console()
         self.records = list(finished)
         self._total = len(tasks)
         self._averaged = sum(bool(task.main) for task in tasks)
@@ -77,7 +77,7 @@ class SuiteProgress:
             what = record.error or f"{record.main_metric_name or 'done'} {value}"
             place = f"{len(self.records)}/{self._total}"
             how = "  ".join(filter(None, [self._rate, self._ahead(0.0)]))
-            self.console.print(f"{place}  {record.dataset}: {what}  ({how})", markup=False, soft_wrap=True)
+            self.console.print(f"{place}  {record.dataset}: {what}  ({how})", soft_wrap=True)
 
     def _show(self, part: float) -> None:
         if self._task is None:

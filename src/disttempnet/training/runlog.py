@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from disttempnet.data import Skip
 from disttempnet.evaluation.scores import Scores, to_record
+from disttempnet.terminal import console
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
@@ -40,7 +40,7 @@ class RunLog:
 
     def __init__(self, folder: Path, steps: int, start: int, active: bool, report: Report | None = None) -> None:
         self.active, self.folder, self.steps, self._report = active, folder, steps, report
-        self.console = Console(stderr=True, quiet=not active or report is not None, highlight=False)
+        self.console = console(stderr=True, quiet=not active or report is not None)
         if not active:
             return
         for name in ("metrics.jsonl", "eval.jsonl"):
@@ -50,7 +50,7 @@ class RunLog:
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
@@ -69,7 +69,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line above the progress bar."""
         if self.active:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def step(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl and show it."""

@@ -21,6 +21,7 @@ from disttempnet.report.temperature.items import CaptionFile, ImageFolder, Items
 from disttempnet.report.temperature.measure import measure, refuse_without_temperatures
 from disttempnet.report.temperature.page import write_page
 from disttempnet.report.temperature.table import check_table, columns_of, open_table
+from disttempnet.terminal import console
 from disttempnet.training.checkpoint import Run, load_run
 from disttempnet.training.runs import list_checkpoints
 
@@ -87,7 +88,7 @@ def write_temperatures(
             if census is not None and gallery is not None:
                 write_page(run, census, gallery)
                 for line in goes_with(census):
-                    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+                    console(stderr=True).print(line, soft_wrap=True)
     return rows
 
 
@@ -116,21 +117,24 @@ class _Advance:
         if not self.console.is_terminal and now - self.told > PLAIN_LINE_SECONDS:
             self.told = now
             eta = timedelta(seconds=round((self.total - self.done) / rate))
-            self.console.print(f"temperatures  {self.done:,}/{self.total:,}  {rate:,.0f}/s  ETA {eta}", highlight=False)
+            self.console.print(f"temperatures  {self.done:,}/{self.total:,}  {rate:,.0f}/s  ETA {eta}")
 
 
 @contextmanager
 def _progress(total: int, active: bool) -> Iterator[_Advance]:
-    console = Console(stderr=True, quiet=not active)
-    words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    hidden = not active or not console.is_terminal
-    with Progress(*words, TextColumn("ETA"), TimeRemainingColumn(), console=console, disable=hidden) as bar:
-        yield _Advance(total, console, bar)
+    shown = console(stderr=True, quiet=not active)
+    words = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    hidden = not active or not shown.is_terminal
+    with Progress(*words, TextColumn("ETA"), TimeRemainingColumn(), console=shown, disable=hidden) as bar:
+        yield _Advance(total, shown, bar)
 
 
 def _name_skipped(skipped: Sequence[str]) -> None:
     if skipped:
         shown, more = ", ".join(skipped[:NAMED]), ", …" if len(skipped) > NAMED else ""
-        Console(stderr=True).print(
-            f"left out {len(skipped):,} unreadable images: {shown}{more}", markup=False, highlight=False, soft_wrap=True
-        )
+        console(stderr=True).print(f"left out {len(skipped):,} unreadable images: {shown}{more}", soft_wrap=True)

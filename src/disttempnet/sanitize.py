@@ -1,0 +1,92 @@
+"""Text of data, files and users, made safe to show and to write: credentials, control characters, cells of tables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+# user:password@ of a URL; "/", quotes and blanks end it, so that no text behind a URL is taken for its user
+_USER = re.compile(r"(?<=://)[^/?#\s\"<>\\]+@")
+# parameters of presigned and token URLs: X-Amz-Signature, X-Goog-Credential, sig (SAS), AWSAccessKeyId, token, api_key
+_PARAMETER = re.compile(
+    r"(?<=[?&;#])"
+    r"([\w.%~-]*(?:sig|token|secret|key|passw|pwd|auth|credential|policy|session|access|jwt)[\w.%~-]*)"
+    r"=([^\s&;\"'<>#]+)",
+    re.IGNORECASE,
+)
+_PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+# C0 except tab and newline, DEL, C1; line and paragraph separators; what turns the direction of text; lone surrogates
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_MARKDOWN = re.compile(r"([\\|`*_\[\]<>])")
+
+
+def redacted(text: str) -> str:
+    """The text with the credentials of its URLs replaced by ***: users and passwords, and the values of parameters
+    whose names say that they are secret. A placeholder, ${NAME}, holds no secret and stays."""
+    if "://" not in text and "=" not in text:
+        return text
+    return _PARAMETER.sub(_parameter, _USER.sub(_user, text))
+
+
+def redacted_table(value: Any) -> Any:
+    """The same for every string of a nested table; tuples become lists, as in files."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {key: redacted_table(inner) for key, inner in value.items()}
+    return [redacted_table(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _user(match: re.Match[str]) -> str:
+    user, colon, password = match[0].removesuffix("@").partition(":")
+    secret = password if colon else user
+    return match[0] if not _PLACEHOLDER.sub("", secret) else f"{HIDDEN}@"
+
+
+def _parameter(match: re.Match[str]) -> str:
+    return match[0] if not _PLACEHOLDER.sub("", match[2]) else f"{match[1]}={HIDDEN}"
+
+
+def from_environment(url: str) -> str:
+    """A URL with each ${NAME} replaced by the environment's variable of that name.
+
+    Raises:
+        KeyError: there is no such variable; its argument is the name.
+    """
+    return _PLACEHOLDER.sub(lambda match: os.environ[match[1]], url)
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes (ESC becomes \\x1b): a terminal obeys none of it."""
+    return _CONTROL.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def one_line(text: str) -> str:
+    """The same, with line breaks as escapes too: a name or caption cannot pretend to be a line of ours."""
+    return printable(text).replace("\n", "\\n")
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a CSV: text that a spreadsheet would run as a formula gets an apostrophe before it. What is a number
+    stays one, and so does text that reads as a number."""
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def markdown_cell(text: str) -> str:
+    """Text as a cell of a Markdown table: neither its marks, nor HTML, nor another cell or row."""
+    return _MARKDOWN.sub(r"\\\1", one_line(text).replace("&", "&amp;")).replace("\\<", "&lt;").replace("\\>", "&gt;")

@@ -1,0 +1,122 @@
+"""Atomic writes: whole or not at all, never through a link, with the permissions of any new file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from disttempnet import files
+from disttempnet.errors import UserError
+from disttempnet.files import atomic, follow_umask, refuse_unwritable, write_atomically, write_output
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_permissions_follow_the_umask(mask: int, expected: int, tmp_path: Path) -> None:
+    with umask(mask):
+        write_atomically(tmp_path / "a", "x")
+        with atomic(tmp_path / "b") as temporary:  # a writer that makes a file of its own, for its owner alone
+            temporary.unlink()
+            temporary.touch(0o600)
+        (tmp_path / "c").touch(0o600)
+        follow_umask(tmp_path / "c")
+    assert [mode(tmp_path / name) for name in "abc"] == [expected] * 3
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / ".writing-a-guessed").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "a", "x")
+    assert victim.read_text() == "precious"
+    assert (tmp_path / ".writing-a-guessed").is_symlink(), "it is not ours to remove"
+
+
+def test_temporaries_have_other_names_each_time(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(20):
+        with atomic(tmp_path / "a") as temporary:
+            names.add(temporary.name)
+    assert len(names) == 20
+    assert all(len(name) == len(".writing-a-") + 16 for name in names)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_disk_that_takes_no_more_leaves_the_old_file(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=f"a: cannot be written: {os.strerror(error)}$"):
+        write_output(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 125 + ".html")
+    refuse_unwritable(path)
+    write_output(path, "x")
+    assert path.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("folder", "it is a folder"),
+        ("file/x.html", "file is no folder"),
+        (f"{'x' * 256}.html", "File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(name: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"cannot be written: .*{why}"):
+        refuse_unwritable(tmp_path / name)
+
+
+def test_a_folder_that_takes_no_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match="does not allow it"):
+        refuse_unwritable(tmp_path / "new" / "x.html")
+
+
+def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
