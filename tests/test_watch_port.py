@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from disttempnet.cli import main
 from disttempnet.watch import Watch
 from srun import Srun
 from test_launch import is_rank, trained
+from watching import Rank, code
 
 HERE = "127.0.0.1"
 SOON = 20.0
@@ -31,10 +37,11 @@ def main_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
 
 def said(port: int, *lines: bytes) -> bytes:
-    """What rank 0 answers to who says these lines; at once where it hangs up, else empty after a second."""
+    """What rank 0 answers to who says these lines after its challenge; empty where it hangs up."""
     with socket.create_connection((HERE, port), 5) as stranger:
         stranger.settimeout(1.0)
         try:
+            assert set(json.loads(stranger.recv(100))) == {"challenge"}
             for line in lines:
                 stranger.sendall(line)
             return stranger.recv(100)
@@ -51,7 +58,8 @@ STRANGERS = {
     "a list": b"[1, 2]\n",
     "nested": b"[" * 6000 + b"\n",
     "another rank": b'{"rank": "one"}\n',
-    "another run": b'{"token": "0123", "rank": 1, "host": "elsewhere"}\n',
+    "another run": b'{"rank": 1, "host": "elsewhere", "challenge": "1", "proof": "0123"}\n',
+    "odd types": b'{"rank": true, "host": 3, "challenge": [], "proof": {}}\n',
     "a verdict": b'{"failed": "rank 1 on nowhere failed"}\n',
     "no end of line": b"x" * 40_000,
 }
@@ -80,9 +88,8 @@ def test_a_stranger_that_says_nothing_keeps_nobody_waiting(main_watch: Watch) ->
 
 def test_a_rank_that_falls_silent_is_told_to_the_others(main_watch: Watch) -> None:
     other = Watch(2, 3, HERE, main_watch.port, main_watch.token)
-    with socket.create_connection((HERE, main_watch.port), 5) as rank:
-        hello = {"token": main_watch.token, "rank": 1, "host": "node07"}
-        rank.sendall(json.dumps(hello).encode() + b"\n")
+    with Rank(main_watch, 1, "node07"):
+        pass
     assert other.news(SOON) == "rank 1 on node07 ended without a word: killed, or out of memory"
     assert main_watch.news(SOON) == other.news(0)
     other.leave()
@@ -156,3 +163,195 @@ def test_a_forked_process_keeps_no_connection_open(main_watch: Watch) -> None:
         os.kill(child, 9)
         os.waitpid(child, 0)
         rank.leave()
+
+
+# ---- strangers in numbers, and between the lines ----
+
+CROWD = """
+import resource, selectors, socket, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)
+port, number = int(sys.argv[1]), int(sys.argv[2])
+crowd, let_in, closed, heard = selectors.DefaultSelector(), set(), set(), b""
+for _ in range(number):
+    one = socket.socket()
+    one.setblocking(False)
+    one.connect_ex(("127.0.0.1", port))
+    crowd.register(one, selectors.EVENT_READ)
+print("there", flush=True)
+until = time.monotonic() + float(sys.argv[3])
+while crowd.get_map() and time.monotonic() < until:
+    for key, _ in crowd.select(0.1):
+        try:
+            data = key.fileobj.recv(4096)
+        except OSError:
+            data = b""
+        heard += data
+        if data:
+            let_in.add(key.fd)
+        else:
+            closed.add(key.fd)
+            crowd.unregister(key.fileobj)
+print(len(let_in), len(let_in - closed), sum(b"challenge" not in line for line in heard.splitlines()), flush=True)
+"""
+
+
+@contextmanager
+def few_files(free: int) -> Iterator[None]:
+    """Inside, this process may open so many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_crowd_of_strangers_keeps_no_rank_away_and_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 connections that say nothing, where this process may open some 190 files more."""
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 600.0)
+    with few_files(60):
+        made = Watch(0, 3)  # raises the limit by what it needs
+        crowd = subprocess.Popen(
+            [sys.executable, "-c", CROWD, str(made.port), "600", "5"], stdout=subprocess.PIPE, text=True
+        )
+        assert crowd.stdout is not None
+        try:
+            assert crowd.stdout.readline() == "there\n"
+            while len(made._peers) < watch.STRANGERS:
+                time.sleep(0.01)
+            began = time.monotonic()
+            first = Watch(1, 3, HERE, made.port, made.token)
+            assert len(made._peers) <= watch.STRANGERS + 2
+            with open(os.devnull):  # this process can still open files
+                pass
+            second = Watch(2, 3, HERE, made.port, made.token)
+            assert time.monotonic() - began < SOON
+            assert made.news(0) == ""
+            let_in, still_open, told = map(int, crowd.stdout.readline().split())
+            assert let_in >= watch.STRANGERS
+            assert (still_open, told) == (0, 0), "all were hung up on, and heard a challenge at the most"
+            second.leave()
+            first.leave("boom")
+            assert made.news(SOON).endswith("failed: boom")
+        finally:
+            made.leave()
+            crowd.kill()
+            crowd.wait()
+            crowd.stdout.close()
+
+
+def test_a_stranger_is_hung_up_on_in_seconds_and_told_nothing(
+    main_watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "HELLO_SECONDS", 0.5)
+    rank = Watch(1, 3, HERE, main_watch.port, main_watch.token)
+    with socket.create_connection((HERE, main_watch.port), 5) as stranger:
+        began = time.monotonic()
+        rank.leave("/secret/path: boom")
+        assert main_watch.news(SOON).endswith("boom")
+        main_watch.leave()
+        heard = b"".join(iter(lambda: stranger.recv(4096), b""))
+        assert time.monotonic() - began < 3
+    assert set(json.loads(heard)) == {"challenge"}, "one line, and no reason"
+
+
+def test_the_port_is_closed_when_all_ranks_are_there(main_watch: Watch) -> None:
+    with socket.create_connection((HERE, main_watch.port), 5) as stranger:
+        ranks = [Watch(rank, 3, HERE, main_watch.port, main_watch.token) for rank in (1, 2)]
+        stranger.settimeout(SOON)
+        assert stranger.recv(100)
+        assert stranger.recv(100) == b"", "hung up on"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HERE, main_watch.port), 5)
+    ranks[0].leave()
+    ranks[1].leave("boom")
+    assert main_watch.news(SOON).endswith("failed: boom")
+
+
+def test_the_token_is_never_sent(main_watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, send = bytearray(), socket.socket.sendall
+
+    def sendall(self: socket.socket, data: bytes) -> None:
+        sent.extend(data)
+        send(self, data)
+
+    monkeypatch.setattr(socket.socket, "sendall", sendall)
+    Watch(1, 3, HERE, main_watch.port, main_watch.token).leave("boom")
+    assert main_watch.news(SOON).endswith("boom")
+    assert b"challenge" in sent
+    assert b"boom" in sent
+    assert main_watch.token.encode() not in sent
+
+
+def test_another_token_is_refused_by_both_sides(main_watch: Watch) -> None:
+    with pytest.raises(ConnectionError, match="not rank 0 of this run"):
+        Watch(1, 3, HERE, main_watch.port, "another")
+    with Rank(main_watch, token="another") as rank:
+        assert not rank.welcome
+    assert main_watch.news(0) == ""
+
+
+def test_who_answers_in_place_of_rank_0_is_not_believed() -> None:
+    """It may pass on a challenge, but cannot show that it knows the token."""
+    with socket.create_server((HERE, 0)) as impostor:
+
+        def answer() -> None:
+            connection, _ = impostor.accept()
+            with connection:
+                connection.sendall(b'{"challenge": "00"}\n')
+                proof = json.loads(connection.recv(4096))["proof"]
+                connection.sendall(json.dumps({"proof": proof}).encode() + b"\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConnectionError, match="not rank 0 of this run"):
+            Watch(1, 2, HERE, impostor.getsockname()[1], "token")
+        thread.join()
+
+
+def test_a_rank_cannot_be_there_twice(main_watch: Watch) -> None:
+    with Rank(main_watch, 1) as rank, Rank(main_watch, 1) as again, Rank(main_watch, 0) as zero:
+        assert rank.welcome
+        assert not again.welcome
+        assert not zero.welcome
+        rank.send({"done": True})
+    assert main_watch.news(0.2) == ""
+
+
+@pytest.mark.parametrize("how", ["forged", "replayed", "changed"])
+def test_a_line_that_the_rank_did_not_send_is_noticed(how: str, main_watch: Watch) -> None:
+    with Rank(main_watch, 1, "node07") as rank:
+        body = json.dumps({"failed": "rank 2 on node08 failed"})
+        if how == "forged":
+            rank.say(f"{'0' * 64} {body}".encode())
+        elif how == "replayed":
+            rank.send({"at": 1})
+            rank.sent -= 1
+            rank.send({"at": 1})
+        else:
+            rank.say(f"{code(rank.key, 'rank 1', 1, json.dumps({'at': 1}))} {body}".encode())
+        assert main_watch.news(SOON) == ("rank 1 on node07 sends what is not its own: somebody disturbs its connection")
+
+
+@pytest.mark.parametrize(
+    ("address", "found", "expected"),
+    [
+        ("localhost", ["127.0.0.1"], "127.0.0.1"),
+        ("127.0.0.1", ["127.0.0.1"], "127.0.0.1"),
+        ("node01", ["127.0.1.1"], ""),  # its own name, as Debian's /etc/hosts has it: others are led elsewhere
+        ("node01", ["203.0.113.7"], ""),  # of another machine: a router before this one
+        ("nowhere.invalid", [], ""),
+        ("", [], ""),
+    ],
+)
+def test_rank_0_listens_at_its_own_address_only(
+    address: str, found: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def getaddrinfo(host: str, *_: object, **__: object) -> list:
+        if not found:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with watch._listen(2, address) as listener:
+        assert listener.getsockname()[0] in ([expected] if expected else ["0.0.0.0", "::"])

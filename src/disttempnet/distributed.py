@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ NEWS_SECONDS = 5.0  # that a collective's failure may come before the news of wh
 
 Result = TypeVar("Result")
 PIECE = 64 << 20  # bytes that are sent at a time
+_collectives = 0  # that this process has come to: the watch tells a rank that waits from one that is waited for
 
 
 def is_active() -> bool:
@@ -64,7 +65,7 @@ def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
         yield device
         return
     _join(launch, device, timeout_minutes)
-    watch = _watch(launch, 60 * timeout_minutes * SILENCE)
+    watch = _watch(launch, 60 * timeout_minutes)
     try:
         yield device
     except Preempted:  # all ranks end in good order
@@ -103,14 +104,15 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         ) from None
 
 
-def _watch(launch: Launch, silence: float) -> Watch:
-    """Connect this rank with rank 0, to hear of ranks that die, or are silent for so many seconds."""
-    watch = Watch(0, launch.world_size, silence=silence) if launch.rank == 0 else None
+def _watch(launch: Launch, timeout: float) -> Watch:
+    """Connect this rank with rank 0, to hear of ranks that die, are silent, or are waited for."""
+    limits: dict[str, Any] = {"silence": timeout * SILENCE, "timeout": timeout, "progress": lambda: _collectives}
+    watch = Watch(0, launch.world_size, launch.address, **limits) if launch.rank == 0 else None
     try:
         port, token = gather_objects((watch.port, watch.token) if watch else None)[0]
         trouble = ""
         try:
-            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token, silence=silence)
+            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token, **limits)
         except OSError as error:
             trouble = f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}"
         trouble = next(filter(None, gather_objects(trouble)), "")
@@ -146,11 +148,17 @@ def describe(device: torch.device, timeout_minutes: float) -> str:
     )
 
 
+def _come_to_collective() -> None:
+    global _collectives
+    _collectives += 1
+
+
 def all_gather(local: Tensor) -> Tensor:
     """Rows of all ranks in rank order: [b, ...] → [K·b, ...], no gradient. Every rank passes the same shape."""
     local = local.detach()
     if world_size() == 1:
         return local
+    _come_to_collective()
     local = local.contiguous()
     gathered = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
@@ -162,6 +170,7 @@ def all_sum(local: Tensor) -> Tensor:
     """The sum over ranks, no gradient; the input is not changed."""
     total = local.detach().clone()
     if world_size() > 1:
+        _come_to_collective()
         dist.all_reduce(total)
     return total
 
@@ -170,6 +179,7 @@ def largest(value: int, device: torch.device) -> int:
     """The largest value of all ranks, on every rank."""
     if world_size() == 1:
         return value
+    _come_to_collective()
     result = torch.tensor(value, device=device)
     dist.all_reduce(result, dist.ReduceOp.MAX)
     return int(result)
@@ -179,6 +189,7 @@ def gather_objects(value: object) -> list:
     """Small Python values of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
+    _come_to_collective()
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -226,6 +237,7 @@ def file_of_main(path: Path) -> Iterator[bytes]:
             except OSError as error:
                 message[0] = f"{path}: cannot be read: {error.strerror}"
         if world_size() > 1:
+            _come_to_collective()
             dist.broadcast_object_list(message, src=0)
         piece = message[0]
         if isinstance(piece, str):
@@ -238,6 +250,7 @@ def file_of_main(path: Path) -> Iterator[bytes]:
 
 def barrier() -> None:
     if world_size() > 1:
+        _come_to_collective()
         dist.barrier()
 
 

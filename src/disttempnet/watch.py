@@ -1,17 +1,22 @@
-"""How ranks learn that another one has died or stands still: by a connection, and by what is no longer heard on it.
+"""The ranks' watch over each other: a connection from every rank to rank 0, and what is no longer heard on it.
 
 Rank 0 listens, every other rank holds a connection to it. A rank that fails says so; one that is killed says nothing,
 but its connection ends. Both ends send a beat now and then, from a thread of their own, whatever the main thread is
-at: a process that is stopped, or a node that vanishes, sends none. Rank 0 passes on which rank ended first, and why. A
-collective would tell no more than that some peer is gone: gloo at once, NCCL after its timeout; a main thread that
-waits for ever, while its process runs, is left to that timeout.
+at: a process that is stopped, or a node that vanishes, sends none. A beat says how many collectives its main thread
+has come to, so that one which is caught in a loop is told from those that wait for it. Rank 0 passes on which rank
+ended first, and why. A collective would tell no more than that some peer is gone: gloo at once, NCCL after its timeout.
 
-The port is open to the whole network: who does not begin with the run's token is not listened to.
+The port is open to whoever reaches it until all ranks are there, then it is closed. A connection is a rank's when it
+has answered a challenge with the run's token, which itself is never sent; others are closed within seconds, are few at
+a time, and are told nothing. Messages carry a code of the token, so that nobody else can make one; they are not
+encrypted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
+import ipaddress
 import json
 import os
 import platform
@@ -22,13 +27,21 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from disttempnet.sanitize import redacted
+from disttempnet.terminal import say
 
 GRACE_SECONDS = 5.0  # the main thread has to end by itself after bad news; NCCL would hold it until its timeout
 CONNECT_SECONDS = 30.0
+HELLO_SECONDS = 5.0  # that a connection has to prove whose it is
+CROWDED_SECONDS = 1.0  # the same, while as many as are let in at a time wait for it
+STRANGERS = 128  # connections at a time that have not proved whose they are
 LONGEST_REASON = 400
-LONGEST_LINE = 8192  # bytes
-BEATS = 6  # that a rank may miss
+LONGEST_HELLO, LONGEST_LINE = 1024, 8192  # bytes
+BEATS = 8  # in the time of silence: with one on its way and one just missed, six are missed for certain
+PATIENCE = 0.95  # of the timeout, after which the rank that others wait for is named: ahead of the collective
 KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a node without power: noticed in a minute
 BAD_NEWS = 2  # exit code
 
@@ -38,28 +51,47 @@ class Watch:
 
     Args:
         rank, world_size: this rank among all.
-        address, port, token: of rank 0; not needed there.
-        silence: seconds without a beat after which a rank counts as lost.
+        address: of rank 0, by which the others reach it; rank 0 listens at that interface alone where it is its own.
+        port, token: of rank 0; not needed there.
+        silence: seconds without a beat after which a rank counts as lost, at the latest.
+        timeout: seconds that a collective waits; a rank that the others wait for is named before.
+        progress: how many collectives the main thread has come to; the same sequence on every rank.
 
     Raises:
-        OSError: rank 0 cannot be reached.
+        OSError: rank 0 cannot be reached, or who answers there does not know the token.
     """
 
     def __init__(
-        self, rank: int, world_size: int, address: str = "", port: int = 0, token: str = "", *, silence: float = 120.0
+        self,
+        rank: int,
+        world_size: int,
+        address: str = "",
+        port: int = 0,
+        token: str = "",
+        *,
+        silence: float = 120.0,
+        timeout: float = 600.0,
+        progress: Callable[[], int] = int,
     ) -> None:
-        self.rank, self.token, self._silence = rank, token or secrets.token_hex(16), silence
+        self.rank, self.token, self._silence, self._timeout = rank, token or secrets.token_hex(32), silence, timeout
+        self._others, self._progress = world_size - 1, progress
+        self._own = _Peer(rank, platform.node())
         self._news = ""
         self._known, self._leaving = threading.Event(), threading.Event()
-        self._wake, self._woken = socket.socketpair()
-        self._listener = _listen(world_size) if rank == 0 else None
+        self._sending = threading.Lock()
+        self._listener = _listen(world_size, address) if rank == 0 else None
         self._peers: dict[socket.socket, _Peer] = {}
+        self._met: set[int] = set()  # ranks that have been here; they may have left
         if rank != 0:
             connection = socket.create_connection((address, port), CONNECT_SECONDS)
+            try:
+                self._keep(connection, self._introduced(connection, address))
+            except BaseException:
+                connection.close()
+                raise
             connection.settimeout(None)
-            self._keep(connection, _Peer(0, address))
-            _send(connection, {"token": token, "rank": rank, "host": platform.node()})
-        self.port = self._listener.getsockname()[1] if self._listener else port
+        self._wake, self._woken = socket.socketpair()
+        self.port: int = self._listener.getsockname()[1] if self._listener else port
         os.register_at_fork(after_in_child=self._forget)  # a loader worker's copy would outlive the rank
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -74,34 +106,59 @@ class Watch:
         self._leaving.set()
         message: dict[str, Any] = {"done": True}
         if failure:
-            message = {"failed": self._named(self.rank, platform.node(), f"failed: {failure}"[:LONGEST_REASON])}
-        for connection in list(self._peers):
-            _send(connection, message)
-        _send(self._wake, {})
+            message = {"failed": _named(self._own, f"failed: {redacted(failure)}"[:LONGEST_REASON])}
+        for connection, _ in self._ranks():
+            self._send(connection, message)
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\n")
         self._thread.join(GRACE_SECONDS)
         self._forget()
 
+    # ---- the thread ----
+
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            for known in filter(None, (self._listener, *self._peers)):
+            for known in (self._woken, *self._peers):
                 selector.register(known, selectors.EVENT_READ)
             beat = time.monotonic()
             while not (self._leaving.is_set() or self._news):
                 if time.monotonic() >= beat:
                     self._beat()
                     beat = time.monotonic() + self._silence / BEATS
-                for key, _ in selector.select(max(0.0, beat - time.monotonic())):
+                strangers = self._admit(selector)
+                wait = max(0.0, beat - time.monotonic())
+                for key, _ in selector.select(min(wait, 0.2) if strangers else wait):
                     one = key.fileobj
                     assert isinstance(one, socket.socket)
                     if one is self._listener:
                         self._accept(one, selector)
                     elif one in self._peers and not self._hear(one):
-                        selector.unregister(one)
-                        one.close()
-                        del self._peers[one]
+                        self._drop(one, selector)
         if self._news:
             self._spread()
+
+    def _admit(self, selector: selectors.BaseSelector) -> int:
+        """Close connections that have not proved in time whose they are, and listen only while there is room for
+        more, and ranks are missing. Returns how many such connections are left."""
+        if self._listener is None:
+            return 0
+        waiting = [(connection, peer) for connection, peer in self._peers.items() if peer.rank < 0]
+        complete = len(self._met) == self._others
+        limit = CROWDED_SECONDS if len(waiting) >= STRANGERS else HELLO_SECONDS
+        for connection, peer in waiting:
+            if complete or time.monotonic() - peer.since > limit:
+                self._drop(connection, selector)
+        left = len(self._peers) - len(self._ranks())
+        listening = self._listener in selector.get_map()
+        if listening != (not complete and left < STRANGERS):
+            if listening:
+                selector.unregister(self._listener)
+            else:
+                selector.register(self._listener, selectors.EVENT_READ)
+        if complete:
+            self._listener.close()
+            self._listener = None
+        return left
 
     def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
         try:
@@ -109,18 +166,39 @@ class Watch:
         except OSError:  # it is gone again, or this process may open no more files: whoever waits is asked later
             time.sleep(0.1)
             return
-        self._keep(connection, _Peer())
+        peer = _Peer()
+        self._keep(connection, peer)
         selector.register(connection, selectors.EVENT_READ)
+        _send_line(connection, {"challenge": peer.challenge})
 
     def _beat(self) -> None:
         """Send a beat to every peer, and count those that it did not send meanwhile. Own beats are the clock: a job
         that was suspended as a whole, and goes on, has missed none."""
-        for connection, peer in list(self._peers.items()):
-            _send(connection, {})
-            if peer.missed > BEATS and peer.rank >= 0 and not (peer.done or self._news):
-                what = f"has not been heard for {self._silence:.0f} seconds: stopped, or its node is gone"
-                self._news = self._named(peer.rank, peer.host, what)
+        self._own.at = self._progress()
+        for connection, peer in self._ranks():
+            self._send(connection, {"at": self._own.at})
             peer.missed += 1
+            if peer.missed >= BEATS and not (peer.done or self._news):
+                what = f"has not been heard for {self._silence:.0f} seconds: stopped, or its node is gone"
+                self._news = _named(peer, what)
+        if self.rank == 0 and not self._news:
+            self._news = self._waited_for()
+
+    def _waited_for(self) -> str:
+        """Who has kept the others waiting in a collective that it does not come to; empty where nobody has."""
+        peers = [self._own, *(peer for _, peer in self._ranks() if not peer.done)]
+        front = max(peer.at for peer in peers)
+        for peer in peers:
+            peer.stood = peer.stood + 1 if peer.at == peer.last_at < front else 0
+            peer.last_at = peer.at
+        longest = max(peers, key=lambda peer: (peer.stood, -peer.at))
+        if longest.stood * self._silence / BEATS < PATIENCE * self._timeout:
+            return ""
+        return _named(
+            longest,
+            f"has kept the others waiting for {self._timeout / 60:.3g} minutes: it is caught in an endless loop, or "
+            "needs a larger train.timeout_minutes",
+        )
 
     def _hear(self, connection: socket.socket) -> bool:
         """Read what a peer says; False at its end, and where it is none of ours."""
@@ -130,34 +208,76 @@ class Watch:
         except OSError:
             received = b""
         *lines, peer.unread = (peer.unread + received).split(b"\n")
-        if len(peer.unread) > LONGEST_LINE:
+        if len(peer.unread) > (LONGEST_LINE if peer.rank >= 0 else LONGEST_HELLO):
             return False
-        peer.missed = 0
         for line in lines:
-            message = _parsed(line)
-            if peer.rank < 0 and message.get("token") != self.token:
+            if peer.rank < 0:
+                if not self._welcome(connection, peer, line):
+                    return False
+                continue
+            message = peer.opened(line)
+            if message is None:
+                self._news = self._news or _named(peer, "sends what is not its own: somebody disturbs its connection")
                 return False
-            peer.rank, peer.host = message.get("rank", peer.rank), message.get("host", peer.host)
+            peer.missed = 0
+            peer.at = max(peer.at, message["at"]) if isinstance(message.get("at"), int) else peer.at
             peer.done = peer.done or "done" in message
-            self._news = self._news or message.get("failed", "")
+            self._news = self._news or str(message.get("failed", ""))
         if not received and peer.rank >= 0 and not (peer.done or self._news):
-            self._news = self._named(peer.rank, peer.host, "ended without a word: killed, or out of memory")
+            self._news = _named(peer, "ended without a word: killed, or out of memory")
         return bool(received)
 
     def _spread(self) -> None:
         """Rank 0 passes the news on; a main thread that does not end on it is ended."""
         if self.rank == 0:
-            for connection in list(self._peers):
-                _send(connection, {"failed": self._news})
+            for connection, _ in self._ranks():
+                self._send(connection, {"failed": self._news})
         self._known.set()
         if not self._leaving.wait(GRACE_SECONDS):
             with contextlib.suppress(Exception):  # nothing may keep us from ending
                 sys.stdout.flush()
-            print(f"disttempnet: {self._news}", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):
+                say(f"disttempnet: {self._news}", error=True)
             os._exit(BAD_NEWS)
 
-    def _named(self, rank: int, host: str, what: str) -> str:
-        return f"rank {rank} on {host} {what}"
+    # ---- who is who ----
+
+    def _introduced(self, connection: socket.socket, address: str) -> _Peer:
+        """Prove to rank 0 whose connection this is, and be shown that it is rank 0."""
+        with connection.makefile("rb") as lines:
+            challenge = str(_parsed(lines.readline(LONGEST_HELLO)).get("challenge"))
+            own = secrets.token_hex(16)
+            proof = _code(self.token, "rank", self.rank, self._own.host, challenge, own)
+            hello = {"rank": self.rank, "host": self._own.host, "challenge": own, "proof": proof}
+            _send_line(connection, hello)
+            answer = str(_parsed(lines.readline(LONGEST_HELLO)).get("proof"))
+        if not _same(answer, _code(self.token, "rank 0", challenge, own)):
+            raise ConnectionError("who answers there is not rank 0 of this run")
+        return _Peer(0, address, _code(self.token, "messages", challenge, own), mine=f"rank {self.rank}")
+
+    def _welcome(self, connection: socket.socket, peer: _Peer, line: bytes) -> bool:
+        """Take a connection for a rank's, where the line proves it."""
+        hello = _parsed(line)
+        rank, host, challenge = hello.get("rank"), hello.get("host"), hello.get("challenge")
+        if not (type(rank) is int and 0 < rank <= self._others and isinstance(host, str)):
+            return False
+        if not _same(str(hello.get("proof")), _code(self.token, "rank", rank, host, peer.challenge, challenge)):
+            return False
+        if rank in self._met:
+            return False
+        self._met.add(rank)
+        peer.key = _code(self.token, "messages", peer.challenge, challenge)
+        peer.rank, peer.host, peer.missed = rank, host, 0
+        _send_line(connection, {"proof": _code(self.token, "rank 0", peer.challenge, challenge)})
+        return True
+
+    def _ranks(self) -> list[tuple[socket.socket, _Peer]]:
+        """Connections of ranks, which alone are told anything."""
+        return [(connection, peer) for connection, peer in list(self._peers.items()) if peer.rank >= 0]
+
+    def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
+        with self._sending, contextlib.suppress(OSError):  # it is gone: nobody to tell
+            connection.sendall(self._peers[connection].sealed(message) + b"\n")
 
     def _keep(self, connection: socket.socket, peer: _Peer) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -166,30 +286,99 @@ class Watch:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._peers[connection] = peer
 
+    def _drop(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
+        with contextlib.suppress(KeyError, ValueError):  # it was closed while this thread waited
+            selector.unregister(connection)
+        connection.close()
+        del self._peers[connection]
+
     def _forget(self) -> None:
         for one in filter(None, (self._listener, self._wake, self._woken, *self._peers)):
             one.close()
 
 
 class _Peer:
-    """Whom a connection leads to, what was received of a line, and own beats since anything was."""
+    """Whom a connection leads to, and how it stands.
 
-    def __init__(self, rank: int = -1, host: str = "an unknown host") -> None:
-        self.rank, self.host, self.done, self.unread, self.missed = rank, host, False, b"", 0
+    Attributes:
+        rank: -1 until it is proved.
+        missed: own beats since anything was heard; at: collectives that its main thread has come to; stood: own beats
+            that it has been behind others without moving.
+    """
+
+    def __init__(self, rank: int = -1, host: str = "an unknown host", key: str = "", mine: str = "rank 0") -> None:
+        self.rank, self.host, self.key = rank, host, key
+        self.challenge, self.since = secrets.token_hex(16), time.monotonic()
+        self.done, self.unread, self.missed = False, b"", 0
+        self.at = self.last_at = self.stood = 0
+        self._mine, self._sent, self._received = mine, 0, 0
+
+    def sealed(self, message: dict[str, Any]) -> bytes:
+        """The next line to send: its code, then the message."""
+        body, self._sent = json.dumps(message), self._sent + 1
+        return f"{_code(self.key, self._mine, self._sent, body)} {body}".encode()
+
+    def opened(self, line: bytes) -> dict[str, Any] | None:
+        """The message of the next line; None where the peer did not send it."""
+        self._received += 1
+        code, _, body = line.decode("utf-8", "replace").partition(" ")
+        if not _same(code, _code(self.key, f"rank {self.rank}", self._received, body)):
+            return None
+        return _parsed(body.encode())
 
 
-def _listen(world_size: int) -> socket.socket:
-    """For one connection a rank, which on a thousand ranks are more files than a process may open by custom."""
+def _named(peer: _Peer, what: str) -> str:
+    return f"rank {peer.rank} on {peer.host} {what}"
+
+
+def _code(key: str, *parts: object) -> str:
+    """What only who has the key can say about these parts."""
+    return hmac.digest(key.encode(), json.dumps(parts).encode(), "sha256").hex()
+
+
+def _same(one: str, other: str) -> bool:
+    return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode())
+
+
+def _listen(world_size: int, address: str = "") -> socket.socket:
+    """For one connection a rank, which on a thousand ranks are more files than a process may open by custom.
+
+    At the interface of that address, where it is one of this machine; else at all of them.
+    """
+    queue = world_size + STRANGERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
-        wanted = soft + world_size
+        wanted = soft + queue
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
         )
+    for family, place in _interfaces(address):
+        with contextlib.suppress(OSError):  # somebody else's, as where a router or a proxy stands before this machine
+            return socket.create_server(place, family=family, backlog=queue)
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # the kernel knows IPv6, but no interface has an address of it
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=world_size, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=world_size)
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=queue, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=queue)
+
+
+def _interfaces(address: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Where to listen for who is told this address, in the order of preference. None where a machine's own name leads
+    it to itself (127.0.1.1 in many /etc/hosts): others are led elsewhere."""
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM) if address else []
+    except OSError:
+        return
+    local = address == "localhost" or _loopback(address)
+    for family, _, _, _, place in found:
+        if local or not _loopback(str(place[0])):
+            yield family, place
+
+
+def _loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -201,6 +390,6 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # it is gone: nobody to tell
+def _send_line(connection: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")
