@@ -154,7 +154,7 @@ def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
         if distributed.is_main():
             console().print(results_table({opened.title: results}))
             _print_notes(opened.notes)
-            record = {"model": opened.title, "notes": list(opened.notes), **to_record(results)}
+            record = {"model": opened.title, "model_notes": list(opened.notes), **to_record(results)}
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(out, json.dumps(record, indent=2) + "\n")

@@ -75,13 +75,14 @@ def find_origin(name: str, pretrained: str = "") -> Origin:
     Raises:
         UserError: an unknown name or tag; a place without weights, or with several; weights of another architecture.
     """
+    may_be_gone = name.startswith(PLACES) or name.endswith(".json")
+    own = None if may_be_gone else _named(name)  # a misspelt name is said before what is wrong with its weights
     given = _weights(pretrained.removeprefix("open_clip:"), name) if pretrained else None
-    gone = name.endswith(".json") and not Path(name).exists()
-    if given is not None and given.architecture and (name.startswith(PLACES) or gone):
-        return given  # a checkpoint stands for the place that its run began from, which may be gone
+    if given and given.architecture and may_be_gone and not Path(name).is_file():
+        return given  # a checkpoint stands for the place that its run began from
     if name.startswith(PLACES):
         return replace(_place(name), weights=given.weights) if given else _place(name)
-    own = _named(name)
+    own = own or _named(name)
     if given is None:
         return own
     for key, ours, theirs in _differences(own.architecture, given.architecture):
@@ -263,32 +264,34 @@ def _repository(name: str) -> Origin:
     Raises:
         UserError: no config or no weights there, and none to be had.
     """
-    config = _downloaded(name, CONFIG_NAME)
+    config, why = _downloaded(name, CONFIG_NAME)
     if config is not None:
         # its encoder and tokenizer, if it has some of Hugging Face, are repositories of their own
         described, files = replace(_described(config), folder=None), (STANDARD[0], STANDARD[2])
-        weights = _downloaded(name, None)
     else:
-        config = _downloaded(name, transformers_clip.CONFIG_NAME)
+        config, _ = _downloaded(name, transformers_clip.CONFIG_NAME)
         if config is None:
-            raise UserError(f"{HUB}{name}: its {CONFIG_NAME} is neither in the cache nor to be had from the Hub")
-        described = _of_transformers(config, _downloaded(name, transformers_clip.PREPROCESS_NAME))
-        files = OF_TRANSFORMERS
-        weights = _downloaded(name, files[0]) or _downloaded(name, files[1])
+            raise UserError(f"{HUB}{name}: no {CONFIG_NAME} in the cache, and none to be had from the Hub ({why})")
+        preprocess, _ = _downloaded(name, transformers_clip.PREPROCESS_NAME)
+        described, files = _of_transformers(config, preprocess), OF_TRANSFORMERS
+    weights, why = _downloaded(name, *files)
     if weights is None:
         raise UserError(
-            f"{HUB}{name}: its weights ({' or '.join(files)}) are neither in the cache nor to be had from the Hub; "
-            f"{config} as model.name means its architecture with random ones"
+            f"{HUB}{name}: its weights ({' or '.join(files)}) are not in the cache, and not to be had from the Hub "
+            f"({why}); {config} as model.name means its architecture with random ones"
         )
     return replace(described, weights=weights)
 
 
-def _downloaded(repository: str, file: str | None) -> Path | None:
-    """A file of a repository, or its weights; None where it cannot be had."""
-    try:
-        return Path(download_pretrained_from_hf(repository, file))
-    except (OSError, ValueError):
-        return None
+def _downloaded(repository: str, *files: str) -> tuple[Path | None, str]:
+    """The first of the files that a repository has, and why there is none."""
+    why = ""
+    for file in files:
+        try:
+            return Path(download_pretrained_from_hf(repository, file)), ""
+        except (OSError, ValueError) as error:
+            why = one_line(str(error).rpartition("Last error:")[2], 160)
+    return None, why
 
 
 def _weights(pretrained: str, name: str) -> Origin:

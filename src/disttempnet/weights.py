@@ -170,14 +170,15 @@ def _unpickled(path: Path) -> Any:
         named = _globals(path)
     except Exception as error:  # foreign bytes: the parsers of Python raise what they like on them
         raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({one_line(error)})") from None
-    inert: list[Any] = [
-        (_Inert, name) for name in named if name.partition(".")[0] in RECORDS
-    ]  # torch knows its own first
+    inert: list[Any] = [(_Inert, name) for name in named if name.partition(".")[0] in RECORDS]
     inert += [(_Entries, "collections.defaultdict"), *((_Inert, f"builtins.{name}") for name in PLAIN)]
     with torch.serialization.safe_globals(inert), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old formats and pickle protocols: they load, or do not
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path torch would go by the name, and take it for safetensors
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:
             if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise refusal(
