@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from disttempnet.data import (
     open_index,
     resolve_shards,
 )
-from disttempnet.data.shards import expand_braces
+from disttempnet.data.patterns import expand_braces
 from disttempnet.errors import UserError
 from gloo import Pools
 
@@ -58,11 +59,70 @@ def test_resolves_folders_patterns_and_embedded_names(shards: Write) -> None:
         ("{8..011}", ["008", "009", "010", "011"]),
         ("{0..1}/x{a,b}.tar", ["0/xa.tar", "0/xb.tar", "1/xa.tar", "1/xb.tar"]),
         ("a{b,}c", ["abc", "ac"]),
+        ("{00..07..3}", ["00", "03", "06"]),
+        ("x{8..12..2}", ["x8", "x10", "x12"]),
+        ("{a..e..2}{X..Y}", ["aX", "aY", "cX", "cY", "eX", "eY"]),
+        ("{a{1..2},b/{x,y{3,4}}}.tar", ["a1.tar", "a2.tar", "b/x.tar", "b/y3.tar", "b/y4.tar"]),
+        ("{{a,b},{c,{d,}}}", ["a", "b", "c", "d", ""]),
+        ("a,b{c,d},e", ["a,bc,e", "a,bd,e"]),
     ],
 )
 def test_braces_expand_as_in_a_shell(pattern: str, names: list[str]) -> None:
     """The names are what bash 5.2 prints for `echo PATTERN`."""
     assert list(expand_braces(pattern)) == names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{0..999999999}.tar", r"stands for over 1,000,000 names: narrow its ranges"),
+        ("{0..999}{0..999}{0..1}", r"stands for over 1,000,000 names"),
+        ("{0..9}" * 5000, r"stands for over 1,000,000 names"),
+        ("{" * 60 + "a,b" + "}" * 60, "nested over 50 deep"),
+        ("{0..99999999999999999999}", r"is no range and no list of names"),
+        ("{0..4..0}", r"the range \{0\.\.4\.\.0\} has step 0"),
+        ("{a..3}", r"\{a\.\.3\} is no range and no list"),
+        ("{e..a}", "runs backwards"),
+        ("{-3..3}", "is no range"),
+        ("{}", "is no range"),
+        ("{{a,b}}", "is no range"),
+        ("a}", "a brace has no partner"),
+        ("{a,{b,c}", "a brace has no partner"),
+    ],
+)
+def test_patterns_that_stand_for_nothing_are_refused_before_they_are_built(pattern: str, message: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(UserError, match=message):
+        expand_braces(pattern)
+    assert time.process_time() - begun < 0.5
+
+
+def test_wildcards_and_folders(tmp_path: Path) -> None:
+    for name in ("cc3m/00", "cc3m/01", "cc3m/.02", "cc12m/00", "cc12m/10", "cc12m/deep/00", "odd[1]/00", "odd[1]/0*"):
+        (tmp_path / f"{name}.tar").parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / f"{name}.tar").touch()
+    (tmp_path / "cc3m" / "all.index").touch()
+    (tmp_path / "empty").mkdir()
+    expected = {
+        "cc3m/*.tar": ("cc3m", ["00.tar", "01.tar"]),
+        "cc12m/?0.tar": ("cc12m", ["00.tar", "10.tar"]),
+        "cc12m/{0,1}*.tar": ("cc12m", ["00.tar", "10.tar"]),
+        "cc12m/[1-9]0.tar": ("cc12m", ["10.tar"]),
+        "cc*/00.tar": ("", ["cc12m/00.tar", "cc3m/00.tar"]),
+        "{cc3m,cc12m}/*.tar": ("", ["cc3m/00.tar", "cc3m/01.tar", "cc12m/00.tar", "cc12m/10.tar"]),
+        "{cc3m,cc12m}": ("", ["cc3m/00.tar", "cc3m/01.tar", "cc12m/00.tar", "cc12m/10.tar"]),
+        "{cc3m/{00..01},cc12m/10}.tar": ("", ["cc3m/00.tar", "cc3m/01.tar", "cc12m/10.tar"]),
+        "cc12m/**/00.tar": ("cc12m", ["00.tar", "deep/00.tar"]),
+        "odd[1]/00.tar": ("odd[1]", ["00.tar"]),
+        "odd[1]/0*.tar": ("odd[1]", ["0*.tar"]),  # which is there
+    }
+    labels = set()
+    for pattern, (folder, names) in expected.items():
+        shards = resolve_shards(f"{tmp_path}/{pattern}")
+        assert (shards.folder, [*shards.names]) == (tmp_path / folder, names), pattern
+        labels.add((shards.folder, shards.label))
+        assert not re.search(r"[][{}*?/]", shards.label)
+    assert len(labels) == len(expected), "each has an index of its own"
 
 
 def test_ranges_in_folders(tmp_path: Path) -> None:
@@ -148,12 +208,27 @@ def test_captions_under_a_key_of_the_json(tmp_path: Path) -> None:
         ("shards/{00000,00001,00000}.tar", "names a shard twice"),
         ("shards/{00000,later}.tar", r"later\.tar: no such shard; '\{00000,later\}\.tar' names 2"),
         ("{shards,more}/00000.tar", r"more/00000\.tar: no such shard"),
+        ("{shards,empty}", r"empty: no \.tar shards in this folder"),
+        ("{shards,gone}", r"gone: no such folder of shards; '\{shards,gone\}' names 2"),
+        ("shards/9*.tar", r"9\*\.tar: no such shard"),
+        ("shards/{00000..00001}.tar.gz", r"\.tar\.gz: no such folder of shards"),
+        ("shards/0.tar.gz", r"0\.tar\.gz: a compressed tar cannot be read at any place; unpack it to a \.tar"),
+        ("shards/readme", r"readme: is a file, and no \.tar or listing"),
+        ("", r"no \.tar shards in this folder; there are some in folders of it: write '\S+/shards'"),
+        ("{" + "a" * 300 + ",b}", r"no such folder of shards"),
+        ("pipe:cat /d/{00..03}.tar", r"no command is run to read data; name the shards: /d/\{00\.\.03\}\.tar"),
+        ("pipe:aws s3 cp s3://b/{0..3}.tar -", r"name the shards: s3://b/\{0\.\.3\}\.tar"),
+        ("s3://bucket/*.tar", r"no wildcards in a URL; name its folder"),
+        ("s3://bucket/{a,b}", r"braces in a URL name shards: end it in \.tar"),
+        ("s3://bucket/{a,a}.tar", "names a shard twice"),
         ("embedded:emoji/tests", r"unknown embedded data set 'emoji/tests'.*emoji/train"),
     ],
 )
 def test_specs_that_name_nothing(shards: Write, tmp_path: Path, spec: str, message: str) -> None:
     shards(1, 1)
     (tmp_path / "empty").mkdir()
+    for name in ("0.tar.gz", "readme"):
+        (tmp_path / "shards" / name).touch()
     with pytest.raises(UserError, match=message):
         resolve_shards(spec if ":" in spec else str(tmp_path / spec))
 

@@ -1,6 +1,6 @@
 """From shards to batches with stable sample ids.
 
-    shards.py      which .tar files a spec names, and what lies in one
+    shards.py      which .tar files a spec names (patterns.py expands it), and what lies in one
     source.py      what training asks of data: samples with dense ids
     index.py       webdataset shards as one: ids → byte ranges;  indexing.py opens and checks it
     building.py    makes the index: scan.py reads a shard (headers.py its images), journal.py keeps what is scanned

@@ -140,7 +140,7 @@ def is_listing(source: SourceConfig) -> bool:
     path = Path(source.path).expanduser()
     if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
         return True
-    if path.is_dir() and ".tar" not in (suffixes := _suffixes_in(path)):
+    if os.path.isdir(path) and ".tar" not in (suffixes := _suffixes_in(path)):
         return ".parquet" in suffixes or holds_images(path)
     for key in ("images", "image_key"):
         if getattr(source, key):

@@ -10,12 +10,13 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from disttempnet.data.embedded import embedded_shards
+from disttempnet.data.patterns import expand_braces, is_pattern, matching
 from disttempnet.data.remote import RemoteStore, is_remote
 from disttempnet.data.scenes import generated_shards
 from disttempnet.data.store import CACHE_GB, LocalStore, ShardStore, state_of
@@ -27,6 +28,8 @@ MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
 PLAIN = re.compile(r"(?!all$)\w+|(\w*[^\W\d])?\{\d+\.\.\d+\}([^\W\d]\w*)?")  # patterns that need no digest as labels
 # headers whose data is about the next one
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}
+LONGEST_LABEL = 220  # bytes of a name that a disk takes, less what goes around it
 READ_AHEAD = 2048  # one read brings a header and most captions
 
 
@@ -56,15 +59,19 @@ def resolve_shards(spec: str, cache: str = "", cache_gb: float = CACHE_GB) -> Sh
     """The shards that a spec names; all of them exist, unless they are remote.
 
     Args:
-        spec: a folder (its *.tar, sorted by name), a path with braces in file or folder names
-            (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`), `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`;
-            or a URL of fsspec's, of a folder or with braces: `s3://bucket/cc12m/{00000..01242}.tar`.
+        spec: a folder (its *.tar, sorted by name), a path with braces or wildcards in file or folder names
+            (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`, `{cc3m,cc12m}/*.tar`, `{cc3m,cc12m}`),
+            `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`; or a URL of fsspec's, of a folder or with braces:
+            `s3://bucket/cc12m/{00000..01242}.tar`.
         cache: remote shards: folder that they are kept in; empty = the user's cache.
         cache_gb: remote shards: gigabytes that all of that folder may take.
 
     Raises:
         UserError: nothing is there, or a shard of the pattern is missing.
     """
+    if spec.startswith("pipe:"):
+        found = re.search(r"\S+\.tar\b", spec.removeprefix("pipe:"))
+        raise UserError(f"'{spec}': no command is run to read data; name the shards: {found[0] if found else 'FOLDER'}")
     if is_remote(spec):
         return _resolve_remote(spec, cache, cache_gb)
     if spec.startswith("embedded:"):
@@ -72,38 +79,83 @@ def resolve_shards(spec: str, cache: str = "", cache_gb: float = CACHE_GB) -> Sh
     elif spec.startswith("generated:"):
         spec = str(generated_shards(spec.removeprefix("generated:")))
     path = Path(spec).expanduser()
-    if path.is_dir():
-        names = sorted(entry.name for entry in path.glob("*.tar") if not entry.name.startswith("."))
-        if not names:
-            raise UserError(f"{path}: no .tar shards in this folder; set data.train to one that holds them")
-        return ShardList(path, tuple(names), "all")
-    if path.suffix != ".tar":
-        raise UserError(
-            f"{path}: no such folder; set data.train to a folder of .tar shards, a pattern such as "
-            "FOLDER/{00000..01242}.tar, embedded:emoji/train, or generated:scenes/train"
-        )
-    depth = next((i for i, part in enumerate(path.parts) if "{" in part), len(path.parts) - 1)
+    if os.path.isdir(path):
+        return ShardList(path, _tars_in(path), "all")
+    if not is_pattern(spec) and path.suffix != ".tar":
+        raise UserError(f"{path}: {_no_shards_here(path)}")
+    depth = next((i for i in range(len(path.parts)) if _is_pattern_there(path.parts, i)), len(path.parts) - 1)
     folder, pattern = Path(*path.parts[:depth]), "/".join(path.parts[depth:])
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder, named by data.train = '{spec}'")
-    expanded = tuple(expand_braces(pattern))
-    there = {parent: _files_in(folder / parent) for parent in {name.rpartition("/")[0] for name in expanded}}
-    missing = [name for name in expanded if name.rpartition("/")[2] not in there[name.rpartition("/")[0]]]
-    if missing:
-        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(
-            f"{folder / missing[0]}: no such shard{others}; '{pattern}' names {len(expanded)}: "
-            "restore the missing ones or narrow the pattern"
-        )
-    if len(set(expanded)) < len(expanded):
+    names = tuple(_shards_named(folder, pattern))
+    if len(set(names)) < len(names):
         raise UserError(
             f"{folder}: '{pattern}' names a shard twice; data.train = [{{path = …, weight = 2}}] reads it so"
         )
-    return ShardList(folder, expanded, _label(pattern))
+    return ShardList(folder, names, _label(pattern))
+
+
+def _is_pattern_there(parts: Sequence[str], place: int) -> bool:
+    """Whether a part of a path has braces, or wildcards that are no part of the name of something that is there."""
+    return "{" in parts[place] or (is_pattern(parts[place]) and not os.path.exists(Path(*parts[: place + 1])))
+
+
+def _no_shards_here(path: Path) -> str:
+    if path.suffix in COMPRESSED and os.path.exists(path):
+        return "a compressed tar cannot be read at any place; unpack it to a .tar"
+    what = "is a file, and no .tar or listing" if os.path.exists(path) else "no such folder"
+    return (
+        f"{what}; set data.train to a folder of .tar shards, a pattern such as FOLDER/{{00000..01242}}.tar, "
+        "embedded:emoji/train, or generated:scenes/train"
+    )
+
+
+def _tars_in(folder: Path) -> tuple[str, ...]:
+    """Names of all shards in a folder, sorted. Raises UserError if there are none."""
+    names = sorted(entry.name for entry in folder.glob("*.tar") if not entry.name.startswith("."))
+    if not names:
+        inner = sorted({entry.parent.name for entry in folder.glob("*/*.tar") if not entry.name.startswith(".")})
+        pattern = folder / (inner[0] if len(inner) == 1 else "{" + ",".join(inner) + "}")
+        hint = (
+            f"there are some in folders of it: write '{pattern}'" if inner else "set data.train to one that holds them"
+        )
+        raise UserError(f"{folder}: no .tar shards in this folder; {hint}")
+    return tuple(names)
+
+
+def _shards_named(folder: Path, pattern: str) -> Iterator[str]:
+    """Paths from a folder of all shards that a pattern names: files, and those in folders that it names."""
+    expanded = list(expand_braces(pattern))
+    there = {parent: _files_in(folder / parent) for parent in {name.rpartition("/")[0] for name in expanded}}
+    missing = []
+    for name in expanded:
+        parent, _, base = name.rpartition("/")
+        if base.endswith(".tar") and base in there[parent]:
+            yield name
+            continue
+        found = [path for path in matching(folder, name) if path.suffix == ".tar" or os.path.isdir(path)]
+        if not any(os.path.exists(path) for path in found):
+            missing.append(name)
+        for path in found:
+            inside = [f"{path.name}/{tar}" for tar in _tars_in(path)] if os.path.isdir(path) else [path.name]
+            yield from (str(path.parent.relative_to(folder) / one) for one in inside)
+    if missing:
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        what = "no such shard" if missing[0].endswith(".tar") else "no such folder of shards"
+        raise UserError(
+            f"{folder / missing[0]}: {what}{others}; '{pattern}' names {len(expanded)}: "
+            "restore the missing ones or narrow the pattern"
+        )
 
 
 def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
+    if any(character in spec for character in "*["):
+        raise UserError(
+            f"'{spec}': no wildcards in a URL; name its folder for all shards in it, or write {{00000..01242}}"
+        )
     if not spec.endswith(".tar"):
+        if "{" in spec:
+            raise UserError(f"'{spec}': braces in a URL name shards: end it in .tar")
         store = RemoteStore(spec, cache, cache_gb)
         names = tuple(store.names())
         if not names:
@@ -111,51 +163,25 @@ def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
         return ShardList(store.folder, names, "all", store)
     base = spec.partition("{")[0].rpartition("/")[0]
     pattern = spec[len(base) + 1 :]
+    names = tuple(expand_braces(pattern))
+    if len(set(names)) < len(names):
+        raise UserError(f"'{spec}' names a shard twice; data.train = [{{path = …, weight = 2}}] reads it so")
     store = RemoteStore(base, cache, cache_gb)
-    return ShardList(store.folder, tuple(expand_braces(pattern)), _label(pattern), store)
+    return ShardList(store.folder, names, _label(pattern), store)
 
 
 def _label(pattern: str) -> str:
     """A file name for a pattern, another one for each: readable alone where it is a word or one range of numbers."""
-    pattern = pattern.removesuffix(".tar")
-    name = re.sub(r"[{}]", "", pattern).replace("/", "-")
+    pattern = pattern.removesuffix(".tar") if pattern.endswith(".tar") else f"{pattern}/"  # of folders
+    name = re.sub(r"[*?\[\]]", "_", re.sub(r"[{}]", "", pattern).replace("/", "-"))
     if PLAIN.fullmatch(pattern):
         return name
-    return f"{name}-{hashlib.blake2b(pattern.encode(), digest_size=4).hexdigest()}"
+    return f"{name[:LONGEST_LABEL]}-{hashlib.blake2b(pattern.encode(), digest_size=4).hexdigest()}"
 
 
 def _files_in(folder: Path) -> frozenset[str]:
     """Names in a folder, by one listing: on a network disk far cheaper than asking for each."""
-    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-
-
-def expand_braces(pattern: str) -> Iterator[str]:
-    """Names that a pattern stands for, as a shell expands it: `a{08..10}` → a08, a09, a10; `{a,b}` → a, b.
-
-    Several braces multiply, the last runs fastest. Numbers are padded to the longer end where one begins with 0.
-
-    Raises:
-        UserError: braces that hold something else, or a range that runs backwards.
-    """
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        if "{" in pattern or "}" in pattern:
-            raise UserError(f"'{pattern}': a brace has no partner")
-        yield pattern
-        return
-    choices: Iterable[str] = match[1].split(",")
-    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        first, last = limits.groups()
-        if int(first) > int(last):
-            raise UserError(f"'{pattern}': the range {match.group()} runs backwards")
-        padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
-        width = max(len(first), len(last)) if padded else 0
-        choices = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
-    elif "," not in match[1]:
-        raise UserError(f"'{pattern}': braces hold a range of numbers, such as {{00000..01242}}, or names, as {{a,b}}")
-    for choice in choices:
-        for rest in expand_braces(pattern[match.end() :]):
-            yield f"{pattern[: match.start()]}{choice}{rest}"
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
 def fingerprint(path: Path) -> str:
