@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -173,6 +173,15 @@ def all_sum(local: Tensor) -> Tensor:
         _come_to_collective()
         dist.all_reduce(total)
     return total
+
+
+def all_mean(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The means over ranks of tensors of any shapes, no gradient; one collective. Every rank passes the same shapes."""
+    if world_size() == 1:
+        return parts
+    total = all_sum(torch.cat([part.reshape(-1) for part in parts])) / world_size()
+    pieces = total.split([part.numel() for part in parts])
+    return [piece.view_as(part).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
 
 
 def largest(value: int, device: torch.device) -> int:

@@ -224,7 +224,9 @@ def train_towers(recipe: dict, steps: int = 4) -> tuple[dict[str, Tensor], Tenso
     """Weights after some SGD steps, state of all samples, totals. Under torch.distributed through DDP."""
     model = Model(recipe)
     wrapped = distributed.data_parallel(model, torch.device("cpu"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    towers = [*model.image.parameters(), *model.text.parameters()]
+    groups = [group | {"lr": 0.5} for group in model.loss.parameter_groups()]
+    optimizer = torch.optim.SGD([{"params": towers}, *groups], lr=0.5)
     totals = []
     for number, batch in enumerate(stream(steps, seed=5)):
         generator = torch.Generator().manual_seed(number)
@@ -240,8 +242,11 @@ def train_towers(recipe: dict, steps: int = 4) -> tuple[dict[str, Tensor], Tenso
     return weights, model.loss.state.read(torch.arange(N)), totals
 
 
+LEARNING = {**COSINE, "dropout": 0.5, "tau_start_epoch": 0}
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("recipe", [CONSTANT, {**COSINE, "dropout": 0.5}], ids=["sogclr", "disttempnet-v1"])
+@pytest.mark.parametrize("recipe", [CONSTANT, LEARNING], ids=["sogclr", "disttempnet-v1"])
 def test_data_parallel_training_is_one_process_training(gloo, recipe: dict, world_size: int) -> None:
     weights, state, totals = train_towers(recipe)
     start = Model(recipe).state_dict()

@@ -179,6 +179,7 @@ def test_gradient_reaches_every_parameter_and_no_feature(network: str) -> None:
 def test_following_the_gradient_leads_to_the_root(mode: str) -> None:
     """γ = 1, one batch again and again: at the optimum the mean of h = ρ − KL vanishes, with τ inside its bounds."""
     loss = make({**NETWORK, "rho": 0.6, "gamma": 1.0, "tau_gradient": mode, "tau_min": 0.01, "tau_max": 2.0})
+    loss.set_epoch(0)
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.03)
     batch = unique_batch(2)
     for _ in range(400):

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from disttempnet.errors import unknown_name
 from disttempnet.losses.core import Context, Features, LossOutput, Objective
 from disttempnet.losses.cyclip import CyClipLoss
@@ -203,7 +206,17 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "prototypes": whole(1, 2**20),
     "bias": Range(-1000, 1000),
 }
-_CONTEXT_RANGES = {"num_samples": whole(1, 10**12), "embed_dim": whole(1, 65_536), "seed": SEED}
+_SIZES = {
+    "num_samples": whole(1, 10**12),
+    "embed_dim": whole(1, 65_536),
+    "seed": SEED,
+    "steps_per_epoch": whole(0, 10**12),
+}
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check(what: str, default: Any, value: Any, allowed: Range | None) -> None:
@@ -218,19 +231,24 @@ def _check(what: str, default: Any, value: Any, allowed: Range | None) -> None:
         raise ValueError(f"{what} must be {kind}, got {value!r}")
 
 
-def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **arguments: Any) -> Objective:
+def build_loss(
+    name: str, *, num_samples: int, embed_dim: int, seed: int = 0, steps_per_epoch: int = 0, **arguments: Any
+) -> Objective:
     """Build an objective by name.
 
     Args:
         name: a key of `OBJECTIVES`.
         num_samples: N, the size of the data set; sample ids lie in [0, N).
         embed_dim: D, width of the features.
-        seed: of the temperature network's start and dropout, and of `shuffle`.
+        seed: of the temperature network's start and dropout, and of `shuffle`; the same on every rank.
+        steps_per_epoch: calls of the loss in training after which the next epoch begins, such as len(loader); 0 = you
+            call `set_epoch(epoch)` at the start of every epoch.
         arguments: the objective's own; see `OBJECTIVES[name].arguments`.
 
     Returns:
         A module called as `loss(Features.of(image_embeddings, text_embeddings), ids)` with this rank's rows; build it
-        after torch.distributed is initialised. It has `set_epoch(epoch)` and `temperatures(image, text)`.
+        after torch.distributed is initialised, and give your optimizer `loss.parameter_groups()`. It has
+        `set_epoch(epoch)` and `temperatures(image, text)`.
 
     Raises:
         ValueError: unknown name or argument (the message lists what exists), or a value out of range.
@@ -238,14 +256,31 @@ def build_loss(name: str, *, num_samples: int, embed_dim: int, seed: int = 0, **
     if name not in OBJECTIVES:
         raise ValueError(unknown_name("objective", name, OBJECTIVES))
     recipe = OBJECTIVES[name]
-    for argument in arguments:
+    arguments = {argument: _plain(value) for argument, value in arguments.items()}
+    for argument, value in arguments.items():
         if argument not in recipe.arguments:
             raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
-        default, allowed = recipe.arguments[argument], ARGUMENT_RANGES.get(argument)
-        _check(f"objective {name}: {argument}", default, arguments[argument], allowed)
-    for key, number in {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed}.items():
-        _check(f"objective {name}: {key}", 0, number, _CONTEXT_RANGES[key])
+        _check(f"objective {name}: {argument}", recipe.arguments[argument], value, ARGUMENT_RANGES.get(argument))
+    sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": steps_per_epoch}
+    sizes = {size: _plain(value) for size, value in sizes.items()}
+    for size, value in sizes.items():
+        _check(f"objective {name}: {size}", 0, value, _SIZES[size])
     try:
-        return recipe.build(Context(num_samples, embed_dim, seed), **{**recipe.arguments, **arguments})
+        objective = recipe.build(
+            Context(sizes["num_samples"], sizes["embed_dim"], sizes["seed"]), **{**recipe.arguments, **arguments}
+        )
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
+    objective.steps_per_epoch = sizes["steps_per_epoch"]
+    objective.arguments = f"{name} {sizes} {arguments}"
+    _mark_for_accelerate(objective)
+    return objective
+
+
+def _mark_for_accelerate(objective: Objective) -> None:
+    """Let `Accelerator.prepare` pass an objective without parameters as it is.
+
+    On CPUs it wraps every module in DDP, which refuses those that have nothing to exchange; on GPUs it looks first.
+    """
+    if not torch.cuda.is_available() and not any(p.requires_grad for p in objective.parameters()):
+        objective._is_accelerate_prepared = True

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from disttempnet import distributed
+from disttempnet.losses.learning import Learner, refuse_second_gradient
+from disttempnet.losses.sample_state import SampleState
+
+Ids = Tensor | np.ndarray | Sequence[int]  # whole numbers of any width, on any device
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Features(NamedTuple):
@@ -51,17 +60,109 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Objective(nn.Module):
-    """What training, evaluation and reports ask of an objective."""
+class Objective(Learner):
+    """What training, evaluation and reports ask of an objective.
+
+    Attributes:
+        arguments: what it was built with, in words; equal on all ranks.
+        steps_per_epoch: training steps after which an epoch is over; 0 = `set_epoch` tells.
+    """
+
+    arguments = ""
+    steps_per_epoch = 0
+    _is_accelerate_prepared = False
+    _rows: int | None = None  # of this rank in the step before
+    _agreed = False  # the ranks have found that they hold the same objective
 
     def set_epoch(self, epoch: float) -> None:
         """Called at the start of every epoch; objectives with schedules override it."""
 
-    def forward(self, features: Features, ids: Tensor) -> LossOutput:
-        """This rank's rows and their sample ids, int64 [b] → loss and metrics."""
+    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+        """This rank's rows and their sample ids → loss and metrics; see `checked` for what is refused.
+
+        In evaluation (`eval()`) nothing is borrowed from training samples: normalisers are the batch's own, a τ kept a
+        sample is the mean of those that were learned, and ids are only compared with each other (None: all differ).
+        """
         raise NotImplementedError
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor | None:
+    def checked(self, features: Features, ids: Ids | None) -> Tensor:
+        """The ids as int64 [b] on the features' device, once this rank's rows are a batch and fit those of the others.
+
+        Raises:
+            ValueError: no batch of pairs, no rows, no ids where they are needed; or another rank has other rows, has
+                refused its own, or holds another objective. Every rank raises.
+            IndexError: an id outside the data set.
+        """
+        trouble = result = None
+        try:
+            result = self._checked_alone(features, ids)
+        except (ValueError, IndexError) as error:  # said below, when the other ranks know
+            trouble = error
+        if distributed.world_size() > 1:
+            self._check_rows(-1 if trouble else len(features.image), features.image.device)
+        if result is None:
+            raise trouble or AssertionError
+        if distributed.world_size() > 1 and not self._agreed:
+            self._check_equal_on_all_ranks()
+        return result
+
+    def _checked_alone(self, features: Features, ids: Ids | None) -> Tensor:
+        image, text = features.image, features.text
+        if image.ndim != 2 or image.shape != text.shape:
+            raise ValueError(f"features must both be [b, D], got {tuple(image.shape)} and {tuple(text.shape)}")
+        if not len(image):
+            raise ValueError("a batch of 0 rows has no loss: leave it out, on every rank")
+        tables = [module for module in self.modules() if isinstance(module, SampleState)]
+        homes = [held.device for held in (*self.parameters(), *self.buffers())] + [table.device for table in tables]
+        if homes and homes[0] != image.device:
+            raise ValueError(f"the loss is on {homes[0]}, the features are on {image.device}: move it with loss.to()")
+        if ids is not None:
+            given = whole_numbers(ids, len(image))
+        elif self.training and tables:
+            raise ValueError(f"ids are needed in training: the numbers of the samples, int64 [{len(image)}]")
+        else:
+            start = distributed.rank() * len(image)
+            given = torch.arange(start, start + len(image), device=image.device)
+        if self.training:
+            for table in tables:
+                table.check_ids(given)
+        return given.to(image.device, non_blocking=True)
+
+    def _check_rows(self, rows: int, device: torch.device) -> None:
+        """Raise ValueError unless every rank has as many rows; -1 is what a rank gives that has refused its own.
+
+        On a GPU the answer is looked at only by ranks whose number has changed: it would cost a synchronisation a
+        step. There the ranks with other rows than before end with this message, and the launcher ends the others.
+        """
+        counts = distributed.all_gather(torch.full((1,), rows, device=device))
+        if device.type == "cpu" or rows != self._rows:
+            of_ranks = counts.tolist()
+            refused = [rank for rank, count in enumerate(of_ranks) if count < 0]
+            if refused and rows >= 0:
+                raise ValueError(f"rank {refused[0]} has refused its batch: its own message says why")
+            if not refused and len(set(of_ranks)) > 1:
+                raise ValueError(
+                    f"every rank needs as many rows, got {_listed(of_ranks)} of ranks 0 to {len(of_ranks) - 1}: drop "
+                    "the last batch of an epoch, or let the sampler fill it up"
+                )
+        self._rows = rows
+
+    def _check_equal_on_all_ranks(self) -> None:
+        """Raise ValueError unless all ranks have built the same objective with the same parameters."""
+        checksum = 0
+        for parameter in self.parameters():
+            checksum = zlib.crc32(parameter.detach().double().cpu().numpy().tobytes(), checksum)
+        held = distributed.gather_objects({"arguments": self.arguments, "parameters": checksum})
+        for what, mine in held[0].items():
+            others = [rank for rank, theirs in enumerate(held) if theirs[what] != mine]
+            if others:
+                raise ValueError(
+                    f"the loss of rank {others[0]} has other {what} than that of rank 0: build it with the same "
+                    "arguments and the same seed on every rank, and load the same state"
+                )
+        self._agreed = True
+
+    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor | None:
         """τ of image and text anchors [2, n] as in evaluation, without gradient.
 
         Args:
@@ -97,13 +198,20 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def check_features(features: Features, ids: Tensor) -> None:
-    """Raise ValueError where shapes or types cannot be a batch of pairs."""
-    image, text = features.image, features.text
-    if image.ndim != 2 or image.shape != text.shape:
-        raise ValueError(f"features must both be [b, D], got {tuple(image.shape)} and {tuple(text.shape)}")
-    if ids.shape != image.shape[:1] or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be int64 [{image.shape[0]}], got {ids.dtype} {list(ids.shape)}")
+def whole_numbers(ids: Ids, rows: int) -> Tensor:
+    """The ids of a batch as int64 [rows], on the device where they are.
+
+    Raises:
+        ValueError: they are no whole numbers, or not as many.
+    """
+    given = ids if isinstance(ids, Tensor) else torch.as_tensor(np.asarray(ids))
+    if given.dtype not in WHOLE or given.shape != (rows,):
+        raise ValueError(f"ids must be whole numbers [{rows}], got {given.dtype} {list(given.shape)}")
+    return given.to(torch.int64)
+
+
+def _listed(counts: list[int]) -> str:
+    return ", ".join(map(str, counts[:16])) + (" …" if len(counts) > 16 else "")
 
 
 LaterGradient = Callable[..., tuple[Tensor, Tensor]]
@@ -119,6 +227,7 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_gradient()
         image_gradient, text_gradient = ctx.saved_tensors
         return (
             None,
@@ -147,6 +256,7 @@ class _WithLaterGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_gradient()
         image, text, *kept = ctx.saved_tensors
         with exact_arithmetic(image.device):
             image_gradient, text_gradient = ctx.gradient(upstream, image.detach(), text.detach(), *kept)
@@ -178,8 +288,3 @@ def tau_metrics(tau: Tensor) -> dict[str, Tensor]:
             f"tau/{name}_std": side.std(correction=0),
         }
     return metrics
-
-
-def only_gradient(term: Tensor) -> Tensor:
-    """Zero in value, `term` in gradient."""
-    return term - term.detach()

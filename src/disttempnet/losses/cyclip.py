@@ -20,6 +20,7 @@ from disttempnet import distributed
 from disttempnet.losses.core import (
     Context,
     Features,
+    Ids,
     LossOutput,
     Objective,
     compute_dtype,
@@ -59,10 +60,10 @@ class CyClipLoss(Objective):
     def set_epoch(self, epoch: float) -> None:
         self.clip.set_epoch(epoch)
 
-    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
         """This rank's rows [b, D]. Metrics: CLIP's, in_modal and cross_modal without their weights; loss is the sum."""
         clip = self.clip(features, ids)
-        with exact_arithmetic(ids.device):
+        with exact_arithmetic(features.image.device):
             cyclic, in_modal, cross_modal = self._cyclic(features.image, features.text)
         loss = clip.metrics["loss"] + cyclic.detach()
         metrics = clip.metrics | {"loss": loss, "in_modal": in_modal, "cross_modal": cross_modal}
@@ -84,5 +85,5 @@ class CyClipLoss(Objective):
         by_m = both * (m @ pp) + difference * (p @ mp)
         return with_gradient(value, image, text, by_p + by_m, by_p - by_m), in_modal, cross_modal
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor | None:
+    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor | None:
         return self.clip.temperatures(image, text, ids)

@@ -34,15 +34,16 @@ from disttempnet.errors import UserNotice
 from disttempnet.losses.core import (
     Context,
     Features,
+    Ids,
     LossOutput,
     Objective,
-    check_features,
     compute_dtype,
     exact_arithmetic,
-    only_gradient,
     tau_metrics,
+    whole_numbers,
     with_later_gradient,
 )
+from disttempnet.losses.learning import with_own_gradient
 from disttempnet.losses.pairwise import Anchors, Pairs, pulls, rounded, statistics, use_kernel
 from disttempnet.losses.sample_state import NEVER, SampleState, follow, log_mean_over_equal_ids
 from disttempnet.losses.schedule import Gamma
@@ -93,32 +94,58 @@ class GlobalContrastiveLoss(Objective):
         self.state = SampleState(context.num_samples, {"log_u": NEVER}) if gamma is not None else None
         self.step = 0
         self.epoch = 0.0
+        self.num_samples = context.num_samples
         self._warned = False
+        self._epoch_settled = False  # somebody tells it, or it was said that nobody does
+        self._rows_untold = 0  # of the global batches seen until then
 
     def set_epoch(self, epoch: float) -> None:
-        """Tell the schedules of γ and τ where training is; call it at the start of every epoch."""
+        """Tell the schedules of γ and τ where training is; call it at the start of every epoch.
+
+        From then on the objective no longer counts `steps_per_epoch` itself.
+        """
+        self._epoch_settled = True
+        self._begin_epoch(epoch)
+
+    def _begin_epoch(self, epoch: float) -> None:
+        if not epoch >= 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}")
         if epoch != self.epoch:  # a resumed run says again where it is: that begins no epoch
             self.temperature.set_epoch(epoch)
-        self.epoch = epoch
+        self.epoch = float(epoch)
 
-    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+    @property
+    def own_rate(self) -> float:
+        return self.temperature.tau_lr
+
+    def rate_at(self, epoch: float) -> float:
+        return self.temperature.learning_rate(epoch)
+
+    def current_rate(self) -> float:
+        return self.rate_at(self.epoch)
+
+    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
         """One step of the estimator.
 
         Args:
             features: this rank's rows [b, D], any floating dtype.
-            ids: int64 [b], the samples' ids. Equal ids are no negatives of each other, where γ is given.
+            ids: [b], the samples' numbers in [0, N). Equal ids are no negatives of each other, where γ is given. In
+                evaluation they may be left out, and may be any numbers.
 
         Returns:
-            total: c · mean_i ω(τ_i) (log u_i + ρ) over the global batch, both sides; the same on every rank.
+            total: c · mean_i ω(τ_i) (log u_i + ρ) over the global batch, both sides; the same on every rank. In
+                evaluation u is the batch's own g.
             metrics: loss, gamma, and mean, min, max, std of tau, mean of log_u and of the τ gradient, both sides.
         """
-        check_features(features, ids)
+        ids = self.checked(features, ids)
         kernel = use_kernel(features.image_embedding)
-        with exact_arithmetic(ids.device):
+        with exact_arithmetic(features.image.device):
             return self._step(features.image, features.text, ids, kernel)
 
     def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
         dtype, b = compute_dtype(image), len(image)
+        if self.training:
+            self._follow_epoch(b * distributed.world_size())
         sent = rounded(image, kernel), rounded(text, kernel)
         all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
         all_ids = distributed.all_gather(ids)
@@ -161,26 +188,48 @@ class GlobalContrastiveLoss(Objective):
             value, image, text, gradient, *others, pairs.ids, *anchors[0], *anchors[1], r, *kept
         )
         if h is not None and tau1.requires_grad:
-            total = total + only_gradient(C / b * (h[0, batch.mine] @ tau1 + h[1, batch.mine] @ tau2))
+            total = with_own_gradient(total, C / b * (h[0, batch.mine] @ tau1 + h[1, batch.mine] @ tau2), self)
         if self.training:
             if h is not None:
                 self.temperature.learn(all_ids, h, negatives > 0)
             self.step += 1
         return LossOutput(total, self._metrics(value, tau, log_u, h))
 
+    def _follow_epoch(self, batch: int) -> None:
+        """Begin the epoch of this step where nobody tells; say once that it is not known where it matters."""
+        if self._epoch_settled:
+            return
+        if self.steps_per_epoch:
+            self._begin_epoch(self.step // self.steps_per_epoch)
+            return
+        self._rows_untold += batch
+        scheduled = (self.gamma is not None and self.gamma.changes) or self.temperature.changes
+        if scheduled and self._rows_untold > self.num_samples + batch:
+            self._epoch_settled = True
+            self._notice(
+                f"more than the {self.num_samples} samples of an epoch have passed and set_epoch was never called: "
+                f"the schedules of γ and of the temperature's rate stay at epoch {self.epoch:g}; call "
+                "loss.set_epoch(epoch) at the start of every epoch, or build_loss(…, steps_per_epoch=len(loader))"
+            )
+
+    def _notice(self, what: str) -> None:
+        if distributed.is_main():
+            warnings.warn(what, UserNotice, stacklevel=7)  # whoever called the module
+
     def _track(self, ids: Tensor, log_g: Tensor) -> Tensor:
         """New log u [2, B] from the old and the batch's log g [2, B]; written by the owners when training.
 
         First visit: log u = log g. Later: logaddexp(log(1−γ) + log u, log γ + log g). Equal ids share the mean of
-        their g and are written once. A sample whose rows have no negatives keeps what it had.
+        their g and are written once. A sample whose rows have no negatives keeps what it had. In evaluation log u is
+        log g: whose ids they are is not known.
         """
         if self.gamma is None or self.state is None:
             return log_g
-        old = self.state.read(ids).to(log_g.dtype)
         log_g = log_mean_over_equal_ids(ids, log_g)
-        new = follow(old, log_g, self.gamma(self.epoch))
-        if self.training:
-            self.state.write(ids, new)
+        if not self.training:
+            return log_g
+        new = follow(self.state.read(ids).to(log_g.dtype), log_g, self.gamma(self.epoch))
+        self.state.write(ids, new)
         return new
 
     def _tau_gradient(
@@ -215,19 +264,18 @@ class GlobalContrastiveLoss(Objective):
         limit = math.log(max(batch - 1, 1))
         if not (self.robust and self.temperature.learns):
             return 0.0
-        if self.rho and self.rho >= limit and not self._warned and distributed.is_main():
-            warnings.warn(
+        if self.rho and self.rho >= limit and not self._warned:
+            self._notice(
                 f"rho = {self.rho:g} is not below log(B − 1) = {limit:.3g} at a global batch of {batch}: the "
                 "gradient of the temperature is then never negative and every τ falls to its lower bound; "
-                f"choose rho < {limit:.3g}, or 0 for {RHO_SHARE:g} · log(B − 1)",
-                UserNotice,
-                stacklevel=6,  # whoever called the module: over _step, forward and torch's two
+                f"choose rho < {limit:.3g}, or 0 for {RHO_SHARE:g} · log(B − 1)"
             )
         self._warned = True
         return self.rho or RHO_SHARE * limit
 
     @torch.no_grad()
-    def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor | None:
+    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor | None:
+        ids = None if ids is None else whole_numbers(ids, len(image)).to(image.device)
         with exact_arithmetic(image.device):
             dtype = compute_dtype(image)
             return self.temperature.predict(image.to(dtype), text.to(dtype), ids)

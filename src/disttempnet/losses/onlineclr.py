@@ -19,9 +19,9 @@ from disttempnet import distributed
 from disttempnet.losses.core import (
     Context,
     Features,
+    Ids,
     LossOutput,
     Objective,
-    check_features,
     compute_dtype,
     exact_arithmetic,
     tau_metrics,
@@ -56,11 +56,11 @@ class OnlineClrLoss(Objective):
         self.tau, self.gamma = temperature, ConstantGamma(gamma)
         self.register_buffer("log_u", torch.full((2,), NEVER, dtype=torch.float64))
 
-    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
         """This rank's rows [b, D]. Metrics: loss, log_u of both states, and mean, min, max, std of τn."""
-        check_features(features, ids)
+        ids = self.checked(features, ids)
         kernel = use_kernel(features.image_embedding)
-        with exact_arithmetic(ids.device):
+        with exact_arithmetic(features.image.device):
             return self._step(features.image, features.text, ids, kernel)
 
     def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
@@ -83,8 +83,9 @@ class OnlineClrLoss(Objective):
         log_negative = torch.where(total_count > 0, log_negative, NEVER)
         log_positive = torch.logsumexp(-positive / tau_positive, 0) - math.log(batch)
         log_g = torch.stack([log_negative, log_positive])
-        log_u = follow(self.log_u.to(dtype), log_g, self.gamma.gamma)
+        log_u = log_g  # in evaluation: the batch's own
         if self.training:
+            log_u = follow(self.log_u.to(dtype), log_g, self.gamma.gamma)
             self.log_u.copy_(log_u)
 
         # each direction has half of the negatives' weight: rows as anchors, and columns as anchors
@@ -101,5 +102,5 @@ class OnlineClrLoss(Objective):
         metrics["log_u/negative"] = torch.where(log_u[0] == NEVER, 0.0, log_u[0])
         return LossOutput(total, metrics)
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor:
+    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor:
         return image.new_full((2, len(image)), self.tau, dtype=compute_dtype(image))

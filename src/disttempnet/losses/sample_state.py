@@ -81,8 +81,18 @@ class SampleState(nn.Module):
                 f"the loss was built for {self.world_size} processes and now runs on {distributed.world_size()}: "
                 "build it after torch.distributed is initialised"
             )
-        # On a GPU the look would cost a synchronisation a step; there indexing itself fails loudly.
-        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_samples:
+        self.check_ids(ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self._table.device
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise IndexError where an id [n] lies outside the data set; on a GPU the device itself ends the process."""
+        if ids.device.type != "cpu":  # a look would cost a synchronisation a step
+            within = ((ids >= 0) & (ids < self.num_samples)).all()
+            torch._assert_async(within, f"sample ids must lie in [0, {self.num_samples})")
+        elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_samples:
             raise IndexError(
                 f"sample ids must lie in [0, {self.num_samples}), got {int(ids.min())} to {int(ids.max())}: "
                 "num_samples is the size of the data set, not of the batch"

@@ -12,6 +12,11 @@ class ConstantGamma:
 
     gamma: float = 0.8
 
+    @property
+    def changes(self) -> bool:
+        """Whether the epoch matters."""
+        return False
+
     def __post_init__(self) -> None:
         _check("gamma", self.gamma)
 
@@ -25,6 +30,11 @@ class CosineGamma:
 
     gamma_min: float = 0.8
     gamma_decay_epochs: float = 20.0
+
+    @property
+    def changes(self) -> bool:
+        """Whether the epoch matters."""
+        return self.gamma_min < 1
 
     def __post_init__(self) -> None:
         _check("gamma_min", self.gamma_min)

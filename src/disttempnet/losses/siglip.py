@@ -15,15 +15,15 @@ from disttempnet import distributed
 from disttempnet.losses.core import (
     Context,
     Features,
+    Ids,
     LossOutput,
     Objective,
-    check_features,
     compute_dtype,
     exact_arithmetic,
-    only_gradient,
     tau_metrics,
     with_gradient,
 )
+from disttempnet.losses.learning import with_own_gradient
 from disttempnet.losses.pairwise import blocks
 from disttempnet.losses.temperature import check_start
 
@@ -45,10 +45,10 @@ class SigLipLoss(Objective):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
-    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
         """This rank's rows [b, D]. Metrics: loss, logit_bias, and mean, min, max, std of τ."""
-        check_features(features, ids)
-        with exact_arithmetic(ids.device):
+        ids = self.checked(features, ids)
+        with exact_arithmetic(features.image.device):
             image, text = features.image, features.text
             dtype = compute_dtype(image)
             x, y = image.detach().to(dtype), text.detach().to(dtype)
@@ -64,12 +64,13 @@ class SigLipLoss(Objective):
             # mean over ranks of 1/b = sum over ranks of 1/B
             scale = t.detach() / len(x)
             total = with_gradient(value, image, text, scale * image_pull, scale * text_pull)
-            total = total + only_gradient((sums[1] * t + sums[2] * bias) / len(x))
+            if t.requires_grad or bias.requires_grad:
+                total = with_own_gradient(total, (sums[1] * t + sums[2] * bias) / len(x), self)
         tau = (1 / t.detach()).expand(2, 1)
         return LossOutput(total, {"loss": value, "logit_bias": bias.detach().clone(), **tau_metrics(tau)})
 
     @torch.no_grad()
-    def temperatures(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor:
+    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor:
         return (-self.logit_scale.to(compute_dtype(image))).exp().expand(2, len(image))
 
 

@@ -71,8 +71,13 @@ class Temperature(nn.Module):
         return None
 
     def learning_rate(self, epoch: float) -> float:
-        """Of the optimizer that trains the parameters, where it is their own."""
+        """Of the parameters, where it is their own; 0 = they wait."""
         return self.tau_lr
+
+    @property
+    def changes(self) -> bool:
+        """Whether `learning_rate` depends on the epoch."""
+        return False
 
     def set_epoch(self, epoch: float) -> None:
         """Called when an epoch begins."""
@@ -168,6 +173,10 @@ class LearnableTemperature(Temperature):
     def learning_rate(self, epoch: float) -> float:
         return self.tau_lr / 3 if self.slowed else self.tau_lr
 
+    @property
+    def changes(self) -> bool:
+        return self.tau_lr > 0 and self.tau_threshold > 0
+
     def get_extra_state(self) -> dict[str, bool]:
         return {"slowed": self.slowed}
 
@@ -224,15 +233,29 @@ class PerSampleTemperature(Temperature):
             raise ValueError(
                 f"need tau_lr > 0, tau_beta in (0, 1), tau_beta2 in (0, 1): got {tau_lr}, {tau_beta}, {tau_beta2}"
             )
-        self.tau_min, self.tau_max, self.rate = tau_min, tau_max, tau_lr
+        self.start, self.tau_min, self.tau_max, self.rate = temperature, tau_min, tau_max, tau_lr
         self.optimizer, self.betas = tau_optimizer, (tau_beta, tau_beta2)
         self.state = SampleState(context.num_samples, {"tau": temperature, **_COLUMNS[tau_optimizer]})
         self._rows: Tensor | None = None  # the table's rows of the batch under way: one all-reduce a step
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            image, text = self._typical().to(batch.image.dtype).expand(2, len(batch.image))
+            return image, text
         self._rows = self.state.read(batch.all_ids).to(batch.image.dtype)
         image, text = self._rows[:2, batch.mine]
         return image, text
+
+    def _typical(self) -> Tensor:
+        """The mean of the τ that were learned, over all ranks [2, 1]; where they start before any was.
+
+        It is what pairs outside the training set are evaluated with. The host does not wait for the device.
+        """
+        seen = self._seen()
+        tau = torch.where(seen, self.state.local("tau"), 0.0)
+        *total, count = distributed.all_sum(torch.stack([*tau.sum(1, dtype=torch.float64), seen.sum().double()]))
+        mean = torch.stack(total) / count.clamp(min=1)
+        return torch.where(count > 0, mean, self.start)[:, None]
 
     @torch.no_grad()
     def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor) -> None:
@@ -257,5 +280,8 @@ class PerSampleTemperature(Temperature):
         return None if ids is None else self.state.read(ids)[:2].to(image.dtype)
 
     def tracked(self) -> Tensor:
+        return self.state.local("tau")[:, self._seen()]
+
+    def _seen(self) -> Tensor:
         last = list(self.state.columns)[-1]  # the momentum, or the number of visits: 0 until a sample is seen
-        return self.state.local("tau")[:, (self.state.local(last) != 0).any(0)]
+        return (self.state.local(last) != 0).any(0)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttempnet.losses.core import Context, exact_arithmetic
+from disttempnet.losses.learning import refuse_second_gradient
 from disttempnet.losses.temperature import Batch, Temperature, check_bounds
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
@@ -91,6 +92,10 @@ class NetworkTemperature(Temperature):
     def learning_rate(self, epoch: float) -> float:
         trained = int(epoch) - self.tau_start_epoch
         return self.tau_lr * self.tau_lr_decay**trained if trained >= 0 else 0.0
+
+    @property
+    def changes(self) -> bool:
+        return self.tau_start_epoch > 0 or self.tau_lr_decay < 1
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
@@ -178,6 +183,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_gradient()
         x, mask, *parameters = ctx.saved_tensors
         total = [torch.zeros_like(p) for p in parameters]
         with exact_arithmetic(x.device), torch.enable_grad():

@@ -16,9 +16,9 @@ from disttempnet import distributed
 from disttempnet.losses.core import (
     Context,
     Features,
+    Ids,
     LossOutput,
     Objective,
-    check_features,
     compute_dtype,
     exact_arithmetic,
     with_gradient,
@@ -48,10 +48,10 @@ class VicRegLoss(Objective):
             )
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
-    def forward(self, features: Features, ids: Tensor) -> LossOutput:
+    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
         """This rank's embeddings [b, D]. Metrics: loss, and the three terms without their weights."""
-        check_features(features, ids)
-        with exact_arithmetic(ids.device):
+        ids = self.checked(features, ids)
+        with exact_arithmetic(features.image.device):
             return self._step(features.image_embedding, features.text_embedding)
 
     def _step(self, image: Tensor, text: Tensor) -> LossOutput:

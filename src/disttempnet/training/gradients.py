@@ -30,10 +30,8 @@ class WholeBatch:
     """The gradient of this rank's rows in one pass; called with images, tokens and ids."""
 
     def __init__(self, model: ContrastiveModel, device: torch.device) -> None:
-        # each exchanges its gradients in its own way: the towers' parameters may be shared out
-        self.model = ContrastiveModel(
-            distributed.data_parallel(model.encoder, device), distributed.data_parallel(model.contrast, device)
-        )
+        # towers exchange their gradients in their own way: they may be sharded; the objective averages its own itself
+        self.model = ContrastiveModel(distributed.data_parallel(model.encoder, device), model.contrast)
 
     def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
         output: LossOutput = self.model(images, tokens, ids)
@@ -53,9 +51,7 @@ class InChunks:
 
     def __init__(self, model: ContrastiveModel, device: torch.device, chunks: int) -> None:
         self.model, self.device, self.chunks = model, device, chunks
-        # two wrappers, each with one backward pass that exchanges gradients
-        self.encoder = distributed.data_parallel(model.encoder, device)
-        self.contrast = distributed.data_parallel(model.contrast, device)
+        self.encoder = distributed.data_parallel(model.encoder, device)  # the objective exchanges its own gradients
 
     def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
         parts = list(zip(images.tensor_split(self.chunks), tokens.tensor_split(self.chunks), strict=True))
@@ -67,7 +63,7 @@ class InChunks:
                 embeddings.append(self.model.encoder(*part))
         trained = any(p.requires_grad for p in self.model.encoder.parameters())
         image, text = (torch.cat(side).requires_grad_(trained) for side in zip(*embeddings, strict=True))
-        output: LossOutput = self.contrast(image, text, ids)
+        output: LossOutput = self.model.contrast(image, text, ids)
         if output.total.requires_grad:
             output.total.backward()
         if trained:

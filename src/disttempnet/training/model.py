@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from disttempnet.config import Config, LossConfig
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, unknown_name
 from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss
 from disttempnet.models import Towers, encode_images, encode_texts, is_random
 
@@ -69,7 +69,11 @@ def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objecti
     Raises:
         UserError: an unknown name or argument, or a value out of range.
     """
+    row = OBJECTIVES.get(config.loss.name)
     try:
+        for name in config.loss.arguments:  # build_loss has others, which are the run's
+            if row is not None and name not in row.arguments:
+                raise ValueError(unknown_name(f"argument of objective {config.loss.name}:", name, row.arguments))
         return build_loss(
             config.loss.name,
             num_samples=num_samples,

@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from disttempnet.config import OptimConfig
-from disttempnet.losses.temperature import Temperature
+from disttempnet.losses import Objective
 
 
-def build_optimizers(towers: nn.Module, loss: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(towers: nn.Module, loss: Objective, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """[AdamW of the towers] or [AdamW of the towers, Adam of the temperature].
 
     Weight decay acts on matrices only: gains, biases and scalars (also a learnable logit scale) have none.
-    A temperature with a `tau_lr` has an optimizer of its own, without weight decay (arXiv 2404.04575).
+    A temperature with a rate of its own has an optimizer of its own, without weight decay (arXiv 2404.04575). The
+    objective says which those are, and lets the rate follow the epochs (losses/learning.py).
     """
-    own = [p for temperature in own_rate(loss) for p in temperature.parameters()]
-    owned = {id(p) for p in own}
+    own = own_groups(loss)
+    shared = [p for group in loss.parameter_groups() if "lr" not in group for p in group["params"]]
     groups = [
-        {"params": [p for p in params if (p.ndim >= 2) == matrices and p.requires_grad and id(p) not in owned]}
+        {"params": [p for p in params if (p.ndim >= 2) == matrices and p.requires_grad]}
         | {"weight_decay": config.weight_decay if matrices else 0.0}
         for matrices in (True, False)
-        for params in (towers.parameters(), loss.parameters())  # apart: the towers' may be shared out
+        for params in (towers.parameters(), shared)  # apart: the towers' may be sharded
     ]
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     ]
     if own:
-        optimizers.append(torch.optim.Adam(own, lr=own_rate(loss)[0].tau_lr, fused=True))
+        optimizers.append(torch.optim.Adam(own, fused=True))
     return optimizers
 
 
-def own_rate(loss: nn.Module) -> list[Temperature]:
-    """The temperature, where it is trained at a learning rate of its own; else nothing."""
-    return [m for m in loss.modules() if isinstance(m, Temperature) and m.tau_lr]
+def own_groups(loss: Objective) -> list[dict[str, Any]]:
+    """Groups of the temperature's parameters, where they are trained at a rate of their own; else nothing."""
+    return [group for group in loss.parameter_groups() if "lr" in group]
 
 
 def within(config: OptimConfig, total_steps: int) -> OptimConfig:

@@ -155,9 +155,8 @@ class Trainer:
                 f"optim.warmup_steps = {self.config.optim.warmup_steps} would take up the whole run of "
                 f"{self.total_steps} steps: shortened to {self.optim.warmup_steps}, a tenth of it"
             )
-        for temperature in optim.own_rate(self.loss):
-            if not temperature.learning_rate(self.config.train.epochs - 1):
-                log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
+        if self.loss.own_rate and not self.loss.rate_at(self.config.train.epochs - 1):
+            log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
         try:
             with StopSignal() as stop, lost_workers_named():
                 while self.step < self.last_step:
@@ -210,11 +209,9 @@ class Trainer:
     def train_step(self, batch: Batch) -> LossOutput:
         """One optimisation step on this rank's rows of a global batch."""
         batch = batch.to(self.device)
-        epoch = self.step // self.steps_per_epoch
         rates = [optim.learning_rate(self.optim, self.step, self.total_steps)]
-        for temperature in optim.own_rate(self.loss):
-            rate = temperature.learning_rate(epoch)
-            rates.append(optim.temperature_learning_rate(self.optim, self.step, rate))
+        if self.loss.own_rate:  # over the epochs it follows the loss's schedule
+            rates.append(optim.temperature_learning_rate(self.optim, self.step, self.loss.own_rate))
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
@@ -224,9 +221,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
         self._norm = sharding.whole(norm)
         self._finite.look()
-        for optimizer, rate in zip(self.optimizers, rates, strict=True):
-            if rate:  # a temperature that waits must not gather moments of the gradients it waits out
-                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self._finite.note(self.step, output, self._norm, batch.ids)
         self._metrics, self.lr = output.metrics, rates[0]
