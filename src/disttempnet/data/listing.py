@@ -157,7 +157,7 @@ def layout_of(source: SourceConfig) -> Layout:
     """How the data of a source lies on disk. Raises UserError: it is not there, or a setting does not fit it."""
     path = Path(source.path).expanduser()
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return Table(path)
+        return Table(path, source.image_key, source.caption_key)
     if source.images:
         raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
     if path.suffix.lower() != ".parquet" and not path.is_dir():

@@ -23,16 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from disttempnet.data.fields import CAPTION_KEYS, IMAGE_KEYS, Fields, find_key
 from disttempnet.data.index import writable
-from disttempnet.data.rows import Fields, Layout
+from disttempnet.data.rows import Layout
 from disttempnet.data.source import OK
 from disttempnet.errors import UserError
 from disttempnet.terminal import console
 
 FORMAT = "disttempnet-listing-2"
 HEADER_BYTES = 4096  # what the header is padded to, as it is written last
-IMAGE_KEYS = ("image", "filepath", "path", "file_name", "filename")
-CAPTION_KEYS = ("caption", "captions", "title", "text")
 HEAD = 1000  # rows that must show which keys there are
 
 # why a row cannot be used; its code is its place in this list, 0 is usable
@@ -299,7 +298,8 @@ def _refuse_unusable(layout: Layout, status: bytearray) -> None:
     if OK in status:
         return
     found = ", ".join(f"{status.count(code):,}: {reason}" for code, reason in enumerate(ROW_REASONS) if code in status)
-    raise UserError(f"{layout.where}: none of its rows can be used" + (f" ({found})" if found else ": it has none"))
+    hint = f"; {printable(layout.hint())}" if layout.hint() else ""
+    raise UserError(f"{layout.where}: none of its rows can be used{f' ({found})' if found else ': it has none'}{hint}")
 
 
 def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
@@ -333,9 +333,8 @@ def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings
 def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str, usual: Sequence[str]) -> str:
     """The key that is named, or else the first usual one that the first rows have. Raises UserError."""
     keys = dict.fromkeys(key for fields in head for key in fields or ())
-    for key in (named,) if named else usual:
-        if key in keys:
-            return key
+    if (key := find_key(keys, named, usual)) is not None:
+        return key
     _refuse_addresses(head, layout, "")
     if not keys:
         raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields")

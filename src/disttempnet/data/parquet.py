@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.fields import Fields
 from disttempnet.data.patterns import expand_braces
-from disttempnet.data.rows import Fields, Layout, Part
+from disttempnet.data.rows import Layout, Part
 from disttempnet.data.shards import fingerprint
 from disttempnet.errors import UserError
 

@@ -7,7 +7,6 @@ judges the rows and keeps them in an index. Text that is not UTF-8 is passed on 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -17,15 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from disttempnet.data.delimited import DelimitedRows
+from disttempnet.data.encodings import ESCAPED, NAMES, encoding_of
+from disttempnet.data.fields import Fields
 from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 
-TABLE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv"})
+JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
+TABLE_SUFFIXES = JSON_SUFFIXES | {".csv", ".tsv", ".tab", ".txt", ".token"}
+TELL_EVERY = 1000  # rows
 GROUP_ROWS = 1000  # files are read one by one, so neighbours gain nothing: small groups make a window a good mix
 CHUNK = 1 << 20  # characters read at once
 MAX_ROW = 1 << 26  # characters of a row; more is not one
-
-Fields = dict[str, Any]
 
 
 class Part(NamedTuple):
@@ -97,14 +99,26 @@ class Layout(ABC):
         """How the rows were read, where that had to be found out, a line each; complete once they are."""
         return []
 
+    def hint(self) -> str:
+        """What to look at where no row can be used; empty if nothing is known."""
+        return ""
+
 
 class Table(Layout):
-    """A file of rows: a JSON list of objects, a JSON object a line, CSV or TSV with a header."""
+    """A file of rows: JSON, a list of objects or an object a line or of a known kind; or a table as text.
+
+    Args:
+        where: the file.
+        image_key, caption_key: of its rows, as the config names them; empty = found.
+    """
 
     repeats = True
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, image_key: str = "", caption_key: str = "") -> None:
         self.where, self.parts = where, {}
+        self.named = image_key, caption_key
+        self.delimited: DelimitedRows | None = None
+        self.encoding = ""
         if not where.is_file():
             raise UserError(f"{where}: no such listing")
         self.total = where.stat().st_size
@@ -117,25 +131,32 @@ class Table(Layout):
         name = self.where.name
         try:
             self.parts[name] = Part(self.stamp(name), self.fingerprint(name))
+            self.encoding = encoding_of(self.where)
             with self.where.open("rb") as raw:
-                text = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="")
-                reader = _csv_rows if self.where.suffix.lower() in (".csv", ".tsv") else _json_rows
-                for fields in reader(text, self.where):
-                    yield fields, raw.tell()
+                errors = "surrogateescape" if self.encoding in ESCAPED else "replace"
+                text = io.TextIOWrapper(raw, self.encoding, errors, newline="")
+                done = 0
+                for count, fields in enumerate(self._fields(text)):
+                    if count % TELL_EVERY == 0:
+                        done = raw.tell()
+                    yield fields, done
         except OSError as error:
             raise UserError(f"{self.where}: cannot be read: {error.strerror}") from None
 
+    def _fields(self, text: io.TextIOWrapper) -> Iterator[Fields | None]:
+        suffix = self.where.suffix.lower()
+        if suffix in JSON_SUFFIXES:
+            return _json_rows(text, self.where)
+        self.delimited = DelimitedRows(text, self.where, *self.named)
+        self.image_key, self.caption_key = self.delimited.image_key, self.delimited.caption_key
+        return iter(self.delimited)
 
-def _csv_rows(text: io.TextIOWrapper, where: Path) -> Iterator[Fields | None]:
-    csv.field_size_limit(MAX_ROW)
-    reader = csv.reader(text, delimiter="\t" if where.suffix.lower() == ".tsv" else ",", strict=True)
-    try:
-        header = next(reader, [])
-        for row in reader:
-            if row:  # a blank line is none
-                yield dict(zip(header, row, strict=True)) if len(row) == len(header) else None
-    except csv.Error as error:
-        raise UserError(f"{where}: line {reader.line_num}: {error}") from None
+    def said(self) -> list[str]:
+        lines = self.delimited.said() if self.delimited else []
+        return lines + ([f"text is {NAMES[self.encoding]}"] if self.encoding in NAMES else [])
+
+    def hint(self) -> str:
+        return self.delimited.misfit if self.delimited else ""
 
 
 def _json_rows(text: io.TextIOWrapper, where: Path) -> Iterator[Fields | None]:

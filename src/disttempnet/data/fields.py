@@ -1,0 +1,37 @@
+"""Named fields of a row, and which of them hold image and captions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Fields = dict[str, Any]
+
+# the first of these that the rows have; those that come later were added later, so that no earlier choice changes
+IMAGE_KEYS = (
+    *("image", "filepath", "path", "file_name", "filename"),
+    *("image_path", "image_name", "image_file", "img_path", "img_name", "img", "file", "file_path"),
+)
+CAPTION_KEYS = (
+    *("caption", "captions", "title", "text"),
+    *("comment", "sentences", "sentence", "raw", "description", "txt"),
+)
+SENTENCE_KEYS = ("raw", "caption", "text")  # of captions that are objects, such as Karpathy's sentences
+NUMBERED = re.compile(r"#\d+$")  # FILE.jpg#0: the first caption of an image in the lists of Flickr8k and 30k
+_IMAGE_NAME = re.compile(r".\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|ppm)(#\d+)?\s*$", re.IGNORECASE)
+
+
+def find_key(keys: Iterable[str], named: str, usual: Sequence[str]) -> str | None:
+    """The key that a config names, or else the first usual one; upper case and blanks around it are of no concern."""
+    known = dict.fromkeys(keys)
+    plain = {key.strip().lower(): key for key in reversed(known)}
+    for key in (named,) if named else usual:
+        if key in known:
+            return key
+    return next((plain[key] for key in usual if key in plain), None) if not named else None
+
+
+def names_an_image(text: Any) -> bool:
+    """Whether a value ends as the name of an image file does."""
+    return isinstance(text, str) and _IMAGE_NAME.search(text) is not None
