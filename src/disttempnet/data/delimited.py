@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ class DelimitedRows:
         elif own := BY_SUFFIX.get(where.suffix.lower()):
             separators = sorted(separators, key=lambda separator: separator != own)
         self.format = _find_format(head, separators, where, image_key, caption_key)
+        self.options = self.format.csv_options()
         self.lines = chain(head[self.format.headed :], lines)
         images = _cells(_rows(head[self.format.headed :], self.format), self.format.image)
         self.suffixed = bool(images) and _share(images, names_an_image) >= MOST
@@ -130,8 +132,10 @@ class DelimitedRows:
     def _parsed(self, line: str, pending: deque[str]) -> list[str]:
         """The cells of a line, and of those after it that a quoted cell spans. The line alone, with its quotation marks
         as they stand, where they do not balance before the next row begins."""
+        if line.count('"') % 2 == 0:  # as a rule all cells end on it
+            with suppress(csv.Error):
+                return next(csv.reader((line,), **self.options))
         taken: list[str] = []
-
         complete = self._is_a_row(line)
 
         def spanned() -> Iterator[str]:
@@ -145,7 +149,7 @@ class DelimitedRows:
                 yield more
 
         try:
-            return next(csv.reader(spanned(), **self.format.csv_options()))
+            return next(csv.reader(spanned(), **self.options))
         except csv.Error:
             pending.extendleft(reversed(taken))
             cells = self.format.cells(line)

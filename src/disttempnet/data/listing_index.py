@@ -32,6 +32,7 @@ from disttempnet.terminal import console
 
 FORMAT = "disttempnet-listing-2"
 HEADER_BYTES = 4096  # what the header is padded to, as it is written last
+ASCII, UNICODE = json.JSONEncoder(), json.JSONEncoder(ensure_ascii=False)
 HEAD = 1000  # rows that must show which keys there are
 
 # why a row cannot be used; its code is its place in this list, 0 is usable
@@ -337,7 +338,8 @@ def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str
         return key
     _refuse_addresses(head, layout, "")
     if not keys:
-        raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields")
+        hint = f"; {printable(layout.hint())}" if layout.hint() else ""
+        raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields{hint}")
     wanted = f"'{named}'" if named else "any of " + ", ".join(usual)
     raise UserError(f"{layout.where}: no row has {wanted}; there are {_some(keys)}; name one of them with {setting}")
 
@@ -375,9 +377,9 @@ def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
 
 
 def _encoded(row: Row) -> bytes:
-    path = json.dumps(row.image)  # ASCII: it may be no UTF-8
-    captions, fields = (json.dumps(value, ensure_ascii=False) for value in (row.captions, row.fields))
-    return f"[{path}, {captions}, {fields}]".encode("utf-8", "replace")
+    # the image in ASCII: it may be no UTF-8
+    text = f"[{ASCII.encode(row.image)}, {UNICODE.encode(row.captions)}, {UNICODE.encode(row.fields)}]"
+    return text.encode("utf-8", "replace")
 
 
 def _image_status(image: Any) -> int:
