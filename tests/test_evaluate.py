@@ -247,13 +247,13 @@ def test_a_path_with_a_comma_and_an_image_that_cannot_be_read(here: Path, capsys
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["emoji-concepts", "folder:my,"]
     assert main(["evaluate", MODEL, "--tasks", "folder:my, photos", "--out", "out.json"]) == 0
     assert "my, photos (3 images)" in capsys.readouterr().out
-    (here / "my, photos" / "red" / "1.png").write_bytes(b"no image")
-    (here / "my, photos" / "owl").mkdir()
-    assert main(["evaluate", MODEL, "--tasks", "folder:my, photos", "--out", "out.json"]) == 1
+    (write_photos(here / "old") / "red" / "1.png").write_bytes(b"no image")
+    (here / "old" / "owl").mkdir()
+    assert main(["evaluate", MODEL, "--tasks", "folder:old", "--out", "old.json"]) == 1
     shown = capsys.readouterr().out
-    assert "incomplete: my, photos, 1 unreadable or missing: red/1.png" in shown
-    assert "my, photos: left out, without images: owl" in shown
-    assert json.loads(Path("out.json").read_text())["notes"] == {"folder:my, photos": ["left out, without images: owl"]}
+    assert "incomplete: old, 1 unreadable or missing: red/1.png" in shown
+    assert "old: left out, without images: owl" in shown
+    assert json.loads(Path("old.json").read_text())["notes"] == {"folder:old": ["left out, without images: owl"]}
 
 
 def test_an_own_task_needs_a_path(capsys: pytest.CaptureFixture[str]) -> None:
