@@ -257,8 +257,11 @@ def test_a_path_with_a_comma_and_an_image_that_cannot_be_read(here: Path, capsys
 
 
 def test_an_own_task_needs_a_path(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", MODEL, "--tasks", "folder:"]) == 2
-    assert capsys.readouterr().err == "disttempnet: task 'folder:': of which folder? folder:PATH\n"
+    for kind in ("folder", "shards", "captions"):
+        for rest in ("", " ", "?label_key=x"):
+            assert main(["evaluate", MODEL, "--tasks", f"{kind}:{rest}"]) == 2
+            why = f"task '{kind}:{rest}': of which data? {kind}:PATH"
+            assert capsys.readouterr().err == f"disttempnet: {why}\n"
 
 
 def test_evaluate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,13 @@ def add_evaluate_command(commands: Any) -> None:
         help="take weights of another image size than the architecture's: interpolate their position embeddings",
     )
     evaluate.add_argument(
-        "--tasks", nargs="+", type=path_argument, default=(), metavar="TASK", help="rows of tasks.toml"
+        "--tasks",
+        nargs="+",
+        type=path_argument,
+        default=(),
+        metavar="TASK",
+        help="rows of tasks.toml; or data of one's own: folder:PATH, shards:SPEC, captions:FILE, each with "
+        "?label_key=KEY for zero-shot (docs/evaluation.md)",
     )
     evaluate.add_argument(
         "--tags", nargs="+", default=(), metavar="TAG", help="all tasks of a group: imagenet, retrieval, vtab, …"

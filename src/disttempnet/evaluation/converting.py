@@ -26,7 +26,7 @@ from disttempnet.evaluation.captioned import RAW_PROTOCOLS
 from disttempnet.evaluation.cifar import Pixels
 from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.layouts import folder_names, read_folder
-from disttempnet.evaluation.readers import FOLDER, Sample, Task, TaskData, find_task
+from disttempnet.evaluation.readers import FOLDER, Sample, Task, TaskData, find_task, own_path
 from disttempnet.evaluation.tars import has_tars
 
 HEADER_BYTES = 4096  # tell an image's format
@@ -89,7 +89,10 @@ def _read(task: Task, source: str) -> TaskData:
     if source.startswith(FOLDER):
         if task.protocols != ("classification",):
             raise UserError(f"task '{task.name}' needs more than images and classes, which is what {FOLDER} has")
-        return folder_data(find_task(source))
+        path = Path(own_path(source)).expanduser()
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder")
+        return folder_data(find_task(source), path)
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")

@@ -50,15 +50,12 @@ class Classes:
     notes: list[str] = field(default_factory=list)
 
 
-def folder_data(task: Task) -> TaskData:
-    """Read the folder that a `folder:PATH` task names.
+def folder_data(task: Task, folder: Path) -> TaskData:
+    """Read a folder of classes, or of CIFAR.
 
     Raises:
-        UserError: no such folder, no classes with images in it, or class names that do not fit.
+        UserError: no classes with images in it, or class names that do not fit.
     """
-    folder = Path(task.data.removeprefix(FOLDER)).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"task '{task.name}': no such folder")
     if batch_of(folder):
         cifar = read_cifar(folder)
         found = Classes([*cifar.samples], [*cifar.labels], [*cifar.names], notes=[*cifar.notes])

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.captioned import RAW_PROTOCOLS, captioned_data, winogavil_data
-from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.labelled import labelled_data
-from disttempnet.evaluation.readers import FOLDER, Task, TaskData, all_tasks, embedded_data
+from disttempnet.evaluation.own import own_data
+from disttempnet.evaluation.readers import OWN, Task, TaskData, all_tasks, embedded_data
 from disttempnet.evaluation.tars import has_tars
 
 HF_CACHE = "hf_cache"  # where DataComp's download keeps raw sets, in a form of `datasets` that only it reads
@@ -43,8 +43,8 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
         MissingData: nothing of it is there.
         UserError: it cannot be read, or is not what the task says.
     """
-    if task.data.startswith(FOLDER):
-        return folder_data(task)
+    if task.data.startswith(OWN):
+        return own_data(task)
     if not task.below_root:
         return embedded_data(task)
     if root is None:

@@ -94,6 +94,44 @@ def recall_chance(right_answers: Tensor, candidates: int, k: int) -> float:
     return 1.0 - miss.mean().item()
 
 
+class Means(NamedTuple):
+    """Shares of queries that count towards one metric with a weight.
+
+    Attributes:
+        hits: float64 [q], of each query whether, or how often, it was answered right.
+        cluster: int64 [q], the image that a query belongs to.
+        weight: of the mean of the hits in the metric.
+    """
+
+    hits: Tensor
+    cluster: Tensor
+    weight: float = 1.0
+
+
+def clustered_error(parts: Sequence[Means], clusters: int) -> float | None:
+    """Standard error of a weighted sum of means, over the draw of images: queries of one image are no two draws.
+
+    A mean is a ratio of sums over images, so an image adds the sum of its queries' distances from the mean, over the
+    number of queries. None of a single image.
+    """
+    if clusters < 2:
+        return None
+    residual = torch.zeros(clusters, dtype=torch.float64)
+    for hits, cluster, weight in parts:
+        hits = hits.cpu().double()
+        residual.index_add_(0, cluster.cpu(), weight * (hits - hits.mean()) / len(hits))
+    return (clusters / (clusters - 1) * residual.square().sum()).sqrt().item()
+
+
+def mean_per_class_error(places: Tensor, labels: Tensor) -> float | None:
+    """Standard error of `mean_per_class_recall`, a mean of independent shares. None where a class has one image."""
+    _, group, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
+    if (counts < 2).any():
+        return None
+    shares = torch.bincount(group, weights=(places.cpu() == 0).double()) / counts
+    return ((shares * (1 - shares) / (counts - 1)).sum().sqrt() / len(counts)).item()
+
+
 def mean_per_class_recall(places: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy of each class that occurs in `labels` [q], averaged over these classes."""
     _, group, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)

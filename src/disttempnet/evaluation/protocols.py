@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,14 @@ from torch.nn.functional import normalize
 
 from disttempnet.evaluation.metrics import (
     GroupMeans,
+    Means,
     Prediction,
+    clustered_error,
     first_hit,
     group_means,
     jaccard,
     macro_scores,
+    mean_per_class_error,
     mean_per_class_recall,
     recall_at,
     recall_chance,
@@ -101,15 +105,21 @@ def classification(task: Measured, scores: Scores) -> None:
     Where training frequencies are known also acc1_head, acc1_middle, acc1_tail, of the images of each third.
     """
     places, n, classes = task.predictions[0].place, len(task.labels), task.classes
-    scores.add("acc1", recall_at(places, 1), 1 / classes, n)
+    scores.add("acc1", recall_at(places, 1), 1 / classes, n, _error(places, 1))
     if classes >= 5:
-        scores.add("acc5", recall_at(places, 5), 5 / classes, n)
+        scores.add("acc5", recall_at(places, 5), 5 / classes, n, _error(places, 5))
     else:
         scores.add("acc5", None, None, n)
-    scores.add("mean_per_class_recall", mean_per_class_recall(places, task.labels), 1 / classes, n)
+    recall, error = mean_per_class_recall(places, task.labels), mean_per_class_error(places, task.labels)
+    scores.add("mean_per_class_recall", recall, 1 / classes, n, error)
     for i, name in enumerate(THIRDS if len(task.third) else ()):
         inside = places[task.third == i]
-        scores.add(f"acc1_{name}", recall_at(inside, 1), 1 / classes, len(inside))
+        scores.add(f"acc1_{name}", recall_at(inside, 1), 1 / classes, len(inside), _error(inside, 1))
+
+
+def _error(places: Tensor, k: int) -> float | None:
+    """Standard error of `recall_at`, of one query an image."""
+    return clustered_error([Means(places < k, torch.arange(len(places)))], len(places))
 
 
 def iwildcam(task: Measured, scores: Scores) -> None:
@@ -178,38 +188,59 @@ def _add_groups(
 
 def retrieval(task: Measured, scores: Scores) -> None:
     """recall@k of captions for images and of images for captions, and the mean over both ways and all k."""
-    recalls, chances = _recalls(task, scores, {"image_to_text": "image_to_text", "text_to_image": "text_to_image"})
-    features = _features(task)
-    trials = min(len(features.images), len(features.texts))
-    scores.add("mean_recall", sum(recalls) / len(recalls), sum(chances) / len(chances), trials)
+    recalls = _recalls(task, scores, {"image_to_text": "image_to_text", "text_to_image": "text_to_image"})
+    _add_mean(task, scores, "mean_recall", recalls)
 
 
 def caption_retrieval(task: Measured, scores: Scores) -> None:
     """Retrieval where each caption belongs to one image; the mean of both ways' recall@1 is the score."""
-    names = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
-    recalls, chances = _recalls(task, scores, names)
-    first = [i for i in range(len(recalls)) if i % len(RECALL_KS) == 0]
-    mean, chance = (sum(values[i] for i in first) / 2 for values in (recalls, chances))
-    scores.add("mean_recall@1", mean, chance, min(len(_features(task).images), len(_features(task).texts)))
+    recalls = _recalls(task, scores, {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"})
+    _add_mean(task, scores, "mean_recall@1", [recall for recall in recalls if recall.k == 1])
 
 
-def _recalls(task: Measured, scores: Scores, names: dict[str, str]) -> tuple[list[float], list[float]]:
-    """Add recall@k of the ways in `names`, by the names that they are to have; give recalls and chances in order."""
+class Recall(NamedTuple):
+    """recall@k of one way: its value, its chance level, and the hits that it is the mean of."""
+
+    k: int
+    value: float
+    chance: float
+    hits: Means
+
+
+def _recalls(task: Measured, scores: Scores, names: dict[str, str]) -> list[Recall]:
+    """Add recall@k of the ways in `names`, by the names that they are to have."""
     features = _features(task)
-    recalls, chances = [], []
+    recalls = []
     ways = {
         "image_to_text": (features.images, features.texts, features.image_of, features.text_of),
         "text_to_image": (features.texts, features.images, features.text_of, features.image_of),
     }
+    images = torch.arange(len(features.images))
+    clusters = {"image_to_text": images, "text_to_image": _first_image(features)}
     for way, name in names.items():
         queries, candidates, query_of, candidate_of = ways[way]
         places = first_hit(queries, candidates, query_of, candidate_of)
         right_answers = torch.bincount(query_of, minlength=len(queries))
         for k in RECALL_KS:
-            recalls.append(recall_at(places, k))
-            chances.append(recall_chance(right_answers, len(candidates), k))
-            scores.add(f"{name}_recall@{k}", recalls[-1], chances[-1], len(queries))
-    return recalls, chances
+            chance = recall_chance(right_answers, len(candidates), k)
+            recalls.append(Recall(k, recall_at(places, k), chance, Means(places < k, clusters[way])))
+            error = clustered_error([recalls[-1].hits], len(images))
+            scores.add(f"{name}_recall@{k}", recalls[-1].value, chance, len(queries), error)
+    return recalls
+
+
+def _first_image(features: Features) -> Tensor:
+    """int64 [t]: the image that each text belongs to, of several the first."""
+    last = torch.full((len(features.texts),), len(features.images), dtype=torch.int64)
+    return last.scatter_reduce(0, features.text_of, features.image_of, "amin")
+
+
+def _add_mean(task: Measured, scores: Scores, name: str, recalls: Sequence[Recall]) -> None:
+    features = _features(task)
+    mean, chance = (sum(values) / len(recalls) for values in zip(*((r.value, r.chance) for r in recalls), strict=True))
+    parts = [recall.hits._replace(weight=1 / len(recalls)) for recall in recalls]
+    error = clustered_error(parts, len(features.images))
+    scores.add(name, mean, chance, min(len(features.images), len(features.texts)), error)
 
 
 def winogavil(task: Measured, scores: Scores) -> None:

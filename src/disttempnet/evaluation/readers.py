@@ -8,6 +8,7 @@ image is read from its byte range when it is decoded.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,10 @@ from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.tars import Span, image_of, read_tar
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
-FOLDER = "folder:"  # what names of tasks begin with that are no rows
-OWN = (FOLDER,)
+FOLDER = "folder:"  # what names of tasks begin with that are no rows but data of one's own: own.py
+SHARDS, CAPTIONS = "shards:", "captions:"
+OWN = (FOLDER, SHARDS, CAPTIONS)
+OPTIONS = re.compile(r"\?(?=\w+=)")  # what follows the path in the name of such a task: ?label_key=species&…
 
 
 class Task(Section):
@@ -151,16 +154,33 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or `folder:PATH`, images of one's own; UserError lists those that exist."""
+    """The task of that name, or data of one's own (`OWN`); UserError lists those that exist."""
     if name.startswith(FOLDER):
-        if name == FOLDER:
-            raise UserError(f"task '{name}': of which folder? {FOLDER}PATH")
-        title = Path(name.removeprefix(FOLDER)).expanduser().resolve().name or name
-        return Task(name=name, display=title, data=name, protocols=("classification",), main="acc1", tags=())
+        return Task(name=name, display=_own_title(name), data=name, protocols=("classification",), main="acc1", tags=())
+    if name.startswith(OWN):
+        return Task(
+            name=name, display=_own_title(name), data=name, protocols=("retrieval",), main="mean_recall", tags=()
+        )
     tasks = all_tasks()
     if name not in tasks:
         raise UserError(unknown_name("task", name, tasks))
     return tasks[name]
+
+
+def own_path(name: str) -> str:
+    """The path, file or spec in the name of a task of one's own. Raises UserError: there is none."""
+    kind, _, rest = name.partition(":")
+    path = OPTIONS.split(rest)[0]
+    if not path.strip():
+        raise UserError(f"task '{name}': of which data? {kind}:PATH")
+    return path
+
+
+def _own_title(name: str) -> str:
+    """The last part of its path; of a file that may be called captions.csv anywhere, of a pattern, the last two."""
+    path = Path(own_path(name)).expanduser().resolve()
+    parts = (path.parent.name, path.name) if path.suffix and not path.is_dir() else (path.name,)
+    return "/".join(filter(None, parts)) or name
 
 
 def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Task]:

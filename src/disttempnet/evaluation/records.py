@@ -32,6 +32,7 @@ class TaskRecord:
         dataset: its display name, `Describable Textures`, which other programs know it by.
         metrics: shares in [0, 1] by name, `main_metric` among them; None where a metric is not defined.
         main_metric_name: which of them the main metric is; empty for a task without one.
+        standard_errors: over the draw of images, by name of the metric; not of every metric.
         samples: how many were seen.
         expected: how many the task has; None where that is unknown.
         corrupt: names of samples that could not be read.
@@ -52,6 +53,7 @@ class TaskRecord:
     complete: bool = True
     error: str = ""
     notes: tuple[str, ...] = ()
+    standard_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def value(self) -> float | None:
@@ -141,6 +143,7 @@ def _to_line(record: TaskRecord) -> dict[str, Any]:
         "complete": record.complete,
         "error": record.error,
         "notes": list(record.notes),
+        "standard_errors": dict(record.standard_errors),
     }
 
 
@@ -161,6 +164,7 @@ def _from_line(line: dict[str, Any]) -> TaskRecord:
         complete=bool(line.get("complete", True)),
         error=str(line.get("error", "")),
         notes=tuple(map(str, line.get("notes", ()))),
+        standard_errors={str(name): float(error) for name, error in line.get("standard_errors", {}).items()},
     )
 
 

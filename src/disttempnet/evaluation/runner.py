@@ -156,6 +156,7 @@ def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Te
         metrics={key: scores.metrics[key] for key in shown if key in scores.metrics},
         chance={key: scores.chance[key] for key in shown if key in scores.chance},
         trials={key: scores.trials[key] for key in shown if key in scores.trials},
+        errors={key: scores.errors[key] for key in shown if key in scores.errors},
         samples=scores.samples,
         corrupt=scores.corrupt + data.broken + lost,
         notes=data.notes,

@@ -21,6 +21,7 @@ class Scores:
         corrupt: keys of images that could not be decoded and are left out.
         undefined: metrics that this task has no value of: accuracy in an empty group, the first five of four classes.
         notes: what else a reader of the numbers has to know.
+        errors: standard error of a metric, over the draw of images; not of every metric.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -30,18 +31,21 @@ class Scores:
     corrupt: tuple[str, ...] = ()
     undefined: list[str] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
         return not self.corrupt
 
-    def add(self, key: str, value: float | None, chance: float | None, trials: int) -> None:
+    def add(self, key: str, value: float | None, chance: float | None, trials: int, error: float | None = None) -> None:
         if value is None:
             self.undefined.append(key)
             return
         self.metrics[key], self.trials[key] = value, trials
         if chance is not None:
             self.chance[key] = chance
+        if error is not None:
+            self.errors[key] = error
 
     @property
     def headline(self) -> float:
@@ -55,6 +59,7 @@ def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:
         "results": {task: scores.metrics for task, scores in results.items()},
         "chance": {task: scores.chance for task, scores in results.items()},
         "trials": {task: scores.trials for task, scores in results.items()},
+        "standard_errors": {task: scores.errors for task, scores in results.items()},
         "samples": {task: scores.samples for task, scores in results.items()},
         "corrupt": {task: list(scores.corrupt) for task, scores in results.items() if scores.corrupt},
         "notes": {task: list(scores.notes) for task, scores in results.items() if scores.notes},
@@ -71,6 +76,7 @@ def from_record(record: Mapping[str, Any]) -> dict[str, Scores]:
             metrics=dict(metrics),
             chance=dict(record["chance"][task]),
             trials={key: int(trials.get(key, samples)) for key in metrics},
+            errors=dict(record.get("standard_errors", {}).get(task, {})),
             samples=samples,
             corrupt=tuple(record.get("corrupt", {}).get(task, ())),
             notes=tuple(record.get("notes", {}).get(task, ())),

@@ -146,7 +146,7 @@ class Suite:
             data = distributed.together(there)
             if len(set(distributed.gather_objects(digest(data)))) > 1:
                 raise UserError("the ranks see different data: its copies on the nodes differ, or it is being written")
-            matching = any(PROTOCOLS[protocol].matching for protocol in task.protocols)
+            matching = any(PROTOCOLS[protocol].matching for protocol in data.task.protocols)
             encoder = make_encoder(towers, device, self.precision, matching, self.batch)
             heads, words = embed_words(data, encoder, self.texts, progress)
             outcome = measure(data, encoder, batches, heads, words, progress)
@@ -203,4 +203,5 @@ def _record(data: TaskData, outcome: Outcome, seconds: float) -> TaskRecord:
         complete=not wrong,
         error=". ".join(wrong),
         notes=data.notes,
+        standard_errors={name: error for name, error in scores.errors.items() if name in metrics},
     )

@@ -21,7 +21,7 @@ LOOKED_FOR = 3  # missing tasks whose folders are named
 
 
 def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
-    """Every metric of every task in per cent, chance beside it, the runs as columns.
+    """Every metric of every task in per cent, chance beside it, the runs as columns; of one run with standard errors.
 
     Args:
         results_by_run: name of the run → name of the task → its scores.
@@ -32,6 +32,8 @@ def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
     table.add_column("chance", justify="right", style="dim")
     for run in results_by_run:
         table.add_column(Text(run), justify="right")
+    if len(runs) == 1:
+        table.add_column("± s.e.", justify="right", style="dim")
     for task in tasks_of(runs):
         samples = max(results[task].samples for results in runs if task in results)
         table.add_section()
@@ -39,6 +41,8 @@ def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
         for row in compare(runs, task):
             styles = ["bold" if i == row.best else "" for i in range(len(runs))]
             values = [Text(percent(value), style) for value, style in zip(row.values, styles, strict=True)]
+            if len(runs) == 1:
+                values.append(Text(percent(runs[0][task].errors.get(row.metric))))
             table.add_row(Text("  " + metric_title(row.metric)), percent(row.chance), *values)
     return table
 
@@ -74,8 +78,8 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
     table = Table(
         title=Text(title, "bold"), title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for head in ("task", "metric", "%", "n", "s", ""):
-        number = head in ("%", "n", "s")
+    for head in ("task", "metric", "%", "± s.e.", "n", "s", ""):
+        number = head in ("%", "± s.e.", "n", "s")
         table.add_column(head, justify="right" if number else "left", no_wrap=True)
     for record in records.values():
         wrong = bool(record.error or not record.complete or (record.key in tags and why_not(record)))
@@ -83,6 +87,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
             Text(record.dataset),
             Text(metric_title(record.main_metric_name) or "–", "dim"),
             Text(percent(record.value), "" if record.counts else "dim"),
+            Text(percent(record.standard_errors.get(record.main_metric_name)), "dim"),
             f"{record.samples:,}",
             f"{record.seconds:,.1f}" if record.seconds < 100 else f"{record.seconds:,.0f}",
             Text("failed" if record.failed else "incomplete", "red") if wrong else Text("ok", "green"),
@@ -95,7 +100,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
         style = "bold" if average.complete else "dim"
         what = "" if average.complete else "plain mean"
         words = (average.group, what, percent(average.mean))
-        table.add_row(*(Text(word, style) for word in words), average.coverage, "", "" if not what else "partial")
+        table.add_row(*(Text(word, style) for word in words), "", average.coverage, "", "" if not what else "partial")
     lines = notes(records)
     if "datacomp" in every:
         lines += [f"in no average: {words}" for words in every["datacomp"].lacking]
