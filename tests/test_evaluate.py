@@ -253,12 +253,12 @@ def test_a_path_with_a_comma_and_an_image_that_cannot_be_read(here: Path, capsys
     shown = capsys.readouterr().out
     assert "incomplete: old, 1 unreadable or missing: red/1.png" in shown
     assert "old: left out, without images: owl" in shown
-    assert json.loads(Path("old.json").read_text())["notes"] == {"folder:old": ["left out, without images: owl"]}
+    assert json.loads(Path("old.json").read_text())["task_notes"] == {"folder:old": ["left out, without images: owl"]}
 
 
 def test_an_own_task_needs_a_path(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("folder", "shards", "captions"):
-        for rest in ("", " ", "?label_key=x"):
+        for rest in ("", " ", "?label=x"):
             assert main(["evaluate", MODEL, "--tasks", f"{kind}:{rest}"]) == 2
             why = f"task '{kind}:{rest}': of which data? {kind}:PATH"
             assert capsys.readouterr().err == f"disttempnet: {why}\n"

@@ -69,7 +69,7 @@ def add_evaluate_command(commands: Any) -> None:
         default=(),
         metavar="TASK",
         help="rows of tasks.toml; or data of one's own: folder:PATH, shards:SPEC, captions:FILE, each with "
-        "?label_key=KEY for zero-shot (docs/evaluation.md)",
+        "?label=KEY for zero-shot (docs/evaluation.md)",
     )
     evaluate.add_argument(
         "--tags", nargs="+", default=(), metavar="TAG", help="all tasks of a group: imagenet, retrieval, vtab, …"

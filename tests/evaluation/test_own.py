@@ -77,9 +77,9 @@ def write_listing(root: Path) -> Path:
 
 def test_three_ways_to_say_the_same(tmp_path: Path) -> None:
     names = [
-        f"shards:{write_shards(tmp_path / 'tars')}/{{0..1}}.tar?label_key=species",
-        f"captions:{write_listing(tmp_path / 'list')}?label_key=kind",
-        f"folder:{write_folder(tmp_path / 'photos')}?caption_key=alt",
+        f"shards:{write_shards(tmp_path / 'tars')}/{{0..1}}.tar?label=species",
+        f"captions:{write_listing(tmp_path / 'list')}?label=kind",
+        f"folder:{write_folder(tmp_path / 'photos')}?caption=alt",
     ]
     for name in names:
         data = loaded(name)
@@ -103,7 +103,7 @@ def test_without_labels_it_is_retrieval(tmp_path: Path) -> None:
     data = loaded(f"shards:{write_shards(tmp_path / 'tars', label=False)}")
     assert (data.task.protocols, data.heads, data.notes) == (("retrieval",), (), ())
     with pytest.raises(UserError, match=r"task 'shards:.*': nothing to measure on; 0\.tar/s0000000: no 'genus'"):
-        loaded(f"shards:{tmp_path / 'tars'}?label_key=genus")
+        loaded(f"shards:{tmp_path / 'tars'}?label=genus")
     scores = scores_of(f"captions:{write_listing(tmp_path / 'list')}")
     assert "acc1" not in scores.metrics
 
@@ -131,7 +131,7 @@ def test_labels_that_make_no_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 names, but a label is 1"):
         loaded(numbers)
     with pytest.raises(UserError, match="no classes in 'label': all samples are labelled 'a'"):
-        loaded(one + "?label_key=label")
+        loaded(one + "?label=label")
 
 
 def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
         (f"shards:{tmp_path}/none", "no such folder"),
         (f"shards:{tmp_path}/{{0..3}}.tar", "no such shard"),
         (f"folder:{tmp_path}/none", "no such folder"),
-        (f"folder:{tmp_path}?label_key=x", "no captions beside its images, for which label_key would be"),
-        (f"folder:{tmp_path}?label=x", r"unknown option 'label'\. Did you mean 'label_key'"),
+        (f"folder:{tmp_path}?label=x", "no captions beside its images, for which label would be"),
+        (f"folder:{tmp_path}?labels=x", r"unknown option 'labels'\. Did you mean 'label'"),
         (f"captions:{listing}", r"name the folder of images after the file's: \?images=FOLDER"),
         ("shards:s3://bucket/{0..3}.tar", "evaluation reads shards of this machine only"),
     ):
@@ -194,7 +194,7 @@ def test_titles_are_short_and_do_not_depend_on_where_one_is(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     for name, title in (
         ("folder:photos.v2", "photos.v2"),
-        (f"folder:{tmp_path}/photos.v2/?label_key=a", "photos.v2"),
+        (f"folder:{tmp_path}/photos.v2/?label=a", "photos.v2"),
         ("captions:photos.v2/list.csv?images=/x/y", "photos.v2/list.csv"),
         ("shards:photos.v2/{0..9}.tar", "photos.v2/{0..9}.tar"),
         ("folder:is this a name?", "is this a name?"),
@@ -205,7 +205,7 @@ def test_titles_are_short_and_do_not_depend_on_where_one_is(tmp_path: Path, monk
 
 
 def test_the_suite_takes_them_too(tmp_path: Path) -> None:
-    names = [f"shards:{write_shards(tmp_path / 'tars')}?label_key=species", f"captions:{write_listing(tmp_path / 'x')}"]
+    names = [f"shards:{write_shards(tmp_path / 'tars')}?label=species", f"captions:{write_listing(tmp_path / 'x')}"]
     suite = Suite(tmp_path, tmp_path / "out", workers=0)
     records = suite.run(meaning_towers(), choose_tasks(names), torch.device("cpu"))
     assert [(record.error, record.main_metric_name, record.samples) for record in records] == [

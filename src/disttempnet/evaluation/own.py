@@ -3,9 +3,10 @@
 folder:PATH        images with captions beside them (x.jpg, x.txt); else folders of classes, or CIFAR: see folders.py
 shards:SPEC        webdataset shards of this machine: KEY.jpg, KEY.txt (a caption a line), KEY.json, KEY.cls
 captions:FILE      a listing of images and captions, as data.train takes it
-…?label_key=KEY    options after the path, joined by &: label_key, caption_key, and of listings images and image_key
+…?label=KEY        options after the path, joined by &: keys of label and caption; of a listing, the key of the image
+                   and the folder `images`
 
-Equal captions are hits for each of their images; an image may have several. Labels are what `label_key` names in a
+Equal captions are hits for each of their images; an image may have several. Labels are what `label` names in a
 sample's JSON or a listing's row ("label", unless it is said), or KEY.cls. classnames.txt and templates.txt beside the
 data are read as those of a folder of classes; classnames.txt is needed where labels are numbers.
 """
@@ -35,15 +36,15 @@ from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.readers import CAPTIONS, SHARDS, Head, Sample, Task, TaskData, own_path
 from disttempnet.evaluation.tars import Span, image_of, members_of
 
-OPTIONS = ("label_key", "caption_key", "images", "image_key")
+OPTIONS = ("label", "caption", "images", "image")
 LABEL_KEY = "label"
 LOOKED_AT = 100  # images of a folder that show whether it holds captions or classes
 SPLITS = ("test", "val")  # of a listing that has splits, best first
 # readers of training data say where a config would be changed
 CONFIG_WORDS = {
     "in data.train = [{path = …, images = FOLDER}]": "after the file's: ?images=FOLDER",
-    "name one of them with image_key": "name one of them: ?image_key=KEY",
-    "name one of them with caption_key": "name one of them: ?caption_key=KEY",
+    "name one of them with image_key": "name one of them: ?image=KEY",
+    "name one of them with caption_key": "name one of them: ?caption=KEY",
     "data.train: ": "",
 }
 _READING = Lock()  # sources keep files open that threads would close on each other
@@ -121,13 +122,13 @@ def _beside(spec: str) -> Path:
 
 def _holds_captions(folder: Path, options: Mapping[str, str]) -> bool:
     """Whether most of the first images have captions beside them."""
-    rows = Folder(folder, options.get("caption_key", ""))
+    rows = Folder(folder, options.get("caption", ""))
     first = [fields or {} for fields, _ in islice(rows.rows(), LOOKED_AT)]
     return 2 * sum(rows.caption_key in fields for fields in first) > len(first)
 
 
 def _listing(where: Path, options: Mapping[str, str]) -> Own:
-    listed = read_listing(where, *(options.get(key, "") for key in ("images", "image_key", "caption_key")))
+    listed = read_listing(where, *(options.get(key, "") for key in ("images", "image", "caption")))
     notes, images = [*listed.notes], listed.images
     splits = Counter(image.split for image in images if image.split)
     for split in SPLITS:
@@ -136,7 +137,7 @@ def _listing(where: Path, options: Mapping[str, str]) -> Own:
             there = ", ".join(f"{name} {count:,}" for name, count in sorted(splits.items()))
             notes.append(f"its split '{split}' is evaluated, of {there} images")
             break
-    key = options.get("label_key", LABEL_KEY)
+    key = options.get("label", LABEL_KEY)
     samples: list[Sample] = [
         ReadSample(image.name, where, 0, 0, image.captions, "", image.fields, plain=True, read=image.read)
         for image in images
@@ -155,12 +156,12 @@ def _shards(spec: str, options: Mapping[str, str]) -> Own:
             image, facts = image_of(members), _facts(members)
             if image is None:
                 raise UnreadableCaption("no image")
-            captions = _captions(members, facts, options.get("caption_key", ""))
+            captions = _captions(members, facts, options.get("caption", ""))
         except UnreadableCaption as error:
             own.broken.append(f"{name}: {error}")
             continue
-        label = _label(facts.get(options.get("label_key", LABEL_KEY)))
-        if not label and "label_key" not in options and "cls" in members:
+        label = _label(facts.get(options.get("label", LABEL_KEY)))
+        if not label and "label" not in options and "cls" in members:
             label = _text(members["cls"]).strip()
         own.samples.append(Sample(name, shard, image.offset, image.size, captions, label, facts, plain=True))
         own.labels.append(label)
@@ -198,7 +199,7 @@ def _label(value: Any) -> str:
 
 def _with_labels(task: Task, own: Own, beside: Path, options: Mapping[str, str]) -> TaskData:
     """The task, with classification where samples have labels."""
-    asked = options.get("label_key", "")
+    asked = options.get("label", "")
     samples, broken = own.samples, [*own.broken]
     labels = own.labels
     if asked:

@@ -31,7 +31,7 @@ TASKS_FILE = Path(__file__).with_name("tasks.toml")
 FOLDER = "folder:"  # what names of tasks begin with that are no rows but data of one's own: own.py
 SHARDS, CAPTIONS = "shards:", "captions:"
 OWN = (FOLDER, SHARDS, CAPTIONS)
-OPTIONS = re.compile(r"\?(?=\w+=)")  # what follows the path in the name of such a task: ?label_key=species&…
+OPTIONS = re.compile(r"\?(?=\w+=)")  # what follows the path in the name of such a task: ?label=species&…
 
 
 class Task(Section):

@@ -62,7 +62,7 @@ def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:
         "standard_errors": {task: scores.errors for task, scores in results.items()},
         "samples": {task: scores.samples for task, scores in results.items()},
         "corrupt": {task: list(scores.corrupt) for task, scores in results.items() if scores.corrupt},
-        "notes": {task: list(scores.notes) for task, scores in results.items() if scores.notes},
+        "task_notes": {task: list(scores.notes) for task, scores in results.items() if scores.notes},
     }
 
 
@@ -79,7 +79,7 @@ def from_record(record: Mapping[str, Any]) -> dict[str, Scores]:
             errors=dict(record.get("standard_errors", {}).get(task, {})),
             samples=samples,
             corrupt=tuple(record.get("corrupt", {}).get(task, ())),
-            notes=tuple(record.get("notes", {}).get(task, ())),
+            notes=tuple(record.get("task_notes", {}).get(task, ())),
         )
     return results
 
