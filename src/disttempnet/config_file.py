@@ -128,6 +128,8 @@ def apply_override(table: dict[str, Any], override: str, is_text: Callable[[str]
 
     Where `is_text(key)`, what TOML reads as a number, a date or a truth value is a string as well.
     """
+    if not override.isascii() and any("\ud800" <= letter <= "\udfff" for letter in override):
+        raise UserError(f"override {override!r} is not UTF-8 text")
     key, equals, text = override.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not all([*sections, last]):

@@ -17,7 +17,7 @@ from typing import Any
 from disttempnet.compare.display import Display
 from disttempnet.compare.worker import Ended, Place, Progress, work
 from disttempnet.config import Config
-from disttempnet.training.stopping import stop_signals
+from disttempnet.training.stopping import Terminal, stop_signals
 
 END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -54,7 +54,7 @@ class Pool:
         self._waiting = deque(configs)
         self._jobs, self._gpus, self._display, self._log = min(jobs, len(configs)), gpus, display, log
         self._workers: list[_Worker] = []
-        self._signals = 0
+        self._signals, self._terminal = 0, Terminal()
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -151,8 +151,10 @@ class Pool:
 
         A terminal that is closed may send SIGHUP twice, by the shell and by the kernel: it never counts as a second.
         """
-        if number == signal.SIGHUP and self._signals:
-            return
+        if number == signal.SIGHUP:
+            self._terminal.leave_if_closed()
+            if self._signals:
+                return
         self._signals += 1
         self.outcome.stopped = True
         for worker in self._workers:

@@ -219,16 +219,19 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _check(what: str, default: Any, value: Any, allowed: Range | None) -> None:
-    """Raise ValueError unless the value is of its default's kind: a number in its range, a truth value, a string."""
+def _checked(what: str, default: Any, value: Any, allowed: Range | None) -> Any:
+    """The value, as its range gives it. Raise ValueError unless it is of its default's kind: a number in its range, a
+    truth value, a string."""
     if allowed is not None:
         try:
-            allowed.check(value)
+            number = allowed.check(value)
         except ValueError as error:
             raise ValueError(f"{what} {error}, got {value!r}") from None
-    elif not isinstance(value, type(default)):
+        return value if type(value) is int else number
+    if not isinstance(value, type(default)):
         kind = {bool: "true or false", str: "a string"}[type(default)]
         raise ValueError(f"{what} must be {kind}, got {value!r}")
+    return value
 
 
 def build_loss(
@@ -256,15 +259,14 @@ def build_loss(
     if name not in OBJECTIVES:
         raise ValueError(unknown_name("objective", name, OBJECTIVES))
     recipe = OBJECTIVES[name]
-    arguments = {argument: _plain(value) for argument, value in arguments.items()}
     for argument, value in arguments.items():
         if argument not in recipe.arguments:
             raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
-        _check(f"objective {name}: {argument}", recipe.arguments[argument], value, ARGUMENT_RANGES.get(argument))
+        default, allowed = recipe.arguments[argument], ARGUMENT_RANGES.get(argument)
+        arguments[argument] = _checked(f"objective {name}: {argument}", default, _plain(value), allowed)
     sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": steps_per_epoch}
-    sizes = {size: _plain(value) for size, value in sizes.items()}
     for size, value in sizes.items():
-        _check(f"objective {name}: {size}", 0, value, _SIZES[size])
+        sizes[size] = _checked(f"objective {name}: {size}", 0, value, _SIZES[size])
     try:
         objective = recipe.build(
             Context(sizes["num_samples"], sizes["embed_dim"], sizes["seed"]), **{**recipe.arguments, **arguments}

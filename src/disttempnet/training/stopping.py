@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterable, Mapping
 from types import FrameType, MappingProxyType
@@ -25,6 +26,21 @@ def stop_signals(wanted: Iterable[signal.Signals]) -> list[signal.Signals]:
     return [one for one in wanted if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
 
+class Terminal:
+    """Where standard output and error went to a terminal, as long as it is there: one that is closed (SIGHUP) refuses
+    whatever is written, and the run would end of that before it has saved."""
+
+    def __init__(self) -> None:
+        self._streams = [stream for stream in (1, 2) if os.isatty(stream)]
+
+    def leave_if_closed(self) -> None:
+        for stream in self._streams:
+            if not os.isatty(stream):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream)
+                os.close(null)
+
+
 class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT interrupts at once.
 
@@ -41,6 +57,7 @@ class StopSignal:
         self.code = 0
         self._codes = codes
         self._before: dict[signal.Signals, Any] = {}
+        self._terminal = Terminal()
 
     def __enter__(self) -> StopSignal:
         for number in stop_signals(self._codes):
@@ -54,6 +71,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._terminal.leave_if_closed()
         if self.code and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.code = max(self.code, self._codes[signal.Signals(number)])
