@@ -297,7 +297,8 @@ def _parsed(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespa
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
         command = f"disttempnet {options.command or ''}".rstrip()
-        parser.exit(2, f"disttempnet: unknown arguments: {' '.join(rest)} (see {command} --help)\n")
+        say(f"disttempnet: unknown arguments: {' '.join(rest)} (see {command} --help)", error=True)
+        parser.exit(2)
     if rest:
         options.overrides += rest
     return options
