@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -30,11 +31,13 @@ from disttempnet.cli import main
 from fuzz.material import copy_material
 
 LIMIT = 120.0
+MEMORY = 12 << 30  # bytes of address space: a case that reads without end fails, not the machine
 
 
 def _child(folder: Path, words: list[str]) -> None:
     """Never returns: the command, with its output in files beside the folder."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.chdir(folder)
     for descriptor, path in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder.with_suffix(f".{path}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)

@@ -98,6 +98,17 @@ def test_terminal() -> None:
     assert "sample standard deviation" in text
 
 
+def test_runs_without_evaluations_have_every_table() -> None:
+    comparison = compare_groups([result("clip", s, {}) for s in (1, 2)])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(text_table(comparison))
+    tex = latex_table(comparison)
+    for text in (console.export_text(), markdown_table(comparison), tex):
+        assert "no task was evaluated: set" in text
+    assert " & seeds \\\\\n" in tex
+    assert "CLIP & 2 \\\\\n" in tex
+
+
 def test_a_compact_file_makes_the_same_tables(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / "grid" / f"clip--seed-{i}", acc1=0.3 + i / 10) for i in (1, 2)]
     for i, folder in enumerate(folders):

@@ -36,6 +36,8 @@ def cell_text(cell: Cell | None, seeds: int, digits: int = 1) -> str:
 
 def legend(comparison: Comparison) -> str:
     """What the numbers and marks are."""
+    if not comparison.columns:
+        return "no task was evaluated: set eval.tasks"
     counts = sorted({len(group.results) for group in comparison.groups})
     words = f"mean (sample standard deviation) over the seeds; {MARK_RULE}"
     if counts == [1]:
@@ -57,11 +59,12 @@ def published_cells(comparison: Comparison) -> list[tuple[str, list[Cell | None]
 
 def text_table(comparison: Comparison) -> Table:
     """For a terminal: a row a group, chance last. Head, middle and tail would not fit and are left to the page."""
-    shown = [i for i, column in enumerate(comparison.columns) if column.metric not in THIRDS] or [0]
+    columns = comparison.columns
+    shown = [i for i, column in enumerate(columns) if column.metric not in THIRDS] or list(range(len(columns)))[:1]
     table = Table(caption=legend(comparison), caption_justify="left")
     table.add_column("", min_width=16, overflow="fold")
     table.add_column("seeds", justify="right", style="dim")
-    for column in (comparison.columns[i] for i in shown):
+    for column in (columns[i] for i in shown):
         table.add_column(Text(f"{task_title(column.task)}\n{column.head}"), justify="right")
     for group, cells in comparison.rows:
         n = len(group.results)
@@ -104,6 +107,10 @@ def pipes(rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |\n" for row in rows)
 
 
+def _tex_row(*cells: str) -> str:
+    return " & ".join(cells) + " \\\\"
+
+
 def latex_table(comparison: Comparison) -> str:
     """A booktabs tabular, and one for each table of τ; needs \\usepackage{booktabs}."""
     spans = comparison.heads
@@ -112,28 +119,25 @@ def latex_table(comparison: Comparison) -> str:
     for _, n in spans:
         rules.append(f"\\cmidrule(lr){{{place}-{place + n - 1}}}")
         place += n
-    metrics = " & ".join(_tex(column.head) for column in comparison.columns)
     lines = [
         f"% {legend(comparison)}".replace("†", "dagger"),
         *(f"% [{number}] {note}" for number, note in enumerate(comparison.notes, 1)),
         f"\\begin{{tabular}}{{lr{'r' * len(comparison.columns)}}}",
         "\\toprule",
         *([f" & & {tasks} \\\\", " ".join(rules)] if comparison.has_heads else []),
-        f" & seeds & {metrics} \\\\",
+        _tex_row("", "seeds", *(_tex(column.head) for column in comparison.columns)),
         "\\midrule",
     ]
     for group, cells in comparison.rows:
         n = len(group.results)
-        words = " & ".join(_tex_cell(cell, n, comparison.digits) for cell in cells)
-        lines.append(f"{_tex(group.title)} & {n} & {words} \\\\")
+        lines.append(_tex_row(_tex(group.title), str(n), *(_tex_cell(cell, n, comparison.digits) for cell in cells)))
     if comparison.published:
         lines.append("\\midrule")
     for title, values in published_cells(comparison):
-        words = " & ".join(_tex(cell_text(cell, 0, comparison.digits)) for cell in values)
-        lines.append(f"{_tex(title)} & pub. & {words} \\\\")
+        words = (_tex(cell_text(cell, 0, comparison.digits)) for cell in values)
+        lines.append(_tex_row(_tex(title), "pub.", *words))
     if comparison.has_chance:
-        chance = " & ".join(_tex(percent(value)) for value in comparison.chance)
-        lines += ["\\midrule", f"chance & & {chance} \\\\"]
+        lines += ["\\midrule", _tex_row("chance", "", *(_tex(percent(value)) for value in comparison.chance))]
     lines += ["\\bottomrule", "\\end{tabular}"]
     for table in tau_tables(comparison):
         lines += ["", *_tau_latex(table)]
