@@ -204,10 +204,11 @@ def whole_numbers(ids: Ids, rows: int) -> Tensor:
     Raises:
         ValueError: they are no whole numbers, or not as many.
     """
-    given = ids if isinstance(ids, Tensor) else torch.as_tensor(np.asarray(ids))
-    if given.dtype not in WHOLE or given.shape != (rows,):
+    given = ids if isinstance(ids, Tensor) else np.asarray(ids)
+    whole = given.dtype in WHOLE if isinstance(given, Tensor) else given.dtype.kind in "iu"
+    if not whole or tuple(given.shape) != (rows,):
         raise ValueError(f"ids must be whole numbers [{rows}], got {given.dtype} {list(given.shape)}")
-    return given.to(torch.int64)
+    return given.to(torch.int64) if isinstance(given, Tensor) else torch.from_numpy(given.astype(np.int64))
 
 
 def _listed(counts: list[int]) -> str:

@@ -1,0 +1,459 @@
+"""The losses in somebody's own loop: optimizer groups and steps, epochs, evaluation, wrong input."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from disttempnet import OBJECTIVES, Features, build_loss, distributed
+from disttempnet.errors import UserNotice
+from disttempnet.losses import core
+from disttempnet.losses.learning import PATIENCE
+from losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
+
+close = torch.testing.assert_close
+OWN_RATE = {
+    "clip-network": 0.01, "tempnet": 0.01, "disttempnet": 0.01, "disttempnet-v1": 0.01,
+    "clip": 0.01, "fastclip-v0": 0.01, "fastclip-v3": 0.01, "fastclip-v3-constant-gamma": 0.01,
+}  # fmt: skip
+WITH_TOWERS = {"siglip", "cyclip"}
+NETWORK = {**EVERY["disttempnet-v1"], "dropout": 0.0, "tau_start_epoch": 1, "tau_lr_decay": 0.5}
+
+
+def values(loss: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in loss.parameters()]
+
+
+def backward(loss: nn.Module, batch: GlobalBatch) -> None:
+    loss(Features.unit(batch.x, batch.y), batch.ids).total.backward()
+
+
+# ---- groups ----
+
+
+@every_objective
+def test_groups_hold_every_parameter_once_without_weight_decay(recipe: dict) -> None:
+    loss = make(recipe)
+    groups = loss.parameter_groups()
+    assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in loss.parameters()]
+    assert len(groups) == bool(list(loss.parameters()))
+    optimizer = torch.optim.AdamW([{"params": nn.Linear(2, 2).parameters()}, *groups], lr=1e-3, weight_decay=0.1)
+    for group in optimizer.param_groups[1:]:
+        assert group["weight_decay"] == 0
+        assert group["lr"] == OWN_RATE.get(recipe["name"], 1e-3)
+    assert bool(groups) == (recipe["name"] in {*OWN_RATE, *WITH_TOWERS})
+
+
+def test_published_rates() -> None:
+    rates = {}
+    for name in OBJECTIVES:
+        for group in build_loss(name, num_samples=N, embed_dim=D).parameter_groups():
+            rates[name] = group.get("lr")
+    assert rates == {
+        "clip": None, "clip-network": 1e-3, "tempnet": 3e-5, "disttempnet": 3e-5, "disttempnet-v1": 1e-4,
+        "fastclip-v0": None, "fastclip-v3": 2e-4, "fastclip-v3-constant-gamma": 2e-4, "siglip": None, "cyclip": None,
+    }  # fmt: skip
+
+
+def test_what_is_not_trained_is_in_no_group() -> None:
+    loss = make(EVERY["clip"]).requires_grad_(False)
+    assert loss.parameter_groups() == []
+    batch = unique_batch(1)
+    x = batch.x.clone().requires_grad_()
+    loss(Features.unit(x, batch.y), batch.ids).total.backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in loss.parameters())
+
+
+# ---- the rate, inside the optimizer's step ----
+
+
+def moves(recipe: dict, optimizer_of, epochs: tuple[int, ...]) -> tuple[list[float], torch.optim.Optimizer]:
+    """Largest move of a parameter in one step at the start of each epoch."""
+    loss = make(recipe)
+    optimizer = optimizer_of(loss)
+    found = []
+    for epoch in epochs:
+        loss.set_epoch(epoch)
+        before = values(loss)
+        optimizer.zero_grad()
+        backward(loss, unique_batch(1))
+        optimizer.step()
+        found.append(max(float((a - b).abs().max()) for a, b in zip(before, values(loss), strict=True)))
+    return found, optimizer
+
+
+def test_a_network_waits_and_its_rate_decays_with_any_optimizer_and_scheduler() -> None:
+    """Adam's first step is its rate: 0 until epoch 1, then tau_lr × .5 an epoch; a scheduler's factor comes on top."""
+    found, optimizer = moves(NETWORK, lambda loss: torch.optim.AdamW(loss.parameter_groups(), lr=1.0), (0, 0, 1))
+    assert found[:2] == [0, 0]
+    assert found[2] == pytest.approx(0.01, rel=1e-4)
+    assert optimizer.param_groups[0]["lr"] == 0.01, "what schedulers see and checkpoints hold stays"
+    (first,) = {int(state["step"]) for state in optimizer.state.values()}
+    assert first == 1, "nothing was gathered while it waited"
+    found, _ = moves(NETWORK, lambda loss: torch.optim.AdamW(loss.parameter_groups(), lr=1.0), (3,))
+    assert found == [pytest.approx(0.0025, rel=1e-4)]
+    found, _ = moves(
+        NETWORK, lambda loss: torch.optim.AdamW([g | {"lr": 0.1} for g in loss.parameter_groups()], lr=1.0), (2,)
+    )
+    assert found == [pytest.approx(0.05, rel=1e-4)]
+
+
+def test_one_tau_has_a_third_of_its_rate_below_the_threshold() -> None:
+    recipe = {**EVERY["fastclip-v3"], "temperature": 0.05, "tau_threshold": 0.06}
+    found, optimizer = moves(recipe, lambda loss: torch.optim.Adam(loss.parameter_groups()), (0,))
+    assert found == [pytest.approx(0.01 / 3, rel=1e-4)]
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_a_network_waits_also_in_a_group_with_others_which_is_named() -> None:
+    loss, tower = make(NETWORK), nn.Linear(D, D).double()
+    optimizer = torch.optim.AdamW([*tower.parameters(), *loss.parameters()], lr=0.1)
+    before, weight = values(loss), tower.weight.detach().clone()
+    loss.set_epoch(0)
+    batch = unique_batch(1)
+    loss(Features.of(tower(batch.x), batch.y), batch.ids).total.backward()
+    with pytest.warns(
+        UserNotice, match=r"rate of its own, 0\.01 .* other parameters at 0\.1: .*\*loss\.parameter_groups\(\)"
+    ):
+        optimizer.step()
+    close(values(loss), before, rtol=0, atol=0)
+    assert not torch.equal(tower.weight, weight)
+
+
+def test_a_step_that_raises_leaves_no_rate_changed() -> None:
+    loss = make(NETWORK)
+    optimizer = torch.optim.SGD(loss.parameter_groups(), lr=1.0)
+    loss.set_epoch(2)
+    for _ in range(2):
+        backward(loss, unique_batch(1))
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_a_copied_loss_is_trained_at_its_own_epoch() -> None:
+    """As averaged models and notebooks make them."""
+    loss = make(NETWORK)
+    other = copy.deepcopy(loss)
+    loss.set_epoch(0)
+    other.set_epoch(1)
+    optimizer = torch.optim.SGD(other.parameter_groups())
+    before = values(other)
+    for one in (loss, other):
+        backward(one, unique_batch(1))
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, values(other), strict=True))
+
+
+# ---- forgotten ----
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "cyclip", "fastclip-v3", "disttempnet-v1"])
+def test_parameters_that_no_optimizer_holds_are_named_once(name: str) -> None:
+    loss, tower = make(EVERY[name]), nn.Linear(D, D).double()
+    loss.set_epoch(0)
+    optimizer, batch = torch.optim.SGD(tower.parameters(), lr=0.1), unique_batch(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2 * PATIENCE):
+            loss(Features.of(tower(batch.x), batch.y), batch.ids).total.backward()
+            optimizer.step()
+    (notice,) = [str(w.message) for w in caught if issubclass(w.category, UserNotice)]
+    assert "none of the optimizers" in notice
+    assert "*loss.parameter_groups()" in notice
+
+
+@pytest.mark.parametrize("accumulated", [1, 30])
+def test_two_optimizers_and_many_chunks_a_step_are_no_fault(accumulated: int) -> None:
+    """Also where others step meanwhile, and where a loss is looked at and not trained."""
+    loss, idle, tower = make(EVERY["clip"]), make(EVERY["clip"]), nn.Linear(D, D).double()
+    optimizers = [torch.optim.SGD(tower.parameters(), lr=0.1), torch.optim.SGD(loss.parameter_groups(), lr=0.1)]
+    batch = unique_batch(1)
+    for _ in range(PATIENCE + 2):
+        for _ in range(accumulated):
+            loss(Features.of(tower(batch.x), batch.y), batch.ids).total.backward()
+        idle(Features.of(tower(batch.x), batch.y), batch.ids)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+# ---- epochs ----
+
+SCHEDULED = ["disttempnet-v1", "fastclip-v1", "fastclip-v3-constant-gamma", "tempnet"]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_epochs_by_steps_are_epochs_that_are_told(name: str) -> None:
+    """γ, the temperature's rate and what it is after six epochs of two steps; a resumed loss goes on by itself."""
+    recipe = {**EVERY[name], "gamma_decay_epochs": 5.0} if "gamma_decay_epochs" in EVERY[name] else EVERY[name]
+    told, counting = make(recipe), make(recipe, steps_per_epoch=2)
+    for number, batch in enumerate(stream(12)):
+        told.set_epoch(number // 2)
+        if number == 7:
+            saved = counting.state_dict()
+            counting = make(recipe, steps_per_epoch=2)
+            counting.load_state_dict(saved)
+        outs = [one(Features.unit(batch.x, batch.y), batch.ids) for one in (told, counting)]
+        close(outs[1], outs[0], rtol=0, atol=0)
+        assert counting.current_rate() == told.current_rate()
+    assert counting.epoch == 5
+
+
+def test_telling_takes_over_from_counting() -> None:
+    loss = make(EVERY["disttempnet-v1"], steps_per_epoch=1)
+    loss.set_epoch(1)
+    for batch in stream(3):
+        loss(Features.unit(batch.x, batch.y), batch.ids)
+    assert loss.epoch == 1
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_an_epoch_that_nobody_tells_is_named_once(name: str) -> None:
+    loss = make(EVERY[name])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in stream(3):  # N + B rows may still be one epoch
+            loss(Features.unit(batch.x, batch.y), batch.ids)
+        assert not caught
+        for batch in stream(6):
+            loss(Features.unit(batch.x, batch.y), batch.ids)
+    (notice,) = caught
+    assert "set_epoch was never called" in str(notice.message)
+    assert "steps_per_epoch=len(loader)" in str(notice.message)
+    assert notice.filename == __file__
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in (*SCHEDULED, "disttempnet", "clip-network")])
+def test_who_has_no_schedule_or_was_told_hears_nothing(name: str) -> None:
+    loss = make(EVERY[name])
+    if "gamma_min" in OBJECTIVES[name].arguments or EVERY[name].get("tau_threshold", 0):
+        loss.set_epoch(0)
+    if name == "fastclip-v3":
+        loss.set_epoch(0)
+    for batch in stream(8):
+        loss(Features.unit(batch.x, batch.y), batch.ids)
+
+
+@pytest.mark.parametrize("epoch", [-1, math.nan])
+def test_no_epoch_is_negative(epoch: float) -> None:
+    with pytest.raises(ValueError, match="epoch must not be negative"):
+        make(EVERY["sogclr"]).set_epoch(epoch)
+
+
+# ---- evaluation ----
+
+
+@every_objective
+def test_an_evaluation_borrows_nothing_from_training_samples(recipe: dict) -> None:
+    """The value is that of a loss that never saw a sample, at its τ; ids may be left out, and may be any numbers."""
+    loss = make(recipe)
+    for batch in stream(4):
+        loss.set_epoch(batch.epoch)
+        loss(Features.unit(batch.x, batch.y), batch.ids)
+    loss.eval()
+    batch = unique_batch(7)
+    features = Features.unit(batch.x, batch.y)
+    without = loss(features).total
+    for ids in (batch.ids, torch.arange(B) + 10**6, list(range(B))):
+        assert loss(features, ids).total == without
+    if recipe["name"] in ("sogclr", "fastclip-v1", "onlineclr"):  # a constant τ
+        fresh = make(recipe)
+        close(fresh(features, batch.ids).total, without, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["isogclr", "fastclip-v2", "clip-per-sample"])
+def test_pairs_without_a_tau_of_their_own_have_the_mean_of_those_learned(gloo, name: str) -> None:
+    recipe = EVERY[name]
+    found = evaluated_tau(recipe)
+    loss = make(recipe).eval()
+    batch = unique_batch(7)
+    assert loss(Features.unit(batch.x, batch.y)).metrics["tau/image_mean"].item() == pytest.approx(0.06)
+    assert found[0] != pytest.approx(0.06, rel=1e-3)
+    assert found == pytest.approx(found[2:] * 2, rel=1e-6), "of the samples that were seen, and only of those"
+    for rank in gloo(2, evaluated_tau, recipe):
+        assert rank == pytest.approx(found, rel=1e-6)
+
+
+def evaluated_tau(recipe: dict) -> list[float]:
+    """τ of both sides in an evaluation, and the means over the training samples that were seen."""
+    loss, seen = make(recipe), set()
+    for batch in stream(2):
+        loss.set_epoch(0)
+        share = B // distributed.world_size()
+        rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+        loss(Features.unit(batch.x[rows], batch.y[rows]), batch.ids[rows])
+        seen |= set(batch.ids.tolist())
+    assert len(seen) < N
+    loss.eval()
+    batch = unique_batch(7)
+    metrics = loss(Features.unit(batch.x, batch.y)).metrics
+    table = loss.temperature.state.read(torch.tensor(sorted(seen)))[:2]
+    return [metrics["tau/image_mean"].item(), metrics["tau/text_mean"].item(), *table.mean(1).tolist()]
+
+
+# ---- ids ----
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [list, tuple, np.asarray, lambda ids: np.asarray(ids, np.int32), lambda ids: torch.tensor(ids, dtype=torch.int32),
+     lambda ids: [np.int64(i) for i in ids], lambda ids: torch.tensor(ids, dtype=torch.uint8)],
+    ids=["list", "tuple", "numpy", "numpy int32", "int32", "numpy scalars", "uint8"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "onlineclr", "clip"])
+def test_ids_of_any_kind(name: str, kind) -> None:
+    one, other = make(EVERY[name]), make(EVERY[name])
+    for batch in stream(3):
+        features = Features.unit(batch.x, batch.y)
+        expected = one(features, batch.ids)
+        close(other(features, kind(batch.ids.tolist())), expected, rtol=0, atol=0)
+        close(kept(other, batch.ids), kept(one, batch.ids), rtol=0, atol=0)
+    if name != "onlineclr":
+        close(
+            other.temperatures(batch.x, batch.y, kind(batch.ids.tolist())),
+            one.temperatures(batch.x, batch.y, batch.ids),
+        )
+
+
+@pytest.mark.parametrize("ids", [[0.0] * B, torch.zeros(B), [True] * B, torch.zeros(B, 1).long(), [1, 2], "abc"])
+def test_what_is_no_id_is_refused_in_one_line(ids: object) -> None:
+    x, y = pairs(B)
+    with pytest.raises(ValueError, match=rf"ids must be whole numbers \[{B}\], got ") as caught:
+        make(EVERY["sogclr"])(Features.unit(x, y), ids)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "fastclip-v3"])
+def test_training_needs_ids_where_something_is_kept_a_sample(name: str) -> None:
+    x, y = pairs(B)
+    with pytest.raises(ValueError, match="ids are needed in training"):
+        make(EVERY[name])(Features.unit(x, y))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "cyclip", "vicreg", "clip-network"])
+def test_who_keeps_nothing_a_sample_needs_no_ids(name: str) -> None:
+    x, y = pairs(B)
+    one, other = make(EVERY[name]), make(EVERY[name])
+    close(one(Features.unit(x, y)).total, other(Features.unit(x, y), torch.arange(B)).total, rtol=0, atol=0)
+
+
+def test_a_loss_on_another_device_than_the_features_says_so() -> None:
+    x = torch.empty(B, D, device="meta")
+    for name in ("sogclr", "clip", "onlineclr", "isogclr"):
+        with pytest.raises(ValueError, match=r"the loss is on cpu, the features are on meta: .*loss\.to\(\)"):
+            make(EVERY[name])(Features.unit(x, x), torch.arange(B))
+
+
+@every_objective
+def test_exact_arithmetic_follows_the_features_and_ids_follow_them(
+    recipe: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ids on the CPU, features elsewhere."""
+    devices = []
+    monkeypatch.setattr(core, "exact_arithmetic", lambda device: devices.append(device))
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: devices.append(device) or warnings.catch_warnings())
+    loss = make({k: v for k, v in recipe.items() if k != "dropout"}).float().eval().to("meta")
+    x, y = (torch.empty(B, D, device="meta") for _ in range(2))
+    assert loss(Features.of(x, y), torch.arange(B)).total.device.type == "meta"
+    assert set(devices) == {"meta"}
+
+
+# ---- rows, and gradients of gradients ----
+
+
+@every_objective
+def test_no_rows_are_refused(recipe: dict) -> None:
+    empty = torch.empty(0, D)
+    with pytest.raises(ValueError, match="a batch of 0 rows has no loss"):
+        make(recipe)(Features.of(empty, empty), torch.empty(0).long())
+
+
+@every_objective
+def test_a_gradient_is_not_differentiated_again(recipe: dict) -> None:
+    """It would be 0 or wrong. A second backward pass of a kept graph is the same again."""
+    loss, batch = make(recipe), unique_batch(1)
+    x = batch.x.clone().requires_grad_()
+    total = loss(Features.unit(x, batch.y), batch.ids).total
+    (first,) = torch.autograd.grad(total, x, retain_graph=True)
+    close(torch.autograd.grad(total, x, retain_graph=True), (first,), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(total, x, create_graph=True)
+
+
+ROWS = "every rank needs as many rows, got 4, 3 of ranks 0 to 1"
+
+
+def refusal(recipe: dict, what: str) -> tuple[str, float]:
+    """What this rank is told, and the value of a right step afterwards."""
+    first = distributed.rank() == 0
+    loss = make(recipe, seed=distributed.rank() if what == "seed" else 0)
+    loss.set_epoch(0)
+    if what == "state" and first:
+        with torch.no_grad():
+            next(loss.parameters()).add_(1)
+    rows = {"uneven": 4 if first else 3, "none": 4 if first else 0}.get(what, 4)
+    x, y = pairs(rows, seed=distributed.rank())
+    ids = torch.arange(rows) + 4 * distributed.rank() + (N if what == "ids" and not first else 0)
+    try:
+        loss(Features.unit(x, y), ids)
+    except (ValueError, IndexError) as error:
+        message = str(error)
+    x, y = pairs(4, seed=distributed.rank())
+    loss = make(recipe)
+    return message, loss(Features.unit(x, y), torch.arange(4) + 4 * distributed.rank()).total.item()
+
+
+@pytest.mark.parametrize("name", ["sogclr", "siglip", "vicreg", "cyclip"])
+def test_uneven_rows_are_refused_on_every_rank_which_goes_on(gloo, name: str) -> None:
+    answers = gloo(2, refusal, EVERY[name], "uneven")
+    assert [message.partition(":")[0] for message, _ in answers] == [ROWS, ROWS]
+    assert answers[0][1] == answers[1][1]
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "of_rank_1"),
+    [("none", "clip", "a batch of 0 rows has no loss"), ("ids", "sogclr", "sample ids must lie in")],
+)
+def test_what_one_rank_refuses_ends_no_other_in_a_collective(gloo, what: str, name: str, of_rank_1: str) -> None:
+    (first, value), (second, other) = gloo(2, refusal, EVERY[name], what)
+    assert first == "rank 1 has refused its batch: its own message says why"
+    assert second.startswith(of_rank_1)
+    assert value == other
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "named"),
+    [("seed", "sogclr", "arguments"), ("seed", "disttempnet-v1", "arguments"), ("state", "clip", "parameters")],
+)
+def test_losses_that_differ_between_ranks_are_refused_at_the_first_step(gloo, what: str, name: str, named: str) -> None:
+    for message, _ in gloo(2, refusal, EVERY[name], what):
+        assert f"the loss of rank 1 has other {named} than that of rank 0" in message
+
+
+# ---- arguments ----
+
+
+def test_scalars_of_numpy_are_numbers() -> None:
+    plain = build_loss("disttempnet-v1", num_samples=N, embed_dim=D, seed=3, tau_max=0.25, prototypes=7, shuffle=True)
+    numpy = build_loss(
+        "disttempnet-v1", num_samples=np.int64(N), embed_dim=np.int32(D), seed=np.uint8(3), tau_max=np.float32(0.25),
+        prototypes=np.int16(7), shuffle=np.True_, steps_per_epoch=np.int64(0),
+    )  # fmt: skip
+    assert plain.arguments == numpy.arguments
+    close(values(numpy), values(plain), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("steps_per_epoch", -1), ("steps_per_epoch", 2.5), ("num_samples", "9")]
+)
+def test_sizes_are_whole_numbers(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"objective clip: {argument}"):
+        build_loss("clip", **{"num_samples": N, "embed_dim": D, argument: value})
