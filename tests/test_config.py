@@ -74,6 +74,39 @@ def test_missing_key_missing_file_and_broken_toml_name_the_file(tmp_path: Path) 
         load_config(tmp_path / "broken.toml")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name = 'x'\n".encode("utf-16"), r"not UTF-8 text \(invalid start byte at byte 0\): save it as UTF-8"),
+        (b"a = " + b"[" * 5000, "not valid TOML"),
+        (b"a = " + b"9" * 5000, "not valid TOML"),
+        (b"#" * 10_000_001, "over 10,000,000 characters: no config file"),
+    ],
+)
+def test_what_is_no_toml_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"own.toml: {message}") as caught:
+        load_config(tmp_path / "own.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes(b"\xef\xbb\xbf" + DEBUG.read_bytes())
+    assert load_config(tmp_path / "own.toml") == load_config(DEBUG)
+
+
+@pytest.mark.parametrize("name", ["2024-05-01", "2024", "1e-3", "true", "nan", "inf", "-5"])
+def test_a_name_is_a_string_whatever_toml_makes_of_it(name: str) -> None:
+    config = load_config(DEBUG, [f"name={name}", f"out={name}", f"data.train={name}", f"model.pretrained={name}"])
+    assert (config.name, config.out, config.data.train, config.model.pretrained) == (name, name, name, name)
+
+
+def test_a_name_in_a_file_wants_quotes(tmp_path: Path) -> None:
+    write(tmp_path, own="config = 'debug.toml'\nname = 2024-05-01\n")
+    with pytest.raises(UserError, match=r"key 'name': must be a string, in quotes \(got 2024-05-01\)"):
+        load_config(tmp_path / "own.toml")
+
+
 def test_another_objective_starts_from_its_own_defaults() -> None:
     config = load_config(CONFIG_FOLDER / "demo.toml", ["loss.gamma=0.5", "loss.name=sogclr"])
     assert config.loss.arguments == {"gamma": 0.5}

@@ -76,6 +76,76 @@ def test_torchrun_comes_before_slurm() -> None:
         launched(torchrun | {"WORLD_SIZE": "two"})
 
 
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-host-1234@1",
+}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def test_mpirun_tells_which_rank_a_process_is() -> None:
+    first, second = (
+        launched(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}),
+        launched(OPEN_MPI),
+    )
+    assert first is not None
+    assert second == Launch("mpirun", 1, 2, 1, "127.0.0.1", first.port), "all of a job meet at one port"
+    assert 10_000 <= first.port < 30_000
+    other = launched(OPEN_MPI | {"PMIX_NAMESPACE": "prterun-host-1235@1"})
+    assert other is not None
+    assert other.port != first.port, "two jobs on a machine"
+    task = variables(0, 2, job=1) | {"SLURM_JOB_NODELIST": "node[01-02]"}  # of the daemon that started it
+    assert launched(task | OPEN_MPI) == second
+    assert launched(OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}) is None
+    with pytest.raises(UserError, match=r"PMI_SIZE=4 on several nodes, but MASTER_ADDR is not set: export MASTER_ADDR"):
+        launched(MPICH)
+    met = {"MASTER_ADDR": "node01", "MASTER_PORT": "29500"}
+    assert launched(MPICH | met) == Launch("mpirun", 3, 4, 1, "node01", 29_500)
+    assert launched(variables(2, 4, job=5) | MPICH | met) == Launch("srun", 2, 4, 2, "node01", 29_500), (
+        "srun --mpi=pmi2"
+    )
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": "", "SLURM_PROCID": "", "PMI_RANK": ""},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": ""},
+        {"RANK": "0"},
+        {"WORLD_SIZE": "1"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+    ],
+)
+def test_empty_variables_and_one_process_are_no_launch(environment: dict[str, str]) -> None:
+    assert launched(environment) is None
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 to 1,000,000"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1, which is no number"),
+        ({"WORLD_SIZE": "9" * 5000}, "which is no number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be a whole number from 1 to 65,535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0: must be"),
+        ({"RANK": "2"}, "the environment of torchrun says rank 2 of 2: ranks count from 0"),
+        ({"RANK": ""}, "one of RANK and WORLD_SIZE is set, the other is not"),
+        ({"WORLD_SIZE": ""}, "one of RANK and WORLD_SIZE is set, the other is not"),
+        ({"MASTER_ADDR": ""}, "start with torchrun"),
+    ],
+)
+def test_what_cannot_be_is_named(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launched(TORCHRUN | changes)
+
+
 def test_a_command_of_the_batch_script_is_alone() -> None:
     """SLURM numbers the script's own process too, as the first of all tasks of the job; but it is in no step."""
     script = variables(0, 8, job=1)

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from disttempnet.errors import UserError
-from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, load_model, open_clip, save_model
+from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, encode_images, load_model, open_clip, save_model
+
+
+def test_pixels_that_are_scaled_already_are_refused() -> None:
+    towers = load_model("demo-vit-32")
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert encode_images(towers, pixels).shape == (1, 64)
+    for wrong in (pixels.float() / 255, pixels.long(), pixels.bool()):
+        with pytest.raises(ValueError, match=f"pixels must be uint8, 0 to 255, got {wrong.dtype}"):
+            encode_images(towers, wrong)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_cfg": {}}', '{"preprocess_cfg": 3}'])

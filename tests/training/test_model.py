@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from disttempnet import Features, build_loss
+from disttempnet.errors import UserError
 from disttempnet.losses import LossOutput, Objective
 from disttempnet.models import encode_images, load_model
-from disttempnet.training.model import Contrast
+from disttempnet.training.model import Contrast, compile_failure_named, refuse_without_compiler
 from losses.scenario import pairs
+
+
+def test_a_missing_compiler_is_found_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match=r"train.compile needs a compiler, and there is neither g\+\+ nor clang\+\+: "):
+        refuse_without_compiler(torch.device("cpu"))
+    with pytest.raises(UserError, match="there is neither gcc nor clang: "):
+        refuse_without_compiler(torch.device("cuda"))
+    monkeypatch.setenv("CXX", "mine")
+    with pytest.raises(UserError, match="CXX=mine is not there"):
+        refuse_without_compiler(torch.device("cpu"))
+    (tmp_path / "mine").touch(mode=0o755)
+    refuse_without_compiler(torch.device("cpu"))
+
+
+def test_what_cannot_be_compiled_is_one_line() -> None:
+    class InductorError(RuntimeError):
+        pass
+
+    said = (
+        "CppCompileError: C++ compile error\n\nOutput:\n/tmp/x.cpp:1: fatal error: Python.h: No such file\n  1 | #incl"
+    )
+    with (
+        pytest.raises(
+            UserError, match=r"train.compile failed: /tmp/x.cpp:1: fatal error: Python.h: No such file: mend"
+        ),
+        compile_failure_named(),
+    ):
+        raise InductorError(said)
+    with pytest.raises(RuntimeError, match=r"^other$"), compile_failure_named():
+        raise RuntimeError("other")
 
 
 class Seen(Objective):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 
-from disttempnet.config import OptimConfig
+from disttempnet.cli import main
+from disttempnet.config import OptimConfig, load_config
 from disttempnet.losses import build_loss
 from disttempnet.models import load_model
-from disttempnet.training.optim import build_optimizers, learning_rate, temperature_learning_rate
+from disttempnet.training.optim import build_optimizers, learning_rate, temperature_learning_rate, within
 
 
 def test_warm_up_then_cosine() -> None:
@@ -20,6 +23,22 @@ def test_warm_up_then_cosine() -> None:
     assert rates[14] == pytest.approx(0.6)
     assert rates[24] == pytest.approx(0.2)
     assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_a_warm_up_that_fills_the_run_is_a_tenth_of_it() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=40)
+    assert within(config, 41) == config
+    assert [within(config, steps).warmup_steps for steps in (40, 16, 9, 1)] == [4, 1, 1, 1]
+    assert within(OptimConfig(lr=1.0), 1).warmup_steps == 0
+
+
+def test_a_small_data_set_is_learned_and_the_warm_up_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "debug", f"out={tmp_path}", "data.limit=64", "train.epochs=2", "eval.tasks=[]"]) == 0
+    assert "optim.warmup_steps = 5 would take up the whole run of 4 steps: shortened to 1" in capsys.readouterr().err
+    lines = (tmp_path / "debug" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [json.loads(line)["lr"] for line in lines]
+    assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3])
+    assert load_config(tmp_path / "debug" / "config.toml").optim.warmup_steps == 5, "as it was asked for"
 
 
 def test_the_temperature_decays_by_epoch_after_the_same_warm_up() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 
+from disttempnet import compare
 from disttempnet.config import CONFIG_FOLDER, load_config
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.files import write_atomically
-from disttempnet.training import checkpoint, runs
+from disttempnet.training import checkpoint, facts, runs, trainer
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.runs import claimed, list_checkpoints, weights_folder
 from disttempnet.training.trainer import Trainer, train
@@ -62,6 +66,46 @@ def test_a_lock_of_a_machine_that_is_gone_is_waited_for(tmp_path: Path, monkeypa
         with claimed(tmp_path):
             assert slept
             assert (tmp_path / ".lock").read_text(encoding="utf-8") == f"process {os.getpid()} on another"
+
+
+def test_what_cannot_be_written_is_found_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    long = tmp_path / ("n" * 300)
+    for folder, why in [
+        (tmp_path / "file", "File exists"),
+        (tmp_path / "file" / "run", "Not a directory"),
+        (long / "run", "File name too long"),
+        (Path("/proc/runs/run"), "No such file or directory"),
+    ]:
+        with pytest.raises(UserError, match=f"{re.escape(str(folder))}: cannot be written: {why}; give another place"):
+            runs.refuse_unwritable(folder)
+    runs.refuse_unwritable(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
+    monkeypatch.setattr(trainer, "open_training_data", lambda *_: pytest.fail("data are opened"))
+    monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("towers are loaded"))
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        train(load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}/file"]))
+
+
+def test_a_disk_without_locks_is_written_with_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserNotice, match=r"its file system has no locks \(No locks available\)"), claimed(tmp_path):
+        pass
+    with pytest.warns(UserNotice, match="its file system has no locks"), compare._alone_in(tmp_path):
+        pass
+
+
+def test_the_time_of_a_run_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = iter([100.0, 160.0])
+    monkeypatch.setattr(facts.time, "monotonic", lambda: next(passed))
+    clock = facts.Clock()
+    begun = clock._start
+    ended = datetime.fromisoformat(clock.now())
+    assert (ended - begun.replace(microsecond=0)).total_seconds() == 60
 
 
 def test_a_run_that_was_trained_while_another_start_waited_is_not_trained_over(tmp_path: Path) -> None:

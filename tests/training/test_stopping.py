@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from disttempnet import distributed
+from disttempnet.compare.display import Display
+from disttempnet.compare.pool import Pool
 from disttempnet.errors import Preempted
 from disttempnet.training.stopping import STOPPING, StopSignal
 
@@ -39,6 +43,40 @@ def test_handlers_are_put_back(
     except (Preempted, RuntimeError):
         pass
     assert now() == handlers
+
+
+def test_a_closed_terminal_asks_for_the_end_unless_nohup_ignores_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {1: True, 2: True}
+    moved: list[int] = []
+    monkeypatch.setattr(os, "isatty", there.get)
+    monkeypatch.setattr(os, "dup2", lambda null, stream: moved.append(stream))
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.code == 143
+        assert moved == [], "the terminal is there: kill -HUP"
+        there[2] = False
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert moved == [2], "what is written there from now on is lost, and ends nothing"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.code == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_second_hangup_kills_no_run_of_a_comparison(tmp_path: Path) -> None:
+    """The shell and the kernel both send one."""
+    stopped: list[str] = []
+    with Display(1, 0) as display:
+        pool = Pool([], 1, [], display, tmp_path / "workers.log")
+        process = SimpleNamespace(
+            is_alive=lambda: True, terminate=lambda: stopped.append("asked"), kill=lambda: stopped.append("killed")
+        )
+        pool._workers.append(SimpleNamespace(process=process))
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            pool._on_signal(number, None)
+    assert stopped == ["asked", "killed"]
+    assert pool.outcome.stopped
 
 
 def test_a_rank_that_lost_another_is_not_ended_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
