@@ -1,0 +1,117 @@
+"""Checkpoints whose bookkeeping was dicts of numbers, before it became tensors, are opened and gone on with.
+
+tests/fixtures/checkpoints_of_dicts.tar.xz holds, for each of OBJECTIVE-PROCESSES, what version 0.1.0 saved after step 8
+of 12 (trainer.pt, shard-*.pt) and the losses of all 12 steps (losses.json). The towers, small and frozen, are made anew
+from a seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from disttempnet.config import CONFIG_FOLDER, Config, load_config
+from disttempnet.losses.sample_state import SampleState
+from disttempnet.models import load_model, save_model
+from disttempnet.training import trainer as module
+from disttempnet.training.trainer import Trainer
+from gloo import Pools
+from training.test_trainer import GOLDEN_TOLERANCE, losses
+
+ARCHIVE = Path(__file__).parents[1] / "fixtures" / "checkpoints_of_dicts.tar.xz"
+STEP, END = 8, 12
+ARCHITECTURE = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 8, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
+LOSS = {
+    "isogclr": 'loss={name="isogclr", rho=1.5, tau_max=0.15}',
+    "tempnet": 'loss={name="tempnet", rho=1.5, tau_max=0.15, prototypes=24, tau_lr=1e-3}',
+    "sogclr": 'loss={name="sogclr"}',
+}
+
+
+def config(name: str) -> Config:
+    own = [
+        "out=out", f"name={name}", LOSS[name], "data.limit=96", "data.global_batch=16", "model.name=local-dir:towers",
+        "model.pretrained=towers", "train.freeze=towers", "optim.warmup_steps=0", "eval.tasks=[]",
+    ]  # fmt: skip
+    return load_config(CONFIG_FOLDER / "debug.toml", own)
+
+
+def unpack(folder: Path, case: str) -> Path:
+    """A run folder `out/OBJECTIVE` with the old checkpoint, and the towers that it was trained with."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    towers = folder / "towers"
+    towers.mkdir()
+    normalising = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    description = {"model_cfg": ARCHITECTURE, "preprocess_cfg": normalising}
+    (towers / "open_clip_config.json").write_text(json.dumps(description), encoding="utf-8")
+    with contextlib.chdir(folder):
+        torch.manual_seed(7)
+        save_model(load_model("local-dir:towers"), towers, logit_scale=10.0)
+    run = folder / "out" / case.partition("-")[0]
+    shutil.copytree(towers, run / "checkpoints" / f"step-{STEP:08d}")
+    shutil.copytree(
+        folder / "checkpoints_of_dicts" / case, run / "checkpoints" / f"step-{STEP:08d}", dirs_exist_ok=True
+    )
+    return run
+
+
+def go_on(folder: str, name: str) -> dict[str, Tensor]:
+    """Resume and train to the end; this rank's tables as they were loaded."""
+    # tables alone are trained in some of these runs: nothing worth a run, and all that a checkpoint is about
+    with contextlib.chdir(folder), mock.patch.object(module, "refuse_if_nothing_is_trained"):
+        trainer = Trainer(config(name), torch.device("cpu"), "auto")
+        loaded = {
+            f"{place}.{column}": table.local(column).clone()
+            for place, table in trainer.loss.named_modules()
+            if isinstance(table, SampleState)
+            for column in table.columns
+        }
+        assert trainer.step == STEP
+        trainer.run()
+    return loaded
+
+
+def saved(run: Path, processes: int) -> list[dict[str, Tensor]]:
+    folder = run / "checkpoints" / f"step-{STEP:08d}"
+    names = [f"shard-{rank:05d}-of-{processes:05d}.pt" for rank in range(processes)]
+    return [torch.load(folder / name, weights_only=True)["state"] for name in names]
+
+
+@pytest.mark.parametrize("case", ["isogclr-1", "isogclr-2", "sogclr-1"])
+def test_one_process_goes_on(case: str, tmp_path: Path) -> None:
+    run = unpack(tmp_path, case)
+    name, _, processes = case.partition("-")
+    shards = saved(run, int(processes))
+    for key, values in go_on(str(tmp_path), name).items():
+        for rank, shard in enumerate(shards):
+            own = values[:, rank :: len(shards)]
+            assert torch.equal(own, shard[key][:, : own.shape[1]]), key
+            assert len(own.unique()) > 20, "something was learnt"
+    expected = json.loads((tmp_path / "checkpoints_of_dicts" / case / "losses.json").read_text(encoding="utf-8"))
+    assert losses(run) == pytest.approx({step: expected[str(step)] for step in (9, 10, 11, 12)}, rel=GOLDEN_TOLERANCE)
+
+
+def test_two_processes_go_on(gloo: Pools, tmp_path: Path) -> None:
+    run = unpack(tmp_path, "tempnet-2")
+    shards = saved(run, 2)
+    for shard, loaded in zip(shards, gloo(2, go_on, str(tmp_path), "tempnet"), strict=True):
+        assert loaded.keys() == {"state.log_u"}
+        assert torch.equal(loaded["state.log_u"], shard["state.log_u"])
+    expected = json.loads((tmp_path / "checkpoints_of_dicts/tempnet-2/losses.json").read_text(encoding="utf-8"))
+    actual = losses(run)
+    np.testing.assert_allclose([*actual.values()], [expected[str(step)] for step in actual], rtol=GOLDEN_TOLERANCE)
+    assert len(actual) == END - STEP
