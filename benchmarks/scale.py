@@ -128,7 +128,7 @@ def memory() -> int:
 def state(gpus: int, samples: int) -> dict[str, float]:
     """One rank's table, a step's write, and taking it over from another world size."""
     with mock.patch.multiple(distributed, world_size=lambda: gpus, rank=lambda: 1):
-        table = SampleState(samples, {"log_u": 0.0})
+        table = SampleState(samples, {"log_u": 0.0}, sharded=True)
     ids = torch.randint(0, samples, (64 * gpus,))
     values = torch.zeros(2, len(ids))
     writing, _ = timed(lambda: table.write(ids, values))

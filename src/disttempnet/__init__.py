@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from disttempnet.losses import OBJECTIVES as OBJECTIVES
     from disttempnet.losses import Features as Features
     from disttempnet.losses import build_loss as build_loss
+    from disttempnet.losses import gather_state as gather_state
     from disttempnet.models import load_model as load_model
     from disttempnet.training.checkpoint import load_run as load_run
 
@@ -22,12 +23,22 @@ _HOMES = {
     "Features": "disttempnet.losses",
     "OBJECTIVES": "disttempnet.losses",
     "build_loss": "disttempnet.losses",
+    "gather_state": "disttempnet.losses",
     "load_config": "disttempnet.config",
     "load_model": "disttempnet.models",
     "load_run": "disttempnet.training.checkpoint",
 }
 
-__all__ = ["OBJECTIVES", "Features", "__version__", "build_loss", "load_config", "load_model", "load_run"]
+__all__ = [
+    "OBJECTIVES",
+    "Features",
+    "__version__",
+    "build_loss",
+    "gather_state",
+    "load_config",
+    "load_model",
+    "load_run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,7 @@ def test_starts_without_visits() -> None:
 
 def write_and_read(num_samples: int, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     """Write table values of ids `write` in two batches; this rank's buffer, and what `read` gives."""
-    state = SampleState(num_samples, {"log_u": NEVER})
+    state = SampleState(num_samples, {"log_u": NEVER}, sharded=True)
     for ids in write.chunk(2):
         state.write(ids, table(num_samples)[:, ids])
     return state.local("log_u").clone(), state.read(read)
@@ -89,7 +89,7 @@ def test_ids_outside_the_data_set_are_refused(ids: list[int]) -> None:
 
 def test_a_loss_built_for_another_world_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Built before torch.distributed was initialised, it would silently own all samples on every rank."""
-    state = SampleState(N, {"log_u": NEVER})
+    state = SampleState(N, {"log_u": NEVER}, sharded=True)
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(RuntimeError, match=r"1 .*4"):
         state.read(torch.arange(3))
@@ -109,35 +109,41 @@ def test_the_epoch_is_part_of_the_state() -> None:
     assert gamma[0] == gamma[1] < 1
 
 
-def test_state_of_another_world_size_is_refused(gloo) -> None:
+SHARDED = {**CONSTANT, "shard_state": True}
+
+
+def test_a_shard_alone_is_refused(gloo) -> None:
     """Ranks hold different samples then; the message names both sizes, and what to do."""
-    states = [saved for _, saved in gloo(2, run_saved, CONSTANT, stream(2), 1)]
-    with pytest.raises(RuntimeError, match=r"0 of 2.*0 of 1.*redeal"):
+    states = [saved for _, saved in gloo(2, run_saved, SHARDED, stream(2), 1)]
+    with pytest.raises(
+        RuntimeError, match=r"rank 0 of 2 alone, and rank 0 of 1 needs that of rank 1 of 2.*gather_state"
+    ):
         make(CONSTANT).load_state_dict(states[0])
-    # two samples or one, on one rank or two: the buffers' shapes agree and do not help
+    # two samples or one, on one rank or two: the shapes agree and do not help
     single = make(CONSTANT, num_samples=1)
     states = [saved for _, saved in gloo(2, saved_state, 1)]
-    with pytest.raises(RuntimeError, match=r"1 of 2.*0 of 1"):
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 alone, and rank 0 of 1"):
         single.load_state_dict(states[1])
 
 
 def saved_state(num_samples: int) -> tuple[None, dict]:
-    return None, make(CONSTANT, num_samples=num_samples).state_dict()
+    return None, make(SHARDED, num_samples=num_samples).state_dict()
 
 
 def load_from_other_rank(states: list[dict]) -> str:
     try:
-        make(CONSTANT).load_state_dict(states[1 - distributed.rank()])
+        make(SHARDED).load_state_dict(states[1 - distributed.rank()])
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def test_state_of_another_rank_is_refused(gloo) -> None:
-    states = [saved for _, saved in gloo(2, run_saved, CONSTANT, stream(2), 1)]
+def test_a_shard_of_another_rank_is_refused(gloo) -> None:
+    states = [saved for _, saved in gloo(2, run_saved, SHARDED, stream(2), 1)]
     for rank, message in enumerate(gloo(2, load_from_other_rank, states)):
-        assert f"rank {1 - rank} of 2" in message
-        assert f"rank {rank} of 2" in message
+        assert (
+            f"holds the part of rank {1 - rank} of 2 alone, and rank {rank} of 2 needs that of rank {rank}" in message
+        )
 
 
 def test_state_of_another_data_set_is_refused() -> None:
@@ -156,7 +162,7 @@ class Tower(nn.Module):
 
 def wrap_visited_state() -> tuple[Tensor, Tensor]:
     """This rank's buffer before and after DDP's constructor, which synchronises parameters."""
-    model = Tower(make(CONSTANT))
+    model = Tower(make(SHARDED))
     model.loss.state.write(torch.arange(N), table(N).double())
     before = model.loss.state.local("log_u").clone()
     distributed.data_parallel(model, torch.device("cpu"))

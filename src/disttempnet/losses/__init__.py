@@ -19,7 +19,7 @@ from disttempnet.losses.core import Context, Features, LossOutput, Objective
 from disttempnet.losses.cyclip import CyClipLoss
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.onlineclr import OnlineClrLoss
-from disttempnet.losses.sample_state import SampleState
+from disttempnet.losses.sample_state import SampleState, gather_state
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma
 from disttempnet.losses.siglip import SigLipLoss
 from disttempnet.losses.temperature import (
@@ -41,6 +41,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "build_loss",
+    "gather_state",
 ]
 
 
@@ -68,7 +69,7 @@ class Recipe:
     note: str = ""
 
     def bytes_a_sample(self) -> int:
-        """Of per-sample state in float32, over all ranks."""
+        """Of per-sample state in float32, where every rank holds all of it."""
         objective = self.build(Context(num_samples=1, embed_dim=8), **self.arguments)
         return sum(m.bytes_a_sample for m in objective.modules() if isinstance(m, SampleState))
 
@@ -235,7 +236,14 @@ def _checked(what: str, default: Any, value: Any, allowed: Range | None) -> Any:
 
 
 def build_loss(
-    name: str, *, num_samples: int, embed_dim: int, seed: int = 0, steps_per_epoch: int = 0, **arguments: Any
+    name: str,
+    *,
+    num_samples: int,
+    embed_dim: int,
+    seed: int = 0,
+    steps_per_epoch: int = 0,
+    shard_state: bool = False,
+    **arguments: Any,
 ) -> Objective:
     """Build an objective by name.
 
@@ -246,6 +254,9 @@ def build_loss(
         seed: of the temperature network's start and dropout, and of `shuffle`; the same on every rank.
         steps_per_epoch: calls of the loss in training after which the next epoch begins, such as len(loader); 0 = you
             call `set_epoch(epoch)` at the start of every epoch.
+        shard_state: whether each rank holds the per-sample state of the samples that it owns alone, N / K of them. Else
+            every rank holds all of it, and `state_dict()` is right whichever rank saves it; `gather_state` makes one
+            of a sharded state.
         arguments: the objective's own; see `OBJECTIVES[name].arguments`.
 
     Returns:
@@ -269,7 +280,8 @@ def build_loss(
         sizes[size] = _checked(f"objective {name}: {size}", 0, value, _SIZES[size])
     try:
         objective = recipe.build(
-            Context(sizes["num_samples"], sizes["embed_dim"], sizes["seed"]), **{**recipe.arguments, **arguments}
+            Context(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state),
+            **{**recipe.arguments, **arguments},
         )
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None

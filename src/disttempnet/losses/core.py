@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,11 +46,13 @@ class Features(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a run gives to every objective: N samples (ids lie in [0, N)), feature width D, the run's seed."""
+    """What a run gives to every objective: N samples (ids lie in [0, N)), feature width D, the run's seed, and whether
+    each rank holds the per-sample state of the samples that it owns alone."""
 
     num_samples: int
     embed_dim: int
     seed: int = 0
+    shard_state: bool = False
 
 
 class LossOutput(NamedTuple):
@@ -148,11 +150,13 @@ class Objective(Learner):
         self._rows = rows
 
     def _check_equal_on_all_ranks(self) -> None:
-        """Raise ValueError unless all ranks have built the same objective with the same parameters."""
+        """Raise ValueError unless all ranks have built the same objective and loaded the same state."""
         checksum = 0
         for parameter in self.parameters():
             checksum = zlib.crc32(parameter.detach().double().cpu().numpy().tobytes(), checksum)
-        held = distributed.gather_objects({"arguments": self.arguments, "parameters": checksum})
+        tables = sum(module.checksum() for module in self.modules() if isinstance(module, SampleState))
+        own = {"arguments": self.arguments, "parameters": checksum, "per-sample state": tables}
+        held = distributed.gather_objects(own)
         for what, mine in held[0].items():
             others = [rank for rank, theirs in enumerate(held) if theirs[what] != mine]
             if others:
@@ -177,6 +181,17 @@ class Objective(Learner):
     def tracked_temperatures(self) -> Tensor | None:
         """τ [2, n] that this rank keeps for training samples it has seen; None where τ is not kept a sample."""
         return None
+
+
+def as_tensor(*numbers: float) -> Tensor:
+    """Numbers as an extra state: a `state_dict()` that holds tensors alone is saved by every tool."""
+    whole = all(isinstance(number, int) for number in numbers)
+    return torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
+
+
+def as_numbers(state: Tensor | Mapping[str, float]) -> list[float]:
+    """The numbers of an extra state; before they were a tensor they were a dict, in the same order."""
+    return list(state.values()) if isinstance(state, Mapping) else state.tolist()
 
 
 @contextmanager

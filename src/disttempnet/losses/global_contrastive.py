@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -37,6 +38,8 @@ from disttempnet.losses.core import (
     Ids,
     LossOutput,
     Objective,
+    as_numbers,
+    as_tensor,
     compute_dtype,
     exact_arithmetic,
     tau_metrics,
@@ -72,7 +75,7 @@ class GlobalContrastiveLoss(Objective):
             `batch`: h = ρ − KL(softmax of the batch ‖ uniform), bounded by itself.
             With ω = 1 it is −Σ_j p_ij d_ij / τ² and its batch's own form.
 
-    State: log u [2, N / K] a rank in `state`; the temperature's parameters; step and epoch. All in `state_dict()`.
+    State: log u [2, N] in `state`; the temperature's parameters; step and epoch. All in `state_dict()`.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class GlobalContrastiveLoss(Objective):
         self.temperature = temperature
         self.gamma = gamma
         self.robust, self.rho, self.tau_gradient = robust, rho, tau_gradient
-        self.state = SampleState(context.num_samples, {"log_u": NEVER}) if gamma is not None else None
+        self.state = None
+        if gamma is not None:
+            self.state = SampleState(context.num_samples, {"log_u": NEVER}, context.shard_state)
         self.step = 0
         self.epoch = 0.0
         self.num_samples = context.num_samples
@@ -135,7 +140,8 @@ class GlobalContrastiveLoss(Objective):
         Returns:
             total: c · mean_i ω(τ_i) (log u_i + ρ) over the global batch, both sides; the same on every rank. In
                 evaluation u is the batch's own g.
-            metrics: loss, gamma, and mean, min, max, std of tau, mean of log_u and of the τ gradient, both sides.
+            metrics: loss, gamma, and mean, min, max, std of tau, mean of log_u and of the τ gradient, both sides;
+                rows_not_finite, of either side, that kept their state for that reason since the process began.
         """
         ids = self.checked(features, ids)
         kernel = use_kernel(features.image_embedding)
@@ -220,8 +226,9 @@ class GlobalContrastiveLoss(Objective):
         """New log u [2, B] from the old and the batch's log g [2, B]; written by the owners when training.
 
         First visit: log u = log g. Later: logaddexp(log(1−γ) + log u, log γ + log g). Equal ids share the mean of
-        their g and are written once. A sample whose rows have no negatives keeps what it had. In evaluation log u is
-        log g: whose ids they are is not known.
+        their g and are written once. A sample whose rows have no negatives keeps what it had, and so does one whose
+        new log u is not finite: the value and gradient of this step are not, those of later steps are. In evaluation
+        log u is log g: whose ids they are is not known.
         """
         if self.gamma is None or self.state is None:
             return log_g
@@ -257,6 +264,9 @@ class GlobalContrastiveLoss(Objective):
                 metrics[f"log_u/{name}_mean"] = visited.nanmean().nan_to_num()
             if h is not None:
                 metrics[f"tau_gradient/{name}_mean"] = h[side].mean()
+        tables = [table for table in (self.state, getattr(self.temperature, "state", None)) if table is not None]
+        if tables:  # a row may be left as it was in both
+            metrics["rows_not_finite"] = torch.stack([table.rows_not_finite for table in tables]).amax()
         return {name: value.detach() for name, value in metrics.items()}
 
     def _resolve_rho(self, batch: int) -> float:
@@ -283,11 +293,12 @@ class GlobalContrastiveLoss(Objective):
     def tracked_temperatures(self) -> Tensor | None:
         return self.temperature.tracked()
 
-    def get_extra_state(self) -> dict[str, float]:
-        return {"step": self.step, "epoch": self.epoch}
+    def get_extra_state(self) -> Tensor:
+        return as_tensor(self.step, float(self.epoch))
 
-    def set_extra_state(self, state: dict[str, float]) -> None:
-        self.step, self.epoch = int(state["step"]), state["epoch"]
+    def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
+        step, self.epoch = as_numbers(state)
+        self.step = round(step)
 
 
 def _feature_gradient(

@@ -45,16 +45,19 @@ class OnlineClrLoss(Objective):
 
     Equal ids are no negatives of each other. A batch without negatives has no first term, and leaves u_neg as it is.
 
-    State: `log_u`, [log u_neg, log u_pos], equal on all ranks; −inf = never seen.
+    State: `log_u`, [log u_neg, log u_pos], equal on all ranks; −inf = never seen. A step whose new number is not finite
+    leaves the old one, and is counted in `rows_not_finite`.
     """
 
     log_u: Tensor
+    rows_not_finite: Tensor
 
     def __init__(self, context: Context, *, temperature: float = 0.01, gamma: float = 0.5) -> None:
         super().__init__()
         check_start(temperature)
         self.tau, self.gamma = temperature, ConstantGamma(gamma)
         self.register_buffer("log_u", torch.full((2,), NEVER, dtype=torch.float64))
+        self.register_buffer("rows_not_finite", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
         """This rank's rows [b, D]. Metrics: loss, log_u of both states, and mean, min, max, std of τn."""
@@ -86,7 +89,9 @@ class OnlineClrLoss(Objective):
         log_u = log_g  # in evaluation: the batch's own
         if self.training:
             log_u = follow(self.log_u.to(dtype), log_g, self.gamma.gamma)
-            self.log_u.copy_(log_u)
+            usable = log_u < math.inf  # −inf: not seen yet
+            self.log_u.copy_(torch.where(usable, log_u, self.log_u))
+            self.rows_not_finite += (~usable).sum()
 
         # each direction has half of the negatives' weight: rows as anchors, and columns as anchors
         weight = Anchors.of(
@@ -100,6 +105,7 @@ class OnlineClrLoss(Objective):
         total = with_gradient(value, image, text, image_gradient, text_gradient)
         metrics = {"loss": value, **tau_metrics(taus[:, :1].expand(2, 1)), "log_u/positive": log_u[1]}
         metrics["log_u/negative"] = torch.where(log_u[0] == NEVER, 0.0, log_u[0])
+        metrics["rows_not_finite"] = self.rows_not_finite.clone()
         return LossOutput(total, metrics)
 
     def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor:

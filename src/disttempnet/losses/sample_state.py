@@ -1,20 +1,30 @@
-"""Tables with a few numbers for every sample and side, shared out over the ranks: owner = id mod K, slot = id div K.
+"""Tables with a few numbers for every sample and side: whole on every rank, or sharded over the ranks.
 
-Shapes: N samples, K ranks, B rows of the global batch, C columns. 8 bytes · C · N / K a rank.
+Shapes: N samples, K ranks that a table is sharded over (1: it is whole everywhere), B rows of the global batch,
+C columns. Sharded: owner = id mod K, slot = id div K. 8 bytes · C · N / K a rank.
+
+A whole table is kept equal by computing, not by sending: every rank sees the numbers of the global batch anyway. It
+costs memory, and is right in every framework: `state_dict()` is the same on all ranks, whichever of them saves it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disttempnet import distributed
+from disttempnet import distributed, sharding
+from disttempnet.errors import UserNotice
 
 NEVER = float("-inf")  # log u of a sample that was not visited yet; also fills slots behind the last sample
+LARGE = 2 << 30  # bytes of a whole table on every rank, from which on a notice names the other way
+PIECE = 64 << 20  # bytes that a rank receives at a time while a sharded table is gathered
+_OF_ONE_RANK = re.compile(r"(.+):(\d+)-of-(\d+)")  # column, rank, K
 
 
 class SampleState(nn.Module):
@@ -23,69 +33,116 @@ class SampleState(nn.Module):
     Args:
         num_samples: N.
         columns: name → value that every sample starts with.
+        sharded: whether each rank holds only the samples that it owns; else every rank holds all of them.
 
-    Each rank holds only the samples it owns. The table is in `state_dict()`, with the world size it was written at,
-    and moves with `.to()`, but it is no registered buffer: DDP broadcasts buffers from rank 0, at its construction
-    in any case, and would overwrite what the other ranks own.
+    The columns are in `state_dict()` and move with `.to()`, but are no registered buffers of the modules above: DDP
+    broadcasts those from rank 0, at its construction in any case and before every step by default. That would overwrite
+    what the other ranks own, and send a whole table every step.
 
-    Writing is in place and in fixed shapes: rows that another rank owns go to a spare last column, so that the
-    device never waits and no row meets an owned one of the same slot.
+    In `state_dict()` a whole column is called `log_u` and a rank's shard `log_u:0-of-2`: no tool that writes one file
+    for all ranks can take the shard of one for that of another. `load_state_dict` takes a whole column at any world
+    size, and shards of any world size where all that are needed are there.
+
+    Writing is in place and in fixed shapes, so that the device never waits. Rows whose new values are not finite keep
+    what they had and are counted.
+
+    Attributes:
+        rows_not_finite: 0-d int64, rows of either side that kept what they had for that reason, since the process
+            began; the same on every rank.
     """
 
-    def __init__(self, num_samples: int, columns: Mapping[str, float]) -> None:
+    def __init__(self, num_samples: int, columns: Mapping[str, float], sharded: bool = False) -> None:
         super().__init__()
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}")
         self.num_samples = num_samples
         self.columns = dict(columns)
-        self.world_size = distributed.world_size()
-        self.rank = distributed.rank()
-        slots = -(-num_samples // self.world_size)
-        starts = torch.tensor([start for start in columns.values() for _ in range(2)], dtype=torch.float32)
-        self._table = starts[:, None].repeat(1, slots + 1)
+        self.sharded = sharded
+        self.parts, self.part = (distributed.world_size(), distributed.rank()) if sharded else (1, 0)
+        self.rows_not_finite = torch.zeros((), dtype=torch.int64)
+        for column, start in columns.items():  # each in memory of its own: safetensors saves no views
+            setattr(self, self._key(column), torch.full((2, -(-num_samples // self.parts)), start))
+        if not sharded and self.bytes_a_sample * num_samples >= LARGE and distributed.world_size() > 1:
+            self._name_the_other_way()
+
+    def _name_the_other_way(self) -> None:
+        if distributed.is_main():
+            size = self.bytes_a_sample * self.num_samples / 1e9
+            warnings.warn(
+                f"the state of {self.num_samples:,} samples takes {size:.1f} GB on every rank; build_loss(…, "
+                f"shard_state=True) makes it {size / distributed.world_size():.1f} GB, to be saved with gather_state",
+                UserNotice,
+                stacklevel=2,
+            )
 
     @property
     def bytes_a_sample(self) -> int:
-        """In float32, over all ranks."""
-        return 4 * len(self._table)
+        """In float32, where the table is whole, or over all ranks."""
+        return 8 * len(self.columns)
+
+    def _key(self, column: str) -> str:
+        """What this rank's part of a column is called, as an attribute and in `state_dict()`."""
+        return column if self.parts == 1 else f"{column}:{self.part}-of-{self.parts}"
 
     def local(self, column: str) -> Tensor:
         """This rank's part of a column [2, ceil(N / K)]: float32, and float64 from the first float64 write on."""
-        row = 2 * list(self.columns).index(column)
-        return self._table[row : row + 2, :-1]
+        part: Tensor = getattr(self, self._key(column))
+        return part
 
     def read(self, ids: Tensor) -> Tensor:
-        """The rows of the global batch, the same on every rank: ids int64 [B] → [2C, B]. One all-reduce.
+        """The rows of the global batch, the same on every rank: ids int64 [B] → [2C, B].
 
-        Image and text side of the first column, then of the second …
+        Image and text side of the first column, then of the second … One all-reduce, where the table is sharded.
         """
         self._check(ids)
-        owned = ids % self.world_size == self.rank
-        mine = self._table[:, ids // self.world_size]
-        return distributed.all_sum(torch.where(owned, mine, torch.zeros_like(mine)))
+        rows = self._rows(ids // self.parts)
+        if self.parts == 1:
+            return rows
+        return distributed.all_sum(torch.where(ids % self.parts == self.part, rows, torch.zeros_like(rows)))
+
+    def _rows(self, slots: Tensor) -> Tensor:
+        return torch.cat([self.local(column)[:, slots] for column in self.columns])
 
     def write(self, ids: Tensor, values: Tensor) -> None:
         """Store values [2C, B] of the global batch; every rank keeps those it owns.
 
-        Equal ids must come with equal values, so that the order of writing does not matter.
+        A side of a row is left as it was where one of its new values is not finite (−inf is a value of columns that
+        start with it). Equal ids must come with equal values, so that the order of writing does not matter.
         """
-        if values.dtype == torch.float64 and self._table.dtype != torch.float64:
-            self._table = self._table.double()
-        owned = ids % self.world_size == self.rank
-        spare = self._table.shape[1] - 1
-        self._table[:, torch.where(owned, ids // self.world_size, spare)] = values.to(self._table.dtype)
+        if values.dtype == torch.float64 and self.local(next(iter(self.columns))).dtype != torch.float64:
+            self._map(Tensor.double)
+        usable = torch.stack(
+            [
+                new < math.inf if start == NEVER else new.isfinite()
+                for new, start in zip(values.unflatten(0, (-1, 2)), self.columns.values(), strict=True)
+            ]
+        ).all(0)
+        self.rows_not_finite += (~usable).sum()
+        slots = ids // self.parts
+        keep = ~usable.repeat(len(self.columns), 1)
+        if self.parts > 1:
+            owned = ids % self.parts == self.part
+            keep |= ~owned
+        values = torch.where(keep, self._rows(slots), values)
+        if self.parts > 1:
+            # a row of another rank may have the slot of an owned one: it repeats the first owned row, where there is
+            # one, and else the first row, which is written as it was
+            place = torch.where(owned, torch.arange(len(ids), device=ids.device), owned.long().argmax())
+            slots, values = slots[place], values[:, place]
+        for column, new in zip(self.columns, values.split(2), strict=True):
+            self.local(column)[:, slots] = new.to(self.local(column).dtype)
 
     def _check(self, ids: Tensor) -> None:
-        if distributed.world_size() != self.world_size:
+        if self.sharded and distributed.world_size() != self.parts:
             raise RuntimeError(
-                f"the loss was built for {self.world_size} processes and now runs on {distributed.world_size()}: "
+                f"the loss was built for {self.parts} processes and now runs on {distributed.world_size()}: "
                 "build it after torch.distributed is initialised"
             )
         self.check_ids(ids)
 
     @property
     def device(self) -> torch.device:
-        return self._table.device
+        return self.local(next(iter(self.columns))).device
 
     def check_ids(self, ids: Tensor) -> None:
         """Raise IndexError where an id [n] lies outside the data set; on a GPU the device itself ends the process."""
@@ -98,32 +155,45 @@ class SampleState(nn.Module):
                 "num_samples is the size of the data set, not of the batch"
             )
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"num_samples": self.num_samples, "world_size": self.world_size, "rank": self.rank}
+    def checksum(self) -> int:
+        """Of a whole table, which is the same on every rank; 0 where it is sharded."""
+        if self.sharded:
+            return 0
+        return sum(int(self.local(column).view(torch.int32).sum()) for column in self.columns)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        mine = self.get_extra_state()
-        if state["num_samples"] != self.num_samples:
-            raise RuntimeError(
-                f"the state holds {state['num_samples']} samples, this loss has {self.num_samples}: another data set"
-            )
-        if state != mine:
-            raise RuntimeError(
-                f"the state was written by rank {state['rank']} of {state['world_size']} and this is rank "
-                f"{self.rank} of {self.world_size}: collect all ranks' shards and call `redeal`"
-            )
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for column in self.columns:
+            setattr(self, self._key(column), fn(self.local(column)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampleState:
         super()._apply(fn, recurse)
-        moved = fn(self._table)
-        # .half() and .bfloat16() are for parameters: at log u = 60 bf16 tells values apart by a quarter of a nat
-        self._table = moved if moved.dtype in (torch.float32, torch.float64) else self._table.to(moved.device)
+
+        def moved(part: Tensor) -> Tensor:
+            result = fn(part)
+            # .half() and .bfloat16() are for parameters: at log u = 60 bf16 tells values apart by a quarter of a nat
+            return result if result.dtype in (torch.float32, torch.float64) else part.to(result.device)
+
+        self._map(moved)
+        self.rows_not_finite = self.rows_not_finite.to(self.device)
         return self
 
+    # ---- saving and loading ----
+
+    def _entries(self) -> dict[str, Tensor]:
+        parts = {self._key(column): self.local(column) for column in self.columns}
+        return parts if self.parts == 1 else parts | {"num_samples": torch.tensor(self.num_samples)}
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """For who asks this very module, as torch.distributed.checkpoint does; DDP asks the module that it wraps."""
+        for name, value in self._entries().items():
+            yield f"{prefix}.{name}" if prefix else name, value
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for column in self.columns:
-            destination[prefix + column] = self.local(column).contiguous()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self._entries().items():
+            destination[prefix + name] = value
 
     def _load_from_state_dict(
         self,
@@ -135,19 +205,149 @@ class SampleState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        incoming = {column: state_dict.pop(prefix + column, None) for column in self.columns}
+        inside = {key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(prefix)}
+        inside = named_by_rank(inside)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+        count = inside.pop("num_samples", None)
+        samples: set[int] = set()
+        for column in self.columns:
+            shards = _shards_of(column, inside)
+            if not shards:
+                missing_keys.append(prefix + self._key(column))
+                continue
+            try:
+                samples.add(self._load(column, shards, count))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{column}: {error}")
+        state_dict.update({prefix + name: value for name, value in inside.items()})  # nothing that is known here
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for column, values in incoming.items():
-            expected = self.local(column).shape
-            if values is None:
-                missing_keys.append(prefix + column)
-            elif values.shape != expected:
-                error_msgs.append(f"{prefix}{column}: shape {tuple(values.shape)}, expected {tuple(expected)}")
-            else:
-                self._table = self._table.to(values.dtype)
-                self.local(column).copy_(values)
+        if samples and min(samples) < self.num_samples:
+            warnings.warn(
+                f"the state holds {min(samples):,} of {self.num_samples:,} samples: the others start as never visited",
+                UserNotice,
+                stacklevel=2,
+            )
+
+    def _load(self, column: str, shards: dict[tuple[int, int], Tensor], count: Tensor | None) -> int:
+        """Take this rank's samples from shards by (rank, K), of which a whole column is (0, 1). How many there were.
+
+        Raises:
+            ValueError: what is needed is not there, or is for another data set.
+        """
+        if len(sizes := {old for _, old in shards}) > 1:
+            raise ValueError(f"shards of {' and of '.join(map(str, sorted(sizes)))} processes are mixed")
+        old = sizes.pop()
+        by_rank = {rank: values for (rank, _), values in shards.items()}
+        if lost := [rank for rank in redealt_from(old, self.part, self.parts) if rank not in by_rank]:
+            there, absent = ", ".join(map(str, sorted(by_rank))), ", ".join(map(str, lost))
+            raise ValueError(
+                f"holds the part of rank {there} of {old} alone, and rank {self.part} of {self.parts} needs that of "
+                f"rank {absent} of {old}: save gather_state(loss) in place of loss.state_dict(), or load the files of "
+                "all ranks as one dict {**state_0, **state_1, …}"
+            )
+        if old > 1 and count is None:
+            raise ValueError("num_samples is missing beside it")
+        samples = by_rank[0].shape[-1] if old == 1 else int(count)  # type: ignore[arg-type]
+        expected = (2, -(-samples // old))
+        for values in by_rank.values():
+            if values.shape != expected:
+                raise ValueError(f"shape {tuple(values.shape)}, expected {expected}")
+        if samples > self.num_samples:
+            raise ValueError(
+                f"the state holds {samples} samples, this loss has {self.num_samples}: another data set? To drop the "
+                f"last ones, cut each column of a whole state to [:, :{self.num_samples}]"
+            )
+        values = redeal(by_rank, old, samples, self.part, self.parts)
+        wanted = torch.float64 if values.dtype == torch.float64 else torch.float32
+        start = self.columns[column]
+        usable = values < math.inf if start == NEVER else values.isfinite()  # not so: also slots without a sample
+        setattr(self, self._key(column), mine := self.local(column).to(wanted))
+        mine.fill_(start)
+        mine[:, : values.shape[1]] = torch.where(usable, values, start)
+        broken = int((values.isnan() | (values == math.inf)).sum())
+        if broken:
+            warnings.warn(
+                f"{column}: {broken} values that were saved are not finite: they start anew", UserNotice, stacklevel=3
+            )
+        return samples
+
+
+def gather_state(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor] | None:
+    """The `state_dict()` of an objective, or of a module with one, as one process would have it; all ranks call this.
+
+    It is what to save where the per-sample state is sharded (`build_loss(..., shard_state=True)`), and goes into
+    `load_state_dict` at any world size. Where the state is whole, it is a copy of `state_dict()`.
+
+    Args:
+        everywhere: whether all ranks get it; else rank 0 alone, the others None.
+
+    Returns:
+        Copies on the CPU. Memory: all of the state, 8 bytes · columns · N for its tables, on each rank that gets it; on
+        a device 64 MiB at a time.
+    """
+    keep = everywhere or distributed.is_main()
+    tables = {
+        f"{name}." if name else "": part for name, part in module.named_modules() if isinstance(part, SampleState)
+    }
+    state: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        if not any(key.startswith(prefix) for prefix in tables):
+            value = sharding.whole(value)  # of all ranks, also where it is not kept
+            if keep:
+                state[key] = value.detach().cpu().clone()
+    for prefix, table in tables.items():
+        for column in table.columns:
+            whole = _gathered(table, column, keep)
+            if whole is not None:
+                state[prefix + column] = whole
+    return state if keep else None
+
+
+def _gathered(table: SampleState, column: str, keep: bool) -> Tensor | None:
+    """A whole column [2, N] on the CPU of the ranks that keep it, sent in pieces."""
+    local, parts = table.local(column), table.parts
+    whole = torch.empty(2, table.num_samples, dtype=local.dtype) if keep else None
+    step = max(1, PIECE // (2 * local.element_size() * parts))
+    for left in range(0, local.shape[1], step):
+        piece = local[:, left : left + step]
+        everyone = distributed.all_gather(piece[None]) if parts > 1 else piece[None]  # [K, 2, slots]
+        if whole is not None:
+            ids = slice(left * parts, min((left + piece.shape[1]) * parts, table.num_samples))
+            whole[:, ids] = everyone.permute(1, 2, 0).flatten(1)[:, : ids.stop - ids.start]
+    return whole
+
+
+def named_by_rank(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A `state_dict()` with its shards named as they are now.
+
+    Before, a shard was called as a whole column is, beside a dict of numbers: N, the rank, and K.
+    """
+    named = dict(state)
+    for key, numbers in state.items():
+        if not (key.endswith("_extra_state") and isinstance(numbers, Mapping) and "world_size" in numbers):
+            continue
+        del named[key]
+        if numbers["world_size"] > 1:
+            prefix = key.removesuffix("_extra_state")
+            for column in [other for other in state if other.startswith(prefix) and other != key]:
+                named[f"{column}:{numbers['rank']}-of-{numbers['world_size']}"] = named.pop(column)
+            named[prefix + "num_samples"] = torch.tensor(numbers["num_samples"])
+    return named
+
+
+def _shards_of(column: str, state: dict[str, Any]) -> dict[tuple[int, int], Tensor]:
+    """What a table's saved state holds of a column, taken out of it, by (rank, K)."""
+    found: dict[tuple[int, int], Tensor] = {}
+    if column in state:
+        found[0, 1] = state.pop(column)
+    for name in list(state):
+        match = _OF_ONE_RANK.fullmatch(name)
+        if match and match[1] == column:
+            found[int(match[2]), int(match[3])] = state.pop(name)
+    return found
 
 
 def follow(old: Tensor, log_g: Tensor, gamma: float) -> Tensor:
@@ -157,7 +357,7 @@ def follow(old: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     """
     kept = math.log1p(-gamma) if gamma < 1 else -math.inf
     blended = torch.logaddexp(old + kept, log_g + math.log(gamma))
-    new = torch.where(old == NEVER, log_g, blended)
+    new = torch.where(old.isfinite(), blended, log_g)  # an average of weights makes NaN of two −inf: never visited too
     return torch.where(log_g == -math.inf, old, new)
 
 
@@ -175,13 +375,21 @@ def redeal(shards: Mapping[int, Tensor], old: int, num_samples: int, rank: int, 
     Args:
         shards: old rank → its shard [2, ceil(N / old)], of all that `redealt_from` names.
     """
-    slots = -(-num_samples // world_size)
-    mine = next(iter(shards.values())).new_full((2, slots), NEVER)
-    for old_rank in redealt_from(old, rank, world_size):
-        ids = torch.arange(old_rank, max(num_samples, old_rank), old)  # empty where there are more ranks than samples
-        take = ids[ids % world_size == rank]
-        mine[:, take // world_size] = shards[old_rank][:, take // old]
+    mine = next(iter(shards.values())).new_full((2, -(-num_samples // world_size)), NEVER)
+    for old_rank, source, target in _places(old, num_samples, rank, world_size):
+        mine[:, target] = shards[old_rank][:, source]
     return mine
+
+
+def _places(old: int, num_samples: int, rank: int, world_size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Old rank, the slots of its shard that hold samples of `rank` of `world_size`, and their slots there."""
+    stride = math.lcm(old, world_size)  # from an id to the next that has both ranks
+    for old_rank in redealt_from(old, rank, world_size):
+        first = next(id for id in range(old_rank, stride, old) if id % world_size == rank)
+        last = num_samples - 1 - (num_samples - 1 - first) % stride
+        if first < num_samples:  # else there are more ranks than samples
+            source, target = (slice(first // k, last // k + 1, stride // k) for k in (old, world_size))
+            yield old_rank, source, target
 
 
 def _groups(ids: Tensor) -> Tensor:

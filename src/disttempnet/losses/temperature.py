@@ -11,13 +11,14 @@ Shapes: b local rows, B global rows, D width, N samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from disttempnet import distributed
-from disttempnet.losses.core import Context
+from disttempnet.losses.core import Context, as_numbers, as_tensor
 from disttempnet.losses.sample_state import SampleState, mean_over_equal_ids
 
 
@@ -177,11 +178,12 @@ class LearnableTemperature(Temperature):
     def changes(self) -> bool:
         return self.tau_lr > 0 and self.tau_threshold > 0
 
-    def get_extra_state(self) -> dict[str, bool]:
-        return {"slowed": self.slowed}
+    def get_extra_state(self) -> Tensor:
+        return as_tensor(self.slowed)
 
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        self.slowed = state["slowed"]
+    def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
+        (slowed,) = as_numbers(state)
+        self.slowed = bool(slowed)
 
 
 TauOptimizer = Literal["momentum", "adam"]
@@ -208,7 +210,7 @@ class PerSampleTemperature(Temperature):
         tau_beta: β of `momentum`, β1 of `adam`: the share of the past that stays.
         tau_beta2: β2 of `adam`.
 
-    State: τ and what the optimizer keeps, in a table shared out over the ranks.
+    State: τ and what the optimizer keeps, in a table. A row whose gradient is not finite keeps both.
     """
 
     kind = "per sample"
@@ -235,7 +237,8 @@ class PerSampleTemperature(Temperature):
             )
         self.start, self.tau_min, self.tau_max, self.rate = temperature, tau_min, tau_max, tau_lr
         self.optimizer, self.betas = tau_optimizer, (tau_beta, tau_beta2)
-        self.state = SampleState(context.num_samples, {"tau": temperature, **_COLUMNS[tau_optimizer]})
+        columns = {"tau": temperature, **_COLUMNS[tau_optimizer]}
+        self.state = SampleState(context.num_samples, columns, context.shard_state)
         self._rows: Tensor | None = None  # the table's rows of the batch under way: one all-reduce a step
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

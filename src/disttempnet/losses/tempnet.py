@@ -6,14 +6,14 @@ Shapes: b local rows, B global rows, D width, M prototypes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disttempnet.losses.core import Context, exact_arithmetic
+from disttempnet.losses.core import Context, as_numbers, as_tensor, exact_arithmetic
 from disttempnet.losses.learning import refuse_second_gradient
 from disttempnet.losses.temperature import Batch, Temperature, check_bounds
 
@@ -152,7 +152,7 @@ class NetworkTemperature(Temperature):
         """Fill prototypes with the first features seen, of the other modality: they stand for an anchor's negatives.
 
         The first min(M, B) come from the first global batch, the rest from the following ones: M and B are
-        independent, and the rows are the same at every world size.
+        independent, and the rows are the same at every world size. A row that is not finite leaves a random one.
         """
         start, count = (
             self.prototypes_started,
@@ -161,14 +161,16 @@ class NetworkTemperature(Temperature):
         if count == 0:
             return
         for network, other in ((self.image, batch.all_text), (self.text, batch.all_image)):
-            network.get_parameter("prototypes")[start : start + count] = other[:count]
+            rows, first = network.get_parameter("prototypes")[start : start + count], other[:count]
+            rows.copy_(torch.where(first.isfinite().all(1, keepdim=True), first.to(rows.dtype), rows))
         self.prototypes_started = start + count
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"prototypes_started": self.prototypes_started}
+    def get_extra_state(self) -> Tensor:
+        return as_tensor(self.prototypes_started)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.prototypes_started = state["prototypes_started"]
+    def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
+        (started,) = as_numbers(state)
+        self.prototypes_started = round(started)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -29,7 +29,7 @@ from disttempnet import distributed, sharding
 from disttempnet.config import Config, config_from_table
 from disttempnet.errors import UserError
 from disttempnet.losses import Objective
-from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
+from disttempnet.losses.sample_state import SampleState, named_by_rank, redealt_from
 from disttempnet.models import Towers, load_model, save_model
 from disttempnet.training import whole
 from disttempnet.training.model import build_objective
@@ -227,19 +227,12 @@ def _restore_generators(shard: dict[str, Any]) -> None:
 def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objective) -> dict[str, Any] | None:
     """Load the objective; its shards are taken as they are or re-dealt. Returns this rank's shard, if it is one."""
     old, rank, world_size = trainer["world_size"], distributed.rank(), distributed.world_size()
-    template, _ = _split(loss)
-    if old == world_size:
-        shard = _read(checkpoint / _shard_name(rank, old))
-        loss.load_state_dict({**trainer["objective"], **shard["state"]})
-        return shard
-    shards = {r: _read(checkpoint / _shard_name(r, old))["state"] for r in redealt_from(old, rank, world_size)}
-    own = dict(template)
-    for key in own:
-        if not key.endswith("_extra_state"):
-            column = {r: shard[key] for r, shard in shards.items()}
-            own[key] = redeal(column, old, trainer["num_samples"], rank, world_size)
-    loss.load_state_dict({**trainer["objective"], **own})
-    return None
+    shards = [_read(checkpoint / _shard_name(r, old)) for r in redealt_from(old, rank, world_size)]
+    state = trainer["objective"]
+    for shard in shards:
+        state = state | named_by_rank(shard["state"])
+    loss.load_state_dict(state)
+    return shards[0] if old == world_size else None
 
 
 def _split_moments(optimizers: list[torch.optim.Optimizer]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:

@@ -79,6 +79,7 @@ def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objecti
             num_samples=num_samples,
             embed_dim=embed_dim,
             seed=config.train.seed,
+            shard_state=True,
             **config.loss.arguments,
         )
     except ValueError as error:
