@@ -190,7 +190,7 @@ class Pair(nn.Module):
     def __init__(self, name: str, rows: int, width: int) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(width, width), nn.Linear(width, width)
-        self.loss = build_loss(name, num_samples=rows, embed_dim=width)
+        self.loss = build_loss(name, num_samples=rows, embed_dim=width, shard_state=True)  # as in a run
 
     def forward(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         return self.loss(Features.of(self.image(x), self.text(y)), ids).total
