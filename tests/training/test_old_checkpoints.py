@@ -60,7 +60,7 @@ def unpack(folder: Path, case: str) -> Path:
     (towers / "open_clip_config.json").write_text(json.dumps(description), encoding="utf-8")
     with contextlib.chdir(folder):
         torch.manual_seed(7)
-        save_model(load_model("local-dir:towers"), towers, logit_scale=10.0)
+        save_model(load_model("towers/open_clip_config.json"), towers, logit_scale=10.0)
     run = folder / "out" / case.partition("-")[0]
     shutil.copytree(towers, run / "checkpoints" / f"step-{STEP:08d}")
     shutil.copytree(

@@ -286,7 +286,7 @@ def build_loss(
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
     objective.steps_per_epoch = sizes["steps_per_epoch"]
-    objective.arguments = f"{name} {sizes} {arguments}"
+    objective.arguments = f"{name} {sizes} {arguments} shard_state={shard_state}"
     _mark_for_accelerate(objective)
     return objective
 
