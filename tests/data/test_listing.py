@@ -344,7 +344,7 @@ def test_rows_that_cannot_be_used_keep_their_ids(tmp_path: Path) -> None:
         ("a.json", b"[]", "none of its rows can be used: they have no named fields"),
         ("a.json", b"", "none of its rows can be used"),
         ("a.json", b"\xff\xfe[\x00", "line 1, column 2: the file ends inside the list"),
-        ("a.json", b'{"images": [], "annotations": []}', "no row has any of image, .*; there are images, annotations;"),
+        ("a.json", b'{"images": [], "annotations": []}', "none of its rows can be used: it has none"),
         (
             "a.json",
             b'[{"image": "0.png", "alt": "c", "id": 3}]',
@@ -651,7 +651,7 @@ def test_ranks_agree(tmp_path: Path, gloo: Pools) -> None:
     assert answers[1] == f"rank 0: {answers[0]}"
 
 
-text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+text = st.text(st.characters(exclude_categories=("Cs", "Cf")), max_size=30)
 captions = st.one_of(text, st.lists(text, max_size=3))
 
 

@@ -6,6 +6,7 @@
     building.py    makes the index: scan.py reads a shard (headers.py its images), journal.py keeps what is scanned
     listing.py     what is no tar, as a source;  listing_index.py keeps its rows, rows.py and parquet.py read them
     fields.py      which fields hold image and captions;  delimited.py, encodings.py  the format of a table as text
+    json_kinds.py  JSON files that are one object, as rows
     listed.py      the same for evaluation: images, each once, with captions, label and split
     mixture.py     several sources as one, each with a weight
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable

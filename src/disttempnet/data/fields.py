@@ -35,3 +35,21 @@ def find_key(keys: Iterable[str], named: str, usual: Sequence[str]) -> str | Non
 def names_an_image(text: Any) -> bool:
     """Whether a value ends as the name of an image file does."""
     return isinstance(text, str) and _IMAGE_NAME.search(text) is not None
+
+
+# kinds of files that people take for captioned images, by keys that tell them
+_KINDS: dict[str, tuple[str, ...]] = {
+    "is img2dataset's table of what it has downloaded: name the folder of its tars, or of its folders of images": (
+        *("url", "key", "status"),
+    ),
+    "is LLaVA's: conversations, which are no captions": ("conversations",),
+    "holds questions and answers, no captions": ("question",),
+    "is COCO's, without captions: take captions_*.json, which has them": ("bbox",),
+    "holds labels, no captions: evaluate --tasks folder:PATH takes images in folders of classes": ("image", "label"),
+}
+
+
+def kind_of(keys: Iterable[str]) -> str:
+    """What a file with these keys is, where it is of a known kind that holds no captions; else empty."""
+    known = {key.strip().lower() for key in keys}
+    return next((what for what, signs in _KINDS.items() if known.issuperset(signs)), "")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import warnings
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,15 @@ from disttempnet import distributed
 from disttempnet.config import SourceConfig
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.index import writable
-from disttempnet.data.listing_index import ROW_REASONS, Columns, Settings, build_index, load_columns, printable
+from disttempnet.data.listing_index import (
+    ROW_REASONS,
+    Columns,
+    Settings,
+    build_index,
+    leaves_the_folder,
+    load_columns,
+    printable,
+)
 from disttempnet.data.parquet import Parquet, ParquetImages
 from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
@@ -28,6 +38,7 @@ from disttempnet.data.source import OK, Source, usable_captions
 from disttempnet.errors import UserError, UserNotice
 
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
+FOLDERS = 200  # that are looked into for images
 PROBED = 100  # images, from all over the listing, that are looked for at every start
 MANY_MISSING = 10  # of these: worth a line before the first step
 
@@ -41,13 +52,27 @@ class Images(Protocol):
 
 
 class ImageFiles:
-    """Images as files under a folder; a path may be absolute."""
+    """Images as files under a folder; a path may be absolute.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: the folder.
+        elsewhere: what paths begin with that were written where the images lay in another folder: it stands for root.
+        backslashes: whether paths were written on Windows.
+    """
+
+    def __init__(self, root: Path, elsewhere: tuple[str, ...] = (), backslashes: bool = False) -> None:
+        self.root, self.elsewhere, self.backslashes = root, elsewhere, backslashes
 
     def path(self, image: str) -> str:
+        if self.backslashes and not leaves_the_folder(plain := image.replace("\\", "/")):
+            image = plain
+        image = next((image[len(start) :] for start in self.elsewhere if image.startswith(start)), image)
         return os.path.join(self.root, image)
+
+    def said(self) -> list[str]:
+        """Where images are read, if not where their rows say, a line each."""
+        lines = [f"images below {start} are read below {self.root}" for start in self.elsewhere]
+        return lines + [f"paths with backslashes are read below {self.root}"] * self.backslashes
 
     def read(self, sample: int, image: str) -> bytes:
         """Raises UnreadableImage: there is no such file; UserError: it is there, or may be, and cannot be read."""
@@ -121,7 +146,7 @@ class Listing(Source):
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
-        return self.columns.said()
+        return self.columns.said() + (self.images.said() if isinstance(self.images, ImageFiles) else [])
 
     def close(self) -> None:
         self.images.close()
@@ -228,24 +253,62 @@ def images_of(layout: Layout, columns: Columns, root: str) -> Images:
     usable = np.flatnonzero(columns.status == OK)
     spread = np.unique(usable[np.linspace(0, len(usable) - 1, PROBED).astype(np.int64)])
     probed = [columns.row(int(sample))[0] for sample in spread]
-    above = layout.where.absolute().parent
+    files = _find_files(layout.where, probed, root)
+    if missing := len(probed) - _count_found(files, probed):
+        _tell_of_missing(layout, files.root, missing, len(probed))
+    return files
+
+
+def _find_files(where: Path, probed: list[str], root: str) -> ImageFiles:
+    """Below which folder the images of a listing lie, from some of them.
+
+    The folder that the config names; else the listing's own, the one above, or the only one in its own that holds all.
+
+    Raises:
+        UserError: none is in any of these.
+    """
+    above = where.absolute().parent
     roots = [Path(root).expanduser()] if root else [above, above.parent]
-    for candidate in roots:
-        if found := _found_in(candidate, probed):
-            _tell_of_missing(layout, candidate, len(probed) - found, len(probed))
-            return ImageFiles(candidate)
-    inside = [folder for folder in above.parent.glob("*/") if not root and _found_in(folder, probed)]
-    hint = f"; they are in {inside[0]}" if inside else ""
+    for folder in roots:
+        for backslashes in (False, True):
+            if _count_found(files := ImageFiles(folder, backslashes=backslashes), probed):
+                return files
+    for folder in roots:
+        if starts := _starts_elsewhere(folder, probed):
+            return ImageFiles(folder, starts, backslashes=any("\\" in image for image in probed))
+    within = [folder for folder in _folders_in(above) if _count_found(ImageFiles(folder), probed) == len(probed)]
+    if not root and len(within) == 1:
+        return ImageFiles(within[0])
+    near = [*within, roots[0].absolute().parent, *_folders_in(*roots)]
+    inside = max(near, key=lambda folder: _count_found(ImageFiles(folder), probed))
+    hint = f"; they are in {inside}" if _count_found(ImageFiles(inside), probed) else ""
     places = " nor in ".join(map(str, roots))
     raise UserError(
-        f"{layout.where}: of {len(probed)} of its images, such as {printable(probed[0])}, none is in {places}{hint}; "
+        f"{where}: of {len(probed)} of its images, such as {printable(probed[0])}, none is in {places}{hint}; "
         "name the folder of images in data.train = [{path = …, images = FOLDER}]"
     )
 
 
-def _found_in(folder: Path, images: list[str]) -> int:
+def _starts_elsewhere(root: Path, probed: list[str]) -> tuple[str, ...]:
+    """What to take off absolute paths of another machine, so that as much as there can be of the rest is below root;
+    the longest first."""
+    starts = set()
+    for image in probed:
+        names = image.replace("\\", "/").split("/")
+        if names[0] == "" or re.fullmatch("[A-Za-z]:", names[0]):
+            rests = (number for number in range(1, len(names)) if os.path.isfile(os.path.join(root, *names[number:])))
+            if (number := next(rests, 0)) and os.pardir not in names:
+                starts.add("/".join(names[:number]) + "/")
+    return tuple(sorted(starts, key=lambda start: (-len(start), start)))
+
+
+def _folders_in(*folders: Path) -> list[Path]:
+    found = {path for folder in folders if folder.is_dir() for path in islice(folder.glob("*/"), FOLDERS)}
+    return sorted(found - {*folders})
+
+
+def _count_found(files: ImageFiles, images: list[str]) -> int:
     """How many of these are there."""
-    files = ImageFiles(folder)
     return sum(os.path.isfile(files.path(image)) for image in images)
 
 

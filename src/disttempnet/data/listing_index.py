@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from disttempnet.data.fields import CAPTION_KEYS, IMAGE_KEYS, Fields, find_key
+from disttempnet.data.fields import CAPTION_KEYS, IMAGE_KEYS, SENTENCE_KEYS, Fields, find_key, kind_of
 from disttempnet.data.index import writable
 from disttempnet.data.rows import Layout
-from disttempnet.data.source import OK
+from disttempnet.data.source import OK, bare
 from disttempnet.errors import UserError
 from disttempnet.terminal import console
 
@@ -62,12 +62,13 @@ class Settings(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row that was validated: what an index keeps of it, and its place in `ROW_REASONS`."""
+    """A row that was validated: what an index keeps of it, its place in `ROW_REASONS`, and captions that were null."""
 
     image: str
     captions: list[str]
     fields: dict[str, Any]
     status: int
+    nulls: int = 0
 
 
 class Columns:
@@ -181,9 +182,10 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
     joins = settings.join_rows and layout.repeats
     with writable(path) as temporary, temporary.open("w+b") as file:
         file.write(bytes(HEADER_BYTES))
-        rows, images = _RowWriter(file), array("q")
+        rows, images, nulls = _RowWriter(file), array("q"), 0
         for row in _validated(_with_bar(layout, progress), layout, settings):
             rows.add(_encoded(row), row.status)
+            nulls += row.nulls
             if joins:
                 images.append(hash(row.image))
         _refuse_unusable(layout, rows.status)
@@ -192,7 +194,8 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
         numbers = np.arange(0)
         if first is not None:
             rows, numbers = _joined(rows, first, path.parent)
-        notes = {**layout.notes(), "rows": read, "said": layout.said()}
+        said = layout.said() + ([f"{nulls:,} captions are null: left out"] if nulls else [])
+        notes = {**layout.notes(), "rows": read, "said": said}
         about = {"settings": settings._asdict(), "parts": layout.parts, "notes": notes}
         tensors: dict[str, NDArray[Any]] = {
             "start": np.array(rows.start, np.int64),
@@ -340,6 +343,8 @@ def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str
     if not keys:
         hint = f"; {printable(layout.hint())}" if layout.hint() else ""
         raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields{hint}")
+    if not named and (kind := kind_of(keys)):
+        raise UserError(f"{layout.where}: {kind}")
     wanted = f"'{named}'" if named else "any of " + ", ".join(usual)
     raise UserError(f"{layout.where}: no row has {wanted}; there are {_some(keys)}; name one of them with {setting}")
 
@@ -364,16 +369,29 @@ def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
     if fields is None:
         return Row("", [], {}, BAD_ROW)
     image, captions = fields.get(image_key), fields.get(caption_key)
-    image_status, caption_status = _image_status(image), OK
-    texts: list[str] = []
-    if captions is None:
-        caption_status = NO_CAPTION
-    else:
-        texts = [captions] if isinstance(captions, str) else captions
-        caption_status = _caption_status(texts)
+    image_status = _image_status(image)
+    texts: Any = [captions] if isinstance(captions, str) else captions
+    nulls = 0
+    if isinstance(captions, list):
+        texts, nulls = _sentences(captions)
+    caption_status = NO_CAPTION if captions is None else _caption_status(texts)
     others = {key: value for key, value in fields.items() if key not in (image_key, caption_key)}
-    kept = [text.strip() for text in texts if text.strip()] if caption_status == OK else []
-    return Row(str(image) if image_status in (OK, OUTSIDE) else "", kept, others, image_status or caption_status)
+    kept = [text for caption in texts if (text := bare(caption))] if caption_status == OK else []
+    image = str(image) if image_status in (OK, OUTSIDE) else ""
+    return Row(image, kept, others, image_status or caption_status, nulls)
+
+
+def _sentences(captions: list[Any]) -> tuple[list[Any], int]:
+    """Captions of a list, those in objects ({raw: …}) taken out of them; and how many there were that are null."""
+    if all(isinstance(text, str) for text in captions):
+        return captions, 0
+    texts = []
+    for caption in captions:
+        if isinstance(caption, dict):
+            caption = next((caption[key] for key in SENTENCE_KEYS if key in caption), caption)
+        if caption is not None and caption == caption:  # pandas has NaN for none
+            texts.append(caption)
+    return texts, len(captions) - len(texts)
 
 
 def _encoded(row: Row) -> bytes:
@@ -391,7 +409,12 @@ def _image_status(image: Any) -> int:
         os.fsencode(image)
     except UnicodeEncodeError:
         return BAD_IMAGE
-    return OUTSIDE if not os.path.isabs(image) and os.path.normpath(image).split(os.sep)[0] == os.pardir else OK
+    return OUTSIDE if leaves_the_folder(image) else OK
+
+
+def leaves_the_folder(image: str) -> bool:
+    """Whether a relative path goes up by `..` from where it starts."""
+    return not os.path.isabs(image) and os.path.normpath(image).split(os.sep)[0] == os.pardir
 
 
 def _caption_status(captions: Any) -> int:
@@ -402,7 +425,7 @@ def _caption_status(captions: Any) -> int:
             text.encode("utf-8")
     except UnicodeEncodeError:
         return BAD_CAPTION
-    return OK if any(text.strip() for text in captions) else EMPTY_CAPTION
+    return OK if any(map(bare, captions)) else EMPTY_CAPTION
 
 
 def printable(text: str) -> str:

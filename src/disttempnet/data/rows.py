@@ -13,12 +13,14 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from disttempnet.data.delimited import DelimitedRows
 from disttempnet.data.encodings import ESCAPED, NAMES, encoding_of
 from disttempnet.data.fields import Fields
+from disttempnet.data.json_kinds import Keys, is_row, known_kind, of_rows
 from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 
@@ -118,7 +120,7 @@ class Table(Layout):
         self.where, self.parts = where, {}
         self.named = image_key, caption_key
         self.delimited: DelimitedRows | None = None
-        self.encoding = ""
+        self.encoding = self.kind = ""
         if not where.is_file():
             raise UserError(f"{where}: no such listing")
         self.total = where.stat().st_size
@@ -146,22 +148,30 @@ class Table(Layout):
     def _fields(self, text: io.TextIOWrapper) -> Iterator[Fields | None]:
         suffix = self.where.suffix.lower()
         if suffix in JSON_SUFFIXES:
-            return _json_rows(text, self.where)
+            return self._json_rows(text)
         self.delimited = DelimitedRows(text, self.where, *self.named)
         self.image_key, self.caption_key = self.delimited.image_key, self.delimited.caption_key
         return iter(self.delimited)
 
+    def _json_rows(self, text: io.TextIOWrapper) -> Iterator[Fields | None]:
+        reader, keys = _JsonItems(text, self.where), Keys(*self.named)
+        items = iter(reader)
+        first = next(items, None)
+        second = next(items, None) if not reader.in_list and isinstance(first, dict) else None
+        if isinstance(first, dict) and not reader.in_list and second is None and not is_row(first, keys):
+            known = known_kind(first, keys, self.where)
+        else:
+            known = of_rows(chain((item for item in (first, second) if item is not None), items))
+        self.kind, self.image_key, self.caption_key = known.kind, known.image_key, known.caption_key
+        return known.rows
+
     def said(self) -> list[str]:
         lines = self.delimited.said() if self.delimited else []
+        lines += [f"read as {self.kind}"] * bool(self.kind)
         return lines + ([f"text is {NAMES[self.encoding]}"] if self.encoding in NAMES else [])
 
     def hint(self) -> str:
         return self.delimited.misfit if self.delimited else ""
-
-
-def _json_rows(text: io.TextIOWrapper, where: Path) -> Iterator[Fields | None]:
-    for item in _JsonItems(text, where):
-        yield item if isinstance(item, dict) else None
 
 
 class _JsonItems:
@@ -170,15 +180,20 @@ class _JsonItems:
     def __init__(self, text: io.TextIOWrapper, where: Path) -> None:
         self.file, self.where = text, where
         self.text, self.at, self.ended = "", 0, False
+        self.in_list, self.alone = (
+            False,
+            True,
+        )  # alone: nothing has come before, so that all of the file may be one item
         self.line, self.column = 0, 0  # of the first character of self.text
         self.decoder = json.JSONDecoder()
 
     def __iter__(self) -> Iterator[Any]:
-        in_list = self._next() == "["
+        self.in_list = in_list = self._next() == "["
         if in_list:
             self.at += 1
         while (character := self._next()) and not (in_list and character == "]"):
             yield self._item()
+            self.alone = False
             if in_list and self._next() == ",":
                 self.at += 1
             elif in_list and self._next() != "]":
@@ -210,8 +225,10 @@ class _JsonItems:
             except RecursionError:
                 self._refuse("nested too deeply", self.at)
             except ValueError as error:
-                if self.ended or len(self.text) - self.at > MAX_ROW:
-                    self._refuse(getattr(error, "msg", str(error)), getattr(error, "pos", self.at))
+                place = getattr(error, "pos", self.at)
+                begun = place if self.alone and not self.in_list else self.at
+                if self.ended or len(self.text) - begun > MAX_ROW:
+                    self._refuse(getattr(error, "msg", str(error)), place)
             self._read_on()
 
     def _read_on(self) -> None:

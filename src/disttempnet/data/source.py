@@ -16,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 OK = 0  # the status of a usable sample
+BYTE_ORDER_MARK = "\ufeff"
+# no-width space and joiners, directions, soft hyphen: nothing else is no caption
+INVISIBLE = f"{BYTE_ORDER_MARK}\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"
 
 
 class UnreadableCaption(ValueError):
@@ -104,12 +107,22 @@ class Source(ABC):
         return int(np.searchsorted(self.first, sample, side="right")) - 1
 
 
+def bare(text: str) -> str:
+    """A caption without white space and byte-order marks around it; empty where no character of it can be seen."""
+    text = text.strip()
+    if text.isascii():
+        return text
+    while text != (less := text.strip(BYTE_ORDER_MARK).strip()):
+        text = less
+    return text if text.strip(INVISIBLE) else ""
+
+
 def usable_captions(texts: Sequence[bytes | str]) -> tuple[str, ...]:
-    """Stripped captions without the empty ones. Raises UnreadableCaption: not UTF-8, or none is left."""
+    """Captions, see `bare`, without the empty ones. Raises UnreadableCaption: not UTF-8, or none is left."""
     try:
         # a .json can hold half of a surrogate pair, which no tokenizer takes: encoding finds it
         encoded = [text if isinstance(text, bytes) else text.encode("utf-8") for text in texts]
-        found = [text.decode("utf-8").strip() for text in encoded]
+        found = [bare(text.decode("utf-8")) for text in encoded]
     except UnicodeError:
         raise UnreadableCaption("caption is not UTF-8") from None
     if not any(found):
