@@ -130,7 +130,7 @@ def test_cells_of_a_csv_are_no_formulas_and_numbers_stay_numbers() -> None:
 
 
 def test_a_cell_of_markdown_stays_in_its_cell() -> None:
-    assert markdown_cell("a|b\nc <img src=x> *d* [e](f) `g` & \\") == (
-        "a\\|b\\\\nc &lt;img src=x&gt; \\*d\\* \\[e\\](f) \\`g\\` &amp; \\\\"
+    assert markdown_cell("a|b\nc <img src=x> *d* [e](f) `g` &lt; & \\") == (
+        "a\\|b\\\\nc &lt;img src=x&gt; \\*d\\* \\[e\\](f) \\`g\\` &amp;lt; & \\\\"
     )
-    assert markdown_cell("34.5 (1.2)") == "34.5 (1.2)"
+    assert markdown_cell("34.5 (1.2) image_key & τ") == "34.5 (1.2) image_key & τ"

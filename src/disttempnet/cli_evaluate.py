@@ -285,13 +285,14 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
 
 
 def _subject(opened: Opened, precision: str, compat: str) -> Subject:
+    from disttempnet.config import public_table
     from disttempnet.evaluation.embed import checkpoint_hash
     from disttempnet.evaluation.summary import Subject
     from disttempnet.training.facts import provenance
 
     run = {}
     if opened.config is not None:
-        table = opened.config.model_dump()
+        table = public_table(opened.config)
         run = {"name": opened.config.name, "config": table, "objective": opened.objective, "step": opened.step}
     return Subject(
         model=opened.model,

@@ -21,6 +21,7 @@ from disttempnet.config_file import apply_override, read_run
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.paths import Home, expand_home
 from disttempnet.ranges import BATCH, GIGABYTES, SAMPLES, SEED, WORKERS, Range, whole
+from disttempnet.sanitize import redacted, redacted_table
 
 Place = Annotated[str, Home()]  # a path, or a name that may be one
 PlaceOrNone = Annotated[str, Home(empty=True)]  # where nothing has a meaning
@@ -123,7 +124,7 @@ class DataConfig(Section):
     @property
     def about(self) -> str:
         """What `train` names, in words."""
-        return ", ".join(source.path for source in self.sources)
+        return redacted(", ".join(source.path for source in self.sources))
 
     @model_validator(mode="after")
     def _batch_divides_into_lanes(self) -> DataConfig:
@@ -329,9 +330,18 @@ def config_from_table(table: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: {explain(error, Config)}") from None
 
 
+def public_table(config: Config) -> dict[str, Any]:
+    """The config as a plain table, without the credentials of its URLs: what is kept, shown and compared of a run.
+
+    `load_config` and `config_from_table` take it back to an equal config, except for these.
+    """
+    table: dict[str, Any] = redacted_table(config.model_dump())
+    return table
+
+
 def dump_config(config: Config) -> str:
-    """The resolved config as TOML that `load_config` reads back to an equal config."""
-    table = config.model_dump()
+    """The resolved config as TOML. See `public_table`."""
+    table = public_table(config)
     lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
     for key, section in table.items():
         if isinstance(section, dict):

@@ -23,6 +23,11 @@ class UserNotice(UserWarning):
     """Something to know about one's run, which goes on."""
 
 
+def notice(text: str) -> None:
+    """Tell something about one's run, which goes on."""
+    warnings.warn(text, UserNotice, stacklevel=3)
+
+
 def show_notices_plainly() -> None:
     """From here on print each UserNotice as a line on standard error, without the place in the code that gave it; other
     warnings stay as they were."""

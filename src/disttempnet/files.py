@@ -1,16 +1,18 @@
-"""Files that are replaced atomically; whether a path can be written, learnt before the work, and one line where not."""
+"""Files that are replaced atomically, and such as may be damaged; one line where one cannot be written or read."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, notice
 
 WRITING = ".writing-"  # begins the name of what is not whole yet
 LONGEST_NAME = 255  # bytes, on most file systems
@@ -129,3 +131,58 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that a run can do without; empty where there is no such file.
+
+    One that is damaged is passed over with a notice, and empty too.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        notice(f"{path}: passed over: it cannot be read: {error.strerror}")
+        return {}
+    except (ValueError, RecursionError):
+        notice(f"{path}: passed over: it is not JSON")
+        return {}
+    if not isinstance(value, dict):
+        notice(f"{path}: passed over: it holds no object")
+        return {}
+    return value
+
+
+def read_lines(path: Path, check: Callable[[dict[str, Any]], object]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file of JSON lines, as text and as objects; none where there is no such file.
+
+    A damaged line is passed over with a notice that names it. Only the last one may be half-written: a running or
+    killed process left it so.
+
+    Args:
+        check: raises KeyError, TypeError, ValueError or AttributeError for an object that is no line of this file.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        notice(f"{path}: passed over: it cannot be read: {error.strerror}")
+        return
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8")
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                notice(f"{path}: line {number} is passed over: it is not JSON")
+            continue
+        try:
+            check(value)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            notice(f"{path}: line {number} is passed over: it is no line of this file")
+            continue
+        yield text, value

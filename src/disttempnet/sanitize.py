@@ -21,7 +21,7 @@ _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # C0 except tab and newline, DEL, C1; line and paragraph separators; what turns the direction of text; lone surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-_MARKDOWN = re.compile(r"([\\|`*_\[\]<>])")
+_MARKDOWN = re.compile(r"[\\|`*\[\]]")
 
 
 def redacted(text: str) -> str:
@@ -88,5 +88,6 @@ def csv_cell(value: Any) -> Any:
 
 
 def markdown_cell(text: str) -> str:
-    """Text as a cell of a Markdown table: neither its marks, nor HTML, nor another cell or row."""
-    return _MARKDOWN.sub(r"\\\1", one_line(text).replace("&", "&amp;")).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    """Text of data and runs as a cell of a Markdown table: neither marks, nor links, nor HTML, nor another cell."""
+    words = re.sub(r"&(?=[\w#]+;)", "&amp;", one_line(text)).replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKDOWN.sub(r"\\\g<0>", words)

@@ -20,6 +20,7 @@ class Server(ThreadingHTTPServer):
         cut: how many of the next whole files end in the middle.
         pause: seconds between the pieces of a whole file.
         wholes: names of the files that were sent whole, in order.
+        authorization, query: what a request must bring; empty = nothing.
     """
 
     daemon_threads = True
@@ -28,6 +29,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.ranges, self.failures, self.cut, self.pause = folder, True, 0, 0, 0.0
         self.wholes: list[str] = []
+        self.authorization = self.query = ""
 
     @property
     def url(self) -> str:
@@ -47,7 +49,10 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        server, name = self.server, self.path.lstrip("/")
+        server = self.server
+        name, _, query = self.path.lstrip("/").partition("?")
+        if self.headers.get("Authorization", "") != server.authorization or query != server.query:
+            return self.send_error(403)
         if server.failures:
             server.failures -= 1
             return self.send_error(503)

@@ -1,5 +1,6 @@
 """Remote shards: fetched once, whole, within the limit, whoever is killed and whatever the server does."""
 
+import base64
 import multiprocessing
 import os
 import pickle
@@ -27,7 +28,9 @@ from disttempnet.data import (
     remote,
     train_transform,
 )
+from disttempnet.data.credentials import Credentials, detached
 from disttempnet.data.remote import RemoteStore
+from disttempnet.data.shards import resolve_shards
 from disttempnet.data.store import State, state_of
 from disttempnet.data.verifying import verify
 from disttempnet.errors import UserError
@@ -318,3 +321,59 @@ def test_training_data_from_a_server(tmp_path: Path) -> None:
 
 def tokens(captions: Sequence[str]) -> torch.Tensor:
     return torch.zeros(len(captions), 4, dtype=torch.int64)
+
+
+# ---- credentials ----
+
+
+def test_credentials_are_taken_off_a_url_and_put_back() -> None:
+    plain, credentials = detached("https://user:${PW}@host/a/{0..9}.tar?sig=${SIG}&v=1")
+    assert plain == "https://host/a/{0..9}.tar"
+    assert credentials == Credentials("user:${PW}", "sig=${SIG}&v=1")
+    for url in ("s3://bucket/x@y.tar", "hf://datasets/a/b@main/x.tar", "https://host/@x.tar", "s3://b/{0..9}.tar?x"):
+        assert detached(url) == (url, Credentials())
+    assert detached("sftp://me:pw@host/x.tar") == ("sftp://host/x.tar", Credentials("me:pw"))
+
+
+def test_credentials_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDS_PW", "hunter2")
+    monkeypatch.delenv("NOT_THERE", raising=False)
+    assert Credentials("u:${SHARDS_PW}", "sig=${SHARDS_PW}").applied("https://h/0.tar") == (
+        "https://u:hunter2@h/0.tar?sig=hunter2"
+    )
+    with pytest.raises(
+        UserError, match=r"u:\$\{NOT_THERE\}@h/0.tar: the environment has no variable NOT_THERE"
+    ):
+        Credentials("u:${NOT_THERE}").applied("https://h/0.tar")
+    for kept in (Credentials("***"), Credentials("", "v=1&sig=***")):  # as a run's config.toml has them
+        with pytest.raises(
+            UserError, match=r"h/0.tar: its credentials are not kept in a run's files: give"
+        ):
+            kept.applied("https://h/0.tar")
+
+
+def test_a_server_that_wants_credentials_and_nobody_else_sees_them(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By user and password, and by a parameter: in no name, no message and no file of the cache."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("SHARDS_PW", "hunter2")
+    server.authorization = "Basic " + base64.b64encode(b"user:hunter2").decode()
+    server.query = "sig=hunter2"
+    address = server.url.replace("://", "://user:${SHARDS_PW}@") + "/{00000..00004}.tar?sig=${SHARDS_PW}"
+    shards = resolve_shards(address, str(tmp_path / "cache"))
+    assert shards.names == tuple(NAMES)
+    assert shards.folder == resolve_shards(f"{server.url}/{NAMES[0]}", str(tmp_path / "cache")).folder
+    store = pickle.loads(pickle.dumps(shards.store))
+    assert content(store, NAMES[1]) == (server.folder / NAMES[1]).read_bytes()
+    assert store.state(NAMES[2]) == state_of(server.folder / NAMES[2])
+    assert store.where(NAMES[1]) == f"{server.url}/{NAMES[1]}"
+    with pytest.raises(UserError) as caught:
+        store.open("99999.tar")
+    assert str(caught.value) == f"{server.url}/99999.tar: no such shard"
+    monkeypatch.setenv("SHARDS_PW", "wrong-one")
+    with pytest.raises(UserError) as refused:
+        store.open(NAMES[3])
+    assert "wrong-one" not in str(refused.value)
+    assert server.url in str(refused.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if "hunter2" in str(path)]

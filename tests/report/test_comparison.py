@@ -42,7 +42,7 @@ def test_markdown() -> None:
         "|  | seeds | Unseen concepts: zero-shot top-1 | Unseen concepts: top-1, head | Unseen concepts: top-1, tail |"
     )
     assert lines[2] == "| CLIP | 3 | 22.0 (2.0) | 50.0 (0.0) | 10.0 (0.0) |"
-    assert lines[3] == "| A_B & τ\\|<b> | 3 | **25.0 (2.0)** | – | – |"
+    assert lines[3] == "| A_B & τ\\|&lt;b&gt; | 3 | **25.0 (2.0)** | – | – |"
     assert lines[4] == "| SogCLR | 2 | 0.50 (0.14) | – | – |"
     assert lines[5] == "| chance |  | 1.0 | 1.0 | 1.0 |"
     near = markdown_table(compare_groups([*runs()[:3], result("x", 0, {TASK: {"acc1": 0.235}})]))
@@ -166,7 +166,7 @@ def test_tau_stands_in_every_table() -> None:
     trained = "0.0020 (0.0010)", "0.0110 (0.0010)", "0.0210 (0.0010)", "0.0310 (0.0010)", "0.0410 (0.0010)"
     markdown, latex = markdown_table(compare_groups(made)), latex_table(compare_groups(made))
     for words in (final, trained):
-        assert "| A_B & τ\\|<b> | " + " | ".join(words) + " |" in markdown
+        assert "| A_B & τ\\|&lt;b&gt; | " + " | ".join(words) + " |" in markdown
         assert r"A\_B \& $\tau$|<b> & " + " & ".join(words).replace("±", r"$\pm$") + r" \\" in latex
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
     rows = {row["metric"]: row for row in csv_rows(made) if not row["task"]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +15,9 @@ import pytest
 import torch
 
 from disttempnet.data import open_index
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.evaluation import readers
-from disttempnet.report import build_report, examples, read_run
+from disttempnet.report import build_report, examples, read_run, write_report
 from disttempnet.report.runs import distinct_titles
 from disttempnet.training.checkpoint import Run
 from evaluation.toy import COLOURS, colour_towers, toy_task, write_shard
@@ -137,17 +139,81 @@ def test_folder_that_is_no_run(tmp_path: Path, missing: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("run.json", "{", "run.json: damaged"),
-        ("run.json", '{"objective": "clip"}', "run.json: damaged"),
-        ("metrics.jsonl", 'no\n{"step": 1, "epoch": 1}\n', "metrics.jsonl: line 1 is not JSON"),
-        ("temperatures/step-00000010.npz", "no", "step-00000010.npz: not a file of temperatures"),
+        ("run.json", b"{", "run.json: passed over: it is not JSON"),
+        ("run.json", b"\x00\xff\xfe", "run.json: passed over: it is not JSON"),
+        ("run.json", b"[1]", "run.json: passed over: it holds no object"),
+        ("run.json", b'{"objective": "clip"}', 'run.json: passed over: objective is "clip"'),
+        ("run.json", b'{"started": "yesterday"}', 'run.json: passed over: started is "yesterday"'),
+        ("run.json", b'{"parameters": "many"}', 'run.json: passed over: parameters is "many"'),
+        ("metrics.jsonl", b'no\n{"step": 1, "epoch": 1}\n', "metrics.jsonl: line 1 is passed over: it is not JSON"),
+        ("metrics.jsonl", b'{"step": 1, "epoch": 1}\n\xff\n', "metrics.jsonl: line 2 is passed over: it is not JSON"),
+        ("metrics.jsonl", b'{"step": "1", "epoch": 1}\n', "line 1 is passed over: it is no line of this file"),
+        ("metrics.jsonl", b'{"step": 1, "epoch": 1, "loss": "x"}\n', "line 1 is passed over: it is no line"),
+        ("metrics.jsonl", b"7\n", "line 1 is passed over: it is no line of this file"),
+        ("eval.jsonl", b'{"step": 1}\n', "eval.jsonl: line 1 is passed over: it is no line of this file"),
+        ("eval.jsonl", b'{"step": 1, "epoch": 1, "results": []}\n', "eval.jsonl: line 1 is passed over"),
+        ("temperatures/step-00000010.npz", b"no", "step-00000010.npz: passed over: not a file of temperatures"),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_damaged_files_are_named_and_passed_over(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     folder = write_run(tmp_path / "a")
-    (folder / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        read_run(folder)
+    whole = read_run(folder)
+    (folder / name).write_bytes(content)
+    with pytest.warns(UserNotice, match=message):
+        run = read_run(folder)
+    assert run.title == "DistTempNet-v1"
+    kept = content.count(b'{"step": 1, "epoch": 1}')
+    assert len(run.steps) == (kept if name == "metrics.jsonl" else len(whole.steps))
+    assert len(run.evaluations) == (len(whole.evaluations) if name != "eval.jsonl" else 0)
+    assert len(run.temperatures) == {"eval.jsonl": 0, "temperatures/step-00000010.npz": 3}.get(name, 4)
+
+
+def test_a_page_and_compact_results_of_damaged_runs(tmp_path: Path) -> None:
+    """Every file but the config is damaged: the page says what there is."""
+    folder = write_run(tmp_path / "a")
+    for name in ("run.json", "metrics.jsonl", "eval.jsonl"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2] + b"\x00\n" + content[len(content) // 2 :])
+    with pytest.warns(UserNotice):
+        page = build_report([folder], tmp_path / "page.html")
+    assert "DistTempNet" in page.read_text(encoding="utf-8")
+    with pytest.warns(UserNotice):
+        write_report([folder], tmp_path / "results.jsonl")
+    assert json.loads((tmp_path / "results.jsonl").read_text())["seconds"] is None
+
+
+FORMULA = "=HYPERLINK(1)|<b>x</b>\n| % \\input{x} \x1b[2J"
+
+
+def test_titles_are_words_in_every_table(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", FORMULA)
+    texts = {
+        ending: write_report([folder], tmp_path / f"report.{ending}").read_text(encoding="utf-8")
+        for ending in ("md", "csv", "tex", "html")
+    }
+    assert "| =HYPERLINK(1)\\|&lt;b&gt;x&lt;/b&gt;\\\\n\\| % \\\\input{x} \\\\x1b\\[2J | 1 |" in texts["md"]
+    rows = list(csv.reader(texts["csv"].splitlines(keepends=True)))
+    assert {row[0] for row in rows[1:]} == {"'=HYPERLINK(1)|<b>x</b>\\n| % \\input{x} \\x1b[2J"}
+    assert r"\textbackslash{}input\{x\}" in texts["tex"]
+    assert r"\input{x}" not in texts["tex"]
+    assert "<b>x</b>" not in texts["html"]
+
+
+SECRET = "https://user:hunter2@host/{0..9}.tar?token=hunter2"
+
+
+@pytest.mark.parametrize("ending", ["html", "md", "tex", "csv", "jsonl"])
+def test_credentials_of_earlier_versions_are_in_no_report(ending: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", train="embedded:emoji/train")
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config.replace("embedded:emoji/train", SECRET))
+    facts = json.loads((folder / "run.json").read_text())
+    facts["command"] += f" data.train={SECRET}"
+    (folder / "run.json").write_text(json.dumps(facts))
+    out = write_report([folder], tmp_path / f"report.{ending}")
+    assert "hunter2" not in out.read_text(encoding="utf-8")
+    if ending in ("html", "jsonl"):
+        assert "***@host" in out.read_text(encoding="utf-8")
 
 
 def test_run_record(tmp_path: Path) -> None:

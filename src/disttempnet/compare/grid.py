@@ -16,7 +16,6 @@ them is an error, not silence.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +26,23 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from disttempnet.config import Config, Place, Section, config_from_table, explain, flat, is_text, load_config
+from disttempnet.config import (
+    Config,
+    Place,
+    Section,
+    config_from_table,
+    explain,
+    flat,
+    is_text,
+    load_config,
+    public_table,
+)
 from disttempnet.config_file import apply_override, base_path, find_config, merge, read_run, read_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import find_task
 from disttempnet.ranges import SEED
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences
+from disttempnet.training.facts import read_facts
 from disttempnet.training.model import resolved
 from disttempnet.training.runs import list_checkpoints
 
@@ -106,10 +116,9 @@ def state_of(config: Config) -> State:
         was = load_config(folder / "config.toml")
     except UserError as error:
         return State("differs", str(error))
-    for key, old, new in differences(was.model_dump(), config.model_dump(), NOT_PART_OF_THE_RESULT):
+    for key, old, new in differences(public_table(was), public_table(config), NOT_PART_OF_THE_RESULT):
         return State("differs", f"{folder}: {key} was {old!r} and is {new!r} now: give another out, or remove it")
-    facts = folder / "run.json"
-    if facts.is_file() and "finished" in json.loads(facts.read_text(encoding="utf-8")):
+    if "finished" in read_facts(folder):
         return State("done")
     found = list_checkpoints(folder)
     return State(

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from disttempnet.data.cache import cache_folder
+from disttempnet.data.credentials import Credentials
 from disttempnet.data.store import CACHE_GB, ShardStore, State, changed, state_by, state_of
 from disttempnet.errors import UserError, UserNotice
 
@@ -33,6 +34,7 @@ ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 STALLED = 60.0  # seconds without a byte after which an HTTP download is given up
 GIGA = 10**9
+NO_CREDENTIALS = Credentials()
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no fault of the server
 Result = TypeVar("Result")
 
@@ -54,22 +56,26 @@ class RemoteStore(ShardStore):
     """Shards under a base URL.
 
     Args:
-        base: what the names follow after: `s3://bucket/cc12m`.
+        base: what the names follow after, without credentials: `s3://bucket/cc12m`.
         cache: the cache folder; empty = the user's.
         limit_gb: gigabytes (10⁹ bytes) that all shards of the cache may take.
+        credentials: what a URL is opened with, and is in no name, message or key of the cache.
     """
 
     open_files = 2  # what a process keeps open cannot be removed to make room
 
-    def __init__(self, base: str, cache: str = "", limit_gb: float = CACHE_GB) -> None:
+    def __init__(
+        self, base: str, cache: str = "", limit_gb: float = CACHE_GB, credentials: Credentials = NO_CREDENTIALS
+    ) -> None:
         self.base, self.limit = base.rstrip("/"), int(limit_gb * GIGA)
         self.root = (Path(cache).expanduser() if cache else cache_folder()) / "shards"
         self.folder = self.root / hashlib.blake2b(self.base.encode(), digest_size=8).hexdigest()
+        self._credentials = credentials
         self._checked: dict[str, tuple[tuple[int, int], State]] = {}
         self._system: tuple[int, Any] = (0, None)
 
-    def __reduce__(self) -> tuple[Callable[..., RemoteStore], tuple[str, str, float]]:
-        return RemoteStore, (self.base, str(self.root.parent), self.limit / GIGA)
+    def __reduce__(self) -> tuple[Callable[..., RemoteStore], tuple[str, str, float, Credentials]]:
+        return RemoteStore, (self.base, str(self.root.parent), self.limit / GIGA, self._credentials)
 
     @property
     def about(self) -> str:
@@ -80,16 +86,17 @@ class RemoteStore(ShardStore):
 
     def names(self) -> list[str]:
         """All shards under the base URL, sorted. Raises UserError."""
-        entries = self._try(lambda: self._files.ls(self.base, detail=False), self.base)
-        names = [str(entry).rstrip("/").rpartition("/")[2] for entry in entries]
+        address = self._credentials.applied(self.base)
+        entries = self._try(lambda: self._files.ls(address, detail=False), self.base)
+        names = [str(entry).partition("?")[0].rstrip("/").rpartition("/")[2] for entry in entries]
         return sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
 
     def state(self, name: str) -> State:
         """By the two ends of the shard, where the server sends parts of a file; else by fetching it."""
-        url, size = self.where(name), self._info(name).get("size")
+        url, address, size = self.where(name), self._address(name), self._info(name).get("size")
 
         def read(start: int, end: int) -> bytes:
-            part: bytes = self._files.cat_file(url, start=start, end=end) if start < end else b""
+            part: bytes = self._files.cat_file(address, start=start, end=end) if start < end else b""
             if len(part) != end - start:
                 raise WholeFiles
             return part
@@ -172,7 +179,7 @@ class RemoteStore(ShardStore):
         try:
 
             def get() -> None:
-                self._files.get_file(url, str(part))
+                self._files.get_file(self._address(name), str(part))
                 found = part.stat().st_size
                 if size is not None and found != size:
                     raise EOFError(f"{found:,} bytes came of {size:,}")
@@ -212,8 +219,12 @@ class RemoteStore(ShardStore):
             return part
 
     def _info(self, name: str) -> dict[str, Any]:
-        url = self.where(name)
-        return dict(self._try(lambda: self._files.info(url), url))
+        address = self._address(name)
+        return dict(self._try(lambda: self._files.info(address), self.where(name)))
+
+    def _address(self, name: str) -> str:
+        """What a shard is opened by; it must not be shown."""
+        return self._credentials.applied(self.where(name))
 
     @property
     def _files(self) -> Any:
@@ -225,7 +236,7 @@ class RemoteStore(ShardStore):
             if self.base.startswith(("http://", "https://")):
                 options["client_kwargs"] = {"timeout": _http_timeout()}
             try:
-                system = fsspec.url_to_fs(self.base, **options)[0]
+                system = fsspec.url_to_fs(self._credentials.applied(self.base), **options)[0]
             except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
                 raise UserError(f"{self.base}: cannot be opened: {error}") from None
             self._system = (os.getpid(), system)

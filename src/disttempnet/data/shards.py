@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from disttempnet.data.credentials import detached
 from disttempnet.data.embedded import embedded_shards
 from disttempnet.data.patterns import expand_braces, is_pattern, matching
 from disttempnet.data.remote import RemoteStore, is_remote
@@ -149,6 +150,7 @@ def _shards_named(folder: Path, pattern: str) -> Iterator[str]:
 
 
 def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
+    spec, credentials = detached(spec)
     if any(character in spec for character in "*["):
         raise UserError(
             f"'{spec}': no wildcards in a URL; name its folder for all shards in it, or write {{00000..01242}}"
@@ -156,7 +158,7 @@ def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
     if not spec.endswith(".tar"):
         if "{" in spec:
             raise UserError(f"'{spec}': braces in a URL name shards: end it in .tar")
-        store = RemoteStore(spec, cache, cache_gb)
+        store = RemoteStore(spec, cache, cache_gb, credentials)
         names = tuple(store.names())
         if not names:
             raise UserError(f"{spec}: no .tar shards there; name them, as in {spec.rstrip('/')}/{{00000..01242}}.tar")
@@ -166,7 +168,7 @@ def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
     names = tuple(expand_braces(pattern))
     if len(set(names)) < len(names):
         raise UserError(f"'{spec}' names a shard twice; data.train = [{{path = …, weight = 2}}] reads it so")
-    store = RemoteStore(base, cache, cache_gb)
+    store = RemoteStore(base, cache, cache_gb, credentials)
     return ShardList(store.folder, names, _label(pattern), store)
 
 

@@ -17,6 +17,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.averages import averages, why_not
 from disttempnet.evaluation.records import MAIN, RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.summary import SUMMARY_FILE, Subject, read_subject
+from disttempnet.sanitize import csv_cell
 
 FIRST_TASK = "imagenet1k"  # of open_clip's CSV; the others stand in the order of tasks.toml
 HEAD = ("name", "pretrained", "params (M)", "FLOPs (B)", "Average perf. on 38 datasets")
@@ -88,7 +89,7 @@ def openclip_csv(every: Sequence[Evaluated], tags: Mapping[str, Sequence[str]], 
         parameters = f"{subject.parameters / 1e6:.2f}" if subject.parameters else ""
         mean = _digits(average.mean if average.complete else None)
         cells = [_digits(value) for value in shown.values()]
-        writer.writerow([subject.model, subject.pretrained, parameters, "", mean, *cells])
+        writer.writerow([csv_cell(subject.model), csv_cell(subject.pretrained), parameters, "", mean, *cells])
     return buffer.getvalue()
 
 

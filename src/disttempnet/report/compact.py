@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from disttempnet.config import public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.report.binning import binned, evenly_spread
 from disttempnet.report.runs import Evaluation, RunRecord, Temperatures, read_run
+from disttempnet.sanitize import one_line
 
 FORMAT = 1
 CURVE_POINTS = 32  # of the τ trajectory
@@ -60,7 +62,7 @@ class Result:
     @property
     def objective(self) -> str:
         """The objective's written name."""
-        return str(self.facts["objective"]["title"])
+        return one_line(str(self.facts["objective"]["title"]))
 
     @property
     def finished(self) -> bool:
@@ -114,7 +116,7 @@ def compact(run: RunRecord) -> Result:
             key: values[shown].tolist() for key, values in zip(("epoch", "mean", "min", "max"), parts, strict=True)
         }
     by_frequency = _by_frequency(run.temperatures[-1]) if run.temperatures else {}
-    table = json.loads(run.config.model_dump_json())  # plain: tuples become lists, as they come back from a file
+    table = public_table(run.config)
     table["out"] = Path(table["out"]).name  # where it lay on somebody's disk is nobody else's business
     return Result(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency)
 

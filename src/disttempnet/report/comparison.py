@@ -9,13 +9,13 @@ from pathlib import Path
 from disttempnet.config import flat
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import task_title
-from disttempnet.files import refuse_unwritable, write_atomically
+from disttempnet.files import refuse_unwritable
 from disttempnet.report import comparison_plots as plots
 from disttempnet.report.compact import Result, read_results, write_compact
 from disttempnet.report.evaluation_page import evaluation_report
 from disttempnet.report.evaluations import holds_evaluations, read_evaluations
 from disttempnet.report.groups import Column, Comparison, Group, by_config, compare_groups, families
-from disttempnet.report.page import build_report, open_template
+from disttempnet.report.page import build_report, open_template, publish
 from disttempnet.report.tables import cell_text, csv_table, latex_table, legend, markdown_table, published_cells
 from disttempnet.report.tau_tables import correlations, final_tau, groups_with_tau
 
@@ -44,22 +44,16 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) 
     if any(holds_evaluations(path) for path in paths):
         if out.suffix == ".jsonl":
             raise UserError(f"{out}: evaluations are compact as they are; give one of .html, .md, .tex, .csv")
-        return _write(out, evaluation_report(read_evaluations(paths), out.suffix, metrics))
+        return publish(out, evaluation_report(read_evaluations(paths), out.suffix, metrics))
     results = read_results(paths)
     if out.suffix == ".jsonl":
-        return _write(out, write_compact(results))
+        return publish(out, write_compact(results))
     single = all((path / "config.toml").is_file() for path in paths)
     if out.suffix == ".html" and single and not metrics and not _have_seeds(results):
         return build_report(paths, out)
     comparison = compare_groups(results, metrics)
     text = comparison_page(comparison) if out.suffix == ".html" else TABLES[out.suffix](comparison)
-    return _write(out, text)
-
-
-def _write(out: Path, text: str) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, text)
-    return out
+    return publish(out, text)
 
 
 def comparison_page(comparison: Comparison) -> str:

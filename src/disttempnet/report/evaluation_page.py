@@ -30,6 +30,7 @@ from disttempnet.report.tables import (
     pipes,
     published_cells,
 )
+from disttempnet.sanitize import markdown_cell as escaped
 
 SHOWN = len(RUN_COLOURS)  # groups that the chart of tasks can tell apart
 Differences = list[tuple[Group, Group, list[Difference]]]
@@ -61,22 +62,23 @@ def _differences(every: Sequence[Evaluated], tasks: Comparison) -> Differences:
 def _markdown(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], tasks: Comparison | None) -> str:
     parts = [f"## {heading}\n\n{markdown_table(table)}" for heading, table in tables]
     if tasks is not None:
-        heads = ["task", "metric", *(group.title for group in tasks.groups)]
+        heads = ["task", "metric", *(escaped(group.title) for group in tasks.groups)]
         rows = [heads, ["---", "---", *("--:" for _ in tasks.groups)]]
         for column, cells in tasks.by_column:
             of_groups = zip(tasks.groups, cells, strict=True)
             words = [markdown_cell(cell, len(group.results), DIGITS) for group, cell in of_groups]
-            rows.append([task_title(column.task), column.head, *words])
+            rows.append([escaped(task_title(column.task)), escaped(column.head), *words])
         parts.append(f"## Tasks\n\n{pipes(rows)}\n{legend(tasks)}\n")
         for base, other, found in _differences(every, tasks):
-            rows = [["", base.title, other.title, "difference"], ["---", "--:", "--:", "--:"]]
+            rows = [["", escaped(base.title), escaped(other.title), "difference"], ["---", "--:", "--:", "--:"]]
             for one in found:
                 first, second, change = _difference_words(one, base, other)
-                rows.append([one.column.title, first, second, f"**{change}**" if one.clear else change])
-            parts.append(f"## {other.title} − {base.title}\n\n{pipes(rows)}\npoints of a percentage; {_rule()}\n")
+                rows.append([escaped(one.column.title), first, second, f"**{change}**" if one.clear else change])
+            heading = f"{escaped(other.title)} − {escaped(base.title)}"
+            parts.append(f"## {heading}\n\n{pipes(rows)}\npoints of a percentage; {_rule()}\n")
     lines = warnings(every)
     if lines:
-        parts.append("## What to know\n\n" + "".join(f"- {line}\n" for line in lines))
+        parts.append("## What to know\n\n" + "".join(f"- {escaped(line)}\n" for line in lines))
     return "\n".join(parts)
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from disttempnet.config import Config, dump_config, flat
+from disttempnet.config import Config, dump_config, flat, public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation import readers
 from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
-from disttempnet.files import write_atomically
+from disttempnet.files import write_output
 from disttempnet.losses import OBJECTIVES
 from disttempnet.report import examples, plots
 from disttempnet.report.runs import RunRecord, distinct_titles, read_run
+from disttempnet.sanitize import redacted
 from disttempnet.training.checkpoint import Run
 
 
@@ -51,8 +52,16 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
         differences=_differences([run.config for run in runs]),
         configs=[dump_config(run.config) for run in runs],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
+    return publish(out, page)
+
+
+def publish(out: Path, text: str) -> Path:
+    """Write a file of a report, without the credentials that runs of earlier versions may have kept.
+
+    Raises:
+        UserError: it cannot be written; nothing is left of it.
+    """
+    write_output(out, redacted(text))
     return out
 
 
@@ -227,7 +236,7 @@ def _duration(facts: dict[str, Any]) -> str:
 
 def _differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
     """Config keys whose values differ between the runs; the name aside."""
-    tables = [flat(config.model_dump()) for config in configs]
+    tables = [flat(public_table(config)) for config in configs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys if key not in ("name", "out")]
     return [(key, values) for key, values in rows if len(set(values)) > 1]

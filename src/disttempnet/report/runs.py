@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disttempnet.config import Config, load_config
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, notice, unknown_name
 from disttempnet.evaluation.scores import Scores, from_record
+from disttempnet.files import read_lines
+from disttempnet.losses import OBJECTIVES
+from disttempnet.sanitize import one_line
+from disttempnet.training.facts import read_facts
+from disttempnet.training.runlog import LOGS
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +63,7 @@ class RunRecord:
     @property
     def title(self) -> str:
         """The objective's written name."""
-        return str(self.facts["objective"]["title"])
+        return one_line(str(self.facts["objective"]["title"]))
 
     @property
     def has_own_temperatures(self) -> bool:
@@ -85,22 +90,24 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Raises:
-        UserError: the folder is no run, or one of its files is damaged (a half-written last line is not).
+        UserError: the folder is no run, or its config is damaged. What else is damaged is passed over with a notice.
     """
     for name in ("config.toml", "run.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: not a run folder (it has no {name})")
-    try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        facts["objective"]["title"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'run.json'}: damaged, not a run's facts") from None
+    config = load_config(folder / "config.toml")
+    facts = read_facts(folder)
+    if "objective" not in facts:  # all else is about the run, this is what it is called
+        if config.loss.name not in OBJECTIVES:
+            raise UserError(f"{folder / 'config.toml'}: {unknown_name('objective', config.loss.name, OBJECTIVES)}")
+        objective = OBJECTIVES[config.loss.name]
+        facts["objective"] = {"name": config.loss.name, "title": objective.title, "formula": objective.formula}
     evaluations = tuple(
         Evaluation(line["step"], line["epoch"], from_record(line)) for line in _lines(folder / "eval.jsonl")
     )
     return RunRecord(
         folder=folder,
-        config=load_config(folder / "config.toml"),
+        config=config,
         facts=facts,
         steps=tuple(_lines(folder / "metrics.jsonl")),
         evaluations=evaluations,
@@ -123,18 +130,7 @@ def distinct_titles(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a running or killed process left half-written is dropped."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    parsed = []
-    for number, line in enumerate(lines, 1):
-        try:
-            parsed.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON") from None
-    return parsed
+    return [line for _, line in read_lines(path, LOGS[path.name])]
 
 
 def _temperatures(folder: Path, evaluations: Sequence[Evaluation]) -> Iterator[Temperatures]:
@@ -146,6 +142,9 @@ def _temperatures(folder: Path, evaluations: Sequence[Evaluation]) -> Iterator[T
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 frequency = arrays.get("frequency")
-                yield Temperatures(evaluation.epoch, arrays["image"], arrays["text"], frequency)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a file of temperatures: {error}") from None
+                found = Temperatures(evaluation.epoch, arrays["image"], arrays["text"], frequency)
+                if not all(side.ndim == 1 and side.dtype.kind == "f" and len(side) for side in found[1:3]):
+                    raise ValueError("its arrays are none of τ")
+                yield found
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            notice(f"{path}: passed over: not a file of temperatures: {error}")

@@ -13,6 +13,8 @@ from disttempnet.evaluation.readers import task_title
 from disttempnet.evaluation.scores import percent
 from disttempnet.report.groups import MARK_RULE, THIRDS, Cell, Column, Comparison
 from disttempnet.report.tau_tables import TauTable, groups_with_tau, tau_cells, tau_tables
+from disttempnet.sanitize import csv_cell, one_line
+from disttempnet.sanitize import markdown_cell as escaped
 
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
@@ -77,11 +79,11 @@ def text_table(comparison: Comparison) -> Table:
 
 def markdown_table(comparison: Comparison) -> str:
     """A pipe table; the best in bold, those within reach with a dagger; below it the notes of published rows, and τ."""
-    heads = ["", "seeds", *(column.title for column in comparison.columns)]
+    heads = ["", "seeds", *(escaped(column.title) for column in comparison.columns)]
     rows = [heads, ["---", "--:", *("--:" for _ in comparison.columns)]]
     for group, cells in comparison.rows:
         n = len(group.results)
-        rows.append([group.title, str(n), *(markdown_cell(cell, n, comparison.digits) for cell in cells)])
+        rows.append([escaped(group.title), str(n), *(markdown_cell(cell, n, comparison.digits) for cell in cells)])
     for title, values in published_cells(comparison):
         rows.append([title, "published", *(cell_text(cell, 0, comparison.digits) for cell in values)])
     if comparison.has_chance:
@@ -98,13 +100,14 @@ def markdown_cell(cell: Cell | None, seeds: int, digits: int) -> str:
 
 
 def _tau_markdown(table: TauTable) -> str:
-    rows = [table.head, ["---", *["--:"] * (len(table.head) - 1)], *table.rows]
+    words = [[escaped(word) for word in row] for row in (table.head, *table.rows)]
+    rows = [words[0], ["---", *["--:"] * (len(table.head) - 1)], *words[1:]]
     return f"\n{pipes(rows)}\n{table.note}\n"
 
 
 def pipes(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of a Markdown table; a second row of dashes makes the first one its head."""
-    return "".join("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |\n" for row in rows)
+    """Rows of a Markdown table, of words that are escaped; a second row of dashes makes the first one its head."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def _tex_row(*cells: str) -> str:
@@ -121,7 +124,7 @@ def latex_table(comparison: Comparison) -> str:
         place += n
     lines = [
         f"% {legend(comparison)}".replace("†", "dagger"),
-        *(f"% [{number}] {note}" for number, note in enumerate(comparison.notes, 1)),
+        *(f"% [{number}] {one_line(note)}" for number, note in enumerate(comparison.notes, 1)),
         f"\\begin{{tabular}}{{lr{'r' * len(comparison.columns)}}}",
         "\\toprule",
         *([f" & & {tasks} \\\\", " ".join(rules)] if comparison.has_heads else []),
@@ -178,14 +181,23 @@ def csv_table(comparison: Comparison) -> str:
     for group in groups_with_tau(comparison):
         for name, cell in tau_cells(group):
             std = "" if cell.std is None else f"{cell.std:.4g}"
-            writer.writerow([group.title, "", name, f"{cell.mean:.4g}", std, cell.n, "", ""])
+            writer.writerow([csv_cell(group.title), "", name, f"{cell.mean:.4g}", std, cell.n, "", ""])
     return buffer.getvalue()
 
 
 def _csv_row(title: str, column: Column, cell: Cell, chance: float | None) -> Sequence[object]:
     std = "" if cell.std is None else repr(cell.std)
     known = "" if chance is None else repr(chance)
-    return [title, column.task, column.metric, repr(cell.mean), std, cell.n, known, cell.mark]
+    return [
+        csv_cell(title),
+        csv_cell(column.task),
+        csv_cell(column.metric),
+        repr(cell.mean),
+        std,
+        cell.n,
+        known,
+        cell.mark,
+    ]
 
 
 def _styled(cell: Cell | None, seeds: int, digits: int) -> Text:
@@ -204,4 +216,4 @@ def _tex_cell(cell: Cell | None, seeds: int, digits: int) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(letter, letter) for letter in text)
+    return "".join(_TEX.get(letter, letter) for letter in one_line(text))

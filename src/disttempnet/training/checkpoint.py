@@ -16,7 +16,8 @@ moments/ no less strictly.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from disttempnet import distributed, sharding
-from disttempnet.config import Config, config_from_table
+from disttempnet.config import Config, config_from_table, public_table
 from disttempnet.errors import UserError
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, named_by_rank, redealt_from
@@ -36,6 +37,14 @@ from disttempnet.training.model import build_objective
 from disttempnet.training.runs import checkpoint_folder, chosen_checkpoint, list_checkpoints, refuse_damaged, write_best
 
 FORMAT = 1
+# What trainer.pt and a shard must hold; of the counts the least.
+TRAINER: dict[str, type] = {
+    "step": int, "world_size": int, "num_samples": int, "index_digest": str, "config": dict, "objective": dict,
+    "optimizers": list, "logit_scale": Tensor, "best": dict, "skipped": dict,
+}  # fmt: skip
+SHARD: dict[str, type] = {"state": dict, "rng": Tensor}
+COUNTS = {"step": 0, "world_size": 1, "num_samples": 1}
+MAY_LACK = {"skipped"}  # older ones have none
 MOMENTS = "moments"
 # Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
 NOT_PART_OF_THE_RESULT = {
@@ -102,7 +111,7 @@ def save_checkpoint(
             "world_size": distributed.world_size(),
             "objective": shared,
             "optimizers": optimizer_states,
-            "config": config.model_dump(),
+            "config": public_table(config),
             "index_digest": index_digest,
             "num_samples": _num_samples(loss),
             "logit_scale": towers.module.logit_scale.detach().cpu(),
@@ -149,7 +158,7 @@ def load_checkpoint(
     """
     trainer = _read(checkpoint / "trainer.pt")
     _same_run(checkpoint, trainer, config, index_digest)
-    with torch.no_grad():
+    with torch.no_grad(), _misfit_named(checkpoint / "trainer.pt"):
         towers.module.logit_scale.copy_(trainer["logit_scale"])
     shard = _restore_objective(checkpoint, trainer, loss)
     _restore_optimizers(checkpoint, trainer["optimizers"], optimizers)
@@ -229,9 +238,10 @@ def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objectiv
     old, rank, world_size = trainer["world_size"], distributed.rank(), distributed.world_size()
     shards = [_read(checkpoint / _shard_name(r, old)) for r in redealt_from(old, rank, world_size)]
     state = trainer["objective"]
-    for shard in shards:
-        state = state | named_by_rank(shard["state"])
-    loss.load_state_dict(state)
+    with _misfit_named(checkpoint):
+        for shard in shards:
+            state = state | named_by_rank(shard["state"])
+        loss.load_state_dict(state)
     return shards[0] if old == world_size else None
 
 
@@ -257,19 +267,23 @@ def _restore_optimizers(
 ) -> None:
     """Load what `_split_moments` gave into optimizers whose parameters are shared out as they are now."""
     moments: dict[str, torch.Tensor] = {}
-    for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, entries in state["state"].items():
-            for name, value in entries.items():
-                if value is None:
-                    entries[name] = moments[f"{number}.{index}.{name}"] = torch.zeros_like(parameters[index])
-                else:
+    with _misfit_named(checkpoint / "trainer.pt"):
+        for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, entries in state["state"].items():
+                for name, value in entries.items():
+                    if value is None:
+                        entries[name] = moments[f"{number}.{index}.{name}"] = torch.zeros_like(parameters[index])
+                        continue
+                    if not isinstance(value, Tensor) or value.shape not in (torch.Size(), parameters[index].shape):
+                        raise TypeError(f"{name} of parameter {index} is no tensor of its shape")
                     entries[name] = sharding.as_parameter(value, parameters[index])
     if moments:
         sharding.load_parts(moments, checkpoint / MOMENTS)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        # groups are those of the config, which is the same; the learning rate is set at every step
-        optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    with _misfit_named(checkpoint / "trainer.pt"):
+        for optimizer, state in zip(optimizers, states, strict=True):
+            # groups are those of the config, which is the same; the learning rate is set at every step
+            optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_digest: str) -> None:
@@ -280,7 +294,7 @@ def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_d
             "Give back the old data, or start a new run with another name"
         )
     old = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")  # keys it lacks: their defaults
-    for key, was, now in differences(old.model_dump(), config.model_dump(), MAY_CHANGE):
+    for key, was, now in differences(public_table(old), public_table(config), MAY_CHANGE):
         raise UserError(
             f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
             "or start a new run with another name"
@@ -314,6 +328,27 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing; the checkpoint is not whole") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0][:160]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not the state of a checkpoint")
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
+    for key, kind in (TRAINER if path.name == "trainer.pt" else SHARD).items():
+        value: Any = content.get(key, {} if key in MAY_LACK else None)
+        few = key in COUNTS and isinstance(value, int) and value < COUNTS[key]
+        if few or not isinstance(value, kind) or isinstance(value, bool):
+            shown = repr(value)[:40] if isinstance(value, (int, str)) else f"of type {type(value).__name__}"
+            raise UserError(f"{path}: not the state of a checkpoint: its {key} is {shown}")
     return content
+
+
+@contextmanager
+def _misfit_named(path: Path) -> Iterator[None]:
+    """Turn what loading a state says of odd content into one line. Nothing else may be inside: a fault of the program
+    must not hide here."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its state does not fit this run: {type(error).__name__}: {why}") from None

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import torch
 from disttempnet import distributed
 from disttempnet.config import Config
 from disttempnet.data import Source, TrainingData
-from disttempnet.files import write_atomically
+from disttempnet.errors import notice
+from disttempnet.files import read_object, write_atomically
 from disttempnet.losses import OBJECTIVES
 from disttempnet.models import Towers
+from disttempnet.sanitize import redacted
 
 PROBLEMS = 20  # lines that say what of the data is left out
 
@@ -49,7 +51,7 @@ def write_facts(
 ) -> None:
     """Write run.json, at the start and at the end of a run, with the time of either. Only rank 0 calls this."""
     path = config.folder / "run.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_facts(config.folder)
     known.pop("finished", None)  # of an earlier, shorter goal
     objective = OBJECTIVES[config.loss.name]
     facts = {
@@ -69,6 +71,47 @@ def write_facts(
     if finished:
         facts["finished"] = max(finished, str(facts.get("started", "")))  # the clock may have been set back in a pause
     write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """What run.json says; facts that are damaged are passed over with a notice, and are not there."""
+    path = run / "run.json"
+    facts = read_object(path)
+    for key, is_one in FACTS.items():
+        if key in facts and not is_one(facts[key]):
+            notice(f"{path}: passed over: {key} is {json.dumps(facts[key], ensure_ascii=False)[:40]}")
+            del facts[key]
+    return facts
+
+
+def _is_objective(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("title", "formula"))
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return datetime.datetime.fromisoformat(value).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+FACTS: dict[str, Callable[[Any], bool]] = {
+    "objective": _is_objective, "started": _is_time, "finished": _is_time, "versions": _is_table,
+    "world_size": _is_count, "num_samples": _is_count, "parameters": _is_count,
+    "device": _is_text, "git": _is_text, "command": _is_text, "index_digest": _is_text,
+}  # fmt: skip
 
 
 def plan_line(config: Config, data: TrainingData, step: int) -> str:
@@ -105,7 +148,11 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {"versions": versions, "git": _git_revision(), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    return {
+        "versions": versions,
+        "git": _git_revision(),
+        "command": redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+    }
 
 
 def _git_revision() -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from disttempnet.data import Skip
-from disttempnet.evaluation.scores import Scores, to_record
+from disttempnet.evaluation.scores import Scores, from_record, to_record
+from disttempnet.files import read_lines, write_atomically
 from disttempnet.terminal import console
 
 Report = Callable[[int, int, Mapping[str, float]], None]
@@ -43,8 +44,8 @@ class RunLog:
         self.console = console(stderr=True, quiet=not active or report is not None)
         if not active:
             return
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            _cut_after(folder / name, start)
+        for name, check in LOGS.items():
+            _cut_after(folder / name, start, check)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -176,17 +177,31 @@ def _summary(metrics: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drop lines past `step` (and a half-written last one), which the resumed run writes again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+def check_step(line: Mapping[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError for what is no line of metrics.jsonl: a step, an epoch, numbers."""
+    if type(line["step"]) is not int or not _is_number(line["epoch"]):
+        raise ValueError
+    if not all(value is None or _is_number(value) for value in line.values()):
+        raise ValueError
+
+
+def check_evaluation(line: Mapping[str, Any]) -> None:
+    """The same for eval.jsonl: a step, an epoch, scores of tasks."""
+    check_step({key: line[key] for key in ("step", "epoch")})
+    for scores in from_record(line).values():
+        check_step({"step": 0, "epoch": 0, **scores.metrics})
+        check_step({"step": 0, "epoch": 0, **scores.chance})
+
+
+LOGS: dict[str, Callable[[dict[str, Any]], None]] = {"metrics.jsonl": check_step, "eval.jsonl": check_evaluation}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cut_after(path: Path, step: int, check: Callable[[dict[str, Any]], None]) -> None:
+    """Drop lines past `step`, which the resumed run writes again, a half-written last one, and damaged ones."""
+    if path.is_file():
+        kept = [text for text, line in read_lines(path, check) if line["step"] <= step]
+        write_atomically(path, "".join(f"{text}\n" for text in kept))

@@ -9,14 +9,14 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from disttempnet import distributed
-from disttempnet.errors import UserError, UserNotice
-from disttempnet.files import write_atomically
+from disttempnet.errors import UserError, UserNotice, notice
+from disttempnet.files import read_object, write_atomically
 from disttempnet.training import whole
 
 LOCK = ".lock"
@@ -46,7 +46,7 @@ def weights_folder(pretrained: str) -> str:
 
 
 def chosen_checkpoint(run: Path) -> Path:
-    """The best checkpoint of a run folder, else its last.
+    """The best checkpoint of a run folder, else its last. In a process group all ranks call this.
 
     Raises:
         UserError: no such folder, or no checkpoint in it.
@@ -56,13 +56,19 @@ def chosen_checkpoint(run: Path) -> Path:
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run}: holds no checkpoint (expected {checkpoint_folder(run)}/step-…)")
-    best = checkpoint_folder(run) / "best.json"
-    if best.is_file():
-        step = json.loads(best.read_text(encoding="utf-8")).get("step", -1)
-        chosen = checkpoint_folder(run) / f"step-{int(step):08d}"
-        if chosen.is_dir():
-            return chosen
-    return checkpoints[-1]
+    return distributed.gather_objects(_best_of(run, checkpoints) if distributed.is_main() else None)[0]
+
+
+def _best_of(run: Path, checkpoints: Sequence[Path]) -> Path:
+    """The checkpoint that best.json names; the last one where it names none, said where it should."""
+    path = checkpoint_folder(run) / "best.json"
+    best = read_object(path)
+    if "step" not in best:  # nothing was evaluated yet
+        return checkpoints[-1]
+    named = [one for one in checkpoints if type(best["step"]) is int and one.name == f"step-{best['step']:08d}"]
+    if not named:
+        notice(f"{path}: passed over: there is no checkpoint of step {best['step']!r}; {checkpoints[-1].name} is taken")
+    return (named or checkpoints)[-1]
 
 
 def write_best(run: Path, best: Mapping[str, float]) -> None:

@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from disttempnet import distributed
-from disttempnet.errors import UserError
-from disttempnet.files import WRITING
+from disttempnet.errors import UserError, notice
+from disttempnet.files import WRITING, follow_umask, write_atomically
 
 LISTING = "files.json"
 REMOVING = ".removing-"
@@ -48,15 +49,16 @@ def write_whole(target: Path, write: Callable[[Path], list[Path]]) -> None:
 
     def own_files() -> dict[str, tuple[int, int]]:
         files = write(folder)
+        for file in files:
+            follow_umask(file)
         for place in (*files, *{file.parent for file in files}, folder):
             _to_disk(place)
         return {file.relative_to(folder).as_posix(): _size_and_sum(file) for file in files}
 
     def publish() -> None:
         if main:
-            (folder / LISTING).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
-            for written in (folder / LISTING, folder):
-                _to_disk(written)
+            write_atomically(folder / LISTING, json.dumps(listing, indent=1) + "\n")
+            _to_disk(folder)
             remove(target)
             os.rename(folder, target)
             _to_disk(target.parent)
@@ -92,8 +94,9 @@ def tidy(parent: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a folder of `write_whole`; empty if nothing, or if it has no listing as older ones have not.
+    """What is wrong with a folder of `write_whole`; empty if nothing.
 
+    One without a listing is examined by what its files say of themselves, and a notice says so: older ones have none.
     The ranks share the reading, and all learn the same.
     """
     found = ""
@@ -109,10 +112,57 @@ def damage(folder: Path) -> str:
             elif _size_and_sum(path)[1] != checksum:
                 found = f"{name} is not what was written"
     except FileNotFoundError:
-        pass
+        found = _damage_without_listing(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         found = f"{LISTING} cannot be used ({type(error).__name__})" if isinstance(error, ValueError) else str(error)
     return next(filter(None, distributed.gather_objects(found)), "")
+
+
+def _damage_without_listing(folder: Path) -> str:
+    """What a file of the folder says is wrong with it: tensors that end early, a checksum inside that does not fit,
+    no JSON. What is gone, and a changed byte of the towers, cannot be seen without a listing."""
+    if not folder.is_dir():
+        return f"{folder.name} is gone"
+    if distributed.is_main():
+        notice(
+            f"{folder}: has no {LISTING}, so sizes and checksums cannot be compared: only what its files say of "
+            "themselves is (checkpoints of early versions have none)"
+        )
+    for path in sorted(folder.iterdir())[distributed.rank() :: distributed.world_size()]:
+        try:
+            fault = INSIDE[path.suffix](path) if path.suffix in INSIDE and path.is_file() else ""
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile):
+            fault = "is not a file of its kind"
+        if fault:
+            return f"{path.name} {fault}"
+    return ""
+
+
+def _inside_tensors(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length) if length < size else b"")
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    return "" if size == expected else f"has {size:,} bytes of {expected:,}"
+
+
+def _inside_archive(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        return "is not what was written" if archive.testzip() else ""
+
+
+def _inside_json(path: Path) -> str:
+    json.loads(path.read_bytes())
+    return ""
+
+
+INSIDE: dict[str, Callable[[Path], str]] = {
+    ".safetensors": _inside_tensors,
+    ".pt": _inside_archive,
+    ".json": _inside_json,
+}
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disttempnet.data.decoding import UnreadableImage
-from disttempnet.files import write_atomically
 from disttempnet.losses import OBJECTIVES
 from disttempnet.report.binning import binned, spearman
 from disttempnet.report.examples import picture
-from disttempnet.report.page import open_template
+from disttempnet.report.page import open_template, publish
 from disttempnet.report.plots import scatter_chart
 from disttempnet.report.temperature import analysis, plots
 from disttempnet.report.temperature.analysis import Parameter
@@ -56,9 +55,7 @@ def write_page(run: Run, census: Census, out: Path) -> Path:
         parameter_chart=plots.parameter_chart(learned) if several else "",
         **(_analyses(run, census, tau) if own else {}),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
-    return out
+    return publish(out, page)
 
 
 def _analyses(run: Run, census: Census, tau: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from disttempnet.errors import UserError
+from disttempnet.files import atomic, unwritable_named
 from disttempnet.report.temperature.measure import Chunk
+from disttempnet.sanitize import csv_cell
 
 NUMBERS = ("tau_image", "tau_text", "log_u_image", "log_u_text")
 COLUMNS = ("id", "key", "caption", *NUMBERS)
@@ -59,29 +60,23 @@ def check_table(path: Path, facts: Sequence[str]) -> None:
 @contextmanager
 def open_table(path: Path, facts: Sequence[str]) -> Iterator[Table]:
     """A table to write to; it takes its name when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with unwritable_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = _parquet if path.suffix == ".parquet" else _csv
-        with writer(temporary, (*COLUMNS, *facts)) as table:
+        with atomic(path) as temporary, writer(temporary, (*COLUMNS, *facts)) as table:
             yield table
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def _csv(path: Path, names: Sequence[str]) -> Iterator[Table]:
     class Csv:
         def write(self, columns: dict[str, list[Any]]) -> None:
-            shown = [map(_seven_digits, columns[n]) if n in NUMBERS else columns[n] for n in names]
+            shown = [map(_seven_digits if n in NUMBERS else csv_cell, columns[n]) for n in names]
             writer.writerows(zip(*shown, strict=True))
 
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
+        writer.writerow(map(csv_cell, names))
         yield Csv()
 
 
