@@ -341,14 +341,10 @@ def test_credentials_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert Credentials("u:${SHARDS_PW}", "sig=${SHARDS_PW}").applied("https://h/0.tar") == (
         "https://u:hunter2@h/0.tar?sig=hunter2"
     )
-    with pytest.raises(
-        UserError, match=r"u:\$\{NOT_THERE\}@h/0.tar: the environment has no variable NOT_THERE"
-    ):
+    with pytest.raises(UserError, match=r"u:\$\{NOT_THERE\}@h/0.tar: the environment has no variable NOT_THERE"):
         Credentials("u:${NOT_THERE}").applied("https://h/0.tar")
     for kept in (Credentials("***"), Credentials("", "v=1&sig=***")):  # as a run's config.toml has them
-        with pytest.raises(
-            UserError, match=r"h/0.tar: its credentials are not kept in a run's files: give"
-        ):
+        with pytest.raises(UserError, match=r"h/0.tar: its credentials are not kept in a run's files: give"):
             kept.applied("https://h/0.tar")
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from disttempnet import distributed
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.training import whole
 from gloo import Pools
 
@@ -52,12 +52,18 @@ def change(path: Path) -> None:
         (lambda folder: os.truncate(folder / "a.bin", 64), "a.bin has 64 bytes of 100"),
         (lambda folder: change(folder / "a.bin"), "a.bin is not what was written"),
         (lambda folder: os.truncate(folder / "files.json", 9), "files.json cannot be used (JSONDecodeError)"),
-        (lambda folder: (folder / "files.json").unlink(), ""),  # as in folders of before there were listings
     ],
 )
 def test_damage_is_named(spoil: object, found: str, target: Path) -> None:
     spoil(target)  # type: ignore[operator]
     assert whole.damage(target) == found
+
+
+def test_a_folder_without_a_listing_is_told(target: Path) -> None:
+    """As folders are of before there were listings: what its files say of themselves is looked at (test_damage.py)."""
+    (target / "files.json").unlink()
+    with pytest.warns(UserNotice, match=r"step: has no files.json, so sizes and checksums cannot be compared"):
+        assert whole.damage(target) == ""
 
 
 def test_a_folder_of_the_same_name_is_replaced(target: Path) -> None:
