@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -149,6 +152,22 @@ def step(loss: nn.Module, batch: GlobalBatch, autocast: bool = False) -> StepRes
         kept=kept(loss, batch.ids),
         metrics={name: value.clone() for name, value in out.metrics.items()},
     )
+
+
+@contextlib.contextmanager
+def as_launched() -> Iterator[None]:
+    """What torchrun tells the libraries, which otherwise make a group of their own."""
+    size, rank = str(distributed.world_size()), str(distributed.rank())
+    told = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0"}
+    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"}
+    told = told if distributed.world_size() > 1 else {}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def descend(loss: nn.Module, rate: float) -> None:
