@@ -13,7 +13,7 @@ import pytest
 from disttempnet.cli import main
 from disttempnet.config import CONFIG_FOLDER
 from disttempnet.errors import UserError
-from disttempnet.launch import Launch, first_host, gpu_of, launched
+from disttempnet.launch import Launch, first_host, gpu_of, launched, local_processes
 from disttempnet.training.trainer import Trainer
 from srun import Srun, variables
 
@@ -122,6 +122,13 @@ def test_mpirun_tells_which_rank_a_process_is() -> None:
 )
 def test_empty_variables_and_one_process_are_no_launch(environment: dict[str, str]) -> None:
     assert launched(environment) is None
+
+
+def test_how_many_share_a_nodes_cores() -> None:
+    for environment, count in [({}, 1), ({"LOCAL_WORLD_SIZE": ""}, 1), ({"LOCAL_WORLD_SIZE": "8"}, 8), (MPICH, 2)]:
+        assert local_processes(environment) == count
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE=0: must be a whole number from 1"):
+        local_processes({"LOCAL_WORLD_SIZE": "0"})
 
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}

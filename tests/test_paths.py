@@ -9,6 +9,7 @@ import pytest
 from disttempnet.cli import build_parser
 from disttempnet.compare.grid import load_grid
 from disttempnet.config import dump_config, load_config
+from disttempnet.data.cache import cache_folder
 from disttempnet.errors import UserError
 from disttempnet.paths import expand_home
 
@@ -69,6 +70,17 @@ data_root = "~/d"
     alone = load_config("debug", ["data.train=~/a::b", "model.image_pretrained=~/r", "model.text_pretrained=~/t"])
     assert [one.path for one in alone.data.sources] == [f"{home}/a", "b"]
     assert (alone.model.image_pretrained, alone.model.text_pretrained) == (f"{home}/r", f"{home}/t")
+
+
+def test_a_cache_in_the_environment_is_expanded(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/shared")
+    monkeypatch.setenv("DISTTEMPNET_CACHE", "")
+    assert cache_folder() == Path(home, "shared", "disttempnet")
+    monkeypatch.setenv("DISTTEMPNET_CACHE", "~/own")
+    assert cache_folder() == Path(home, "own")
+    monkeypatch.setenv("DISTTEMPNET_CACHE", "~no.such.user/own")
+    with pytest.raises(UserError, match=r"no home folder is known \(HOME is not set\): set DISTTEMPNET_CACHE"):
+        cache_folder()
 
 
 def test_a_grid_and_flags_expand_too(home: str, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ examples:
 
 TRAIN = """Any config key can be given as section.key=value. A file with config = "BASE.toml" (a path relative to it, or
 a shipped config) holds only what differs from BASE; a loss with a name replaces BASE's as a whole.
+A path may begin with ~. What takes a string takes it as it stands: name=2024-05-01 is a name, and no date.
 
 Keys:
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disttempnet.errors import Preempted, UserError
+from disttempnet.launch import local_processes
 from disttempnet.machine import cores
 from disttempnet.paths import path_argument
 from disttempnet.ranges import BATCH, WORKERS
@@ -327,8 +327,7 @@ def _workers(device: torch.device) -> int:
     """Decoding processes for each rank: with a GPU its share of the cores, without none (they would take turns)."""
     if device.type != "cuda":
         return 0
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, cores() // here - 1))
+    return max(1, min(16, cores() // local_processes() - 1))
 
 
 def _show(found: Mapping[str, TaskRecord], tasks: Sequence[Task], title: str, root: Path) -> None:

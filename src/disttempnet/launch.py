@@ -39,6 +39,7 @@ class Launch(NamedTuple):
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # srun binds its tasks to cores
 ALONE = Launch("", 0, 1, 0, "", 0)  # a launcher started this process and no other
 
 
@@ -55,6 +56,12 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
         if launch := read(env):
             return None if launch is ALONE else launch
     return None
+
+
+def local_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes that share this node's cores, where the launcher says so; else 1."""
+    env = {name: value for name, value in environment.items() if value}
+    return max(_number(env, name, SIZES) if name in env else 1 for name in LOCAL_SIZES)
 
 
 def _torchrun(env: Mapping[str, str]) -> Launch | None:

@@ -17,6 +17,7 @@ from typing import Any
 from disttempnet.compare.display import Display
 from disttempnet.compare.worker import Ended, Place, Progress, work
 from disttempnet.config import Config
+from disttempnet.machine import cores
 from disttempnet.training.stopping import Terminal, stop_signals
 
 END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -77,8 +78,9 @@ class Pool:
 
     def _start(self, number: int) -> _Worker:
         """Start a worker's process; it waits for `_deal`."""
-        threads = max(1, (os.cpu_count() or 1) // self._jobs)
-        if limit := os.environ.get("OMP_NUM_THREADS", ""):
+        threads = max(1, cores() // self._jobs)
+        limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list: one a level of nesting
+        if limit.isdecimal():
             threads = min(threads, max(1, int(limit)))
         gpu = self._gpus[number % len(self._gpus)] if self._gpus else ""
         place = Place(number, threads, gpu, self._log)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from disttempnet.errors import UserError
+from disttempnet.paths import expand_home
 
 
 def cached_shards(dataset: str, split: str, shards: Iterable[str], write: Callable[[Path], None]) -> Path:
@@ -57,13 +58,13 @@ def cache_folder() -> Path:
     Raises:
         UserError: a user without a home.
     """
-    if chosen := os.environ.get("DISTTEMPNET_CACHE"):
-        return Path(chosen)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "disttempnet"
     try:
+        if chosen := os.environ.get("DISTTEMPNET_CACHE"):
+            return Path(expand_home(chosen))
+        if shared := os.environ.get("XDG_CACHE_HOME"):
+            return Path(expand_home(shared)) / "disttempnet"
         return Path.home() / ".cache" / "disttempnet"
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         raise UserError("no home folder is known (HOME is not set): set DISTTEMPNET_CACHE to a folder") from None
 
 

@@ -109,7 +109,7 @@ def use_kernel(embeddings: Tensor) -> bool:
     Raises:
         UserError: an unknown setting, or triton where it cannot run.
     """
-    setting = os.environ.get(KERNEL_SETTING, "auto")
+    setting = os.environ.get(KERNEL_SETTING) or "auto"
     if setting not in ("auto", "torch", "triton"):
         raise UserError(f"{KERNEL_SETTING} must be auto, torch or triton, got '{setting}'")
     if setting == "torch" or (setting == "auto" and not embeddings.is_cuda):
