@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from disttempnet.losses.learning import PATIENCE
 from losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
 
 close = torch.testing.assert_close
+ROOT = Path(__file__).parents[2]
 OWN_RATE = {
     "clip-network": 0.01, "tempnet": 0.01, "disttempnet": 0.01, "disttempnet-v1": 0.01,
     "clip": 0.01, "fastclip-v0": 0.01, "fastclip-v3": 0.01, "fastclip-v3-constant-gamma": 0.01,
@@ -388,6 +391,12 @@ def test_a_gradient_is_not_differentiated_again(recipe: dict) -> None:
         torch.autograd.grad(total, x, create_graph=True)
 
 
+def test_features_of_another_width_are_refused() -> None:
+    x, y = pairs(B, width=D + 1)
+    with pytest.raises(ValueError, match=f"features are {D + 1} wide, the loss was built with embed_dim = {D}"):
+        make(EVERY["disttempnet-v1"])(Features.unit(x, y), torch.arange(B))
+
+
 ROWS = "every rank needs as many rows, got 4, 3 of ranks 0 to 1"
 
 
@@ -436,6 +445,29 @@ def test_what_one_rank_refuses_ends_no_other_in_a_collective(gloo, what: str, na
 def test_losses_that_differ_between_ranks_are_refused_at_the_first_step(gloo, what: str, name: str, named: str) -> None:
     for message, _ in gloo(2, refusal, EVERY[name], what):
         assert f"the loss of rank 1 has other {named} than that of rank 0" in message
+
+
+# ---- as it is written ----
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/objectives.md"])
+def test_the_loop_of_the_pages_runs_as_it_stands(page: str, tmp_path: Path) -> None:
+    """Verbatim; the network waits for its epoch, then moves, and what was saved goes on where it was."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    torch.manual_seed(0)
+    towers = nn.ModuleList([nn.Linear(5, D), nn.Linear(4, D)])
+    towers.forward = lambda images, texts: (towers[0](images), towers[1](texts))
+    loader = [(torch.randn(B, 5), torch.randn(B, 4), ids) for ids in torch.arange(2 * B).split(B)]
+    given = {"N": 2 * B, "D": D, "device": "cpu", "model": towers, "loader": loader, "path": tmp_path / "saved.pt"}
+    start = values(build_loss("disttempnet-v1", num_samples=2 * B, embed_dim=D))
+    for epochs, moved in ((2, False), (3, True)):
+        exec(block, given | {"epochs": epochs})
+        saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+        loss = build_loss("disttempnet-v1", num_samples=2 * B, embed_dim=D)
+        loss.load_state_dict(saved["loss"])
+        assert any(not torch.equal(a, b) for a, b in zip(values(loss), start, strict=True)) == moved
+        assert loss.epoch == epochs - 1
+        assert loss.step == 2 * epochs
 
 
 # ---- arguments ----
