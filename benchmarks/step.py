@@ -141,6 +141,7 @@ def communication(
 ) -> dict[str, int]:
     """Bytes a rank receives of the others in the gathers of a step, and those of the tensors that are all-reduced.
 
+    Every objective gathers the number of rows of each rank (8 bytes).
     The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where
     τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
     The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
@@ -151,7 +152,7 @@ def communication(
     row = {"siglip": features, "vicreg": 0, "onlineclr": features + 8 + 4 * 2}.get(name, family)
     summed = {"siglip": 4, "cyclip": 12 * width**2, "vicreg": 12 * width + 8 * width**2}
     return {
-        "gathered": (ranks - 1) * b * row,
+        "gathered": (ranks - 1) * (b * row + 8),
         "reduced": summed.get(name, 8 * b * ranks * state_columns) + 4 * parameters,
     }
 
@@ -185,28 +186,28 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 class Pair(nn.Module):
-    """A linear map a side, and the objective: the smallest model that is trained as the real one is."""
+    """A linear map a side: the smallest towers."""
 
-    def __init__(self, name: str, rows: int, width: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(width, width), nn.Linear(width, width)
-        self.loss = build_loss(name, num_samples=rows, embed_dim=width, shard_state=True)  # as in a run
 
-    def forward(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        return self.loss(Features.of(self.image(x), self.text(y)), ids).total
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(x), self.text(y)
 
 
 def traffic(name: str, b: int, width: int) -> tuple[dict[str, int], int]:
     """Bytes of one step of this rank under data parallelism, and the number of parameters."""
     K, rank = distributed.world_size(), distributed.rank()
-    model = Pair(name, K * b, width)
-    parallel = distributed.data_parallel(model, torch.device("cpu"))
+    towers = Pair(width)
+    loss = build_loss(name, num_samples=K * b, embed_dim=width, shard_state=True)  # as in a run
+    parallel = distributed.data_parallel(towers, torch.device("cpu"))
     parallel.register_comm_hook(None, default_hooks.allreduce_hook)  # what it does anyway, where it can be counted
     mine = slice(rank * b, (rank + 1) * b)
     x, y = (side[mine] for side in unit_rows(K * b, width))
     with counted() as seen:
-        parallel(x, y, torch.arange(K * b)[mine]).backward()
-    return seen, sum(p.numel() for p in model.parameters())
+        loss(Features.of(*parallel(x, y)), torch.arange(K * b)[mine]).total.backward()
+    return seen, sum(p.numel() for model in (towers, loss) for p in model.parameters())
 
 
 def _rank(rank: int, ranks: int, store: str, answers: Any) -> None:

@@ -77,6 +77,7 @@ class NetworkTemperature(Temperature):
         if feature_scale < 0:
             raise ValueError(f"feature_scale must not be negative, got {feature_scale}")
         self.dropout, self.shuffle, self.seed = dropout, shuffle, context.seed
+        self.width = context.embed_dim
         self.feature_scale = feature_scale or math.sqrt(context.embed_dim)
         if tau_start_epoch < 0:
             raise ValueError(f"tau_start_epoch must not be negative, got {tau_start_epoch}")
@@ -120,13 +121,18 @@ class NetworkTemperature(Temperature):
 
     def _tau(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
         factors = None if mask is None else mask.to(x.dtype) / (1 - self.dropout)
-        tau: Tensor = network(x * self.feature_scale, factors)
+        tau: Tensor = network(self._scaled(x), factors)
         return tau
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.width:
+            raise ValueError(f"features are {x.shape[1]} wide, the loss was built with embed_dim = {self.width}")
+        return x * self.feature_scale
 
     @torch.no_grad()
     def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
         """τ [2, n] without dropout, of features [n, D]."""
-        return torch.stack([self.image(image * self.feature_scale, None), self.text(text * self.feature_scale, None)])
+        return torch.stack([self.image(self._scaled(image), None), self.text(self._scaled(text), None)])
 
     def _mask(self, batch: Batch, side: int) -> Tensor | None:
         """Which units of the local rows stay, bool [b, D]."""
