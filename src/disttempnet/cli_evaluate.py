@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -101,7 +100,7 @@ def add_evaluate_command(commands: Any) -> None:
         type=path_argument,
         metavar="PATH",
         help="with --data-root a folder (default: RUN/evaluation/STEP, or evaluation/NAME), else a JSON file "
-        "(default: RUN/results.json)",
+        "(default: RUN/results.json, or of a run that cannot be written evaluation/RUN-STEP.json)",
     )
     evaluate.set_defaults(run=_evaluate, memory="lower --batch")
 
@@ -116,12 +115,13 @@ def _words(given: Sequence[str]) -> list[str]:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from disttempnet.evaluation.readers import all_tasks, choose_tasks
+    from disttempnet.evaluation.readers import VALIDATION, all_tasks, choose_tasks
 
     root = Path(options.data_root) if options.data_root else None
     if root is not None and not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
-    chosen = choose_tasks(_words(options.tasks), _words(options.tags))
+    words = _words(options.tasks)
+    chosen = choose_tasks([word for word in words if word != VALIDATION], _words(options.tags))
     if options.list:
         return _list(chosen or [task for task in all_tasks().values() if task.below_root], root)
     if options.target is None:
@@ -130,43 +130,64 @@ def _evaluate(options: argparse.Namespace) -> int:
         for flag in ("precision", "compat", "workers"):
             if getattr(options, flag):
                 raise UserError(f"--{flag} goes with --data-root")
-        return _without_root(options, [task.name for task in chosen])
+        return _without_root(options, [task.name for task in chosen], VALIDATION in words)
+    if VALIDATION in words:
+        raise UserError(f"task '{VALIDATION}' is of a run's own data: evaluate it without --data-root")
     return _with_root(options, chosen or [task for task in all_tasks().values() if task.below_root], root)
 
 
-def _without_root(options: argparse.Namespace, chosen: list[str]) -> int:
-    """Tasks whose data ships with the package, or that a run's config names: a table, and one JSON file."""
+def _without_root(options: argparse.Namespace, chosen: list[str], validation: bool) -> int:
+    """Tasks whose data ships with the package, is one's own, or is named by a run's config: a table, one JSON file.
 
+    Args:
+        chosen: names of tasks; none, and no `validation` = those of the run's config, or all that ship.
+        validation: what the run's data.validation names is a task too.
+    """
     from disttempnet import distributed
-    from disttempnet.evaluation.readers import all_tasks
+    from disttempnet.evaluation.embed import checkpoint_hash
+    from disttempnet.evaluation.progress import TaskProgress
+    from disttempnet.evaluation.readers import VALIDATION, TaskData, all_tasks, find_task
+    from disttempnet.evaluation.results_file import Subject, default_place, refuse_other, write_results
     from disttempnet.evaluation.runner import evaluate
-    from disttempnet.evaluation.scores import to_record
     from disttempnet.evaluation.table import results_table
-    from disttempnet.files import refuse_unwritable, write_atomically
+    from disttempnet.evaluation.validation import validation_data
+    from disttempnet.files import refuse_unwritable
 
     out = Path(options.out) if options.out else None
     if out is not None:
-        refuse_unwritable(out)
+        refuse_unwritable(out)  # learnt before the model is loaded
     opened = _open(options.target, options.resize_positions)
-    names, data_root = chosen, None
-    if opened.config is not None:
-        names = names or list(opened.config.eval.tasks)
-        data_root = Path(opened.config.eval.data_root) if opened.config.eval.data_root else None
-        out = out or opened.folder / "results.json"
-    names = names or [name for name, task in all_tasks().items() if not task.below_root]
+    subject = Subject(opened.title, checkpoint_hash(opened.towers), opened.notes)
+    names, data_root, config = chosen, None, opened.config
+    if config is not None:
+        data_root = Path(config.eval.data_root) if config.eval.data_root else None
+        if not chosen and not validation:
+            names, validation = list(config.eval.tasks), bool(config.data.validation)
+        out = out or default_place(opened.folder, config.name, opened.name, subject)
+    elif validation:
+        find_task(VALIDATION)  # says that there is none
+    if out is not None:
+        refuse_other(out, subject)
     with distributed.session() as device:
+        held_out = validation_data(config.data) if config is not None and validation else None
+        if validation and held_out is None:
+            find_task(VALIDATION)
+        ship = [name for name, task in all_tasks().items() if not task.below_root]
+        tasks: list[str | TaskData] = [*(names or ([] if held_out else ship)), *([held_out] if held_out else [])]
         opened.towers.module.to(device)
-        results = evaluate(opened.towers, names, device=device, batch=options.batch, data_root=data_root)
-        if distributed.is_main():
-            console().print(results_table({opened.title: results}))
-            _print_notes(opened.notes)
-            record = {"model": opened.title, "model_notes": list(opened.notes), **to_record(results)}
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(out, json.dumps(record, indent=2) + "\n")
-                say(f"results: {out}")
+        with TaskProgress() as progress:
+            results = evaluate(
+                opened.towers, tasks, device=device, batch=options.batch, data_root=data_root, progress=progress
+            )
         if not distributed.is_main():
             return 0  # else a launcher might end rank 0 before its table is printed
+    console().print(results_table({opened.title: results}))
+    _print_notes(opened.notes)
+    if out is not None:
+        write_results(out, subject, results)
+        if config is not None and not options.out and opened.folder not in out.parents:
+            say(f"{opened.folder} cannot be written to: the results are in the current folder")
+        say(f"results: {out}")
     return int(not all(scores.complete for scores in results.values()))
 
 
@@ -249,7 +270,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
     if options.out:
         refuse_unwritable(Path(options.out) / SUMMARY_FILE)  # learnt before the model is loaded
     opened = _open(options.target, options.resize_positions)
-    out = Path(options.out) if options.out else opened.folder / "evaluation" / opened.name
+    out = Path(options.out) if options.out else _results_folder(opened)
     refuse_unwritable(out / SUMMARY_FILE)
     with distributed.session(timeout_minutes=60.0) as device:
         precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -282,6 +303,22 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
         _print_notes(opened.notes)
         say(f"results: {out / RESULTS_FILE}")
     return int(any(record.error for record in records))
+
+
+def _results_folder(opened: Opened) -> Path:
+    """Below the run; where that cannot be written to (it may be a colleague's), here."""
+    from disttempnet.evaluation.summary import SUMMARY_FILE
+    from disttempnet.files import refuse_unwritable
+
+    folder = opened.folder / "evaluation" / opened.name
+    try:
+        refuse_unwritable(folder / SUMMARY_FILE)
+    except UserError:
+        if opened.config is None:
+            raise
+        say(f"{opened.folder} cannot be written to: results go to the current folder")
+        return Path("evaluation") / f"{opened.config.name}-{opened.name}"
+    return folder
 
 
 def _subject(opened: Opened, precision: str, compat: str) -> Subject:

@@ -26,6 +26,7 @@ from disttempnet.sanitize import redacted, redacted_table
 Place = Annotated[str, Home()]  # a path, or a name that may be one
 PlaceOrNone = Annotated[str, Home(empty=True)]  # where nothing has a meaning
 STEPS = whole(0, 10**12)
+VALIDATION = Range(0, 0.5)  # share of the samples
 SHOWN = 60  # characters of a wrong value
 
 
@@ -100,6 +101,11 @@ class DataConfig(Section):
         "wrap", description="last batch of an epoch: filled from the epoch's beginning, or dropped"
     )
     workers: Annotated[int, WORKERS] = Field(2, description="loader processes a rank; 0 loads in the training process")
+    validation: float | str = Field(
+        0.0,
+        description=f"what the task validation is measured on: a share of the samples ({VALIDATION}), chosen by hash "
+        "and never trained on; or a source of its own, as data.train or as a task (captions:FILE); 0 = nothing",
+    )
     limit: Annotated[int, SAMPLES] = Field(0, description="use only the first this many readable samples; 0 = all")
 
     @field_validator("train", mode="before")
@@ -113,6 +119,19 @@ class DataConfig(Section):
         if not isinstance(train, (list, tuple)) or not train:
             raise ValueError(f"must name a source, or a list of them, [{{path = …}}, …] (got {train!r})")
         return tuple(_source(item, f"source {number}") for number, item in enumerate(train, 1))
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _a_share_or_a_source(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return VALIDATION.check(given)
+        if not given.strip():
+            raise ValueError(f"must be a share {VALIDATION}, or name a source")
+        try:
+            share = float(given)  # as on a command line
+        except ValueError:
+            return expand_home(given)
+        return VALIDATION.check(share)
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -265,7 +284,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """What is measured during and after training."""
 
-    tasks: tuple[Place, ...] = Field((), description="rows of evaluation/tasks.toml, or folder:PATH")
+    tasks: tuple[Place, ...] = Field(
+        (), description="rows of evaluation/tasks.toml, or folder:PATH, shards:SPEC, captions:FILE"
+    )
     data_root: PlaceOrNone = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
     every_epochs: Annotated[int, whole(1, 10**6)] = 1
     batch: Annotated[int, BATCH] = Field(256, description="images a forward pass")

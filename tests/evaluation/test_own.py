@@ -102,10 +102,15 @@ def test_three_ways_to_say_the_same(tmp_path: Path) -> None:
 def test_without_labels_it_is_retrieval(tmp_path: Path) -> None:
     data = loaded(f"shards:{write_shards(tmp_path / 'tars', label=False)}")
     assert (data.task.protocols, data.heads, data.notes) == (("retrieval",), (), ())
-    with pytest.raises(UserError, match=r"task 'shards:.*': nothing to measure on; 0\.tar/s0000000: no 'genus'"):
+    with pytest.raises(UserError, match=r"task 'shards:.*': no sample has 'genus'; there are no other fields"):
         loaded(f"shards:{tmp_path / 'tars'}?label=genus")
-    scores = scores_of(f"captions:{write_listing(tmp_path / 'list')}")
-    assert "acc1" not in scores.metrics
+    folder = write_folder(tmp_path / "photos")
+    for number in range(len(ROWS)):
+        (folder / f"{number}.json").unlink()
+    for name in (f"captions:{write_listing(tmp_path / 'list')}", f"folder:{folder}"):
+        scores = scores_of(name)
+        assert scores.headline == scores.metrics["mean_recall"]
+        assert "acc1" not in scores.metrics
 
 
 def test_labels_that_make_no_classes(tmp_path: Path) -> None:

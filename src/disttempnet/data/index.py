@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from disttempnet.data.scan import REASONS, Tally, json_captions
 from disttempnet.data.shards import BrokenTar, read_member, sample_key
-from disttempnet.data.source import OK, Source, usable_captions
+from disttempnet.data.source import OK, Source, hash_of, mixed, usable_captions
 from disttempnet.data.store import LocalStore, ShardStore, State
 from disttempnet.errors import UserError
 
@@ -130,6 +130,11 @@ class ShardIndex(Source):
             if member := read_member(self._file(shard), int(self.start[sample])):
                 key = sample_key(member.name)
         return f"{self.shards[shard].name}:{key}"
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Of shard and place: of the shard its file name alone, so that its folder may be called anything."""
+        shards = np.array([hash_of(Path(shard.name).name) for shard in self.shards], np.uint64)
+        return mixed(np.repeat(shards, np.diff(self.first)) + self.start.astype(np.uint64))
 
     def reason(self, sample: int) -> str:
         return REASONS[self.status[sample]]

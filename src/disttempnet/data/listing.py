@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
@@ -34,7 +35,7 @@ from disttempnet.data.listing_index import (
 from disttempnet.data.parquet import Parquet, ParquetImages
 from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
-from disttempnet.data.source import OK, Source, usable_captions
+from disttempnet.data.source import OK, Source, hash_of, usable_captions
 from disttempnet.errors import UserError, UserNotice
 
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
@@ -126,6 +127,10 @@ class Listing(Source):
         """`LISTING:IMAGE`, or the number of a row without image; `FILE.parquet:ROW`, from 0."""
         image = printable(self.columns.row(sample)[0]) or f"row {self.columns.number(sample) + 1}"
         return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Of what the rows call their images."""
+        return np.array([hash_of(self.columns.row(sample)[0]) for sample in range(len(self))], np.uint64)
 
     def reason(self, sample: int) -> str:
         return ROW_REASONS[self.status[sample]]

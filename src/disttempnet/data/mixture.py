@@ -68,6 +68,9 @@ class MixedSource(Source):
         part, own = self._locate(sample)
         return self.parts[part].metadata(own)
 
+    def hashes(self) -> NDArray[np.uint64]:
+        return np.concatenate([part.hashes() for part in self.parts])
+
     def reason(self, sample: int) -> str:
         part, own = self._locate(sample)
         return self.parts[part].reason(own)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from disttempnet.config import DataConfig, SourceConfig
 from disttempnet.data.dataset import Batch, PairDataset, batches_of, make_loader
+from disttempnet.data.held_out import HeldOut
 from disttempnet.data.indexing import open_index
 from disttempnet.data.listing import is_listing, open_listing
 from disttempnet.data.mixture import MixedSource
@@ -35,6 +36,12 @@ def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Sourc
     if len(parts) == 1 and sources[0].weight == 1:
         return parts[0]
     return MixedSource(parts, [source.weight for source in sources])
+
+
+def open_training_source(config: DataConfig, progress: bool = True) -> Source:
+    """The samples that a run is trained on: without those that data.validation holds out. Every rank calls this."""
+    source = open_source(config.sources, progress)
+    return HeldOut(source, config.validation) if isinstance(config.validation, float) and config.validation else source
 
 
 def _open_one(source: SourceConfig, progress: bool) -> Source:
@@ -81,7 +88,7 @@ def open_training_data(
     Raises:
         UserError: shards that are missing or changed, too few samples, a world size that lanes do not allow.
     """
-    source = open_source(config.sources)
+    source = open_training_source(config)
     plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
     plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
     dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)

@@ -6,6 +6,7 @@ loader workers, so it holds paths and mappings, not content.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -64,6 +65,10 @@ class Source(ABC):
     def reason(self, sample: int) -> str:
         """Why a sample is not usable, in words."""
 
+    @abstractmethod
+    def hashes(self) -> NDArray[np.uint64]:
+        """uint64 [N], of what each sample is, as far as that can be told without reading it: the same in any order."""
+
     def notes(self) -> list[str]:
         """How the data was read, where that had to be found out, a line each."""
         return []
@@ -115,6 +120,18 @@ def bare(text: str) -> str:
     while text != (less := text.strip(BYTE_ORDER_MARK).strip()):
         text = less
     return text if text.strip(INVISIBLE) else ""
+
+
+def hash_of(text: str) -> int:
+    """64 bits that look random, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """64 bits each that look random, others for other values (the finaliser of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def usable_captions(texts: Sequence[bytes | str]) -> tuple[str, ...]:

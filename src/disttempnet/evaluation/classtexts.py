@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.embed import Encoder, Progress
 from disttempnet.evaluation.protocols import classifier, prompts
 from disttempnet.evaluation.readers import Head
+from disttempnet.files import atomic
 from disttempnet.terminal import say
 
 PROMPTS_AT_ONCE = 8192  # bounds the memory that prompts take before they are averaged
@@ -87,11 +86,11 @@ class ClassTexts:
         path = self._path(templates)
         assert path is not None
         facts = {"templates": json.dumps(templates), "names": json.dumps(list(known))}
-        temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": torch.stack(list(known.values()))}, temporary, metadata=facts)
-            os.replace(temporary, path)
-        except OSError as error:
-            say(f"disttempnet: {path}: text features are not kept: {error.strerror}", error=True)
+            with atomic(path) as temporary:
+                save_file({"features": torch.stack(list(known.values()))}, temporary, metadata=facts)
+        except (OSError, SafetensorError) as error:  # a full disk is either
+            why = getattr(error, "strerror", None) or " ".join(str(error).split())
+            say(f"disttempnet: {path}: text features are not kept: {why}", error=True)
             self.folder = None

@@ -20,7 +20,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.captioned import RAW_PROTOCOLS, captioned_data, winogavil_data
 from disttempnet.evaluation.labelled import labelled_data
 from disttempnet.evaluation.own import own_data
-from disttempnet.evaluation.readers import OWN, Task, TaskData, all_tasks, embedded_data
+from disttempnet.evaluation.readers import OWN, SHARDS, Task, TaskData, all_tasks, embedded_data
 from disttempnet.evaluation.tars import has_tars
 
 HF_CACHE = "hf_cache"  # where DataComp's download keeps raw sets, in a form of `datasets` that only it reads
@@ -119,8 +119,8 @@ def how_to_evaluate(tars: Path, images: int) -> str:
     root, name = tars.parent.parent, tars.parent.name
     task = next((task for task in tasks if tars.name == "test" and name in folder_names(task)), None)
     if task is None:
-        places = " or ".join(f"ROOT/{task.also[0]}/test" for task in tasks)
-        return f"to evaluate retrieval on it, it has to be {places}: then evaluate RUN --data-root ROOT finds it"
+        command = shlex.join(["disttempnet", "evaluate", "RUN", "--tasks", f"{SHARDS}{tars}"])
+        return f"evaluate retrieval on it: {command}"
     command = shlex.join(["disttempnet", "evaluate", "RUN", "--data-root", str(root), "--tasks", task.name])
     if sizes_of(root).get(task.name, task.size) != images:
         command += f'\n  (the task has {task.size:,} images: say "{task.name}" = {images} in {root / "sizes.toml"})'

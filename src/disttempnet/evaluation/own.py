@@ -202,12 +202,16 @@ def _with_labels(task: Task, own: Own, beside: Path, options: Mapping[str, str])
     asked = options.get("label", "")
     samples, broken = own.samples, [*own.broken]
     labels = own.labels
+    if asked and not any(labels):
+        keys = ", ".join(sorted({key for sample in samples[:LOOKED_AT] for key in sample.facts}))
+        raise UserError(f"no sample has '{asked}'; there are {keys or 'no other fields'}")
     if asked:
         broken += [f"{s.key}: no '{asked}'" for s, label in zip(samples, labels, strict=True) if not label]
         samples = [sample for sample, label in zip(samples, labels, strict=True) if label]
         labels = [label for label in labels if label]
     if not samples:
         raise UserError(f"nothing to measure on; {next(iter(broken), 'no samples')}")
+    task = task.model_copy(update={"protocols": ("retrieval",), "main": "mean_recall"})
     data = TaskData(task, tuple(samples), broken=tuple(broken), notes=tuple(own.notes))
     names, numbers, notes = _classes(labels, beside)
     if asked and not names:

@@ -6,10 +6,10 @@ import datetime
 import time
 from collections.abc import Sequence
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from disttempnet import distributed
-from disttempnet.evaluation.readers import Task
+from disttempnet.evaluation.readers import Task, task_title
 from disttempnet.evaluation.records import TaskRecord
 from disttempnet.terminal import console
 
@@ -96,3 +96,30 @@ class SuiteProgress:
         if counted:
             words.append(f"average of {len(counted)}/{self._averaged} {100 * sum(counted) / len(counted):.2f}")
         return "  ".join(words)
+
+
+class TaskProgress:
+    """Follows an evaluation of a few tasks on rank 0: a live line in a terminal, else nothing."""
+
+    def __init__(self) -> None:
+        where = console()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("batches"),
+        )
+        hidden = not distributed.is_main() or not where.is_terminal
+        self._line = Progress(*columns, console=where, transient=True, disable=hidden)
+        self._bar = self._line.add_task("", total=1)
+
+    def __enter__(self) -> TaskProgress:
+        self._line.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.stop()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """A batch more of `what`, a task's images or the texts of all."""
+        self._line.update(self._bar, description=task_title(what), completed=done, total=of)

@@ -31,6 +31,7 @@ TASKS_FILE = Path(__file__).with_name("tasks.toml")
 FOLDER = "folder:"  # what names of tasks begin with that are no rows but data of one's own: own.py
 SHARDS, CAPTIONS = "shards:", "captions:"
 OWN = (FOLDER, SHARDS, CAPTIONS)
+VALIDATION = "validation"  # of a run's own data: validation.py
 OPTIONS = re.compile(r"\?(?=\w+=)")  # what follows the path in the name of such a task: ?label=species&…
 
 
@@ -161,6 +162,8 @@ def find_task(name: str) -> Task:
         return Task(
             name=name, display=_own_title(name), data=name, protocols=("retrieval",), main="mean_recall", tags=()
         )
+    if name == VALIDATION:
+        raise UserError(f"task '{name}' is of a run whose config has data.validation, and of no other data")
     tasks = all_tasks()
     if name not in tasks:
         raise UserError(unknown_name("task", name, tasks))
@@ -196,6 +199,8 @@ def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Ta
 
 def task_title(name: str) -> str:
     """A task's heading in tables; the name itself of one that is not known here."""
+    if name == VALIDATION:
+        return "Validation"
     return find_task(name).display if name in all_tasks() or name.startswith(OWN) else name
 
 

@@ -55,7 +55,7 @@ class TaskResult(Scores):
 
 def evaluate(
     towers: Towers,
-    task_names: Sequence[str],
+    tasks: Sequence[str | TaskData],
     *,
     device: torch.device | str,
     batch: int = 256,
@@ -66,7 +66,7 @@ def evaluate(
 
     Args:
         towers: with their module on `device`; its training modes are restored at the end.
-        task_names: rows of tasks.toml.
+        tasks: rows of tasks.toml or data of one's own, by name; or their data.
         batch: images or texts embedded at once.
         progress: called with ("texts" or a task's name, batches embedded by this rank, batches of this rank).
         data_root: where the data of tasks lies that does not ship with the package.
@@ -78,15 +78,15 @@ def evaluate(
         UserError: unknown task, missing or broken data, no readable image, features that are not finite.
     """
     encoder = Encoder(towers, torch.device(device), batch)
-    tasks = load_tasks(task_names, data_root)
-    own = [data for data in tasks if not data.task.below_root]
+    loaded = load_tasks(tasks, data_root)
+    own = [data for data in loaded if not data.task.below_root]
     texts = list(dict.fromkeys(text for data in own for text in _texts(data)))  # each is embedded once
     row = {text: i for i, text in enumerate(texts)}
     known = ClassTexts()
     results: dict[str, Scores] = {}
     with evaluation_mode(towers.module):
         features = distributed.all_sum(encoder.texts(texts, progress))
-        for data in tasks:
+        for data in loaded:
             if data.task.below_root:
                 heads, words = embed_words(data, encoder, known, progress)
             else:
@@ -100,7 +100,7 @@ def evaluate(
     return results
 
 
-def load_tasks(names: Sequence[str], data_root: Path | None) -> list[TaskData]:
+def load_tasks(tasks: Sequence[str | TaskData], data_root: Path | None) -> list[TaskData]:
     """The tasks' data, indexed once and kept; every rank calls this.
 
     Training does so before its first step: what cannot be read at the end of an epoch would end the run there.
@@ -108,7 +108,9 @@ def load_tasks(names: Sequence[str], data_root: Path | None) -> list[TaskData]:
     Raises:
         UserError: an unknown task, or data that is missing or cannot be read, on any rank.
     """
-    return distributed.together(lambda: [_loaded(find_task(name), data_root) for name in names])
+    return distributed.together(
+        lambda: [task if isinstance(task, TaskData) else _loaded(find_task(task), data_root) for task in tasks]
+    )
 
 
 @lru_cache(maxsize=64)

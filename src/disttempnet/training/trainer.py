@@ -22,8 +22,10 @@ from disttempnet import distributed, sharding
 from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.errors import Preempted, UserError
+from disttempnet.evaluation.readers import TaskData, task_title
 from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.validation import validation_data
 from disttempnet.files import write_atomically
 from disttempnet.losses import LossOutput
 from disttempnet.machine import memory_named
@@ -92,6 +94,8 @@ class Trainer:
         self.data = open_training_data(
             config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
         )
+        validation = validation_data(config.data, self.data.source)
+        self.tasks: list[str | TaskData] = [*config.eval.tasks, *([validation] if validation else [])]
         rows = config.data.global_batch // distributed.world_size()
         if config.train.accumulate > rows:
             raise UserError(f"train.accumulate = {config.train.accumulate} is more than the {rows} rows of a process")
@@ -254,11 +258,11 @@ class Trainer:
             self.log.say(self.skipped.summary())
         config = self.config.eval
         due = epochs_done % config.every_epochs == 0 or epochs_done == self.config.train.epochs
-        if config.tasks and evaluated and due:
+        if self.tasks and evaluated and due:
             root = Path(config.data_root) if config.data_root else None
             # ranks embed different numbers of batches: towers that are shared out would wait for each other
             towers = replace(self.towers, module=sharding.whole_module(self.towers.module, self.device))
-            results = evaluate(towers, config.tasks, device=self.device, batch=config.batch, data_root=root)
+            results = evaluate(towers, self.tasks, device=self.device, batch=config.batch, data_root=root)
             self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
             if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
                 self._save_temperatures(pairs[0])
@@ -365,6 +369,7 @@ def train(config: Config, resume: str = "never", report: runlog.Report | None = 
 def _one_line(results: dict[str, Scores]) -> str:
     shown = ("acc1", "mean_recall", "mean_recall@1")
     return "  ".join(
-        f"{name}: " + " ".join(f"{key.replace('_', ' ')} {r.metrics[key]:.3f}" for key in shown if key in r.metrics)
+        f"{task_title(name)}: "
+        + " ".join(f"{key.replace('_', ' ')} {r.metrics[key]:.3f}" for key in shown if key in r.metrics)
         for name, r in results.items()
     )

@@ -15,6 +15,7 @@ from PIL import Image
 from disttempnet.config import SourceConfig
 from disttempnet.data import Source, decode, open_source
 from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.opening import open_training_source
 from disttempnet.data.shards import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.readers import Sample
@@ -109,7 +110,7 @@ def training_pairs(run: Run) -> Pairs:
         UserError: they are gone, or are others than it was trained on.
     """
     config = run.config.data
-    source = open_source(config.sources, progress=False)
+    source = open_training_source(config, progress=False)
     if run.index_digest != source.digest:
         raise UserError(
             f"{config.about}: these are not the samples that {run.config.name} was trained on (index "
