@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +204,84 @@ def test_what_does_not_fit_is_named(made: Made, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"disttempnet\[hf\]"):
         load_model(made.name, text_pretrained=str(made.text))
+
+
+class Touches:
+    """A harmless payload: unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_weights_of_a_tower_run_no_code(made: Made, tmp_path: Path) -> None:
+    state, touched = load_file(made.image), tmp_path / "touched"
+    torch.save({"state_dict": state, "args": Touches(touched)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w.pth' cannot be loaded: it holds objects of Python, such as io.open, "):
+        load_model(made.name, image_pretrained=str(tmp_path / "w.pth"), text_pretrained=str(made.text))
+    folder = Path(shutil.copytree(made.text, tmp_path / "text"))
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state | {"args": Touches(touched)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin' cannot be loaded: it holds objects of Python"):
+        load_model(made.name, text_pretrained=str(folder))
+    assert not touched.exists()
+    torch.save(state, folder / "pytorch_model.bin")
+    found = load_model(made.name, text_pretrained=str(folder)).module.text.transformer.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_text_folder_is_not_run_nor_asked_for(
+    where: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, touched, asked = Path(shutil.copytree(made.text, tmp_path / "text")), tmp_path / "touched", []
+    (folder / "own.py").write_text(f"open({str(touched)!r}, 'w')\nclass C: pass\n")
+    table = json.loads((folder / where).read_text())
+    maps = {"AutoConfig": "own.C", "AutoModel": "own.C", "AutoTokenizer": ["own.C", "own.C"]}
+    table |= {"auto_map": maps, "model_type": "own", "tokenizer_class": "C"}
+    (folder / where).write_text(json.dumps(table))
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with suppress(UserError):  # a tokenizer may do without its own code
+        load_model(made.name, text_pretrained=str(folder))
+        assert where != "config.json", "a kind of its own cannot be built without its code"
+    assert not asked
+    assert not touched.exists()
+    if where == "config.json":
+        with pytest.raises(UserError, match=r"needs code of its own .* is not run; encoders of these kinds need none"):
+            load_model(made.name, text_pretrained=str(folder))
+
+
+def test_a_text_folder_that_lacks_weights_is_not_filled_at_random(made: Made, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made.text, tmp_path / "text"))
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if ".layer.1." not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"not weights of distilbert: lacks transformer.layer.1.\S+, .* and 13 more"):
+        load_model(made.name, text_pretrained=str(folder))
+    for content, what in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "Git LFS pointer"),
+        ("<html>", "web page"),
+    ):
+        (folder / "model.safetensors").write_text(content)
+        with pytest.raises(UserError, match=what):
+            load_model(made.name, text_pretrained=str(folder))
+
+
+def test_weights_of_timms_trainer(made: Made, tmp_path: Path) -> None:
+    """With arguments, prefixes and a moving average beside them; the average is taken, as timm does."""
+    state = load_file(made.image)
+    content = {
+        "args": argparse.Namespace(lr=0.1),
+        "state_dict": {key: value * 0 for key, value in state.items()},
+        "state_dict_ema": {f"module.{key}": value for key, value in state.items()},
+    }
+    torch.save(content, tmp_path / "w.pth.tar")
+    towers = load_model(made.name, image_pretrained=str(tmp_path / "w.pth.tar"), text_pretrained=str(made.text))
+    found = towers.module.visual.trunk.state_dict()
+    expected = made.load().module.visual.trunk.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_open_clip_gets_the_bias_of_an_objective(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import logging
+import pickle
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,7 @@ def load_model(
         if origin.weights is not None:
             notes += _fill(module, name, origin.weights, state, resize_positions)
         own = parts.load_image_tower(module, image_pretrained) if image_pretrained else {}
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
         named = {"weights": pretrained, "image weights": image_pretrained, "text weights": text_pretrained}
         what = ", ".join([f"model '{name}'", *(f"{kind} '{path}'" for kind, path in named.items() if path)])
         raise UserError(f"{what} cannot be loaded: {one_line(error)}") from None

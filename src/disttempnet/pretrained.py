@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +63,8 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
     """
     transformers = import_transformers()
     refuse_unreadable(source)
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with _code_named(source):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in arch_dict:
         raise UserError(f"{source}: a text tower of kind '{config.model_type}'; known: {', '.join(arch_dict)}")
     for name in NO_DROPOUT:
@@ -70,6 +73,7 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
     wanted = copy.deepcopy(architecture)
     wanted.pop("custom_text", None)
     text_cfg = wanted["text_cfg"]
+    pooled = text_cfg.get("hf_pooler_type") == "cls_pooler"
     wanted["vision_cfg"]["timm_model_pretrained"] = False
     # CustomTextCLIP builds a text tower in any case: the smallest, until ours takes its place
     wanted["text_cfg"] = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
@@ -82,29 +86,45 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
         proj_type=text_cfg.get("hf_proj_type", "linear"),
     )
     if with_weights:
-        module.text.transformer = _encoder(transformers, source, config)
+        module.text.transformer = _encoder(transformers, source, config, pooled)
     if getattr(config, "is_encoder_decoder", False):
         module.text.transformer = module.text.transformer.encoder
-    if text_cfg.get("hf_pooler_type") != "cls_pooler" and hasattr(module.text.transformer, "pooler"):
+    if not pooled and hasattr(module.text.transformer, "pooler"):
         module.text.transformer.pooler = None  # nothing would reach it, and data parallel wants no idle parameter
     module.context_length, module.vocab_size = text_cfg["context_length"], config.vocab_size
     return module
 
 
 def refuse_unreadable(source: str) -> None:
-    """Raise UserError where a folder has a file of weights that is none: a Git LFS pointer, a web page, empty."""
+    """Raise UserError where a folder has a file of weights that is none: a Git LFS pointer, a web page, code."""
     folder = Path(source)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin":
+        if path.suffix == ".safetensors":
             refuse_other_files(path)
+        elif path.match("pytorch_model*.bin"):
+            read_weights(path)  # all of a pickle can be wrong
 
 
-def _encoder(transformers: ModuleType, source: str, config: Any) -> nn.Module:
+@contextmanager
+def _code_named(source: str) -> Iterator[None]:
+    """Say that a source brings code of its own, which transformers would run if it were asked to."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{source}: needs code of its own (auto_map in its config or tokenizer), which is not run; encoders of "
+            f"these kinds need none: {', '.join(arch_dict)}"
+        ) from None
+
+
+def _encoder(transformers: ModuleType, source: str, config: Any, pooled: bool) -> nn.Module:
     """The encoder with its weights; transformers draws at random what a file lacks, which is refused here."""
     encoder, found = transformers.AutoModel.from_pretrained(
         source, config=config, trust_remote_code=False, output_loading_info=True
     )
-    lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    lacking = sorted(key for key in found["missing_keys"] if pooled or not key.startswith("pooler."))
     if lacking:
         beside = sorted(found["unexpected_keys"])
         has = f"; has {listed(beside)}" if beside else ""
@@ -121,7 +141,8 @@ def hf_tokenizer(source: str, module: CustomTextCLIP) -> HFTokenizer:
     """
     import_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism; it warns of forks
-    tokenizer = HFTokenizer(source, context_length=module.context_length, trust_remote_code=False)
+    with _code_named(source):
+        tokenizer = HFTokenizer(source, context_length=module.context_length, trust_remote_code=False)
     pad, expected = tokenizer.tokenizer.pad_token_id, module.text.config.pad_token_id
     if pad != expected:
         raise UserError(f"{source}: its tokenizer pads with token {pad}, its model expects {expected}")

@@ -66,7 +66,8 @@ def refusal(path: str | Path, why: str) -> UserError:
 
 def one_line(error: object, longest: int = 500) -> str:
     """What an exception or a text of another library says, without colours, line breaks and control characters."""
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))
+    text = str(error).rpartition("WeightsUnpickler error:")[2]  # torch puts a page of advice before it
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= longest else f"{text[:longest]} …"
 
@@ -186,7 +187,7 @@ def _unpickled(path: Path) -> Any:
                     f"it holds objects of Python, such as {found[1]}, which could run code and are not read: save the "
                     "weights alone, by torch.save(model.state_dict(), FILE)",
                 ) from None
-            why = one_line(str(error).partition("WeightsUnpickler error:")[2] or error, 200) or type(error).__name__
+            why = one_line(error, 200) or type(error).__name__
             raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({why})") from None
 
 
