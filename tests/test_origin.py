@@ -15,6 +15,7 @@ from torch import Tensor
 from disttempnet import cli
 from disttempnet.errors import UserError
 from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, Towers, load_model, read_target, save_model
+from disttempnet.training.checkpoint import load_run
 
 import open_clip.pretrained  # isort: skip (after disttempnet.models)
 import timm  # isort: skip
@@ -320,10 +321,10 @@ def test_an_evaluation_keeps_the_notes(
     from evaluation.formats import labelled, write_wds
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
     assert cli.main(["evaluate", f"{NAME}/openai", "--tasks", "emoji-concepts", "--out", "o.json"]) == 0
     assert "note: QuickGELU, as the weights 'openai' were trained with" in capsys.readouterr().out
     assert "QuickGELU" in json.loads(Path("o.json").read_text())["model_notes"][0]
+    monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
     rows = [("red", "red"), ("green", "green")]
     names = ("red", "green")
     write_wds(tmp_path / "root", "cifar10", labelled(rows, names), classes=names, templates=["{c}"])
@@ -334,3 +335,26 @@ def test_an_evaluation_keeps_the_notes(
         assert json.loads(Path("out-" + target[:3], "summary.json").read_text())["notes"][0].startswith(note)
     assert cli.main(["report", "out-dem", "--out", "page.html"]) == 0
     assert "QuickGELU, as the weights" in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_a_run_keeps_what_its_weights_wanted(
+    tagged: None, towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """QuickGELU reaches the checkpoint, and what is evaluated or goes on from there."""
+    monkeypatch.chdir(tmp_path)
+    given = ["train", "debug", "name=quick", "data.limit=64", "data.workers=0", "eval.tasks=[]", "optim.lr=1e-12"]
+    start = [*given, f"model.pretrained={NAME}/openai", "train.epochs=2"]
+    assert cli.main([*start, "train.stop_after_steps=1"]) == 0
+    assert "QuickGELU, as the weights" in capsys.readouterr().err
+    assert "QuickGELU" in json.loads(Path("runs/quick/run.json").read_text())["model_notes"][0]
+    found = load_run("runs/quick").towers
+    torch.testing.assert_close(image_features(found), image_features(quick(towers)), rtol=1e-4, atol=1e-4)
+    assert "QuickGELU" in found.notes[0]
+    capsys.readouterr()
+    assert cli.main([*start, "train.stop_after_steps=2", "--resume", "auto"]) == 0
+    assert cli.main([*start, "model.name=demo-convnext-32", "--resume", "auto"]) == 2
+    assert "model 'demo-convnext-32' has embed_dim = 128, the weights in " in capsys.readouterr().err
+    assert cli.main(["evaluate", "runs/quick", "--resize-positions"]) == 2
+    assert "--resize-positions is for weights of others" in capsys.readouterr().err
+    assert cli.main([*given, "model.resize_positions=true"]) == 2
+    assert "resize_positions is for the weights of pretrained" in capsys.readouterr().err

@@ -218,6 +218,8 @@ def _open(target: str, resize_positions: bool) -> Opened:
 
     if named := read_target(target):
         return _open_named(target, *named, resize_positions)
+    if resize_positions:
+        raise UserError("--resize-positions is for weights of others: the towers of a run have the size of its config")
     from disttempnet.losses import OBJECTIVES
     from disttempnet.training.checkpoint import load_run
 

@@ -194,6 +194,8 @@ class ModelConfig(Section):
     def _weights_of_one_place(self) -> ModelConfig:
         if self.pretrained and (self.image_pretrained or self.text_pretrained):
             raise ValueError("give pretrained (both towers), or image_pretrained and text_pretrained, not all")
+        if self.resize_positions and not self.pretrained:
+            raise ValueError("resize_positions is for the weights of pretrained, which is not set")
         locks = {
             "image": (self.lock_image, self.image_pretrained, "unlocked_image_groups", self.unlocked_image_groups),
             "text": (self.lock_text, self.text_pretrained, "unlocked_text_layers", self.unlocked_text_layers),
