@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.conftest import png, write_shard
 from disttempnet.cli import main
 from disttempnet.config import CONFIG_FOLDER
 from disttempnet.errors import UserNotice, show_notices_plainly
@@ -118,3 +120,19 @@ def test_objectives_lists_every_name_with_what_it_needs(capsys: pytest.CaptureFi
     assert "state 24 bytes a sample" in shown
     assert "CLIP" not in shown
     assert "Did you mean 'sogclr'" in fails(capsys, "objectives", "sogcl")
+
+
+def test_an_ascii_terminal_ends_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, and names of files and samples, hold what it cannot show: that is written as its number."""
+    write_shard(tmp_path / "zwölf.tar", {"a": {"png": png(1), "txt": "é".encode()}, "τ": {"png": png(2)}})
+    printed = []
+    for arguments in (["data", "index", str(tmp_path / "zwölf.tar")], ["data", "index", "/gone/ü.json"]):
+        texts = [io.BytesIO(), io.BytesIO()]
+        for name, text in zip(("stdout", "stderr"), texts, strict=True):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(text, encoding="ascii", write_through=True))
+        printed.append((main(arguments), *(text.getvalue().decode("ascii") for text in texts)))
+    (code, table, _), failed = printed
+    assert code == 0
+    assert "no caption" in table
+    assert "zw\\xf6lf.tar:\\u03c4" in table.replace("\n", "")
+    assert failed == (2, "", "disttempnet: /gone/\\xfc.json: no such listing\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,15 @@ import pytest
 
 from disttempnet import files
 from disttempnet.errors import UserError
-from disttempnet.files import atomic, follow_umask, refuse_unwritable, write_atomically, write_output
+from disttempnet.files import (
+    UnfitFile,
+    atomic,
+    follow_umask,
+    read_regular,
+    refuse_unwritable,
+    write_atomically,
+    write_output,
+)
 
 
 @contextmanager
@@ -124,3 +133,26 @@ def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
     assert os.read(reader, 100) == b"through"
     os.close(reader)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """What data names may be a device without an end, or a pipe that nobody writes to: neither is waited for."""
+    (tmp_path / "file").write_bytes(b"x" * 100)
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for name in ("file", "link"):
+        assert read_regular(tmp_path / name, 100) == b"x" * 100
+    with pytest.raises(UnfitFile, match="over 99 bytes"):
+        read_regular(tmp_path / "file", 99)
+    for path in ("/dev/zero", "/dev/null", tmp_path / "zero", tmp_path / "pipe", tmp_path / "socket"):
+        with pytest.raises(UnfitFile, match="not a regular file"):
+            read_regular(path, 100)
+    with pytest.raises(UnfitFile, match="over 1,000 bytes"):
+        read_regular("/proc/self/maps", 1000)  # regular, and of no size by its own account
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path, 100)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "gone", 100)

@@ -16,10 +16,10 @@ from disttempnet.cli_evaluate import add_evaluate_command
 from disttempnet.cli_export import add_export_command
 from disttempnet.cli_launch import add_launch_command
 from disttempnet.errors import Preempted, UserError, show_notices_plainly, unknown_name
-from disttempnet.machine import memory_named
+from disttempnet.machine import memory_named, open_files, open_files_named
 from disttempnet.paths import path_argument
 from disttempnet.ranges import BATCH, Range, whole
-from disttempnet.terminal import say
+from disttempnet.terminal import say, take_any_text
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -265,6 +265,7 @@ def _key_line(key: str, field: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user can fix ends in one line on stderr and code 2."""
+    take_any_text()
     try:
         parser = build_parser()
         options = _parsed(parser, arguments)
@@ -277,7 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         _refuse_repeated(getattr(options, "overrides", ()))
-        with warnings.catch_warnings(), memory_named(getattr(options, "memory", "work on less at a time")):
+        memory = memory_named(getattr(options, "memory", "work on less at a time"))
+        with warnings.catch_warnings(), memory, open_files_named():
+            open_files()  # as many as are allowed
             show_notices_plainly()
             return options.run(options)
     except UserError as error:

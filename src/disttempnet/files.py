@@ -16,7 +16,51 @@ from disttempnet.errors import UserError, notice
 
 WRITING = ".writing-"  # begins the name of what is not whole yet
 LONGEST_NAME = 255  # bytes, on most file systems
+PIECE = 1 << 24  # bytes read at once
 OPEN_FILES = ("/dev/std", "/dev/fd/", "/proc/")
+
+
+class UnfitFile(OSError):
+    """What is there is no file that data can be read from: a device, a pipe, a socket, or a file that is too large."""
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor to read a regular file by; nothing else is opened: a device has no end, and a pipe may never begin.
+
+    Raises:
+        UnfitFile: it is something else.
+        OSError: it is not there, is a folder, or cannot be opened.
+    """
+    _refuse_irregular(os.stat(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which a regular file does not mind
+    try:
+        _refuse_irregular(os.fstat(descriptor))  # something else may have taken its place
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_irregular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise UnfitFile(errno.EINVAL, "not a regular file")
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """All of a regular file of at most so many bytes. Raises as `open_regular`; UnfitFile also where it is larger."""
+    descriptor = open_regular(path)
+    try:
+        pieces, size = [], 0
+        while piece := os.read(descriptor, min(most - size + 1, PIECE)):
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                raise UnfitFile(errno.EFBIG, f"over {most:,} bytes")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -5,13 +5,50 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from disttempnet.errors import UserError
 
 HOST_ALLOCATION = ("can't allocate memory", "not enough memory", "Cannot allocate memory")  # in torch's RuntimeErrors
 GPU_ALLOCATION = ("CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED")
+
+
+MOST_FILES = 65_536  # what a process's limit of open files is raised to, where that is allowed
+
+
+def open_files() -> int:
+    """How many files this process may have open, after the limit is raised as far as is allowed. Workers inherit it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return MOST_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def cause(error: OSError) -> str:
+    """Why a file cannot be opened, in words; with the way out where it is this process that has too many open."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files: this process may open {open_files()}; raise the limit (ulimit -n 4096)"
+    return error.strerror or str(error)
+
+
+@contextmanager
+def open_files_named() -> Iterator[None]:
+    """Inside, a lack of open files ends in a UserError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise UserError(f"{cause(error)}, or use fewer workers") from None
+    except RuntimeError as error:  # of torch
+        if os.strerror(errno.EMFILE) not in str(error):
+            raise
+        raise UserError(f"{cause(OSError(errno.EMFILE, ''))}, or use fewer workers") from None
 
 
 def cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
     from rich.text import Text
+
+
+def take_any_text() -> None:
+    """From here on standard output and error write what their encoding lacks as \\u03c4: an ASCII terminal, or a name
+    of a file that is no UTF-8, ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str = "", *, error: bool = False, end: str = "\n") -> None:
@@ -35,4 +44,4 @@ def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return Clean(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
-__all__ = ["console", "say"]
+__all__ = ["console", "say", "take_any_text"]

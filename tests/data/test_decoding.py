@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from disttempnet.data import decode, decoding, embedded_shards, open_index
 from disttempnet.data.decoding import EncodedImage, UnreadableImage, to_rgb
@@ -187,3 +187,88 @@ def test_shipped_images_decode() -> None:
     index = open_index(str(embedded_shards("emoji/val_concepts")), progress=False)
     sizes = {decode(index.image_bytes(sample)).size for sample in range(len(index))}
     assert sizes == {(64, 64)}
+
+
+RAMP = np.linspace(0, 1, 6)[None].repeat(2, axis=0)  # from black to white
+EIGHT = [0, 51, 102, 153, 204, 255]
+
+
+def of_values(values: np.ndarray, kind: str = "TIFF", **options: object) -> bytes:
+    return encoded(Image.fromarray(values), kind, **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        of_values(RAMP.astype(np.float32)),
+        of_values((RAMP * 1.01 - 0.005).astype(np.float32)),
+        of_values((RAMP * 255).astype(np.float32)),
+        of_values(np.rint(RAMP * 255).astype(np.int32)),
+        of_values(np.rint(RAMP * 65535).astype(np.int32)),
+        of_values(np.rint(RAMP * 65535).astype(np.uint16)),
+        of_values(np.rint(RAMP * 65535).astype(np.uint16), "PNG"),
+        b"P5 6 2 65535\n" + np.rint(RAMP * 65535).astype(">u2").tobytes(),
+        b"P5 6 2 1000\n" + np.rint(RAMP * 1000).astype(">u2").tobytes(),
+        b"Pf\n6 2\n-1.0\n" + RAMP.astype("<f4").tobytes(),
+    ],
+    ids=[
+        "float 1",
+        "float, resized",
+        "float 255",
+        "int 255",
+        "int 65535",
+        "TIFF 16",
+        "PNG 16",
+        "PGM 16",
+        "PGM 1000",
+        "PFM",
+    ],
+)
+def test_grey_of_many_bits_keeps_its_scale(data: bytes) -> None:
+    """By Pillow's own conversion a float from 0 to 1 is black, and most of 16 bits is white."""
+    pixels = np.asarray(decode(data))[0].astype(int)
+    assert np.abs(pixels - np.array(EIGHT)[:, None]).max() <= 1
+    assert pixels[[0, -1]].tolist() == [[0] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (RAMP.astype(np.float32) * 2 - 1, "from -1 to 1"),
+        (RAMP.astype(np.float32) * 1000, "from 0 to 1000"),
+        (np.full((2, 2), np.nan, np.float32), "from nan to nan"),
+        (np.full((2, 2), np.inf, np.float32), "from inf to inf"),
+        (np.rint(RAMP * 1e9).astype(np.int32), r"from 0 to 1e\+09"),
+        (np.array([[-5, 90]], np.int32), "from -5 to 90"),
+    ],
+)
+def test_values_of_no_known_scale_are_no_picture(values: np.ndarray, found: str) -> None:
+    with pytest.raises(UnreadableImage, match=f"^32 bits a pixel, {found}: no scale from black to white"):
+        decode(of_values(values))
+
+
+def test_dark_pictures_stay_dark() -> None:
+    """What white is follows from the format where it says so, not from the values."""
+    dark = np.array([[0, 257, 514]], np.uint16)
+    assert np.asarray(decode(of_values(dark, "PNG")))[0, :, 0].tolist() == [0, 1, 2]
+    assert np.asarray(decode(of_values(dark, "PNG", transparency=0)))[0, :, 0].tolist() == [255, 1, 2]
+    assert not np.asarray(decode(of_values(np.zeros((2, 2), np.float32)))).any()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_every_mode_keeps_its_colours(mode: str) -> None:
+    grey = Image.fromarray(np.rint(RAMP * 255).astype(np.uint8)).convert("RGB")
+    if mode == "LAB":
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        image = ImageCms.profileToProfile(grey, *profiles, outputMode="LAB")
+    else:
+        image = grey.convert("L").convert("P") if mode == "P" else grey.convert(mode)
+    found = np.asarray(decode(encoded(image, "TIFF")))[0].astype(int)
+    assert np.abs(found - np.array(EIGHT)[:, None]).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB"])
+def test_transparency_of_every_mode_is_laid_on_white(mode: str) -> None:
+    clear = Image.new(mode, (4, 4), 0) if mode in ("P", "L") else Image.new(mode, (4, 4))
+    options = {"P": {"transparency": bytes(256)}, "L": {"transparency": 0}, "RGB": {"transparency": (0, 0, 0)}}
+    assert (np.asarray(decode(encoded(clear, "PNG", **options.get(mode, {})))) == 255).all()

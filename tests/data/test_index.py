@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import tarfile
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from disttempnet import distributed
+from disttempnet import distributed, machine
 from disttempnet.data import (
     ShardIndex,
     embedded_shards,
@@ -21,7 +22,11 @@ from disttempnet.data import (
     open_index,
     resolve_shards,
 )
+from disttempnet.data import index as index_module
+from disttempnet.data import scan as scan_module
+from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.patterns import expand_braces
+from disttempnet.data.source import UnreadableCaption
 from disttempnet.errors import UserError
 from gloo import Pools
 
@@ -674,3 +679,49 @@ def test_columns_are_small_and_typed(shards: Write) -> None:
     index = open_index(str(shards(2)), progress=False)
     assert (index.start.dtype, index.spans.dtype, index.status.dtype) == (np.int64, np.uint32, np.uint8)
     assert sum(column.nbytes for column in (index.start, index.spans, index.status)) == 33 * 2
+
+
+def test_shards_that_are_no_regular_files_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.tar")
+    assert f"{tmp_path}/0.tar: cannot be read: not a regular file; restore the shard" in refusal(tmp_path)
+    (tmp_path / "0.tar").unlink()
+    (tmp_path / "0.tar").symlink_to("/dev/zero")
+    assert "0.tar: cannot be read: not a regular file" in refusal(tmp_path)
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "MAX_TEXT", 40)
+    monkeypatch.setattr(index_module, "MAX_BYTES", 2000)
+    write_shard(
+        tmp_path / "0.tar",
+        {"a": sample(0), "b": {"png": png(1), "txt": b"x" * 41}, "c": {"png": png(2) + bytes(2000), "txt": b"c"}},
+    )
+    index = open_index(str(tmp_path), progress=False)
+    assert index.left_out() == [("its .txt or .json is over 16 MiB", 1, ["0.tar:b"])]
+    with pytest.raises(UnreadableImage, match="over 2,000 bytes"):
+        index.image_bytes(2)
+    monkeypatch.setattr(index_module, "MAX_TEXT", 5)  # of an index of before there was a limit
+    with pytest.raises(UnreadableCaption, match="over 5 bytes"):
+        index.captions(0)
+
+
+def test_a_low_limit_of_open_files_is_named(shards: Write) -> None:
+    folder = shards(*[1] * 40)
+    index = open_index(str(folder), progress=False)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, limits[1]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(machine, "open_files", lambda: used + 4)  # which would raise it again
+            patch.setattr(index_module, "open_files", lambda: 1000)
+            with pytest.raises(UserError, match=rf"too many open files: this process may open {used + 4}; raise"):
+                [index.captions(n) for n in range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    index.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "open_files", lambda: 64)
+        few = open_index(str(folder), progress=False)
+        assert [few.captions(n)[0] for n in range(40)] == [f"caption {n}" for n in range(40)]
+    assert len(few._files) == 16, "a quarter of what is allowed"

@@ -35,8 +35,10 @@ from disttempnet.data import (
 from disttempnet.data import listing as listing_module
 from disttempnet.data import parquet as parquet_module
 from disttempnet.data import rows as rows_module
+from disttempnet.data.decoding import MAX_BYTES
 from disttempnet.data.listing import Listing
 from disttempnet.data.listing_index import ROW_REASONS
+from disttempnet.data.shards import MAX_TEXT
 from disttempnet.errors import UserError, UserNotice
 from gloo import Pools
 
@@ -454,14 +456,16 @@ def test_an_image_that_is_there_and_cannot_be_read_ends_the_run(
     config = cc3m(tmp_path, 2)
     source = open_source((config,), progress=False)
 
-    def refuse(path: str, mode: str) -> None:
+    def refuse(path: str, most: int) -> None:
         raise OSError(code, os.strerror(code), path)
 
-    monkeypatch.setattr(listing_module, "open", refuse, raising=False)
+    monkeypatch.setattr(listing_module, "read_regular", refuse)
     with pytest.raises(UserError) as caught:
         PairDataset(source, as_evaluated, seed=1)[0, 1]
     path = tmp_path / "cc3m" / "cc3m_train" / "000000001.jpg"
-    assert str(caught.value) == f"{path}: cannot be read: {os.strerror(code)}"
+    why = "too many open files: this process may open " if code == errno.EMFILE else os.strerror(code)
+    assert str(caught.value).startswith(f"{path}: cannot be read: {why}")
+    assert ("ulimit -n" in str(caught.value)) == (code == errno.EMFILE)
 
 
 @pytest.mark.parametrize("part", ["rows", "start", "first", "status", "about", "header"])
@@ -702,3 +706,64 @@ def test_a_list_is_read_in_pieces_as_it_is_read_whole(items: list, indent: int |
         patch.setattr(rows_module, "CHUNK", chunk)
         text = io.TextIOWrapper(io.BytesIO(json.dumps(items, indent=indent).encode()), "utf-8")
         assert list(rows_module._JsonItems(text, Path("a.json"))) == items
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    write_images(tmp_path, "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    with (tmp_path / "2.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    names = ["0.png", "1.png", "2.png", "/dev/zero", "/dev/stdin"]
+    (tmp_path / "list.json").write_text(json.dumps([{"image": name, "caption": "c"} for name in names]))
+    source = open_one(tmp_path / "list.json")
+    assert source.image_bytes(0) == png(0)
+    reasons = ["not a regular file", "over 536,870,912 bytes", "not a regular file", "not a regular file"]
+    for n, reason in enumerate(reasons, 1):
+        with pytest.raises(UnreadableImage, match=reason):
+            source.image_bytes(n)
+
+
+def test_side_cars_that_cannot_be_read_cost_a_row_each(tmp_path: Path) -> None:
+    root = tmp_path / "pairs"
+    write_images(root, *(f"{n}.png" for n in range(6)))
+    for n in range(6):
+        (root / f"{n}.txt").write_text(f"{n}")
+    for n in range(1, 5):
+        (root / f"{n}.txt").unlink()
+    (root / "1.txt").symlink_to("/gone.txt")
+    os.mkfifo(root / "2.txt")
+    (root / "3.txt").symlink_to("3.txt")
+    with (root / "4.txt").open("wb") as file:
+        file.truncate(MAX_TEXT + 1)
+    (root / "5.json").symlink_to("/gone.json")
+    (root / "6.png").symlink_to("/gone.png")
+    (root / "6.txt").write_text("6")
+    source = open_one(root)
+    assert source.usable.tolist() == [0, 5, 6]
+    assert source.left_out() == [("no caption", 4, [f"pairs:{n}.png" for n in range(1, 4)])]
+    with pytest.raises(UnreadableImage, match="No such file"):
+        source.image_bytes(6)
+
+
+def test_folders_behind_links(tmp_path: Path) -> None:
+    """Parts of a data set on several disks, in a folder of nothing but links; some lead back."""
+    for place in ("disk1/a/deep", "disk2/b"):
+        write_images(tmp_path / place, "0.png", "1.png")
+        for n in range(2):
+            (tmp_path / place / f"{n}.txt").write_text(place)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "first").symlink_to("../disk1/a")
+    (data / "second").symlink_to("../disk2/b")
+    (data / "back").symlink_to(data)
+    (tmp_path / "disk1" / "a" / "up").symlink_to("../..")
+    (data / "nowhere").symlink_to("/gone")
+    source = open_one(data)
+    names = [source.name(n) for n in range(len(source))]
+    assert {f"data:{name}" for name in ("first/deep/0.png", "first/deep/1.png", "second/0.png", "second/1.png")} <= {
+        *names
+    }
+    assert len(source) == len(source.usable)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "round").symlink_to(tmp_path / "links")
+    assert "no .tar shards in this folder" in refusal(tmp_path / "links")

@@ -10,7 +10,8 @@
     listed.py      the same for evaluation: images, each once, with captions, label and split
     mixture.py     several sources as one, each with a weight
     sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
-    decoding.py    encoded images → pixels;  transforms.py  augmentations;  dataset.py  samples, batches, the loader
+    decoding.py    encoded images → pixels;  transforms.py  augmentations
+    dataset.py     samples, batches, the loader;  handover.py  what its workers need to hand batches over
     embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
     store.py       who opens a shard: where it lies, or through the cache of remote.py
     cache.py       where both are made into shards on first use
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from disttempnet.data.dataset import PairDataset as PairDataset
     from disttempnet.data.dataset import Sample as Sample
     from disttempnet.data.dataset import Skip as Skip
-    from disttempnet.data.dataset import lost_workers_named as lost_workers_named
     from disttempnet.data.dataset import make_loader as make_loader
     from disttempnet.data.decoding import UnreadableImage as UnreadableImage
     from disttempnet.data.decoding import decode as decode
     from disttempnet.data.embedded import embedded_shards as embedded_shards
+    from disttempnet.data.handover import lost_workers_named as lost_workers_named
     from disttempnet.data.index import ShardIndex as ShardIndex
     from disttempnet.data.indexing import open_index as open_index
     from disttempnet.data.listing import open_listing as open_listing
@@ -67,7 +68,7 @@ _HOMES = {
     "embedded_shards": "embedded",
     "eval_transform": "transforms",
     "generated_shards": "scenes",
-    "lost_workers_named": "dataset",
+    "lost_workers_named": "handover",
     "make_loader": "dataset",
     "open_index": "indexing",
     "open_listing": "listing",

@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import re
 import signal
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.handover import handed_over, refuse_few_open_files
 from disttempnet.data.sampler import Draw, EpochPlan, PlanSampler
 from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.data.transforms import TrainTransform
@@ -28,7 +25,6 @@ from disttempnet.errors import UserError
 from disttempnet.texts import Tokenizer, Trim
 
 CANDIDATES = 200  # from all over the epoch for one slot: if none is readable, the data is broken, not a sample
-WORKER_DIED = ": out of memory, as a rule. Set data.workers lower, then --resume auto goes on from the last checkpoint"
 PREFETCH = 4  # batches a worker holds ready
 # Trimmed tokens come in few lengths: torch.compile and the allocator of a GPU meet few shapes. Attention and tensor
 # cores are fastest at multiples of eight.
@@ -146,8 +142,8 @@ class PlannedSamples(Dataset[Sample]):
 
 
 class Collate:
-    """Samples → Batch, captions tokenised and trimmed together; images stand in shared memory at once where this is a
-    worker."""
+    """Samples → Batch, captions tokenised and trimmed together; all of it stands in shared memory at once where this is
+    a worker."""
 
     def __init__(self, tokenizer: Tokenizer, trim: Trim | None = None) -> None:
         self.tokenizer, self.trim = tokenizer, trim
@@ -156,8 +152,8 @@ class Collate:
         tokens = self.tokenizer([sample.caption[:CAPTION_CHARACTERS] for sample in samples])
         return Batch(
             default_collate([sample.image for sample in samples]),
-            self.trim(tokens, LENGTH_STEP) if self.trim else tokens,
-            torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            handed_over(self.trim(tokens, LENGTH_STEP) if self.trim else tokens),
+            handed_over(torch.tensor([sample.id for sample in samples], dtype=torch.int64)),
             tuple(skip for sample in samples for skip in sample.skipped),
         )
 
@@ -194,31 +190,6 @@ def batches_of(loader: DataLoader) -> Iterator[Batch]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def lost_workers_named() -> Iterator[None]:
-    """Tell in one line of a loader worker that died.
-
-    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader. Where it
-    died while a batch was handed over, the connection to it breaks before the signal comes.
-    """
-    try:
-        try:
-            yield
-        except (OSError, EOFError) as error:
-            places = traceback.extract_tb(error.__traceback__)
-            if not any(Path(place.filename).name == "resource_sharer.py" for place in places):
-                raise
-            raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
-    except RuntimeError as error:  # the signal may come in the lines above, too
-        if "Pin memory thread exited" in str(error):  # it was handing over what the worker gave
-            raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
-        found = re.search(r"DataLoader worker \(pid\D*([\d, ]+)\)", str(error))
-        if found is None:
-            raise
-        how = re.search(r"killed by signal: ([^.]+)", str(error))
-        raise UserError(f"loader worker {found[1]} died" + (f" ({how[1]})" if how else "") + WORKER_DIED) from None
-
-
 def make_loader(
     dataset: PairDataset,
     sampler: PlanSampler,
@@ -226,6 +197,7 @@ def make_loader(
     workers: int,
     pin_memory: bool = False,
     trim: Trim | None = None,
+    prefetch: int = PREFETCH,
 ) -> DataLoader:
     """A loader of Batches in the sampler's order; `sampler.seek` before an iteration chooses epoch and step.
 
@@ -236,7 +208,13 @@ def make_loader(
         workers: processes, kept from epoch to epoch; 0 = load in this process.
         pin_memory: page-lock the batches, for copies to a GPU that overlap with computing.
         trim: of the text tower, where tokens can be trimmed to the longest caption of a batch.
+        prefetch: batches a worker holds ready.
+
+    Raises:
+        UserError: this process may not open as many files as so many workers need.
     """
+    if workers:
+        refuse_few_open_files(workers * prefetch)
     return DataLoader(
         PlannedSamples(dataset, sampler.plan),
         batch_sampler=sampler,
@@ -244,7 +222,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed an epoch: not from the trainer's generator
     )

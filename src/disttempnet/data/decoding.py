@@ -22,7 +22,10 @@ except ImportError:  # the same pixels without it
     simplejpeg = None
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 256 MiB of RGB
+MAX_BYTES = 1 << 29  # of an encoded image: no format needs more for so many pixels, except 16 bits without compression
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
+WHITES = {"i": (255, 65535), "u": (255, 65535), "f": (1, 255)}  # of grey in 32 bits, by kind of number
+OVERSHOOT = 1.01  # which resizing leaves beyond black and white
 SCALES = (8, 4, 2)  # a JPEG decodes at 1/8, 1/4 and 1/2 for less than its full size costs
 
 Result = TypeVar("Result")
@@ -100,17 +103,39 @@ def decode(data: bytes, plain: bool = False) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode: alpha is laid on white, 16 bits a channel are scaled to 8."""
+    """RGB from any mode: alpha is laid on white, grey of more than 8 bits is scaled to 8.
+
+    Raises:
+        UnreadableImage: 32 bits a pixel, and values that no kind of picture has.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        # PIL clips such values at 255 when it converts them
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        # PIL cuts such values at 255 when it converts them: most become white, those of a float from 0 to 1 black
+        return Image.fromarray(_eight_bits(np.asarray(image), image)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(values: NDArray[np.generic], image: Image.Image) -> NDArray[np.uint8]:
+    """Grey of 16 or 32 bits a pixel in 8: what white is follows from the mode, or else from the largest value."""
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        white = 65535.0  # Pillow scales a PPM's own white to it
+    else:
+        white = next((white for white in WHITES[values.dtype.kind] if high <= OVERSHOOT * white), 0.0)
+    if not (low >= -(OVERSHOOT - 1) * white and high <= OVERSHOOT * white):  # a NaN is neither
+        raise UnreadableImage(f"32 bits a pixel, from {low:g} to {high:g}: no scale from black to white that is known")
+    if white == 65535:
+        grey = (values.astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
+    else:
+        grey = np.rint(values.astype(np.float64) * (255 / white)).clip(0, 255).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return grey
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -135,7 +160,7 @@ def _read(action: Callable[[], Result]) -> Result:
         raise UnreadableImage("cannot identify image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise _bomb() from None
-    except MemoryError:  # that is the machine's fault, not the image's
+    except (MemoryError, UnreadableImage):  # the first is the machine's fault, not the image's
         raise
     except Exception as error:  # decoders raise all kinds on damaged bytes
         raise UnreadableImage(f"cannot decode image: {' '.join(str(error).split()) or repr(error)}") from None

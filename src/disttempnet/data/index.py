@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from disttempnet.data.decoding import MAX_BYTES, UnreadableImage
 from disttempnet.data.scan import REASONS, Tally, json_captions
-from disttempnet.data.shards import BrokenTar, read_member, sample_key
-from disttempnet.data.source import OK, Source, hash_of, mixed, usable_captions
+from disttempnet.data.shards import MAX_TEXT, BrokenTar, read_member, sample_key
+from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mixed, usable_captions
 from disttempnet.data.store import LocalStore, ShardStore, State
 from disttempnet.errors import UserError
+from disttempnet.machine import open_files
 
 FORMAT = "disttempnet-index-1"
 IMAGE, CAPTION, JSON = range(3)
@@ -165,6 +167,10 @@ class ShardIndex(Source):
     def _read(self, sample: int, kind: int) -> bytes:
         shard = self.group_of(sample)
         offset, size = (int(value) for value in self.spans[sample, kind])
+        if kind == IMAGE and size > MAX_BYTES:
+            raise UnreadableImage(f"over {MAX_BYTES:,} bytes")
+        if kind != IMAGE and size > MAX_TEXT:
+            raise UnreadableCaption(f"over {MAX_TEXT:,} bytes")
         data = os.pread(self._file(shard), size, int(self.start[sample]) + offset)
         if len(data) < size:
             path = self.store.where(self.shards[shard].name)
@@ -176,7 +182,7 @@ class ShardIndex(Source):
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        if len(self._files) >= self.store.open_files:
+        if len(self._files) >= min(self.store.open_files, open_files() // 4):
             os.close(self._files.popitem(last=False)[1])
         entry = self.shards[shard]
         self._files[shard] = self.store.open(entry.name, State(entry.size, entry.fingerprint))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
-from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.decoding import MAX_BYTES, UnreadableImage
 from disttempnet.data.index import writable
 from disttempnet.data.listing_index import (
     ROW_REASONS,
@@ -37,6 +37,8 @@ from disttempnet.data.remote import is_remote
 from disttempnet.data.rows import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
 from disttempnet.data.source import OK, Source, hash_of, usable_captions
 from disttempnet.errors import UserError, UserNotice
+from disttempnet.files import UnfitFile, read_regular
+from disttempnet.machine import cause
 
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
 FOLDERS = 200  # that are looked into for images
@@ -78,14 +80,13 @@ class ImageFiles:
     def read(self, sample: int, image: str) -> bytes:
         """Raises UnreadableImage: there is no such file; UserError: it is there, or may be, and cannot be read."""
         try:
-            with open(self.path(image), "rb") as file:
-                return file.read()
+            return read_regular(self.path(image), MAX_BYTES)
         except OSError as error:
             where = printable(self.path(image))
-            if error.errno in NO_SUCH_FILE:
+            if error.errno in NO_SUCH_FILE or isinstance(error, UnfitFile):
                 raise UnreadableImage(f"{error.strerror}: {where}") from None
             # rights, a lost disk, too many open files: no fault of one sample, and leaving it out would hide it
-            raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{where}: cannot be read: {cause(error)}") from None
 
     def close(self) -> None:
         """Nothing is kept open."""

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from disttempnet.config import DataConfig, SourceConfig
-from disttempnet.data.dataset import Batch, PairDataset, batches_of, make_loader
+from disttempnet.data.dataset import PREFETCH, Batch, PairDataset, batches_of, make_loader
+from disttempnet.data.handover import prefetch_that_fits
 from disttempnet.data.held_out import HeldOut
 from disttempnet.data.indexing import open_index
 from disttempnet.data.listing import is_listing, open_listing
@@ -20,6 +21,8 @@ from disttempnet.data.transforms import train_transform
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
 from disttempnet.texts import trimming
+
+TEXT_BYTES = 1024  # of a sample's tokens and id, about
 
 
 def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Source:
@@ -94,5 +97,8 @@ def open_training_data(
     dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
     sampler = PlanSampler(plan, rank, world_size)
     trim = trimming(towers.module)
-    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, torch.cuda.is_available(), trim)
+    batch_bytes = config.global_batch // world_size * (3 * towers.image_size**2 + TEXT_BYTES)
+    prefetch = prefetch_that_fits(PREFETCH, batch_bytes, config.workers)
+    pin = torch.cuda.is_available()
+    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, pin, trim, prefetch)
     return TrainingData(source, plan, dataset, sampler, loader)

@@ -7,6 +7,7 @@ judges the rows and keeps them in an index. Text that is not UTF-8 is passed on 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -21,8 +22,9 @@ from disttempnet.data.delimited import DelimitedRows
 from disttempnet.data.encodings import ESCAPED, NAMES, encoding_of
 from disttempnet.data.fields import Fields
 from disttempnet.data.json_kinds import Keys, is_row, known_kind, of_rows
-from disttempnet.data.shards import IMAGE_SUFFIXES
+from disttempnet.data.shards import IMAGE_SUFFIXES, MAX_TEXT
 from disttempnet.errors import UserError
+from disttempnet.files import UnfitFile, read_regular
 
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 TABLE_SUFFIXES = JSON_SUFFIXES | {".csv", ".tsv", ".tab", ".txt", ".token"}
@@ -295,16 +297,26 @@ class Folder(Layout):
         fields: Fields = {}
         if f"{stem}.json" in entries:
             try:
-                facts = json.loads((self.where / folder / f"{stem}.json").read_bytes())
+                facts = json.loads(self._side_car(folder, f"{stem}.json") or b"null")
             except (ValueError, RecursionError):
                 facts = None  # training needs it only where the caption is in it
             fields = facts if isinstance(facts, dict) else {}
         if not self.from_json:
             fields.pop(self.caption_key, None)
-            if f"{stem}.txt" in entries:
-                text = (self.where / folder / f"{stem}.txt").read_bytes()
+            text = self._side_car(folder, f"{stem}.txt") if f"{stem}.txt" in entries else None
+            if text is not None:
                 fields[self.caption_key] = text.decode("utf-8", "surrogateescape")
         return fields | {self.image_key: folder + image}
+
+    def _side_car(self, folder: str, name: str) -> bytes | None:
+        """What lies beside an image; None where it is a link that leads nowhere, or no file of text."""
+        try:
+            return read_regular(self.where / folder / name, MAX_TEXT)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR) or isinstance(error, UnfitFile):
+                return None
+            error.filename = error.filename or str(self.where / folder / name)
+            raise
 
 
 def is_image(name: str) -> bool:
@@ -314,8 +326,17 @@ def is_image(name: str) -> bool:
 def _entries(folder: Path) -> set[str]:
     """Names of images, side-cars and folders (with a slash, which sorts them as their paths are)."""
     with os.scandir(folder) as found:
-        names = {entry.name + "/" * entry.is_dir() for entry in found if not entry.name.startswith(".")}
+        names = {entry.name + "/" * _leads_to_folder(entry) for entry in found if not entry.name.startswith(".")}
     return {name for name in names if name.endswith(("/", ".txt", ".json")) or is_image(name)}
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself leads nowhere
+            raise
+        return False
 
 
 def _hash_names(names: set[str]) -> str:
@@ -324,5 +345,13 @@ def _hash_names(names: set[str]) -> str:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether there is an image at any depth; looks no further than the first."""
-    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
+    """Whether there is an image at any depth, behind links too; looks no further than the first."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if any(map(is_image, names)):
+            return True
+        inside = {name: os.stat(os.path.join(place, name)) for name in folders}
+        # each folder once: a link may lead back
+        folders[:] = [name for name, status in inside.items() if (status.st_dev, status.st_ino) not in seen]
+        seen |= {(status.st_dev, status.st_ino) for status in inside.values()}
+    return False

@@ -14,6 +14,7 @@ import numpy as np
 from disttempnet.data.headers import image_header
 from disttempnet.data.shards import (
     HEADER,
+    MAX_TEXT,
     READ_AHEAD,
     BrokenTar,
     Member,
@@ -24,6 +25,8 @@ from disttempnet.data.shards import (
 )
 from disttempnet.data.source import OK, UnreadableCaption, usable_captions
 from disttempnet.errors import UserError
+from disttempnet.files import open_regular
+from disttempnet.machine import cause
 
 # why a sample cannot be used; its code is its place in this list, 0 is usable
 REASONS = (
@@ -36,9 +39,10 @@ REASONS = (
     "spans more than 4 GiB",
     "its .json cannot be read",
     "caption is not a text",
+    f"its .txt or .json is over {MAX_TEXT >> 20} MiB",
 )
 NAMED = 3  # members that belong to no sample
-NO_IMAGE, NO_CAPTION, CUT_OFF, TOO_LARGE = 1, 2, 5, 6
+NO_IMAGE, NO_CAPTION, CUT_OFF, TOO_LARGE, LONG_TEXT = 1, 2, 5, 6, 9
 
 # Counts, and [count, sum, lowest, highest] of measures, by name: `jpg` and `image bytes`, for example.
 Tally = dict[str, list[int]]
@@ -128,9 +132,9 @@ def scan_shard(path: Path, caption_key: str = "") -> ShardScan:
         UserError: the file is not a tar, or cannot be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {cause(error)}") from None
     scan = ShardScan()
     try:
         _scan(scan, descriptor, caption_key)
@@ -227,6 +231,9 @@ def _add(scan: ShardScan, role: int, member: Member, descriptor: int, caption_ke
         for name, pixels in zip(("image width", "image height"), size or (), strict=False):
             add_to(scan.tally, name, pixels)
     elif role == (2 if caption_key else 1):
+        if member.size > MAX_TEXT:
+            scan.status[-1] = LONG_TEXT
+            return
         if len(content) < member.size:
             content = os.pread(descriptor, member.size, member.data)
         scan.status[-1] = _caption_status(content, member.size, caption_key, scan.tally)

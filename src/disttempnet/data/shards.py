@@ -25,6 +25,7 @@ from disttempnet.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
+MAX_TEXT = 1 << 24  # bytes of a caption or a .json; more is not one
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
 PLAIN = re.compile(r"(?!all$)\w+|(\w*[^\W\d])?\{\d+\.\.\d+\}([^\W\d]\w*)?")  # patterns that need no digest as labels
 # headers whose data is about the next one

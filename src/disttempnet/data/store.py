@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from disttempnet.errors import UserError
+from disttempnet.files import open_regular
+from disttempnet.machine import cause
 
 FINGERPRINT_BYTES = 64 * 1024  # of each end of a shard
 CACHE_GB = 100.0  # of remote shards
@@ -28,7 +30,7 @@ class State(NamedTuple):
 def state_of(file: Path | int) -> State:
     """Of a file or an open descriptor. Raises OSError."""
     if isinstance(file, Path):
-        descriptor = os.open(file, os.O_RDONLY)
+        descriptor = open_regular(file)
         try:
             return state_of(descriptor)
         finally:
@@ -123,7 +125,7 @@ class LocalStore(ShardStore):
     def open(self, name: str, expected: State | None = None) -> int:
         """See `ShardStore`."""
         try:
-            descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(self.folder / name)
         except OSError as error:
             raise self._gone(name, error) from None
         try:
@@ -154,4 +156,5 @@ class LocalStore(ShardStore):
         return known[1]
 
     def _gone(self, name: str, error: OSError) -> UserError:
-        return UserError(f"{self.where(name)}: cannot be read: {error.strerror}; restore the shard")
+        advice = "; restore the shard" if cause(error) == error.strerror else ""
+        return UserError(f"{self.where(name)}: cannot be read: {cause(error)}{advice}")

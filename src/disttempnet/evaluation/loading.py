@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from disttempnet.data.dataset import lost_workers_named
 from disttempnet.data.decoding import UnreadableImage
+from disttempnet.data.handover import handed_over, lost_workers_named
 from disttempnet.data.transforms import eval_transform
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.evaluation.readers import Sample
@@ -79,7 +79,8 @@ class Decoder(Dataset):
         images = [pixels if isinstance(pixels, Tensor) else black for pixels in decoded]
         pixels = torch.stack(images) if images else torch.zeros(0, *black.shape, dtype=torch.uint8)
         errors = tuple(pixels for pixels in decoded if isinstance(pixels, str))
-        return Batch(request.task, request.start, pixels, torch.tensor(good, dtype=torch.bool), errors)
+        valid = torch.tensor(good, dtype=torch.bool)
+        return Batch(request.task, request.start, handed_over(pixels), handed_over(valid), errors)
 
 
 def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> Iterator[Batch]:
