@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import threading
 import time
@@ -18,6 +19,8 @@ class Server(ThreadingHTTPServer):
         ranges: whether parts of files are sent.
         failures: how many of the next requests are answered with 503.
         cut: how many of the next whole files end in the middle.
+        gzip: whether whole files come compressed, whatever a request accepts.
+        stated: whether the size of a whole file is stated.
         pause: seconds between the pieces of a whole file.
         wholes: names of the files that were sent whole, in order.
         authorization, query: what a request must bring; empty = nothing.
@@ -28,7 +31,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.ranges, self.failures, self.cut, self.pause = folder, True, 0, 0, 0.0
+        self.gzip, self.stated = False, True
         self.wholes: list[str] = []
+        self.accepted: set[str] = set()  # encodings
         self.authorization = self.query = ""
 
     @property
@@ -56,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         if server.failures:
             server.failures -= 1
             return self.send_error(503)
+        server.accepted.add(self.headers.get("Accept-Encoding", ""))
         path = server.folder / name
         if not path.is_file():
             return self.send_error(404)
@@ -68,7 +74,11 @@ class Handler(BaseHTTPRequestHandler):
             data = data[first : last + 1]
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+            if server.gzip:
+                data = gzip.compress(data)
+                self.send_header("Content-Encoding", "gzip")
+        if limits or server.stated:
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
             self._send(name, data, whole=limits is None)

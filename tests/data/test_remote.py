@@ -94,6 +94,32 @@ def test_a_server_without_ranges(server: Server, store: RemoteStore) -> None:
     assert store.state(NAMES[0]) == state_of(server.folder / NAMES[0])
 
 
+def test_a_compressed_body_is_neither_asked_for_nor_unpacked(server: Server, store: RemoteStore) -> None:
+    """2.9 MB would grow to 2.9 GB, past every limit."""
+    content(store, NAMES[0])
+    assert server.accepted == {"identity"}
+    (server.folder / NAMES[1]).write_bytes(bytes(50 * SIZE))
+    server.gzip, server.ranges = True, False
+    for open_it in (store.open, store.state):
+        with pytest.raises(UserError, match=r"1\.tar: comes compressed \(gzip\), .* serve the \.tar as it is"):
+            open_it(NAMES[1])
+    assert cached(store) == NAMES[:1]
+    assert not begun(store)
+
+
+def test_a_body_of_no_stated_size_ends_at_the_limit(server: Server, store: RemoteStore) -> None:
+    server.stated = server.ranges = False
+    assert content(store, NAMES[0]) == (server.folder / NAMES[0]).read_bytes()
+    store.limit = 8 * 10**6
+    (server.folder / NAMES[1]).write_bytes(bytes(40 * 10**6))
+    with pytest.raises(UserError, match=r"1\.tar: over 8,000,000 bytes came, .*cache_gb allows"):
+        store.open(NAMES[1])
+    with pytest.raises(UserError, match=r"2\.tar: over 100 bytes came, which is all that was stated"):
+        store.open(NAMES[2], State(100, "of another"))
+    assert cached(store) == NAMES[:1]
+    assert not begun(store)
+
+
 @pytest.mark.parametrize("protocol", ["file", "memory"])
 def test_other_file_systems(server: Server, tmp_path: Path, protocol: str) -> None:
     base = f"file://{server.folder}"

@@ -34,6 +34,7 @@ ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
 STALLED = 60.0  # seconds without a byte after which an HTTP download is given up
 GIGA = 10**9
+GZIP = b"\x1f\x8b"  # how its files begin; a tar begins with a name
 NO_CREDENTIALS = Credentials()
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no fault of the server
 Result = TypeVar("Result")
@@ -175,16 +176,19 @@ class RemoteStore(ShardStore):
         size = self._info(name).get("size")
         if expected is not None and size not in (None, expected.size):
             raise UserError(changed(url, size, expected))
-        part = self._reserve(path, size or (expected.size if expected else 0))
+        known = size or (expected.size if expected else 0)
+        most = known or self.limit  # a body of no stated size may have no end
+        part = self._reserve(path, known)
         try:
 
             def get() -> None:
-                self._files.get_file(self._address(name), str(part))
+                self._files.get_file(self._address(name), str(part), callback=stopping_at(most, url))
                 found = part.stat().st_size
                 if size is not None and found != size:
                     raise EOFError(f"{found:,} bytes came of {size:,}")
 
             self._try(get, url)
+            _refuse_compressed(part, url)
             if expected is not None and (found := state_of(part)) != expected:
                 raise UserError(changed(url, found.size, expected))
             os.replace(part, path)
@@ -234,7 +238,12 @@ class RemoteStore(ShardStore):
 
             options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
             if self.base.startswith(("http://", "https://")):
-                options["client_kwargs"] = {"timeout": _http_timeout()}
+                # as it is: a compressed body says neither its size nor where a sample lies, and may grow a thousandfold
+                options["client_kwargs"] = {
+                    "timeout": _http_timeout(),
+                    "headers": {"Accept-Encoding": "identity"},
+                    "auto_decompress": False,
+                }
             try:
                 system = fsspec.url_to_fs(self._credentials.applied(self.base), **options)[0]
             except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
@@ -261,6 +270,30 @@ class RemoteStore(ShardStore):
                     raise UserError(f"{url}: cannot be fetched, {ATTEMPTS} attempts failed: {why}") from None
                 time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
         raise AssertionError("unreachable")
+
+
+def stopping_at(most: int, url: str) -> Any:
+    """A callback for fsspec that ends a download, with a UserError, where it brings more than so many bytes."""
+    from fsspec.callbacks import Callback
+
+    class Stopping(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > most:
+                raise UserError(
+                    f"{url}: over {most:,} bytes came, which is all that was stated, or that cache_gb allows: a shard "
+                    "of unknown size has to fit into the cache"
+                )
+
+    return Stopping()
+
+
+def _refuse_compressed(part: Path, url: str) -> None:
+    with part.open("rb") as file:
+        if file.read(2) == GZIP:
+            raise UserError(
+                f"{url}: comes compressed (gzip), and samples are read at their place in a tar: serve the .tar as it is"
+            )
 
 
 def _is_final(error: Exception) -> bool:
