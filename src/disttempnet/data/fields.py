@@ -8,6 +8,13 @@ from typing import Any
 
 Fields = dict[str, Any]
 
+
+class NoBytes(str):
+    """The name of an image that has no bytes, such as what a downloader could not fetch."""
+
+
+ADDRESSES = "lists addresses, not files: download the images first (disttempnet data download, or img2dataset)"
+
 # the first of these that the rows have; those that come later were added later, so that no earlier choice changes
 IMAGE_KEYS = (
     *("image", "filepath", "path", "file_name", "filename"),

@@ -184,17 +184,23 @@ def _suffixes_in(folder: Path) -> set[str]:
         return {os.path.splitext(entry.name)[1] for entry in entries if not entry.name.startswith(".")}
 
 
+def _has_folders_of(folder: Path) -> bool:
+    """Whether parquet files stand beside folders of their names with images: img2dataset's own output, of files."""
+    beside = (path.with_suffix("") for path in folder.glob("*.parquet"))
+    return any(path.is_dir() and holds_images(path) for path in beside)
+
+
 def layout_of(source: SourceConfig) -> Layout:
     """How the data of a source lies on disk. Raises UserError: it is not there, or a setting does not fit it."""
     path = Path(source.path).expanduser()
     if path.suffix.lower() in TABLE_SUFFIXES:
         return Table(path, source.image_key, source.caption_key)
-    if source.images:
-        raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
     if path.suffix.lower() != ".parquet" and not path.is_dir():
         raise UserError(f"data.train: {path}: no such folder of images")
-    if path.suffix.lower() == ".parquet" or ".parquet" in _suffixes_in(path):
-        return Parquet(path, source.image_key)
+    if path.suffix.lower() == ".parquet" or (".parquet" in _suffixes_in(path) and not _has_folders_of(path)):
+        return Parquet(path, source.image_key, source.caption_key)
+    if source.images:
+        raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
     if path.name in ("", ".."):  # ., .. and / have no name, which the index is named after
         path = Path(os.path.abspath(path))
     if source.image_key:
@@ -253,13 +259,22 @@ def images_of(layout: Layout, columns: Columns, root: str) -> Images:
     """What reads the images of these rows. Raises UserError: none of those that are looked for is found."""
     if isinstance(layout, Parquet):
         notes = columns.about["notes"]
+        if notes.get("paths"):
+            return _image_files(layout, layout.paths[0], columns, root)
+        if root:
+            raise UserError(f"data.train: {layout.where}: images lie in it; leave images = '{root}' out")
         return ParquetImages(layout.paths, notes["column"], notes["row_groups"], columns.first)
     if isinstance(layout, Folder):
         return ImageFiles(layout.where)
+    return _image_files(layout, layout.where, columns, root)
+
+
+def _image_files(layout: Layout, where: Path, columns: Columns, root: str) -> ImageFiles:
+    """Image files that rows name, looked for from the folder of `where` on."""
     usable = np.flatnonzero(columns.status == OK)
     spread = np.unique(usable[np.linspace(0, len(usable) - 1, PROBED).astype(np.int64)])
     probed = [columns.row(int(sample))[0] for sample in spread]
-    files = _find_files(layout.where, probed, root)
+    files = _find_files(where, probed, root)
     if missing := len(probed) - _count_found(files, probed):
         _tell_of_missing(layout, files.root, missing, len(probed))
     return files

@@ -23,7 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from disttempnet.data.fields import CAPTION_KEYS, IMAGE_KEYS, SENTENCE_KEYS, Fields, find_key, kind_of
+from disttempnet.data.fields import (
+    ADDRESSES,
+    CAPTION_KEYS,
+    IMAGE_KEYS,
+    SENTENCE_KEYS,
+    Fields,
+    NoBytes,
+    find_key,
+    kind_of,
+)
 from disttempnet.data.index import writable
 from disttempnet.data.rows import Layout
 from disttempnet.data.source import OK, bare
@@ -46,8 +55,9 @@ ROW_REASONS = (
     "caption is not text",
     "caption is not UTF-8",
     "fields are not those of the header",
+    "no bytes of an image in this row",
 )
-_, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW = range(
+_, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW, NO_BYTES = range(
     len(ROW_REASONS)
 )
 KINDS = {"I64": np.int64, "U8": np.uint8}
@@ -179,18 +189,17 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
     Raises:
         UserError: it cannot be read, has no such keys, or no usable row.
     """
-    joins = settings.join_rows and layout.repeats
     with writable(path) as temporary, temporary.open("w+b") as file:
         file.write(bytes(HEADER_BYTES))
         rows, images, nulls = _RowWriter(file), array("q"), 0
         for row in _validated(_with_bar(layout, progress), layout, settings):
             rows.add(_encoded(row), row.status)
             nulls += row.nulls
-            if joins:
+            if settings.join_rows:
                 images.append(hash(row.image))
         _refuse_unusable(layout, rows.status)
         read = len(rows.status)
-        first = _first_rows(np.frombuffer(images, np.int64), rows.status) if joins else None
+        first = _first_rows(np.frombuffer(images, np.int64), rows.status) if settings.join_rows else None
         numbers = np.arange(0)
         if first is not None:
             rows, numbers = _joined(rows, first, path.parent)
@@ -359,10 +368,7 @@ def _refuse_addresses(head: Sequence[Fields | None], layout: Layout, image_key: 
     first = next(iter(head), None) or {}
     texts = [first.get(image_key)] if image_key else [*first, *first.values()]
     if any(isinstance(text, str) and text.startswith(("http://", "https://")) for text in texts):
-        raise UserError(
-            f"{layout.where}: lists addresses, not files: download the images first (disttempnet data download, or "
-            "img2dataset)"
-        )
+        raise UserError(f"{layout.where}: {ADDRESSES}")
 
 
 def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
@@ -377,7 +383,7 @@ def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
     caption_status = NO_CAPTION if captions is None else _caption_status(texts)
     others = {key: value for key, value in fields.items() if key not in (image_key, caption_key)}
     kept = [text for caption in texts if (text := bare(caption))] if caption_status == OK else []
-    image = str(image) if image_status in (OK, OUTSIDE) else ""
+    image = str(image) if image_status in (OK, OUTSIDE, NO_BYTES) else ""
     return Row(image, kept, others, image_status or caption_status, nulls)
 
 
@@ -405,6 +411,8 @@ def _image_status(image: Any) -> int:
         return NO_IMAGE
     if not isinstance(image, str) or "\0" in image:
         return BAD_IMAGE
+    if isinstance(image, NoBytes):
+        return NO_BYTES
     try:
         os.fsencode(image)
     except UnicodeEncodeError:

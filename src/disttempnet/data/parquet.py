@@ -1,17 +1,17 @@
-"""Parquet files with images in them, as Hugging Face's data sets have them: a column of bytes, a column of captions."""
+"""Parquet files: images in a column of bytes, as Hugging Face and img2dataset write them, or in files that it names."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from disttempnet.data.decoding import UnreadableImage
-from disttempnet.data.fields import Fields
+from disttempnet.data.fields import ADDRESSES, CAPTION_KEYS, IMAGE_KEYS, Fields, NoBytes, find_key, kind_of
 from disttempnet.data.patterns import expand_braces
 from disttempnet.data.rows import Layout, Part
 from disttempnet.data.shards import fingerprint
@@ -25,24 +25,33 @@ CACHE_BYTES = 256 << 20  # images of row groups that a process keeps
 OPEN_FILES = 16
 
 
-class Parquet(Layout):
-    """Rows of parquet files, in the order of their names; a group is a row group.
+class ImageColumn(NamedTuple):
+    """The column of images, and whether it holds paths of files instead of bytes."""
 
-    Images are read when they are asked for, not here: a row's `image` is `FILE:ROW`.
+    name: str
+    paths: bool
+
+
+class Parquet(Layout):
+    """Rows of parquet files, in the order of their names; a group is a row group, where images are in them.
+
+    Images are read when they are asked for, not here: a row's `image` is `FILE:ROW`, or the path of a file.
 
     Args:
         where: a file, a folder of files, or a pattern with `*` or a range in braces in its file name.
-        image_column: of binary, or of struct {bytes, path}; empty = the only one there is.
+        image_key: column of binary, of struct {bytes, path}, or of paths; empty = the only one there is.
+        caption_key: column of captions; empty = found.
     """
 
     image_key = "image"
 
-    def __init__(self, where: Path, image_column: str = "") -> None:
+    def __init__(self, where: Path, image_key: str = "", caption_key: str = "") -> None:
         self.where, self.parts = where, {}
         need_pyarrow(where)
         self.paths = find_files(where)
         self.total = len(self.paths)
-        self.column = image_column
+        self.named = image_key, caption_key
+        self.column: ImageColumn | None = None
         self.group_rows: list[int] = []  # rows of each group
         self.file_groups: list[int] = []  # groups of each file
 
@@ -62,13 +71,19 @@ class Parquet(Layout):
         return fingerprint(self.path(name))  # a file's end tells where each of its columns lies
 
     def identity(self) -> str:
-        return self.column + "".join(part.fingerprint for _, part in sorted(self.parts.items()))
+        name = self.column.name if self.column else ""
+        return name + "".join(part.fingerprint for _, part in sorted(self.parts.items()))
 
     def notes(self) -> dict[str, Any]:
-        return {"column": self.column, "row_groups": self.file_groups}
+        name, paths = self.column or ("", False)
+        return {"column": name, "row_groups": self.file_groups, "paths": paths}
 
     def groups(self, rows: int) -> list[int]:
-        return self.group_rows
+        return super().groups(rows) if self.column and self.column.paths else self.group_rows
+
+    def said(self) -> list[str]:
+        paths = self.column is not None and self.column.paths
+        return [f"column '{self.column.name}' names image files"] if self.column and paths else []
 
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
         for number, path in enumerate(self.paths):
@@ -76,26 +91,37 @@ class Parquet(Layout):
                 self.parts[path.name] = Part(self.stamp(path.name), self.fingerprint(path.name))
                 for fields in self._rows_of(path):
                     yield fields, number
-            except (OSError, ValueError) as error:  # pyarrow's own errors are of both kinds
+            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are of these kinds
                 raise UserError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
 
     def _rows_of(self, path: Path) -> Iterator[Fields]:
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(path) as file:
-            schema = file.schema_arrow
-            self.column = image_column(schema, self.column, path)
-            plain = [field.name for field in schema if _is_plain(field.type)]
+            self.column = self.column or image_column(file, *self.named, path)
+            if file.schema_arrow.get_field_index(self.column.name) < 0:
+                raise UserError(f"{path}: has no column '{self.column.name}', as {self.paths[0].name} has")
+            caption = find_key(_others(file.schema_arrow, self.column.name), self.named[1], CAPTION_KEYS)
+            plain = [
+                field.name
+                for field in file.schema_arrow
+                if field.name != self.column.name and (_is_plain(field.type) or field.name == caption)
+            ]
             self.file_groups.append(file.num_row_groups)
             count = 0
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=plain, use_threads=False)
                 columns = {name: _values(table.column(name)) for name in plain}
-                self.group_rows.append(file.metadata.row_group(group).num_rows)
-                for row in range(self.group_rows[-1]):
-                    fields = {name: values[row] for name, values in columns.items()}
-                    yield fields | {self.image_key: f"{path.name}:{count}"}
-                    count += 1
+                rows = file.metadata.row_group(group).num_rows
+                names: Iterable[Any] = (f"{path.name}:{row}" for row in range(count, count + rows))
+                if self.column.paths:
+                    names = _paths(file, group, self.column.name)
+                elif missing := _without_bytes(file, group, self.column.name, columns):
+                    names = (NoBytes(name) if none else name for name, none in zip(names, missing, strict=True))
+                for row, name in enumerate(names):
+                    yield {key: values[row] for key, values in columns.items()} | {self.image_key: name}
+                self.group_rows.append(rows)
+                count += rows
 
 
 def need_pyarrow(where: Path) -> None:
@@ -124,37 +150,113 @@ def find_files(where: Path) -> list[Path]:
     return found
 
 
-def image_column(schema: pyarrow.Schema, chosen: str, path: Path) -> str:
-    """The column of images that a config names, or the only one of bytes. Raises UserError."""
-    images = [field.name for field in schema if _is_image(field.type)]
-    if chosen in images:
-        return chosen
-    if not chosen and len(images) == 1:
-        return images[0]
-    what = f"'{chosen}' is no column of images" if chosen else f"{len(images) or 'no'} columns of images"
+def image_column(file: ParquetFile, chosen: str, caption_key: str, path: Path) -> ImageColumn:
+    """The column of images that a config names, or the only one of bytes, or of paths. Raises UserError."""
+    schema = file.schema_arrow
+    caption = find_key(schema.names, caption_key, CAPTION_KEYS)
+    embedded = [field.name for field in schema if _holds_bytes(field.type)]
+    named = [field.name for field in schema if _is_text(field.type) or _is_struct_with(field.type, "path")]
+    if not chosen and caption in embedded and len(embedded) > 1 and not _is_struct_with(schema.field(caption).type):
+        embedded.remove(caption)
+    found = [chosen] if chosen in embedded else [] if chosen else embedded
+    if len(found) == 1:
+        only_paths = _is_struct_with(schema.field(found[0]).type, "path") and _all_null(file, f"{found[0]}.bytes")
+        return ImageColumn(found[0], paths=only_paths)
+    if not found and (key := find_key(named, chosen, IMAGE_KEYS)) is not None:
+        return ImageColumn(key, paths=True)
+    if not found and not chosen and (kind := kind_of(schema.names)):
+        raise UserError(f"{path}: {kind}")
+    if not found and not chosen and {"url", "image_url"} & {name.lower() for name in schema.names}:
+        raise UserError(f"{path}: {ADDRESSES}")
+    what = f"'{chosen}' is no column of images" if chosen else f"{len(found) or 'no'} columns of images"
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise UserError(f"{path}: {what}; its columns are {columns}; name one of bytes with image_key")
+    advice = "name one of bytes, or of paths, with image_key" if found or chosen or named else "it holds none"
+    raise UserError(f"{path}: {what}; its columns are {columns}; {advice}")
 
 
-def _is_image(kind: pyarrow.DataType) -> bool:
+def _others(schema: pyarrow.Schema, image: str) -> list[str]:
+    return [name for name in schema.names if name != image]
+
+
+def _leaf_nulls(file: ParquetFile, group: int, leaf: str) -> int | None:
+    """How many values of a column are null, as the file says; None where it does not say."""
+    metadata = file.metadata.row_group(group)
+    for number in range(metadata.num_columns):
+        column = metadata.column(number)
+        if column.path_in_schema == leaf:
+            statistics = column.statistics
+            return statistics.null_count if statistics is not None and statistics.has_null_count else None
+    return None
+
+
+def _all_null(file: ParquetFile, leaf: str) -> bool:
+    groups = range(file.num_row_groups)
+    nulls = [_leaf_nulls(file, group, leaf) for group in groups]
+    return file.metadata.num_rows > 0 and nulls == [file.metadata.row_group(group).num_rows for group in groups]
+
+
+def _without_bytes(file: ParquetFile, group: int, name: str, columns: Mapping[str, Sequence[Any]]) -> list[bool]:
+    """Which rows of a group have no bytes of an image; empty where all have, or the file does not say.
+
+    Only for groups with such rows is the column read; not for those of img2dataset, which has a column for it.
+    """
+    import pyarrow.compute
+
+    struct = _is_struct_with(file.schema_arrow.field(name).type)
+    leaf = f"{name}.bytes" if struct else name
+    if not _leaf_nulls(file, group, leaf):
+        return []
+    if {"status", "key"} <= columns.keys() and "success" in columns["status"]:
+        return [status != "success" for status in columns["status"]]
+    column = file.read_row_group(group, columns=[leaf], use_threads=False).column(name)
+    nulls = pyarrow.compute.is_null(pyarrow.compute.struct_field(column, "bytes") if struct else column)
+    return list(nulls.to_pylist())
+
+
+def _paths(file: ParquetFile, group: int, name: str) -> list[Any]:
+    import pyarrow.compute
+
+    struct = _is_struct_with(file.schema_arrow.field(name).type, "path")
+    column = file.read_row_group(group, columns=[f"{name}.path" if struct else name], use_threads=False).column(name)
+    return _values(pyarrow.compute.struct_field(column, "path") if struct else column)
+
+
+def _is_struct_with(kind: pyarrow.DataType, field: str = "bytes") -> bool:
     from pyarrow import types
 
-    if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+    return bool(types.is_struct(kind)) and kind.get_field_index(field) >= 0
+
+
+def _holds_bytes(kind: pyarrow.DataType) -> bool:
+    return _is_struct_with(kind) or _is_binary(kind)
+
+
+def _is_binary(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
     from pyarrow import types
 
-    return types.is_string(kind) or types.is_large_string(kind)
+    if types.is_dictionary(kind):  # pandas' categories
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in tests)
 
 
 def _is_plain(kind: pyarrow.DataType) -> bool:
     """What captions and facts may be: text, lists of text, numbers."""
     from pyarrow import types
 
-    if types.is_list(kind) or types.is_large_list(kind):
+    if _is_list(kind):
         return _is_text(kind.value_type)
     return _is_text(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
 
@@ -163,9 +265,9 @@ def _values(column: pyarrow.ChunkedArray) -> list[Any]:
     """Values of a column; text as bytes first, as parquet does not check that it is UTF-8."""
     import pyarrow
 
-    if _is_text(column.type):
+    if _is_text(column.type) or _is_binary(column.type):
         column = column.cast(pyarrow.large_binary())
-    elif not pyarrow.types.is_primitive(column.type):
+    elif _is_list(column.type) and (_is_text(column.type.value_type) or _is_binary(column.type.value_type)):
         column = column.cast(pyarrow.large_list(pyarrow.large_binary()))
     return [_text(value) for value in column.to_pylist()]
 

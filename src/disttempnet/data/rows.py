@@ -49,14 +49,12 @@ class Layout(ABC):
         parts: name → what it was when its rows were read; complete once `rows` is.
         image_key, caption_key: fields that hold image and captions, where the layout settles it; else empty.
         total: what the second value of `rows` runs up to; 0 = unknown.
-        repeats: whether several rows may name the same image.
     """
 
     where: Path
     parts: dict[str, Part]
     image_key = caption_key = ""
     total = 0
-    repeats = False
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
@@ -115,8 +113,6 @@ class Table(Layout):
         where: the file.
         image_key, caption_key: of its rows, as the config names them; empty = found.
     """
-
-    repeats = True
 
     def __init__(self, where: Path, image_key: str = "", caption_key: str = "") -> None:
         self.where, self.parts = where, {}
@@ -278,6 +274,18 @@ class Folder(Layout):
                 yield fields, count
         except OSError as error:
             raise UserError(f"{error.filename or self.where}: cannot be read: {error.strerror}") from None
+
+    def hint(self) -> str:
+        """The table in the folder that may name its images."""
+        tables = TABLE_SUFFIXES - {".txt"}
+        names = sorted(entry.name for entry in self.where.iterdir() if not entry.name.startswith("."))
+        images = {name.rpartition(".")[0] for name in names if is_image(name)}
+        found = [
+            name
+            for name in names
+            if (Path(name).suffix.lower() in tables and Path(name).stem not in images) or name == "captions.txt"
+        ]
+        return f"it holds {found[0]}: name that file if the captions are in it" if found else ""
 
     def _rows_in(self, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Fields]:
         status, stamp = self.path(name).stat(), self.stamp(name)
