@@ -324,6 +324,16 @@ def test_a_run_and_its_evaluation_in_training(here: Path, capsys: pytest.Capture
     assert subject is not None
     assert subject.run["name"] == "small"
     assert subject.run["config"]["train"]["epochs"] == 1
+    with mock.patch("os.access", side_effect=lambda path, mode: "small" not in str(path)):  # a colleague's run
+        capsys.readouterr()
+        assert main(["evaluate", "runs/small", "--tasks", "folder:photos"]) == 0
+        assert "runs/small cannot be written to: the results are in the current folder" in capsys.readouterr().out
+        assert main(["evaluate", "runs/small", "--data-root", "root", "--tasks", "cifar10"]) == 0
+        assert "runs/small cannot be written to: results go to the current folder" in capsys.readouterr().out
+    step = found[0].parent.name
+    own = json.loads(Path(f"evaluation/small-{step}.json").read_text())["results"]
+    assert own == json.loads(Path("own.json").read_text())["results"]
+    assert lines(Path(f"evaluation/small-{step}/eval_results.jsonl"))[0]["metrics"] == lines(found[0])[0]["metrics"]
 
 
 def test_training_refuses_tasks_that_are_not_there(here: Path) -> None:
