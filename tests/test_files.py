@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import resource
 import socket
 import stat
 from collections.abc import Iterator
@@ -11,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from disttempnet import files
+from disttempnet.cli import main
+from disttempnet.data.cache import write_shard
 from disttempnet.errors import UserError
 from disttempnet.files import (
     UnfitFile,
@@ -23,6 +28,7 @@ from disttempnet.files import (
     write_atomically,
     write_output,
 )
+from report.synthetic import write_run
 
 
 @contextmanager
@@ -156,3 +162,81 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         read_regular(tmp_path, 100)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "gone", 100)
+
+
+# ---- commands, on a disk that takes no more than so many bytes of a file, and in folders that take none ----
+
+
+@contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """Inside, no file can have more bytes: for the writer it is a full disk (EFBIG in place of ENOSPC)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+EMOJI = "embedded:emoji/train"
+COMMANDS = {
+    "preview.png": ["data", "preview", EMOJI, "--count", "8", "--out"],
+    "preview.html": ["data", "preview", EMOJI, "--count", "8", "--out"],
+    "broken.jsonl": ["data", "verify", "{shards}", "--workers", "1", "--out"],
+    "shards/00000.tar": ["data", "shard", EMOJI, "--workers", "1", "--out"],
+    "report.html": ["report", "{run}", "--out"],
+    "report.md": ["report", "{run}", "--out"],
+    "report.csv": ["report", "{run}", "--out"],
+    "report.tex": ["report", "{run}", "--out"],
+    "report.jsonl": ["report", "{run}", "--out"],
+}
+
+
+def command(name: str, folder: Path) -> list[str]:
+    given = {"run": folder / "run", "shards": folder / "broken" / "{00000..00000}.tar"}
+    words = [word.format(**given) if word in ("{run}", "{shards}") else word for word in COMMANDS[name]]
+    return [*words, str(folder / "out" / name.partition("/")[0])]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A run with numbers, and a shard of which nothing is an image."""
+    write_run(tmp_path / "run", tasks=("emoji-concepts",))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "out").mkdir()
+    members = [(f"{n:04d}.{kind}", b"no image") for n in range(60) for kind in ("jpg", "txt")]
+    good = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(good, "PNG")
+    write_shard(tmp_path / "broken" / "00000.tar", [*members, ("9999.png", good.getvalue()), ("9999.txt", b"x")])
+    assert main(["data", "index", str(tmp_path / "broken" / "{00000..00000}.tar"), "--workers", "1"]) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    name: str, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with small_files(100):
+        code = main(command(name, inputs))
+    printed = capsys.readouterr().err
+    assert code == 2, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("disttempnet: ")]
+    assert ": cannot be written: File too large" in line
+    left = [path.name for path in (inputs / "out").rglob("*") if path.is_file()]
+    assert set(left) <= {".lock"}, left
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "/" not in name])
+def test_a_folder_that_takes_no_files_is_told_before_the_work(
+    name: str, inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "out" not in str(path) and allowed(path, mode))
+    worked: list[str] = []
+    for work in ("data.preview.draw_samples", "data.verifying.verify", "report.comparison.read_results"):
+        monkeypatch.setattr(f"disttempnet.{work}", lambda *_, **__: worked.append("read"))
+    assert main(command(name, inputs)) == 2
+    out = inputs / "out"
+    assert f"disttempnet: {out / name}: cannot be written: {out} does not allow it\n" in capsys.readouterr().err
+    assert worked == []

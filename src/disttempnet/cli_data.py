@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from disttempnet.cli_task import add_task_command
 from disttempnet.errors import UserError
+from disttempnet.files import refuse_unwritable, unwritable_named
 from disttempnet.machine import cores
 from disttempnet.paths import path_argument
 from disttempnet.ranges import GIGABYTES, SAMPLES, SEED, WORKERS, whole
@@ -204,12 +205,13 @@ def _add_verify(parts: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-
     from disttempnet.data.faults import fault_table, write_faults
     from disttempnet.data.verifying import verify
     from disttempnet.data.workers import stopped_by_sigterm
 
     workers, everything = _workers(options), []
+    if options.out:
+        refuse_unwritable(Path(options.out))
     with stopped_by_sigterm():
         for source in _sources(options):
             checked, faults = verify(source, workers, options.sample, options.seed)
@@ -218,10 +220,9 @@ def _verify(options: argparse.Namespace) -> int:
                 console().print(fault_table(faults))
             everything += faults
     if options.out:
-        try:
+        with unwritable_named(Path(options.out)):
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
             write_faults(everything, Path(options.out))
-        except OSError as error:
-            raise UserError(f"{options.out}: cannot be written: {error.strerror}") from None
     return 1 if everything else 0
 
 

@@ -21,7 +21,7 @@ import parts
 from disttempnet import distributed, sharding
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import Batch
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.losses import LossOutput
 from disttempnet.models import load_model, save_model
 from disttempnet.training import checkpoint, whole
@@ -268,7 +268,10 @@ def test_damage_is_named(straight: Path, gloo: Pools, tmp_path: Path) -> None:
             damaged.write_bytes(content)
         assert whole.damage(last).startswith(f"moments/{name} ")
         (last / whole.LISTING).unlink()  # as of a checkpoint without one
-        with pytest.raises(UserError, match="moments: cannot be read as a checkpoint"):
+        with (
+            pytest.warns(UserNotice, match=r"has no files.json"),
+            pytest.raises(UserError, match="moments: cannot be read as a checkpoint"),
+        ):
             go(str(tmp_path / "run"), "train.stop_after_steps=15")
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from disttempnet.data.shards import fingerprint
 from disttempnet.errors import UserError
+from disttempnet.files import atomic, unwritable_named
 
 
 @dataclass(frozen=True)
@@ -125,24 +126,17 @@ def write_headed(job: Download) -> int:
     if others:
         raise UserError(f"{job.out}: was begun with another list, kept in {others[0]}; name another folder")
     left_out = 0
-    temporary = job.out / f".{job.headed.name}.{os.getpid()}"
-    try:
+    with unwritable_named(job.out):
         job.out.mkdir(parents=True, exist_ok=True)
         if job.headed.is_file():
             return 0
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with atomic(job.headed) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write("url\tcaption\n")
             for row in _rows(job.tsv):
                 if row is None:
                     left_out += 1
                 else:
                     file.write("\t".join(map(_quoted, row)) + "\n")
-        os.replace(temporary, job.headed)
-    except OSError as error:
-        raise UserError(f"{job.out}: cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return left_out
 
 

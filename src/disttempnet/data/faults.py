@@ -14,6 +14,7 @@ from rich.table import Table
 from disttempnet.data.decoding import UnreadableImage
 from disttempnet.data.source import OK, Source, UnreadableCaption
 from disttempnet.errors import UserError
+from disttempnet.files import atomic
 
 NAMED = 3  # samples that a table names a reason
 BAD_SAMPLE = (UnreadableCaption, UnreadableImage)  # what may be wrong with one, where its shard is sound
@@ -62,8 +63,8 @@ def fault_table(faults: Iterable[Fault]) -> Table:
 
 
 def write_faults(faults: Iterable[Fault], path: Path) -> None:
-    """A line of JSON a fault. Raises OSError."""
-    with path.open("w", encoding="utf-8") as file:
+    """A line of JSON a fault, in a file that is replaced atomically. Raises OSError."""
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for fault in faults:
             line = {"id": fault.sample, "name": fault.name, "reason": fault.reason}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

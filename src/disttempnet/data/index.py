@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from disttempnet.data.shards import MAX_TEXT, BrokenTar, read_member, sample_key
 from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mixed, usable_captions
 from disttempnet.data.store import LocalStore, ShardStore, State
 from disttempnet.errors import UserError
+from disttempnet.files import temporary_beside
 from disttempnet.machine import open_files
 
 FORMAT = "disttempnet-index-1"
@@ -252,16 +252,10 @@ def write_index(
 @contextmanager
 def writable(path: Path) -> Iterator[Path]:
     """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
-    # process ids repeat on the nodes that share a disk
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as temporary:
             yield temporary
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager

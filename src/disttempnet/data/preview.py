@@ -15,6 +15,7 @@ from disttempnet.data.decoding import UnreadableImage, decode
 from disttempnet.data.sheet import THUMBNAIL, Lettering, Tile, draw_sheet
 from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.errors import UserError
+from disttempnet.files import refuse_unwritable, write_output
 
 
 def write_preview(source: Source, out: Path, count: int, seed: int) -> str:
@@ -36,6 +37,7 @@ def write_preview(source: Source, out: Path, count: int, seed: int) -> str:
         raise UserError(f"{out}: a preview is a .png or an .html file")
     if count < 1:
         raise UserError(f"--count {count}: show at least one sample")
+    refuse_unwritable(out)
     tiles = list(draw_samples(source, count, seed))
     heading = f"{source.where} · {len(tiles):,} of {len(source.usable):,} samples, seed {seed}"
     lettering = Lettering()
@@ -45,11 +47,7 @@ def write_preview(source: Source, out: Path, count: int, seed: int) -> str:
         file = io.BytesIO()
         draw_sheet(tiles, heading, lettering).save(file, "PNG")
         data = file.getvalue()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    write_output(out, data)
     if not lettering.missing:
         return ""
     shown = " ".join(sorted(lettering.missing)[:10])

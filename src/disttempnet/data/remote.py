@@ -5,7 +5,7 @@ then renamed. Whoever reads one holds a shared lock on the file itself, which en
 When the cache is full the least recently opened shards go, but none that is locked.
 
     FOLDER/shards/KEY-OF-THE-URL/00000.tar     a shard; also the index of a spec
-                                 .00000.tar.lock, .00000.tar.PID.SIZE.part
+                                 .00000.tar.lock, .00000.tar.RANDOM.SIZE.part
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import os
 import random
 import re
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -218,8 +219,9 @@ class RemoteStore(ShardStore):
                     UserNotice,
                     stacklevel=2,
                 )
-            part = path.with_name(f".{path.name}.{os.getpid()}.{size}.part")
-            part.touch()
+            # a name that cannot be guessed, and an existing file or link of that name is never opened
+            part = path.with_name(f".{path.name}.{secrets.randbits(64)}.{size}.part")
+            part.touch(exist_ok=False)
             return part
 
     def _info(self, name: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from disttempnet.data.meter import Meter
 from disttempnet.data.source import OK, Source
 from disttempnet.data.workers import run_jobs
 from disttempnet.errors import UserError
+from disttempnet.files import WRITING, atomic, write_atomically
 from disttempnet.terminal import say
 
 FORMAT = "disttempnet-shards-1"
@@ -138,9 +138,7 @@ def _agree_on_plan(folder: Path, source: Source, recipe: Recipe, parts: list[Par
         others = [entry.name for entry in folder.glob("*.tar")]
         if others:
             raise UserError(f"{folder}: holds shards of another origin, such as {min(others)}; name another folder")
-        temporary = folder / f".{PLAN}.{os.getpid()}"
-        temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(ours, indent=2) + "\n")
         return
     try:
         theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -161,9 +159,10 @@ def _agree_on_plan(folder: Path, source: Source, recipe: Recipe, parts: list[Par
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what a killed worker began; the caller holds the lock, so nobody is at it."""
-    for entry in folder.glob(".*.tar.*"):
-        with suppress(FileNotFoundError):
-            entry.unlink()
+    for pattern in (f"{WRITING}*", ".*.tar.*", f".{PLAN}.*"):  # the last two are those of earlier versions
+        for entry in folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                entry.unlink()
 
 
 def _write_missing(
@@ -179,37 +178,32 @@ def _write_missing(
 
 def _write_part(source: Source, folder: Path, recipe: Recipe, part: Part) -> Iterator[int]:
     """A worker's job: one shard, and beside it the list of what is not in it; yields how many ids it has seen."""
-    temporary = folder / f".{part.name}.{os.getpid()}"
     faults: list[Fault] = []
     reported = part.first
     try:
-        with temporary.open("wb") as file:
-            writer = _tar_writer()(file, user="", group="", mode=0o644, mtime=0, encoder=False)
-            try:
-                for sample in range(part.first, part.end):
-                    if source.status[sample] == OK:
-                        try:
-                            members = sample_members(source, sample, recipe)
-                        except BAD_SAMPLE as error:
-                            faults.append(fault_of(source, sample, error))
-                        else:
-                            writer.write({"__key__": f"{sample:09d}", **members})
-                    if sample + 1 - reported >= REPORT_EVERY:
-                        yield sample + 1 - reported
-                        reported = sample + 1
-            finally:
-                writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-        if faults:
-            write_faults(faults, _list_of(folder, part))
-        os.replace(temporary, folder / part.name)
+        with atomic(folder / part.name) as temporary:
+            with temporary.open("wb") as file:
+                writer = _tar_writer()(file, user="", group="", mode=0o644, mtime=0, encoder=False)
+                try:
+                    for sample in range(part.first, part.end):
+                        if source.status[sample] == OK:
+                            try:
+                                members = sample_members(source, sample, recipe)
+                            except BAD_SAMPLE as error:
+                                faults.append(fault_of(source, sample, error))
+                            else:
+                                writer.write({"__key__": f"{sample:09d}", **members})
+                        if sample + 1 - reported >= REPORT_EVERY:
+                            yield sample + 1 - reported
+                            reported = sample + 1
+                finally:
+                    writer.close()
+            if faults:
+                write_faults(faults, _list_of(folder, part))
     except OSError as error:
         raise UserError(_cannot_write(folder / part.name, error)) from None
     finally:
         source.close()
-        with suppress(OSError):
-            temporary.unlink()
     yield part.end - reported
 
 
@@ -286,15 +280,11 @@ def _finish(source: Source, folder: Path, recipe: Recipe, parts: list[Part]) -> 
         for part in parts:
             if _list_of(folder, part).is_file():
                 faults += read_faults(_list_of(folder, part))
-        temporary = folder / f".{SKIPPED}.{os.getpid()}"
-        write_faults(sorted(faults, key=lambda fault: fault.sample or 0), temporary)
-        os.replace(temporary, path)
+        write_faults(sorted(faults, key=lambda fault: fault.sample or 0), path)
     for part in parts:
         _list_of(folder, part).unlink(missing_ok=True)
     if recipe.captions == "lines":
-        temporary = folder / f".{COUNT}.{os.getpid()}"
-        temporary.write_text(f"{len(parts)}\n", encoding="utf-8")
-        os.replace(temporary, folder / COUNT)
+        write_atomically(folder / COUNT, f"{len(parts)}\n")
     faults = list(read_faults(path))
     size = sum((folder / part.name).stat().st_size for part in parts)
     return Written(len(parts), len(source) - len(faults), size, faults)
