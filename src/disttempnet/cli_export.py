@@ -41,7 +41,7 @@ def _export(options: argparse.Namespace) -> int:
     from disttempnet.evaluation.averages import counted_tags
     from disttempnet.evaluation.exports import clip_benchmark_files, left_out, openclip_csv, read_evaluated
     from disttempnet.evaluation.readers import all_tasks
-    from disttempnet.files import refuse_unwritable, write_atomically
+    from disttempnet.files import refuse_unwritable, write_output
 
     every = [read_evaluated(Path(folder)) for folder in options.results]
     out = Path(options.out)
@@ -58,8 +58,7 @@ def _export(options: argparse.Namespace) -> int:
     for path in files:
         refuse_unwritable(path)
     for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_output(path, text)
     for folder, one in zip(options.results, every, strict=True):
         for line in left_out(one):
             say(f"left out of {folder}: {line}")

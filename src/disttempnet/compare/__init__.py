@@ -19,7 +19,6 @@ from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.errors import UserError
-from disttempnet.files import write_atomically
 from disttempnet.launch import launched
 from disttempnet.terminal import console, say
 from disttempnet.training import runs
@@ -111,13 +110,14 @@ def _report(folders: Sequence[Path], out: Path) -> None:
     from disttempnet.report.compact import read_results, write_compact
     from disttempnet.report.comparison import comparison_page
     from disttempnet.report.groups import compare_groups
+    from disttempnet.report.page import publish
     from disttempnet.report.tables import text_table
 
     results = read_results(folders)
-    write_atomically(out / "results.jsonl", write_compact(results))
     comparison = compare_groups(results)
-    write_atomically(out / "report.html", comparison_page(comparison))
-    console().print(text_table(comparison))
+    console().print(text_table(comparison))  # first: a full disk does not take it
+    publish(out / "results.jsonl", write_compact(results))
+    publish(out / "report.html", comparison_page(comparison))
     say(f"results: {(out / 'results.jsonl').resolve()}")
     say(f"report: {(out / 'report.html').resolve()}")
 
