@@ -256,6 +256,30 @@ def test_a_rank_that_is_stuck_is_ended_too(tmp_path: Path) -> None:
     assert ends[0].printed.splitlines()[-1].startswith("disttempnet: rank 1 on ")
 
 
+def waits_for_ever(arguments: list[str]) -> int:
+    """Rank 1's main thread does not end its third step, while its process runs and sends beats."""
+    step = Trainer.train_step
+
+    def train_step(self: Trainer, batch: object) -> object:
+        while self.step == 2 and is_rank(1):
+            time.sleep(1)
+        return step(self, batch)  # type: ignore[arg-type]
+
+    Trainer.train_step = train_step  # type: ignore[assignment, method-assign]
+    return main(arguments)
+
+
+@pytest.mark.slow
+def test_a_rank_in_an_endless_loop_is_named_and_not_the_one_that_waits(tmp_path: Path) -> None:
+    with Srun(2, tmp_path, waits_for_ever, trained(tmp_path, "train.timeout_minutes=0.3")) as ranks:
+        ends = ranks.wait()
+    assert [end.code for end in ends] == [2, 2], "\n".join(end.printed for end in ends)
+    for end in ends:
+        line = end.printed.splitlines()[-1]
+        assert line.startswith("disttempnet: rank 1 on ")
+        assert "has kept the others waiting for 0.3 minutes: it is caught in an endless loop" in line
+
+
 def never_comes(arguments: list[str]) -> int:
     return 3 if is_rank(1) else main(arguments)
 

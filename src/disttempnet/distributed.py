@@ -266,14 +266,18 @@ def barrier() -> None:
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """DDP over all ranks. The module itself in one process, where no parameter is trained (DDP refuses that), and
     where its parameters are shared out: those exchange gradients by themselves."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if world_size() == 1 or not trained or any(isinstance(p, DTensor) for p in trained):
+    if world_size() == 1:
         return module
-    return nn.parallel.DistributedDataParallel(
-        module,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if trained and not any(isinstance(p, DTensor) for p in trained):
+        module = nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    # its forward pass begins with collectives of torch's own: buffers of rank 0, or parts of parameters
+    module.register_forward_pre_hook(lambda *_: _come_to_collective())
+    return module
 
 
 def without_exchange(module: nn.Module) -> AbstractContextManager:

@@ -41,7 +41,7 @@ STRANGERS = 128  # connections at a time that have not proved whose they are
 LONGEST_REASON = 400
 LONGEST_HELLO, LONGEST_LINE = 1024, 8192  # bytes
 BEATS = 8  # in the time of silence: with one on its way and one just missed, six are missed for certain
-PATIENCE = 0.95  # of the timeout, after which the rank that others wait for is named: ahead of the collective
+PATIENCE = 0.9  # of the timeout, after which the rank that others wait for is named: ahead of the collective
 KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a node without power: noticed in a minute
 BAD_NEWS = 2  # exit code
 
@@ -124,7 +124,7 @@ class Watch:
             while not (self._leaving.is_set() or self._news):
                 if time.monotonic() >= beat:
                     self._beat()
-                    beat = time.monotonic() + self._silence / BEATS
+                    beat = max(beat + self._silence / BEATS, time.monotonic())
                 strangers = self._admit(selector)
                 wait = max(0.0, beat - time.monotonic())
                 for key, _ in selector.select(min(wait, 0.2) if strangers else wait):
