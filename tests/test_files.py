@@ -208,7 +208,7 @@ def inputs(tmp_path: Path) -> Path:
     good = io.BytesIO()
     Image.new("RGB", (8, 8)).save(good, "PNG")
     write_shard(tmp_path / "broken" / "00000.tar", [*members, ("9999.png", good.getvalue()), ("9999.txt", b"x")])
-    assert main(["data", "index", str(tmp_path / "broken" / "{00000..00000}.tar"), "--workers", "1"]) == 0
+    assert main(["data", "index", str(tmp_path / "broken" / "{00000..00000}.tar"), EMOJI, "--workers", "1"]) == 0
     return tmp_path
 
 

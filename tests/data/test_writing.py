@@ -2,7 +2,7 @@
 
 import io
 import json
-import os
+import multiprocessing
 import resource
 import signal
 import subprocess
@@ -23,6 +23,7 @@ from disttempnet.cli import main
 from disttempnet.data import open_index
 from disttempnet.data.writing import Recipe, write_shards
 from disttempnet.errors import UserError
+from disttempnet.files import WRITING
 
 from .conftest import png, sample, write_shard
 
@@ -246,30 +247,30 @@ def test_a_stopped_command_leaves_whole_shards_and_goes_on(tmp_path: Path) -> No
         if number == signal.SIGTERM:
             assert running.returncode == 128 + number
             assert "of 12 shards are whole" in said
-            assert not list(out.glob(".0*")), "workers and what they began are gone"
+            assert not list(out.glob(f"{WRITING}*")), "workers and what they began are gone"
         early = content(out)
         assert kept + 2 <= len(early) < 12
         assert early.items() <= whole.items()
         kept = len(early)
     write_shards(source, out, recipe, workers=1, progress=False)
     assert content(out) == whole
-    assert not list(out.glob(".0*"))
+    assert not list(out.glob(f"{WRITING}*"))
 
 
 def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     source = open_index(EMOJI, progress=False)
 
     def kill() -> None:
-        while not (begun := list(tmp_path.glob(".0*.tar.*"))):
+        while len(list(tmp_path.glob(f"{WRITING}0*.tar-*"))) < 2:
             time.sleep(0.01)
-        os.kill(int(begun[0].name.rpartition(".")[2]), signal.SIGKILL)
+        multiprocessing.active_children()[0].kill()
 
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(UserError, match=r"a worker process ended while it worked at 0000[01]\.tar: SIGKILL"):
         write_shards(source, tmp_path, Recipe(700, resize=32), workers=2, progress=False)
     killer.join()
-    assert not list(tmp_path.glob(".0*"))
+    assert not list(tmp_path.glob(f"{WRITING}*"))
 
 
 def test_a_full_disk_is_one_line(whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -282,7 +283,7 @@ def test_a_full_disk_is_one_line(whole: dict[str, bytes], tmp_path: Path) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert content(tmp_path) == {}
-    assert not list(tmp_path.glob(".0*"))
+    assert not list(tmp_path.glob(f"{WRITING}*"))
     write_shards(source, tmp_path, Recipe(100), workers=1, progress=False)
     assert content(tmp_path) == whole
 
