@@ -174,7 +174,7 @@ def test_parameters_that_no_optimizer_holds_are_named_once(name: str) -> None:
     assert "*loss.parameter_groups()" in notice
 
 
-@pytest.mark.parametrize("accumulated", [1, 30])
+@pytest.mark.parametrize("accumulated", [1, PATIENCE + 2])
 def test_two_optimizers_and_many_chunks_a_step_are_no_fault(accumulated: int) -> None:
     """Also where others step meanwhile, and where a loss is looked at and not trained."""
     loss, idle, tower = make(EVERY["clip"]), make(EVERY["clip"]), nn.Linear(D, D).double()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from disttempnet import Features, build_loss
+from disttempnet.config import Config, LossConfig
 from disttempnet.errors import UserError
 from disttempnet.losses import LossOutput, Objective
 from disttempnet.models import encode_images, load_model
-from disttempnet.training.model import Contrast, compile_failure_named, refuse_without_compiler
+from disttempnet.training.model import Contrast, build_objective, compile_failure_named, refuse_without_compiler
 from losses.scenario import pairs
 
 
@@ -29,6 +30,13 @@ def test_a_missing_compiler_is_found_before_the_data(tmp_path: Path, monkeypatch
         refuse_without_compiler(torch.device("cpu"))
     (tmp_path / "mine").touch(mode=0o755)
     refuse_without_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["seed", "num_samples", "steps_per_epoch", "shard_state"])
+def test_what_a_run_tells_its_loss_is_no_key_of_the_config(name: str) -> None:
+    config = Config(loss=LossConfig(name="clip", **{name: 3}))
+    with pytest.raises(UserError, match=rf"\[loss\] unknown argument of objective clip: '{name}'"):
+        build_objective(config, 9, 8)
 
 
 def test_what_cannot_be_compiled_is_one_line() -> None:
