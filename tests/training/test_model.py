@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from disttempnet import Features, build_loss
-from disttempnet.config import Config, LossConfig
+from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError
 from disttempnet.losses import LossOutput, Objective
 from disttempnet.models import encode_images, load_model
@@ -34,7 +34,7 @@ def test_a_missing_compiler_is_found_before_the_data(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", ["seed", "num_samples", "steps_per_epoch", "shard_state"])
 def test_what_a_run_tells_its_loss_is_no_key_of_the_config(name: str) -> None:
-    config = Config(loss=LossConfig(name="clip", **{name: 3}))
+    config = load_config(CONFIG_FOLDER / "debug.toml", [f'loss={{name="clip", {name}=3}}'])
     with pytest.raises(UserError, match=rf"\[loss\] unknown argument of objective clip: '{name}'"):
         build_objective(config, 9, 8)
 
