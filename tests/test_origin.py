@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import parts
 from disttempnet import cli
 from disttempnet.errors import UserError
 from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, Towers, load_model, read_target, save_model
@@ -94,6 +95,26 @@ def test_a_repository_without_weights_is_no_model(hub: Path) -> None:
     assert random.embed_dim == 64
     assert "no open_clip_config.json in the cache" in refused("hf-hub:acme/other")
     assert "hf-hub:nothing/a/b" in refused("hf-hub:nothing/a/b")
+
+
+def test_a_repository_with_an_encoder_of_hugging_face(hub: Path, tmp_path: Path) -> None:
+    """The encoder's config and tokenizer are those of the name in its config, a repository of its own or a folder."""
+    text = parts.write_text_folder(tmp_path / "text")
+    image = parts.write_image_weights(tmp_path / "image.safetensors")
+    name = parts.write_architecture(tmp_path / "architecture")
+    own = load_model(name, image_pretrained=str(image), text_pretrained=str(text))
+    save_model(own, hub, logit_scale=10.0)
+    config = json.loads((hub / CONFIG_NAME).read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = str(text)
+    (hub / CONFIG_NAME).write_text(json.dumps(config))
+    found = load_model("hf-hub:acme/CLIP-tiny-good")
+    assert (found.mean, found.image_size) == (own.mean, own.image_size)
+    tokens = own.tokenizer(["a red apple", "two cats"])
+    assert torch.equal(found.tokenizer(["a red apple", "two cats"]), tokens)
+    found.module.eval(), own.module.eval()
+    with torch.no_grad():
+        assert torch.equal(found.module.encode_text(tokens), own.module.encode_text(tokens))
+    assert_same(found, own)
 
 
 def test_a_folder_without_weights_is_no_model(saved: Path) -> None:
@@ -266,6 +287,10 @@ def test_what_a_name_means(saved: Path, tagged: None, tmp_path: Path, monkeypatc
     [
         (NAME, f"with which weights? {NAME}/TAG (openai, laion), {NAME}/FILE, or open_clip:{NAME} for random ones"),
         ("w.pt", "open_clip:ViT-B-32/w.pt"),
+        (
+            ".",
+            "no open_clip_config.json says which architecture the weights in it are of: name it, as open_clip:NAME/.",
+        ),
         ("laion/CLIP-ViT-B-32", "write hf-hub:laion/CLIP-ViT-B-32"),
         (f"{NAME}/opena", "unknown weights 'opena'. Did you mean 'openai'"),
         (f"{NAME}/no.pt", "weights 'no.pt' cannot be loaded: no such file or folder"),
@@ -323,7 +348,7 @@ def test_an_evaluation_keeps_the_notes(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", f"{NAME}/openai", "--tasks", "emoji-concepts", "--out", "o.json"]) == 0
     assert "note: QuickGELU, as the weights 'openai' were trained with" in capsys.readouterr().out
-    assert "QuickGELU" in json.loads(Path("o.json").read_text())["model_notes"][0]
+    assert "QuickGELU" in json.loads(Path("o.json").read_text())["notes"][0]
     monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
     rows = [("red", "red"), ("green", "green")]
     names = ("red", "green")

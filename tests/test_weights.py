@@ -47,6 +47,13 @@ def assert_loads(path: Path, state: dict[str, Tensor], name: str = NAME) -> Towe
     return loaded
 
 
+def assert_reads(path: Path, state: dict[str, Tensor]) -> None:
+    """The same without building towers."""
+    found = without_prefix(path, read_weights(path), state)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
 def refused(path: Path, name: str = NAME) -> str:
     with pytest.raises(UserError) as raised:
         load_model(name, str(path))
@@ -70,7 +77,7 @@ RECORDS: dict[str, Callable[[], Any]] = {
 def test_records_beside_the_weights(records: str, zipped: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
     content = {"state_dict": state, "beside": RECORDS[records](), "epoch": 3}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
-    assert_loads(tmp_path / "w.pt", state)
+    assert_reads(tmp_path / "w.pt", state)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,7 @@ def test_records_beside_the_weights(records: str, zipped: bool, state: dict[str,
 )
 def test_prefixes_of_wrappers(prefix: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "w.pt")
-    assert_loads(tmp_path / "w.pt", state)
+    assert_reads(tmp_path / "w.pt", state)
 
 
 def test_what_a_module_around_the_model_has_of_its_own(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -118,7 +125,7 @@ def test_wrappers_inside_of_names(state: dict[str, Tensor], tmp_path: Path) -> N
 )
 def test_layouts_of_trainers(layout: Callable[[dict], dict], state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(layout(state), tmp_path / "w.ckpt")
-    assert_loads(tmp_path / "w.ckpt", state)
+    assert_reads(tmp_path / "w.ckpt", state)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -128,6 +128,11 @@ def read_target(target: str) -> tuple[str, str] | None:
     if explicit:
         return name, tag
     if path.is_dir():
+        if any(file.suffix in SUFFIXES for file in path.iterdir()):
+            raise UserError(
+                f"{target}: no run, and no {CONFIG_NAME} says which architecture the weights in it are of: name it, as "
+                f"open_clip:NAME/{target}"
+            )
         return None
     if name in open_clip.list_models():
         if not tag:
