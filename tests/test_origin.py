@@ -325,6 +325,11 @@ def test_what_means_nothing_says_how_to_write_it(
         ("broken.json", "", "broken.json: no architecture of open_clip"),
         ("no.json", "", "no.json: No such file"),
         ("strange.json", "", "open_clip cannot build its architecture: "),
+        ("numbers.json", "", "numbers.json: 'mean' of preprocess_cfg must be three numbers (got 0.5)"),
+        ("local-dir:", "", "'local-dir:' names no folder"),
+        ("local-dir:damaged", "", "damaged/config.json: damaged, not the config of a CLIPModel"),
+        (NAME, "/dev/zero", "weights '/dev/zero' cannot be loaded: it is no regular file"),
+        ("", "", "unknown model ''"),
         (NAME, "run", "run: holds no weights (a run folder? name one of its checkpoints)"),
     ],
 )
@@ -334,6 +339,10 @@ def test_keys_of_a_config_that_do_not_go_together(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "broken.json").write_text("{")
+    numbers = {**json.loads((saved / CONFIG_NAME).read_text()), "preprocess_cfg": {"mean": 0.5}}
+    (tmp_path / "numbers.json").write_text(json.dumps(numbers))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"model_type": "clip", "text_config": 3}')
     strange = {"embed_dim": 8, "vision_cfg": {"colour": 3}, "text_cfg": {}}
     (tmp_path / "strange.json").write_text(json.dumps(strange))
     assert message in refused(name, pretrained)

@@ -234,6 +234,9 @@ def test_another_width_names_both_shapes(state: dict[str, Tensor]) -> None:
         "other shapes: logit_scale of 2 (the model: one number), visual.proj of 128×64 (the model: 64×64)"
     )
     assert misfit(state, state) == ""
+    assert misfit({**state, "visual.proj": state["visual.proj"].to(torch.int8)}, state) == (
+        "quantised to integers: visual.proj"
+    )
     with pytest.raises(UserError, match="no such file"):
         read_weights("nowhere.pt")
 

@@ -168,13 +168,13 @@ def _named(name: str) -> Origin:
         path = Path(name)
         table = _json(path)
         architecture = _architecture(table.get("model_cfg", table), path)
-        return Origin(architecture, folder=path.parent, preprocess=_preprocess(table.get("preprocess_cfg")))
+        return Origin(architecture, folder=path.parent, preprocess=_preprocess(table.get("preprocess_cfg"), path))
     architecture = open_clip.get_model_config(name)
     if architecture is None:
         base, _, tag = name.partition("/")
         if tag and base in open_clip.list_models():
             raise UserError(f"model '{name}' names weights too: write model.name={base} model.pretrained={tag}")
-        if Path(name).exists():
+        if name and Path(name).exists():
             raise UserError(f"model '{name}' is a path: write {FOLDER}{name}, or the name of an architecture")
         raise UserError(unknown_name("model", name, open_clip.list_models()))
     return Origin(architecture)
@@ -188,6 +188,8 @@ def _place(name: str) -> Origin:
     """
     if name.startswith(HUB):
         return _repository(name.removeprefix(HUB))
+    if name == FOLDER:
+        raise UserError(f"'{name}' names no folder (the current one is {FOLDER}.)")
     path = Path(name.removeprefix(FOLDER)).expanduser()
     if path.is_file():
         return replace(_described(path.parent / CONFIG_NAME), weights=path)
@@ -226,15 +228,19 @@ def _described(config: Path) -> Origin:
         if not isinstance(table.get(section), dict):
             raise UserError(f"{config}: not an open_clip config with a '{section}'")
     architecture = _architecture(table["model_cfg"], config)
-    preprocess = _preprocess(table["preprocess_cfg"])
+    preprocess = _preprocess(table["preprocess_cfg"], config)
     quick = bool(architecture.get("quick_gelu"))
     return Origin(architecture, folder=config.parent, preprocess=preprocess, quick_gelu=quick)
 
 
 def _of_transformers(config: Path, preprocess: Path | None) -> Origin:
     """The same from the files of transformers."""
-    architecture = transformers_clip.open_clip_architecture(_json(config), str(config.parent))
-    prepared = transformers_clip.open_clip_preprocess(_json(preprocess) if preprocess and preprocess.is_file() else {})
+    try:
+        architecture = transformers_clip.open_clip_architecture(_json(config), str(config.parent))
+    except (TypeError, AttributeError, ValueError, ArithmeticError):
+        raise UserError(f"{config}: damaged, not the config of a CLIPModel") from None
+    table = _json(preprocess) if preprocess and preprocess.is_file() else {}
+    prepared = _preprocess(transformers_clip.open_clip_preprocess(table), preprocess or config)
     quick = architecture["quick_gelu"]
     return Origin(architecture, preprocess=prepared, folder=config.parent, from_transformers=True, quick_gelu=quick)
 
@@ -306,7 +312,7 @@ def _weights(pretrained: str, name: str) -> Origin:
     path = Path(pretrained).expanduser()
     if path.is_dir():
         return _folder(path)
-    if path.is_file():
+    if path.exists():
         if path.name in STANDARD and (path.parent / CONFIG_NAME).is_file():
             return replace(_described(path.parent / CONFIG_NAME), weights=path)
         if path.name in OF_TRANSFORMERS and not (path.parent / CONFIG_NAME).is_file():
@@ -334,7 +340,7 @@ def _tagged(pretrained: str, name: str) -> Origin:
         weights = Path(download_pretrained(known))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"weights '{name}/{pretrained}' cannot be had: {one_line(error)}") from None
-    return Origin(weights=weights, preprocess=_preprocess(known), quick_gelu=bool(known.get("quick_gelu")))
+    return Origin(weights=weights, preprocess=_preprocess(known, name), quick_gelu=bool(known.get("quick_gelu")))
 
 
 def _architecture(table: Any, path: Path) -> dict[str, Any]:
@@ -343,14 +349,24 @@ def _architecture(table: Any, path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is none.
     """
-    if not isinstance(table, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= table.keys():
+    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    if not isinstance(table, dict) or not all(isinstance(table.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: no architecture of open_clip (embed_dim, vision_cfg, text_cfg)")
     return copy.deepcopy(table)
 
 
-def _preprocess(table: Any) -> dict[str, Any]:
-    """What of a `preprocess_cfg`, or of what open_clip knows of a tag, is asked of evaluation."""
-    return {key: table[key] for key in PREPROCESSING if key in table} if isinstance(table, dict) else {}
+def _preprocess(table: Any, source: Path | str) -> dict[str, Any]:
+    """What of a `preprocess_cfg`, or of what open_clip knows of a tag, is asked of evaluation.
+
+    Raises:
+        UserError: means or deviations that are not three numbers.
+    """
+    found = {key: table[key] for key in PREPROCESSING if key in table} if isinstance(table, dict) else {}
+    for key in ("mean", "std"):
+        values = found.get(key, (1, 1, 1))
+        if not isinstance(values, (list, tuple)) or [type(v) in (int, float) for v in values] != [True] * 3:
+            raise UserError(f"{source}: '{key}' of preprocess_cfg must be three numbers (got {values!r})")
+    return found
 
 
 def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

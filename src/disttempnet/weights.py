@@ -283,7 +283,12 @@ def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], apart_from: C
         for key, value in state.items()
         if key in own and value.shape != own[key].shape and key not in apart_from
     ]
-    said = [("lacks", lacking), ("has", strange), ("other shapes:", shapes)]
+    whole = [
+        key
+        for key, value in state.items()
+        if key in own and own[key].is_floating_point() and not value.is_floating_point()
+    ]
+    said = [("lacks", lacking), ("has", strange), ("other shapes:", shapes), ("quantised to integers:", whole)]
     return "; ".join(f"{verb} {listed(found)}" for verb, found in said if found)
 
 
