@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from disttempnet.data.decoding import MAX_BYTES, UnreadableImage
 from disttempnet.data.transforms import eval_transform
 from disttempnet.errors import UserError
 from disttempnet.evaluation.embed import checkpoint_hash
+from disttempnet.evaluation.readers import Sample
+from disttempnet.files import UnfitFile
 from disttempnet.models import Resizing, load_model, open_clip, save_model
 
 # isort: split
@@ -53,3 +57,12 @@ def test_towers_know_how_their_weights_want_images(tmp_path: Path) -> None:
     theirs = open_clip.create_model(f"local-dir:{tmp_path}").visual.preprocess_cfg
     assert (theirs["resize_mode"], theirs["interpolation"]) == ("squash", "bilinear")
     assert checkpoint_hash(again) != checkpoint_hash(replace(again, resizing=Resizing()))
+
+
+def test_an_image_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for size in (-1, 0):
+        with pytest.raises(UnfitFile, match="not a regular file"):
+            Sample("pipe", tmp_path / "pipe.jpg", 0, size, (), "").image()
+    with pytest.raises(UnreadableImage, match="over 536,870,912 bytes"):
+        Sample("large", tmp_path / "large.jpg", 0, MAX_BYTES + 1, (), "").image()

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from disttempnet.data.decoding import MAX_BYTES
 from disttempnet.data.headers import UNKNOWN, image_header
 from disttempnet.data.meter import Meter
 from disttempnet.errors import UserError
@@ -28,6 +29,7 @@ from disttempnet.evaluation.folders import folder_data
 from disttempnet.evaluation.layouts import folder_names, read_folder
 from disttempnet.evaluation.readers import FOLDER, Sample, Task, TaskData, find_task, own_path
 from disttempnet.evaluation.tars import has_tars
+from disttempnet.files import read_regular
 
 HEADER_BYTES = 4096  # tell an image's format
 
@@ -155,7 +157,7 @@ def _members(data: TaskData, place: int) -> Iterator[tuple[str, bytes]]:
 def _image_bytes(sample: Sample) -> bytes:
     """The file as it is; pixels in memory as PNG, which keeps them."""
     if not isinstance(sample, Pixels):
-        return sample.shard.read_bytes()
+        return read_regular(sample.shard, MAX_BYTES)
     file = io.BytesIO()
     Image.fromarray(sample.pixels).save(file, "PNG")
     return file.getvalue()

@@ -8,6 +8,7 @@ image is read from its byte range when it is decoded.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections import Counter
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from disttempnet.config import Section
-from disttempnet.data.decoding import decode
+from disttempnet.data.decoding import MAX_BYTES, UnreadableImage, decode
 from disttempnet.data.shards import resolve_shards
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.tars import Span, image_of, read_tar
+from disttempnet.files import open_regular, read_regular
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
 FOLDER = "folder:"  # what names of tasks begin with that are no rows but data of one's own: own.py
@@ -69,7 +71,7 @@ class Sample:
 
     Attributes:
         key: SHARD/KEY, which names it to a person.
-        shard, offset, size: where the bytes of its image lie.
+        shard, offset, size: where the bytes of its image lie; size −1 is all of a file.
         captions: one or more.
         label: name of its class; empty where the shard gives none.
         facts: all that its JSON says.
@@ -86,10 +88,16 @@ class Sample:
     plain: bool = False
 
     def image(self) -> Image.Image:
-        """The decoded RGB image; UnreadableImage where its bytes are none."""
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return decode(file.read(self.size), self.plain)
+        """The decoded RGB image; UnreadableImage where its bytes are none. Raises OSError where it cannot be read."""
+        if self.size > MAX_BYTES:
+            raise UnreadableImage(f"over {MAX_BYTES:,} bytes")
+        if self.size < 0:
+            return decode(read_regular(self.shard, MAX_BYTES), self.plain)
+        descriptor = open_regular(self.shard)
+        try:
+            return decode(os.pread(descriptor, self.size, self.offset), self.plain)
+        finally:
+            os.close(descriptor)
 
 
 def sample_of(name: str, file: Path, image: Span, captions: tuple[str, ...] = ()) -> Sample:

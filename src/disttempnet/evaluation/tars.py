@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from disttempnet.data.shards import HEADER, IMAGE_SUFFIXES, BrokenTar, read_member, split_name
 from disttempnet.errors import UserError
+from disttempnet.files import open_regular
 
 SCAN_THREADS = 16  # tars are indexed side by side: on a network disk each header is a wait
 
@@ -39,7 +40,7 @@ def read_tar(path: Path) -> Tar:
     """
     samples: dict[str, dict[str, Span]] = {}
     note = ""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
         end, offset = os.fstat(descriptor).st_size, 0
         while (member := read_member(descriptor, offset)) is not None:
