@@ -93,6 +93,16 @@ def with_dcp(model: Model, folder: Path, saves: bool) -> None:
             set_model_state_dict(wrapped, state)
 
 
+def with_fsdp(model: Model, folder: Path, saves: bool) -> None:
+    """FSDP2: the tower's parameters are DTensors where there are ranks, the objective beside them is whole."""
+    if distributed.world_size() > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model.tower, mesh=init_device_mesh("cpu", (distributed.world_size(),)))
+    with_dcp(model, folder, saves)
+
+
 def with_accelerate(model: Model, folder: Path, saves: bool) -> None:
     """A prepared model, and an objective of its own that is registered for checkpointing."""
     with as_launched(), warnings.catch_warnings():
@@ -169,11 +179,14 @@ def file_a_rank(model: Model, folder: Path, saves: bool) -> None:
 
 
 WHOLE: dict[str, Callable[[Model, Path, bool], None]] = {
-    "torch": with_torch, "safetensors": with_safetensors, "dcp": with_dcp, "accelerate": with_accelerate,
-    "fabric": with_fabric, "trainer": with_trainer,
+    "torch": with_torch, "safetensors": with_safetensors, "dcp": with_dcp, "fsdp": with_fsdp,
+    "accelerate": with_accelerate, "fabric": with_fabric, "trainer": with_trainer,
 }  # fmt: skip
 SHARDED = {"gather_state": gathered, "file_a_rank": file_a_rank, "dcp": with_dcp}
-LIGHT = [(False, way) for way in ("torch", "safetensors", "dcp")] + [(True, "gather_state"), (True, "file_a_rank")]
+LIGHT = [(False, way) for way in ("torch", "safetensors", "dcp", "fsdp")] + [
+    (True, "gather_state"),
+    (True, "file_a_rank"),
+]
 OF_LIBRARIES = [(False, way) for way in ("accelerate", "fabric", "trainer")]
 
 

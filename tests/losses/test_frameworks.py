@@ -7,7 +7,6 @@ of towers and objective are those of a plain loop in one process, equal on all r
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from disttempnet import Features, distributed
-from losses.scenario import EVERY, B, D, local_rows, make, pairs
+from losses.scenario import EVERY, B, D, as_launched, local_rows, make, pairs
 
 SAMPLES, EPOCHS, STEPS = 16, 3, 2
 ROWS = pairs(SAMPLES, seed=3)
@@ -110,22 +109,6 @@ def in_fsdp(recipe: dict) -> dict:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
         return plain(recipe, sharded)
-
-
-@contextlib.contextmanager
-def as_launched() -> Iterator[None]:
-    """What torchrun tells the libraries, which otherwise make a group of their own."""
-    size, rank = str(distributed.world_size()), str(distributed.rank())
-    told = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0"}
-    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"}
-    told = told if distributed.world_size() > 1 else {}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def in_accelerate(recipe: dict, prepared: bool) -> dict:
