@@ -89,13 +89,16 @@ def check(pools: Pools, processes: int, folder: Path, overrides: tuple[str, ...]
     trainer = torch.load(saved / "trainer.pt", weights_only=True)
     shards = [torch.load(saved / f"shard-{r:05d}-of-00004.pt", weights_only=True)["state"] for r in range(4)]
     assert trainer["step"] == STEP
-    assert set(ranks[0].tables) == {key for key in shards[0] if not key.endswith("_extra_state")}
-    for name in ranks[0].tables:
-        old = of_all([shard[name] for shard in shards], trainer["num_samples"])
+    tables = set(ranks[0].tables)
+    for rank, shard in enumerate(shards):
+        counts = {f"{name.rpartition('.')[0]}.num_samples" for name in tables}
+        assert set(shard) == {f"{name}:{rank}-of-4" for name in tables} | counts
+    for name in tables:
+        old = of_all([shard[f"{name}:{rank}-of-4"] for rank, shard in enumerate(shards)], trainer["num_samples"])
         assert torch.equal(of_all([rank.tables[name] for rank in ranks], trainer["num_samples"]), old), name
         assert len(old.unique()) > 100, "something was learnt of many samples"
     shared = trainer["objective"]
-    learnt = [name for name, value in shared.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    learnt = [name for name in shared if not name.endswith("_extra_state")]
     assert bool(learnt) == (PER_SAMPLE not in overrides), "temperature networks, but where each sample has its own τ"
     for rank in ranks:
         for name, value in shared.items():
