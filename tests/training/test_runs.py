@@ -72,8 +72,8 @@ def test_what_cannot_be_written_is_found_before_any_work(tmp_path: Path, monkeyp
     (tmp_path / "file").touch()
     long = tmp_path / ("n" * 300)
     for folder, why in [
-        (tmp_path / "file", "File exists"),
-        (tmp_path / "file" / "run", "Not a directory"),
+        (tmp_path / "file", f"{tmp_path}/file is no folder"),
+        (tmp_path / "file" / "run", f"{tmp_path}/file is no folder"),
         (long / "run", "File name too long"),
         (Path("/proc/runs/run"), "No such file or directory"),
     ]:
@@ -83,7 +83,7 @@ def test_what_cannot_be_written_is_found_before_any_work(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
     monkeypatch.setattr(trainer, "open_training_data", lambda *_: pytest.fail("data are opened"))
     monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("towers are loaded"))
-    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="file is no folder"):
         train(load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}/file"]))
 
 

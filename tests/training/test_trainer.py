@@ -174,6 +174,7 @@ def test_a_waiting_temperature_neither_moves_nor_gathers_moments(tmp_path: Path)
         trainer.train_step(batch)
     assert torch.equal(networks.weight, first)
     assert not adam.state
+    trainer.loss.set_epoch(1)
     trainer.train_step(next(trainer.data.loader_from(1)))
     moved = (networks.weight - first).abs()
     assert moved.max().item() == pytest.approx(1e-3, rel=1e-2), "Adam's first step is as long as its rate"
@@ -269,6 +270,9 @@ def test_many_damaged_shards_are_told_in_few_lines() -> None:
 
         def problems(self) -> str:
             return "\n".join(f"{n}.tar: cut off" for n in range(1000))
+
+        def notes(self) -> list[str]:
+            return []
 
         def __len__(self) -> int:
             return 1234

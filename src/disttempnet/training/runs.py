@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -141,7 +142,10 @@ def refuse_unwritable(folder: Path) -> None:
     """
     folder = folder.absolute()
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    there = next(path for path in (folder, *folder.parents) if path not in missing)
     try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
