@@ -85,7 +85,9 @@ TEMPERATURE = """Without --shards, --images or --captions: of the run's own trai
 
 The table has a row a sample: id (its place in the training data, where it is from there), key, caption, tau_image,
 tau_text, log_u_image, log_u_text (the tracked normalisers of training samples), and the chosen keys of its .json. What
-a sample does not have is empty. Data sets of any size are streamed; torchrun shares the work between GPUs.
+a sample does not have is empty. Data sets of any size are streamed; torchrun shares the work between GPUs. In a .csv,
+text that a spreadsheet would run as a formula (it begins with = + - @) has an apostrophe before it; a .parquet has it
+as it is.
 
 The page (--gallery) shows the lowest and highest τ with pictures, how τ is spread, how it goes with concept frequency
 and caption ambiguity, clusters, and what the network has learned; for networks with prototypes (loss.network icml24,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ from disttempnet.report.binning import average_ranks, binned, evenly_spread, spe
 from disttempnet.report.temperature import analysis, items, measure
 from disttempnet.report.temperature.census import Census
 from disttempnet.report.temperature.command import Source, write_temperatures
-from disttempnet.report.temperature.table import COLUMNS
+from disttempnet.report.temperature.table import COLUMNS, NUMBERS, open_table
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.runs import list_checkpoints
 from disttempnet.training.trainer import train
@@ -435,3 +437,21 @@ def test_the_table_lies_in_the_run_unless_a_place_is_named(network: Path, monkey
     assert main(["temperature", network.name, "--captions", "captions.txt"]) == 0
     assert len(rows_of(network / "temperatures.csv")) == 1
     assert not Path("temperatures.csv").exists()
+
+
+def test_captions_are_no_formulas_in_a_csv_and_a_full_disk_leaves_no_table(tmp_path: Path) -> None:
+    rows = {"id": [0, 1], "key": ["-1", "@x"], "caption": ["=1+2", "a = b"], **{name: [-0.5, None] for name in NUMBERS}}
+    with open_table(tmp_path / "t.csv", ()) as table:
+        table.write(rows)
+    first, second = csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text(encoding="utf-8")))
+    assert [first[name] for name in ("id", "key", "caption", "tau_image")] == ["0", "-1", "'=1+2", "-0.5"]
+    assert [second[name] for name in ("key", "caption", "tau_image")] == ["'@x", "a = b", ""]
+
+    def no_room() -> None:
+        with open_table(tmp_path / "other.csv", ()) as table:
+            table.write(rows)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match="other.csv: cannot be written: No space left on device"):
+        no_room()
+    assert os.listdir(tmp_path) == ["t.csv"]

@@ -113,8 +113,10 @@ def damage(folder: Path) -> str:
                 found = f"{name} is not what was written"
     except FileNotFoundError:
         found = _damage_without_listing(folder)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        found = f"{LISTING} cannot be used ({type(error).__name__})" if isinstance(error, ValueError) else str(error)
+    except OSError as error:
+        found = str(error)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        found = f"{LISTING} cannot be used ({type(error).__name__})"
     return next(filter(None, distributed.gather_objects(found)), "")
 
 
