@@ -12,6 +12,8 @@ from disttempnet.config import SourceConfig
 from disttempnet.data import open_source
 from disttempnet.data import rows as rows_module
 from disttempnet.data.listing import Listing
+from disttempnet.data.scan import json_captions
+from disttempnet.data.source import UnreadableCaption
 from disttempnet.errors import UserError
 
 from .conftest import png
@@ -106,6 +108,20 @@ def test_coco(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 shards, 6 samples" in capsys.readouterr().out
 
 
+def test_keys_that_a_kind_does_not_have_are_refused(folder: Path) -> None:
+    (folder / "a.json").write_text(json.dumps(COCO))
+    with pytest.raises(UserError, match="is read as COCO's captions, which has no image_key; leave 'images' out"):
+        opened(folder / "a.json", image_key="images")
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.xlsx", "a.npz", "a.zip"])
+def test_files_of_other_kinds_are_named(name: str, folder: Path) -> None:
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=f"{name}: is no kind of file that is read; .*name a table or JSON") as caught:
+        opened(folder / name)
+    assert ("unpack it first" in str(caught.value)) == (name[-3:] in (".gz", "zip"))
+
+
 def test_what_does_not_belong_together_is_named(folder: Path) -> None:
     images = [*COCO["images"], {"id": 99, "file_name": "99.png"}, "none"]  # type: ignore[misc]
     annotations = [*COCO["annotations"], {"image_id": 5, "caption": "of nothing"}]  # type: ignore[misc]
@@ -148,6 +164,13 @@ def test_nulls_among_captions_are_left_out_and_counted(folder: Path) -> None:
     assert list(found(source).values()) == [("a cat",), ("c",), ("d",), ("e",)]
     assert source.notes() == ["4 captions are null: left out"]
     assert [reason for reason, *_ in source.left_out()] == ["no caption", "empty caption"]
+
+
+def test_nulls_among_the_captions_of_a_shard_are_left_out() -> None:
+    assert json_captions(b'{"c": ["a", null, "b"]}', "c") == ("a", "b")
+    for content, message in ((b'{"c": [null]}', "empty caption"), (b'{"c": ["a", 3]}', "caption is not a text")):
+        with pytest.raises(UnreadableCaption, match=message):
+            json_captions(content, "c")
 
 
 @pytest.mark.parametrize("invisible", ["\ufeff", " \ufeff\n", "\u200b", "\ufeff\u200b \ufeff", "\u2060\u200d"])

@@ -41,6 +41,7 @@ from disttempnet.files import UnfitFile, read_regular
 from disttempnet.machine import cause
 
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
+PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tgz"}
 FOLDERS = 200  # that are looked into for images
 PROBED = 100  # images, from all over the listing, that are looked for at every start
 MANY_MISSING = 10  # of these: worth a line before the first step
@@ -166,13 +167,19 @@ def is_listing(source: SourceConfig) -> bool:
     """Whether a source is one of these and no tars: by its suffix, or by what its folder holds.
 
     Raises:
-        UserError: it is none, but has settings that only these have.
+        UserError: it is none, but has settings that only these have, or is a file of another kind.
     """
     path = Path(source.path).expanduser()
     if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
         return True
     if os.path.isdir(path) and ".tar" not in (suffixes := _suffixes_in(path)):
         return ".parquet" in suffixes or holds_images(path)
+    if path.is_file() and path.suffix.lower() != ".tar":
+        packed = "unpack it first, or " if path.suffix.lower() in PACKED else ""
+        raise UserError(
+            f"data.train: {path}: is no kind of file that is read; {packed}name a table or JSON "
+            f"({', '.join(sorted(TABLE_SUFFIXES))}), a .parquet, .tar shards or a folder"
+        )
     for key in ("images", "image_key"):
         if getattr(source, key):
             raise UserError(f"data.train: {source.path}: {key} is for JSON, CSV and parquet; leave it out")

@@ -160,6 +160,9 @@ class Table(Layout):
             known = known_kind(first, keys, self.where)
         else:
             known = of_rows(chain((item for item in (first, second) if item is not None), items))
+        for name, given, settled in zip(("image_key", "caption_key"), keys, known[2:], strict=True):
+            if given and settled:
+                raise UserError(f"{self.where}: is read as {known.kind}, which has no {name}; leave '{given}' out")
         self.kind, self.image_key, self.caption_key = known.kind, known.image_key, known.caption_key
         return known.rows
 

@@ -78,7 +78,7 @@ def json_captions(data: bytes, key: str) -> tuple[str, ...]:
     value = facts.get(key) if isinstance(facts, dict) else None
     if value is None or value == []:
         raise UnreadableCaption("no caption")
-    values = value if isinstance(value, list) else [value]
+    values = [text for text in value if text is not None] if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in values):
         raise UnreadableCaption("caption is not a text")
     return usable_captions(values)
