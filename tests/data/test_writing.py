@@ -98,7 +98,7 @@ def test_all_captions_as_lines(
     assert main([*arguments, "--captions", "lines"]) == 0
     told = capsys.readouterr().out
     assert 'caption_key="captions"' in told
-    assert "has to be ROOT/wds_flickr30k_test/test or ROOT/wds_mscoco_captions_test/test" in told
+    assert f"disttempnet evaluate RUN --tasks shards:{tmp_path / 'out'}\n" in told
     found = members(tmp_path / "out" / "00000.tar")
     assert found["000000000.txt"].decode().split("\n") == texts[0]
     assert found["000000001.txt"].decode().split("\n")[3:] == ["over two lines", "1: five"], "a line a caption"
@@ -221,8 +221,8 @@ def test_other_input_or_settings_are_refused(shards: Write, tmp_path: Path, caps
     for more, message in [
         (["--samples-per-shard", "3"], "samples per shard 10000, not 3"),
         (["--resize", "5"], "resize 0, not 5"),
-        (["--quality", "0"], "--quality 0: JPEG quality is 1 to 100"),
-        (["--workers", "-1"], "--workers -1"),
+        (["--quality", "0"], "--quality: must be a whole number from 1 to 100 (got 0)"),
+        (["--workers", "-1"], "--workers: must be a whole number from 0"),
     ]:
         assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
