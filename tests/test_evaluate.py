@@ -245,6 +245,8 @@ def test_a_path_with_a_comma_and_an_image_that_cannot_be_read(here: Path, capsys
     tasks = ["--tasks", "emoji-concepts,folder:my, photos"]
     assert main(["evaluate", MODEL, "--list", *tasks]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["emoji-concepts", "folder:my,"]
+    assert main(["evaluate", "--list", "--tasks", "folder:my, photos"]) == 0
+    assert "(your own)" in capsys.readouterr().out
     assert main(["evaluate", MODEL, "--tasks", "folder:my, photos", "--out", "out.json"]) == 0
     assert "my, photos (3 images)" in capsys.readouterr().out
     (write_photos(here / "old") / "red" / "1.png").write_bytes(b"no image")

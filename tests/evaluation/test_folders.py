@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -241,8 +242,11 @@ def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
     for name in ("red", "blue"):
         put(tmp_path / name / "0.jpg", name)
     (tmp_path / "blue" / "1.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(tmp_path / "blue" / "2.jpg")
+    (tmp_path / "blue" / "3.jpg").symlink_to("/dev/zero")
     scores = evaluate(meaning_towers(), [f"folder:{tmp_path}"], device="cpu")[f"folder:{tmp_path}"]
-    assert (scores.samples, scores.corrupt, scores.complete) == (2, ("blue/1.jpg",), False)
+    assert (scores.samples, scores.complete) == (2, False)
+    assert scores.corrupt == ("blue/1.jpg", "blue/2.jpg", "blue/3.jpg"), "not read without end"
 
 
 # --- CIFAR pickled again ----------------------------------------------------------------------------------------------

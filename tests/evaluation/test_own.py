@@ -175,6 +175,7 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.jpg").write_bytes(picture("red", "jpg"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     listing = write_listing(tmp_path / "list")
     for number in range(len(ROWS)):
         (tmp_path / "list" / f"{number}.png").unlink()
@@ -187,11 +188,15 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
         (f"folder:{tmp_path}?labels=x", r"unknown option 'labels'\. Did you mean 'label'"),
         (f"captions:{listing}", r"name the folder of images after the file's: \?images=FOLDER"),
         ("shards:s3://bucket/{0..3}.tar", "evaluation reads shards of this machine only"),
+        (f"folder:{'x' * 300}", "cannot be read: File name too long"),
+        (f"captions:{'x' * 300}.csv", "cannot be read: File name too long"),
+        (f"folder:{tmp_path}/loop", "no such folder"),
+        ("folder:a\0b", "of which data"),
     ):
         with pytest.raises(UserError, match=rf"^task '.*': .*{why}") as raised:
             loaded(name)
         assert "\n" not in str(raised.value)
-        assert "data.train" not in str(raised.value).replace("set data.train to a folder of .tar", "")
+        assert "data.train" not in str(raised.value)
 
 
 def test_titles_are_short_and_do_not_depend_on_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

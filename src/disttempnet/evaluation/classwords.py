@@ -15,7 +15,9 @@ from pathlib import Path
 
 import disttempnet.models  # noqa: F401 (makes torchvision importable, which timm and open_clip want)
 from disttempnet.data.listing_index import printable
+from disttempnet.data.shards import MAX_TEXT
 from disttempnet.errors import UserError
+from disttempnet.files import read_regular
 
 TEMPLATE = "a photo of a {c}."
 SYNSET = re.compile(r"n\d{8}")
@@ -31,7 +33,7 @@ def read_lines(path: Path) -> tuple[list[str], list[str]]:
         UserError: it cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_TEXT)
         codec = next((codec for bom, codec in BOMS.items() if data.startswith(bom)), "utf-8")
         text, notes = data.decode(codec), []
     except OSError as error:

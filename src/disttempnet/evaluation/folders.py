@@ -166,7 +166,7 @@ def _look(folder: Path, seen: Seen, above: tuple[tuple[int, int], ...], inside: 
                     seen.hidden.append(name)
             elif entry.is_dir():
                 _look(folder / entry.name, seen, (*above, here), f"{name}/")
-            elif _is_image(entry.name) and (entry.is_file() or entry.is_symlink()):  # a dead link is a missing image
+            elif _is_image(entry.name):  # a dead link, a pipe: images that cannot be read
                 seen.images.append(folder / entry.name)
             else:
                 seen.others[Path(entry.name).suffix.lower() or "without suffix"] += 1

@@ -45,6 +45,7 @@ CONFIG_WORDS = {
     "in data.train = [{path = …, images = FOLDER}]": "after the file's: ?images=FOLDER",
     "name one of them with image_key": "name one of them: ?image=KEY",
     "name one of them with caption_key": "name one of them: ?caption=KEY",
+    "set data.train to": "name",
     "data.train: ": "",
 }
 _READING = Lock()  # sources keep files open that threads would close on each other
@@ -96,6 +97,8 @@ def own_data(task: Task) -> TaskData:
         if options:
             raise UserError(f"no captions beside its images, for which {'&'.join(options)} would be")
         return folder_data(task, where)
+    except OSError as error:
+        raise UserError(f"task '{task.name}': cannot be read: {error.strerror}") from None
     except UserError as error:
         why = str(error)
         for in_a_config, here in CONFIG_WORDS.items():

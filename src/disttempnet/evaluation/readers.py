@@ -182,15 +182,15 @@ def own_path(name: str) -> str:
     """The path, file or spec in the name of a task of one's own. Raises UserError: there is none."""
     kind, _, rest = name.partition(":")
     path = OPTIONS.split(rest)[0]
-    if not path.strip():
+    if not path.strip() or "\0" in path:
         raise UserError(f"task '{name}': of which data? {kind}:PATH")
     return path
 
 
 def _own_title(name: str) -> str:
     """The last part of its path; of a file that may be called captions.csv anywhere, of a pattern, the last two."""
-    path = Path(own_path(name)).expanduser().resolve()
-    parts = (path.parent.name, path.name) if path.suffix and not path.is_dir() else (path.name,)
+    path = Path(os.path.abspath(Path(own_path(name)).expanduser()))
+    parts = (path.parent.name, path.name) if path.suffix and not os.path.isdir(path) else (path.name,)
     return "/".join(filter(None, parts)) or name
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from disttempnet.evaluation.averages import NAMED, averages, why_not
 from disttempnet.evaluation.captioned import RAW_PROTOCOLS
 from disttempnet.evaluation.layouts import HF_CACHE, download_folder, find_data, folder_names
-from disttempnet.evaluation.readers import Task, task_title
+from disttempnet.evaluation.readers import OWN, Task, task_title
 from disttempnet.evaluation.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
 
@@ -114,7 +114,8 @@ def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
     missing = []
     for task in tasks:
         found = find_data(task, root) if root is not None and task.below_root else None
-        where = found.name if found else "–" if task.below_root else "(ships with the package)"
+        elsewhere = "(your own)" if task.name.startswith(OWN) else "(ships with the package)"
+        where = found.name if found else "–" if task.below_root else elsewhere
         rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
         missing += [task] if task.below_root and not found else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from disttempnet.data.shards import HEADER, IMAGE_SUFFIXES, BrokenTar, read_member, split_name
+from disttempnet.data.shards import HEADER, IMAGE_SUFFIXES, MAX_TEXT, BrokenTar, read_member, split_name
 from disttempnet.errors import UserError
 from disttempnet.files import open_regular
 
@@ -16,7 +16,7 @@ SCAN_THREADS = 16  # tars are indexed side by side: on a network disk each heade
 
 
 class Span(NamedTuple):
-    """A file in a tar: its place and size in bytes; `content` where it is small."""
+    """A file in a tar: its place and size in bytes; `content` where it is no image, and not too large for a text."""
 
     offset: int
     size: int
@@ -51,7 +51,7 @@ def read_tar(path: Path) -> Tar:
                 continue
             key, suffix = split_name(member.name)
             content: bytes | None = member.block[HEADER : HEADER + member.size]
-            if suffix in IMAGE_SUFFIXES:
+            if suffix in IMAGE_SUFFIXES or member.size > MAX_TEXT:
                 content = None
             elif len(content or b"") < member.size:
                 content = os.pread(descriptor, member.size, member.data)
