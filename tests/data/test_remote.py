@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from disttempnet.cli import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import (
     EpochPlan,
@@ -399,3 +401,29 @@ def test_a_server_that_wants_credentials_and_nobody_else_sees_them(
     assert "wrong-one" not in str(refused.value)
     assert server.url in str(refused.value)
     assert not [path for path in (tmp_path / "cache").rglob("*") if "hunter2" in str(path)]
+
+
+def test_a_run_keeps_no_credentials_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written out: no file of the run has them, and the same command resumes. By ${NAME}: its own config does."""
+    monkeypatch.setenv("SHARDS_PW", "hunter2")
+    with serving(embedded_shards("emoji/train")) as server:
+        server.authorization = "Basic " + base64.b64encode(b"user:hunter2").decode()
+        for name, written in (("literal", "hunter2"), ("named", "${SHARDS_PW}")):
+            where = server.url.replace("://", f"://user:{written}@") + "/00000.tar"
+            cache = tmp_path / f"cache-{name}"
+            source = f'data.train=[{{path = "{where}", cache = "{cache}"}}]'
+            given = ["train", "debug", f"name={name}", f"out={tmp_path}", source, "eval.tasks=[]", "data.workers=0"]
+            given += ["data.limit=0", "train.log_every=1"]
+            monkeypatch.setattr(sys, "argv", ["disttempnet", *given])
+            assert main([*given, "train.stop_after_steps=1"]) == 0, capsys.readouterr().err
+            kept = [path for path in [*(tmp_path / name).rglob("*"), *cache.rglob("*")] if path.is_file()]
+            assert not [path for path in kept if b"hunter2" in path.read_bytes()]
+            assert main([*given, "--resume", "auto", "train.stop_after_steps=2"]) == 0, capsys.readouterr().err
+            own = ["train", str(tmp_path / name / "config.toml"), "--resume", "auto", "train.stop_after_steps=3"]
+            printed = capsys.readouterr()
+            assert "hunter2" not in printed.err + printed.out
+            assert main(own) == (2 if name == "literal" else 0)
+            printed = capsys.readouterr()
+            assert ("its credentials are not kept in a run's files" in printed.err) == (name == "literal"), printed.err

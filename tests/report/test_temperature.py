@@ -452,6 +452,6 @@ def test_captions_are_no_formulas_in_a_csv_and_a_full_disk_leaves_no_table(tmp_p
             table.write(rows)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError, match="other.csv: cannot be written: No space left on device"):
+    with pytest.raises(UserError, match=r"other.csv: cannot be written: No space left on device"):
         no_room()
     assert os.listdir(tmp_path) == ["t.csv"]
