@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -72,7 +73,12 @@ def unpack(folder: Path, case: str) -> Path:
 def go_on(folder: str, name: str) -> dict[str, Tensor]:
     """Resume and train to the end; this rank's tables as they were loaded."""
     # tables alone are trained in some of these runs: nothing worth a run, and all that a checkpoint is about
-    with contextlib.chdir(folder), mock.patch.object(module, "refuse_if_nothing_is_trained"):
+    with (
+        contextlib.chdir(folder),
+        mock.patch.object(module, "refuse_if_nothing_is_trained"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".*has no files.json")  # nor have these
         trainer = Trainer(config(name), torch.device("cpu"), "auto")
         loaded = {
             f"{place}.{column}": table.local(column).clone()

@@ -254,6 +254,7 @@ def test_a_killed_write_leaves_the_last_checkpoint(straight: Path, gloo: Pools, 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no files.json:UserWarning")
 def test_damage_is_named(straight: Path, gloo: Pools, tmp_path: Path) -> None:
     import shutil
 
