@@ -13,7 +13,6 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +84,8 @@ class DelimitedRows:
             separators = sorted(separators, key=lambda separator: separator != own)
         self.format = _find_format(head, separators, where, image_key, caption_key)
         self.options = self.format.csv_options()
+        self.next_line: list[str] = []  # one reader for all lines: making one costs more than reading a line
+        self.reader = csv.reader(iter(self.next_line.pop, None), **self.options)
         self.lines = chain(head[self.format.headed :], lines)
         images = _cells(_rows(head[self.format.headed :], self.format), self.format.image)
         self.suffixed = bool(images) and _share(images, names_an_image) >= MOST
@@ -102,8 +103,12 @@ class DelimitedRows:
         plain = not (blanks or self.numbered or self.lists)
         for line in self.lines:
             if '"' in line:
-                for cells in self._quoted(line):
-                    yield self._fields(cells)
+                cells = self._alone(line)
+                if plain and len(cells) == len(names):
+                    yield dict(zip(names, cells, strict=True))
+                else:
+                    for row in (cells,) if cells else self._settled(line):
+                        yield self._fields(row)
             elif line := line.rstrip("\r\n"):  # a blank line is none
                 cells = line.split(separator)
                 if plain and len(cells) == len(names):
@@ -119,22 +124,27 @@ class DelimitedRows:
         parts += [f"{count:,} rows {what}, the first is {self.first[what]}" for what, count in self.repaired.items()]
         return ["; ".join(parts)]
 
-    def _quoted(self, line: str) -> Iterator[list[str]]:
-        """The rows of a line with a quotation mark, and of those that were read on after it for nothing."""
+    def _alone(self, line: str) -> list[str]:
+        """The cells of a line whose quotation marks balance, as they do as a rule; else none."""
+        self.next_line.append(line)
+        try:
+            return next(self.reader)
+        except (csv.Error, IndexError):  # the latter: it asks for another line
+            return []
+
+    def _settled(self, line: str) -> Iterator[list[str]]:
+        """The rows of a line whose quotation marks do not balance, and of those that were read on after it in vain."""
         pending = deque([line])
         while pending:
             line = pending.popleft()
             if '"' in line:
-                yield self._parsed(line, pending)
+                yield self._alone(line) or self._spanning(line, pending)
             elif line.rstrip("\r\n"):
                 yield self.format.cells(line)
 
-    def _parsed(self, line: str, pending: deque[str]) -> list[str]:
+    def _spanning(self, line: str, pending: deque[str]) -> list[str]:
         """The cells of a line, and of those after it that a quoted cell spans. The line alone, with its quotation marks
         as they stand, where they do not balance before the next row begins."""
-        if line.count('"') % 2 == 0:  # as a rule all cells end on it
-            with suppress(csv.Error):
-                return next(csv.reader((line,), **self.options))
         taken: list[str] = []
         complete = self._is_a_row(line)
 

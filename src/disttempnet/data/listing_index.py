@@ -237,9 +237,10 @@ class _RowWriter:
 def _first_rows(images: NDArray[np.int64], status: bytearray) -> NDArray[np.int64] | None:
     """int64 [N]: of each row, the first usable one whose image has the same hash; None where no two have the same."""
     usable = np.flatnonzero(np.frombuffer(bytes(status), np.uint8) == OK)
-    _, index, which = np.unique(images[usable], return_index=True, return_inverse=True)
-    if len(index) == len(usable):
+    in_order = np.sort(images[usable])
+    if (in_order[1:] != in_order[:-1]).all():  # as a rule: what follows takes several times the memory
         return None
+    _, index, which = np.unique(images[usable], return_index=True, return_inverse=True)
     first = np.arange(len(images))  # a row that cannot be used stays on its own
     first[usable] = usable[index][which]
     return first
