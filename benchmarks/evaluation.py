@@ -57,7 +57,7 @@ WORDS = ["a", "the", "of", "in", "on", "with", "young", "old", "small", "red", "
 
 def write_root(root: Path, part: int) -> None:
     """Every task of tasks.toml that lies below a data root, with one image of `part` (WinoGAViL: one puzzle)."""
-    from disttempnet.evaluation.readers import all_tasks
+    from disttempnet.evaluation.tasks import all_tasks
     from evaluation import formats
 
     draw, picture = random.Random(0), pictures()
@@ -86,7 +86,7 @@ def write_root(root: Path, part: int) -> None:
 
 def words_of(key: str, classes: int, prompts: int) -> tuple[list[str], list[str]]:
     """Class names and templates of a task."""
-    from disttempnet.models import open_clip
+    from disttempnet.models.towers import open_clip
 
     eighty = [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     if key in FAMILY:
@@ -135,8 +135,8 @@ def ours(model: str, root: str, out: str, *more: str) -> None:
     """`disttempnet evaluate` in this process, with the rows that reach the text tower counted."""
     import torch
 
-    from disttempnet import cli
-    from disttempnet.models import open_clip
+    from disttempnet.cli import main as cli
+    from disttempnet.models.towers import open_clip
 
     torch.set_num_threads(1)
     counted = {"texts": 0, "text positions": 0, "images": 0}
@@ -171,8 +171,9 @@ def measured(command: list[str], core: int, cache: Path) -> dict[str, float]:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from disttempnet.evaluation.readers import all_tasks
-    from disttempnet.models import CONFIG_NAME, load_model, open_clip, save_model
+    from disttempnet.evaluation.tasks import all_tasks
+    from disttempnet.models import CONFIG_NAME, load_model, save_model
+    from disttempnet.models.towers import open_clip
 
     root, model = folder / "root", folder / "model"
     root.mkdir()

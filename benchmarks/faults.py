@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from faulty_run import EVERY, LONGEST_S, STEPS, Run, children, digest, prepare
 
-from disttempnet.training.facts import provenance
+from disttempnet.training.run_info import provenance
 
 KINDS = {
     "kill": "SIGKILL to a rank",

@@ -25,8 +25,8 @@ import faulty_rank
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from disttempnet import sharding
 from disttempnet.config import CONFIG_FOLDER
+from disttempnet.distributed import fsdp
 
 STEPS, EVERY, SAMPLES, BATCH = 30, 3, 320, 32
 LONGEST_S = 300.0  # a start of a run, on a busy machine
@@ -98,7 +98,7 @@ class Run:
                 )
             return
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli"])
+        context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli.main"])
         job = random.SystemRandom().randrange(1, 10**6)  # the port follows from it
         slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "localhost"}
         slurm["SLURM_NTASKS"] = str(self.ranks)
@@ -211,7 +211,7 @@ def _moments(folder: Path) -> dict[str, torch.Tensor]:
     """Of a run whose towers are shared out."""
     contents = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.zeros(one.size) for name, one in contents.items()}  # type: ignore[union-attr]
-    sharding.load_parts(tensors, folder)
+    fsdp.load_parts(tensors, folder)
     return tensors
 
 

@@ -199,11 +199,11 @@ def measure_step(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def loss_step(name: str, batch: int, device: torch.device) -> Callable[[], Any]:
     """Forward and backward of one case."""
-    from disttempnet.losses import pairwise
+    from disttempnet.losses.contrast import backend
 
     kind, _, path = name.partition(" ")
     ours = kind in (*loss_benchmark.OURS, "rank")
-    os.environ[pairwise.KERNEL_SETTING] = path or "triton" if ours else "auto"
+    os.environ[backend.KERNEL_SETTING] = path or "triton" if ours else "auto"
     x, y, ids = (side.to(device) for side in loss_benchmark.unit_pairs(batch))
     if ours:
         refuse_kernel_that_cannot_run(x)
@@ -220,7 +220,7 @@ def loss_step(name: str, batch: int, device: torch.device) -> Callable[[], Any]:
 
 def refuse_kernel_that_cannot_run(features: Tensor) -> None:
     from disttempnet.errors import UserError
-    from disttempnet.losses.pairwise import use_kernel
+    from disttempnet.losses.contrast.backend import use_kernel
 
     try:
         use_kernel(features)
@@ -230,7 +230,8 @@ def refuse_kernel_that_cannot_run(features: Tensor) -> None:
 
 def rank_step(x: Tensor, y: Tensor, ids: Tensor, kernel: bool) -> Callable[[], Any]:
     """What one of RANKS ranks computes once features are gathered: statistics of its rows, and their pulls."""
-    from disttempnet.losses.pairwise import Anchors, Pairs, pulls, rounded, statistics
+    from disttempnet.losses.contrast.backend import feature_gradients, statistics
+    from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
 
     everyone = tuple(rounded(side, kernel) for side in (x, y))
     rows = len(x) // RANKS
@@ -243,7 +244,7 @@ def rank_step(x: Tensor, y: Tensor, ids: Tensor, kernel: bool) -> Callable[[], A
     def step() -> None:
         _, kept = statistics(pairs, positive, taus, n[:rows], moments=True, keep=True)
         anchors = Anchors.of(tau, all_positive, log_u, n)
-        pulls(pairs, anchors, anchors, positive, kept)
+        feature_gradients(pairs, anchors, anchors, positive, kept)
 
     return step
 
@@ -292,16 +293,16 @@ def measure_agreement(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import torch
 
     from disttempnet import Features, build_loss
-    from disttempnet.losses import pairwise
+    from disttempnet.losses.contrast import backend
 
     x, y, ids = (side.to(case["device"]) for side in loss_benchmark.unit_pairs(AGREEMENT_ROWS))
     ids[-1] = ids[0]
-    os.environ[pairwise.KERNEL_SETTING] = "triton"
+    os.environ[backend.KERNEL_SETTING] = "triton"
     refuse_kernel_that_cannot_run(x)
     for name in ("sogclr", "disttempnet-v1", "clip", "onlineclr"):
         found = []
         for setting, dtype in (("triton", torch.float32), ("torch", torch.float64)):
-            os.environ[pairwise.KERNEL_SETTING] = setting
+            os.environ[backend.KERNEL_SETTING] = setting
             loss = build_loss(name, num_samples=len(x), embed_dim=D, seed=1).to(x.device)
             features = [side.bfloat16().to(dtype).requires_grad_() for side in (x, y)]
             for _ in range(2):

@@ -23,8 +23,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from disttempnet.data import EpochPlan, PlanSampler, open_index
-from disttempnet.data.index import COLUMNS, Shard, ShardIndex, writable, write_index
-from disttempnet.data.shards import fingerprint
+from disttempnet.data.shards.index import COLUMNS, Shard, ShardIndex, writable, write_index
+from disttempnet.data.shards.names import fingerprint
 
 PER_SHARD = 10_000
 SAMPLE = 40 * 512  # bytes a sample takes in the tar: image, caption and JSON with their headers

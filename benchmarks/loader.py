@@ -112,8 +112,10 @@ def cpu_seconds() -> float:
 def own_loader(loader: str, shards: Path, samples: int) -> tuple[Callable, Callable, dict]:
     import torch
 
-    from disttempnet.data import EpochPlan, PairDataset, PlanSampler, decoding, make_loader, open_index, transforms
-    from disttempnet.models import open_clip
+    from disttempnet.data import EpochPlan, PairDataset, PlanSampler, make_loader, open_index
+    from disttempnet.data import augment as transforms
+    from disttempnet.data import images as decoding
+    from disttempnet.models.towers import open_clip
 
     if loader == "ours, Pillow only":
         decoding.simplejpeg = None

@@ -62,7 +62,7 @@ def make_objective(case: str, batch: int, device: str = "cpu") -> Callable[[Tens
     import torch
 
     if case == "open_clip":
-        from disttempnet.models import open_clip
+        from disttempnet.models.towers import open_clip
 
         clip, scale = open_clip.loss.ClipLoss(), torch.tensor(1 / 0.07, requires_grad=True, device=device)
         return lambda x, y, ids: clip(x, y, scale)

@@ -52,8 +52,8 @@ def ours(root: Path, out: Path, towers: Any) -> dict[str, dict[str, float | None
     """Metrics by task."""
     import torch
 
-    from disttempnet.evaluation.readers import all_tasks
     from disttempnet.evaluation.suite import Suite
+    from disttempnet.evaluation.tasks import all_tasks
 
     tasks = [task for task in all_tasks().values() if task.below_root]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from disttempnet.config import CONFIG_FOLDER, load_config
     from disttempnet.training.checkpoint import load_run
-    from disttempnet.training.runs import list_checkpoints
+    from disttempnet.training.run_folder import list_checkpoints
     from disttempnet.training.trainer import train
     from evaluation.dataroot import EXPECTED, write_data_root
     from evaluation.toy import meaning_towers

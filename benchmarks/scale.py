@@ -27,10 +27,10 @@ import torch
 
 from disttempnet import distributed
 from disttempnet.data import EpochPlan
-from disttempnet.data.index import Shard
+from disttempnet.data.shards.index import Shard
 from disttempnet.data.source import Source
+from disttempnet.distributed.watchdog import Watch
 from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
-from disttempnet.watch import Watch
 
 MODELS = {  # open_clip's: FLOP of forward and backward a pair, parameters, width of the features
     "ViT-B-32": (43.39e9, 151.3e6, 512),

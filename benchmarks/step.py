@@ -76,7 +76,7 @@ def objective_step(name: str, rows: int, width: int, **arguments: Any) -> Callab
 
 
 def towers() -> nn.Module:
-    from disttempnet.models import open_clip
+    from disttempnet.models.towers import open_clip
 
     return open_clip.create_model("ViT-B-32")
 

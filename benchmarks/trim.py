@@ -29,9 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from disttempnet import build_loss
 from disttempnet.config import OptimConfig
-from disttempnet.data.dataset import LENGTH_STEP
+from disttempnet.data.loader import LENGTH_STEP
 from disttempnet.models import Towers, load_model
-from disttempnet.texts import Trim, trimming
+from disttempnet.models.text import Trim, trimming
 from disttempnet.training.gradients import WholeBatch
 from disttempnet.training.model import Contrast, ContrastiveModel, Encoder
 from disttempnet.training.optim import build_optimizers

@@ -36,7 +36,7 @@ class Srun:
 
     def __init__(self, tasks: int, folder: Path, function: Callable[..., int], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli"])
+        context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli.main"])
         job = random.randrange(1, 10**6)  # the port follows from it
         self.logs = [folder / f"rank-{rank}.log" for rank in range(tasks)]
         self.processes = [

@@ -1,4 +1,4 @@
-"""Imports go down only: a lower floor never knows an upper one."""
+"""Imports go down only, between folders and inside each: a lower floor never knows an upper one."""
 
 from __future__ import annotations
 
@@ -8,57 +8,242 @@ from pathlib import Path
 import disttempnet
 
 ROOT = Path(disttempnet.__file__).parent
-FLOORS = [
-    {"errors", "files", "machine", "sanitize", "terminal"},
-    {"paths", "ranges"},
-    {"config_file"},
-    {"config", "launch", "watch", "distributed", "slurm"},
-    {"sharding"},
-    {"weights"},
-    {"losses", "models", "origin", "pretrained", "texts", "transformers_clip"},
-    {"data"},
-    {"evaluation"},
-    {"training"},
-    {"report"},
-    {"demo", "compare"},
-    {"cli_data", "cli_evaluate", "cli_export", "cli_launch", "cli_task"},
-    {"cli"},
-    {"__main__"},
-]
-FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+# Folder → its floors from the lowest; those on one floor may import each other, as long as modules make no circle.
+FLOORS: dict[str, list[set[str]]] = {
+    "": [
+        {"sanitize"},
+        {"terminal"},
+        {"errors"},
+        {"io"},
+        {"config", "distributed"},
+        {"losses"},
+        {"models"},
+        {"data"},
+        {"evaluation"},
+        {"training"},
+        {"report"},
+        {"compare", "demo", "temperature"},
+        {"cli"},
+        {"__main__"},
+    ],
+    "cli": [
+        {"evaluate", "export", "slurm", "task"},
+        {"data", "launch"},
+        {"main"},
+    ],
+    "compare": [
+        {"display", "grid", "worker"},
+        {"pool"},
+    ],
+    "config": [
+        {"toml"},
+        {"schema"},
+    ],
+    "data": [
+        {"builtin", "handover", "headers", "images", "source"},
+        {"augment", "epoch_plan", "held_out", "mixture", "shards"},
+        {"listings", "loader"},
+        {"open", "tools"},
+    ],
+    "data/builtin": [
+        {"cache"},
+        {"emoji", "scenes"},
+    ],
+    "data/listings": [
+        {"encodings", "fields"},
+        {"delimited", "json_kinds"},
+        {"readers"},
+        {"index", "parquet"},
+        {"open"},
+        {"listed"},
+    ],
+    "data/shards": [
+        {"credentials", "patterns", "store"},
+        {"remote"},
+        {"names"},
+        {"scan"},
+        {"index"},
+        {"journal"},
+        {"build"},
+        {"open"},
+    ],
+    "data/tools": [
+        {"download", "sheet", "summary", "unreadable"},
+        {"preview", "verify", "write"},
+    ],
+    "distributed": [
+        {"fsdp", "launcher", "watchdog"},
+        {"collectives"},
+    ],
+    "evaluation": [
+        {"encoder", "metrics", "scores", "tars"},
+        {"tasks"},
+        {"loader", "protocols"},
+        {"class_features", "datasets"},
+        {"results", "score", "validation"},
+        {"progress", "runner"},
+        {"suite"},
+    ],
+    "evaluation/datasets": [
+        {"cifar", "class_names", "retrieval"},
+        {"classification", "image_folder"},
+        {"own"},
+        {"open"},
+        {"convert"},
+    ],
+    "evaluation/results": [
+        {"file", "records"},
+        {"averages"},
+        {"summary", "tables"},
+        {"export"},
+    ],
+    "io": [
+        {"files", "jobs", "machine", "paths", "progress", "ranges"},
+    ],
+    "losses": [
+        {"learning", "sample_state", "schedule"},
+        {"contrast", "objective"},
+        {"temperature"},
+        {"global_contrastive"},
+        {"minibatch"},
+        {"registry"},
+    ],
+    "losses/contrast": [
+        {"pairs"},
+        {"blocks", "triton"},
+        {"backend"},
+    ],
+    "losses/minibatch": [
+        {"cyclip", "onlineclr", "siglip", "vicreg"},
+    ],
+    "losses/temperature": [
+        {"scalar"},
+        {"network"},
+    ],
+    "models": [
+        {"locking", "text", "transformers_clip", "weights"},
+        {"origin", "pretrained"},
+        {"towers"},
+    ],
+    "report": [
+        {"binning", "items", "read"},
+        {"compact", "runs"},
+        {"seeds"},
+        {"evaluations"},
+        {"write"},
+    ],
+    "report/evaluations": [
+        {"compare"},
+        {"plots"},
+        {"page"},
+    ],
+    "report/runs": [
+        {"examples", "plots"},
+        {"page"},
+    ],
+    "report/seeds": [
+        {"groups"},
+        {"tau_tables"},
+        {"plots", "tables"},
+        {"page"},
+    ],
+    "temperature": [
+        {"measure"},
+        {"table"},
+        {"census"},
+        {"analysis"},
+        {"plots"},
+        {"page"},
+        {"command"},
+    ],
+    "training": [
+        {"atomic_folder", "model", "nan_check", "optim", "run_info", "run_log", "signals"},
+        {"gradients", "run_folder"},
+        {"checkpoint"},
+        {"trainer"},
+    ],
+}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package → file; a folder's name stands for its __init__."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found.pop("")
+    return found
+
+
+def imports() -> dict[str, set[str]]:
+    """Module → the package's modules that it imports, at its top or inside a function."""
+    known = modules()
+    result: dict[str, set[str]] = {}
+    for name, path in known.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    part = f"{node.module}.{alias.name}"
+                    found.add(part if part.removeprefix("disttempnet.") in known else node.module)
+        inside = {one.removeprefix("disttempnet.") for one in found if one.startswith("disttempnet.")}
+        result[name] = (inside & known.keys()) - {name}
+    return result
+
+
+def children(folder: str) -> set[str]:
+    """Modules and folders that lie in a folder."""
+    place = ROOT / folder
+    files = {path.stem for path in place.glob("*.py")} - {"__init__"}
+    return files | {path.parent.name for path in place.glob("*/__init__.py")}
+
+
+def test_every_folder_states_its_floors() -> None:
+    folders = {""} | {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("**/__init__.py")} - {"."}
+    assert set(FLOORS) == folders
+    for folder, floors in FLOORS.items():
+        assert set().union(*floors) == children(folder), folder
 
 
 def test_imports_go_down_only() -> None:
     wrong = []
-    for path in ROOT.rglob("*.py"):
-        place = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if place == "__init__":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{a.name}" for a in node.names]
-            for name in names:
-                parts = name.split(".")
-                if parts[0] != "disttempnet" or len(parts) < 2 or parts[1] not in FLOOR:
-                    continue
-                if FLOOR[parts[1]] > FLOOR[place]:
-                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    for folder, floors in FLOORS.items():
+        height = {name: number for number, names in enumerate(floors) for name in names}
+        prefix = folder.replace("/", ".") + "." if folder else ""
+        for name, imported in imports().items():
+            if not name.startswith(prefix):
+                continue
+            here = name.removeprefix(prefix).split(".")[0]
+            for other in imported:
+                there = other.removeprefix(prefix).split(".")[0]
+                if other.startswith(prefix) and height[there] > height[here]:
+                    wrong.append(f"{name} imports {other}")
     assert not wrong, wrong
 
 
-def test_every_module_has_a_floor() -> None:
-    found = {p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
-    assert found - {"__init__"} == set(FLOOR)
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph, done = imports(), set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {' → '.join((*path[path.index(name) :], name))}"
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
 def test_torch_distributed_is_imported_in_two_files() -> None:
     found = {
-        path.name
+        path.relative_to(ROOT).as_posix()
         for path in ROOT.rglob("*.py")
         if any(f"{word} torch.distributed" in path.read_text(encoding="utf-8") for word in ("import", "from"))
     }
-    assert found == {"distributed.py", "sharding.py"}
+    assert found == {"distributed/collectives.py", "distributed/fsdp.py"}
 
 
 def test_everything_is_printed_in_one_file() -> None:
@@ -69,3 +254,9 @@ def test_everything_is_printed_in_one_file() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "Console"):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert {place.partition(":")[0] for place in wrong} <= {"terminal.py"}, wrong
+
+
+def test_the_file_map_names_every_file() -> None:
+    text = (ROOT.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = text.split("## File map")[1].split("```")[1]
+    assert {path.name for path in ROOT.rglob("*.py")} - {"__init__.py", "__main__.py"} <= set(drawn.split())

@@ -92,12 +92,12 @@ def test_the_loss_is_measured_and_what_cannot_run_says_why(cases: ModuleType) ->
 
 
 def test_a_rank_computes_its_rows_of_the_whole(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from disttempnet.losses import pairwise
+    from disttempnet.losses.contrast import backend
 
     x, y, ids = cases.loss_benchmark.unit_pairs(64)
     seen: list[torch.Tensor] = []
-    pulls = pairwise.pulls
-    monkeypatch.setattr(pairwise, "pulls", lambda *given: seen.extend(pulls(*given)))
+    feature_gradients = backend.feature_gradients
+    monkeypatch.setattr(backend, "feature_gradients", lambda *given: seen.extend(feature_gradients(*given)))
     cases.rank_step(x, y, ids, kernel=False)()
     tau, mine = 0.05, slice(0, 64 // cases.RANKS)
     s = (x @ y.T).double()

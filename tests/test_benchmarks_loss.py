@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark import benchmark
 from disttempnet import OBJECTIVES, build_loss
-from disttempnet.losses import pairwise
+from disttempnet.losses.contrast import blocks
 from disttempnet.losses.sample_state import SampleState
 from losses.oracle import Twin
 from losses.scenario import pairs
@@ -96,7 +96,7 @@ def test_the_peak_is_that_of_the_step() -> None:
 @pytest.mark.parametrize("name", ["clip", "sogclr", "disttempnet-v1"])
 def test_counted_operations_are_those_of_the_formula(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one process; kept similarities are one product less."""
-    monkeypatch.setattr(pairwise, "KEPT_BYTES", pairwise.KEPT_BYTES if kept else 0)
+    monkeypatch.setattr(blocks, "KEPT_BYTES", blocks.KEPT_BYTES if kept else 0)
     step = benchmark("step")
     rows, width, hidden = 96, 32, 256
     counted = step.count(step.objective_step(name, rows, width))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.conftest import png, write_shard
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER
 from disttempnet.errors import UserNotice, show_notices_plainly
 
@@ -28,7 +28,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_and_config_errors_come_without_torch() -> None:
     code = f"""
 import sys
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 for command in ("train", "temperature"):
     try:
         main([command, "--help"])

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.compare import display, pool, worker
 from disttempnet.compare.grid import load_grid, state_of
 from disttempnet.config import CONFIG_FOLDER, load_config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.compare.grid import load_grid
 from disttempnet.config import CONFIG_FOLDER, dump_config, load_config
 from disttempnet.errors import UserError

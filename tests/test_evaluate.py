@@ -12,12 +12,12 @@ from unittest import mock
 import pytest
 import torch
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, load_config
-from disttempnet.evaluation.embed import Encoder
-from disttempnet.evaluation.readers import Task, find_task
+from disttempnet.evaluation.encoder import Encoder
+from disttempnet.evaluation.results.summary import read_subject
 from disttempnet.evaluation.suite import Suite
-from disttempnet.evaluation.summary import read_subject
+from disttempnet.evaluation.tasks import Task, find_task
 from disttempnet.models import load_model, save_model
 from disttempnet.training.trainer import train
 from evaluation.dataroot import SAMPLES, write_data_root

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from disttempnet import files
-from disttempnet.cli import main
-from disttempnet.data.cache import write_shard
+from disttempnet.cli.main import main
+from disttempnet.data.builtin.cache import write_shard
 from disttempnet.errors import UserError
-from disttempnet.files import (
+from disttempnet.io import files
+from disttempnet.io.files import (
     UnfitFile,
     atomic,
     follow_umask,

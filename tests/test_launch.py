@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER
+from disttempnet.distributed.launcher import Launch, first_host, gpu_of, launched, local_processes
 from disttempnet.errors import UserError
-from disttempnet.launch import Launch, first_host, gpu_of, launched, local_processes
 from disttempnet.training.trainer import Trainer
 from srun import Srun, variables
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.errors import UserError
-from disttempnet.machine import memory_named
+from disttempnet.io.machine import memory_named
 from disttempnet.training.trainer import Trainer
 
 CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB.\nSee also …"

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from disttempnet.errors import UserError
-from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, encode_images, load_model, open_clip, save_model
+from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, encode_images, load_model, save_model
+from disttempnet.models.towers import open_clip
 
 
 def test_pixels_that_are_scaled_already_are_refused() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER
 from srun import variables
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import parts
-from disttempnet import cli
+from disttempnet.cli import main as cli
 from disttempnet.errors import UserError
 from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, Towers, load_model, read_target, save_model
 from disttempnet.training.checkpoint import load_run

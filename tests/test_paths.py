@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import build_parser
+from disttempnet.cli.main import build_parser
 from disttempnet.compare.grid import load_grid
 from disttempnet.config import dump_config, load_config
-from disttempnet.data.cache import cache_folder
+from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.errors import UserError
-from disttempnet.paths import expand_home
+from disttempnet.io.paths import expand_home
 
 
 @pytest.fixture(autouse=True)

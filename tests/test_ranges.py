@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from disttempnet.cli import build_parser, main
+from disttempnet.cli.main import build_parser, main
 from disttempnet.compare.grid import GridFile
 from disttempnet.config import CONFIG_FOLDER, Config, LossConfig, SourceConfig, load_config
 from disttempnet.errors import UserError
+from disttempnet.io.ranges import Range, whole
 from disttempnet.losses import ARGUMENT_RANGES, OBJECTIVES, build_loss
-from disttempnet.ranges import Range, whole
 
 DEBUG = CONFIG_FOLDER / "debug.toml"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
-from disttempnet.cli_launch import LAUNCH
+from disttempnet.cli.launch import LAUNCH
+from disttempnet.cli.main import main
+from disttempnet.cli.slurm import published
 from disttempnet.config import CONFIG_FOLDER
-from disttempnet.slurm import published
 from evaluation.dataroot import SAMPLES, write_data_root
 
 FOLDER = Path(__file__).parents[1] / "slurm"

@@ -13,9 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import parts
-from disttempnet import texts
-from disttempnet.models import encode_texts, load_model, open_clip
-from disttempnet.texts import Trim, WordwiseTokenizer, accept_trimmed, trimming, wordwise
+from disttempnet.models import encode_texts, load_model
+from disttempnet.models import text as texts
+from disttempnet.models.text import Trim, WordwiseTokenizer, accept_trimmed, trimming, wordwise
+from disttempnet.models.towers import open_clip
 
 PLAIN = open_clip.get_tokenizer("ViT-B-32")
 FAST = wordwise(PLAIN)

@@ -12,7 +12,8 @@ import torch
 
 import disttempnet.models  # first: it lets torchvision load beside a CPU-only torch
 from disttempnet.errors import UserError
-from disttempnet.models import load_model, open_clip
+from disttempnet.models import load_model
+from disttempnet.models.towers import open_clip
 
 CAPTIONS = ["a red apple", "two dogs on a beach in the sun"]
 

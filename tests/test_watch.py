@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from disttempnet.watch import BEATS, Watch
+from disttempnet.distributed.watchdog import BEATS, Watch
 from watching import Rank
 
 SILENCE = 1.6  # seconds
@@ -106,7 +106,7 @@ def rank_0(answers: Connection) -> None:
 def both() -> Iterator[list[tuple[Any, Connection]]]:
     """Two processes that watch each other, and the connections to them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli"])  # as tests/srun.py does
+    context.set_forkserver_preload(["disttempnet.training.trainer", "disttempnet.cli.main"])  # as tests/srun.py does
     ranks: list[tuple[Any, Connection]] = []
     for function in (rank_0, rank_1):
         ours, theirs = context.Pipe()

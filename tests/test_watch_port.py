@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet import distributed, watch
-from disttempnet.cli import main
-from disttempnet.watch import Watch
+from disttempnet import distributed
+from disttempnet.cli.main import main
+from disttempnet.distributed import watchdog as watch
+from disttempnet.distributed.watchdog import Watch
 from srun import Srun
 from test_launch import is_rank, trained
 from watching import Rank, code

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from disttempnet.errors import UserError
 from disttempnet.models import Towers, load_model
-from disttempnet.weights import misfit, read_weights, without_prefix
+from disttempnet.models.weights import misfit, read_weights, without_prefix
 
 NAME = "demo-vit-32"
 

@@ -8,7 +8,7 @@ import json
 import socket
 from typing import Any
 
-from disttempnet.watch import Watch
+from disttempnet.distributed.watchdog import Watch
 
 
 def code(key: str, *parts: object) -> str:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"

@@ -1,7 +1,7 @@
 """Pack folders of webdataset tars into the zip that the package ships: `pack_emoji.py SOURCE_FOLDER OUT.zip`.
 
 SOURCE_FOLDER holds one folder a split, each with .tar shards of images, .txt and .json members. In the zip every
-shard becomes two entries, and `disttempnet.data.embedded` turns them back into the same tar: SPLIT/NAME.images,
+shard becomes two entries, and `disttempnet.data.builtin.emoji` turns them back into the same tar: SPLIT/NAME.images,
 the image bytes one after another (stored: they are compressed already), and SPLIT/NAME.jsonl, one line a member
 in tar order: [name, text] or, for an image, [name, number of bytes] (LZMA). The same input gives the same bytes:
 order and times are fixed.

@@ -1,5 +1,5 @@
 import sys
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 
 sys.exit(main())

@@ -34,9 +34,9 @@ def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
     if [config.name for config in configs] != list(CONTENDERS):
         raise UserError("demo: the names of its two runs are fixed; use --out FOLDER for another place")
 
-    from disttempnet.evaluation.table import results_table
+    from disttempnet.evaluation.results.tables import results_table
     from disttempnet.report import build_report
-    from disttempnet.report.runs import read_run
+    from disttempnet.report.read import read_run
     from disttempnet.training.trainer import train
 
     for config in configs:

@@ -22,17 +22,19 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
-from disttempnet.data import ShardIndex, building, meter, open_index
-from disttempnet.data.building import Scan
+from disttempnet.data import ShardIndex, open_index
 from disttempnet.data.headers import image_header
-from disttempnet.data.indexing import update_index
-from disttempnet.data.journal import Journal
-from disttempnet.data.scan import scan_shard
-from disttempnet.data.store import LocalStore
-from disttempnet.data.workers import run_jobs
+from disttempnet.data.shards import build as building
+from disttempnet.data.shards.build import Scan
+from disttempnet.data.shards.journal import Journal
+from disttempnet.data.shards.open import update_index
+from disttempnet.data.shards.scan import scan_shard
+from disttempnet.data.shards.store import LocalStore
 from disttempnet.errors import UserError
+from disttempnet.io import progress as meter
+from disttempnet.io.jobs import run_jobs
 
 from .conftest import png, sample, write_shard
 

@@ -352,7 +352,7 @@ def test_every_fault_is_named_and_no_id_shifts(shards: Write, workers: int) -> N
 
 def test_a_caption_of_100_kb_takes_no_time(shards: Write) -> None:
     """Byte-pair encoding is quadratic in the length of a word: open_clip's would take minutes over this one."""
-    from disttempnet.models import open_clip
+    from disttempnet.models.towers import open_clip
 
     letters = bytes(torch.randint(97, 123, (100_000,), generator=torch.Generator().manual_seed(0)).tolist())
     changes = {n: {"png": png(n), "txt": text} for n, text in enumerate((letters, b"caption " * 12_500))}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from disttempnet.data import decode, decoding, embedded_shards, open_index
-from disttempnet.data.decoding import EncodedImage, UnreadableImage, to_rgb
+from disttempnet.data import decode, embedded_shards, open_index
+from disttempnet.data import images as decoding
+from disttempnet.data.images import EncodedImage, UnreadableImage, to_rgb
 
 from .conftest import png
 from .pictures import encoded, gradient, photo

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
-from disttempnet.data.downloading import Download, outcome, write_headed
+from disttempnet.cli.main import main
+from disttempnet.data.tools.download import Download, outcome, write_headed
 
 # the parameters of img2dataset.download, version 1.47.0
 KNOWN = set(
@@ -157,7 +157,7 @@ def test_without_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 def test_a_missing_list_is_told_without_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 assert main(["data", "download", "cc3m", "--tsv", "{tmp_path}/none.tsv", "--out", "{tmp_path}", "--dry-run"]) == 2
 assert "torch" not in sys.modules, "torch was imported"
 """

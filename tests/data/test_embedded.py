@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from disttempnet.data import embedded_shards
-from disttempnet.data.embedded import DEMO_FOLDER
+from disttempnet.data.builtin.emoji import DEMO_FOLDER
 from disttempnet.errors import UserError
 
 # sha256 of the shard files in order of name, recorded from the shards that the zip was packed from

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from disttempnet import machine
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.data import handover
-from disttempnet.data.dataset import PREFETCH, Collate, Sample
 from disttempnet.data.handover import handed_over, lost_workers_named, prefetch_that_fits, refuse_few_open_files
+from disttempnet.data.loader import PREFETCH, Collate, Sample
 from disttempnet.errors import UserError, UserNotice
+from disttempnet.io import machine
 
 from .test_dataset import data_of, tokenizer
 
@@ -125,7 +125,7 @@ def test_a_lack_of_open_files_is_one_line_in_every_command(
         raise error
 
     for error in (OSError(24, "Too many open files"), RuntimeError("unable to mmap: Too many open files (24)")):
-        monkeypatch.setattr("disttempnet.cli_data.run_index", partial(raise_it, error))
+        monkeypatch.setattr("disttempnet.cli.data.run_index", partial(raise_it, error))
         assert main(["data", "index", "x"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("disttempnet: too many open files: this process may open ")

@@ -14,20 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from disttempnet import distributed, machine
+from disttempnet import distributed
 from disttempnet.data import (
     ShardIndex,
     embedded_shards,
-    indexing,
     open_index,
     resolve_shards,
 )
-from disttempnet.data import index as index_module
-from disttempnet.data import scan as scan_module
-from disttempnet.data.decoding import UnreadableImage
-from disttempnet.data.patterns import expand_braces
+from disttempnet.data.images import UnreadableImage
+from disttempnet.data.shards import index as index_module
+from disttempnet.data.shards import open as indexing
+from disttempnet.data.shards import scan as scan_module
+from disttempnet.data.shards.patterns import expand_braces
 from disttempnet.data.source import UnreadableCaption
 from disttempnet.errors import UserError
+from disttempnet.io import machine
 from gloo import Pools
 
 from .conftest import png, sample, write_shard
@@ -576,7 +577,7 @@ def test_the_index_may_lie_elsewhere(shards: Write, tmp_path: Path) -> None:
 
 
 def test_many_shards_need_few_open_files(shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disttempnet.data.store.LocalStore.open_files", 3)
+    monkeypatch.setattr("disttempnet.data.shards.store.LocalStore.open_files", 3)
     index = open_index(str(shards(*[1] * 8)), progress=False)
     for _ in range(2):
         assert [index.captions(n)[0] for n in range(8)] == [f"caption {n}" for n in range(8)]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_source
-from disttempnet.data import rows as rows_module
-from disttempnet.data.listing import Listing
-from disttempnet.data.scan import json_captions
+from disttempnet.data.listings import readers as rows_module
+from disttempnet.data.listings.open import Listing
+from disttempnet.data.shards.scan import json_captions
 from disttempnet.data.source import UnreadableCaption
 from disttempnet.errors import UserError
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
-from disttempnet.data import listing_index as index_module
 from disttempnet.data import open_index, open_source
-from disttempnet.data.listed import read_listing
-from disttempnet.data.listing import Listing
-from disttempnet.data.listing_index import ROW_REASONS
+from disttempnet.data.listings import index as index_module
+from disttempnet.data.listings.index import ROW_REASONS
+from disttempnet.data.listings.listed import read_listing
+from disttempnet.data.listings.open import Listing
 from disttempnet.errors import UserError
 
 from .conftest import png

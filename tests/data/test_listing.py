@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import (
     EpochPlan,
@@ -32,13 +32,13 @@ from disttempnet.data import (
     open_listing,
     open_source,
 )
-from disttempnet.data import listing as listing_module
-from disttempnet.data import parquet as parquet_module
-from disttempnet.data import rows as rows_module
-from disttempnet.data.decoding import MAX_BYTES
-from disttempnet.data.listing import Listing
-from disttempnet.data.listing_index import ROW_REASONS
-from disttempnet.data.shards import MAX_TEXT
+from disttempnet.data.images import MAX_BYTES
+from disttempnet.data.listings import open as listing_module
+from disttempnet.data.listings import parquet as parquet_module
+from disttempnet.data.listings import readers as rows_module
+from disttempnet.data.listings.index import ROW_REASONS
+from disttempnet.data.listings.open import Listing
+from disttempnet.data.shards.names import MAX_TEXT
 from disttempnet.errors import UserError, UserNotice
 from gloo import Pools
 

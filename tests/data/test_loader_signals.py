@@ -12,7 +12,7 @@ from multiprocessing.synchronize import Event
 import pytest
 from torch.utils.data import DataLoader
 
-from disttempnet.data.dataset import _start_worker, batches_of
+from disttempnet.data.loader import _start_worker, batches_of
 
 
 def work(ready: Event) -> None:

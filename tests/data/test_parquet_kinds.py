@@ -9,9 +9,9 @@ import pytest
 
 from disttempnet.config import SourceConfig
 from disttempnet.data import PairDataset, decode, eval_transform, open_source
-from disttempnet.data.listed import read_listing
-from disttempnet.data.listing import Listing
-from disttempnet.data.listing_index import ROW_REASONS
+from disttempnet.data.listings.index import ROW_REASONS
+from disttempnet.data.listings.listed import read_listing
+from disttempnet.data.listings.open import Listing
 from disttempnet.errors import UserError
 
 from .conftest import png

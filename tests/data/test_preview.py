@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.data import open_index
-from disttempnet.data.preview import draw_samples
-from disttempnet.data.sheet import THUMBNAIL, Lettering
+from disttempnet.data.tools.preview import draw_samples
+from disttempnet.data.tools.sheet import THUMBNAIL, Lettering
 
 from .conftest import sample, write_shard
 

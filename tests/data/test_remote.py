@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import (
     EpochPlan,
@@ -27,14 +27,14 @@ from disttempnet.data import (
     make_loader,
     open_index,
     open_source,
-    remote,
     train_transform,
 )
-from disttempnet.data.credentials import Credentials, detached
-from disttempnet.data.remote import RemoteStore
-from disttempnet.data.shards import resolve_shards
-from disttempnet.data.store import State, state_of
-from disttempnet.data.verifying import verify
+from disttempnet.data.shards import remote
+from disttempnet.data.shards.credentials import Credentials, detached
+from disttempnet.data.shards.names import resolve_shards
+from disttempnet.data.shards.remote import RemoteStore
+from disttempnet.data.shards.store import State, state_of
+from disttempnet.data.tools.verify import verify
 from disttempnet.errors import UserError
 
 from .serving import Server, serving

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disttempnet.data import EpochPlan, PlanSampler, ShardIndex
-from disttempnet.data.index import Shard
+from disttempnet.data.shards.index import Shard
 from disttempnet.errors import UserError
 
 quick = settings(deadline=None, max_examples=60)  # a shared machine may pause

@@ -16,7 +16,7 @@ from PIL import Image
 
 from disttempnet.data import decode, generated_shards, resolve_shards
 from disttempnet.errors import UserError
-from disttempnet.evaluation.readers import read_samples
+from disttempnet.evaluation.tasks import read_samples
 
 # what the words of a caption mean; everything else in a caption is grammar
 MEANING = {

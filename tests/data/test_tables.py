@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_source
-from disttempnet.data.delimited import DelimitedRows
-from disttempnet.data.listing import Listing
-from disttempnet.data.listing_index import ROW_REASONS
+from disttempnet.data.listings.delimited import DelimitedRows
+from disttempnet.data.listings.index import ROW_REASONS
+from disttempnet.data.listings.open import Listing
 from disttempnet.errors import UserError
 
 from .conftest import png

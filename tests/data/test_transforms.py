@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from disttempnet.data import eval_transform, train_transform
-from disttempnet.data.decoding import EncodedImage
-from disttempnet.data.transforms import CropTransform, SmallRandAugment, random_box, resized_crop
+from disttempnet.data.augment import CropTransform, SmallRandAugment, random_box, resized_crop
+from disttempnet.data.images import EncodedImage
 from disttempnet.errors import UserError
 
 from .pictures import encoded, gradient, photo

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_index
-from disttempnet.data import scan as scan_module
-from disttempnet.data.building import Scan, build_shard_index
-from disttempnet.data.shards import resolve_shards
-from disttempnet.data.verifying import verify
+from disttempnet.data.shards import scan as scan_module
+from disttempnet.data.shards.build import Scan, build_shard_index
+from disttempnet.data.shards.names import resolve_shards
+from disttempnet.data.tools.verify import verify
 
 from .conftest import png, sample, write_shard
 

@@ -19,11 +19,11 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.data import open_index
-from disttempnet.data.writing import Recipe, write_shards
+from disttempnet.data.tools.write import Recipe, write_shards
 from disttempnet.errors import UserError
-from disttempnet.files import WRITING
+from disttempnet.io.files import WRITING
 
 from .conftest import png, sample, write_shard
 
@@ -50,7 +50,7 @@ def members(path: Path) -> dict[str, bytes]:
 
 
 def command(source: str, out: Path, *more: str) -> subprocess.Popen[str]:
-    code = "import sys; from disttempnet.cli import main; sys.exit(main())"
+    code = "import sys; from disttempnet.cli.main import main; sys.exit(main())"
     arguments = ["data", "shard", source, "--out", str(out), "--samples-per-shard", "100", *more]
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
 

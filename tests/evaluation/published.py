@@ -7,8 +7,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from disttempnet.evaluation.readers import all_tasks
-from disttempnet.evaluation.records import TaskRecord
+from disttempnet.evaluation.results.records import TaskRecord
+from disttempnet.evaluation.tasks import all_tasks
 
 CSV = Path(__file__).with_name("openclip_results.csv")
 SHIFTS = {"ImageNet Sketch", "ImageNet v2", "ImageNet-A", "ImageNet-O", "ImageNet-R", "ObjectNet"}

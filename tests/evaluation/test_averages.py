@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation.averages import averages, counted_tags, why_not
-from disttempnet.evaluation.readers import all_tasks
-from disttempnet.evaluation.records import TaskRecord
-from disttempnet.evaluation.summary import Subject, read_subject, write_summary
-from disttempnet.evaluation.table import records_table
+from disttempnet.evaluation.results.averages import averages, counted_tags, why_not
+from disttempnet.evaluation.results.records import TaskRecord
+from disttempnet.evaluation.results.summary import Subject, read_subject, write_summary
+from disttempnet.evaluation.results.tables import records_table
+from disttempnet.evaluation.tasks import all_tasks
 from evaluation import published
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmark import benchmark
-from disttempnet.evaluation.layouts import load_task
-from disttempnet.evaluation.readers import all_tasks, find_task
+from disttempnet.evaluation.datasets.open import load_task
+from disttempnet.evaluation.tasks import all_tasks, find_task
 from evaluation.dataroot import EXPECTED, write_data_root
 from evaluation.toy import meaning_towers
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from disttempnet.cli import main
-from disttempnet.evaluation import converting
-from disttempnet.evaluation.layouts import find_data, load_task
-from disttempnet.evaluation.readers import find_task
-from disttempnet.evaluation.records import TaskRecord
+from disttempnet.cli.main import main
+from disttempnet.evaluation.datasets import convert as converting
+from disttempnet.evaluation.datasets.open import find_data, load_task
+from disttempnet.evaluation.results.records import TaskRecord
 from disttempnet.evaluation.suite import Suite
+from disttempnet.evaluation.tasks import find_task
 from evaluation.dataroot import CAPTIONED, EXPECTED, WINOGAVIL
 from evaluation.formats import CORRUPT, picture, write_captioned_csv, write_csv, write_winogavil_csv
 from evaluation.test_folders import write_pickle

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from disttempnet.evaluation.readers import Task, all_tasks
-from disttempnet.evaluation.records import TaskRecord
+from disttempnet.evaluation.results.records import TaskRecord
 from disttempnet.evaluation.suite import Suite
+from disttempnet.evaluation.tasks import Task, all_tasks
 from evaluation.dataroot import EXPECTED, SAMPLES, write_data_root
 from evaluation.toy import meaning_towers
 from gloo import Pools

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
-from disttempnet.evaluation.averages import counted_tags
-from disttempnet.evaluation.exports import Evaluated, clip_benchmark_files, openclip_csv
-from disttempnet.evaluation.readers import all_tasks
-from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, write_records
-from disttempnet.evaluation.summary import Subject, write_summary
+from disttempnet.cli.main import main
+from disttempnet.evaluation.results.averages import counted_tags
+from disttempnet.evaluation.results.export import Evaluated, clip_benchmark_files, openclip_csv
+from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, write_records
+from disttempnet.evaluation.results.summary import Subject, write_summary
+from disttempnet.evaluation.tasks import all_tasks
 from evaluation import published
 
 TITLES = {key: task.display for key, task in all_tasks().items()}

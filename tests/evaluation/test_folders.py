@@ -14,9 +14,9 @@ from PIL import Image
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
-from disttempnet.evaluation.classwords import imagenet_names
-from disttempnet.evaluation.layouts import load_task
-from disttempnet.evaluation.readers import TaskData, find_task
+from disttempnet.evaluation.datasets.class_names import imagenet_names
+from disttempnet.evaluation.datasets.open import load_task
+from disttempnet.evaluation.tasks import TaskData, find_task
 from evaluation.colours import COLOURS
 from evaluation.formats import picture
 from evaluation.toy import meaning_towers

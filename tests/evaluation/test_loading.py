@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from disttempnet.data.decoding import MAX_BYTES, UnreadableImage
-from disttempnet.data.transforms import eval_transform
+from disttempnet.data.augment import eval_transform
+from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.errors import UserError
-from disttempnet.evaluation.embed import checkpoint_hash
-from disttempnet.evaluation.readers import Sample
-from disttempnet.files import UnfitFile
-from disttempnet.models import Resizing, load_model, open_clip, save_model
+from disttempnet.evaluation.encoder import checkpoint_hash
+from disttempnet.evaluation.tasks import Sample
+from disttempnet.io.files import UnfitFile
+from disttempnet.models import Resizing, load_model, save_model
+from disttempnet.models.towers import open_clip
 
 # isort: split
 from open_clip.transform import PreprocessCfg, image_transform_v2

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from disttempnet.evaluation.metrics import Prediction, predict
 from disttempnet.evaluation.protocols import PROTOCOLS, Features, Measured, classifier, cue_prompt
-from disttempnet.evaluation.readers import Puzzle
 from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.tasks import Puzzle
 
 FACE_SIZES = {"race": 7, "gender": 2, "age": 9, "toxic": 21}
 

@@ -13,11 +13,11 @@ import torch
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
-from disttempnet.evaluation.layouts import load_task
+from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.metrics import Means, clustered_error, mean_per_class_error
-from disttempnet.evaluation.readers import TaskData, choose_tasks, find_task, task_title
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.suite import Suite
+from disttempnet.evaluation.tasks import TaskData, choose_tasks, find_task, task_title
 from evaluation.formats import picture, write_tar
 from evaluation.toy import meaning_towers
 

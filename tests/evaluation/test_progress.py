@@ -9,8 +9,8 @@ from rich.console import Console
 
 from disttempnet.evaluation import progress
 from disttempnet.evaluation.progress import SuiteProgress
-from disttempnet.evaluation.readers import find_task
-from disttempnet.evaluation.records import TaskRecord
+from disttempnet.evaluation.results.records import TaskRecord
+from disttempnet.evaluation.tasks import find_task
 
 
 def record(key: str, value: float) -> TaskRecord:

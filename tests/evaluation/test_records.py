@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation.averages import why_not
-from disttempnet.evaluation.records import TaskRecord, append_record, read_records
+from disttempnet.evaluation.results.averages import why_not
+from disttempnet.evaluation.results.records import TaskRecord, append_record, read_records
 from evaluation import published
 
 DTD = TaskRecord(

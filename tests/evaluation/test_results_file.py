@@ -9,10 +9,10 @@ from unittest import mock
 
 import pytest
 
-from disttempnet import files
 from disttempnet.errors import UserError
-from disttempnet.evaluation.results_file import RESULTS, Subject, default_place, refuse_other, write_results
+from disttempnet.evaluation.results.file import RESULTS, Subject, default_place, refuse_other, write_results
 from disttempnet.evaluation.scores import Scores, from_record
+from disttempnet.io import files
 
 FIRST, LATER = Subject("mine @ step 1", "aa", ("note",)), Subject("mine @ step 2", "bb")
 

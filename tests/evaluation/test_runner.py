@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation import TaskResult, embed_samples, evaluate, readers, runner
-from disttempnet.evaluation.layouts import load_task
+from disttempnet.evaluation import TaskResult, embed_samples, evaluate, runner
+from disttempnet.evaluation import tasks as readers
+from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.protocols import Features, Measured, classifier, prompts, retrieval
-from disttempnet.evaluation.readers import all_tasks, find_task, read_samples
 from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.tasks import all_tasks, find_task, read_samples
 from evaluation.toy import COLOURS, METRICS, colour_towers, evaluate_toy, toy_task, unit_rows, write_shard
 from gloo import Pools
 

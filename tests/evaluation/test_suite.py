@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from disttempnet.errors import Preempted, UserError, UserNotice
-from disttempnet.evaluation.classtexts import ClassTexts
-from disttempnet.evaluation.embed import Encoder, checkpoint_hash, make_encoder
-from disttempnet.evaluation.loading import Batch, Decoder, Request
-from disttempnet.evaluation.readers import Head, find_task
-from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, read_records
+from disttempnet.evaluation.class_features import ClassTexts
+from disttempnet.evaluation.encoder import Encoder, checkpoint_hash, make_encoder
+from disttempnet.evaluation.loader import Batch, Decoder, Request
+from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.suite import Suite
+from disttempnet.evaluation.tasks import Head, find_task
 from evaluation.colours import COLOURS
 from evaluation.formats import (
     CORRUPT,
@@ -156,7 +156,7 @@ def test_nshards_missing_or_wrong(text: str | bytes | None, note: str, tmp_path:
 
 def test_ten_shards_without_zeros_in_front_come_in_their_order(tmp_path: Path) -> None:
     write(tmp_path, DTD, ROWS * 2, shards=12)
-    from disttempnet.evaluation.layouts import load_task
+    from disttempnet.evaluation.datasets.open import load_task
 
     keys = [sample.key for sample in load_task(find_task(DTD), tmp_path).samples]
     assert keys == [f"{i}.tar/s{i:07d}" for i in range(12)]

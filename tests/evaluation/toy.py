@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from disttempnet.evaluation import evaluate, readers
-from disttempnet.evaluation.readers import Task
+from disttempnet.evaluation import evaluate
+from disttempnet.evaluation import tasks as readers
+from disttempnet.evaluation.tasks import Task
 from disttempnet.models import Towers
 from evaluation.colours import COLOURS, MeaningTowers, tokenize_meaning
 

@@ -27,7 +27,7 @@ import disttempnet.evaluation
 import disttempnet.models
 import disttempnet.report
 import disttempnet.training.trainer  # noqa: F401
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from fuzz.material import copy_material
 
 LIMIT = 120.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from disttempnet import OBJECTIVES, Features
-from disttempnet.losses import pairwise
+from disttempnet.losses.contrast import blocks
 from disttempnet.losses.sample_state import SampleState
 from losses.scenario import (
     EVERY,
@@ -254,7 +254,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_does_not_grow_with_the_square_of_the_batch(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in passing (blocks only), nor saved for the backward pass ([b, D], not b × B); a batch whose
     similarities fit into a fixed memory keeps them, which is left out here."""
-    monkeypatch.setattr(pairwise, "KEPT_BYTES", 0)
+    monkeypatch.setattr(blocks, "KEPT_BYTES", 0)
     rows, width = 2200, 4
     x, y = (side.float().requires_grad_() for side in pairs(rows, width=width))
     loss = make(recipe, num_samples=rows, embed_dim=width).float()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from disttempnet import OBJECTIVES, Features, build_loss, distributed
 from disttempnet.errors import UserNotice
-from disttempnet.losses import core
+from disttempnet.losses import objective as core
 from disttempnet.losses.learning import PATIENCE
 from losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
 

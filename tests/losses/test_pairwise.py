@@ -10,8 +10,9 @@ from torch import Tensor
 
 from disttempnet import Features, build_loss, distributed
 from disttempnet.errors import UserError
-from disttempnet.losses import pairwise
-from disttempnet.losses.pairwise import Anchors, Pairs, pulls, statistics
+from disttempnet.losses.contrast import backend, blocks
+from disttempnet.losses.contrast.backend import feature_gradients, statistics
+from disttempnet.losses.contrast.pairs import Anchors, Pairs
 from gloo import Pools
 from losses.scenario import EVERY, B, assert_same_steps, joined, pairs, run, stream
 
@@ -46,14 +47,14 @@ def anchors_of(seed: int) -> Anchors:
 def test_statistics_and_pulls(
     monkeypatch: pytest.MonkeyPatch, ids: Tensor | None, blocks: tuple[int, int], own: slice, keep: bool
 ) -> None:
-    monkeypatch.setitem(pairwise.BLOCKS, "cpu", blocks)
+    monkeypatch.setitem(blocks.BLOCKS, "cpu", blocks)
     batch, negatives = contrast(ids, own)
     taus = torch.rand(2, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 0.3 + 0.01
     image, text = anchors_of(3), anchors_of(4)
     push = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
     x, y = batch.all_image, batch.all_text
     sides, kept = statistics(batch, (x * y).sum(1)[own], taus[:, own], negatives[own], moments=True, keep=keep)
-    pulled = pulls(batch, image, text, push[own], kept)
+    pulled = feature_gradients(batch, image, text, push[own], kept)
 
     counts = torch.ones(ROWS, ROWS, dtype=torch.bool) if ids is None else ids[:, None] != ids
     s = x @ y.T
@@ -74,7 +75,7 @@ def test_similarities_are_kept_only_where_all_fit(monkeypatch: pytest.MonkeyPatc
     batch, negatives = contrast(None, slice(0, ROWS))
     positive, taus = torch.zeros(ROWS, dtype=torch.float64), torch.ones(2, ROWS, dtype=torch.float64)
     for size, fits in ((8 * ROWS**2, True), (8 * ROWS**2 - 1, False)):
-        monkeypatch.setattr(pairwise, "KEPT_BYTES", size)
+        monkeypatch.setattr(blocks, "KEPT_BYTES", size)
         _, kept = statistics(batch, positive, taus, negatives, moments=False, keep=True)
         assert sum(block.numel() for block in kept) == (ROWS**2 if fits else 0)
 
@@ -82,7 +83,7 @@ def test_similarities_are_kept_only_where_all_fit(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("tau", [0.001, 0.005])
 def test_extreme_temperatures_in_float32(monkeypatch: pytest.MonkeyPatch, tau: float) -> None:
     """The largest similarity comes late or early, blocks of excluded pairs first: nothing overflows or is NaN."""
-    monkeypatch.setitem(pairwise.BLOCKS, "cpu", (4, 5))
+    monkeypatch.setitem(blocks.BLOCKS, "cpu", (4, 5))
     for ids in IDS.values():
         batch, negatives = contrast(ids, slice(0, ROWS), torch.float32)
         exact, _ = contrast(ids, slice(0, ROWS))
@@ -97,12 +98,12 @@ def test_extreme_temperatures_in_float32(monkeypatch: pytest.MonkeyPatch, tau: f
 
 
 def run_in_blocks(recipe: dict, batches: list, kept_bytes: int) -> list:
-    before = pairwise.BLOCKS["cpu"], pairwise.KEPT_BYTES
-    pairwise.BLOCKS["cpu"], pairwise.KEPT_BYTES = (3, 2), kept_bytes
+    before = blocks.BLOCKS["cpu"], blocks.KEPT_BYTES
+    blocks.BLOCKS["cpu"], blocks.KEPT_BYTES = (3, 2), kept_bytes
     try:
         return run(recipe, batches)
     finally:
-        pairwise.BLOCKS["cpu"], pairwise.KEPT_BYTES = before
+        blocks.BLOCKS["cpu"], blocks.KEPT_BYTES = before
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
@@ -141,29 +142,29 @@ class OnAGpu(torch.Tensor):
 def test_the_kernel_is_chosen_on_a_gpu_in_half_precision(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, autocast: bool, reason: str
 ) -> None:
-    monkeypatch.delenv(pairwise.KERNEL_SETTING, raising=False)
-    monkeypatch.setattr(pairwise, "_unusable", lambda _: reason)
+    monkeypatch.delenv(backend.KERNEL_SETTING, raising=False)
+    monkeypatch.setattr(backend, "_unusable", lambda _: reason)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast and kind == "cuda")
     embeddings = torch.zeros(2, 4, dtype=dtype).as_subclass(OnAGpu)
-    assert pairwise.use_kernel(embeddings) == (not reason and (autocast or dtype == torch.bfloat16))
-    monkeypatch.setenv(pairwise.KERNEL_SETTING, "torch")
-    assert not pairwise.use_kernel(embeddings)
-    monkeypatch.setenv(pairwise.KERNEL_SETTING, "triton")
+    assert backend.use_kernel(embeddings) == (not reason and (autocast or dtype == torch.bfloat16))
+    monkeypatch.setenv(backend.KERNEL_SETTING, "torch")
+    assert not backend.use_kernel(embeddings)
+    monkeypatch.setenv(backend.KERNEL_SETTING, "triton")
     if reason:
         with pytest.raises(UserError, match="DISTTEMPNET_KERNEL=triton: an old GPU"):
-            pairwise.use_kernel(embeddings)
+            backend.use_kernel(embeddings)
     else:
-        assert pairwise.use_kernel(embeddings)
+        assert backend.use_kernel(embeddings)
 
 
 def test_the_setting_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.zeros(2, 4)
     for setting in ("auto", "torch"):
-        monkeypatch.setenv(pairwise.KERNEL_SETTING, setting)
-        assert not pairwise.use_kernel(features)
-    monkeypatch.setenv(pairwise.KERNEL_SETTING, "cuda")
+        monkeypatch.setenv(backend.KERNEL_SETTING, setting)
+        assert not backend.use_kernel(features)
+    monkeypatch.setenv(backend.KERNEL_SETTING, "cuda")
     with pytest.raises(UserError, match="must be auto, torch or triton, got 'cuda'"):
-        pairwise.use_kernel(features)
+        backend.use_kernel(features)
 
 
 def waiting_bytes(rows: int, width: int, keep: bool) -> int:
@@ -177,13 +178,13 @@ def waiting_bytes(rows: int, width: int, keep: bool) -> int:
     loss = build_loss("sogclr", num_samples=64, embed_dim=width)
     x, y = (side.float().requires_grad_() for side in pairs(rows, width=width))
     ids = torch.arange(rows) + rows * distributed.rank()
-    before = pairwise.KEPT_BYTES
-    pairwise.KEPT_BYTES = before if keep else 0
+    before = blocks.KEPT_BYTES
+    blocks.KEPT_BYTES = before if keep else 0
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss(Features.unit(x, y), ids).total.backward()
     finally:
-        pairwise.KEPT_BYTES = before
+        blocks.KEPT_BYTES = before
     return sum(found)
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from disttempnet import Features, build_loss
 from disttempnet.errors import UserError
-from disttempnet.losses import pairwise
-from disttempnet.losses.pairwise import Anchors, Pairs, pulls, statistics
+from disttempnet.losses.contrast import backend
+from disttempnet.losses.contrast.backend import feature_gradients, statistics
+from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
 from losses.scenario import pairs
 
 pytest.importorskip("triton")
@@ -43,8 +44,8 @@ def test_in_the_interpreter() -> None:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module with blocks so small that there are several of each kind."""
-    monkeypatch.setenv(pairwise.KERNEL_SETTING, "triton")
-    module = importlib.import_module("disttempnet.losses.pairwise_triton")
+    monkeypatch.setenv(backend.KERNEL_SETTING, "triton")
+    module = importlib.import_module("disttempnet.losses.contrast.triton")
     for constant, value in {"ROWS": 16, "COLUMNS": 16, "DEPTH": 32, "WIDTH": 32, "PROGRAMS_A_PROCESSOR": 6}.items():
         monkeypatch.setattr(module, constant, value)
     return module
@@ -78,7 +79,9 @@ def test_statistics_and_pulls(kernels: ModuleType, case: str, own: slice) -> Non
                    for _ in range(2))  # fmt: skip
     push = torch.linspace(-1, 1, ROWS)[own]
     high = [Anchors(*(part.double() for part in anchors)) for anchors in (image, text)]
-    for a, e in zip(pulls(low, image, text, push, []), pulls(exact, *high, push.double(), []), strict=True):
+    for a, e in zip(
+        feature_gradients(low, image, text, push, []), feature_gradients(exact, *high, push.double(), []), strict=True
+    ):
         assert (a.double() - e).norm() < 2**-7 * e.norm()  # the interpreter rounds bf16 down, GPUs to nearest
 
 
@@ -91,7 +94,7 @@ def test_the_objectives_step_is_that_of_the_rounded_features(kernels: ModuleType
     ids[-1] = ids[0]
     gradients, totals = [], []
     for dtype, setting in ((torch.float32, "triton"), (torch.float64, "torch")):
-        os.environ[pairwise.KERNEL_SETTING] = setting  # put back by the fixture
+        os.environ[backend.KERNEL_SETTING] = setting  # put back by the fixture
         loss = build_loss(name, num_samples=ROWS, embed_dim=WIDTH, seed=1)
         for _ in range(2):
             features = [side.to(dtype).requires_grad_() for side in (x, y)]
@@ -112,7 +115,7 @@ def test_what_rounding_the_features_costs(kernels: ModuleType) -> None:
     exact, negatives = Pairs.of((x, y), (x, y), torch.arange(ROWS), kernel=False)
     taus = torch.full((2, ROWS), 0.01, dtype=torch.float64)
     expected, _ = statistics(exact, (x * y).sum(1), taus, negatives, moments=True, keep=False)
-    low = [pairwise.rounded(side, True).float() for side in (x, y)]
+    low = [rounded(side, True).float() for side in (x, y)]
     rounded, _ = Pairs.of((low[0], low[1]), (low[0], low[1]), torch.arange(ROWS), kernel=True)
     positive = (low[0] * low[1]).sum(1)
     actual, _ = statistics(rounded, positive, taus.float(), negatives.float(), moments=True, keep=False)
@@ -125,11 +128,11 @@ def test_what_rounding_the_features_costs(kernels: ModuleType) -> None:
 @interpreted
 def test_where_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
     with pytest.raises(UserError, match="the features are float64"):
-        pairwise.use_kernel(torch.zeros(2, 4, dtype=torch.float64))
-    assert pairwise.use_kernel(torch.zeros(2, 4))
+        backend.use_kernel(torch.zeros(2, 4, dtype=torch.float64))
+    assert backend.use_kernel(torch.zeros(2, 4))
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UserError, match="the features are on cpu, and the kernels need an NVIDIA GPU"):
-        pairwise.use_kernel(torch.zeros(2, 4))
+        backend.use_kernel(torch.zeros(2, 4))
 
 
 class OnAGpu(torch.Tensor):
@@ -139,7 +142,7 @@ class OnAGpu(torch.Tensor):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter needs no GPU")
 def test_gpus_that_cannot_run_the_kernels_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    from disttempnet.losses.pairwise_triton import unusable
+    from disttempnet.losses.contrast.triton import unusable
 
     features = torch.zeros(2, 4).as_subclass(OnAGpu)
     for capability, message in (((7, 5), "compute capability 7.5 cannot"), ((8, 0), ""), ((12, 0), "")):
@@ -155,7 +158,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from disttempnet.losses import pairwise_triton as p
+from disttempnet.losses.contrast import triton as p
 
 pointers = {"rows": "*bf16", "columns": "*bf16", "row_ids": "*i64", "column_ids": "*i64"}
 blocks = {"EXCLUDE": True, "NOTHING": p.EXCLUDED, "ROWS": p.ROWS, "COLUMNS": p.COLUMNS, "DEPTH": p.DEPTH}

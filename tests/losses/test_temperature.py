@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from disttempnet import Features, build_loss
-from disttempnet.losses import tempnet
-from disttempnet.losses.temperature import Batch
+from disttempnet.losses.temperature import network as tempnet
+from disttempnet.losses.temperature.scalar import Batch
 from losses.scenario import (
     CONSTANT,
     EVERY,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from disttempnet.evaluation.averages import counted_tags
-from disttempnet.evaluation.readers import all_tasks
-from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, read_records, write_records
-from disttempnet.evaluation.summary import Subject, write_summary
+from disttempnet.evaluation.results.averages import counted_tags
+from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records, write_records
+from disttempnet.evaluation.results.summary import Subject, write_summary
+from disttempnet.evaluation.tasks import all_tasks
 from report.invented import config
 
 TITLES = {"clip": "CLIP", "disttempnet-v1": "DistTempNet-v1"}

@@ -8,7 +8,7 @@ import numpy as np
 
 from disttempnet.evaluation.scores import Scores
 from disttempnet.report.compact import Result
-from disttempnet.report.runs import Evaluation
+from disttempnet.report.read import Evaluation
 
 TITLES = {"clip": "CLIP", "sogclr": "SogCLR", "disttempnet-v1": "DistTempNet-v1"}
 

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from disttempnet.errors import UserError
-from disttempnet.report import comparison_plots, write_report
+from disttempnet.report import write_report
 from disttempnet.report.compact import read_results, write_compact
-from disttempnet.report.comparison import comparison_page
-from disttempnet.report.comparison_plots import batch_series, frequency_panel, learning_series
-from disttempnet.report.groups import Column, compare_groups, families
-from disttempnet.report.tables import csv_table, latex_table, markdown_table, text_table
-from disttempnet.report.tau_tables import tau_series
+from disttempnet.report.seeds import plots as comparison_plots
+from disttempnet.report.seeds.groups import Column, compare_groups, families
+from disttempnet.report.seeds.page import comparison_page
+from disttempnet.report.seeds.plots import batch_series, frequency_panel, learning_series
+from disttempnet.report.seeds.tables import csv_table, latex_table, markdown_table, text_table
+from disttempnet.report.seeds.tau_tables import tau_series
 from report.invented import result
 from report.synthetic import write_run
 from report.test_report import Page, assert_self_contained

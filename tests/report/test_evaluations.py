@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation.averages import counted_tags
-from disttempnet.evaluation.readers import all_tasks
-from disttempnet.evaluation.records import RESULTS_FILE, append_record
+from disttempnet.evaluation.results.averages import counted_tags
+from disttempnet.evaluation.results.records import RESULTS_FILE, append_record
+from disttempnet.evaluation.tasks import all_tasks
 from disttempnet.report import write_report
-from disttempnet.report.evaluations import (
+from disttempnet.report.evaluations.compare import (
     compare_columns,
     differences,
     holds_evaluations,
@@ -25,7 +25,7 @@ from disttempnet.report.evaluations import (
     read_published,
     sections,
 )
-from disttempnet.report.groups import AVERAGES, Column
+from disttempnet.report.seeds.groups import AVERAGES, Column
 from evaluation import published
 from report.evaluations import flat, model_subject, record, run_subject, write_evaluation
 from report.test_report import Page, assert_self_contained

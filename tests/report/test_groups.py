@@ -7,7 +7,7 @@ import pytest
 
 from disttempnet.config import DataConfig, EvalConfig, TrainConfig
 from disttempnet.errors import UserError
-from disttempnet.report.groups import Cell, Column, cell_of, compare_groups, families, mark
+from disttempnet.report.seeds.groups import Cell, Column, cell_of, compare_groups, families, mark
 from report.invented import result
 
 TASK = "emoji-concepts"

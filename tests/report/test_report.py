@@ -16,9 +16,10 @@ import torch
 
 from disttempnet.data import open_index
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.evaluation import readers
-from disttempnet.report import build_report, examples, read_run, write_report
-from disttempnet.report.runs import distinct_titles
+from disttempnet.evaluation import tasks as readers
+from disttempnet.report import build_report, read_run, write_report
+from disttempnet.report.read import distinct_titles
+from disttempnet.report.runs import examples
 from disttempnet.training.checkpoint import Run
 from evaluation.toy import COLOURS, colour_towers, toy_task, write_shard
 from report.synthetic import write_run

@@ -18,18 +18,19 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import decode, eval_transform, open_index
 from disttempnet.errors import UserError
-from disttempnet.report import examples
+from disttempnet.report import items
 from disttempnet.report.binning import average_ranks, binned, evenly_spread, spearman
-from disttempnet.report.temperature import analysis, items, measure
-from disttempnet.report.temperature.census import Census
-from disttempnet.report.temperature.command import Source, write_temperatures
-from disttempnet.report.temperature.table import COLUMNS, NUMBERS, open_table
+from disttempnet.report.runs import examples
+from disttempnet.temperature import analysis, measure
+from disttempnet.temperature.census import Census
+from disttempnet.temperature.command import Source, write_temperatures
+from disttempnet.temperature.table import COLUMNS, NUMBERS, open_table
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import train
 from evaluation.toy import COLOURS, write_shard
 from gloo import Pools

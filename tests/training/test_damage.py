@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.training import whole
+from disttempnet.training import atomic_folder
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.runs import chosen_checkpoint, list_checkpoints
+from disttempnet.training.run_folder import chosen_checkpoint, list_checkpoints
 from disttempnet.training.trainer import train
 
 JUNK = {"binary": b"\x00\xff\xfe\n", "empty": b"", "half": b'{"step": 1, "epo', "list": b"[1]", "number": b"7"}
@@ -77,7 +77,7 @@ def test_a_run_with_damaged_logs_goes_on_and_names_their_lines(
 
 def test_a_checkpoint_without_a_listing_is_examined_by_what_its_files_say(run: Path) -> None:
     last = list_checkpoints(run)[-1]
-    (last / whole.LISTING).unlink()
+    (last / atomic_folder.LISTING).unlink()
     with pytest.warns(UserNotice, match=r"step-00000003: has no files.json, so sizes and checksums cannot be compared"):
         assert load_run(last).step == 3
     spoiled: dict[str, Callable[[bytes], bytes]] = {
@@ -100,9 +100,9 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Write another content, with a listing that fits it, as a program that means well does."""
     content = torch.load(path, weights_only=True)
     torch.save(change(content) or content, path)
-    listing = path.parent / whole.LISTING
+    listing = path.parent / atomic_folder.LISTING
     known = json.loads(listing.read_text())
-    known[path.name] = whole._size_and_sum(path)
+    known[path.name] = atomic_folder._size_and_sum(path)
     listing.write_text(json.dumps(known))
 
 

@@ -17,7 +17,7 @@ from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import Batch
 from disttempnet.losses import LossOutput
 from disttempnet.losses.sample_state import SampleState
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
 from gloo import Pools, WorkerError
 

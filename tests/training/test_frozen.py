@@ -14,7 +14,7 @@ from disttempnet.config import CONFIG_FOLDER, Config, load_config
 from disttempnet.errors import UserError
 from disttempnet.models import load_model, save_model
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer, train
 from gloo import Pools
 from training.test_trainer import WORLD_SIZE_TOLERANCE, debug, losses, same_ending

@@ -13,7 +13,7 @@ from disttempnet.config import CONFIG_FOLDER, Config, load_config
 from disttempnet.errors import UserError
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import Contrast, ContrastiveModel
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
 from gloo import Pools
 from losses.scenario import EVERY, D, GlobalBatch, every_objective, kept, local_rows, make, stream

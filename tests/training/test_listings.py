@@ -16,9 +16,9 @@ import torch
 from disttempnet.config import CONFIG_FOLDER, Config, SourceConfig, load_config
 from disttempnet.data import open_source
 from disttempnet.errors import UserError
-from disttempnet.report.temperature.command import Source, write_temperatures
-from disttempnet.training.facts import data_facts
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.temperature.command import Source, write_temperatures
+from disttempnet.training.run_folder import list_checkpoints
+from disttempnet.training.run_info import data_facts
 from disttempnet.training.trainer import train
 
 from .test_trainer import WORLD_SIZE_TOLERANCE, command, environment, losses, same_ending

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import OptimConfig, load_config
 from disttempnet.losses import build_loss
 from disttempnet.models import load_model

@@ -21,7 +21,7 @@ from disttempnet.evaluation.runner import embed_captions
 from disttempnet.losses import OBJECTIVES
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.model import build_objective, resolved
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
 from gloo import Pools
 

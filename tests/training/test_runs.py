@@ -19,16 +19,16 @@ import torch
 from disttempnet import compare
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.files import write_atomically
-from disttempnet.training import checkpoint, facts, runs, trainer
+from disttempnet.io.files import write_atomically
+from disttempnet.training import checkpoint, run_folder, run_info, trainer
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.runs import claimed, list_checkpoints, weights_folder
+from disttempnet.training.run_folder import claimed, list_checkpoints, weights_folder
 from disttempnet.training.trainer import Trainer, train
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from disttempnet.training.runs import claimed
+from disttempnet.training.run_folder import claimed
 with claimed(Path(sys.argv[1])):
     child = os.fork()
     if child:
@@ -62,7 +62,9 @@ def test_a_lock_of_a_machine_that_is_gone_is_waited_for(tmp_path: Path, monkeypa
         os.kill(int(holder.stdout.readline()), signal.SIGKILL)
         monkeypatch.setattr(platform, "node", lambda: "another")
         slept: list[float] = []
-        monkeypatch.setattr(runs.time, "sleep", lambda seconds: (slept.append(seconds), holder.kill(), holder.wait()))
+        monkeypatch.setattr(
+            run_folder.time, "sleep", lambda seconds: (slept.append(seconds), holder.kill(), holder.wait())
+        )
         with claimed(tmp_path):
             assert slept
             assert (tmp_path / ".lock").read_text(encoding="utf-8") == f"process {os.getpid()} on another"
@@ -78,8 +80,8 @@ def test_what_cannot_be_written_is_found_before_any_work(tmp_path: Path, monkeyp
         (Path("/proc/runs/run"), "No such file or directory"),
     ]:
         with pytest.raises(UserError, match=f"{re.escape(str(folder))}: cannot be written: {why}; give another place"):
-            runs.refuse_unwritable(folder)
-    runs.refuse_unwritable(tmp_path / "a" / "b")
+            run_folder.refuse_unwritable(folder)
+    run_folder.refuse_unwritable(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
     monkeypatch.setattr(trainer, "open_training_data", lambda *_: pytest.fail("data are opened"))
     monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("towers are loaded"))
@@ -101,8 +103,8 @@ def test_a_disk_without_locks_is_written_with_a_notice(tmp_path: Path, monkeypat
 
 def test_the_time_of_a_run_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     passed = iter([100.0, 160.0])
-    monkeypatch.setattr(facts.time, "monotonic", lambda: next(passed))
-    clock = facts.Clock()
+    monkeypatch.setattr(run_info.time, "monotonic", lambda: next(passed))
+    clock = run_info.Clock()
     begun = clock._start
     ended = datetime.fromisoformat(clock.now())
     assert (ended - begun.replace(microsecond=0)).total_seconds() == 60

@@ -18,15 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import parts
-from disttempnet import distributed, sharding
+from disttempnet import distributed
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import Batch
+from disttempnet.distributed import fsdp
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.losses import LossOutput
 from disttempnet.models import load_model, save_model
-from disttempnet.training import checkpoint, whole
+from disttempnet.training import atomic_folder, checkpoint
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
 from gloo import GlooPool, Pools, WorkerError
 
@@ -97,7 +98,7 @@ def moments(folder: Path) -> list[dict[int, dict[str, torch.Tensor]]]:
         if value is None
     }
     if missing:
-        sharding.load_parts(missing, folder / "moments")
+        fsdp.load_parts(missing, folder / "moments")
     for key, value in missing.items():
         number, index, name = key.split(".")
         states[int(number)]["state"][int(index)][name] = value
@@ -228,7 +229,7 @@ def save_again(out: str, resume: str, *overrides: str) -> None:
 
 def go_and_die(out: str, *overrides: str) -> None:
     """As `go`, but rank 1 ends as if killed in the middle of writing its part of the second checkpoint's moments."""
-    save, calls = sharding.save_parts, []
+    save, calls = fsdp.save_parts, []
 
     def save_parts(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         calls.append(folder)
@@ -267,8 +268,8 @@ def test_damage_is_named(straight: Path, gloo: Pools, tmp_path: Path) -> None:
             damaged.unlink()
         else:
             damaged.write_bytes(content)
-        assert whole.damage(last).startswith(f"moments/{name} ")
-        (last / whole.LISTING).unlink()  # as of a checkpoint without one
+        assert atomic_folder.damage(last).startswith(f"moments/{name} ")
+        (last / atomic_folder.LISTING).unlink()  # as of a checkpoint without one
         with (
             pytest.warns(UserNotice, match=r"has no files.json"),
             pytest.raises(UserError, match="moments: cannot be read as a checkpoint"),
@@ -326,7 +327,7 @@ def interrupted(folder: str, fault: type[BaseException]) -> str:
         if distributed.rank() == 1:
             patched.setattr(FileSystemWriter, "write_data", write_data)
         try:
-            whole.write_whole(Path(folder) / "step", lambda to: sharding.save_parts(parts, to / "m") or [])
+            atomic_folder.write_whole(Path(folder) / "step", lambda to: fsdp.save_parts(parts, to / "m") or [])
         except BaseException as error:
             return repr(error)
     return ""
@@ -341,7 +342,7 @@ def test_what_is_no_fault_of_the_disk_is_not_called_so(fault: type[BaseException
 def few_rows(folder: str) -> dict[str, torch.Tensor]:
     mesh = init_device_mesh("cpu", (distributed.world_size(),))
     wholes = {"one row": torch.arange(5.0).view(1, 5), "three": torch.arange(3.0)}
-    sharding.save_parts({k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in wholes.items()}, Path(folder))
+    fsdp.save_parts({k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in wholes.items()}, Path(folder))
     return wholes
 
 
@@ -353,7 +354,7 @@ def test_ranks_without_a_row_and_paths_of_other_pythons(gloo: Pools, tmp_path: P
     assert plain.count(b"cpathlib\nPosixPath\n") == 1
     contents.write_bytes(plain.replace(b"cpathlib\n", b"cpathlib._local\n"))
     read = {name: torch.full(value.shape, torch.nan) for name, value in wholes.items()}
-    sharding.load_parts(read, tmp_path)
+    fsdp.load_parts(read, tmp_path)
     assert all(torch.equal(read[name], wholes[name]) for name in wholes)
 
 
@@ -362,14 +363,14 @@ def test_not_even_a_module_is_imported_from_a_checkpoint(tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / ".metadata").write_bytes(b"cmalice_beside\nMetadata\n.")
     with pytest.raises(UserError, match=r"malice_beside\.Metadata does not belong into a list of contents"):
-        sharding.load_parts({"a": torch.zeros(2)}, tmp_path)
+        fsdp.load_parts({"a": torch.zeros(2)}, tmp_path)
 
 
 def test_nothing_is_executed_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Malice()))
     with pytest.raises(UserError, match="does not belong into a list of contents"):
-        sharding.load_parts({"a": torch.zeros(2)}, tmp_path)
+        fsdp.load_parts({"a": torch.zeros(2)}, tmp_path)
     assert not (tmp_path / "broken-in").exists()
 
 
@@ -405,7 +406,7 @@ def trained(name: str, shared: bool) -> tuple[float, dict[str, torch.Tensor]]:
     for p in module.parameters():
         p.requires_grad_(p.ndim > 0)
     if shared:
-        sharding.shard(module, CPU)
+        fsdp.shard(module, CPU)
     generator = torch.Generator().manual_seed(4 + distributed.rank())
     images = torch.randn(2, 3, towers.image_size, towers.image_size, generator=generator)
     total = (
@@ -416,14 +417,14 @@ def trained(name: str, shared: bool) -> tuple[float, dict[str, torch.Tensor]]:
     if not shared:
         gradients = {k: distributed.all_sum(g) / distributed.world_size() for k, g in gradients.items()}
     assert not shared or all(isinstance(g, DTensor) for g in gradients.values())
-    return float(total.detach()), {k: sharding.whole(g) for k, g in gradients.items()}
+    return float(total.detach()), {k: fsdp.whole(g) for k, g in gradients.items()}
 
 
 def trained_scalar() -> str:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4))
     module.gain = torch.nn.Parameter(torch.zeros(()))
     try:
-        sharding.shard(module, CPU)
+        fsdp.shard(module, CPU)
     except UserError as error:
         return str(error)
     return ""
@@ -460,8 +461,8 @@ def pieces(name: str) -> tuple[int, list[int]]:
     with torch.device("meta"):
         module = open_clip.create_model(name, device="meta")
     module.logit_scale = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
-    count = len(sharding.blocks(module))
-    sharding.shard(module, CPU)
+    count = len(fsdp.blocks(module))
+    fsdp.shard(module, CPU)
     sizes, counted = [], set()
     for part in reversed([m for m in module.modules() if isinstance(m, FSDPModule)]):  # inner ones first
         own = {p for p in part.parameters() if isinstance(p, DTensor)} - counted
@@ -496,6 +497,6 @@ def test_what_does_not_go_together_is_refused(override: str, message: str) -> No
 def test_in_one_process_nothing_is_shared_out() -> None:
     towers = load_model("demo-vit-32")
     before = list(towers.module.parameters())
-    sharding.shard(towers.module, CPU)
+    fsdp.shard(towers.module, CPU)
     assert all(one is other for one, other in zip(before, towers.module.parameters(), strict=True))
-    assert sharding.whole_module(towers.module, CPU) is towers.module
+    assert fsdp.whole_module(towers.module, CPU) is towers.module

@@ -14,7 +14,7 @@ from disttempnet import distributed
 from disttempnet.compare.display import Display
 from disttempnet.compare.pool import Pool
 from disttempnet.errors import Preempted
-from disttempnet.training.stopping import STOPPING, StopSignal
+from disttempnet.training.signals import STOPPING, StopSignal
 
 
 @pytest.fixture(autouse=True)

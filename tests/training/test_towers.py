@@ -11,7 +11,7 @@ from disttempnet import distributed
 from disttempnet.config import CONFIG_FOLDER, ModelConfig, load_config
 from disttempnet.errors import UserError
 from disttempnet.models import Towers, encode_images, load_model
-from disttempnet.training.towers import GlobalBatchNorm, prepare_towers
+from disttempnet.models.locking import GlobalBatchNorm, prepare_towers
 from gloo import Pools
 
 from timm.models import group_parameters  # isort: skip (after disttempnet.models)

@@ -24,9 +24,9 @@ from disttempnet.config import CONFIG_FOLDER, Config, load_config
 from disttempnet.data import Skip, lost_workers_named
 from disttempnet.errors import UserError
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.facts import about_data, data_facts
-from disttempnet.training.runlog import Skipped, _summary
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
+from disttempnet.training.run_info import about_data, data_facts
+from disttempnet.training.run_log import Skipped, _summary
 from disttempnet.training.trainer import Trainer, train
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"

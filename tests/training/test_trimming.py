@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from disttempnet import distributed, sharding
+from disttempnet import distributed
 from disttempnet.config import CONFIG_FOLDER, load_config
-from disttempnet.data.dataset import LENGTH_STEP
+from disttempnet.data.loader import LENGTH_STEP
+from disttempnet.distributed import fsdp
 from disttempnet.models import load_model, save_model
-from disttempnet.texts import trimming
+from disttempnet.models.text import trimming
 from disttempnet.training.trainer import Trainer
 from gloo import Pools
 
@@ -48,9 +49,9 @@ def steps(out: str, trimmed: bool, *overrides: str) -> Found:
         batch = replace(batch, tokens=trim(tokens, LENGTH_STEP) if trimmed else tokens)
         found.lengths.append(batch.tokens.shape[1])
         found.losses.append(float(trainer.train_step(batch).metrics["loss"]))
-        gradients = [sharding.whole(p.grad).flatten() for p in parameters if p.grad is not None]
+        gradients = [fsdp.whole(p.grad).flatten() for p in parameters if p.grad is not None]
         found.gradients.append(torch.cat(gradients))
-    return found._replace(weights=torch.cat([sharding.whole(p.detach()).flatten() for p in parameters]))
+    return found._replace(weights=torch.cat([fsdp.whole(p.detach()).flatten() for p in parameters]))
 
 
 def assert_same(found: Found, expected: Found) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disttempnet.cli import main
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, Config, SourceConfig, config_from_table, load_config
 from disttempnet.data import open_source
+from disttempnet.data.epoch_plan import EpochPlan
 from disttempnet.data.held_out import HeldOut
-from disttempnet.data.opening import open_training_source
-from disttempnet.data.sampler import EpochPlan
+from disttempnet.data.open import open_training_source
 from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 from disttempnet.evaluation.validation import validation_data

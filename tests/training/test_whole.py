@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from disttempnet import distributed
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.training import whole
+from disttempnet.training import atomic_folder
 from gloo import Pools
 
 
@@ -29,14 +29,14 @@ def two_files(folder: Path) -> list[Path]:
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A folder that was written whole."""
-    whole.write_whole(tmp_path / "step", two_files)
+    atomic_folder.write_whole(tmp_path / "step", two_files)
     return tmp_path / "step"
 
 
 def test_a_whole_folder_has_all_files_and_nothing_is_beside_it(target: Path) -> None:
     assert sorted(p.name for p in target.iterdir()) == ["a.bin", "b.bin", "files.json"]
     assert [p.name for p in target.parent.iterdir()] == ["step"]
-    assert whole.damage(target) == ""
+    assert atomic_folder.damage(target) == ""
 
 
 def change(path: Path) -> None:
@@ -56,14 +56,14 @@ def change(path: Path) -> None:
 )
 def test_damage_is_named(spoil: object, found: str, target: Path) -> None:
     spoil(target)  # type: ignore[operator]
-    assert whole.damage(target) == found
+    assert atomic_folder.damage(target) == found
 
 
 def test_a_folder_without_a_listing_is_told(target: Path) -> None:
     """As folders are of before there were listings: what its files say of themselves is looked at (test_damage.py)."""
     (target / "files.json").unlink()
     with pytest.warns(UserNotice, match=r"step: has no files.json, so sizes and checksums cannot be compared"):
-        assert whole.damage(target) == ""
+        assert atomic_folder.damage(target) == ""
 
 
 def test_a_folder_of_the_same_name_is_replaced(target: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_folder_of_the_same_name_is_replaced(target: Path) -> None:
         (folder / "c.bin").write_bytes(b"c")
         return [folder / "c.bin"]
 
-    whole.write_whole(target, other)
+    atomic_folder.write_whole(target, other)
     assert sorted(p.name for p in target.iterdir()) == ["c.bin", "files.json"]
     assert [p.name for p in target.parent.iterdir()] == ["step"]
 
@@ -79,14 +79,14 @@ def test_a_folder_of_the_same_name_is_replaced(target: Path) -> None:
 def test_what_is_removed_loses_its_name_first(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda *_, **__: None)  # as killed there, or as NFS keeps a file in use
-        whole.remove(target)
+        atomic_folder.remove(target)
         assert not target.exists()
         (left,) = target.parent.iterdir()
-    whole.remove(target)
+    atomic_folder.remove(target)
     (target.parent / ".writing-step-00000001-abc").mkdir()
     (target.parent / ".writing-best.json-17").touch()
     assert left.exists()
-    whole.tidy(target.parent)
+    atomic_folder.tidy(target.parent)
     assert list(target.parent.iterdir()) == []
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(save: object, tmp_path: Path
 
     reason = r"step: cannot be written: .*; [\d,.]+ MB are free there. --resume auto goes on from the last checkpoint$"
     with small_files(300_000), pytest.raises(UserError, match=reason):
-        whole.write_whole(tmp_path / "step", large)
+        atomic_folder.write_whole(tmp_path / "step", large)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,15 +118,15 @@ def test_a_fault_of_the_program_stays_loud(tmp_path: Path) -> None:
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        whole.write_whole(tmp_path / "step", broken)
+        atomic_folder.write_whole(tmp_path / "step", broken)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_beside_the_checkpoints_is_one_line_too(tmp_path: Path) -> None:
     reason = r"metrics.jsonl: cannot be written: No space left on device; [\d,.]+ MB are free"
-    with pytest.raises(UserError, match=reason), whole.full_disk_named(tmp_path):
+    with pytest.raises(UserError, match=reason), atomic_folder.full_disk_named(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "metrics.jsonl"))
-    with pytest.raises(PermissionError), whole.full_disk_named(tmp_path):
+    with pytest.raises(PermissionError), atomic_folder.full_disk_named(tmp_path):
         raise PermissionError(errno.EACCES, "denied")
 
 
@@ -141,7 +141,7 @@ def one_rank_has_no_room(folder: str) -> tuple[str, list[str]]:
         return [path]
 
     try:
-        whole.write_whole(Path(folder) / "step", write)
+        atomic_folder.write_whole(Path(folder) / "step", write)
     except UserError as error:
         distributed.barrier()
         return str(error), os.listdir(folder)
@@ -163,13 +163,13 @@ def shared_folder(folder: str, spoil: str) -> list[str]:
         return [path]
 
     target = Path(folder) / "step"
-    whole.write_whole(target, write)
-    found = [whole.damage(target)]
+    atomic_folder.write_whole(target, write)
+    found = [atomic_folder.damage(target)]
     distributed.barrier()
     if distributed.is_main() and spoil:
         change(target / spoil)
     distributed.barrier()
-    return [*found, whole.damage(target)]
+    return [*found, atomic_folder.damage(target)]
 
 
 def test_every_rank_learns_of_damage_that_one_finds(gloo: Pools, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_what_torch_says_of_a_full_disk_is_one_line(words: str, tmp_path: Path) 
         raise RuntimeError(words)
 
     with pytest.raises(UserError, match="step: cannot be written: a file could not be written to its end"):
-        whole.write_whole(tmp_path / "step", write)
+        atomic_folder.write_whole(tmp_path / "step", write)
     assert not [*tmp_path.iterdir()]
 
 
@@ -193,4 +193,4 @@ def test_other_errors_of_torch_stay_loud(tmp_path: Path) -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        whole.write_whole(tmp_path / "step", write)
+        atomic_folder.write_whole(tmp_path / "step", write)

@@ -18,10 +18,10 @@ from rich.text import Text
 from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
+from disttempnet.distributed.launcher import launched
 from disttempnet.errors import UserError
-from disttempnet.launch import launched
 from disttempnet.terminal import console, say
-from disttempnet.training import runs
+from disttempnet.training import run_folder
 
 __all__ = ["load_grid", "run_compare"]
 
@@ -48,7 +48,7 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
     if only_list:
         _print_list(grid, _states(grid))
         return 0
-    runs.refuse_unwritable(grid.out)
+    run_folder.refuse_unwritable(grid.out)
     with _alone_in(grid.out):
         return _run(grid, jobs)
 
@@ -84,7 +84,7 @@ def _alone_in(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{out}: another compare is at work here: wait for its end, or give another out") from None
         except OSError as error:
-            runs.warn_without_lock(out, error)
+            run_folder.warn_without_lock(out, error)
         yield
 
 
@@ -108,10 +108,10 @@ def _gpus() -> list[str]:
 def _report(folders: Sequence[Path], out: Path) -> None:
     """Print the table over seeds; write OUT/results.jsonl and OUT/report.html."""
     from disttempnet.report.compact import read_results, write_compact
-    from disttempnet.report.comparison import comparison_page
-    from disttempnet.report.groups import compare_groups
-    from disttempnet.report.page import publish
-    from disttempnet.report.tables import text_table
+    from disttempnet.report.runs.page import publish
+    from disttempnet.report.seeds.groups import compare_groups
+    from disttempnet.report.seeds.page import comparison_page
+    from disttempnet.report.seeds.tables import text_table
 
     results = read_results(folders)
     comparison = compare_groups(results)

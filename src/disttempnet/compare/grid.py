@@ -37,14 +37,14 @@ from disttempnet.config import (
     load_config,
     public_table,
 )
-from disttempnet.config_file import apply_override, base_path, find_config, merge, read_run, read_table
+from disttempnet.config.toml import apply_override, base_path, find_config, merge, read_run, read_table
 from disttempnet.errors import UserError
-from disttempnet.evaluation.readers import find_task
-from disttempnet.ranges import SEED
+from disttempnet.evaluation.tasks import find_task
+from disttempnet.io.ranges import SEED
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences
-from disttempnet.training.facts import read_facts
 from disttempnet.training.model import resolved
-from disttempnet.training.runs import list_checkpoints
+from disttempnet.training.run_folder import list_checkpoints
+from disttempnet.training.run_info import read_facts
 
 MOST_RUNS = 10_000
 SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}

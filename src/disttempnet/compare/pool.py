@@ -17,8 +17,8 @@ from typing import Any
 from disttempnet.compare.display import Display
 from disttempnet.compare.worker import Ended, Place, Progress, work
 from disttempnet.config import Config
-from disttempnet.machine import cores
-from disttempnet.training.stopping import Terminal, stop_signals
+from disttempnet.io.machine import cores
+from disttempnet.training.signals import Terminal, stop_signals
 
 END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

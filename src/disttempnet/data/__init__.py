@@ -1,21 +1,12 @@
-"""From shards to batches with stable sample ids.
+"""From data sets to batches with stable sample ids.
 
-    shards.py      which .tar files a spec names (patterns.py expands it), and what lies in one
-    source.py      what training asks of data: samples with dense ids
-    index.py       webdataset shards as one: ids → byte ranges;  indexing.py opens and checks it
-    building.py    makes the index: scan.py reads a shard (headers.py its images), journal.py keeps what is scanned
-    listing.py     what is no tar, as a source;  listing_index.py keeps its rows, rows.py and parquet.py read them
-    fields.py      which fields hold image and captions;  delimited.py, encodings.py  the format of a table as text
-    json_kinds.py  JSON files that are one object, as rows
-    listed.py      the same for evaluation: images, each once, with captions, label and split
-    mixture.py     several sources as one, each with a weight
-    sampler.py     the epoch plan: exactly once, seeded, world-size independent, resumable
-    decoding.py    encoded images → pixels;  transforms.py  augmentations
-    dataset.py     samples, batches, the loader;  handover.py  what its workers need to hand batches over
-    embedded.py    the data set that ships with the package;  scenes.py  a synthetic one with a long tail
-    store.py       who opens a shard: where it lies, or through the cache of remote.py
-    cache.py       where both are made into shards on first use
-    opening.py     all of it put together for a config
+    open.py         all of it put together for a config
+    source.py       what training asks of data: samples with dense ids
+    mixture.py      several sources as one, each with a weight
+    epoch_plan.py   exactly once an epoch: seeded, world-size independent, resumable
+    loader.py       samples, batches, the loader;  images.py: encoded images → pixels;  augment.py: augmentations
+    shards/         tars and their index;  listings/: JSON, CSV, Parquet, folders
+    builtin/        emoji and scenes;  tools/: what `disttempnet data` does
 
 The public names are imported on first use: what needs no torch, such as downloading, starts without it.
 """
@@ -26,56 +17,56 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from disttempnet.data.dataset import Batch as Batch
-    from disttempnet.data.dataset import PairDataset as PairDataset
-    from disttempnet.data.dataset import Sample as Sample
-    from disttempnet.data.dataset import Skip as Skip
-    from disttempnet.data.dataset import make_loader as make_loader
-    from disttempnet.data.decoding import UnreadableImage as UnreadableImage
-    from disttempnet.data.decoding import decode as decode
-    from disttempnet.data.embedded import embedded_shards as embedded_shards
+    from disttempnet.data.augment import eval_transform as eval_transform
+    from disttempnet.data.augment import train_transform as train_transform
+    from disttempnet.data.builtin.emoji import embedded_shards as embedded_shards
+    from disttempnet.data.builtin.scenes import generated_shards as generated_shards
+    from disttempnet.data.epoch_plan import EpochPlan as EpochPlan
+    from disttempnet.data.epoch_plan import PlanSampler as PlanSampler
     from disttempnet.data.handover import lost_workers_named as lost_workers_named
-    from disttempnet.data.index import ShardIndex as ShardIndex
-    from disttempnet.data.indexing import open_index as open_index
-    from disttempnet.data.listing import open_listing as open_listing
+    from disttempnet.data.images import UnreadableImage as UnreadableImage
+    from disttempnet.data.images import decode as decode
+    from disttempnet.data.listings.open import open_listing as open_listing
+    from disttempnet.data.loader import Batch as Batch
+    from disttempnet.data.loader import PairDataset as PairDataset
+    from disttempnet.data.loader import Sample as Sample
+    from disttempnet.data.loader import Skip as Skip
+    from disttempnet.data.loader import make_loader as make_loader
     from disttempnet.data.mixture import MixedSource as MixedSource
-    from disttempnet.data.opening import TrainingData as TrainingData
-    from disttempnet.data.opening import open_source as open_source
-    from disttempnet.data.opening import open_training_data as open_training_data
-    from disttempnet.data.sampler import EpochPlan as EpochPlan
-    from disttempnet.data.sampler import PlanSampler as PlanSampler
-    from disttempnet.data.scenes import generated_shards as generated_shards
-    from disttempnet.data.shards import ShardList as ShardList
-    from disttempnet.data.shards import resolve_shards as resolve_shards
+    from disttempnet.data.open import TrainingData as TrainingData
+    from disttempnet.data.open import open_source as open_source
+    from disttempnet.data.open import open_training_data as open_training_data
+    from disttempnet.data.shards.index import ShardIndex as ShardIndex
+    from disttempnet.data.shards.names import ShardList as ShardList
+    from disttempnet.data.shards.names import resolve_shards as resolve_shards
+    from disttempnet.data.shards.open import open_index as open_index
     from disttempnet.data.source import Source as Source
-    from disttempnet.data.transforms import eval_transform as eval_transform
-    from disttempnet.data.transforms import train_transform as train_transform
 
 _HOMES = {
-    "Batch": "dataset",
-    "EpochPlan": "sampler",
+    "Batch": "loader",
+    "EpochPlan": "epoch_plan",
     "MixedSource": "mixture",
-    "PairDataset": "dataset",
-    "PlanSampler": "sampler",
-    "Sample": "dataset",
-    "ShardIndex": "index",
-    "ShardList": "shards",
-    "Skip": "dataset",
+    "PairDataset": "loader",
+    "PlanSampler": "epoch_plan",
+    "Sample": "loader",
+    "ShardIndex": "shards.index",
+    "ShardList": "shards.names",
+    "Skip": "loader",
     "Source": "source",
-    "TrainingData": "opening",
-    "UnreadableImage": "decoding",
-    "decode": "decoding",
-    "embedded_shards": "embedded",
-    "eval_transform": "transforms",
-    "generated_shards": "scenes",
+    "TrainingData": "open",
+    "UnreadableImage": "images",
+    "decode": "images",
+    "embedded_shards": "builtin.emoji",
+    "eval_transform": "augment",
+    "generated_shards": "builtin.scenes",
     "lost_workers_named": "handover",
-    "make_loader": "dataset",
-    "open_index": "indexing",
-    "open_listing": "listing",
-    "open_source": "opening",
-    "open_training_data": "opening",
-    "resolve_shards": "shards",
-    "train_transform": "transforms",
+    "make_loader": "loader",
+    "open_index": "shards.open",
+    "open_listing": "listings.open",
+    "open_source": "open",
+    "open_training_data": "open",
+    "resolve_shards": "shards.names",
+    "train_transform": "augment",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.machine import open_files
+from disttempnet.io.machine import open_files
 
 SHM = "/dev/shm"
 MORE_ROOM = "give it more (docker run --shm-size=8g), or set data.workers lower, or to 0"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from disttempnet import distributed
-from disttempnet.evaluation.readers import Task, task_title
-from disttempnet.evaluation.records import TaskRecord
+from disttempnet.evaluation.results.records import TaskRecord
+from disttempnet.evaluation.tasks import Task, task_title
 from disttempnet.terminal import console
 
 

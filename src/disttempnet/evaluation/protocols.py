@@ -33,8 +33,8 @@ from disttempnet.evaluation.metrics import (
     recall_at,
     recall_chance,
 )
-from disttempnet.evaluation.readers import Puzzle
 from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.tasks import Puzzle
 
 RECALL_KS = (1, 5, 10)
 THIRDS = ("head", "middle", "tail")

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from disttempnet import distributed
-from disttempnet.evaluation.classtexts import ClassTexts
-from disttempnet.evaluation.embed import Encoder, Progress, batches_of_this_rank, evaluation_mode
-from disttempnet.evaluation.layouts import load_task
-from disttempnet.evaluation.loading import Batch, Request, decoded
-from disttempnet.evaluation.measure import Outcome, embed_words, measure, of_kept, texts_of
+from disttempnet.evaluation.class_features import ClassTexts
+from disttempnet.evaluation.datasets.open import load_task
+from disttempnet.evaluation.encoder import Encoder, Progress, batches_of_this_rank, evaluation_mode
+from disttempnet.evaluation.loader import Batch, Request, decoded
 from disttempnet.evaluation.protocols import classifier, prompts
-from disttempnet.evaluation.readers import Sample, Task, TaskData, find_task
+from disttempnet.evaluation.score import Outcome, embed_words, measure, of_kept, texts_of
 from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.tasks import Sample, Task, TaskData, find_task
 from disttempnet.models import Towers
 
 AnySample = TypeVar("AnySample", bound=Sample)

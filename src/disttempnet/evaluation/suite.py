@@ -21,15 +21,15 @@ import torch
 
 from disttempnet import distributed
 from disttempnet.errors import Preempted, UserError
-from disttempnet.evaluation.classtexts import ClassTexts
-from disttempnet.evaluation.embed import Progress, batches_of_this_rank, evaluation_mode, make_encoder
-from disttempnet.evaluation.layouts import is_there, load_task, sizes_of
-from disttempnet.evaluation.loading import Batch, Request, decoded
-from disttempnet.evaluation.measure import Outcome, embed_words, measure, texts_of
+from disttempnet.evaluation.class_features import ClassTexts
+from disttempnet.evaluation.datasets.open import is_there, load_task, sizes_of
+from disttempnet.evaluation.encoder import Progress, batches_of_this_rank, evaluation_mode, make_encoder
+from disttempnet.evaluation.loader import Batch, Request, decoded
 from disttempnet.evaluation.progress import SuiteProgress
 from disttempnet.evaluation.protocols import PROTOCOLS
-from disttempnet.evaluation.readers import Task, TaskData
-from disttempnet.evaluation.records import RESULTS_FILE, TaskRecord, append_record, read_records
+from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, append_record, read_records
+from disttempnet.evaluation.score import Outcome, embed_words, measure, texts_of
+from disttempnet.evaluation.tasks import Task, TaskData
 from disttempnet.models import Towers
 
 NAMED = 5  # unreadable samples that an error line names

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from disttempnet.data.shards import HEADER, IMAGE_SUFFIXES, MAX_TEXT, BrokenTar, read_member, split_name
+from disttempnet.data.shards.names import HEADER, IMAGE_SUFFIXES, MAX_TEXT, BrokenTar, read_member, split_name
 from disttempnet.errors import UserError
-from disttempnet.files import open_regular
+from disttempnet.io.files import open_regular
 
 SCAN_THREADS = 16  # tars are indexed side by side: on a network disk each header is a wait
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from disttempnet import distributed
 from disttempnet.config import DataConfig, SourceConfig
 from disttempnet.data.held_out import HeldOut
-from disttempnet.data.opening import open_source, open_training_source
+from disttempnet.data.open import open_source, open_training_source
 from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.errors import UserError
-from disttempnet.evaluation.own import ReadSample, own_data
-from disttempnet.evaluation.readers import OWN, VALIDATION, Sample, Task, TaskData, find_task, task_title
+from disttempnet.evaluation.datasets.own import ReadSample, own_data
+from disttempnet.evaluation.tasks import OWN, VALIDATION, Sample, Task, TaskData, find_task, task_title
 
 
 def validation_data(config: DataConfig, trained: Source | None = None) -> TaskData | None:

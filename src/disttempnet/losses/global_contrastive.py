@@ -32,7 +32,10 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.errors import UserNotice
-from disttempnet.losses.core import (
+from disttempnet.losses.contrast.backend import feature_gradients, statistics, use_kernel
+from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
+from disttempnet.losses.learning import with_own_gradient
+from disttempnet.losses.objective import (
     Context,
     Features,
     Ids,
@@ -46,11 +49,9 @@ from disttempnet.losses.core import (
     whole_numbers,
     with_later_gradient,
 )
-from disttempnet.losses.learning import with_own_gradient
-from disttempnet.losses.pairwise import Anchors, Pairs, pulls, rounded, statistics, use_kernel
 from disttempnet.losses.sample_state import NEVER, SampleState, follow, log_mean_over_equal_ids
 from disttempnet.losses.schedule import Gamma
-from disttempnet.losses.temperature import Batch, Temperature
+from disttempnet.losses.temperature.scalar import Batch, Temperature
 
 C = 0.5  # both sides of a pair are averaged
 RHO_SHARE = 0.3  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
@@ -323,6 +324,6 @@ def _feature_gradient(
     pairs = Pairs(
         x, y, x if all_image is None else all_image, y if all_text is None else all_text, own, ids, distinct, kernel
     )
-    gradients = pulls(pairs, Anchors(slope1, offset1), Anchors(slope2, offset2), r, list(kept))
+    gradients = feature_gradients(pairs, Anchors(slope1, offset1), Anchors(slope2, offset2), r, list(kept))
     scale = upstream * (C / len(x))
     return gradients[0].mul_(scale), gradients[1].mul_(scale)

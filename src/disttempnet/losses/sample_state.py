@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disttempnet import distributed, sharding
+from disttempnet import distributed
+from disttempnet.distributed import fsdp
 from disttempnet.errors import UserNotice
 
 NEVER = float("-inf")  # log u of a sample that was not visited yet; also fills slots behind the last sample
@@ -295,7 +296,7 @@ def gather_state(module: nn.Module, everywhere: bool = False) -> dict[str, Tenso
     state: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
         if not any(key.startswith(prefix) for prefix in tables):
-            value = sharding.whole(value)  # of all ranks, also where it is not kept
+            value = fsdp.whole(value)  # of all ranks, also where it is not kept
             if keep:
                 state[key] = value.detach().cpu().clone()
     for prefix, table in tables.items():

@@ -1,7 +1,16 @@
-"""What runs became: a page about single runs, or tables and a page about groups of seeds."""
+"""What runs became.
 
-from disttempnet.report.comparison import write_report
-from disttempnet.report.page import build_report
-from disttempnet.report.runs import RunRecord, read_run
+write.py       the report that a file's ending asks for
+read.py        run folders;  compact.py: what is compared of a run, one JSON line each
+binning.py     τ against a number that the items have;  items.py: pairs, images and captions that τ is asked of
+runs/          the page about single runs
+seeds/         tables and the page over groups of seeds
+evaluations/   tables and the page over the 38 tasks, beside published rows
+templates/     HTML and CSS
+"""
+
+from disttempnet.report.read import RunRecord, read_run
+from disttempnet.report.runs.page import build_report
+from disttempnet.report.write import write_report
 
 __all__ = ["RunRecord", "build_report", "read_run", "write_report"]

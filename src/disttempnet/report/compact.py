@@ -19,7 +19,7 @@ from disttempnet.config import public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.report.binning import binned, evenly_spread
-from disttempnet.report.runs import Evaluation, RunRecord, Temperatures, read_run
+from disttempnet.report.read import Evaluation, RunRecord, Temperatures, read_run
 from disttempnet.sanitize import one_line
 
 FORMAT = 1

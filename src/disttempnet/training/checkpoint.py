@@ -8,7 +8,8 @@
         files.json                                             size and CRC-32 of each of them
     RUN/checkpoints/best.json                                  {"step": 42, "mean_recall": …}
 
-A folder gets its name when every file in it is on disk (whole.py): a killed writer leaves only `.writing-…`, which the
+A folder gets its name when every file in it is on disk (atomic_folder.py): a killed writer
+    leaves only `.writing-…`, which the
 next start removes. A resumed run examines the files. They are read with `weights_only=True`, the list of what is in
 moments/ no less strictly.
 """
@@ -26,15 +27,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from disttempnet import distributed, sharding
+from disttempnet import distributed
 from disttempnet.config import Config, config_from_table, public_table
+from disttempnet.distributed import fsdp
 from disttempnet.errors import UserError
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, named_by_rank, redealt_from
 from disttempnet.models import Towers, load_model, save_model
-from disttempnet.training import whole
+from disttempnet.training import atomic_folder
 from disttempnet.training.model import build_objective
-from disttempnet.training.runs import checkpoint_folder, chosen_checkpoint, list_checkpoints, refuse_damaged, write_best
+from disttempnet.training.run_folder import (
+    checkpoint_folder,
+    chosen_checkpoint,
+    list_checkpoints,
+    refuse_damaged,
+    write_best,
+)
 
 FORMAT = 1
 # What trainer.pt and a shard must hold; of the counts the least.
@@ -94,11 +102,11 @@ def save_checkpoint(
     target = checkpoint_folder(run) / f"step-{step:08d}"
     own, shared = _split(loss)
     optimizer_states, moments = _split_moments(optimizers)
-    module = sharding.whole_module(towers.module, torch.device("cpu"), everywhere=False)
+    module = fsdp.whole_module(towers.module, torch.device("cpu"), everywhere=False)
 
     def write(writing: Path) -> list[Path]:
         if moments:  # first: in it every rank fails, or none
-            sharding.save_parts(moments, writing / MOMENTS)
+            fsdp.save_parts(moments, writing / MOMENTS)
         shard = writing / _shard_name(distributed.rank(), distributed.world_size())
         torch.save({"state": own, **_generators()}, shard)
         written = [shard, *(writing / MOMENTS).glob(f"__{distributed.rank()}_*")]
@@ -132,9 +140,9 @@ def save_checkpoint(
         kept |= {f"step-{int(best['step']):08d}"} if best else set()
         for other in found:
             if other.name not in kept:
-                whole.remove(other)
+                atomic_folder.remove(other)
 
-    whole.write_whole(target, write)
+    atomic_folder.write_whole(target, write)
     distributed.together(make_room)
     return target
 
@@ -255,7 +263,7 @@ def _split_moments(optimizers: list[torch.optim.Optimizer]) -> tuple[list[dict[s
     for number, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         for index, entries in state["state"].items():
-            parts = {name: value for name, value in entries.items() if sharding.is_part(value)}
+            parts = {name: value for name, value in entries.items() if fsdp.is_part(value)}
             moments |= {f"{number}.{index}.{name}": value for name, value in parts.items()}
             state["state"][index] = entries | dict.fromkeys(parts)
         states.append(state)
@@ -277,9 +285,9 @@ def _restore_optimizers(
                         continue
                     if not isinstance(value, Tensor) or value.shape not in (torch.Size(), parameters[index].shape):
                         raise TypeError(f"{name} of parameter {index} is no tensor of its shape")
-                    entries[name] = sharding.as_parameter(value, parameters[index])
+                    entries[name] = fsdp.as_parameter(value, parameters[index])
     if moments:
-        sharding.load_parts(moments, checkpoint / MOMENTS)
+        fsdp.load_parts(moments, checkpoint / MOMENTS)
     with _misfit_named(checkpoint / "trainer.pt"):
         for optimizer, state in zip(optimizers, states, strict=True):
             # groups are those of the config, which is the same; the learning rate is set at every step

@@ -18,20 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from disttempnet import distributed, sharding
+from disttempnet import distributed
 from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
+from disttempnet.distributed import fsdp
 from disttempnet.errors import Preempted, UserError
-from disttempnet.evaluation.readers import TaskData, task_title
 from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.tasks import TaskData, task_title
 from disttempnet.evaluation.validation import validation_data
-from disttempnet.files import write_atomically
+from disttempnet.io.files import write_atomically
+from disttempnet.io.machine import memory_named
 from disttempnet.losses import LossOutput
-from disttempnet.machine import memory_named
 from disttempnet.models import load_model
-from disttempnet.training import checkpoint, facts, optim, runlog, runs, whole
-from disttempnet.training.finite import FiniteCheck
+from disttempnet.models.locking import prepare_towers
+from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
     Contrast,
@@ -44,8 +45,8 @@ from disttempnet.training.model import (
     refuse_without_compiler,
     resolved,
 )
-from disttempnet.training.stopping import LONGEST_WAIT, StopSignal
-from disttempnet.training.towers import prepare_towers
+from disttempnet.training.nan_check import FiniteCheck
+from disttempnet.training.signals import LONGEST_WAIT, StopSignal
 
 MEMORY = (
     "raise train.accumulate (the same batch in chunks), or lower data.global_batch, data.workers or model.name's size"
@@ -64,18 +65,18 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, device: torch.device, resume: str = "never", report: runlog.Report | None = None
+        self, config: Config, device: torch.device, resume: str = "never", report: run_log.Report | None = None
     ) -> None:
         self.config = config = resolved(config)
         self.device, self.folder, self.report = device, config.folder, report
-        distributed.together(lambda: runs.refuse_unwritable(self.folder) if distributed.is_main() else None)
+        distributed.together(lambda: run_folder.refuse_unwritable(self.folder) if distributed.is_main() else None)
         if config.train.compile:
             refuse_without_compiler(device)
-        self._seen = runs.contents(self.folder)
-        found, self._passed_over = runs.starting_point(self.folder, resume)
+        self._seen = run_folder.contents(self.folder)
+        found, self._passed_over = run_folder.starting_point(self.folder, resume)
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
-        weights = str(found) if found else runs.weights_folder(config.model.pretrained)
+        weights = str(found) if found else run_folder.weights_folder(config.model.pretrained)
         load_tasks(config.eval.tasks, Path(config.eval.data_root) if config.eval.data_root else None)
         own = config.model
         self.towers = (
@@ -108,7 +109,7 @@ class Trainer:
             if exported is not None:
                 exported.requires_grad_(False)
         if config.train.shard:
-            sharding.shard(self.towers.module, device)
+            fsdp.shard(self.towers.module, device)
         else:
             self.towers.module.to(device)
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
@@ -122,7 +123,7 @@ class Trainer:
             start = checkpoint.load_checkpoint(found, **self._restorable())
         self.step, self.best = start.step, dict(start.best)
         usable = int(self.data.source.usable_counts.sum())
-        self.skipped = runlog.Skipped(len(self.data.source), min(usable, config.data.limit or usable), start.skipped)
+        self.skipped = run_log.Skipped(len(self.data.source), min(usable, config.data.limit or usable), start.skipped)
         if config.train.compile:
             compile_towers(self.towers)
         model = ContrastiveModel(
@@ -131,7 +132,7 @@ class Trainer:
         chunks = config.train.accumulate
         self.gradients = WholeBatch(model, device) if chunks == 1 else InChunks(model, device, chunks)
         self._unnamed: list[Skip] = []
-        self._clock = facts.Clock()
+        self._clock = run_info.Clock()
         self._finite, self._norm = FiniteCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
@@ -143,15 +144,15 @@ class Trainer:
             Preempted: SIGUSR1 stopped it; everything is saved.
             UserError: another process trains this run.
         """
-        with runs.claimed(self.folder):
+        with run_folder.claimed(self.folder):
             return self._run()
 
     def _run(self) -> bool:
         self._describe()
-        log = self.log = runlog.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
+        log = self.log = run_log.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
         about = distributed.describe(self.device, self.config.train.timeout_minutes)
-        plan = facts.plan_line(self.config, self.data, self.step)
-        skipped = facts.about_data(facts.data_facts(self.data.source))
+        plan = run_info.plan_line(self.config, self.data, self.step)
+        skipped = run_info.about_data(run_info.data_facts(self.data.source))
         for line in (about, *self._passed_over, *self.towers.notes, plan, *skipped):
             log.say(line)
         if self.optim != self.config.optim:
@@ -177,7 +178,7 @@ class Trainer:
         finally:
             log.close()
         if distributed.is_main():
-            facts.write_facts(self.config, self.device, self.data, self.towers, finished=self._clock.now())
+            run_info.write_facts(self.config, self.device, self.data, self.towers, finished=self._clock.now())
         return True
 
     def _run_epoch(self, stop: StopSignal) -> bool:
@@ -223,7 +224,7 @@ class Trainer:
         trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
         limit = self.config.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
-        self._norm = sharding.whole(norm)
+        self._norm = fsdp.whole(norm)
         self._finite.look()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -261,7 +262,7 @@ class Trainer:
         if self.tasks and evaluated and due:
             root = Path(config.data_root) if config.data_root else None
             # ranks embed different numbers of batches: towers that are shared out would wait for each other
-            towers = replace(self.towers, module=sharding.whole_module(self.towers.module, self.device))
+            towers = replace(self.towers, module=fsdp.whole_module(self.towers.module, self.device))
             results = evaluate(towers, self.tasks, device=self.device, batch=config.batch, data_root=root)
             self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
             if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
@@ -340,18 +341,18 @@ class Trainer:
     def _describe(self) -> None:
         """Write config.toml and run.json before the first step."""
         if distributed.is_main():
-            if runs.contents(self.folder) != self._seen:  # between that look and the lock
+            if run_folder.contents(self.folder) != self._seen:  # between that look and the lock
                 raise UserError(f"{self.folder}: another process has just trained this run: start again")
-            for folder in (self.folder, runs.checkpoint_folder(self.folder)):
-                whole.tidy(folder)
+            for folder in (self.folder, run_folder.checkpoint_folder(self.folder)):
+                atomic_folder.tidy(folder)
             write_atomically(self.folder / "config.toml", dump_config(self.config))
             if self.step:
-                runs.write_best(self.folder, self.best)
-            facts.write_facts(self.config, self.device, self.data, self.towers, started=self._clock.now())
+                run_folder.write_best(self.folder, self.best)
+            run_info.write_facts(self.config, self.device, self.data, self.towers, started=self._clock.now())
         distributed.barrier()
 
 
-def train(config: Config, resume: str = "never", report: runlog.Report | None = None) -> bool:
+def train(config: Config, resume: str = "never", report: run_log.Report | None = None) -> bool:
     """Train one run in the processes that the launcher started; returns whether it reached its end.
 
     Raises:
@@ -359,7 +360,7 @@ def train(config: Config, resume: str = "never", report: runlog.Report | None = 
     """
     with (
         distributed.session(config.train.timeout_minutes) as device,
-        whole.full_disk_named(config.folder),
+        atomic_folder.full_disk_named(config.folder),
         compile_failure_named(),
         memory_named(MEMORY),
     ):

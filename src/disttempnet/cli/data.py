@@ -1,0 +1,352 @@
+"""`disttempnet data COMMAND`: index, check, show, write and download data sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from disttempnet.cli.task import add_task_command
+from disttempnet.errors import UserError
+from disttempnet.io.files import refuse_unwritable, unwritable_named
+from disttempnet.io.machine import cores
+from disttempnet.io.paths import path_argument
+from disttempnet.io.ranges import GIGABYTES, SAMPLES, SEED, WORKERS, whole
+from disttempnet.terminal import console, say
+
+if TYPE_CHECKING:
+    from disttempnet.config import SourceConfig
+    from disttempnet.data.tools.unreadable import Fault
+
+COUNT = whole(1, 10**9)
+SPEC = "shards or another layout, as in data.train"
+
+INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
+of them cannot be used and why. Training does the same on first use; this command does it ahead, on all cores, and
+says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was. Of other layouts it reads
+the rows, in one process and one go.
+
+Again on changed shards: only those that are new or changed are scanned. New shards get ids after all others, so ids
+stay; where shards are gone or changed, ids change. Either way the digest is another, and checkpoints of before do not
+fit.
+
+examples:
+  disttempnet data index '/cc12m/{00000..01242}.tar'
+  disttempnet data index '/data/{0..3}/{00000..00099}.tar' --workers 32
+  disttempnet data index /recap --caption-key captions --index ~/recap.index
+  disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     the first time: store, then: compare
+"""
+
+VERIFY = """Reads images and captions as training would. Exit code 0: all is well; 1: something is broken; 2: it could
+not be looked at.
+
+examples:
+  disttempnet data verify '/cc12m/{00000..01242}.tar' --out broken.jsonl
+  disttempnet data verify /cc3m /cc12m --sample 5000
+"""
+
+SHARD = """Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the id of
+the sample in the input. What cannot be read is left out, named in a table and in FOLDER/skipped.jsonl; sample ids of
+the new shards count without it. The same input gives the same bytes, whatever --workers. After a kill the same command
+goes on. Then the index is written.
+
+examples:
+  disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
+  disttempnet data shard downstream/flickr30k_test.json --images flickr30k --captions lines \\
+      --out /data/datacomp/wds_flickr30k_test/test        for evaluate --data-root /data/datacomp; COCO goes to
+                                                          /data/datacomp/wds_mscoco_captions_test/test
+"""
+
+DOWNLOAD = """Fetches the images of a public list of captions and URLs, through img2dataset (pip install
+'disttempnet[download]'): larger images are brought to --image-size on their shorter side, JPEG quality 95, shards of
+10,000. After a kill the same command goes on after the shards that are whole. Many URLs of these lists are dead.
+
+examples:
+  disttempnet data download cc12m --tsv cc12m.tsv --out /cc12m --processes 16 --threads 64
+  disttempnet data download cc3m --out /cc3m --dry-run
+"""
+
+
+def add_data_commands(commands: Any) -> None:
+    """Add the group to the command line's sub-parsers; each command sets `run`."""
+    data = commands.add_parser("data", help="index, check, show, write and download data sets")
+    parts = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    _add_index(parts)
+    _add_preview(parts)
+    _add_verify(parts)
+    _add_shard(parts)
+    _add_download(parts)
+    add_task_command(parts)
+
+
+def _add_index(commands: Any) -> None:
+    index = commands.add_parser(
+        "index",
+        help="index a data set, or bring the index of shards up to date",
+        description=INDEX,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(index, several=True)
+    index.add_argument(
+        "--checksum", action="store_true", help="hash all bytes of every shard (sha256), and compare with what is known"
+    )
+    _add_workers(index, "one a GiB of shards, at most one a core")
+    index.set_defaults(run=run_index)
+
+
+def run_index(options: argparse.Namespace) -> int:
+
+    from disttempnet.data.listings.open import is_listing, open_listing
+    from disttempnet.data.shards.open import update_index
+    from disttempnet.data.tools.summary import index_summary, listing_summary
+
+    workers, shown = options.workers, console()
+    for source in _sources(options):
+        if is_listing(source):
+            if options.checksum:
+                raise UserError(f"{source.path}: --checksum is for shards; the content of a listing is always compared")
+            shown.print(listing_summary(open_listing(source)))
+            continue
+        index, news = update_index(source, workers, options.checksum)
+        shown.print(index_summary(index))
+        shown.print(news)
+    return 0
+
+
+def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """What a source needs to be opened."""
+    if several:
+        parser.add_argument("spec", nargs="+", type=path_argument, metavar="SPEC", help=SPEC)
+    else:
+        parser.add_argument("spec", type=path_argument, metavar="SPEC", help=SPEC)
+    parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
+    parser.add_argument("--images", type=path_argument, metavar="DIR", help="listings: folder of relative image paths")
+    parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
+    parser.add_argument(
+        "--join-rows",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="listings: rows of one image are one sample with all their captions (default)",
+    )
+    parser.add_argument(
+        "--index", type=path_argument, metavar="FILE", help="file of the index (default: beside the data)"
+    )
+    parser.add_argument(
+        "--cache", type=path_argument, metavar="DIR", help="remote shards: folder that they are kept in"
+    )
+    parser.add_argument(
+        "--cache-gb", type=GIGABYTES.parse, metavar="GB", help="remote shards: what they may take (default: 100)"
+    )
+
+
+def _sources(options: argparse.Namespace) -> list[SourceConfig]:
+    from disttempnet.config import SourceConfig
+
+    given = [options.spec] if isinstance(options.spec, str) else options.spec
+    specs = [spec for one in given for spec in one.split("::")]
+    if not all(spec.strip() for spec in specs):
+        raise UserError(f"'{'::'.join(given)}' names an empty source beside '::': leave it out")
+    if options.index and len(specs) > 1:
+        raise UserError(f"--index names one index, but there are {len(specs)} data sets: take them one by one")
+    keys = ("caption_key", "images", "image_key", "join_rows", "index", "cache", "cache_gb")
+    values = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
+    return [SourceConfig(path=spec, **values) for spec in specs]
+
+
+def _add_preview(parts: Any) -> None:
+    preview = parts.add_parser("preview", help="random samples with captions and ids on one sheet")
+    _add_source(preview)
+    preview.add_argument(
+        "--out", type=path_argument, default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)"
+    )
+    preview.add_argument("--count", type=COUNT.parse, default=48, metavar="N", help="samples (default: 48)")
+    preview.add_argument("--seed", type=SEED.parse, default=0, metavar="N", help="which ones (default: 0)")
+    preview.set_defaults(run=_preview)
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from disttempnet.data import open_source
+    from disttempnet.data.tools.preview import write_preview
+
+    out = Path(options.out)
+    note = write_preview(open_source(_sources(options)), out, options.count, options.seed)
+    say(f"preview: {out.resolve()}")
+    if note:
+        say(f"  {note}")
+    return 0
+
+
+def _add_workers(parser: argparse.ArgumentParser, default: str = "one a core") -> None:
+    parser.add_argument("--workers", type=WORKERS.parse, default=0, metavar="N", help=f"processes (default: {default})")
+
+
+def _workers(options: argparse.Namespace) -> int:
+    return options.workers or cores()
+
+
+def _add_verify(parts: Any) -> None:
+    verify = parts.add_parser(
+        "verify",
+        help="read every sample; a table of what is broken",
+        description=VERIFY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(verify, several=True)
+    verify.add_argument(
+        "--sample", type=SAMPLES.parse, default=0, metavar="N", help="read this many random samples of each only"
+    )
+    verify.add_argument("--seed", type=SEED.parse, default=0, metavar="N", help="which ones (default: 0)")
+    verify.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="write all that is broken, a line of JSON each"
+    )
+    _add_workers(verify)
+    verify.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from disttempnet.data.tools.unreadable import fault_table, write_faults
+    from disttempnet.data.tools.verify import verify
+    from disttempnet.io.jobs import stopped_by_sigterm
+
+    workers, everything = _workers(options), []
+    if options.out:
+        refuse_unwritable(Path(options.out))
+    with stopped_by_sigterm():
+        for source in _sources(options):
+            checked, faults = verify(source, workers, options.sample, options.seed)
+            say(f"{source.path}: {checked:,} samples read, {_count_faults(faults)}")
+            if faults:
+                console().print(fault_table(faults))
+            everything += faults
+    if options.out:
+        with unwritable_named(Path(options.out)):
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            write_faults(everything, Path(options.out))
+    return 1 if everything else 0
+
+
+def _count_faults(faults: Sequence[Fault]) -> str:
+    shards = sum(fault.sample is None for fault in faults)
+    return (f"{shards:,} shards and " if shards else "") + f"{len(faults) - shards:,} samples broken"
+
+
+def _add_shard(parts: Any) -> None:
+    shard = parts.add_parser(
+        "shard",
+        help="write a data set as webdataset shards",
+        description=SHARD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(shard)
+    shard.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the shards go")
+    shard.add_argument("--samples-per-shard", type=COUNT.parse, default=10_000, metavar="N", help="default: 10000")
+    shard.add_argument(
+        "--resize",
+        type=whole(0, 65_535).parse,
+        default=0,
+        metavar="PIXELS",
+        help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
+    )
+    shard.add_argument(
+        "--captions",
+        choices=("first", "lines"),
+        default="first",
+        help="what .txt holds of several: the first, for training, or all, one a line, for retrieval (default: first)",
+    )
+    shard.add_argument(
+        "--quality", type=whole(1, 100).parse, default=95, metavar="N", help="of those JPEGs (default: 95)"
+    )
+    _add_workers(shard)
+    shard.set_defaults(run=_shard)
+
+
+def _shard(options: argparse.Namespace) -> int:
+    from rich.filesize import decimal
+
+    from disttempnet.config import SourceConfig
+    from disttempnet.data import open_source
+    from disttempnet.data.tools.unreadable import fault_table
+    from disttempnet.data.tools.write import SKIPPED, Recipe, write_shards
+    from disttempnet.io.jobs import stopped_by_sigterm
+
+    recipe = Recipe(options.samples_per_shard, options.resize, options.quality, options.captions)
+    out, workers = Path(options.out), _workers(options)
+    with stopped_by_sigterm():
+        written = write_shards(open_source(_sources(options)), out, recipe, workers)
+        say(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
+        if written.faults:
+            say(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
+            console().print(fault_table(written.faults))
+        open_source([SourceConfig(path=str(out))])  # writes the index
+    if options.captions == "lines":
+        from disttempnet.evaluation.datasets.open import how_to_evaluate
+
+        say(how_to_evaluate(out.resolve(), written.samples))
+        say(f'train on it: data.train=[{{path="{out.resolve()}", caption_key="captions"}}]')
+    else:
+        say(f"train on it: data.train={out.resolve()}")
+    return 0
+
+
+def _add_download(parts: Any) -> None:
+    download = parts.add_parser(
+        "download",
+        help="CC3M or CC12M from their public lists, through img2dataset",
+        description=DOWNLOAD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    download.add_argument("name", choices=("cc3m", "cc12m"), help="the data set")
+    download.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the shards go")
+    download.add_argument(
+        "--tsv", type=path_argument, metavar="FILE", help="its list (default: its public name, in this folder)"
+    )
+    download.add_argument("--processes", type=whole(1, 1024).parse, metavar="N", help="default: one a core")
+    download.add_argument(
+        "--threads", type=whole(1, 1024).parse, default=64, metavar="N", help="of each process (default: 64)"
+    )
+    download.add_argument(
+        "--image-size",
+        type=whole(1, 65_535).parse,
+        default=256,
+        metavar="PIXELS",
+        help="shorter side of larger images (default: 256)",
+    )
+    download.add_argument("--dry-run", action="store_true", help="print the command of img2dataset only")
+    download.set_defaults(run=_download)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from disttempnet.data.tools.download import (
+        LISTS,
+        Download,
+        as_typed,
+        check_list,
+        outcome,
+        run_download,
+        write_headed,
+    )
+
+    processes = cores() if options.processes is None else options.processes
+    tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
+    job = Download(options.name, tsv, out, processes, options.threads, options.image_size)
+    check_list(job)
+    say(as_typed(job.command))
+    if options.dry_run:
+        say(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", error=True)
+        return 0
+    from disttempnet.io.jobs import stopped_by_sigterm  # it loads torch, which the above need not wait for
+
+    with stopped_by_sigterm():
+        if left_out := write_headed(job):
+            say(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")
+        code = run_download(job)
+    found = outcome(out)
+    failed = sum(found.failures.values())
+    say(f"{out.resolve()}: {found.shards:,} shards, {found.samples:,} samples; {failed:,} URLs failed")
+    for reason, count in found.failures.most_common(10):
+        say(f"  {count:>10,}  {reason}")
+    if code:
+        raise UserError(f"img2dataset ended with exit code {code}; the same command goes on where it was")
+    say(f"train on it: data.train={out.resolve()}")
+    return 0

@@ -1,0 +1,85 @@
+"""`disttempnet launch`: a training run as a SLURM job."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from disttempnet.errors import UserError
+from disttempnet.io.ranges import SEED, whole
+from disttempnet.terminal import say
+
+if TYPE_CHECKING:
+    from disttempnet.config import LossConfig
+
+LAUNCH = """Writes a batch script for this run and gives it to sbatch. The config is checked first: a wrong key or
+objective, or a number of processes that cannot share the batch, costs no time in the queue.
+
+The job has a process a GPU. It continues from its last checkpoint wherever it starts again: two minutes before the time
+limit it saves and puts itself back into the queue. With --seeds it is an array, a run NAME--seed-SEED each.
+
+examples:
+  disttempnet launch configs/cc12m_vitb32_v1_corrected.toml --nodes 4 --gpus 2 --partition gpu --time 24:00:00
+  disttempnet launch configs/demo.toml name=mine train.epochs=20 --nodes 1 --gpus 1 --seeds 1 2 3 --dry-run
+"""
+
+
+def add_launch_command(commands: Any) -> None:
+    """Add the command to the command line's sub-parsers; it sets `run`."""
+    launch = commands.add_parser(
+        "launch",
+        help="train on a SLURM cluster: print or submit the batch script of a run",
+        description=LAUNCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    launch.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
+    launch.add_argument("--nodes", type=whole(1, 100_000).parse, default=4, metavar="N", help="nodes (default: 4)")
+    launch.add_argument("--gpus", type=whole(1, 1024).parse, default=2, metavar="N", help="GPUs of a node (default: 2)")
+    launch.add_argument("--partition", default="", help="partition (default: the site's)")
+    launch.add_argument("--account", default="", help="account (default: the site's)")
+    launch.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit (default: 24:00:00)")
+    launch.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="a run a seed, as an array")
+    launch.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
+    launch.set_defaults(run=run_launch)
+
+
+def run_launch(options: argparse.Namespace) -> int:
+    from disttempnet.cli.slurm import Job, script, submit
+    from disttempnet.config import load_config
+
+    # overrides behind --seeds are taken for seeds by argparse
+    overrides = [*options.overrides, *(word for word in options.seeds if "=" in word)]
+    seeds = [_seed(word) for word in options.seeds if "=" not in word]
+    config = load_config(options.config, overrides)
+    job = Job(
+        name=config.name,
+        nodes=options.nodes,
+        gpus=options.gpus,
+        cpus=config.data.workers + 2,  # the training process, its loader workers, and what the GPU's driver needs
+        time=options.time,
+        partition=options.partition,
+        account=options.account,
+        seeds=tuple(seeds),
+    )
+    text = script(job, options.config, config, overrides)
+    _refuse_wrong_loss(config.loss)
+    say(text if options.dry_run else submit(text), end="" if options.dry_run else "\n")
+    return 0
+
+
+def _seed(word: str) -> int:
+    try:
+        return int(SEED.parse(word))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"launch: --seeds: {error}") from None
+
+
+def _refuse_wrong_loss(loss: LossConfig) -> None:
+    """Raise UserError where `[loss]` names an unknown objective or argument, or a value out of range."""
+    from disttempnet.losses import build_loss  # imports torch: after all that is refused without it
+
+    try:
+        build_loss(loss.name, num_samples=1, embed_dim=8, **loss.arguments)
+    except ValueError as error:
+        raise UserError(f"[loss] {error}") from None

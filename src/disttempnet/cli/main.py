@@ -1,0 +1,393 @@
+"""The command line: `disttempnet COMMAND`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from disttempnet.cli.data import add_data_commands
+from disttempnet.cli.evaluate import add_evaluate_command
+from disttempnet.cli.export import add_export_command
+from disttempnet.cli.launch import add_launch_command
+from disttempnet.errors import Preempted, UserError, show_notices_plainly, unknown_name
+from disttempnet.io.machine import memory_named, open_files, open_files_named
+from disttempnet.io.paths import path_argument
+from disttempnet.io.ranges import BATCH, Range, whole
+from disttempnet.terminal import say, take_any_text
+
+DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
+EXAMPLES = """examples:
+  disttempnet demo                                        train DistTempNet-v1 and CLIP on emoji, compare, report
+  disttempnet train configs/demo.toml name=mine train.epochs=20 loss.rho=3
+  disttempnet train configs/demo.toml --resume auto       continue after an interruption
+  torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
+  disttempnet launch configs/demo.toml --nodes 4 --gpus 2 --dry-run     the same as a SLURM job
+  disttempnet objectives                                  what [loss] name can be
+  disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
+  disttempnet evaluate runs/demo
+  disttempnet report runs/demo runs/demo-clip --out report.html
+  disttempnet temperature runs/demo --gallery temperatures.html
+"""
+
+COMPARE = """The file says which runs: a base config, seeds, and one table a run.
+
+  config = "demo.toml"                     the run config that all runs start from
+  out = "runs/compare"                     folder of run folders, RUN--seed-S
+  seeds = [1, 2, 3]                        all runs of the first seed come first
+  [common]                                 config keys of every run:  train.epochs = 4
+  [vary]                                   every run at each value:   data.global_batch = [32, 128, 512]
+  [runs.clip]                              one table a run; its loss replaces the base's as a whole
+  loss = { name = "clip" }
+
+All configs are checked before the first run starts. What is finished is skipped; after Ctrl-C or a kill the same
+command continues where every run stopped. At the end: the table mean (std) over seeds, OUT/report.html and
+OUT/results.jsonl (a line a run; `disttempnet report` reads it without the run folders).
+
+examples:
+  disttempnet compare configs/compare.toml --list
+  disttempnet compare configs/compare.toml --jobs 4
+  disttempnet compare configs/compare.toml seeds=[1] train.epochs=2 out=runs/quick
+"""
+
+TRAIN = """Any config key can be given as section.key=value. A file with config = "BASE.toml" (a path relative to it, or
+a shipped config) holds only what differs from BASE; a loss with a name replaces BASE's as a whole.
+A path may begin with ~. What takes a string takes it as it stands: name=2024-05-01 is a name, and no date.
+
+Keys:
+"""
+
+REPORT = """The ending of --out says what is written:
+
+  .html    run folders with different configs: a page about these runs in depth, the first before all;
+           several seeds of a config, a folder of run folders, or compact results: a page about groups of seeds
+  .md .tex .csv    the table over seeds: mean (standard deviation), the best in bold, those within one standard
+           deviation of it marked (csv: the raw numbers)
+  .jsonl   compact results, a line a run: enough to make all tables again without the run folders
+
+Of folders that `evaluate --data-root` wrote (or an eval_results.jsonl): the averages beside published ones, ImageNet &
+variants, retrieval, every task, and the differences of all others to the first; runs that differ in the seed are one
+row. --metrics takes TASK/METRIC and averages/datacomp, imagenet, shifts, vtab, retrieval.
+
+examples:
+  disttempnet report runs/demo runs/demo-clip --out report.html
+  disttempnet report runs/compare --out table.tex --metrics emoji-concepts/acc1 emoji-concepts/mean_recall
+  disttempnet report docs/results/compare.jsonl --out table.md
+  disttempnet report runs/*/evaluation evaluation/ViT-B-32-openai --out evaluation.html
+"""
+
+TEMPERATURE = """Without --shards, --images or --captions: of the run's own training data.
+
+The table has a row a sample: id (its place in the training data, where it is from there), key, caption, tau_image,
+tau_text, log_u_image, log_u_text (the tracked normalisers of training samples), and the chosen keys of its .json. What
+a sample does not have is empty. Data sets of any size are streamed; torchrun shares the work between GPUs. In a .csv,
+text that a spreadsheet would run as a formula (it begins with = + - @) has an apostrophe before it; a .parquet has it
+as it is.
+
+The page (--gallery) shows the lowest and highest τ with pictures, how τ is spread, how it goes with concept frequency
+and caption ambiguity, clusters, and what the network has learned; for networks with prototypes (loss.network icml24,
+dist; not mlp, the default of disttempnet-v1 and clip-network) also the prototypes among the features.
+
+Objectives with a τ for each training sample (isogclr, fastclip-v2, clip-per-sample) know no other samples.
+
+examples:
+  disttempnet temperature runs/demo --gallery temperatures.html --frequency-by subgroup
+  disttempnet temperature runs/demo --shards '/cc3m/{00000..00331}.tar' --out cc3m.parquet
+  disttempnet temperature runs/demo --images photos --out photos.csv --gallery photos.html
+  disttempnet temperature runs/demo --captions captions.txt
+"""
+
+
+JOBS = whole(1, 1024)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one line that names the nearest word."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+            raise argparse.ArgumentError(None, unknown_name(what or action.dest, str(value), map(str, action.choices)))
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="disttempnet",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train DistTempNet-v1 and CLIP on the embedded data, compare, report")
+    demo.add_argument("--out", type=path_argument, metavar="FOLDER", help="folder of run folders (default: runs)")
+    demo.add_argument("--fresh", action="store_true", help="remove an earlier demo in that folder and start over")
+    demo.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config keys for both runs, e.g. train.epochs=2"
+    )
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="train one run from a TOML config",
+        epilog=TRAIN + config_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
+    train.add_argument(
+        "--resume",
+        type=path_argument,
+        default="never",
+        metavar="auto|CHECKPOINT",
+        help="auto: continue from the run's last checkpoint if there is one; or a checkpoint folder",
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, e.g. optim.lr=1e-3")
+    train.set_defaults(run=_train)
+
+    objectives = commands.add_parser(
+        "objectives", help="what [loss] name can be: formula, temperature, γ, state a sample, defaults, source"
+    )
+    objectives.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
+    objectives.set_defaults(run=_objectives)
+
+    compare = commands.add_parser(
+        "compare",
+        help="train objectives x seeds from a grid file, compare them over seeds",
+        description=COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("grid", help="a TOML file, or the name of a shipped one: compare")
+    compare.add_argument(
+        "--jobs", type=JOBS.parse, default=1, metavar="N", help="runs at a time, a process each (default: 1)"
+    )
+    compare.add_argument("--list", action="store_true", help="print the grid and how far each run is; train nothing")
+    compare.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the file, or config keys of every run"
+    )
+    compare.set_defaults(run=_compare)
+
+    add_evaluate_command(commands)
+    add_export_command(commands)
+
+    report = commands.add_parser(
+        "report",
+        help="a page about runs, or tables over seeds: HTML, Markdown, LaTeX, CSV",
+        description=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument(
+        "runs",
+        nargs="+",
+        type=path_argument,
+        metavar="RUN",
+        help="run folder, folder of run folders, compact .jsonl, or evaluation",
+    )
+    report.add_argument(
+        "--out",
+        type=path_argument,
+        default="report.html",
+        metavar="FILE",
+        help=".html .md .tex .csv .jsonl (default: report.html)",
+    )
+    report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
+    report.set_defaults(run=_report)
+
+    temperature = commands.add_parser(
+        "temperature",
+        help="τ of every sample of a data set as a table, and a page about them",
+        description=TEMPERATURE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    temperature.add_argument(
+        "target", type=path_argument, metavar="RUN", help="a run folder (its last checkpoint) or a checkpoint folder"
+    )
+    data = temperature.add_mutually_exclusive_group()
+    data.add_argument(
+        "--shards", type=path_argument, metavar="SPEC", help="pairs: shards or a listing, as in data.train"
+    )
+    data.add_argument(
+        "--images", type=path_argument, metavar="DIR", help="images only: .jpg .jpeg .png .webp, at any depth"
+    )
+    data.add_argument("--captions", type=path_argument, metavar="FILE", help="captions only: one a line")
+    temperature.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="table, .csv or .parquet (default: RUN/temperatures.csv)"
+    )
+    temperature.add_argument(
+        "--columns", nargs="*", default=["label"], metavar="KEY", help="keys of the samples' .json (default: label)"
+    )
+    temperature.add_argument("--gallery", type=path_argument, metavar="FILE.html", help="write a page as well")
+    temperature.add_argument(
+        "--frequency-by", default="label", metavar="KEY", help="key of the .json that is counted (default: label)"
+    )
+    temperature.add_argument(
+        "--batch", type=BATCH.parse, default=256, metavar="N", help="images a forward pass (default: 256)"
+    )
+    temperature.set_defaults(run=_temperature, memory="lower --batch")
+    add_data_commands(commands)
+    add_launch_command(commands)
+    return parser
+
+
+def config_reference() -> str:
+    """Every config key with its default and meaning, for `train --help`."""
+    if "train" not in sys.argv:  # only this page needs the config models
+        return ""
+    from disttempnet.config import Config, Section
+
+    lines = []
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            lines += [_key_line(f"{name}.{key}", inner) for key, inner in kind.model_fields.items()]
+        elif name == "loss":
+            lines.append(
+                "  loss.name and the arguments of that objective, e.g. loss.rho; another name drops the file's [loss]\n"
+                "  (`disttempnet objectives` lists them with their ranges)"
+            )
+        else:
+            lines.append(_key_line(name, field))
+    return "\n".join(lines)
+
+
+def _key_line(key: str, field: Any) -> str:
+    """A key of the config with its default, the numbers that it takes, and what it means."""
+    facts = ["required" if field.is_required() else f"default {field.default!r}"]
+    facts += [str(one) for one in field.metadata if isinstance(one, Range)]
+    return f"  {key}  ({'; '.join(facts)})  {field.description or ''}".rstrip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. What a user can fix ends in one line on stderr and code 2."""
+    take_any_text()
+    try:
+        parser = build_parser()
+        options = _parsed(parser, arguments)
+        if options.version:
+            from disttempnet import __version__
+
+            say(f"disttempnet {__version__}")
+            return 0
+        if options.command is None:
+            parser.print_help()
+            return 2
+        _refuse_repeated(getattr(options, "overrides", ()))
+        memory = memory_named(getattr(options, "memory", "work on less at a time"))
+        with warnings.catch_warnings(), memory, open_files_named():
+            open_files()  # as many as are allowed
+            show_notices_plainly()
+            return options.run(options)
+    except UserError as error:
+        say(f"disttempnet: {error}", error=True)
+        return 2
+    except Preempted:
+        return Preempted.code
+    except KeyboardInterrupt:
+        say("disttempnet: interrupted", error=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parsed(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides may also stand behind the flags: `train demo.toml --resume auto train.epochs=2`."""
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
+        command = f"disttempnet {options.command or ''}".rstrip()
+        say(f"disttempnet: unknown arguments: {' '.join(rest)} (see {command} --help)", error=True)
+        parser.exit(2)
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _refuse_repeated(overrides: Sequence[str]) -> None:
+    """Raise UserError where a key is given twice, as an unquoted {0..9} pattern gives it in a shell."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"'{key}' is given {keys.count(key)} times; quote a pattern in braces: '{key}=…'")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from disttempnet.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from disttempnet.training.trainer import train
+
+    return 0 if train(config, options.resume) else 143
+
+
+def _objectives(options: argparse.Namespace) -> int:
+    from disttempnet.errors import unknown_name
+    from disttempnet.losses import ARGUMENT_RANGES, OBJECTIVES
+
+    for name in options.names or OBJECTIVES:
+        if name not in OBJECTIVES:
+            raise UserError(unknown_name("objective", name, OBJECTIVES))
+        recipe = OBJECTIVES[name]
+        defaults = "  ".join(f"{key}={value!r}" for key, value in recipe.arguments.items())
+        say(f"{name}  ({recipe.title}; {recipe.source})")
+        say(f"  minimises    {recipe.formula}")
+        say(f"  temperature  {recipe.temperature};  γ {recipe.gamma};  state {recipe.bytes_a_sample()} bytes a sample")
+        say(textwrap.fill(defaults, 110, initial_indent="  defaults     ", subsequent_indent=" " * 15))
+        ranges = "; ".join(f"{key} {ARGUMENT_RANGES[key]}" for key in recipe.arguments if key in ARGUMENT_RANGES)
+        say(textwrap.fill(ranges, 110, initial_indent="  ranges       ", subsequent_indent=" " * 15))
+        if recipe.note:
+            say(textwrap.fill(recipe.note, 110, initial_indent="  note         ", subsequent_indent=" " * 15))
+        say()
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from disttempnet.compare import run_compare
+
+    return run_compare(Path(options.grid), options.overrides, options.jobs, options.list)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from disttempnet.report import write_report
+
+    path = write_report([Path(run) for run in options.runs], Path(options.out), options.metrics)
+    say(f"report: {path.resolve()}")
+    return 0
+
+
+def _temperature(options: argparse.Namespace) -> int:
+    from disttempnet.distributed.launcher import launched
+    from disttempnet.temperature.command import Source, write_temperatures
+
+    out = Path(options.out or Path(options.target, "temperatures.csv"))
+    gallery = Path(options.gallery) if options.gallery else None
+    if gallery is not None and gallery.suffix.lower() not in ("", ".htm", ".html"):
+        raise UserError(f"--gallery {gallery}: the page is an .html file")
+    rows = write_temperatures(
+        options.target,
+        Source(options.shards or "", options.images or "", options.captions or ""),
+        out,
+        columns=options.columns,
+        gallery=gallery,
+        frequency_by=options.frequency_by,
+        batch=options.batch,
+    )
+    launch = launched()
+    if launch is None or launch.rank == 0:
+        say(f"temperatures: {out.resolve()} ({rows:,} rows)")
+        if gallery:
+            say(f"page: {gallery.resolve()}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from disttempnet.demo import run_demo
+
+    return 0 if run_demo(options.out, options.overrides, options.fresh) else 143

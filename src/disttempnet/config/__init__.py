@@ -1,0 +1,49 @@
+"""Configuration of a run.
+
+schema.py   every key: its type, range, default and meaning
+toml.py     plain tables of TOML files: base files, section.key=value overrides
+"""
+
+from disttempnet.config.schema import (
+    CONFIG_FOLDER,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    Place,
+    Section,
+    SourceConfig,
+    TrainConfig,
+    config_from_table,
+    defaults,
+    dump_config,
+    explain,
+    flat,
+    is_text,
+    load_config,
+    public_table,
+)
+
+__all__ = [
+    "CONFIG_FOLDER",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Place",
+    "Section",
+    "SourceConfig",
+    "TrainConfig",
+    "config_from_table",
+    "defaults",
+    "dump_config",
+    "explain",
+    "flat",
+    "is_text",
+    "load_config",
+    "public_table",
+]

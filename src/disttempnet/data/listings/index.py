@@ -1,0 +1,442 @@
+"""The index of a listing: its rows judged and copied into one file that is mapped into memory.
+
+A safetensors file: `rows` (the JSON texts, one after another), `start` (where each begins), `status`, `first` (ids at
+which groups begin), `about` (JSON: what it was made from). It is written in one pass, and renamed when it is whole and
+on disk; its header holds the sha256 of all the rest, which every start compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedRandom, BufferedReader
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from disttempnet.data.listings.fields import (
+    ADDRESSES,
+    CAPTION_KEYS,
+    IMAGE_KEYS,
+    SENTENCE_KEYS,
+    Fields,
+    NoBytes,
+    find_key,
+    kind_of,
+)
+from disttempnet.data.listings.readers import Layout
+from disttempnet.data.shards.index import writable
+from disttempnet.data.source import OK, bare
+from disttempnet.errors import UserError
+from disttempnet.terminal import console
+
+FORMAT = "disttempnet-listing-2"
+HEADER_BYTES = 4096  # what the header is padded to, as it is written last
+ASCII, UNICODE = json.JSONEncoder(), json.JSONEncoder(ensure_ascii=False)
+HEAD = 1000  # rows that must show which keys there are
+
+# why a row cannot be used; its code is its place in this list, 0 is usable
+ROW_REASONS = (
+    "ok",
+    "no image",
+    "image is not a path",
+    "image leaves the folder of images by '..'",
+    "no caption",
+    "empty caption",
+    "caption is not text",
+    "caption is not UTF-8",
+    "fields are not those of the header",
+    "no bytes of an image in this row",
+)
+_, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW, NO_BYTES = range(
+    len(ROW_REASONS)
+)
+KINDS = {"I64": np.int64, "U8": np.uint8}
+
+
+class Settings(NamedTuple):
+    """What the config says: keys, empty = found among the usual ones; whether rows of one image are one sample."""
+
+    image_key: str
+    caption_key: str
+    join_rows: bool
+
+
+class Row(NamedTuple):
+    """A row that was validated: what an index keeps of it, its place in `ROW_REASONS`, and captions that were null."""
+
+    image: str
+    captions: list[str]
+    fields: dict[str, Any]
+    status: int
+    nulls: int = 0
+
+
+class Columns:
+    """An index file, mapped.
+
+    Attributes:
+        path: the file.
+        rows: uint8, JSON texts; start: int64 [N + 1], where each begins.
+        status: uint8 [N]; first: int64 [G + 1].
+        numbers: int64 [N], row of the listing, from 0, that each sample begins with; None = its id.
+        about: what the index was made from.
+        digest: hex, of what the rows say.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, NDArray[Any]], digest: str) -> None:
+        self.path, self.digest = path, digest
+        self.rows, self.start = tensors["rows"], tensors["start"]
+        self.status, self.first = tensors["status"], tensors["first"]
+        self.numbers = tensors.get("numbers")  # only where rows were joined
+        self.about: dict[str, Any] = json.loads(tensors["about"].tobytes())
+
+    def row(self, sample: int) -> tuple[str, list[str], dict[str, Any]]:
+        """Image, captions, other fields. Raises IndexError."""
+        if not 0 <= sample < len(self.status):
+            raise IndexError(f"sample id {sample} is not in [0, {len(self.status)})")
+        image, captions, fields = json.loads(self.rows[self.start[sample] : self.start[sample + 1]].tobytes())
+        return image, captions, fields
+
+    def number(self, sample: int) -> int:
+        """The row of the listing, from 0, that a sample begins with."""
+        return sample if self.numbers is None else int(self.numbers[sample])
+
+    def said(self) -> list[str]:
+        """How the listing was read, where that had to be found out, a line each."""
+        notes = self.about["notes"]
+        if self.numbers is None:
+            return [*notes.get("said", ())]
+        joined = f"{notes['rows']:,} rows, {len(self.status):,} samples: rows of one image are one sample"
+        return [*notes["said"], f"{joined} (join_rows = false: a sample a row)"]
+
+    def check(self, layout: Layout, settings: Settings) -> None:
+        """Raise UserError, by name, where data or settings are not those that were indexed."""
+        for key, now in settings._asdict().items():
+            then = self.about["settings"].get(key, now)  # an index of before there was the setting stays as it is
+            if then != now:
+                self._refuse(f"was indexed with {key} = '{then}', not '{now}'", layout.where)
+        parts, names = self.about["parts"], layout.names()
+        if names is not None and names - parts.keys():
+            self._refuse("was not there at indexing; take it away", layout.path(min(names - parts.keys())))
+        for name, (stamp, fingerprint) in parts.items():
+            path = layout.path(name)
+            try:
+                same = layout.stamp(name) == stamp or layout.fingerprint(name) == fingerprint
+            except OSError as error:
+                self._refuse(f"cannot be read any more ({error.strerror}); restore it", path)
+            if not same:
+                self._refuse("has changed since it was indexed; restore it", path)
+
+    def _refuse(self, what: str, path: Path) -> NoReturn:
+        raise UserError(
+            f"{path}: {what}, or delete {self.path} to index again (sample ids may change: older checkpoints will "
+            "not fit)"
+        )
+
+
+def load_columns(path: Path, verify: bool = False) -> Columns:
+    """Map an index file.
+
+    Args:
+        path: the file.
+        verify: read all of it and compare with the checksum that it carries.
+
+    Raises:
+        UserError: it is none of this version, not all of it is there, or it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length < size else b"")
+            metadata = header["__metadata__"]
+            if metadata["format"] != FORMAT:
+                raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
+            checksum = metadata.pop("checksum")
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            if size != 8 + length + max(entry["data_offsets"][1] for entry in entries.values()):
+                raise ValueError("it is cut off")
+            if verify and _checksum(file, 8 + length, header) != checksum:
+                raise ValueError("it is damaged: its sha256 is not what it was when it was written")
+        tensors = {}
+        for name, entry in entries.items():
+            kind, offset, shape = KINDS[entry["dtype"]], 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
+            # asarray: plain views of the mapping, which are faster to index than np.memmap
+            tensors[name] = np.asarray(np.memmap(path, kind, "r", offset, shape))
+        return Columns(path, tensors, metadata["digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a usable index of a listing ({error}); delete it to index again") from None
+
+
+def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) -> None:
+    """Read all rows of a layout, and write their index.
+
+    Args:
+        layout: what to read.
+        path: where the index will be.
+        settings: keys of image and captions, and whether to join rows.
+        progress: show a bar on standard error.
+
+    Raises:
+        UserError: it cannot be read, has no such keys, or no usable row.
+    """
+    with writable(path) as temporary, temporary.open("w+b") as file:
+        file.write(bytes(HEADER_BYTES))
+        rows, images, nulls = _RowWriter(file), array("q"), 0
+        for row in _validated(_with_bar(layout, progress), layout, settings):
+            rows.add(_encoded(row), row.status)
+            nulls += row.nulls
+            if settings.join_rows:
+                images.append(hash(row.image))
+        _refuse_unusable(layout, rows.status)
+        read = len(rows.status)
+        first = _first_rows(np.frombuffer(images, np.int64), rows.status) if settings.join_rows else None
+        numbers = np.arange(0)
+        if first is not None:
+            rows, numbers = _joined(rows, first, path.parent)
+        said = layout.said() + ([f"{nulls:,} captions are null: left out"] if nulls else [])
+        notes = {**layout.notes(), "rows": read, "said": said}
+        about = {"settings": settings._asdict(), "parts": layout.parts, "notes": notes}
+        tensors: dict[str, NDArray[Any]] = {
+            "start": np.array(rows.start, np.int64),
+            "first": np.cumsum([0, *layout.groups(len(rows.status))], dtype=np.int64),
+            **({"numbers": numbers} if first is not None else {}),
+            "status": np.frombuffer(bytes(rows.status), np.uint8),
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        }
+        for name in ("start", "first", "status"):
+            rows.digest.update(tensors[name].data)
+        rows.digest.update(layout.identity().encode())
+        _finish(file, rows.start[-1], tensors, rows.digest.hexdigest())
+        os.replace(temporary, path)
+
+
+class _RowWriter:
+    """Rows as texts in a file, one after another from its current position on."""
+
+    def __init__(self, file: BufferedRandom) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.start, self.status = array("q", [0]), bytearray()
+
+    def add(self, text: bytes, status: int) -> None:
+        self.digest.update(text)
+        self.file.write(text)
+        self.start.append(self.start[-1] + len(text))
+        self.status.append(status)
+
+
+def _first_rows(images: NDArray[np.int64], status: bytearray) -> NDArray[np.int64] | None:
+    """int64 [N]: of each row, the first usable one whose image has the same hash; None where no two have the same."""
+    usable = np.flatnonzero(np.frombuffer(bytes(status), np.uint8) == OK)
+    in_order = np.sort(images[usable])
+    if (in_order[1:] != in_order[:-1]).all():  # as a rule: what follows takes several times the memory
+        return None
+    _, index, which = np.unique(images[usable], return_index=True, return_inverse=True)
+    first = np.arange(len(images))  # a row that cannot be used stays on its own
+    first[usable] = usable[index][which]
+    return first
+
+
+def _joined(rows: _RowWriter, first: NDArray[np.int64], folder: Path) -> tuple[_RowWriter, NDArray[np.int64]]:
+    """The file written anew with a text a sample, and the row that each sample begins with."""
+    order = np.argsort(first, kind="stable")
+    cuts = [0, *(np.flatnonzero(np.diff(first[order])) + 1).tolist(), len(order)]
+    with TemporaryFile(dir=folder) as before:
+        rows.file.seek(HEADER_BYTES)
+        shutil.copyfileobj(rows.file, before)
+        before.flush()
+        rows.file.seek(HEADER_BYTES)
+        rows.file.truncate()
+        joined, numbers = _RowWriter(rows.file), array("q")
+        for begin, end in pairwise(cuts):
+            same: dict[str, list[bytes]] = {}  # two images may share a hash
+            members = order[begin:end].tolist()
+            for row in members:
+                text = os.pread(before.fileno(), rows.start[row + 1] - rows.start[row], rows.start[row])
+                same.setdefault(json.loads(text)[0] if len(members) > 1 else "", []).append(text)
+            for texts in same.values():
+                joined.add(_joined_text(texts), rows.status[members[0]])
+                numbers.append(members[0])
+    return joined, np.array(numbers, np.int64)
+
+
+def _joined_text(texts: list[bytes]) -> bytes:
+    """One text of those of an image: all captions, and the fields that are the same in all."""
+    if len(texts) == 1:
+        return texts[0]
+    image, captions, fields = json.loads(texts[0])
+    for text in texts[1:]:
+        _, more, others = json.loads(text)
+        captions += more
+        fields = {key: value for key, value in fields.items() if key in others and others[key] == value}
+    return _encoded(Row(image, captions, fields, OK))
+
+
+def _finish(file: BufferedRandom, row_bytes: int, tensors: dict[str, NDArray[Any]], digest: str) -> None:
+    """Write what comes after the rows, then the header before them."""
+    offset = row_bytes + -row_bytes % 8  # numbers lie on multiples of their size
+    file.write(bytes(offset - row_bytes))
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "digest": digest}}
+    header["rows"] = {"dtype": "U8", "shape": [offset], "data_offsets": [0, offset]}
+    for name, tensor in tensors.items():
+        kind, end = "I64" if tensor.dtype == np.int64 else "U8", offset + tensor.nbytes
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        file.write(tensor.data)
+        offset = end
+    header["__metadata__"]["checksum"] = _checksum(file, HEADER_BYTES, header)
+    file.seek(0)
+    file.write((HEADER_BYTES - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES - 8))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _checksum(file: BufferedRandom | BufferedReader, offset: int, header: dict[str, Any]) -> str:
+    """Hex sha256 of all bytes from `offset` on, and of the header as it is without a checksum."""
+    file.flush()
+    file.seek(offset)
+    digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(header).encode())
+    return digest.hexdigest()
+
+
+def _refuse_unusable(layout: Layout, status: bytearray) -> None:
+    if OK in status:
+        return
+    found = ", ".join(f"{status.count(code):,}: {reason}" for code, reason in enumerate(ROW_REASONS) if code in status)
+    hint = f"; {printable(layout.hint())}" if layout.hint() else ""
+    raise UserError(f"{layout.where}: none of its rows can be used{f' ({found})' if found else ': it has none'}{hint}")
+
+
+def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
+    """The rows of a layout; a bar on standard error shows how far they are read."""
+    columns = (
+        TextColumn("indexing {task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(show_speed=False),
+        TextColumn("{task.fields[rows]} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task(layout.where.name, total=layout.total or None, rows="0")
+        count = done = 0
+        for count, (fields, done) in enumerate(layout.rows(), 1):
+            if count % HEAD == 0:
+                bar.update(task, completed=done, rows=f"{count:,}")
+            yield fields
+        bar.update(task, completed=done, rows=f"{count:,}")
+
+
+def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[Row]:
+    head = list(islice(rows, HEAD))
+    image_key = layout.image_key or _key(head, layout, "image_key", settings.image_key, IMAGE_KEYS)
+    caption_key = layout.caption_key or _key(head, layout, "caption_key", settings.caption_key, CAPTION_KEYS)
+    _refuse_addresses(head, layout, image_key)
+    for fields in chain(head, rows):
+        yield _validate(fields, image_key, caption_key)
+
+
+def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str, usual: Sequence[str]) -> str:
+    """The key that is named, or else the first usual one that the first rows have. Raises UserError."""
+    keys = dict.fromkeys(key for fields in head for key in fields or ())
+    if (key := find_key(keys, named, usual)) is not None:
+        return key
+    _refuse_addresses(head, layout, "")
+    if not keys:
+        hint = f"; {printable(layout.hint())}" if layout.hint() else ""
+        raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields{hint}")
+    if not named and (kind := kind_of(keys)):
+        raise UserError(f"{layout.where}: {kind}")
+    wanted = f"'{named}'" if named else "any of " + ", ".join(usual)
+    raise UserError(f"{layout.where}: no row has {wanted}; there are {_some(keys)}; name one of them with {setting}")
+
+
+def _some(keys: Iterable[str]) -> str:
+    shown = [printable(key if len(key) < 40 else key[:39] + "…") for key in keys]
+    return ", ".join(shown[:20]) + (", …" if len(shown) > 20 else "")
+
+
+def _refuse_addresses(head: Sequence[Fields | None], layout: Layout, image_key: str) -> None:
+    """A list of addresses, such as the public ones of CC3M (without a header) and CC12M, is not images yet."""
+    first = next(iter(head), None) or {}
+    texts = [first.get(image_key)] if image_key else [*first, *first.values()]
+    if any(isinstance(text, str) and text.startswith(("http://", "https://")) for text in texts):
+        raise UserError(f"{layout.where}: {ADDRESSES}")
+
+
+def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
+    if fields is None:
+        return Row("", [], {}, BAD_ROW)
+    image, captions = fields.get(image_key), fields.get(caption_key)
+    image_status = _image_status(image)
+    texts: Any = [captions] if isinstance(captions, str) else captions
+    nulls = 0
+    if isinstance(captions, list):
+        texts, nulls = _sentences(captions)
+    caption_status = NO_CAPTION if captions is None else _caption_status(texts)
+    others = {key: value for key, value in fields.items() if key not in (image_key, caption_key)}
+    kept = [text for caption in texts if (text := bare(caption))] if caption_status == OK else []
+    image = str(image) if image_status in (OK, OUTSIDE, NO_BYTES) else ""
+    return Row(image, kept, others, image_status or caption_status, nulls)
+
+
+def _sentences(captions: list[Any]) -> tuple[list[Any], int]:
+    """Captions of a list, those in objects ({raw: …}) taken out of them; and how many there were that are null."""
+    if all(isinstance(text, str) for text in captions):
+        return captions, 0
+    texts = []
+    for caption in captions:
+        if isinstance(caption, dict):
+            caption = next((caption[key] for key in SENTENCE_KEYS if key in caption), caption)
+        if caption is not None and caption == caption:  # pandas has NaN for none
+            texts.append(caption)
+    return texts, len(captions) - len(texts)
+
+
+def _encoded(row: Row) -> bytes:
+    # the image in ASCII: it may be no UTF-8
+    text = f"[{ASCII.encode(row.image)}, {UNICODE.encode(row.captions)}, {UNICODE.encode(row.fields)}]"
+    return text.encode("utf-8", "replace")
+
+
+def _image_status(image: Any) -> int:
+    if image is None or image == "":
+        return NO_IMAGE
+    if not isinstance(image, str) or "\0" in image:
+        return BAD_IMAGE
+    if isinstance(image, NoBytes):
+        return NO_BYTES
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError:
+        return BAD_IMAGE
+    return OUTSIDE if leaves_the_folder(image) else OK
+
+
+def leaves_the_folder(image: str) -> bool:
+    """Whether a relative path goes up by `..` from where it starts."""
+    return not os.path.isabs(image) and os.path.normpath(image).split(os.sep)[0] == os.pardir
+
+
+def _caption_status(captions: Any) -> int:
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        return WRONG_CAPTION
+    try:
+        for text in captions:
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        return BAD_CAPTION
+    return OK if any(map(bare, captions)) else EMPTY_CAPTION
+
+
+def printable(text: str) -> str:
+    """Text that can be written anywhere: bytes that were no UTF-8 are shown as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")

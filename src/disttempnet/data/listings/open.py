@@ -1,0 +1,350 @@
+"""Samples that a listing names: rows of JSON, CSV or parquet, or images with side-car captions, as a `Source`.
+
+Sample id = number of the row. On first use the rows are judged and copied into an index, one file beside the listing
+(safetensors, memory-mapped), so that a start needs seconds and a worker no memory of its own. A row is kept as the
+JSON text `[image, captions, other fields]`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import warnings
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttempnet import distributed
+from disttempnet.config import SourceConfig
+from disttempnet.data.images import MAX_BYTES, UnreadableImage
+from disttempnet.data.listings.index import (
+    ROW_REASONS,
+    Columns,
+    Settings,
+    build_index,
+    leaves_the_folder,
+    load_columns,
+    printable,
+)
+from disttempnet.data.listings.parquet import Parquet, ParquetImages
+from disttempnet.data.listings.readers import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
+from disttempnet.data.shards.index import writable
+from disttempnet.data.shards.remote import is_remote
+from disttempnet.data.source import OK, Source, hash_of, usable_captions
+from disttempnet.errors import UserError, UserNotice
+from disttempnet.io.files import UnfitFile, read_regular
+from disttempnet.io.machine import cause
+
+NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
+PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tgz"}
+FOLDERS = 200  # that are looked into for images
+PROBED = 100  # images, from all over the listing, that are looked for at every start
+MANY_MISSING = 10  # of these: worth a line before the first step
+
+
+class Images(Protocol):
+    """Encoded images by sample id and by what its row calls the image."""
+
+    def read(self, sample: int, image: str) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class ImageFiles:
+    """Images as files under a folder; a path may be absolute.
+
+    Args:
+        root: the folder.
+        elsewhere: what paths begin with that were written where the images lay in another folder: it stands for root.
+        backslashes: whether paths were written on Windows.
+    """
+
+    def __init__(self, root: Path, elsewhere: tuple[str, ...] = (), backslashes: bool = False) -> None:
+        self.root, self.elsewhere, self.backslashes = root, elsewhere, backslashes
+
+    def path(self, image: str) -> str:
+        if self.backslashes and not leaves_the_folder(plain := image.replace("\\", "/")):
+            image = plain
+        image = next((image[len(start) :] for start in self.elsewhere if image.startswith(start)), image)
+        return os.path.join(self.root, image)
+
+    def said(self) -> list[str]:
+        """Where images are read, if not where their rows say, a line each."""
+        lines = [f"images below {start} are read below {self.root}" for start in self.elsewhere]
+        return lines + [f"paths with backslashes are read below {self.root}"] * self.backslashes
+
+    def read(self, sample: int, image: str) -> bytes:
+        """Raises UnreadableImage: there is no such file; UserError: it is there, or may be, and cannot be read."""
+        try:
+            return read_regular(self.path(image), MAX_BYTES)
+        except OSError as error:
+            where = printable(self.path(image))
+            if error.errno in NO_SUCH_FILE or isinstance(error, UnfitFile):
+                raise UnreadableImage(f"{error.strerror}: {where}") from None
+            # rights, a lost disk, too many open files: no fault of one sample, and leaving it out would hide it
+            raise UserError(f"{where}: cannot be read: {cause(error)}") from None
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class Listing(Source):
+    """Rows as samples; a group is a run of rows, or a parquet row group.
+
+    Attributes:
+        path: the index file.
+        images: where images are read.
+        status: place in `ROW_REASONS`.
+        digest: hex sha256 over rows and status, and over the files where images lie in them.
+    """
+
+    def __init__(self, path: Path, where: Path, columns: Columns, images: Images) -> None:
+        self.path, self.where, self.columns, self.images = path, str(where), columns, images
+        self.status, self.first = columns.status, columns.first
+
+    def __reduce__(self) -> tuple[Callable[..., Listing], tuple[Path, str, Images]]:
+        return _load, (self.path, self.where, self.images)  # another process maps the file, instead of a copy
+
+    @property
+    def digest(self) -> str:
+        return self.columns.digest
+
+    def image_bytes(self, sample: int) -> bytes:
+        """The encoded image. Raises UnreadableImage where there is none, so that training goes on; else UserError."""
+        return self.images.read(sample, self.columns.row(sample)[0])
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        return usable_captions([*self.columns.row(sample)[1]])
+
+    def metadata(self, sample: int) -> dict[str, Any]:
+        """The row's other fields."""
+        return self.columns.row(sample)[2]
+
+    def name(self, sample: int) -> str:
+        """`LISTING:IMAGE`, or the number of a row without image; `FILE.parquet:ROW`, from 0."""
+        image = printable(self.columns.row(sample)[0]) or f"row {self.columns.number(sample) + 1}"
+        return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Of what the rows call their images."""
+        return np.array([hash_of(self.columns.row(sample)[0]) for sample in range(len(self))], np.uint64)
+
+    def reason(self, sample: int) -> str:
+        return ROW_REASONS[self.status[sample]]
+
+    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
+        """(reason, samples, the first few names) of what cannot be used."""
+        found = []
+        for code in np.unique(self.status[self.status != OK]):
+            samples = np.flatnonzero(self.status == code)
+            found.append((ROW_REASONS[code], len(samples), [self.name(int(sample)) for sample in samples[:names]]))
+        return found
+
+    def problems(self, names: int = 3) -> str:
+        lines = []
+        for reason, samples, shown in self.left_out(names):
+            more = ", …" if samples > len(shown) else ""
+            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
+        return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        return self.columns.said() + (self.images.said() if isinstance(self.images, ImageFiles) else [])
+
+    def close(self) -> None:
+        self.images.close()
+
+
+def _load(path: Path, where: str, images: Images) -> Listing:
+    return Listing(path, Path(where), load_columns(path), images)
+
+
+def is_listing(source: SourceConfig) -> bool:
+    """Whether a source is one of these and no tars: by its suffix, or by what its folder holds.
+
+    Raises:
+        UserError: it is none, but has settings that only these have, or is a file of another kind.
+    """
+    path = Path(source.path).expanduser()
+    if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
+        return True
+    if os.path.isdir(path) and ".tar" not in (suffixes := _suffixes_in(path)):
+        return ".parquet" in suffixes or holds_images(path)
+    if path.is_file() and path.suffix.lower() != ".tar":
+        packed = "unpack it first, or " if path.suffix.lower() in PACKED else ""
+        raise UserError(
+            f"data.train: {path}: is no kind of file that is read; {packed}name a table or JSON "
+            f"({', '.join(sorted(TABLE_SUFFIXES))}), a .parquet, .tar shards or a folder"
+        )
+    for key in ("images", "image_key"):
+        if getattr(source, key):
+            raise UserError(f"data.train: {source.path}: {key} is for JSON, CSV and parquet; leave it out")
+    return False
+
+
+def _suffixes_in(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {os.path.splitext(entry.name)[1] for entry in entries if not entry.name.startswith(".")}
+
+
+def _has_folders_of(folder: Path) -> bool:
+    """Whether parquet files stand beside folders of their names with images: img2dataset's own output, of files."""
+    beside = (path.with_suffix("") for path in folder.glob("*.parquet"))
+    return any(path.is_dir() and holds_images(path) for path in beside)
+
+
+def layout_of(source: SourceConfig) -> Layout:
+    """How the data of a source lies on disk. Raises UserError: it is not there, or a setting does not fit it."""
+    path = Path(source.path).expanduser()
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return Table(path, source.image_key, source.caption_key)
+    if path.suffix.lower() != ".parquet" and not path.is_dir():
+        raise UserError(f"data.train: {path}: no such folder of images")
+    if path.suffix.lower() == ".parquet" or (".parquet" in _suffixes_in(path) and not _has_folders_of(path)):
+        return Parquet(path, source.image_key, source.caption_key)
+    if source.images:
+        raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
+    if path.name in ("", ".."):  # ., .. and / have no name, which the index is named after
+        path = Path(os.path.abspath(path))
+    if source.image_key:
+        raise UserError(f"data.train: {path}: a folder of images has no image_key; leave it out")
+    return Folder(path, source.caption_key)
+
+
+def settings_of(source: SourceConfig) -> Settings:
+    return Settings(source.image_key, source.caption_key, source.join_rows)
+
+
+def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
+    """The samples of a listing: its index is built by rank 0 on first use, and checked by every rank always.
+
+    Args:
+        source: a .json, .jsonl, .csv, .tsv or .parquet file, a folder or pattern of parquet files, or a folder of
+            images with captions beside them; see docs/data.md.
+        progress: show a bar on standard error while indexing.
+
+    Raises:
+        UserError: it is missing or has changed since it was indexed, cannot be read, holds no usable row, or its
+            images are not found. Every rank raises.
+    """
+    settings = settings_of(source)
+    layout = distributed.together(lambda: layout_of(source))
+
+    def build() -> None:
+        path = index_file(layout, source.index)
+        if distributed.is_main() and not path.is_file():
+            with writable(path):  # learnt before reading, which may take minutes, not after it
+                pass
+            build_index(layout, path, settings, progress)
+
+    def load() -> Listing:
+        path = index_file(layout, source.index)
+        columns = load_columns(path, verify=True)
+        columns.check(layout, settings)
+        return Listing(path, layout.where, columns, images_of(layout, columns, source.images))
+
+    distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    listing = distributed.together(load)
+    if len(set(distributed.gather_objects(listing.digest))) > 1:
+        raise UserError(f"{listing.path}: the ranks see different indexes; give every node the same data")
+    return listing
+
+
+def index_file(layout: Layout, index_path: str) -> Path:
+    """Where the index of this data is."""
+    path = Path(index_path).expanduser() if index_path else layout.index_file()
+    if path.is_dir():
+        raise UserError(f"{path}: the index would be a folder; name a file")
+    return path
+
+
+def images_of(layout: Layout, columns: Columns, root: str) -> Images:
+    """What reads the images of these rows. Raises UserError: none of those that are looked for is found."""
+    if isinstance(layout, Parquet):
+        notes = columns.about["notes"]
+        if notes.get("paths"):
+            return _image_files(layout, layout.paths[0], columns, root)
+        if root:
+            raise UserError(f"data.train: {layout.where}: images lie in it; leave images = '{root}' out")
+        return ParquetImages(layout.paths, notes["column"], notes["row_groups"], columns.first)
+    if isinstance(layout, Folder):
+        return ImageFiles(layout.where)
+    return _image_files(layout, layout.where, columns, root)
+
+
+def _image_files(layout: Layout, where: Path, columns: Columns, root: str) -> ImageFiles:
+    """Image files that rows name, looked for from the folder of `where` on."""
+    usable = np.flatnonzero(columns.status == OK)
+    spread = np.unique(usable[np.linspace(0, len(usable) - 1, PROBED).astype(np.int64)])
+    probed = [columns.row(int(sample))[0] for sample in spread]
+    files = _find_files(where, probed, root)
+    if missing := len(probed) - _count_found(files, probed):
+        _tell_of_missing(layout, files.root, missing, len(probed))
+    return files
+
+
+def _find_files(where: Path, probed: list[str], root: str) -> ImageFiles:
+    """Below which folder the images of a listing lie, from some of them.
+
+    The folder that the config names; else the listing's own, the one above, or the only one in its own that holds all.
+
+    Raises:
+        UserError: none is in any of these.
+    """
+    above = where.absolute().parent
+    roots = [Path(root).expanduser()] if root else [above, above.parent]
+    for folder in roots:
+        for backslashes in (False, True):
+            if _count_found(files := ImageFiles(folder, backslashes=backslashes), probed):
+                return files
+    for folder in roots:
+        if starts := _starts_elsewhere(folder, probed):
+            return ImageFiles(folder, starts, backslashes=any("\\" in image for image in probed))
+    within = [folder for folder in _folders_in(above) if _count_found(ImageFiles(folder), probed) == len(probed)]
+    if not root and len(within) == 1:
+        return ImageFiles(within[0])
+    near = [*within, roots[0].absolute().parent, *_folders_in(*roots)]
+    inside = max(near, key=lambda folder: _count_found(ImageFiles(folder), probed))
+    hint = f"; they are in {inside}" if _count_found(ImageFiles(inside), probed) else ""
+    places = " nor in ".join(map(str, roots))
+    raise UserError(
+        f"{where}: of {len(probed)} of its images, such as {printable(probed[0])}, none is in {places}{hint}; "
+        "name the folder of images in data.train = [{path = …, images = FOLDER}]"
+    )
+
+
+def _starts_elsewhere(root: Path, probed: list[str]) -> tuple[str, ...]:
+    """What to take off absolute paths of another machine, so that as much as there can be of the rest is below root;
+    the longest first."""
+    starts = set()
+    for image in probed:
+        names = image.replace("\\", "/").split("/")
+        if names[0] == "" or re.fullmatch("[A-Za-z]:", names[0]):
+            rests = (number for number in range(1, len(names)) if os.path.isfile(os.path.join(root, *names[number:])))
+            if (number := next(rests, 0)) and os.pardir not in names:
+                starts.add("/".join(names[:number]) + "/")
+    return tuple(sorted(starts, key=lambda start: (-len(start), start)))
+
+
+def _folders_in(*folders: Path) -> list[Path]:
+    found = {path for folder in folders if folder.is_dir() for path in islice(folder.glob("*/"), FOLDERS)}
+    return sorted(found - {*folders})
+
+
+def _count_found(files: ImageFiles, images: list[str]) -> int:
+    """How many of these are there."""
+    return sum(os.path.isfile(files.path(image)) for image in images)
+
+
+def _tell_of_missing(layout: Layout, root: Path, missing: int, probed: int) -> None:
+    if distributed.is_main() and missing >= MANY_MISSING:
+        warnings.warn(
+            f"{layout.where}: of {probed} images from all over it {missing} are not in {root}; in training others "
+            "stand in for such",
+            UserNotice,
+            stacklevel=2,
+        )

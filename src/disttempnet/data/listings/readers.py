@@ -1,0 +1,368 @@
+"""Data that is no tar, row by row: JSON lists, CSV and TSV, folders of images with side-car captions.
+
+A `Layout` reads what lies on disk into rows of named fields, and tells whether it has changed since. `listing.py`
+judges the rows and keeps them in an index. Text that is not UTF-8 is passed on with its bytes in surrogates
+(PEP 383), so that one bad caption costs one row.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from disttempnet.data.listings.delimited import DelimitedRows
+from disttempnet.data.listings.encodings import ESCAPED, NAMES, encoding_of
+from disttempnet.data.listings.fields import Fields
+from disttempnet.data.listings.json_kinds import Keys, is_row, known_kind, of_rows
+from disttempnet.data.shards.names import IMAGE_SUFFIXES, MAX_TEXT
+from disttempnet.errors import UserError
+from disttempnet.io.files import UnfitFile, read_regular
+
+JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
+TABLE_SUFFIXES = JSON_SUFFIXES | {".csv", ".tsv", ".tab", ".txt", ".token"}
+TELL_EVERY = 1000  # rows
+GROUP_ROWS = 1000  # files are read one by one, so neighbours gain nothing: small groups make a window a good mix
+CHUNK = 1 << 20  # characters read at once
+MAX_ROW = 1 << 26  # characters of a row; more is not one
+
+
+class Part(NamedTuple):
+    """Something on disk that an index was made from: a cheap mark (size, time) and a thorough one (content)."""
+
+    stamp: str
+    fingerprint: str
+
+
+class Layout(ABC):
+    """Rows on disk.
+
+    Attributes:
+        where: listing, folder or pattern, for messages and for the name of the index.
+        parts: name → what it was when its rows were read; complete once `rows` is.
+        image_key, caption_key: fields that hold image and captions, where the layout settles it; else empty.
+        total: what the second value of `rows` runs up to; 0 = unknown.
+    """
+
+    where: Path
+    parts: dict[str, Part]
+    image_key = caption_key = ""
+    total = 0
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[Fields | None, int]]:
+        """(fields of a row, how far reading has come); None for a row of another shape than it should have.
+
+        Raises:
+            UserError: what lies there cannot be read as this layout; the message names file and position.
+        """
+
+    def path(self, name: str) -> Path:
+        """Where a part is."""
+        return self.where.with_name(name)
+
+    def stamp(self, name: str) -> str:
+        """The cheap mark of a part: equal ones mean that it was not written since. Raises OSError where it is gone."""
+        status = self.path(name).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    @abstractmethod
+    def fingerprint(self, name: str) -> str:
+        """The thorough mark of a part. Raises OSError where it is gone."""
+
+    def index_file(self) -> Path:
+        """Where its index is, unless the config says otherwise."""
+        return self.where.with_name(f"{self.where.name}.index")
+
+    def groups(self, rows: int) -> list[int]:
+        """Rows of each group of samples that lie together."""
+        return [min(GROUP_ROWS, rows - first) for first in range(0, rows, GROUP_ROWS)]
+
+    def names(self) -> set[str] | None:
+        """All parts that are there now, where that is cheap to tell; else None."""
+        return None
+
+    def identity(self) -> str:
+        """What the digest covers beside the rows."""
+        return ""
+
+    def notes(self) -> dict[str, Any]:
+        """What reading images needs to know beside the rows; kept in the index."""
+        return {}
+
+    def said(self) -> list[str]:
+        """How the rows were read, where that had to be found out, a line each; complete once they are."""
+        return []
+
+    def hint(self) -> str:
+        """What to look at where no row can be used; empty if nothing is known."""
+        return ""
+
+
+class Table(Layout):
+    """A file of rows: JSON, a list of objects or an object a line or of a known kind; or a table as text.
+
+    Args:
+        where: the file.
+        image_key, caption_key: of its rows, as the config names them; empty = found.
+    """
+
+    def __init__(self, where: Path, image_key: str = "", caption_key: str = "") -> None:
+        self.where, self.parts = where, {}
+        self.named = image_key, caption_key
+        self.delimited: DelimitedRows | None = None
+        self.encoding = self.kind = ""
+        if not where.is_file():
+            raise UserError(f"{where}: no such listing")
+        self.total = where.stat().st_size
+
+    def fingerprint(self, name: str) -> str:
+        with self.path(name).open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    def rows(self) -> Iterator[tuple[Fields | None, int]]:
+        name = self.where.name
+        try:
+            self.parts[name] = Part(self.stamp(name), self.fingerprint(name))
+            self.encoding = encoding_of(self.where)
+            with self.where.open("rb") as raw:
+                errors = "surrogateescape" if self.encoding in ESCAPED else "replace"
+                text = io.TextIOWrapper(raw, self.encoding, errors, newline="")
+                done = 0
+                for count, fields in enumerate(self._fields(text)):
+                    if count % TELL_EVERY == 0:
+                        done = raw.tell()
+                    yield fields, done
+        except OSError as error:
+            raise UserError(f"{self.where}: cannot be read: {error.strerror}") from None
+
+    def _fields(self, text: io.TextIOWrapper) -> Iterator[Fields | None]:
+        suffix = self.where.suffix.lower()
+        if suffix in JSON_SUFFIXES:
+            return self._json_rows(text)
+        self.delimited = DelimitedRows(text, self.where, *self.named)
+        self.image_key, self.caption_key = self.delimited.image_key, self.delimited.caption_key
+        return iter(self.delimited)
+
+    def _json_rows(self, text: io.TextIOWrapper) -> Iterator[Fields | None]:
+        reader, keys = _JsonItems(text, self.where), Keys(*self.named)
+        items = iter(reader)
+        first = next(items, None)
+        second = next(items, None) if not reader.in_list and isinstance(first, dict) else None
+        if isinstance(first, dict) and not reader.in_list and second is None and not is_row(first, keys):
+            known = known_kind(first, keys, self.where)
+        else:
+            known = of_rows(chain((item for item in (first, second) if item is not None), items))
+        for name, given, settled in zip(("image_key", "caption_key"), keys, known[2:], strict=True):
+            if given and settled:
+                raise UserError(f"{self.where}: is read as {known.kind}, which has no {name}; leave '{given}' out")
+        self.kind, self.image_key, self.caption_key = known.kind, known.image_key, known.caption_key
+        return known.rows
+
+    def said(self) -> list[str]:
+        lines = self.delimited.said() if self.delimited else []
+        lines += [f"read as {self.kind}"] * bool(self.kind)
+        return lines + ([f"text is {NAMES[self.encoding]}"] if self.encoding in NAMES else [])
+
+    def hint(self) -> str:
+        return self.delimited.misfit if self.delimited else ""
+
+
+class _JsonItems:
+    """The items of a JSON list, or JSON values one after another, without holding the file in memory."""
+
+    def __init__(self, text: io.TextIOWrapper, where: Path) -> None:
+        self.file, self.where = text, where
+        self.text, self.at, self.ended = "", 0, False
+        self.in_list, self.alone = (
+            False,
+            True,
+        )  # alone: nothing has come before, so that all of the file may be one item
+        self.line, self.column = 0, 0  # of the first character of self.text
+        self.decoder = json.JSONDecoder()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.in_list = in_list = self._next() == "["
+        if in_list:
+            self.at += 1
+        while (character := self._next()) and not (in_list and character == "]"):
+            yield self._item()
+            self.alone = False
+            if in_list and self._next() == ",":
+                self.at += 1
+            elif in_list and self._next() != "]":
+                self._refuse("',' or ']' expected", self.at)
+        if in_list and not character:
+            self._refuse("the file ends inside the list", self.at)
+        self.at += 1
+        if in_list and self._next():
+            self._refuse("the list has ended before", self.at)
+
+    def _next(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if self.ended:
+                return ""
+            self._read_on()
+
+    def _item(self) -> Any:
+        while True:
+            try:
+                item, end = self.decoder.raw_decode(self.text, self.at)
+                if end + 3 <= len(self.text) or self.ended:  # a number near the end may go on: 1|e+6
+                    self.at = end
+                    return item
+            except RecursionError:
+                self._refuse("nested too deeply", self.at)
+            except ValueError as error:
+                place = getattr(error, "pos", self.at)
+                begun = place if self.alone and not self.in_list else self.at
+                if self.ended or len(self.text) - begun > MAX_ROW:
+                    self._refuse(getattr(error, "msg", str(error)), place)
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Forget what was used, and read at least as much as is left: a long item is tried few times."""
+        used = self.text[: self.at]
+        if newlines := used.count("\n"):
+            self.line, self.column = self.line + newlines, 0
+        self.column += len(used) - (used.rfind("\n") + 1)
+        rest = self.text[self.at :]
+        more = self.file.read(max(CHUNK, len(rest)))
+        self.text, self.at, self.ended = rest + more, 0, not more
+
+    def _refuse(self, what: str, at: int) -> NoReturn:
+        before = self.text[:at]
+        newlines, place = before.count("\n"), at - (before.rfind("\n") + 1)
+        column = place + 1 + (0 if newlines else self.column)
+        raise UserError(f"{self.where}: not valid JSON: line {self.line + newlines + 1}, column {column}: {what}")
+
+
+class Folder(Layout):
+    """Images under a folder, at any depth, with captions beside them: `x.jpg` and `x.txt`, facts in `x.json`.
+
+    Rows come sorted by path. Its parts are folders, whose times tell whether entries have come or gone.
+
+    Args:
+        where: the folder.
+        caption_key: key of the .json that holds the captions; empty = all of the .txt is one.
+    """
+
+    image_key = "image"
+
+    def __init__(self, where: Path, caption_key: str = "") -> None:
+        self.where, self.parts = where, {}
+        self.from_json, self.caption_key = bool(caption_key), caption_key or "caption"
+
+    def path(self, name: str) -> Path:
+        return self.where / name
+
+    def fingerprint(self, name: str) -> str:
+        return _hash_names(_entries(self.path(name)))
+
+    def rows(self) -> Iterator[tuple[Fields | None, int]]:
+        try:
+            for count, fields in enumerate(self._rows_in("", ())):
+                yield fields, count
+        except OSError as error:
+            raise UserError(f"{error.filename or self.where}: cannot be read: {error.strerror}") from None
+
+    def hint(self) -> str:
+        """The table in the folder that may name its images."""
+        tables = TABLE_SUFFIXES - {".txt"}
+        names = sorted(entry.name for entry in self.where.iterdir() if not entry.name.startswith("."))
+        images = {name.rpartition(".")[0] for name in names if is_image(name)}
+        found = [
+            name
+            for name in names
+            if (Path(name).suffix.lower() in tables and Path(name).stem not in images) or name == "captions.txt"
+        ]
+        return f"it holds {found[0]}: name that file if the captions are in it" if found else ""
+
+    def _rows_in(self, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Fields]:
+        status, stamp = self.path(name).stat(), self.stamp(name)
+        here = status.st_dev, status.st_ino
+        if here in above:  # a link that leads back
+            return
+        entries = _entries(self.path(name))
+        self.parts[name] = Part(stamp, _hash_names(entries))
+        for entry in sorted(entries):
+            if entry.endswith("/"):
+                yield from self._rows_in(name + entry, (*above, here))
+            elif is_image(entry):
+                yield self._row(name, entry, entries)
+
+    def _row(self, folder: str, image: str, entries: set[str]) -> Fields:
+        stem = image.rpartition(".")[0]
+        fields: Fields = {}
+        if f"{stem}.json" in entries:
+            try:
+                facts = json.loads(self._side_car(folder, f"{stem}.json") or b"null")
+            except (ValueError, RecursionError):
+                facts = None  # training needs it only where the caption is in it
+            fields = facts if isinstance(facts, dict) else {}
+        if not self.from_json:
+            fields.pop(self.caption_key, None)
+            text = self._side_car(folder, f"{stem}.txt") if f"{stem}.txt" in entries else None
+            if text is not None:
+                fields[self.caption_key] = text.decode("utf-8", "surrogateescape")
+        return fields | {self.image_key: folder + image}
+
+    def _side_car(self, folder: str, name: str) -> bytes | None:
+        """What lies beside an image; None where it is a link that leads nowhere, or no file of text."""
+        try:
+            return read_regular(self.where / folder / name, MAX_TEXT)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR) or isinstance(error, UnfitFile):
+                return None
+            error.filename = error.filename or str(self.where / folder / name)
+            raise
+
+
+def is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _entries(folder: Path) -> set[str]:
+    """Names of images, side-cars and folders (with a slash, which sorts them as their paths are)."""
+    with os.scandir(folder) as found:
+        names = {entry.name + "/" * _leads_to_folder(entry) for entry in found if not entry.name.startswith(".")}
+    return {name for name in names if name.endswith(("/", ".txt", ".json")) or is_image(name)}
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself leads nowhere
+            raise
+        return False
+
+
+def _hash_names(names: set[str]) -> str:
+    text = "\n".join(sorted(names)).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image at any depth, behind links too; looks no further than the first."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if any(map(is_image, names)):
+            return True
+        inside = {name: os.stat(os.path.join(place, name)) for name in folders}
+        # each folder once: a link may lead back
+        folders[:] = [name for name, status in inside.items() if (status.st_dev, status.st_ino) not in seen]
+        seen |= {(status.st_dev, status.st_ino) for status in inside.values()}
+    return False

@@ -1,0 +1,104 @@
+"""What a config's [data] names, put together: source, epoch plan, samples, loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from disttempnet.config import DataConfig, SourceConfig
+from disttempnet.data.augment import train_transform
+from disttempnet.data.epoch_plan import EpochPlan, PlanSampler
+from disttempnet.data.handover import prefetch_that_fits
+from disttempnet.data.held_out import HeldOut
+from disttempnet.data.listings.open import is_listing, open_listing
+from disttempnet.data.loader import PREFETCH, Batch, PairDataset, batches_of, make_loader
+from disttempnet.data.mixture import MixedSource
+from disttempnet.data.shards.open import open_index
+from disttempnet.data.source import Source
+from disttempnet.errors import UserError
+from disttempnet.models import Towers
+from disttempnet.models.text import trimming
+
+TEXT_BYTES = 1024  # of a sample's tokens and id, about
+
+
+def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Source:
+    """The samples that a run reads; every rank calls this.
+
+    Args:
+        sources: where they come from.
+        progress: show a bar on standard error while an index is made.
+
+    Raises:
+        UserError: data that is missing or has changed since it was indexed.
+    """
+    parts = [_open_one(source, progress) for source in sources]
+    if len(parts) == 1 and sources[0].weight == 1:
+        return parts[0]
+    return MixedSource(parts, [source.weight for source in sources])
+
+
+def open_training_source(config: DataConfig, progress: bool = True) -> Source:
+    """The samples that a run is trained on: without those that data.validation holds out. Every rank calls this."""
+    source = open_source(config.sources, progress)
+    return HeldOut(source, config.validation) if isinstance(config.validation, float) and config.validation else source
+
+
+def _open_one(source: SourceConfig, progress: bool) -> Source:
+    if is_listing(source):
+        return open_listing(source, progress)
+    return open_index(source.path, source.index, progress, source.caption_key, source.cache, source.cache_gb)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything between the shards and the training loop of one rank."""
+
+    source: Source
+    plan: EpochPlan
+    dataset: PairDataset
+    sampler: PlanSampler
+    loader: DataLoader
+
+    def loader_from(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, from a step on.
+
+        Raises:
+            UserError: samples cannot be read any more.
+        """
+        self.sampler.seek(epoch, start_step)
+        try:
+            yield from batches_of(self.loader)
+        except UserError as error:
+            # torch prefixes what a worker raised with the worker's traceback
+            raise UserError(str(error).rsplit("UserError: ")[-1].strip()) from None
+
+
+def open_training_data(
+    config: DataConfig, seed: int, towers: Towers, rank: int = 0, world_size: int = 1
+) -> TrainingData:
+    """Index, plan and loader that a config asks for; every rank calls this.
+
+    Args:
+        config: the run's [data].
+        seed: of order and augmentation.
+        towers: give image size and tokenizer, and whether tokens can be trimmed.
+        rank, world_size: whose part of every batch to load.
+
+    Raises:
+        UserError: shards that are missing or changed, too few samples, a world size that lanes do not allow.
+    """
+    source = open_training_source(config)
+    plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
+    plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
+    dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
+    sampler = PlanSampler(plan, rank, world_size)
+    trim = trimming(towers.module)
+    batch_bytes = config.global_batch // world_size * (3 * towers.image_size**2 + TEXT_BYTES)
+    prefetch = prefetch_that_fits(PREFETCH, batch_bytes, config.workers)
+    pin = torch.cuda.is_available()
+    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, pin, trim, prefetch)
+    return TrainingData(source, plan, dataset, sampler, loader)

@@ -1,0 +1,236 @@
+"""Make the index of shards: scanned in parallel, kept while it is made, brought up to date where there is one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from disttempnet.data.shards.index import COLUMNS, Shard, ShardIndex, explained, load_index, writable, write_index
+from disttempnet.data.shards.journal import Journal
+from disttempnet.data.shards.names import ShardList, fingerprint
+from disttempnet.data.shards.scan import scan_shard
+from disttempnet.data.shards.store import ShardStore, State
+from disttempnet.errors import UserError
+from disttempnet.io.jobs import LostWorker, run_jobs
+from disttempnet.io.machine import cores
+from disttempnet.io.progress import Meter
+
+A_PROCESS = 1 << 30  # bytes of shards that are worth a process more
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How to scan.
+
+    Attributes:
+        caption_key: see `ShardIndex`.
+        workers: processes; 0 = as many as the work and the cores ask for.
+        checksum: hash all bytes of every shard.
+        progress: show a bar on standard error.
+        most: bytes of shards; with more to scan `TooMuch` is raised instead. 0 = no limit.
+    """
+
+    caption_key: str = ""
+    workers: int = 0
+    checksum: bool = False
+    progress: bool = True
+    most: int = 0
+
+
+class TooMuch(Exception):
+    """There is more to scan than was allowed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size:,} bytes")
+        self.size = size
+
+
+def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
+    """Scan what is not known yet, by this or another index of the folder, and write the index.
+
+    Ids follow the order of `known`, shards that it lacks come after its last in the order of `shards`. So ids stay
+    unless a shard of `known` is gone, or holds another number of samples.
+
+    Args:
+        shards: what the index is of.
+        path: where it is written.
+        how: to scan.
+        known: an earlier index of these shards with the same caption key.
+
+    Raises:
+        TooMuch: see `Scan`.
+        UserError: a shard is no tar, none holds a usable sample, a checksum has changed, a process was killed, or
+            the index cannot be written. Except for changed checksums what is scanned is kept for the next call.
+    """
+    store, states = shards.store, shards.store.states(shards.names)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writable(path):  # learnt before a scan that may take an hour, not after it
+            pass
+        journal = Journal(path, how.caption_key)
+    try:
+        if known is None and path.is_file():  # made by another process, while this one waited for the journal
+            return load_index(path, shards.folder, store=store)
+        old = [shard.name for shard in known.shards] if known else []
+        same = _unchanged(known, states) if known else {}
+        same |= _indexed_elsewhere(shards, path, how.caption_key, {n: states[n] for n in states.keys() - same.keys()})
+        # what was hashed before is hashed again and compared
+        entries = {} if how.checksum else {name: place.shard for name, place in same.items()}
+        for name, shard in journal.shards.items():
+            if states.get(name) == (shard.size, shard.fingerprint) and (shard.checksum or not how.checksum):
+                entries[name] = shard
+        todo = {name: states[name] for name in shards.names if name not in entries}
+        if how.most and (size := sum(state.size for state in todo.values())) > how.most:
+            raise TooMuch(size)
+        _scan_all(store, todo, path, how, journal)
+        entries |= {name: journal.shards[name] for name in todo}
+        _compare_checksums(store, same, entries, journal)
+        order = [name for name in old if name in entries] + [name for name in shards.names if name not in old]
+        if known and not todo and [entries[name] for name in order] == list(known.shards):
+            index = known
+        else:
+            index = _write(path, store, [entries[name] for name in order], journal, same)
+        journal.remove()
+        return index
+    finally:
+        journal.close()
+
+
+class Place(NamedTuple):
+    """Where an index has a shard: the ids [first, end)."""
+
+    shard: Shard
+    home: ShardIndex
+    first: int
+    end: int
+
+
+def _unchanged(index: ShardIndex, states: Mapping[str, State]) -> dict[str, Place]:
+    """By name, the shards that are in this index as they are now."""
+    places = (Place(shard, index, *ids) for shard, ids in zip(index.shards, pairwise(index.first), strict=True))
+    return {
+        place.shard.name: place
+        for place in places
+        if states.get(place.shard.name) == (place.shard.size, place.shard.fingerprint)
+    }
+
+
+def _indexed_elsewhere(
+    shards: ShardList, path: Path, caption_key: str, states: Mapping[str, State]
+) -> dict[str, Place]:
+    """Those of these shards that an index of another pattern of the folder holds as they are now."""
+    found: dict[str, Place] = {}
+    for other in sorted(shards.folder.glob("*.index")):
+        with suppress(UserError):  # of a listing, or damaged: then it is passed over
+            index = load_index(other, shards.folder, store=shards.store)
+            if other != path and index.caption_key == caption_key and (more := _unchanged(index, states)):
+                load_index(other, shards.folder, verify=True)  # before its columns are copied
+                found |= more
+    return found
+
+
+def _scan_all(store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan, journal: Journal) -> None:
+    """Scan these shards into the journal; those that are no tars are named after all others."""
+    broken: list[str] = []
+    tasks = [Task(name, state) for name, state in todo.items()]
+    size = sum(state.size for state in todo.values())
+    scans = run_jobs(partial(_scan, store, how), tasks, how.workers or min(cores(), 1 + size // A_PROCESS))
+    meter = Meter(f"indexing {len(todo):,} shards", size, sizes=True, active=how.progress and bool(todo))
+    with closing(scans), meter:
+        try:
+            for task, result in scans:
+                if isinstance(result, UserError):
+                    broken.append(str(result))
+                else:
+                    with explained(path):
+                        journal.append(*result)
+                meter.advance(task.state.size)
+        except LostWorker as error:
+            raise UserError(f"{path}: {error}; what is scanned is kept, the same command goes on from there") from None
+    if broken:
+        more = f" (and {len(broken) - 1} more shards cannot be read)" if len(broken) > 1 else ""
+        raise UserError(sorted(broken)[0] + more)
+
+
+class Task(NamedTuple):
+    """A shard to scan."""
+
+    name: str
+    state: State
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Scanned = tuple[Shard, dict[str, bytes]]
+
+
+def _scan(store: ShardStore, how: Scan, task: Task) -> Iterator[Scanned | UserError]:
+    """A worker's job: entry and columns of a shard, or what is wrong with it."""
+    yield _scan_one(store, *task, how)
+
+
+def _scan_one(store: ShardStore, name: str, state: State, how: Scan) -> Scanned | UserError:
+    try:
+        with store.local(name, state) as path:
+            scan = scan_shard(path, how.caption_key)
+            samples = len(scan.start)
+            checksum = _checksum(path) if how.checksum else ""
+            facts = (scan.note, checksum, scan.tally, scan.about_ungrouped)
+            shard = Shard(name, path.stat().st_size, samples, fingerprint(path), *facts)
+        values: dict[str, list] = {"start": scan.start, "spans": scan.spans, "status": scan.status}
+        return shard, {key: np.array(values[key], kind).tobytes() for key, kind in COLUMNS.items()}
+    except UserError as error:
+        return error
+
+
+def _checksum(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; restore the shard") from None
+
+
+def _compare_checksums(
+    store: ShardStore, before: Mapping[str, Place], now: Mapping[str, Shard], journal: Journal
+) -> None:
+    """Raise UserError if a shard of the same size and fingerprint has another checksum than it had."""
+    changed = [name for name, place in before.items() if place.shard.checksum not in ("", now[name].checksum)]
+    if changed:
+        journal.remove()  # a restored shard looks the same, so it must be read again
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(f"{store.where(changed[0])}: its checksum is not the one in the index{more}: restore the shard")
+
+
+def _write(
+    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, places: Mapping[str, Place]
+) -> ShardIndex:
+    """The index of these shards, with columns from the journal, or else from where they are known."""
+    scanned = journal.columns()
+
+    def pieces(column: str) -> Iterator[bytes | memoryview]:
+        for shard in entries:
+            if journal.shards.get(shard.name) is shard:
+                yield scanned[shard.name][column]
+            else:
+                place = places[shard.name]
+                yield getattr(place.home, column)[place.first : place.end].tobytes()
+
+    with writable(path) as temporary:
+        write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})
+        index = load_index(temporary, store.folder, store=store)
+        if not index.usable_counts.any():
+            found = index.problems().replace("\n", "; ")
+            raise UserError(f"{store.about}: none of its {len(entries)} shards holds a usable sample: {found}")
+        os.replace(temporary, path)
+    return load_index(path, store.folder, store=store)

@@ -1,0 +1,305 @@
+"""The shard index: dense sample ids, and where in which shard each sample lies.
+
+Sample id = position in the index: the same in every epoch, every run and every world size. The index is one
+file beside the shards (safetensors, memory-mapped): `building.py` makes it, `indexing.py` checks it against the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from disttempnet.data.images import MAX_BYTES, UnreadableImage
+from disttempnet.data.shards.names import MAX_TEXT, BrokenTar, read_member, sample_key
+from disttempnet.data.shards.scan import REASONS, Tally, json_captions
+from disttempnet.data.shards.store import LocalStore, ShardStore, State
+from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mixed, usable_captions
+from disttempnet.errors import UserError
+from disttempnet.io.files import temporary_beside
+from disttempnet.io.machine import open_files
+
+FORMAT = "disttempnet-index-1"
+IMAGE, CAPTION, JSON = range(3)
+NOT_IN_THE_DIGEST = ("checksum", "tally", "ungrouped")  # of a shard: what may be added to the same one later
+COLUMNS: dict[str, np.dtype] = {
+    "start": np.dtype("<i8"),
+    "spans": np.dtype("<u4"),
+    "status": np.dtype("u1"),
+}  # as they lie in the file
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the index knows of one shard.
+
+    Attributes:
+        name: its path from the index's folder.
+        size: bytes.
+        samples: how many it holds, usable or not.
+        fingerprint: of `shards.fingerprint`.
+        note: what is wrong with it as a whole; empty if nothing is.
+        checksum: hex sha256 of all its bytes; empty if never asked for.
+        tally: formats and measures of its images and captions.
+        ungrouped: what a user is told of files with several dots in their names that belong to no sample; None where an
+            earlier version indexed it, which lost them without a word.
+    """
+
+    name: str
+    size: int
+    samples: int
+    fingerprint: str
+    note: str = ""
+    checksum: str = ""
+    tally: Tally = field(default_factory=dict)
+    ungrouped: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the digest of an index covers."""
+        return {key: value for key, value in asdict(self).items() if key not in NOT_IN_THE_DIGEST}
+
+
+class ShardIndex(Source):
+    """Samples of webdataset shards in tar order, as columns; a group is a shard.
+
+    Attributes:
+        path: the index file; `folder`: where the shards are, or are kept while they are read; `store` opens them.
+        shards: one entry a shard.
+        start: int64 [N], byte of a sample's first tar header.
+        spans: uint32 [N, 3, 2], (offset from start, size) in bytes of image, caption, JSON; size 0 = absent.
+        status: place in `REASONS`.
+        caption_key: key of the samples' .json that holds their captions; empty = .txt.
+        digest: hex sha256 over shard names, sizes, fingerprints, counts, the caption key and the columns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        shards: tuple[Shard, ...],
+        columns: Mapping[str, NDArray[Any]],
+        caption_key: str = "",
+        store: ShardStore | None = None,
+    ) -> None:
+        self.path, self.folder, self.shards, self.caption_key = path, folder, shards, caption_key
+        self.store = store or LocalStore(folder)
+        self.where = self.store.about
+        self.start, self.spans, self.status = columns["start"], columns["spans"], columns["status"]
+        self.first = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[Path, Path, bool, ShardStore]]:
+        # another process maps the file, instead of a copy
+        return load_index, (self.path, self.folder, False, self.store)
+
+    @cached_property
+    def digest(self) -> str:
+        digest = start_digest(self.shards, self.caption_key)
+        for name in COLUMNS:
+            digest.update(np.ascontiguousarray(getattr(self, name)).data)
+        return digest.hexdigest()
+
+    def image_bytes(self, sample: int) -> bytes:
+        return self._read(sample, IMAGE)
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        if self.caption_key:
+            return json_captions(self._read(sample, JSON), self.caption_key)
+        return usable_captions([self._read(sample, CAPTION)])
+
+    def metadata(self, sample: int) -> dict[str, Any] | None:
+        """The parsed .json of a sample; None where it has none."""
+        return json.loads(self._read(sample, JSON)) if self.spans[sample, JSON, 1] else None
+
+    def name(self, sample: int) -> str:
+        """`SHARD.tar:KEY`, with the key read from the shard; its id where that cannot be read any more."""
+        shard, key = self.group_of(sample), f"sample {sample}"
+        with suppress(BrokenTar):
+            if member := read_member(self._file(shard), int(self.start[sample])):
+                key = sample_key(member.name)
+        return f"{self.shards[shard].name}:{key}"
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Of shard and place: of the shard its file name alone, so that its folder may be called anything."""
+        shards = np.array([hash_of(Path(shard.name).name) for shard in self.shards], np.uint64)
+        return mixed(np.repeat(shards, np.diff(self.first)) + self.start.astype(np.uint64))
+
+    def reason(self, sample: int) -> str:
+        return REASONS[self.status[sample]]
+
+    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
+        """(reason, samples, the first few names) of what cannot be used."""
+        found = []
+        for code, reason in enumerate(REASONS):
+            if code != OK and len(samples := np.flatnonzero(self.status == code)):
+                found.append((reason, len(samples), [self.name(int(sample)) for sample in samples[:names]]))
+        return found
+
+    def problems(self, names: int = 3) -> str:
+        """One line a reason why samples are left out, with the first few names; empty if all are usable."""
+        lines = []
+        for reason, samples, shown in self.left_out(names):
+            more = ", …" if samples > len(shown) else ""
+            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
+        for shard in self.shards:
+            if shard.note:
+                lines.append(f"{shard.name}: {shard.note}; {shard.samples:,} samples before it")
+            elif not shard.samples:
+                lines.append(f"{shard.name}: holds no samples")
+            if shard.ungrouped:
+                lines.append(f"{shard.name}: {shard.ungrouped}")
+        return "\n".join(lines)
+
+    def _read(self, sample: int, kind: int) -> bytes:
+        shard = self.group_of(sample)
+        offset, size = (int(value) for value in self.spans[sample, kind])
+        if kind == IMAGE and size > MAX_BYTES:
+            raise UnreadableImage(f"over {MAX_BYTES:,} bytes")
+        if kind != IMAGE and size > MAX_TEXT:
+            raise UnreadableCaption(f"over {MAX_TEXT:,} bytes")
+        data = os.pread(self._file(shard), size, int(self.start[sample]) + offset)
+        if len(data) < size:
+            path = self.store.where(self.shards[shard].name)
+            raise UserError(f"{path}: ends inside sample {sample}: it was cut off after indexing; restore it")
+        return data
+
+    def _file(self, shard: int) -> int:
+        """Descriptor of an open shard; reads carry their own offset, so forked processes may share it."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= min(self.store.open_files, open_files() // 4):
+            os.close(self._files.popitem(last=False)[1])
+        entry = self.shards[shard]
+        self._files[shard] = self.store.open(entry.name, State(entry.size, entry.fingerprint))
+        return self._files[shard]
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def start_digest(shards: Sequence[Shard], caption_key: str) -> hashlib._Hash:
+    """The digest of an index before its columns."""
+    digest = hashlib.sha256(json.dumps([shard.identity for shard in shards], sort_keys=True).encode())
+    digest.update(caption_key.encode())
+    return digest
+
+
+def write_index(
+    path: Path, shards: Sequence[Shard], caption_key: str, columns: Mapping[str, Iterable[bytes | memoryview]]
+) -> None:
+    """Write an index file piece by piece, so that memory does not grow with it.
+
+    Args:
+        path: a temporary file: what it holds after an error is not an index.
+        shards: in the order of ids.
+        caption_key: see `ShardIndex`.
+        columns: the bytes of each of `COLUMNS`, cut as the caller has them.
+
+    Raises:
+        OSError: a disk that is full, for one.
+    """
+    samples = sum(shard.samples for shard in shards)
+    header: dict[str, Any] = {}
+    metadata = {
+        "format": FORMAT,
+        "shards": json.dumps([asdict(shard) for shard in shards]),
+        "caption_key": caption_key,
+        "digest": "0" * 64,  # known when all is written
+    }
+    header["__metadata__"], end = metadata, 0
+    for name, kind, tail in (("start", "I64", []), ("spans", "U32", [3, 2]), ("status", "U8", [])):
+        begin, end = end, end + samples * COLUMNS[name].itemsize * int(np.prod(tail))
+        header[name] = {"dtype": kind, "shape": [samples, *tail], "data_offsets": [begin, end]}
+    digest = start_digest(shards, caption_key)
+    with path.open("r+b") as file:
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in COLUMNS:
+            for piece in columns[name]:
+                digest.update(piece)
+                file.write(piece)
+        written = file.tell() - 8 - len(text)
+        if written != end:
+            raise ValueError(f"{written:,} bytes of columns for {samples:,} samples, not {end:,}")
+        metadata["digest"] = digest.hexdigest()
+        text = json.dumps(header).encode().ljust(len(text))
+        file.seek(8)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[Path]:
+    """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as temporary:
+            yield temporary
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with writing an index into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: the index cannot be written ({error.strerror}); make room, or name a file that can be in "
+            "data.train = [{path = …, index = FILE}]"
+        ) from None
+
+
+def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore | None = None) -> ShardIndex:
+    """Map an index file into memory.
+
+    Args:
+        path: the index file.
+        folder: where the shards are.
+        verify: read all of it and compare with the digest that it carries.
+        store: who opens the shards; None = they are read where they are.
+
+    Raises:
+        UserError: the file is not an index of this version, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length < path.stat().st_size else b"")
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
+        columns = {}
+        for name, kind in COLUMNS.items():
+            begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
+            # asarray: plain views of the mapping, which are faster to index than np.memmap
+            columns[name] = np.asarray(np.memmap(path, kind, "r", offset=8 + length + begin, shape=shape))
+        shards = tuple(Shard(**shard) for shard in json.loads(metadata["shards"]))
+        index = ShardIndex(path, folder, shards, columns, metadata.get("caption_key", ""), store)
+        if verify and index.digest != metadata["digest"]:
+            raise ValueError("its content does not match its digest")
+    except FileNotFoundError:
+        raise UserError(f"{path}: this index is not there (any more); start again to make it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a usable shard index ({error}); delete it to index again") from None
+    return index

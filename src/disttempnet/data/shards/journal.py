@@ -1,0 +1,138 @@
+"""What is scanned so far, kept on disk while an index is made: a scan that is cut short goes on where it was.
+
+A record a shard, appended whole: length, blake2b, then the shard's entry and columns. A record that is torn,
+damaged or of another version of this package ends the journal: what follows is scanned again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+from disttempnet.data.shards.index import COLUMNS, Shard
+
+DIGEST = 16  # bytes
+_PREFIX = 8 + DIGEST
+
+
+class Journal:
+    """The scanned shards of one index in the making. Held by one process at a time: another waits in `__init__`.
+
+    Args:
+        index: path of the index; the journal is INDEX.partial.
+        caption_key: records of another one are passed over.
+
+    Attributes:
+        shards: entry of each scanned shard, by name.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, index: Path, caption_key: str) -> None:
+        self.path, self.caption_key = index.with_name(f"{index.name}.partial"), caption_key
+        self.shards: dict[str, Shard] = {}
+        self._columns: dict[str, dict[str, tuple[int, int]]] = {}  # shard → column → (first byte, size) in the file
+        self._file = self._locked()
+        self._end = self._read()
+        os.ftruncate(self._file.fileno(), self._end)
+
+    def _locked(self) -> BinaryIO:
+        while True:
+            file: BinaryIO = self.path.open("a+b", buffering=0)
+            with suppress(OSError):  # a disk without locks: two scans at once then cost time, not correctness
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if self._is_at_path(file):
+                return file
+            file.close()  # who had it before has removed it: what is written here would be lost
+
+    def _is_at_path(self, file: BinaryIO) -> bool:
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        return False
+
+    def append(self, shard: Shard, columns: Mapping[str, bytes]) -> None:
+        """Keep what a shard holds. Raises OSError; then the journal is as it was."""
+        head = json.dumps({"caption_key": self.caption_key, "shard": asdict(shard)}).encode()
+        payload = b"".join([len(head).to_bytes(8, "little"), head, *(columns[name] for name in COLUMNS)])
+        record = memoryview(len(payload).to_bytes(8, "little") + _digest(payload) + payload)
+        try:
+            while record:
+                record = record[self._file.write(record) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._end)
+            raise
+        self._note(payload)
+
+    def columns(self) -> dict[str, dict[str, memoryview]]:
+        """Shard → column → its bytes, as mapped from the file."""
+        if not self._end:
+            return {}
+        view = memoryview(mmap.mmap(self._file.fileno(), self._end, prot=mmap.PROT_READ))
+        return {
+            shard: {name: view[begin : begin + size] for name, (begin, size) in places.items()}
+            for shard, places in self._columns.items()
+        }
+
+    def close(self) -> None:
+        """Let another process have it. What it holds stays for the next scan; an empty one goes."""
+        if not self._end:
+            self.remove()
+        with suppress(OSError):  # said aloud: a mapping of the file keeps a lock that is not
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
+
+    def remove(self) -> None:
+        """The index is made, or what is kept is not to be trusted. Another process's journal of this name stays."""
+        if self._is_at_path(self._file):
+            self.path.unlink(missing_ok=True)
+
+    def _read(self) -> int:
+        """Take in all whole records; returns where they end."""
+        self._end = 0
+        self._file.seek(0)
+        while len(prefix := self._file.read(_PREFIX)) == _PREFIX:
+            size = int.from_bytes(prefix[:8], "little")
+            if size > os.fstat(self._file.fileno()).st_size:
+                break
+            payload = self._file.read(size)
+            if len(payload) < size or _digest(payload) != prefix[8:]:
+                break
+            try:
+                self._note(payload)
+            except (KeyError, TypeError, ValueError):  # of another version of this package
+                break
+        return self._end
+
+    def _note(self, payload: bytes) -> None:
+        """Take in a record. Raises KeyError, TypeError or ValueError, and takes nothing, where it is no such record."""
+        length = int.from_bytes(payload[:8], "little")
+        head = json.loads(payload[8 : 8 + length])
+        shard = Shard(**head["shard"])
+        if 8 + length + sum(column_bytes(shard.samples).values()) != len(payload):
+            raise ValueError(f"{len(payload):,} bytes")
+        begin, places = self._end + _PREFIX + 8 + length, {}
+        for name, size in column_bytes(shard.samples).items():
+            places[name] = (begin, size)
+            begin += size
+        self._end += _PREFIX + len(payload)
+        if head["caption_key"] == self.caption_key:
+            self.shards[shard.name], self._columns[shard.name] = shard, places
+
+
+def column_bytes(samples: int) -> dict[str, int]:
+    """Bytes of each column of an index for this many samples."""
+    return {name: samples * kind.itemsize * (6 if name == "spans" else 1) for name, kind in COLUMNS.items()}
+
+
+def _digest(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=DIGEST).digest()

@@ -1,0 +1,359 @@
+"""Shards behind an fsspec URL, through a bounded cache that all processes of a machine share.
+
+A shard is fetched whole, by one process, under its lock: to a temporary name, compared with what the index knows,
+then renamed. Whoever reads one holds a shared lock on the file itself, which ends with the process however that ends.
+When the cache is full the least recently opened shards go, but none that is locked.
+
+    FOLDER/shards/KEY-OF-THE-URL/00000.tar     a shard; also the index of a spec
+                                 .00000.tar.lock, .00000.tar.RANDOM.SIZE.part
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import random
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from disttempnet.data.builtin.cache import cache_folder
+from disttempnet.data.shards.credentials import Credentials
+from disttempnet.data.shards.store import CACHE_GB, ShardStore, State, changed, state_by, state_of
+from disttempnet.errors import UserError, UserNotice
+
+ATTEMPTS = 5
+FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
+STALLED = 60.0  # seconds without a byte after which an HTTP download is given up
+GIGA = 10**9
+GZIP = b"\x1f\x8b"  # how its files begin; a tar begins with a name
+NO_CREDENTIALS = Credentials()
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no fault of the server
+Result = TypeVar("Result")
+
+
+class WholeFiles(Exception):
+    """A server sends no parts of a file."""
+
+
+class Vanished(Exception):
+    """A cached shard was removed or replaced while it was being opened."""
+
+
+def is_remote(spec: str) -> bool:
+    """Whether a spec names shards by a URL."""
+    return "://" in spec
+
+
+class RemoteStore(ShardStore):
+    """Shards under a base URL.
+
+    Args:
+        base: what the names follow after, without credentials: `s3://bucket/cc12m`.
+        cache: the cache folder; empty = the user's.
+        limit_gb: gigabytes (10⁹ bytes) that all shards of the cache may take.
+        credentials: what a URL is opened with, and is in no name, message or key of the cache.
+    """
+
+    open_files = 2  # what a process keeps open cannot be removed to make room
+
+    def __init__(
+        self, base: str, cache: str = "", limit_gb: float = CACHE_GB, credentials: Credentials = NO_CREDENTIALS
+    ) -> None:
+        self.base, self.limit = base.rstrip("/"), int(limit_gb * GIGA)
+        self.root = (Path(cache).expanduser() if cache else cache_folder()) / "shards"
+        self.folder = self.root / hashlib.blake2b(self.base.encode(), digest_size=8).hexdigest()
+        self._credentials = credentials
+        self._checked: dict[str, tuple[tuple[int, int], State]] = {}
+        self._system: tuple[int, Any] = (0, None)
+
+    def __reduce__(self) -> tuple[Callable[..., RemoteStore], tuple[str, str, float, Credentials]]:
+        return RemoteStore, (self.base, str(self.root.parent), self.limit / GIGA, self._credentials)
+
+    @property
+    def about(self) -> str:
+        return self.base
+
+    def where(self, name: str) -> str:
+        return f"{self.base}/{name}"
+
+    def names(self) -> list[str]:
+        """All shards under the base URL, sorted. Raises UserError."""
+        address = self._credentials.applied(self.base)
+        entries = self._try(lambda: self._files.ls(address, detail=False), self.base)
+        names = [str(entry).partition("?")[0].rstrip("/").rpartition("/")[2] for entry in entries]
+        return sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
+
+    def state(self, name: str) -> State:
+        """By the two ends of the shard, where the server sends parts of a file; else by fetching it."""
+        url, address, size = self.where(name), self._address(name), self._info(name).get("size")
+
+        def read(start: int, end: int) -> bytes:
+            part: bytes = self._files.cat_file(address, start=start, end=end) if start < end else b""
+            if len(part) != end - start:
+                raise WholeFiles
+            return part
+
+        try:
+            if size is not None:
+                return self._try(lambda: state_by(size, read), url)
+        except WholeFiles:
+            pass
+        path = self.folder / name
+        with suppress(FileNotFoundError):
+            if size is not None and path.stat().st_size != size:
+                path.unlink()  # of an older version
+        descriptor = self.open(name)
+        try:
+            return state_of(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def open(self, name: str, expected: State | None = None) -> int:
+        """See `ShardStore`; fetches the shard where it is not in the cache."""
+        path = self.folder / name
+        while True:
+            try:
+                return self._open_cached(path, name, expected)
+            except FileNotFoundError:
+                self._fetch(path, name, expected)
+            except Vanished:
+                time.sleep(0.01)
+
+    def _open_cached(self, path: Path, name: str, expected: State | None) -> int:
+        """Descriptor of a shard in the cache, locked against removal. Raises FileNotFoundError, Vanished."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                status = os.fstat(descriptor)
+                if os.stat(path).st_ino != status.st_ino:
+                    raise Vanished
+            except (BlockingIOError, FileNotFoundError):
+                raise Vanished from None
+            if expected is not None and self._state_of(name, descriptor, status) != expected:
+                os.unlink(path)  # of an older version: what is there now is fetched, and compared
+                raise Vanished
+            os.utime(descriptor, ns=(time.time_ns(), status.st_mtime_ns))  # how recently it was used
+            return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def _state_of(self, name: str, descriptor: int, status: os.stat_result) -> State:
+        """Read once by a process."""
+        known = self._checked.get(name)
+        mark = status.st_ino, status.st_mtime_ns  # renaming keeps the time at which it was fetched
+        if known is None or known[0] != mark:
+            known = self._checked[name] = mark, state_of(descriptor)
+        return known[1]
+
+    def _fetch(self, path: Path, name: str, expected: State | None) -> None:
+        """Bring a shard into the cache, unless another process just did. Raises UserError."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(_lock_of(path)):
+                if path.is_file():
+                    return
+                _remove_parts(path)
+                self._download(path, name, expected)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written: {error.strerror}; make room, set DISTTEMPNET_CACHE or a source's cache to "
+                "another folder, or its cache_gb lower"
+            ) from None
+
+    def _download(self, path: Path, name: str, expected: State | None) -> None:
+        url = self.where(name)
+        size = self._info(name).get("size")
+        if expected is not None and size not in (None, expected.size):
+            raise UserError(changed(url, size, expected))
+        known = size or (expected.size if expected else 0)
+        most = known or self.limit  # a body of no stated size may have no end
+        part = self._reserve(path, known)
+        try:
+
+            def get() -> None:
+                self._files.get_file(self._address(name), str(part), callback=stopping_at(most, url))
+                found = part.stat().st_size
+                if size is not None and found != size:
+                    raise EOFError(f"{found:,} bytes came of {size:,}")
+
+            self._try(get, url)
+            _refuse_compressed(part, url)
+            if expected is not None and (found := state_of(part)) != expected:
+                raise UserError(changed(url, found.size, expected))
+            os.replace(part, path)
+        finally:
+            with suppress(FileNotFoundError):
+                part.unlink()
+
+    def _reserve(self, path: Path, size: int) -> Path:
+        """Make room for a shard, and an empty file that other processes count as if it were whole."""
+        with FileLock(self.root / ".room.lock"):
+            taken = sum(_reserved(part) for part in self.root.rglob(".*.part"))
+            shards = []
+            for shard in self.root.rglob("*.tar"):
+                with suppress(FileNotFoundError):
+                    status = shard.stat()
+                    shards.append((status.st_atime_ns, status.st_size, shard))
+            taken += sum(entry[1] for entry in shards)
+            for _, bytes_freed, shard in sorted(shards):
+                if taken + size <= self.limit:
+                    break
+                if _remove_unread(shard):
+                    taken -= bytes_freed
+            if taken + size > self.limit:
+                warnings.warn(
+                    f"{self.root}: shards that are open now take {(taken + size) / GIGA:.1f} GB, more than the limit "
+                    f"of {self.limit / GIGA:g} GB: raise cache_gb, or the same shards are fetched again and again",
+                    UserNotice,
+                    stacklevel=2,
+                )
+            # a name that cannot be guessed, and an existing file or link of that name is never opened
+            part = path.with_name(f".{path.name}.{secrets.randbits(64)}.{size}.part")
+            part.touch(exist_ok=False)
+            return part
+
+    def _info(self, name: str) -> dict[str, Any]:
+        address = self._address(name)
+        return dict(self._try(lambda: self._files.info(address), self.where(name)))
+
+    def _address(self, name: str) -> str:
+        """What a shard is opened by; it must not be shown."""
+        return self._credentials.applied(self.where(name))
+
+    @property
+    def _files(self) -> Any:
+        """The file system of this process: its connections and threads do not survive a fork."""
+        if self._system[0] != os.getpid():
+            import fsspec
+
+            options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+            if self.base.startswith(("http://", "https://")):
+                # as it is: a compressed body says neither its size nor where a sample lies, and may grow a thousandfold
+                options["client_kwargs"] = {
+                    "timeout": _http_timeout(),
+                    "headers": {"Accept-Encoding": "identity"},
+                    "auto_decompress": False,
+                }
+            try:
+                system = fsspec.url_to_fs(self._credentials.applied(self.base), **options)[0]
+            except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
+                raise UserError(f"{self.base}: cannot be opened: {error}") from None
+            self._system = (os.getpid(), system)
+        return self._system[1]
+
+    def _try(self, action: Callable[[], Result], url: str) -> Result:
+        """Attempt it several times, with growing pauses. Raises UserError."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return action()
+            except (UserError, WholeFiles):
+                raise
+            except Exception as error:  # every kind of file system has errors of its own
+                if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                    raise
+                if _is_final(error):
+                    what = "may not be read" if isinstance(error, PermissionError) else "no such shard"
+                    raise UserError(f"{url}: {what}") from None
+                if attempt == ATTEMPTS:
+                    cause = error.__cause__ or error
+                    why = " ".join(str(cause).split()) or type(cause).__name__
+                    raise UserError(f"{url}: cannot be fetched, {ATTEMPTS} attempts failed: {why}") from None
+                time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+        raise AssertionError("unreachable")
+
+
+def stopping_at(most: int, url: str) -> Any:
+    """A callback for fsspec that ends a download, with a UserError, where it brings more than so many bytes."""
+    from fsspec.callbacks import Callback
+
+    class Stopping(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > most:
+                raise UserError(
+                    f"{url}: over {most:,} bytes came, which is all that was stated, or that cache_gb allows: a shard "
+                    "of unknown size has to fit into the cache"
+                )
+
+    return Stopping()
+
+
+def _refuse_compressed(part: Path, url: str) -> None:
+    with part.open("rb") as file:
+        if file.read(2) == GZIP:
+            raise UserError(
+                f"{url}: comes compressed (gzip), and samples are read at their place in a tar: serve the .tar as it is"
+            )
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would bring the same."""
+    cause = error.__cause__  # fsspec takes all errors that HTTP servers answer a first question with for a missing file
+    if cause is not None:
+        return getattr(cause, "status", None) in (401, 403, 404, 410)
+    return isinstance(error, (FileNotFoundError, PermissionError))
+
+
+def _http_timeout() -> Any:
+    try:
+        import aiohttp
+    except ImportError:
+        raise UserError("shards over HTTP need aiohttp: pip install 'disttempnet[remote]'") from None
+    return aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _parts_of(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{path.name}.*.part")
+
+
+def _remove_parts(path: Path) -> None:
+    """Remove what killed processes had begun of a shard; the caller holds its lock."""
+    for part in _parts_of(path):
+        with suppress(FileNotFoundError):
+            part.unlink()
+
+
+def _reserved(part: Path) -> int:
+    """Bytes that a download will take; 0 if it is nobody's any more, then it is removed."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.(\d+)\.part", part.name)
+    if match is None:
+        return 0
+    path = part.with_name(match[1])
+    try:
+        with FileLock(_lock_of(path), blocking=False):
+            _remove_parts(path)
+            return 0
+    except Timeout:
+        return int(match[2])
+
+
+def _remove_unread(shard: Path) -> bool:
+    """Remove a shard that no process holds; whether that was so."""
+    try:
+        descriptor = os.open(shard, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shard.unlink(missing_ok=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)

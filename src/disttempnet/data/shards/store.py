@@ -1,0 +1,160 @@
+"""Where the shards of an index lie: who opens one, and what one version of it is told from another by."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from disttempnet.errors import UserError
+from disttempnet.io.files import open_regular
+from disttempnet.io.machine import cause
+
+FINGERPRINT_BYTES = 64 * 1024  # of each end of a shard
+CACHE_GB = 100.0  # of remote shards
+READERS = 16  # shards looked at together: over a network that waits, it does not compute
+
+
+class State(NamedTuple):
+    """Bytes of a shard, and a digest of them and of its two ends: cheap, and finds rewritten shards."""
+
+    size: int
+    fingerprint: str
+
+
+def state_of(file: Path | int) -> State:
+    """Of a file or an open descriptor. Raises OSError."""
+    if isinstance(file, Path):
+        descriptor = open_regular(file)
+        try:
+            return state_of(descriptor)
+        finally:
+            os.close(descriptor)
+    return state_by(os.fstat(file).st_size, lambda start, end: os.pread(file, end - start, start))
+
+
+def state_by(size: int, read: Callable[[int, int], bytes]) -> State:
+    """Of bytes that `read(start, end)` returns."""
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
+    digest.update(read(0, min(size, FINGERPRINT_BYTES)))
+    digest.update(read(max(0, size - FINGERPRINT_BYTES), size))
+    return State(size, digest.hexdigest())
+
+
+def changed(where: str, size: int, expected: State) -> str:
+    """What a user is told of a shard that has this size, and is not what was indexed."""
+    what = "its content is another" if size == expected.size else f"it has {size:,} bytes, not {expected.size:,}"
+    return (
+        f"{where}: this shard has changed since it was indexed: {what}. Restore it, or index again with "
+        "disttempnet data index (older checkpoints will not fit)"
+    )
+
+
+class ShardStore(ABC):
+    """Shards by name; pickled into workers.
+
+    Attributes:
+        folder: where the index is, and where shards lie while they are read.
+        open_files: how many shards a process should keep open.
+    """
+
+    folder: Path
+    open_files: int
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """Folder or base address, for messages."""
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """A shard's path or address, for messages."""
+
+    @abstractmethod
+    def open(self, name: str, expected: State | None = None) -> int:
+        """A descriptor to read a shard by; the caller closes it.
+
+        Args:
+            name: of the shard.
+            expected: what it was when it was indexed, where that is known.
+
+        Raises:
+            UserError: it is not there, or is not what is expected.
+        """
+
+    @abstractmethod
+    def state(self, name: str) -> State:
+        """Size and fingerprint as of now. Raises UserError."""
+
+    @contextmanager
+    def local(self, name: str, expected: State | None = None) -> Iterator[Path]:
+        """A path at which a shard can be read inside the `with`; see `open`."""
+        descriptor = self.open(name, expected)
+        try:
+            yield self.folder / name
+        finally:
+            os.close(descriptor)
+
+    def states(self, names: Sequence[str]) -> dict[str, State]:
+        """State of each shard. Raises UserError if one cannot be read."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(names, pool.map(self.state, names), strict=True))
+
+
+class LocalStore(ShardStore):
+    """Shards in a folder, which are read where they are."""
+
+    open_files = 64  # a loader worker moves through a few at a time
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: dict[str, tuple[tuple[int, int, int], State]] = {}
+
+    @property
+    def about(self) -> str:
+        return str(self.folder)
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def open(self, name: str, expected: State | None = None) -> int:
+        """See `ShardStore`."""
+        try:
+            descriptor = open_regular(self.folder / name)
+        except OSError as error:
+            raise self._gone(name, error) from None
+        try:
+            if expected is not None and (found := self._state_of(name, descriptor)) != expected:
+                raise UserError(changed(self.where(name), found.size, expected))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def state(self, name: str) -> State:
+        self._seen.pop(name, None)
+        descriptor = self.open(name)
+        try:
+            return self._state_of(name, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _state_of(self, name: str, descriptor: int) -> State:
+        """Read once by a process, and again where inode, time or size are others."""
+        try:
+            status = os.fstat(descriptor)
+            mark, known = (status.st_ino, status.st_mtime_ns, status.st_size), self._seen.get(name)
+            if known is None or known[0] != mark:
+                known = self._seen[name] = mark, state_of(descriptor)
+        except OSError as error:
+            raise self._gone(name, error) from None
+        return known[1]
+
+    def _gone(self, name: str, error: OSError) -> UserError:
+        advice = "; restore the shard" if cause(error) == error.strerror else ""
+        return UserError(f"{self.where(name)}: cannot be read: {cause(error)}{advice}")

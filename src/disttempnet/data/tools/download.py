@@ -1,0 +1,206 @@
+"""CC3M and CC12M from their public lists of URLs, through img2dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from disttempnet.data.shards.names import fingerprint
+from disttempnet.errors import UserError
+from disttempnet.io.files import atomic, unwritable_named
+
+
+@dataclass(frozen=True)
+class UrlList:
+    """A public list: file name, where it is to be had, how large it is."""
+
+    file: str
+    origin: str
+    size: str
+
+
+LISTS = {
+    "cc3m": UrlList(
+        "Train_GCC-training.tsv", "https://ai.google.com/research/ConceptualCaptions/download (Train split)", "500 MB"
+    ),
+    "cc12m": UrlList("cc12m.tsv", "https://storage.googleapis.com/conceptual_12m/cc12m.tsv", "2.6 GB"),
+}
+
+
+@dataclass(frozen=True)
+class Download:
+    """What to fetch, and how.
+
+    Attributes:
+        name: cc3m or cc12m.
+        tsv: the list, captions and URLs in either order, with or without a header.
+        out: folder of the shards.
+        processes, threads: of img2dataset; threads are those of one process.
+        image_size: pixels of the shorter side that larger images are brought to.
+    """
+
+    name: str
+    tsv: Path
+    out: Path
+    processes: int
+    threads: int
+    image_size: int
+
+    def __post_init__(self) -> None:
+        for key in ("processes", "threads", "image_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"--{key.replace('_', '-')} {getattr(self, key)}: at least 1")
+
+    @property
+    def headed(self) -> Path:
+        """The list as img2dataset reads it; its name says from which list it was made."""
+        return self.out / f"{self.name}-{fingerprint(self.tsv)[:8]}.tsv"
+
+    @property
+    def command(self) -> list[str]:
+        """img2dataset with its arguments."""
+        arguments = {
+            "url_list": self.headed,
+            "input_format": "tsv",
+            "url_col": "url",
+            "caption_col": "caption",
+            "output_format": "webdataset",
+            "output_folder": self.out,
+            "processes_count": self.processes,
+            "thread_count": self.threads,
+            "number_sample_per_shard": 10_000,
+            "image_size": self.image_size,
+            "resize_mode": "keep_ratio",  # of the shorter side
+            "resize_only_if_bigger": True,
+            "encode_format": "jpg",
+            "encode_quality": 95,
+            "timeout": 10,
+            "retries": 2,
+            "incremental_mode": "incremental",
+            "enable_wandb": False,
+        }
+        return ["img2dataset", *(word for key, value in arguments.items() for word in (f"--{key}", str(value)))]
+
+
+def check_list(job: Download) -> None:
+    """Raise UserError where the list is missing or no list of captions and URLs."""
+    if not job.tsv.is_file():
+        known = LISTS[job.name]
+        raise UserError(f"{job.tsv}: no such file; get it ({known.size}) from {known.origin}, and name it with --tsv")
+    with job.tsv.open(encoding="utf-8", errors="replace") as file:
+        _url_column(job.tsv, file.readline(), file.readline())
+
+
+def _url_column(path: Path, first: str, second: str) -> int:
+    """Which of two columns the URLs are in."""
+    for line in (first, second):
+        fields = line.rstrip("\n").split("\t")
+        columns = [number for number, field in enumerate(fields) if field.startswith(("http://", "https://"))]
+        if len(fields) == 2 and len(columns) == 1:
+            return columns[0]
+    raise UserError(f"{path}: not a list of captions and URLs with a tab between them: {first[:80].strip()!r}")
+
+
+def write_headed(job: Download) -> int:
+    """Write the list as img2dataset reads it: with a header, and captions quoted that hold a quotation mark, which
+    would otherwise swallow what follows.
+
+    Returns:
+        Lines that are left out, because they hold no two columns.
+
+    Raises:
+        UserError: the folder cannot be written, or is of another list.
+    """
+    others = [path.name for path in job.out.glob(f"{job.name}-*.tsv") if path != job.headed]
+    if others:
+        raise UserError(f"{job.out}: was begun with another list, kept in {others[0]}; name another folder")
+    left_out = 0
+    with unwritable_named(job.out):
+        job.out.mkdir(parents=True, exist_ok=True)
+        if job.headed.is_file():
+            return 0
+        with atomic(job.headed) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write("url\tcaption\n")
+            for row in _rows(job.tsv):
+                if row is None:
+                    left_out += 1
+                else:
+                    file.write("\t".join(map(_quoted, row)) + "\n")
+    return left_out
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str] | None]:
+    """(URL, caption) of each line but a header; None for a line of another form."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        first, second = file.readline(), file.readline()
+        column = _url_column(path, first, second)
+        file.seek(0)
+        for number, line in enumerate(file):
+            fields = line.rstrip("\r\n").split("\t")
+            if number == 0 and sorted(field.lower() for field in fields) == ["caption", "url"]:
+                continue
+            yield (fields[column], fields[1 - column]) if len(fields) == 2 and fields[column] else None
+
+
+def _quoted(field: str) -> str:
+    return '"' + field.replace('"', '""') + '"' if '"' in field else field
+
+
+class Outcome(NamedTuple):
+    """What a download has brought so far: shards that are whole, samples, failures by reason."""
+
+    shards: int
+    samples: int
+    failures: Counter[str]
+
+
+def run_download(job: Download) -> int:
+    """Run img2dataset until it ends; what was whole before stays.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    beside = os.path.join(os.path.dirname(sys.executable), "img2dataset")
+    program = beside if os.access(beside, os.X_OK) else shutil.which("img2dataset")
+    if program is None:
+        raise UserError("downloading needs img2dataset: pip install 'disttempnet[download]'")
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    process = subprocess.Popen([program, *job.command[1:]], env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes too
+        process.wait()
+
+
+def outcome(folder: Path) -> Outcome:
+    """Read what img2dataset noted of each whole shard; the note that a killed one was writing is none."""
+    shards, samples, failures = 0, 0, Counter[str]()
+    for path in sorted(folder.glob("*_stats.json")):
+        try:
+            stats = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        shards, samples = shards + 1, samples + stats["successes"]
+        failures.update({reason: count for reason, count in stats["status_dict"].items() if reason != "success"})
+    return Outcome(shards, samples, failures)
+
+
+def as_typed(command: list[str]) -> str:
+    """A command as it can be typed."""
+    return shlex.join(command).replace(" --", " \\\n  --")

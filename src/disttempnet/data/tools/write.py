@@ -1,0 +1,306 @@
+"""Webdataset shards from any source: the same input gives the same bytes, and a killed command goes on.
+
+A shard takes a fixed range of the source's samples, so that it depends on nothing but the input and the settings:
+those that cannot be read leave a gap. It is renamed into place when it is whole. `plan.json` says what the folder
+is made from; another input or other settings are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from disttempnet.data.images import SCALES, EncodedImage
+from disttempnet.data.source import OK, Source
+from disttempnet.data.tools.unreadable import BAD_SAMPLE, Fault, fault_of, known_faults, read_faults, write_faults
+from disttempnet.errors import UserError
+from disttempnet.io.files import WRITING, atomic, write_atomically
+from disttempnet.io.jobs import run_jobs
+from disttempnet.io.progress import Meter
+from disttempnet.terminal import say
+
+FORMAT = "disttempnet-shards-1"
+PLAN, SKIPPED, LOCK = "plan.json", "skipped.jsonl", ".lock"
+COUNT = "nshards.txt"  # as CLIP_benchmark's sets have it
+REPORT_EVERY = 50  # samples between a worker's messages
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are written.
+
+    Attributes:
+        samples_per_shard: how many a shard takes from the source.
+        resize: pixels of the shorter side that larger images are brought to; 0 = all bytes as they are.
+        quality: of the JPEGs that resizing writes.
+        captions: what the .txt holds of several: the `first`, for training, or all as `lines`, for retrieval.
+    """
+
+    samples_per_shard: int = 10_000
+    resize: int = 0
+    quality: int = 95
+    captions: Literal["first", "lines"] = "first"
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise UserError(f"--samples-per-shard {self.samples_per_shard}: a shard holds at least one sample")
+        if self.resize < 0:
+            raise UserError(f"--resize {self.resize}: pixels of the shorter side, or 0 to keep images as they are")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality {self.quality}: JPEG quality is 1 to 100")
+
+
+class Part(NamedTuple):
+    """A shard to write: its number, file name, and the ids [first, end) that it takes."""
+
+    number: int
+    name: str
+    first: int
+    end: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Written(NamedTuple):
+    """What is in the folder: shards, samples, bytes, and all samples that were left out."""
+
+    shards: int
+    samples: int
+    size: int
+    faults: list[Fault]
+
+
+def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, progress: bool = True) -> Written:
+    """Write a source as shards, or what is missing of them.
+
+    Args:
+        source: its usable samples are written.
+        folder: where to; made if it is not there.
+        recipe: how.
+        workers: processes; 1 = this one. They change nothing about the bytes.
+        progress: show a bar on standard error.
+
+    Raises:
+        UserError: a folder that holds something else, a full disk, or webdataset is not installed.
+    """
+    _tar_writer()  # learnt before the work
+    parts = plan_parts(source, recipe.samples_per_shard)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, blocking=False):
+            _agree_on_plan(folder, source, recipe, parts)
+            _remove_leftovers(folder)
+            try:
+                _write_missing(source, folder, recipe, parts, workers, progress)
+            except (KeyboardInterrupt, SystemExit):
+                whole = sum((folder / part.name).is_file() for part in parts)
+                say(f"stopped: {whole:,} of {len(parts):,} shards are whole; the same command goes on", error=True)
+                raise
+            finally:
+                _remove_leftovers(folder)
+            return _finish(source, folder, recipe, parts)
+    except Timeout:
+        raise UserError(f"{folder}: another command is writing shards here") from None
+    except OSError as error:
+        raise UserError(_cannot_write(folder, error)) from None
+
+
+def plan_parts(source: Source, samples_per_shard: int) -> list[Part]:
+    """Which ids go into which shard: as many usable ones into each, in order."""
+    usable = source.usable
+    starts = usable[::samples_per_shard].tolist()
+    digits = max(5, len(str(len(starts) - 1)))
+    ends = [*starts[1:], len(source)]
+    return [Part(i, f"{i:0{digits}d}.tar", a, b) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+
+
+def _agree_on_plan(folder: Path, source: Source, recipe: Recipe, parts: list[Part]) -> None:
+    """Write the plan, or compare with the one that is there."""
+    ours = {
+        "format": FORMAT,
+        "input": source.where,
+        "digest": source.digest,
+        "shards": len(parts),
+        **asdict(recipe),
+    }
+    path = folder / PLAN
+    if not path.is_file():
+        others = [entry.name for entry in folder.glob("*.tar")]
+        if others:
+            raise UserError(f"{folder}: holds shards of another origin, such as {min(others)}; name another folder")
+        write_atomically(path, json.dumps(ours, indent=2) + "\n")
+        return
+    try:
+        theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = theirs["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: not a plan of this version; name another folder, or delete this one")
+    for key in ("digest", *asdict(recipe)):
+        if ours[key] != theirs.get(key):
+            what = (
+                f"another input ({theirs.get('input')}, or it has changed since)"
+                if key == "digest"
+                else f"{key.replace('_', ' ')} {theirs.get(key)}, not {ours[key]}"
+            )
+            raise UserError(f"{folder}: its shards are made from {what}; name another folder, or delete this one")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed worker began; the caller holds the lock, so nobody is at it."""
+    for pattern in (f"{WRITING}*", ".*.tar.*", f".{PLAN}.*"):  # the last two are those of earlier versions
+        for entry in folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                entry.unlink()
+
+
+def _write_missing(
+    source: Source, folder: Path, recipe: Recipe, parts: list[Part], workers: int, progress: bool
+) -> None:
+    missing = [part for part in parts if not (folder / part.name).is_file()]
+    waiting = sum(part.end - part.first for part in missing)
+    total = sum(part.end - part.first for part in parts)
+    with Meter("writing shards", total, total - waiting, active=progress) as meter:
+        for _, count in run_jobs(partial(_write_part, source, folder, recipe), missing, workers):
+            meter.advance(count)
+
+
+def _write_part(source: Source, folder: Path, recipe: Recipe, part: Part) -> Iterator[int]:
+    """A worker's job: one shard, and beside it the list of what is not in it; yields how many ids it has seen."""
+    faults: list[Fault] = []
+    reported = part.first
+    try:
+        with atomic(folder / part.name) as temporary:
+            with temporary.open("wb") as file:
+                writer = _tar_writer()(file, user="", group="", mode=0o644, mtime=0, encoder=False)
+                try:
+                    for sample in range(part.first, part.end):
+                        if source.status[sample] == OK:
+                            try:
+                                members = sample_members(source, sample, recipe)
+                            except BAD_SAMPLE as error:
+                                faults.append(fault_of(source, sample, error))
+                            else:
+                                writer.write({"__key__": f"{sample:09d}", **members})
+                        if sample + 1 - reported >= REPORT_EVERY:
+                            yield sample + 1 - reported
+                            reported = sample + 1
+                finally:
+                    writer.close()
+            if faults:
+                write_faults(faults, _list_of(folder, part))
+    except OSError as error:
+        raise UserError(_cannot_write(folder / part.name, error)) from None
+    finally:
+        source.close()
+    yield part.end - reported
+
+
+def sample_members(source: Source, sample: int, recipe: Recipe) -> dict[str, bytes]:
+    """Suffix → content of the files that a sample becomes.
+
+    Raises:
+        UnreadableImage, UnreadableCaption: it cannot be used.
+        UserError: it is gone.
+    """
+    captions = source.captions(sample)
+    data = source.image_bytes(sample)
+    encoded = EncodedImage(data)
+    size, shown = (encoded.width, encoded.height), _shown_size(encoded, recipe.resize)
+    facts: dict[str, Any] = {}
+    with suppress(ValueError):  # a .json that is none
+        facts = dict(source.metadata(sample) or {})
+    facts |= {"source": source.name(sample), "width": shown[0], "height": shown[1]}
+    lines = recipe.captions == "lines"
+    if lines or len(captions) > 1:
+        facts["captions"] = list(captions)
+    suffix = _suffix(data)
+    if shown != size:
+        facts |= {"original_width": size[0], "original_height": size[1]}
+        # a JPEG decodes fast at a part of its size; from twice of what is wanted on, pixels differ by .3 of 255
+        scale = next((scale for scale in SCALES if min(size) >= 2 * scale * recipe.resize), 1)
+        image = encoded.rgb(scale).resize(shown, Image.Resampling.LANCZOS)
+        suffix, data = "jpg", _encoded(image, "JPEG", quality=recipe.quality)
+    else:
+        image = encoded.rgb()  # in any case: a shard holds what can be decoded
+        if not suffix:
+            suffix, data = "png", _encoded(image, "PNG")
+    return {
+        suffix: data,
+        "txt": "\n".join(" ".join(text.split()) for text in captions).encode() if lines else captions[0].encode(),
+        "json": json.dumps(facts, ensure_ascii=False, sort_keys=True).encode("utf-8"),
+    }
+
+
+def _suffix(data: bytes) -> str:
+    """Of a format that shards hold as it is; empty for others."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def _shown_size(image: EncodedImage, side: int) -> tuple[int, int]:
+    """Width and height with the shorter side brought to so many pixels, where it is longer; 0 = as they are."""
+    shorter = min(image.width, image.height)
+    if not side or shorter <= side:
+        return image.width, image.height
+    return max(side, round(image.width * side / shorter)), max(side, round(image.height * side / shorter))
+
+
+def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.info = {}  # no colour profile, no EXIF: what training reads are the pixels
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def _list_of(folder: Path, part: Part) -> Path:
+    return folder / f".{part.name.removesuffix('.tar')}.skipped"
+
+
+def _finish(source: Source, folder: Path, recipe: Recipe, parts: list[Part]) -> Written:
+    """Gather the lists of all shards into one, with what the source itself leaves out; for evaluation, say how many
+    shards there are."""
+    path = folder / SKIPPED
+    if not path.is_file():
+        faults = list(known_faults(source, 0, len(source)))
+        for part in parts:
+            if _list_of(folder, part).is_file():
+                faults += read_faults(_list_of(folder, part))
+        write_faults(sorted(faults, key=lambda fault: fault.sample or 0), path)
+    for part in parts:
+        _list_of(folder, part).unlink(missing_ok=True)
+    if recipe.captions == "lines":
+        write_atomically(folder / COUNT, f"{len(parts)}\n")
+    faults = list(read_faults(path))
+    size = sum((folder / part.name).stat().st_size for part in parts)
+    return Written(len(parts), len(source) - len(faults), size, faults)
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: cannot be written: {error.strerror}; the shards that are whole stay, "
+        "and the same command goes on after them"
+    )
+
+
+def _tar_writer() -> Any:
+    """webdataset's own writer."""
+    try:
+        from webdataset.writer import TarWriter
+    except ImportError:
+        raise UserError("writing shards needs webdataset: pip install 'disttempnet[shards]'") from None
+    return TarWriter

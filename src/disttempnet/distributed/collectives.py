@@ -1,0 +1,287 @@
+"""The one file that talks to torch.distributed, but for towers that are shared out (distributed/fsdp.py).
+
+Everything else sees plain functions that are the identity in one process, so world size is invisible
+to the losses, the data and the trainer. Launchers: torchrun and SLURM's srun (distributed/launcher.py).
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from disttempnet.distributed.launcher import Launch, gpu_of, launched
+from disttempnet.distributed.watchdog import Watch
+from disttempnet.errors import Preempted, UserError
+
+SILENCE = 1 / 5  # of the timeout, after which a rank that sends no beat counts as lost: two of ten minutes
+NEWS_SECONDS = 5.0  # that a collective's failure may come before the news of whose fault it is
+
+Result = TypeVar("Result")
+PIECE = 64 << 20  # bytes that are sent at a time
+_collectives = 0  # that this process has come to: the watch tells a rank that waits from one that is waited for
+
+
+def is_active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_active() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+@contextmanager
+def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
+    """Join the process group that the launcher describes and yield this rank's device.
+
+    One process without a launcher: no group is made. NCCL where there is a GPU for the rank, gloo otherwise. A rank
+    that fails or dies inside ends all others, each with one line that names it.
+
+    Raises:
+        UserError: the processes do not find each other, or lose one.
+    """
+    launch = launched()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", gpu_of(launch, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+    if launch is None or launch.world_size == 1:
+        yield device
+        return
+    _join(launch, device, timeout_minutes)
+    watch = _watch(launch, 60 * timeout_minutes)
+    try:
+        yield device
+    except Preempted:  # all ranks end in good order
+        watch.leave()
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        lost = _lost_others(error, watch)
+        watch.leave(lost or f"{type(error).__name__}: {error}".removeprefix("UserError: ").partition("\n")[0])
+        if device.type == "cpu":  # NCCL would wait for ranks that may be gone; the process ends now
+            dist.destroy_process_group()
+        if lost:
+            raise UserError(lost) from None
+        raise
+    else:
+        watch.leave()
+        dist.destroy_process_group()
+
+
+def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # torchrun keeps a store of its own, which env:// finds
+            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{launch.place}",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {launch.rank} did not meet all {launch.world_size} processes at {launch.place} within "
+            f"{timeout_minutes:g} minutes: did all start (srun, torchrun), and is the port free and open? "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _watch(launch: Launch, timeout: float) -> Watch:
+    """Connect this rank with rank 0, to hear of ranks that die, are silent, or are waited for."""
+    limits: dict[str, Any] = {"silence": timeout * SILENCE, "timeout": timeout, "progress": lambda: _collectives}
+    watch = Watch(0, launch.world_size, launch.address, **limits) if launch.rank == 0 else None
+    try:
+        port, token = gather_objects((watch.port, watch.token) if watch else None)[0]
+        trouble = ""
+        try:
+            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token, **limits)
+        except OSError as error:
+            trouble = f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}"
+        trouble = next(filter(None, gather_objects(trouble)), "")
+    except RuntimeError as error:
+        raise UserError(f"rank {launch.rank} lost the other ranks at once: {_first_line(error)}") from None
+    if trouble or watch is None:  # all ranks say so, and none waits for the one that is not watched
+        raise UserError(trouble)
+    return watch
+
+
+def _lost_others(error: BaseException, watch: Watch) -> str:
+    """What became of the others, where that is why this rank's collective failed; else empty."""
+    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return ""
+    return watch.news(NEWS_SECONDS) or f"rank {rank()} lost the other ranks: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def describe(device: torch.device, timeout_minutes: float) -> str:
+    """How many processes there are, where, and how they talk, in one line; every rank calls this."""
+    hosts = gather_objects(platform.node())
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if world_size() == 1:
+        return f"one process, {kind}"
+    launch, nodes = launched(), len(set(hosts))
+    where = f"{nodes} node{'s'[: nodes > 1]}" + (f" ({launch.launcher})" if launch else "")
+    return (
+        f"{world_size()} processes on {where}, {kind}, {dist.get_backend()}, timeout {timeout_minutes:g} minutes; "
+        f"rank 0 is {device} on {hosts[0]}"
+    )
+
+
+def _come_to_collective() -> None:
+    global _collectives
+    _collectives += 1
+
+
+def all_gather(local: Tensor) -> Tensor:
+    """Rows of all ranks in rank order: [b, ...] → [K·b, ...], no gradient. Every rank passes the same shape."""
+    local = local.detach()
+    if world_size() == 1:
+        return local
+    _come_to_collective()
+    local = local.contiguous()
+    gathered = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    gather(gathered, local)
+    return gathered
+
+
+def all_sum(local: Tensor) -> Tensor:
+    """The sum over ranks, no gradient; the input is not changed."""
+    total = local.detach().clone()
+    if world_size() > 1:
+        _come_to_collective()
+        dist.all_reduce(total)
+    return total
+
+
+def all_mean(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The means over ranks of tensors of any shapes, no gradient; one collective. Every rank passes the same shapes."""
+    if world_size() == 1:
+        return parts
+    total = all_sum(torch.cat([part.reshape(-1) for part in parts])) / world_size()
+    pieces = total.split([part.numel() for part in parts])
+    return [piece.view_as(part).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of all ranks, on every rank."""
+    if world_size() == 1:
+        return value
+    _come_to_collective()
+    result = torch.tensor(value, device=device)
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return int(result)
+
+
+def gather_objects(value: object) -> list:
+    """Small Python values of all ranks, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    _come_to_collective()
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class OtherRankFailed(UserError):
+    """What another rank raised in `together`."""
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Do something without collectives on every rank; where one fails, all of them raise, and none waits for it.
+
+    Raises:
+        OtherRankFailed: on the ranks that did not fail themselves.
+    """
+    if world_size() == 1:
+        return action()
+    try:
+        result, error = action(), None
+    except Exception as caught:  # of any kind: the others must hear of it
+        result, error = None, caught
+    told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    for number, message in enumerate(gather_objects(None if error is None else told)):
+        if error is not None:
+            raise error
+        if message is not None:
+            raise OtherRankFailed(f"rank {number}: {message}")
+    return result  # type: ignore[return-value]  # there is one where nothing was raised
+
+
+def file_of_main(path: Path) -> Iterator[bytes]:
+    """The content of rank 0's file, piece by piece, on every rank; every rank has to take all pieces.
+
+    Raises:
+        UserError: rank 0 cannot read it. Every rank raises.
+    """
+    offset = 0
+    while True:
+        message: list[bytes | str] = [b""]
+        if is_main():
+            try:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    message[0] = file.read(PIECE)
+            except OSError as error:
+                message[0] = f"{path}: cannot be read: {error.strerror}"
+        if world_size() > 1:
+            _come_to_collective()
+            dist.broadcast_object_list(message, src=0)
+        piece = message[0]
+        if isinstance(piece, str):
+            raise UserError(piece)
+        if not piece:
+            return
+        offset += len(piece)
+        yield piece
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        _come_to_collective()
+        dist.barrier()
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """DDP over all ranks. The module itself in one process, where no parameter is trained (DDP refuses that), and
+    where its parameters are shared out: those exchange gradients by themselves."""
+    if world_size() == 1:
+        return module
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if trained and not any(isinstance(p, DTensor) for p in trained):
+        module = nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    # its forward pass begins with collectives of torch's own: buffers of rank 0, or parts of parameters
+    module.register_forward_pre_hook(lambda *_: _come_to_collective())
+    return module
+
+
+def without_exchange(module: nn.Module) -> AbstractContextManager:
+    """Inside, backward passes of a module from `data_parallel` keep their gradients to this rank, and add them up.
+
+    One whose parameters are shared out exchanges all the same: whole gradients would not fit."""
+    return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()

@@ -1,0 +1,99 @@
+"""Classes in words: text files of names and templates as people have them, and what the names of folders mean.
+
+ImageNet's folders are called after synsets of WordNet (n01440764). Their names are those that open_clip's numbers are
+made with; timm lists the synsets in the order of ImageNet's labels, which is that of open_clip's names.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import disttempnet.models  # noqa: F401 (makes torchvision importable, which timm and open_clip want)
+from disttempnet.data.listings.index import printable
+from disttempnet.data.shards.names import MAX_TEXT
+from disttempnet.errors import UserError
+from disttempnet.io.files import read_regular
+
+TEMPLATE = "a photo of a {c}."
+SYNSET = re.compile(r"n\d{8}")
+NUMBERED = re.compile(r"(n\d{8}|\d+)[-_. ]+(?=\D)")  # n02085620-Chihuahua of Stanford Dogs, 001.Albatross of CUB
+SHOWN = 5  # names in a note
+BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_lines(path: Path) -> tuple[list[str], list[str]]:
+    """Stripped lines of a text file, blank ones too, and what a reader has to know of its encoding.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        data = read_regular(path, MAX_TEXT)
+        codec = next((codec for bom, codec in BOMS.items() if data.startswith(bom)), "utf-8")
+        text, notes = data.decode(codec), []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        text, notes = data.decode("latin-1"), [f"{path.name} is not UTF-8: read as Latin-1"]
+    return [line.strip() for line in io.StringIO(text, newline=None)], notes
+
+
+def without_trailing_blanks(lines: Sequence[str]) -> list[str]:
+    """The lines up to the last that is not blank."""
+    last = max((number for number, line in enumerate(lines, 1) if line), default=0)
+    return list(lines[:last])
+
+
+def templates_of(path: Path) -> list[str]:
+    """Templates, a line each, of a file that may be missing. Raises UserError: one has no place for the name."""
+    templates = [line for line in read_lines(path)[0] if line] if path.is_file() else []
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"{path}: '{template}' has no {{c}} for the class name")
+    return templates or [TEMPLATE]
+
+
+def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Class names for keys, the names of folders or labels as they stand in data; and what a reader has to know.
+
+    A synset becomes ImageNet's name of it; a number or synset before a name goes; _ becomes a space.
+    """
+    imagenet = imagenet_names() if any(SYNSET.fullmatch(key) for key in keys) else {}
+    names, notes = [], []
+    for key in keys:
+        names.append(imagenet.get(key) or NUMBERED.sub("", key, count=1).replace("_", " "))
+    known = [f"{key} = {name}" for key, name in zip(keys, names, strict=True) if key in imagenet]
+    if known:
+        notes.append(f"{len(known)} synsets take ImageNet's class names: {some(known)}")
+    if unknown := [key for key in keys if SYNSET.fullmatch(key) and key not in imagenet]:
+        notes.append(
+            f"{len(unknown)} synsets are none of ImageNet-1k's 1,000 and no class names: {some(unknown)}: name them in "
+            "classnames.txt"
+        )
+    if stripped := [f"{key} = {name}" for key, name in zip(keys, names, strict=True) if NUMBERED.match(key)]:
+        notes.append(f"numbers before class names are left out: {some(stripped)}")
+    if numbers := [key for key in keys if key.strip().isdecimal()]:
+        notes.append(
+            f"{len(numbers)} classes have numbers for names, which say nothing to a text tower: {some(numbers)}: name "
+            "them in classnames.txt"
+        )
+    return names, notes
+
+
+@cache
+def imagenet_names() -> dict[str, str]:
+    """Synset → class name of ImageNet-1k's 1,000 classes, in the order of their labels."""
+    from open_clip import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    return dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(map(printable, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")

@@ -1,0 +1,192 @@
+"""Images of one's own in folders of classes as a task, `folder:PATH`; or CIFAR as its authors publish it for Python.
+
+PATH/CLASS/…/*.jpg, …         classes in the order of their folders' names, as torchvision has them
+PATH/classnames.txt           optional: a name a line, in that order; else the folders' names, of synsets ImageNet's
+PATH/templates.txt            optional: a template a line, {c} = the name; else "a photo of a {c}."
+PATH/test_batch, …            see cifar.py
+
+What is in the folder and not taken is said: hidden and empty folders, files that are no images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from disttempnet.data.listings.index import printable
+from disttempnet.data.shards.names import IMAGE_SUFFIXES
+from disttempnet.errors import UserError
+from disttempnet.evaluation.datasets.cifar import batch_of, read_cifar
+from disttempnet.evaluation.datasets.class_names import (
+    names_of,
+    read_lines,
+    some,
+    templates_of,
+    without_trailing_blanks,
+)
+from disttempnet.evaluation.tasks import FOLDER, Head, Sample, Task, TaskData
+
+# what `decode` reads, by the suffixes that its formats have
+SUFFIXES = frozenset({*IMAGE_SUFFIXES, "jpe", "jfif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
+EVALUATED = ("test", "val", "valid", "validation", "dev")  # folders that are splits of a data set, best first
+SPLITS = frozenset({*EVALUATED, "train", "training"})
+
+
+@dataclass
+class Seen:
+    """What a look through folders finds: images; hidden folders and images; other files by suffix."""
+
+    images: list[Path] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Classes:
+    """Samples with the number of their class; keys: what the classes are called where they lie; empty: folders that
+    are no classes, for want of images."""
+
+    samples: list[Sample] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def folder_data(task: Task, folder: Path) -> TaskData:
+    """Read a folder of classes, or of CIFAR.
+
+    Raises:
+        UserError: no classes with images in it, or class names that do not fit.
+    """
+    if batch_of(folder):
+        cifar = read_cifar(folder)
+        found = Classes([*cifar.samples], [*cifar.labels], [*cifar.names], notes=[*cifar.notes])
+    else:
+        try:
+            found = _class_folders(folder)
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    names, about_names = _class_names(folder, found)
+    head = Head(tuple(names), tuple(templates_of(folder / "templates.txt")))
+    return TaskData(task, tuple(found.samples), (head,), tuple(found.labels), notes=(*found.notes, *about_names))
+
+
+def _class_names(folder: Path, found: Classes) -> tuple[list[str], list[str]]:
+    """Of classnames.txt, a line a class; where some folders are without images, a line a folder will do.
+
+    A blank line may be a name; blank lines that are too many are none.
+    """
+    path = folder / "classnames.txt"
+    if not path.is_file():
+        return names_of(found.keys)
+    lines, notes = read_lines(path)
+    for folders in (found.keys, sorted([*found.keys, *found.empty])):
+        if len(lines) >= len(folders) and not any(lines[len(folders) :]):
+            return [name for name, key in zip(lines, folders, strict=False) if key in found.keys], notes
+    given = len(without_trailing_blanks(lines))
+    raise UserError(f"{path}: {given} names, but {len(found.keys)} classes with images: {some(found.keys)}")
+
+
+def _class_folders(folder: Path) -> Classes:
+    top, notes = _split_of(folder)
+    found, every = Classes(notes=notes), Seen()
+    for path in _folders_in(top, every):
+        seen = Seen()
+        _look(path, seen, ())
+        every.hidden += [str(Path(path.name, name)) for name in seen.hidden]
+        every.others += seen.others
+        if not seen.images:
+            found.empty.append(path.name)
+            continue
+        for file in sorted(seen.images):
+            name = printable(file.relative_to(folder).as_posix())
+            found.samples.append(Sample(name, file, 0, -1, (), "", plain=True))
+            found.labels.append(len(found.keys))
+        found.keys.append(path.name)
+    outside = [file.name for file in top.iterdir() if _is_image(file.name) and file.is_file()]
+    _refuse_no_classes(top, found.keys, outside, every)
+    notes += [f"left out, hidden: {some(every.hidden)}"] if every.hidden else []
+    notes += [f"left out, without images: {some(found.empty)}"] if found.empty else []
+    notes += (
+        [f"left out, in no folder of a class: {len(outside):,} images ({some(sorted(outside))})"] if outside else []
+    )
+    if every.others:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(every.others.items()))
+        notes.append(f"left out, no images that are read: {kinds}")
+    return found
+
+
+def _refuse_no_classes(folder: Path, classes: Sequence[str], outside: Sequence[str], seen: Seen) -> None:
+    if len(classes) > 1:
+        return
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(seen.others.items()))
+    there = f"; there are {kinds}" if kinds else f"; {len(outside):,} images lie beside each other" if outside else ""
+    if not classes:
+        raise UserError(f"{folder}: no images in folders of classes ({', '.join(sorted(SUFFIXES))}){there}")
+    raise UserError(
+        f"{folder}: all images lie in one folder, '{classes[0]}', and one class makes no task: name the folder whose "
+        "folders are the classes"
+    )
+
+
+def _split_of(folder: Path) -> tuple[Path, list[str]]:
+    """Where the folders of classes are: of a folder that holds splits (train/, val/, test/), in one of them."""
+    inside = {path.name.lower(): path for path in _folders_in(folder, Seen())}
+    if not inside or not inside.keys() <= SPLITS:
+        return folder, []
+    names = ", ".join(sorted(path.name for path in inside.values()))
+    for split in EVALUATED:
+        if split in inside and any(_holds_images(path) for path in _folders_in(inside[split], Seen())):
+            return inside[split], [f"{inside[split].name}/ is evaluated, of the splits {names}"]
+    raise UserError(
+        f"{folder}: holds the splits {names}, none to evaluate on: to take one, name it: {FOLDER}{folder}/…"
+    )
+
+
+def _folders_in(folder: Path, seen: Seen) -> list[Path]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if _is_hidden(path.name):
+                seen.hidden.append(path.name)
+            else:
+                found.append(path)
+    return found
+
+
+def _look(folder: Path, seen: Seen, above: tuple[tuple[int, int], ...], inside: str = "") -> None:
+    """All files below a folder; links are followed, but for those that lead back."""
+    status = folder.stat()
+    here = status.st_dev, status.st_ino
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = inside + entry.name
+            if _is_hidden(entry.name):
+                if entry.is_dir() or _is_image(entry.name):
+                    seen.hidden.append(name)
+            elif entry.is_dir():
+                _look(folder / entry.name, seen, (*above, here), f"{name}/")
+            elif _is_image(entry.name):  # a dead link, a pipe: images that cannot be read
+                seen.images.append(folder / entry.name)
+            else:
+                seen.others[Path(entry.name).suffix.lower() or "without suffix"] += 1
+
+
+def _holds_images(folder: Path) -> bool:
+    seen = Seen()
+    _look(folder, seen, ())
+    return bool(seen.images)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix[1:].lower() in SUFFIXES

@@ -1,0 +1,83 @@
+"""results.json: scores of one checkpoint on tasks without a data root. A second command adds its tasks to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.scores import Scores, from_record, to_record
+from disttempnet.io.files import refuse_unwritable, write_output
+
+RESULTS = "results.json"
+
+
+class Subject(NamedTuple):
+    """What was evaluated: a title for a reader, the hash of the weights, what a reader has to know of them."""
+
+    title: str
+    checkpoint: str
+    notes: Sequence[str] = ()
+
+
+def refuse_other(path: Path, subject: Subject) -> None:
+    """Raise UserError where a file cannot be written, or holds anything but results of this checkpoint."""
+    refuse_unwritable(path)
+    if path.is_file() and _known(path, subject) is None:
+        raise UserError(f"{path}: holds {_of_what(path)}: give another --out, or delete it")
+
+
+def default_place(run: Path, name: str, step: str, subject: Subject) -> Path:
+    """Where a run's results go unless it is said.
+
+    RUN/results.json; where that is of another checkpoint RUN/results-STEP.json; where the run cannot be written to (it
+    may be a colleague's) evaluation/NAME-STEP.json.
+
+    Raises:
+        UserError: none of them can be written, or is of this checkpoint.
+    """
+    places = [run / RESULTS, run / f"results-{step}.json"]
+    try:
+        refuse_unwritable(places[0])
+    except UserError:
+        places = [Path("evaluation") / f"{name}-{step}.json"]
+    for place in places[:-1]:
+        if not place.is_file() or _known(place, subject) is not None:
+            return place
+    refuse_other(places[-1], subject)
+    return places[-1]
+
+
+def write_results(path: Path, subject: Subject, results: Mapping[str, Scores]) -> None:
+    """Write scores, beside those of other tasks that the file has. Raises UserError: it cannot be written."""
+    known = _known(path, subject) if path.is_file() else None
+    head = {"model": subject.title, "checkpoint": subject.checkpoint, "notes": list(subject.notes)}
+    write_output(path, json.dumps({**head, **to_record({**(known or {}), **results})}, indent=2) + "\n")
+
+
+def _known(path: Path, subject: Subject) -> dict[str, Scores] | None:
+    """Scores of the same checkpoint; None where the file holds something else. Files of before there was a hash are
+    told apart by their titles."""
+    table = _read(path)
+    same = table.get("checkpoint", subject.checkpoint) == subject.checkpoint and table.get("model") == subject.title
+    try:
+        return from_record(table) if same else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _of_what(path: Path) -> str:
+    table = _read(path)
+    if not {"model", "results"} <= table.keys():
+        return "no results of an evaluation"
+    return f"the results of {table['model']}" + (", of other weights" if "checkpoint" in table else "")

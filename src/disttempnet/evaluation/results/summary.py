@@ -1,0 +1,107 @@
+"""summary.json beside eval_results.jsonl: what was evaluated, how, and the averages.
+
+The file is written from the records and can be written again from them at any time; nothing reads its averages back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.results.averages import averages, why_not
+from disttempnet.evaluation.results.records import TaskRecord
+from disttempnet.io.files import write_atomically
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was evaluated, and how.
+
+    Attributes:
+        model: name of the towers, `ViT-B-32`.
+        pretrained: name of the weights: open_clip's tag, or `RUN @ step 100`.
+        checkpoint: hash of the weights; empty where unknown.
+        precision: `fp32`, `bf16` or `datacomp`.
+        compat: which older program's quirks were kept; empty for none.
+        versions: package → version.
+        parameters: of both towers; 0 where unknown.
+        run: of a run its `name`, `config` (resolved, a plain table), `objective` (as in run.json) and `step`; empty for
+            other models. Runs whose configs differ in the seed alone are one group of a report.
+        notes: what was taken from the weights or done to them, in words (`Towers.notes`).
+    """
+
+    model: str
+    pretrained: str = ""
+    checkpoint: str = ""
+    precision: str = ""
+    compat: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    parameters: int = 0
+    run: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def title(self) -> str:
+        return " ".join(filter(None, (self.model, self.pretrained)))
+
+
+def write_summary(
+    folder: Path, subject: Subject, records: Mapping[str, TaskRecord], tags: Mapping[str, Sequence[str]]
+) -> Path:
+    """Write FOLDER/summary.json.
+
+    Args:
+        records: by key, those of FOLDER/eval_results.jsonl.
+        tags: key → tags, of every task that has a main metric.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = folder / SUMMARY_FILE
+    incomplete = {key: why_not(r) for key, r in records.items() if r.error or not r.complete}
+    table = {
+        **asdict(subject),
+        "averages": {
+            tag: {
+                "title": average.title,
+                "mean": average.mean,
+                "complete": average.complete,
+                "coverage": average.coverage,
+                "left_out": dict(average.left_out),
+            }
+            for tag, average in averages(records, tags).items()
+        },
+        "incomplete": incomplete,
+        "seconds": round(sum(record.seconds for record in records.values()), 3),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def read_subject(folder: Path) -> Subject | None:
+    """What FOLDER/summary.json says was evaluated; None where there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        subject = Subject(**{f.name: table[f.name] for f in fields(Subject) if f.name in table})
+        if not isinstance(subject.model, str) or not isinstance(subject.run, dict):
+            raise ValueError
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path}: damaged, not the summary of an evaluation") from None
+    return subject

@@ -1,0 +1,107 @@
+"""Which implementation contrasts: blocks of torch on any device, or Triton kernels on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from disttempnet.errors import UserError
+from disttempnet.losses.contrast import blocks
+from disttempnet.losses.contrast.pairs import Anchors, Pairs, Statistics
+
+KERNEL_SETTING = "DISTTEMPNET_KERNEL"  # environment: auto, torch, triton
+
+
+def use_kernel(embeddings: Tensor) -> bool:
+    """Whether the GPU kernels of triton.py compute this step: DISTTEMPNET_KERNEL says auto, torch or triton.
+
+    auto: on a GPU that can run them, where the run is in half precision anyway (autocast, or half embeddings): the
+    kernels round features to bf16. Call it before autocast is switched off.
+
+    Raises:
+        UserError: an unknown setting, or triton where it cannot run.
+    """
+    setting = os.environ.get(KERNEL_SETTING) or "auto"
+    if setting not in ("auto", "torch", "triton"):
+        raise UserError(f"{KERNEL_SETTING} must be auto, torch or triton, got '{setting}'")
+    if setting == "torch" or (setting == "auto" and not embeddings.is_cuda):
+        return False
+    reason = _unusable(embeddings)
+    if setting == "triton" and reason:
+        raise UserError(f"{KERNEL_SETTING}=triton: {reason}")
+    half = embeddings.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(embeddings.device.type)
+    return not reason and (half or setting == "triton")
+
+
+def _unusable(embeddings: Tensor) -> str:
+    """Why the kernels cannot run here; empty where they can."""
+    if not _triton_installed():
+        return "triton is not installed"
+    from disttempnet.losses.contrast import triton
+
+    return triton.unusable(embeddings)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def statistics(
+    pairs: Pairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
+) -> tuple[list[Statistics], list[Tensor]]:
+    """Statistics of this rank's image and text anchors, and what `feature_gradients` may use again.
+
+    Args:
+        positive, negatives: s_ii and n_i [b].
+        taus: [2, b], of image and text anchors; [1, b] where only those of images are wanted.
+        moments: whether m is wanted.
+        keep: whether a gradient will be asked for.
+
+    A row without negatives has ℓ = −inf, m = 0.
+    """
+    if not pairs.kernel:
+        return blocks.statistics(pairs, positive, taus, negatives, moments=moments, keep=keep)
+    from disttempnet.losses.contrast import triton
+
+    sides = [blocks.Running(tau, moments) for tau in taus]
+    features = (pairs.image, pairs.all_text), (pairs.text, pairs.all_image)
+    for side, (rows, others) in zip(sides, features, strict=False):
+        side.largest, side.total, side.moment = triton.row_statistics(rows, others, side.slope, pairs)
+    return [side.result(positive, negatives) for side in sides], []
+
+
+def feature_gradients(
+    pairs: Pairs, image: Anchors, text: Anchors, own_weight: Tensor, kept: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Σ_j (p_ij + p'_ji) column_j − own_weight_i · partner_i of every local row, of images and of texts, each [b, D].
+
+    p_ij is the weight that anchor i (a local row) gives to column j; p'_ji the weight that anchor j of the other
+    modality, on whichever rank, gives to row i. Both come from the same similarity s_ij.
+
+    Args:
+        image, text: anchors of the global batch [B].
+        own_weight: [b], what the positive pair weighs.
+        kept: from `statistics`.
+    """
+    if pairs.kernel and pairs.ids is None:  # the pair's own weight nearly cancels: not through bf16
+        own_weight = own_weight - _own_weight(pairs, image) - _own_weight(pairs, text)
+    gradients = pairs.text * -own_weight[:, None], pairs.image * -own_weight[:, None]
+    if not pairs.kernel:
+        blocks.add_negatives(pairs, image, text, *gradients, kept)
+        return gradients
+    from disttempnet.losses.contrast import triton
+
+    triton.add_negatives(pairs.image, pairs.all_text, image.rows(pairs.mine), text, pairs, gradients[0])
+    triton.add_negatives(pairs.text, pairs.all_image, text.rows(pairs.mine), image, pairs, gradients[1])
+    return gradients
+
+
+def _own_weight(pairs: Pairs, anchors: Anchors) -> Tensor:
+    """p_ii of this rank's anchors [b]."""
+    own = anchors.rows(pairs.mine)
+    return ((pairs.image * pairs.text).sum(1) * own.slope + own.offset).exp()

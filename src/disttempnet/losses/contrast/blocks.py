@@ -1,0 +1,135 @@
+"""Contrast in blocks, on any device: statistics of the anchors and the closed-form feature gradient.
+
+Only blocks of the b × B similarities exist at a time, so memory grows with the batch, not with its square; where all of
+them fit into `KEPT_BYTES` they are kept for the gradient. Nothing here is differentiated: the gradient is a formula.
+
+Where this rank's rows are all rows (one process), the columns are the other side's anchors, and both sides share one
+block: 8·B²·D FLOP a step, 6·B²·D with kept similarities. Else each side has blocks of its own: 12·b·B·D FLOP a rank,
+8·b·B·D with kept ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, Pairs, Statistics
+
+BLOCKS = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows and columns: what a core's cache holds, what fills a GPU
+KEPT_BYTES = 64 << 20  # of similarities that are kept for the gradient rather than computed again
+
+
+def statistics(
+    pairs: Pairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
+) -> tuple[list[Statistics], list[Tensor]]:
+    """As backend.statistics."""
+    sides = [Running(tau, moments) for tau in taus]
+    kept: list[Tensor] = []
+    size = pairs.image.element_size() * len(pairs.image) * len(pairs.all_image) * (1 if pairs.whole else 2)
+    keep = keep and size <= KEPT_BYTES
+    scratch = [_block_memory(pairs) for _ in range(1 + moments)]
+    for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, [], kept if keep else None):
+        sides[0].add(s, 1, r, scratch)
+        if pairs.whole and len(sides) == 2:
+            sides[1].add(s, 0, c, scratch)
+    if not pairs.whole and len(sides) == 2:
+        for r, _, s in _similarities(pairs.text, pairs.all_image, pairs, [], kept if keep else None):
+            sides[1].add(s, 1, r, scratch)
+    return [side.result(positive, negatives) for side in sides], kept
+
+
+def add_negatives(
+    pairs: Pairs, image: Anchors, text: Anchors, image_gradient: Tensor, text_gradient: Tensor, kept: list[Tensor]
+) -> None:
+    """Add Σ_j (p_ij + p'_ji) column_j of every local row to both sides' gradients [b, D]."""
+    scratch = [_block_memory(pairs) for _ in range(2)]
+    half = len(kept) // (1 if pairs.whole else 2)
+    own = image.rows(pairs.mine)
+    for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, kept[:half], None):
+        weight = _weights(s, own.rows(r), text.rows(c), scratch)
+        image_gradient[r].addmm_(weight, pairs.all_text[c])
+        if pairs.whole:
+            text_gradient[c].addmm_(weight.T, pairs.all_image[r])
+    if not pairs.whole:
+        own = text.rows(pairs.mine)
+        for r, c, s in _similarities(pairs.text, pairs.all_image, pairs, kept[half:], None):
+            text_gradient[r].addmm_(_weights(s, own.rows(r), image.rows(c), scratch), pairs.all_image[c])
+
+
+def blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of the rows and of the columns that cover all pairs, row after row."""
+    high, wide = BLOCKS.get(rows.device.type, BLOCKS["cuda"])
+    for top in range(0, len(rows), high):
+        for left in range(0, len(columns), wide):
+            yield slice(top, min(top + high, len(rows))), slice(left, min(left + wide, len(columns)))
+
+
+def _block_memory(pairs: Pairs) -> Tensor:
+    high, wide = BLOCKS.get(pairs.image.device.type, BLOCKS["cuda"])
+    return pairs.image.new_empty(min(high, len(pairs.image)) * min(wide, len(pairs.all_image)))
+
+
+def _similarities(
+    rows: Tensor, columns: Tensor, pairs: Pairs, kept: list[Tensor], keep: list[Tensor] | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of s, excluded pairs at EXCLUDED; read from `kept`, or appended to `keep`, or all in the same memory."""
+    memory = None if kept or keep is not None else _block_memory(pairs)
+    for number, (r, c) in enumerate(blocks(rows, columns)):
+        if kept:
+            yield r, c, kept[number]
+            continue
+        out = None if memory is None else _shaped(memory, r, c)
+        s = torch.mm(rows[r], columns[c].T, out=out)
+        if pairs.ids is not None and pairs.distinct:
+            s.diagonal(pairs.own + r.start - c.start).fill_(EXCLUDED)
+        elif pairs.ids is not None:
+            s.masked_fill_(pairs.ids[pairs.mine][r, None] == pairs.ids[c], EXCLUDED)
+        if keep is not None:
+            keep.append(s)
+        yield r, c, s
+
+
+def _shaped(memory: Tensor, r: slice, c: slice) -> Tensor:
+    high, wide = r.stop - r.start, c.stop - c.start
+    return memory[: high * wide].view(high, wide)
+
+
+def _weights(s: Tensor, rows: Anchors, columns: Anchors, scratch: list[Tensor]) -> Tensor:
+    """p_ij + p'_ji of a block; two passes and an exp2 each."""
+    mine, theirs = (memory[: s.numel()].view(s.shape) for memory in scratch)
+    torch.mul(s, LOG2E * rows.slope[:, None], out=mine).add_(LOG2E * rows.offset[:, None]).exp2_()
+    torch.mul(s, LOG2E * columns.slope, out=theirs).add_(LOG2E * columns.offset).exp2_()
+    return mine.add_(theirs)
+
+
+class Running:
+    """Log-sum-exp and moment of anchors [n], block after block: exponents (s − largest) / τ, in base 2."""
+
+    def __init__(self, tau: Tensor, moments: bool) -> None:
+        self.tau, self.moments, self.slope = tau, moments, LOG2E / tau
+        self.largest = torch.full_like(tau, EXCLUDED)
+        self.total, self.moment = torch.zeros_like(tau), torch.zeros_like(tau)
+
+    def add(self, s: Tensor, dim: int, piece: slice, scratch: list[Tensor]) -> None:
+        """A block of s whose anchors are the given piece; they are summed over dimension `dim`."""
+        before, slope, total = self.largest[piece], self.slope[piece], self.total[piece]
+        largest = torch.maximum(before, s.amax(dim))
+        step = (before - largest) * slope
+        factor = step.exp2()
+        exponent, weight = (memory[: s.numel()].view(s.shape) for memory in (scratch[0], scratch[-1]))
+        torch.sub(s, largest.unsqueeze(dim), out=exponent).mul_(slope.unsqueeze(dim))
+        torch.exp2(exponent, out=weight)
+        added = weight.sum(dim)
+        if self.moments:
+            shifted = factor * (self.moment[piece] + step * total)
+            self.moment[piece] = shifted + weight.mul_(exponent).sum(dim)
+        self.total[piece] = factor * total + added
+        self.largest[piece] = largest
+
+    def result(self, positive: Tensor, negatives: Tensor) -> Statistics:
+        alone, ahead = negatives == 0, (self.largest - positive) / self.tau
+        log_mean = ahead + self.total.log() - negatives.log()
+        mean = ahead + self.moment / self.total / LOG2E if self.moments else torch.zeros_like(ahead)
+        return Statistics(torch.where(alone, -torch.inf, log_mean), torch.where(alone, 0.0, mean))

@@ -1,0 +1,1 @@
+"""Mini-batch objectives outside the family, one a file: siglip, cyclip, vicreg, onlineclr."""

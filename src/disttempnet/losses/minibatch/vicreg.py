@@ -1,0 +1,83 @@
+"""VICReg: pairs agree, every dimension varies, no two dimensions say the same (arXiv 2105.04906).
+
+    minimise   λ (1/BD) Σ_i ‖x_i − y_i‖² + μ ½ [ v(X) + v(Y) ] + ν [ c(X) + c(Y) ]
+
+    v(Z) = (1/D) Σ_d max(0, 1 − √(C_dd + ε))      c(Z) = (1/D) Σ_{d≠e} C_de²      C = Z̄ᵀZ̄ / (B − 1),  Z̄ = Z − mean
+
+on embeddings that are not normalised. There are no negatives, and no temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from disttempnet import distributed
+from disttempnet.losses.objective import (
+    Context,
+    Features,
+    Ids,
+    LossOutput,
+    Objective,
+    compute_dtype,
+    exact_arithmetic,
+    with_gradient,
+)
+
+EPSILON = 1e-4  # under the root of the variance
+
+
+class VicRegLoss(Objective):
+    """Variance, invariance, covariance of the global batch.
+
+    Args:
+        context: not needed.
+        invariance, variance, covariance: λ, μ, ν.
+
+    A global batch of one row has no spread: its variance and covariance count as 0, and only the pair is pulled
+    together.
+    """
+
+    def __init__(
+        self, context: Context, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
+    ) -> None:
+        super().__init__()
+        if min(invariance, variance, covariance) < 0:
+            raise ValueError(
+                f"invariance {invariance}, variance {variance} and covariance {covariance} must not be negative"
+            )
+        self.invariance, self.variance, self.covariance = invariance, variance, covariance
+
+    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+        """This rank's embeddings [b, D]. Metrics: loss, and the three terms without their weights."""
+        ids = self.checked(features, ids)
+        with exact_arithmetic(features.image.device):
+            return self._step(features.image_embedding, features.text_embedding)
+
+    def _step(self, image: Tensor, text: Tensor) -> LossOutput:
+        dtype, (b, width) = compute_dtype(image), image.shape
+        batch = b * distributed.world_size()
+        both = torch.stack([image.detach(), text.detach()]).to(dtype)
+        gap = both[0] - both[1]
+        *sums, gaps = distributed.all_sum(torch.stack([*both.sum(1), gap.square().sum(0)]))
+        centred = both - torch.stack(sums)[:, None] / batch
+        freedom = max(batch - 1, 1)
+        cov = distributed.all_sum(centred.mT @ centred) / freedom  # [2, D, D]
+        spread = (cov.diagonal(dim1=1, dim2=2) + EPSILON).sqrt()  # [2, D]
+        off_diagonal = cov - torch.diag_embed(cov.diagonal(dim1=1, dim2=2))
+
+        invariance = gaps.sum() / (batch * width)
+        variance = (1 - spread).relu().mean()  # over both sides: ½ of each
+        covariance = off_diagonal.square().sum() / width
+        value = self.invariance * invariance + self.variance * variance + self.covariance * covariance
+
+        # ∂value/∂C. Through C the gradient of a centred row is 2 Z̄ (∂C) / (B − 1). What goes through the mean is the
+        # mean of that over the rows of the batch, and 0: the rows of Z̄ sum to 0.
+        by_variance = torch.where(spread < 1, -self.variance / (4 * width * spread), 0.0)
+        by_cov = 2 * self.covariance / width * off_diagonal + torch.diag_embed(by_variance)
+        ranks = batch // b  # the mean over ranks is taken of what must be the sum
+        gradient = 2 * ranks / freedom * (centred @ by_cov)
+        pair = 2 * self.invariance / (b * width) * gap
+        total = with_gradient(value, image, text, gradient[0] + pair, gradient[1] - pair)
+        metrics = {"loss": value, "invariance": invariance, "variance": variance, "covariance": covariance}
+        return LossOutput(total, metrics)

@@ -1,0 +1,288 @@
+"""The one list of objectives: name → what it minimises, where it comes from, and how it is built.
+
+To add an objective, add a row to `OBJECTIVES` (and a file, where it is no member of the family); numbers that it alone
+takes get a row of `ARGUMENT_RANGES`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from disttempnet.errors import unknown_name
+from disttempnet.io.ranges import SEED, Range, whole
+from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
+from disttempnet.losses.minibatch.cyclip import CyClipLoss
+from disttempnet.losses.minibatch.onlineclr import OnlineClrLoss
+from disttempnet.losses.minibatch.siglip import SigLipLoss
+from disttempnet.losses.minibatch.vicreg import VicRegLoss
+from disttempnet.losses.objective import Context, Objective
+from disttempnet.losses.sample_state import SampleState
+from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma
+from disttempnet.losses.temperature.network import NetworkTemperature
+from disttempnet.losses.temperature.scalar import (
+    ConstantTemperature,
+    LearnableTemperature,
+    PerSampleTemperature,
+    Temperature,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the list.
+
+    Attributes:
+        title: the objective's written name.
+        formula: what it minimises, in the symbols of docs/objectives.md.
+        temperature, gamma: kinds, in words.
+        source: paper.
+        arguments: its own arguments and their defaults.
+        build: takes a Context and the arguments.
+        note: what a reader of the defaults should know besides; may be empty.
+    """
+
+    title: str
+    formula: str
+    temperature: str
+    gamma: str
+    source: str
+    arguments: dict[str, Any]
+    build: Callable[..., Objective]
+    note: str = ""
+
+    def bytes_a_sample(self) -> int:
+        """Of per-sample state in float32, where every rank holds all of it."""
+        objective = self.build(Context(num_samples=1, embed_dim=8), **self.arguments)
+        return sum(m.bytes_a_sample for m in objective.modules() if isinstance(m, SampleState))
+
+
+def _own(part: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that a part leaves to the user, and their defaults."""
+    parameters = inspect.signature(part).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _family(
+    title: str,
+    temperature: type[Temperature],
+    gamma: type[Gamma] | None,
+    source: str,
+    /,
+    *,
+    robust: bool = True,
+    note: str = "",
+    **defaults: Any,
+) -> Recipe:
+    """A row of the family: one estimator × a temperature × a schedule of γ. `defaults` are the published values."""
+    of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
+    if not robust:
+        of_temperature.pop("rho", None)  # there is no ρ; the network `dist` divides by its own default
+    of_loss = ["rho"] * (robust and temperature.learns) + ["tau_gradient"] * (gamma is not None and temperature.learns)
+    own = _own(GlobalContrastiveLoss)
+    arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}
+    assert defaults.keys() <= arguments.keys()
+    arguments |= defaults
+
+    def build(context: Context, **given: Any) -> Objective:
+        return GlobalContrastiveLoss(
+            context,
+            temperature(context, **{name: given[name] for name in of_temperature}),
+            gamma(**{name: given[name] for name in of_gamma}) if gamma else None,
+            robust=robust,
+            **{name: given[name] for name in of_loss},
+        )
+
+    expectation = "log E_j exp(d_ij/τ)" if gamma else "log Σ_{j in batch} exp(d_ij/τ)"
+    if robust:
+        expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
+    kinds = {None: "–", ConstantGamma: "constant", CosineGamma: "cosine"}
+    return Recipe(title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build, note)
+
+
+def _minibatch(
+    title: str, loss: type[Objective], formula: str, source: str, *, temperature: str = "–", gamma: str = "–"
+) -> Recipe:
+    """A row that is no member of the family: its arguments and their published values stand in its signature."""
+    return Recipe(title, formula, temperature, gamma, source, _own(loss), loss)
+
+
+_MLP: dict[str, Any] = {"network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2}
+_ISOGCLR: dict[str, Any] = {"tau_optimizer": "momentum", "temperature": 0.01, "tau_min": 0.005, "tau_max": 0.05}
+_FASTCLIP: dict[str, Any] = {"gamma_min": 0.2, "gamma_decay_epochs": 18.0}
+_V3: dict[str, Any] = {"rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}
+
+OBJECTIVES: dict[str, Recipe] = {
+    "clip": _family("CLIP", LearnableTemperature, None, "arXiv 2103.00020", robust=False),
+    "clip-constant": _family(
+        "CLIP, constant τ", ConstantTemperature, None, "arXiv 2103.00020", robust=False, temperature=0.07
+    ),
+    "clip-per-sample": _family(
+        "CLIP, τ per sample", PerSampleTemperature, None, "arXiv 2103.00020, 2305.11965", robust=False,
+        temperature=0.07, tau_lr=1e-3,
+    ),
+    "clip-network": _family(
+        "CLIP, τ by a network", NetworkTemperature, None, "arXiv 2103.00020, 2404.04575; the pairing is ours",
+        robust=False, **_MLP, tau_lr=1e-3,
+    ),
+    "sogclr": _family("SogCLR", ConstantTemperature, ConstantGamma, "arXiv 2202.12387"),
+    "isogclr": _family(
+        "iSogCLR", PerSampleTemperature, ConstantGamma, "arXiv 2305.11965",
+        rho=8.0, tau_lr=0.03, tau_beta=0.5, **_ISOGCLR,
+    ),
+    "tempnet": _family("TempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0),
+    "disttempnet": _family(
+        "DistTempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0,
+        note="the defaults are TempNet's as published; the published code of DistTempNet has rho = 9.5 and network = "
+        "'dist' with prototypes = 512 and tau_min = .001: configs/cc12m_vitb32_v0.toml",
+    ),
+    "disttempnet-v1": _family(
+        "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445",
+        rho=0.0, **_MLP, tau_lr=1e-4, tau_start_epoch=2,
+    ),
+    "fastclip-v0": _family(
+        "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP
+    ),
+    "fastclip-v1": _family(
+        "FastCLIP-v1", ConstantTemperature, CosineGamma, "arXiv 2407.01445", temperature=0.03, **_FASTCLIP
+    ),
+    "fastclip-v2": _family(
+        "FastCLIP-v2", PerSampleTemperature, CosineGamma, "arXiv 2407.01445", rho=7.0, **_FASTCLIP
+    ),
+    "fastclip-v3": _family(
+        "FastCLIP-v3", LearnableTemperature, CosineGamma, "arXiv 2407.01445", **_V3, **_FASTCLIP
+    ),
+    "fastclip-v3-constant-gamma": _family(
+        "FastCLIP-v3, constant γ", LearnableTemperature, ConstantGamma, "arXiv 2407.01445", **_V3, gamma=0.2
+    ),
+    "siglip": _minibatch(
+        "SigLIP", SigLipLoss, "−(1/B) Σ_ij log σ(±(s_ij/τ + b))", "arXiv 2303.15343",
+        temperature=LearnableTemperature.kind,
+    ),
+    "cyclip": _minibatch(
+        "CyCLIP", CyClipLoss, "CLIP + (λ_in/B) Σ_ij (x_i·x_j − y_i·y_j)² + (λ_cross/B) Σ_ij (s_ij − s_ji)²",
+        "arXiv 2205.14459", temperature=LearnableTemperature.kind,
+    ),
+    "vicreg": _minibatch(
+        "VICReg", VicRegLoss, "λ MSE(x, y) + μ mean_d max(0, 1 − std_d) + ν Σ_{d≠e} cov_de²/D", "arXiv 2105.04906"
+    ),
+    "onlineclr": _minibatch(
+        "onlineCLR", OnlineClrLoss, "τ log E_neg exp(s/τ) + 10 τ log E_pos exp(−s/10τ)", "arXiv 2305.11965 (code)",
+        temperature=ConstantTemperature.kind, gamma="constant",
+    ),
+}  # fmt: skip
+
+
+_POSITIVE, _RATE, _WEIGHT = Range(0, 10, above=True), Range(0, 10), Range(0, 10**6)
+_SHARE = Range(0, 1, above=True)
+
+ARGUMENT_RANGES: dict[str, Range] = {
+    **dict.fromkeys(("temperature", "tau_min", "tau_max"), _POSITIVE),
+    **dict.fromkeys(("tau_lr", "tau_threshold"), _RATE),
+    **dict.fromkeys(("tau_beta", "tau_beta2"), Range(0, 1, above=True, below=True)),
+    **dict.fromkeys(("gamma", "gamma_min", "tau_lr_decay"), _SHARE),
+    **dict.fromkeys(("in_modal", "cross_modal", "invariance", "variance", "covariance"), _WEIGHT),
+    "gamma_decay_epochs": Range(0, 10**6, above=True),
+    "tau_start_epoch": whole(0, 10**6),
+    "rho": Range(0, 100),
+    "dropout": Range(0, 1, below=True),
+    "feature_scale": Range(0, 10**4),
+    "prototypes": whole(1, 2**20),
+    "bias": Range(-1000, 1000),
+}
+_SIZES = {
+    "num_samples": whole(1, 10**12),
+    "embed_dim": whole(1, 65_536),
+    "seed": SEED,
+    "steps_per_epoch": whole(0, 10**12),
+}
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _checked(what: str, default: Any, value: Any, allowed: Range | None) -> Any:
+    """The value, as its range gives it. Raise ValueError unless it is of its default's kind: a number in its range, a
+    truth value, a string."""
+    if allowed is not None:
+        try:
+            number = allowed.check(value)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}, got {value!r}") from None
+        return value if type(value) is int else number
+    if not isinstance(value, type(default)):
+        kind = {bool: "true or false", str: "a string"}[type(default)]
+        raise ValueError(f"{what} must be {kind}, got {value!r}")
+    return value
+
+
+def build_loss(
+    name: str,
+    *,
+    num_samples: int,
+    embed_dim: int,
+    seed: int = 0,
+    steps_per_epoch: int = 0,
+    shard_state: bool = False,
+    **arguments: Any,
+) -> Objective:
+    """Build an objective by name.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        num_samples: N, the size of the data set; sample ids lie in [0, N).
+        embed_dim: D, width of the features.
+        seed: of the temperature network's start and dropout, and of `shuffle`; the same on every rank.
+        steps_per_epoch: calls of the loss in training after which the next epoch begins, such as len(loader); 0 = you
+            call `set_epoch(epoch)` at the start of every epoch.
+        shard_state: whether each rank holds the per-sample state of the samples that it owns alone, N / K of them. Else
+            every rank holds all of it, and `state_dict()` is right whichever rank saves it; `gather_state` makes one
+            of a sharded state.
+        arguments: the objective's own; see `OBJECTIVES[name].arguments`.
+
+    Returns:
+        A module called as `loss(Features.of(image_embeddings, text_embeddings), ids)` with this rank's rows; build it
+        after torch.distributed is initialised, and give your optimizer `loss.parameter_groups()`. It has
+        `set_epoch(epoch)` and `temperatures(image, text)`.
+
+    Raises:
+        ValueError: unknown name or argument (the message lists what exists), or a value out of range.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(unknown_name("objective", name, OBJECTIVES))
+    recipe = OBJECTIVES[name]
+    for argument, value in arguments.items():
+        if argument not in recipe.arguments:
+            raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
+        default, allowed = recipe.arguments[argument], ARGUMENT_RANGES.get(argument)
+        arguments[argument] = _checked(f"objective {name}: {argument}", default, _plain(value), allowed)
+    sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": steps_per_epoch}
+    for size, value in sizes.items():
+        sizes[size] = _checked(f"objective {name}: {size}", 0, value, _SIZES[size])
+    try:
+        objective = recipe.build(
+            Context(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state),
+            **{**recipe.arguments, **arguments},
+        )
+    except ValueError as error:
+        raise ValueError(f"objective {name}: {error}") from None
+    objective.steps_per_epoch = sizes["steps_per_epoch"]
+    objective.arguments = f"{name} {sizes} {arguments} shard_state={shard_state}"
+    _mark_for_accelerate(objective)
+    return objective
+
+
+def _mark_for_accelerate(objective: Objective) -> None:
+    """Let `Accelerator.prepare` pass an objective without parameters as it is.
+
+    On CPUs it wraps every module in DDP, which refuses those that have nothing to exchange; on GPUs it looks first.
+    """
+    if not torch.cuda.is_available() and not any(p.requires_grad for p in objective.parameters()):
+        objective._is_accelerate_prepared = True

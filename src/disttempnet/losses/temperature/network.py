@@ -1,0 +1,311 @@
+"""Temperature networks: τ of every anchor from its own feature (TempNet, arXiv 2404.04575).
+
+Shapes: b local rows, B global rows, D width, M prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from disttempnet.losses.learning import refuse_second_gradient
+from disttempnet.losses.objective import Context, as_numbers, as_tensor, exact_arithmetic
+from disttempnet.losses.temperature.scalar import Batch, Temperature, check_bounds
+
+NetworkForm = Literal["icml24", "dist", "mlp"]
+
+KEPT_ROWS = 4096  # of a rank, up to which the networks' activations are kept for the backward pass
+CHUNK_ROWS = 256
+
+
+class NetworkTemperature(Temperature):
+    """One network for images, one for texts, trained by an Adam of their own without weight decay.
+
+    Args:
+        context: gives D, and the seed of the start and of the dropout masks.
+        network: `icml24` and `dist` are the published forms, `mlp` a plain one that tells samples apart better.
+        prototypes: M of the published forms; hidden units of the mlp.
+        tau_min, tau_max: open bounds of τ.
+        rho: ρ of the robust objective; only the `dist` form divides by it (in `clip-network` by the default here).
+        dropout: share of the hidden (mlp: input) units that are dropped in training.
+        feature_scale: what the unit features are multiplied by; 0 = √D, which gives entries of unit size. At 1, as
+            published, the hidden layer hardly varies between samples, and neither does τ.
+        shuffle: an ablation: in training every anchor gets the τ of another, random pair of the batch. What that
+            costs is what the temperatures being one's own is worth.
+        tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch after the first.
+        tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved all similarities are
+            alike, the robust objective's best τ lies below tau_min, and a network that follows it there hardly comes
+            back.
+
+    Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
+    in the global batch and world size changes nothing.
+    """
+
+    kind = "network"
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        network: NetworkForm = "icml24",
+        prototypes: int = 256,
+        tau_min: float = 0.005,
+        tau_max: float = 0.05,
+        rho: float = 7.0,
+        dropout: float = 0.5,
+        feature_scale: float = 1.0,
+        shuffle: bool = False,
+        tau_lr: float = 3e-5,
+        tau_lr_decay: float = 0.9,
+        tau_start_epoch: int = 0,
+    ) -> None:
+        super().__init__()
+        if network not in NETWORKS:
+            raise ValueError(f"unknown network '{network}'; known: {', '.join(NETWORKS)}")
+        check_bounds(tau_min, tau_max)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if prototypes < 1:
+            raise ValueError(f"prototypes must be positive, got {prototypes}")
+        if not (tau_lr > 0 and 0 < tau_lr_decay <= 1):
+            raise ValueError(f"need tau_lr > 0 and 0 < tau_lr_decay <= 1, got {tau_lr} and {tau_lr_decay}")
+        if feature_scale < 0:
+            raise ValueError(f"feature_scale must not be negative, got {feature_scale}")
+        self.dropout, self.shuffle, self.seed = dropout, shuffle, context.seed
+        self.width = context.embed_dim
+        self.feature_scale = feature_scale or math.sqrt(context.embed_dim)
+        if tau_start_epoch < 0:
+            raise ValueError(f"tau_start_epoch must not be negative, got {tau_start_epoch}")
+        self.tau_lr, self.tau_lr_decay, self.tau_start_epoch = tau_lr, tau_lr_decay, tau_start_epoch
+        generator = torch.Generator().manual_seed(context.seed)
+        form = NETWORKS[network]
+        self.image, self.text = (
+            form(context.embed_dim, prototypes, tau_min, tau_max, rho, generator) for _ in range(2)
+        )
+        self.prototypes_wanted = prototypes if form.starts_from_features else 0
+        self.prototypes_started = 0
+
+    def learning_rate(self, epoch: float) -> float:
+        trained = int(epoch) - self.tau_start_epoch
+        return self.tau_lr * self.tau_lr_decay**trained if trained >= 0 else 0.0
+
+    @property
+    def changes(self) -> bool:
+        return self.tau_start_epoch > 0 or self.tau_lr_decay < 1
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
+        image, text = batch.image, batch.text
+        if self.training:
+            self._start_prototypes(batch)
+            if self.shuffle:
+                others = self._others(batch)
+                image, text = batch.all_image[others], batch.all_text[others]
+        return (
+            self._in_chunks(self.image, image, self._mask(batch, side=0)),
+            self._in_chunks(self.text, text, self._mask(batch, side=1)),
+        )
+
+    def _in_chunks(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        """τ [b]. Of large batches only a chunk's activations live at a time: the backward pass computes them again."""
+        if len(x) <= KEPT_ROWS:
+            return self._tau(network, x, mask)
+        tau = _Recomputed.apply(lambda rows, kept: self._tau(network, rows, kept), x, mask, *network.parameters())
+        assert isinstance(tau, Tensor)
+        return tau
+
+    def _tau(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        factors = None if mask is None else mask.to(x.dtype) / (1 - self.dropout)
+        tau: Tensor = network(self._scaled(x), factors)
+        return tau
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.width:
+            raise ValueError(f"features are {x.shape[1]} wide, the loss was built with embed_dim = {self.width}")
+        return x * self.feature_scale
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
+        """τ [2, n] without dropout, of features [n, D]."""
+        return torch.stack([self.image(self._scaled(image), None), self.text(self._scaled(text), None)])
+
+    def _mask(self, batch: Batch, side: int) -> Tensor | None:
+        """Which units of the local rows stay, bool [b, D]."""
+        if not self.training or self.dropout == 0:
+            return None
+        seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 62)
+        generator = torch.Generator(batch.image.device).manual_seed(seed)
+        kept = torch.empty(batch.all_image.shape, dtype=torch.bool, device=batch.image.device)
+        for rows in kept.split(CHUNK_ROWS):
+            # float32 draws whatever the features' type: the same mask at every precision
+            torch.ge(torch.rand(rows.shape, generator=generator, device=rows.device), self.dropout, out=rows)
+        return kept[batch.mine]
+
+    def _others(self, batch: Batch) -> Tensor:
+        """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
+        device = batch.image.device
+        seed = (self.seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # a stream apart from the masks'
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randperm(len(batch.all_image), generator=generator, device=device)[batch.mine]
+
+    @torch.no_grad()
+    def _start_prototypes(self, batch: Batch) -> None:
+        """Fill prototypes with the first features seen, of the other modality: they stand for an anchor's negatives.
+
+        The first min(M, B) come from the first global batch, the rest from the following ones: M and B are
+        independent, and the rows are the same at every world size. A row that is not finite leaves a random one.
+        """
+        start, count = (
+            self.prototypes_started,
+            min(self.prototypes_wanted - self.prototypes_started, len(batch.all_image)),
+        )
+        if count == 0:
+            return
+        for network, other in ((self.image, batch.all_text), (self.text, batch.all_image)):
+            rows, first = network.get_parameter("prototypes")[start : start + count], other[:count]
+            rows.copy_(torch.where(first.isfinite().all(1, keepdim=True), first.to(rows.dtype), rows))
+        self.prototypes_started = start + count
+
+    def get_extra_state(self) -> Tensor:
+        return as_tensor(self.prototypes_started)
+
+    def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
+        (started,) = as_numbers(state)
+        self.prototypes_started = round(started)
+
+
+class _Recomputed(torch.autograd.Function):
+    """tau(x, mask) in chunks of rows, whose activations the backward pass computes again. Leaner than torch's own
+    checkpoint, which imports its compiler at the first call: 70 MiB."""
+
+    @staticmethod
+    def forward(ctx: Any, tau: Callable[..., Tensor], x: Tensor, mask: Tensor | None, *parameters: Tensor) -> Tensor:
+        ctx.tau = tau
+        ctx.save_for_backward(x, mask, *parameters)
+        return torch.cat([tau(*chunk) for chunk in _chunks(x, mask)])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_gradient()
+        x, mask, *parameters = ctx.saved_tensors
+        total = [torch.zeros_like(p) for p in parameters]
+        with exact_arithmetic(x.device), torch.enable_grad():
+            for chunk, given in zip(_chunks(x, mask), upstream.split(CHUNK_ROWS), strict=True):
+                for sum_, gradient in zip(total, torch.autograd.grad(ctx.tau(*chunk), parameters, given), strict=True):
+                    sum_ += gradient
+        return (None, None, None, *total)
+
+
+def _chunks(x: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    rows = x.split(CHUNK_ROWS)
+    return list(zip(rows, [None] * len(rows) if mask is None else mask.split(CHUNK_ROWS), strict=True))
+
+
+class _BoundedNetwork(nn.Module):
+    """One modality's network: features [b, D] → τ [b] in (τ_min, τ_max)."""
+
+    starts_from_features = False
+
+    def __init__(self, tau_min: float, tau_max: float) -> None:
+        super().__init__()
+        self.tau_min, self.tau_max = tau_min, tau_max
+
+    def bounded(self, o: Tensor) -> Tensor:
+        """A smooth map onto (τ_min, τ_max): no hard clamp, which would block the gradient of the whole network."""
+        return (self.tau_max - self.tau_min) * o.sigmoid() + self.tau_min
+
+
+class _PrototypeNetwork(_BoundedNetwork):
+    """What both published forms share: f = dropout(σ(Linear(x))), q = f · normalize(P)ᵀ, w = softmax(q / e^scaler)."""
+
+    starts_from_features = True
+
+    def __init__(
+        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(tau_min, tau_max)
+        self.rho = rho
+        bound = 1 / math.sqrt(embed_dim)  # torch's own start of a Linear, drawn from our generator
+        self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.empty(embed_dim).uniform_(-bound, bound, generator=generator))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, embed_dim, generator=generator))
+        self.scaler = nn.Parameter(torch.tensor(math.log(0.01)))
+
+    def attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [b, D] → (w, σ(q)), each [b, M]. Parameters are used in x's dtype, so that float64 stays float64."""
+        dtype = x.dtype
+        hidden = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)).sigmoid()
+        if mask is not None:
+            hidden = hidden * mask
+        q = hidden @ F.normalize(self.prototypes.to(dtype), dim=1).T
+        return torch.softmax(q / self.scaler.to(dtype).exp(), dim=1), q.sigmoid()
+
+
+class IcmlNetwork(_PrototypeNetwork):
+    """τ = (τ_max − τ_min) σ(o) + τ_min with o = Linear_{M→1}((w − 1/M) ⊙ σ(q)) (arXiv 2404.04575, section 4)."""
+
+    def __init__(
+        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
+        self.out_weight = nn.Parameter(torch.ones(prototypes))
+        self.out_bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        w, s = self.attend(x, mask)
+        o = ((w - 1 / w.shape[1]) * s) @ self.out_weight.to(x.dtype) + self.out_bias.to(x.dtype)
+        return self.bounded(o)
+
+
+class DistNetwork(_PrototypeNetwork):
+    """The form of the first multi-node code: τ = (Linear_1(w ⊙ σ(q)) − Linear_2(σ(q) / M)) / ρ.
+
+    There τ was clamped at .001 with no upper bound. Here the same value passes through a sigmoid whose slope is 1
+    in the middle of (τ_min, τ_max): close to it inside, and the gradient never ends.
+    """
+
+    starts_from_features = False
+
+    def __init__(
+        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        if not rho:
+            raise ValueError("network dist divides by rho: give it a number other than 0")
+        super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
+        self.out_weight_1 = nn.Parameter(torch.ones(prototypes))
+        self.out_weight_2 = nn.Parameter(torch.ones(prototypes))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        w, s = self.attend(x, mask)
+        first, second = (w * s) @ self.out_weight_1.to(x.dtype), s @ self.out_weight_2.to(x.dtype) / w.shape[1]
+        middle, width = (self.tau_max + self.tau_min) / 2, self.tau_max - self.tau_min
+        return self.bounded(4 * ((first - second) / self.rho - middle) / width)
+
+
+class MlpNetwork(_BoundedNetwork):
+    """τ from two layers: o = v · gelu(W x + a) + c. Starts with v = 0: every τ in the middle of its range."""
+
+    def __init__(
+        self, embed_dim: int, hidden: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(tau_min, tau_max)
+        self.weight = nn.Parameter(torch.randn(hidden, embed_dim, generator=generator) / math.sqrt(embed_dim))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.out_weight = nn.Parameter(torch.zeros(hidden))
+        self.out_bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = F.gelu(F.linear(x if mask is None else x * mask, self.weight.to(x.dtype), self.bias.to(x.dtype)))
+        return self.bounded(hidden @ self.out_weight.to(x.dtype) + self.out_bias.to(x.dtype))
+
+
+NETWORKS: dict[str, type[_PrototypeNetwork] | type[MlpNetwork]] = {
+    "icml24": IcmlNetwork,
+    "dist": DistNetwork,
+    "mlp": MlpNetwork,
+}

@@ -1,0 +1,391 @@
+"""Where towers come from: which architecture a name means, which file has the weights, and what goes with them.
+
+A name is an architecture of open_clip or of the package, a JSON file with one, or a place that has an architecture and
+its weights: `local-dir:FOLDER` and `hf-hub:ORG/NAME`. Only the first two give towers without weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+
+from disttempnet.config import flat
+from disttempnet.errors import UserError, unknown_name
+from disttempnet.models import transformers_clip
+from disttempnet.models.weights import SUFFIXES, listed, one_line, refusal
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+HUB, FOLDER = "hf-hub:", "local-dir:"
+PLACES = (HUB, FOLDER)
+# One model under several names, as hubs have it: the first is taken.
+STANDARD = (
+    WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
+)  # fmt: skip
+OF_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
+# What trainers write beside weights: ours, accelerate's, transformers'.
+NO_WEIGHTS = ("trainer.pt", "shard-*-of-*.pt", "training_args.bin", "optimizer*", "scheduler*", "r*_state*", "scaler*")
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+# Keys of an architecture that two of the same weights may differ in: none changes a feature, or it is looked at apart.
+FREE = {
+    "custom_text", "init_logit_bias", "init_logit_scale", "quick_gelu", "text_cfg.context_length",
+    "text_cfg.hf_model_name", "text_cfg.hf_model_pretrained", "text_cfg.hf_tokenizer_name", "vision_cfg.image_size",
+    "vision_cfg.patch_dropout", "vision_cfg.timm_drop", "vision_cfg.timm_drop_path", "vision_cfg.timm_model_pretrained",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where towers come from.
+
+    Attributes:
+        architecture: open_clip's `model_cfg`; empty where the weights came without one.
+        weights: a file; None for random towers.
+        folder: on this disk, that a text encoder's config and tokenizer may lie in.
+        preprocess: open_clip's `preprocess_cfg`, as far as it is known.
+        from_transformers: the architecture is from transformers' config, which says what activation the weights want.
+        quick_gelu: the weights were trained with QuickGELU, whatever the named architecture has.
+        notes: what a reader of scores has to know of the weights.
+    """
+
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    folder: Path | None = None
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    from_transformers: bool = False
+    quick_gelu: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def find_origin(name: str, pretrained: str = "") -> Origin:
+    """The architecture that a name means, and the weights that go into it.
+
+    Args:
+        name: of an architecture, the path of a JSON file with one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+        pretrained: weights in place of a name's own: a tag of open_clip (`openai`, or `NAME/openai`), a file, a folder,
+            `local-dir:FOLDER`, `hf-hub:ORG/NAME`; empty for none.
+
+    Raises:
+        UserError: an unknown name or tag; a place without weights, or with several; weights of another architecture.
+    """
+    may_be_gone = name.startswith(PLACES) or name.endswith(".json")
+    own = None if may_be_gone else _named(name)  # a misspelt name is said before what is wrong with its weights
+    given = _weights(pretrained.removeprefix("open_clip:"), name) if pretrained else None
+    if given and given.architecture and may_be_gone and not Path(name).is_file():
+        return given  # a checkpoint stands for the place that its run began from
+    if name.startswith(PLACES):
+        return replace(_place(name), weights=given.weights) if given else _place(name)
+    own = own or _named(name)
+    if given is None:
+        return own
+    for key, ours, theirs in _differences(own.architecture, given.architecture):
+        place = pretrained if pretrained.startswith(PLACES) else f"{FOLDER}{given.folder}"
+        raise UserError(
+            f"model '{name}' has {key} = {ours!r}, the weights in {pretrained} have {theirs!r}: give the name that "
+            f"they were trained with, or take it from there by model.name={place}"
+        )
+    architecture, notes = dict(own.architecture), given.notes
+    if "init_logit_bias" in given.architecture:
+        architecture["init_logit_bias"] = given.architecture["init_logit_bias"]
+    if given.quick_gelu and not architecture.get("quick_gelu"):
+        architecture["quick_gelu"] = True
+        notes = (*notes, f"QuickGELU, as the weights '{pretrained}' were trained with; {name} alone has GELU")
+    return replace(given, architecture=architecture, folder=given.folder or own.folder, notes=notes)
+
+
+def is_random(name: str, pretrained: str) -> bool:
+    """Whether these name an architecture alone."""
+    return not pretrained and not name.startswith(PLACES)
+
+
+def read_target(target: str) -> tuple[str, str] | None:
+    """The (name, pretrained) of `load_model` that a target of `evaluate` means; None for a run or its checkpoint.
+
+    Raises:
+        UserError: it could mean several things, or none: how to write it.
+    """
+    rest = target.removeprefix("open_clip:")
+    explicit = rest != target
+    name, _, tag = rest.partition("/")
+    path = Path(rest)
+    if rest.startswith(PLACES):
+        return rest, ""
+    if explicit and name in open_clip.list_models():
+        return name, tag
+    if not explicit and ((path / "trainer.pt").is_file() or (path / "checkpoints").is_dir()):
+        return None
+    if path.is_file():
+        return _file_target(path), ""
+    if (path / CONFIG_NAME).is_file() or (path / transformers_clip.CONFIG_NAME).is_file():
+        return f"{FOLDER}{rest}", ""
+    if explicit:
+        return name, tag
+    if path.is_dir():
+        if any(file.suffix in SUFFIXES for file in path.iterdir()):
+            raise UserError(
+                f"{target}: no run, and no {CONFIG_NAME} says which architecture the weights in it are of: name it, as "
+                f"open_clip:NAME/{target}"
+            )
+        return None
+    if name in open_clip.list_models():
+        if not tag:
+            tags = listed(open_clip.list_pretrained_tags_by_model(name), 8)
+            raise UserError(
+                f"{name}: with which weights? {name}/TAG ({tags or 'open_clip has none of this one'}), {name}/FILE, or "
+                f"open_clip:{name} for random ones"
+            )
+        return name, tag
+    if tag and "/" not in tag and not Path(tag).suffix and name.isidentifier():
+        raise UserError(
+            f"{target}: no such run folder or checkpoint; write {HUB}{target} for a repository of the Hugging Face "
+            f"Hub. For open_clip's NAME/TAG: {unknown_name('model', name, open_clip.list_models())}"
+        )
+    return None
+
+
+def _file_target(path: Path) -> str:
+    """The name that a file means: an architecture, or weights with their architecture beside them."""
+    if path.suffix == ".json":
+        return str(path)
+    if (path.parent / CONFIG_NAME).is_file():
+        return f"{FOLDER}{path}"
+    raise UserError(
+        f"{path}: a file of weights says nothing of its architecture: name it, as open_clip:NAME/{path} "
+        f"(open_clip:ViT-B-32/{path}), or put its {CONFIG_NAME} beside it"
+    )
+
+
+def _named(name: str) -> Origin:
+    """An architecture alone."""
+    if name.endswith(".json"):
+        path = Path(name)
+        table = _json(path)
+        architecture = _architecture(table.get("model_cfg", table), path)
+        return Origin(architecture, folder=path.parent, preprocess=_preprocess(table.get("preprocess_cfg"), path))
+    architecture = open_clip.get_model_config(name)
+    if architecture is None:
+        base, _, tag = name.partition("/")
+        if tag and base in open_clip.list_models():
+            raise UserError(f"model '{name}' names weights too: write model.name={base} model.pretrained={tag}")
+        if name and Path(name).exists():
+            raise UserError(f"model '{name}' is a path: write {FOLDER}{name}, or the name of an architecture")
+        raise UserError(unknown_name("model", name, open_clip.list_models()))
+    return Origin(architecture)
+
+
+def _place(name: str) -> Origin:
+    """An architecture with its weights.
+
+    Raises:
+        UserError: one of the two is not there.
+    """
+    if name.startswith(HUB):
+        return _repository(name.removeprefix(HUB))
+    if name == FOLDER:
+        raise UserError(f"'{name}' names no folder (the current one is {FOLDER}.)")
+    path = Path(name.removeprefix(FOLDER)).expanduser()
+    if path.is_file():
+        return replace(_described(path.parent / CONFIG_NAME), weights=path)
+    if not path.is_dir():
+        raise UserError(f"{name}: no such folder")
+    found = _folder(path)
+    if not found.architecture:
+        raise UserError(
+            f"{name}: has no {CONFIG_NAME} that says which architecture its weights are of: name it, as "
+            f"open_clip:NAME/{found.weights}, or in a config model.name=NAME model.pretrained={found.weights}"
+        )
+    return found
+
+
+def _folder(path: Path) -> Origin:
+    """What is in a folder: its weights, and their architecture where it says that."""
+    if (path / CONFIG_NAME).is_file():
+        described = _described(path / CONFIG_NAME)
+        return replace(described, weights=_weights_in(path, STANDARD))
+    described = _without_config(path)
+    return replace(described, weights=_weights_in(path, (*OF_TRANSFORMERS, *STANDARD)))
+
+
+def _without_config(folder: Path) -> Origin:
+    """What transformers' `config.json` says in a folder without open_clip's; nothing where there is none."""
+    config = folder / transformers_clip.CONFIG_NAME
+    if not config.is_file() or "model_type" not in _json(config):
+        return Origin(folder=folder)
+    return _of_transformers(config, folder / transformers_clip.PREPROCESS_NAME)
+
+
+def _described(config: Path) -> Origin:
+    """An architecture and how its pixels are prepared, from an `open_clip_config.json`."""
+    table = _json(config)
+    for section in ("preprocess_cfg", "model_cfg"):
+        if not isinstance(table.get(section), dict):
+            raise UserError(f"{config}: not an open_clip config with a '{section}'")
+    architecture = _architecture(table["model_cfg"], config)
+    preprocess = _preprocess(table["preprocess_cfg"], config)
+    quick = bool(architecture.get("quick_gelu"))
+    return Origin(architecture, folder=config.parent, preprocess=preprocess, quick_gelu=quick)
+
+
+def _of_transformers(config: Path, preprocess: Path | None) -> Origin:
+    """The same from the files of transformers."""
+    try:
+        architecture = transformers_clip.open_clip_architecture(_json(config), str(config.parent))
+    except (TypeError, AttributeError, ValueError, ArithmeticError):
+        raise UserError(f"{config}: damaged, not the config of a CLIPModel") from None
+    table = _json(preprocess) if preprocess and preprocess.is_file() else {}
+    prepared = _preprocess(transformers_clip.open_clip_preprocess(table), preprocess or config)
+    quick = architecture["quick_gelu"]
+    return Origin(architecture, preprocess=prepared, folder=config.parent, from_transformers=True, quick_gelu=quick)
+
+
+def _weights_in(folder: Path, standard: Sequence[str]) -> Path:
+    """The file of weights in a folder: the first of the standard names that is there, else the only one.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    for name in standard:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    found = [path for path in found if not any(map(path.match, NO_WEIGHTS))]
+    if not found:
+        why = "holds no weights"
+        if (folder / "checkpoints").is_dir():
+            why += " (a run folder? name one of its checkpoints)"
+        elif (folder / CONFIG_NAME).is_file():
+            why += f"; {folder / CONFIG_NAME} as model.name means its architecture with random ones"
+        raise UserError(f"{folder}: {why}")
+    if len(found) > 1:
+        names = listed([path.name for path in found], 8)
+        raise UserError(f"{folder}: holds several files of weights ({names}): name the one, as {found[-1]}")
+    return found[0]
+
+
+def _repository(name: str) -> Origin:
+    """A repository of the Hugging Face Hub, or what its cache holds of it.
+
+    Raises:
+        UserError: no config or no weights there, and none to be had.
+    """
+    config, why = _downloaded(name, CONFIG_NAME)
+    if config is not None:
+        # its encoder and tokenizer, if it has some of Hugging Face, are repositories of their own
+        described, files = replace(_described(config), folder=None), (STANDARD[0], STANDARD[2])
+    else:
+        config, _ = _downloaded(name, transformers_clip.CONFIG_NAME)
+        if config is None:
+            raise UserError(f"{HUB}{name}: no {CONFIG_NAME} in the cache, and none to be had from the Hub ({why})")
+        preprocess, _ = _downloaded(name, transformers_clip.PREPROCESS_NAME)
+        described, files = _of_transformers(config, preprocess), OF_TRANSFORMERS
+    weights, why = _downloaded(name, *files)
+    if weights is None:
+        raise UserError(
+            f"{HUB}{name}: its weights ({' or '.join(files)}) are not in the cache, and not to be had from the Hub "
+            f"({why}); {config} as model.name means its architecture with random ones"
+        )
+    return replace(described, weights=weights)
+
+
+def _downloaded(repository: str, *files: str) -> tuple[Path | None, str]:
+    """The first of the files that a repository has, and why there is none."""
+    why = ""
+    for file in files:
+        try:
+            return Path(download_pretrained_from_hf(repository, file)), ""
+        except (OSError, ValueError) as error:
+            why = one_line(str(error).rpartition("Last error:")[2], 160)
+    return None, why
+
+
+def _weights(pretrained: str, name: str) -> Origin:
+    """Weights that were named apart from the architecture, with what is known of them."""
+    if pretrained.startswith(PLACES):
+        return _place(pretrained)
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.exists():
+        if path.name in STANDARD and (path.parent / CONFIG_NAME).is_file():
+            return replace(_described(path.parent / CONFIG_NAME), weights=path)
+        if path.name in OF_TRANSFORMERS and not (path.parent / CONFIG_NAME).is_file():
+            return replace(_without_config(path.parent), weights=path, folder=None)
+        return Origin(weights=path)
+    return _tagged(pretrained, name)
+
+
+def _tagged(pretrained: str, name: str) -> Origin:
+    """Weights of open_clip by their tag."""
+    base, slash, tag = pretrained.rpartition("/")
+    if slash and base in open_clip.list_models():
+        if base != name:
+            raise UserError(f"'{pretrained}' are weights of {base}, the model is '{name}': model.name={base}")
+        pretrained = tag
+    known = open_clip.get_pretrained_cfg(name, pretrained)
+    if not known:
+        if "/" in pretrained or Path(pretrained).suffix in SUFFIXES:
+            raise refusal(pretrained, "no such file or folder")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if not tags:
+            raise UserError(f"'{pretrained}' is no file or folder, and open_clip has no weights of {name}")
+        raise UserError(f"{name}: {unknown_name('weights', pretrained, tags)}")
+    try:
+        weights = Path(download_pretrained(known))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"weights '{name}/{pretrained}' cannot be had: {one_line(error)}") from None
+    return Origin(weights=weights, preprocess=_preprocess(known, name), quick_gelu=bool(known.get("quick_gelu")))
+
+
+def _architecture(table: Any, path: Path) -> dict[str, Any]:
+    """A `model_cfg` from a file.
+
+    Raises:
+        UserError: it is none.
+    """
+    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    if not isinstance(table, dict) or not all(isinstance(table.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path}: no architecture of open_clip (embed_dim, vision_cfg, text_cfg)")
+    return copy.deepcopy(table)
+
+
+def _preprocess(table: Any, source: Path | str) -> dict[str, Any]:
+    """What of a `preprocess_cfg`, or of what open_clip knows of a tag, is asked of evaluation.
+
+    Raises:
+        UserError: means or deviations that are not three numbers.
+    """
+    found = {key: table[key] for key in PREPROCESSING if key in table} if isinstance(table, dict) else {}
+    for key in ("mean", "std"):
+        values = found.get(key, (1, 1, 1))
+        if not isinstance(values, (list, tuple)) or [type(v) in (int, float) for v in values] != [True] * 3:
+            raise UserError(f"{source}: '{key}' of preprocess_cfg must be three numbers (got {values!r})")
+    return found
+
+
+def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Keys that two architectures both have, with the values, where these differ and must not."""
+    ours, theirs = flat(dict(own)), flat(dict(other))
+    both = [key for key in ours if key in theirs and key not in FREE]
+    return [(key, ours[key], theirs[key]) for key in both if ours[key] != theirs[key]]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file; empty where it holds something else.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        return {}
+    return table if isinstance(table, dict) else {}

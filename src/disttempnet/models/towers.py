@@ -1,0 +1,375 @@
+"""The two towers, through open_clip: by name, from its checkpoints and into checkpoints that it opens.
+
+Own architectures are JSON files in models/, in open_clip's format. A saved model is a folder with
+`open_clip_config.json` and `open_clip_model.safetensors`: `open_clip.create_model_and_transforms("local-dir:FOLDER")`
+opens it, and so does `pretrained=FOLDER/open_clip_model.safetensors` where open_clip knows the architecture. With a
+Hugging Face text tower the folder also holds that tower's config and tokenizer, and `load_model` opens it, offline.
+Which architecture and which file a name means is models/origin.py's, how a file is read models/weights.py's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+import pickle
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from disttempnet.errors import UserError
+from disttempnet.models.weights import misfit, one_line, read_weights, refusal, without_prefix
+
+MODEL_FOLDER = Path(__file__).with_name("architectures")
+
+
+def _allow_torchvision_without_native_ops() -> None:
+    """Let torchvision's Python part load where its compiled part cannot.
+
+    The wheels that package registries carry for Linux are built for CUDA; beside a CPU-only torch their library
+    does not load and `import torchvision` fails at registering two operators that this project never calls.
+    Declaring these two is enough for everything used here (open_clip, timm, transforms).
+    """
+    spec = importlib.util.find_spec("torchvision")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for library in Path(folder).glob("_C*.so"):
+            try:
+                torch.ops.load_library(str(library))
+            except OSError:
+                stubs = torch.library.Library("torchvision", "FRAGMENT")
+                for name in ("nms", "qnms"):
+                    stubs.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                _STUBS.append(stubs)
+
+
+_STUBS: list[torch.library.Library] = []  # an operator lives as long as the library object that declared it
+_allow_torchvision_without_native_ops()
+
+import open_clip  # noqa: E402
+from open_clip.convert import convert_state_dict, load_big_vision_weights  # noqa: E402
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed  # noqa: E402
+from open_clip.tokenizer import HFTokenizer  # noqa: E402
+from timm.layers import resample_abs_pos_embed  # noqa: E402
+
+from disttempnet.models import pretrained as parts  # noqa: E402 (torchvision is imported there too)
+from disttempnet.models import transformers_clip  # noqa: E402
+from disttempnet.models.origin import CONFIG_NAME as CONFIG_NAME  # noqa: E402
+from disttempnet.models.origin import WEIGHTS_NAME as WEIGHTS_NAME  # noqa: E402
+from disttempnet.models.origin import Origin, find_origin  # noqa: E402
+from disttempnet.models.origin import is_random as is_random  # noqa: E402
+from disttempnet.models.origin import read_target as read_target  # noqa: E402
+from disttempnet.models.text import Tokenizer, accept_trimmed, wordwise  # noqa: E402
+
+open_clip.add_model_config(MODEL_FOLDER)
+
+PREPROCESS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+
+
+class Resizing(NamedTuple):
+    """How evaluation makes the towers' square of an image; what open_clip's `preprocess_cfg` says of it.
+
+    Attributes:
+        mode: `shortest` side to that of the square, and its centre; `longest` side, on black; `squash`, both sides.
+        interpolation: `bicubic` or `bilinear`.
+    """
+
+    mode: str = "shortest"
+    interpolation: str = "bicubic"
+
+
+AS_CLIP = Resizing()
+TEXT_POSITIONS = ("positional_embedding", "text.positional_embedding")
+IMAGE_POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
+OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights in OpenAI's own files
+
+
+@dataclass(frozen=True)
+class Towers:
+    """An image and a text tower with what is needed to feed them.
+
+    Attributes:
+        module: open_clip's model: `encode_image(pixels [b, 3, s, s])` and `encode_text(tokens [b, L])`.
+        tokenizer: list of captions → int64 tokens [b, L].
+        architecture: open_clip's `model_cfg`, as written into `open_clip_config.json`.
+        image_size: side of the square input in pixels.
+        mean, std: per channel, of pixels scaled to [0, 1].
+        resizing: how an image becomes that square; many published weights want another than CLIP's own.
+        notes: what was taken from the weights or done to them, in words: a reader of scores has to know it.
+    """
+
+    name: str
+    module: open_clip.CLIP
+    tokenizer: Tokenizer
+    architecture: dict
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resizing: Resizing = AS_CLIP
+    notes: tuple[str, ...] = ()
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.architecture["embed_dim"])
+
+
+def load_model(
+    name: str,
+    pretrained: str = "",
+    *,
+    image_pretrained: str = "",
+    text_pretrained: str = "",
+    resize_positions: bool = False,
+) -> Towers:
+    """Build towers by name, randomly initialised or from weights.
+
+    Args:
+        name: an open_clip architecture (`ViT-B-32`), one of the package's own, or the path of a JSON file with one:
+            random towers, unless `pretrained` gives them weights. `hf-hub:ORG/NAME` and `local-dir:FOLDER` bring their
+            weights with them.
+        pretrained: weights of both towers: an open_clip tag, the path of a file (.safetensors, .pt), a folder that
+            save_model, open_clip or transformers (CLIPModel) wrote, `hf-hub:…` or `local-dir:…`. What says how pixels
+            are normalised is taken along.
+        image_pretrained: weights of a timm image tower alone, and the normalisation that goes with them: a file, or
+            a name that timm knows.
+        text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, or a name of the hub.
+        resize_positions: take weights of another image size, with their position embeddings interpolated.
+
+    Raises:
+        UserError: unknown name or tag, missing or unfitting weights, a damaged `open_clip_config.json`.
+    """
+    silenced, root = logging.root.manager.disable, logging.getLogger()
+    handlers = list(root.handlers)
+    logging.disable(logging.WARNING)  # libraries warn about random weights, which is what is asked for here
+    try:
+        origin = find_origin(name, pretrained)
+        state, changes = _state(origin)
+        architecture = {**origin.architecture, **changes}
+        module, tokenizer = _build(name, architecture, origin, text_pretrained)
+        notes = [*origin.notes, *(["QuickGELU, as OpenAI's weights want it"] if "quick_gelu" in changes else [])]
+        if origin.weights is not None:
+            notes += _fill(module, name, origin.weights, state, resize_positions)
+        own = parts.load_image_tower(module, image_pretrained) if image_pretrained else {}
+    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        named = {"weights": pretrained, "image weights": image_pretrained, "text weights": text_pretrained}
+        what = ", ".join([f"model '{name}'", *(f"{kind} '{path}'" for kind, path in named.items() if path)])
+        raise UserError(f"{what} cannot be loaded: {one_line(error)}") from None
+    finally:
+        logging.disable(silenced)
+        root.handlers[:] = handlers
+    accept_trimmed(module)
+    preprocess = {**PREPROCESS, **origin.preprocess, **own}
+    size = module.visual.image_size
+    return Towers(
+        name=name,
+        module=module,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        image_size=int(size if isinstance(size, int) else size[0]),
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        resizing=Resizing(
+            str(preprocess.get("resize_mode", "shortest")), str(preprocess.get("interpolation", "bicubic"))
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _state(origin: Origin) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of an origin's file, and what it alone says of the architecture: a bias, OpenAI's activation."""
+    if origin.weights is None or origin.weights.suffix == ".npz":
+        return {}, {}
+    state, changes = read_weights(origin.weights), dict[str, Any]()
+    if transformers_clip.has_its_names(state):
+        if not origin.from_transformers:
+            raise refusal(
+                origin.weights,
+                "it has the names of transformers' CLIPModel: name its folder, whose "
+                f"{transformers_clip.CONFIG_NAME} says which activation it was trained with",
+            )
+        state = transformers_clip.open_clip_state(state)
+    biases = [value for key, value in state.items() if key.split(".")[-1] == "logit_bias"]
+    if biases and origin.architecture.get("init_logit_bias") is None:
+        changes["init_logit_bias"] = float(biases[0])
+    if state.keys() >= OPENAI and not origin.architecture.get("quick_gelu"):
+        changes["quick_gelu"] = True
+    return {key: value for key, value in state.items() if key not in OPENAI}, changes
+
+
+def _build(name: str, architecture: dict, origin: Origin, text_pretrained: str) -> tuple[open_clip.CLIP, Tokenizer]:
+    """The module, random but for the encoder of `text_pretrained`, and its tokenizer."""
+    if parts.has_hf_text(architecture):
+        beside = origin.folder if origin.folder and (origin.folder / parts.HF_CONFIG_NAME).is_file() else None
+        source = text_pretrained or str(beside or architecture["text_cfg"]["hf_model_name"])
+        module = parts.build_with_hf_text(architecture, source, with_weights=bool(text_pretrained))
+        return module, parts.hf_tokenizer(source, module)
+    if text_pretrained:
+        raise UserError(f"model '{name}' has no Hugging Face text tower that model.text_pretrained could be for")
+    wanted = deepcopy(architecture)
+    wanted["vision_cfg"].pop("timm_model_pretrained", None)
+    kind = open_clip.CustomTextCLIP if wanted.pop("custom_text", False) else open_clip.CLIP
+    try:
+        module = (open_clip.CoCa if "multimodal_cfg" in wanted else kind)(**wanted)
+    except (TypeError, AttributeError, KeyError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"model '{name}': open_clip cannot build its architecture: {one_line(error)}") from None
+    return module, _tokenizer(name, architecture["text_cfg"], origin.folder)
+
+
+def _tokenizer(name: str, text_cfg: dict, folder: Path | None) -> Tokenizer:
+    """Captions → tokens, for a text tower of open_clip's own."""
+    if text_cfg.get("hf_tokenizer_name"):
+        parts.import_transformers()
+        return HFTokenizer(
+            str(folder) if folder and (folder / "tokenizer_config.json").is_file() else text_cfg["hf_tokenizer_name"],
+            context_length=text_cfg.get("context_length", 77),
+            tokenizer_mode=text_cfg.get("tokenizer_mode"),
+            **{**text_cfg.get("tokenizer_kwargs", {}), "trust_remote_code": False},
+        )
+    if name in open_clip.list_models():
+        return wordwise(open_clip.get_tokenizer(name))
+    kwargs = text_cfg.get("tokenizer_kwargs", {})
+    return wordwise(open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length", 77), **kwargs))
+
+
+def _fill(module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor], resize: bool) -> list[str]:
+    """Give a module the weights of a file, in place; returns what was done to them.
+
+    Args:
+        state: of the file, in open_clip's names or nearly so; empty for the arrays of big_vision.
+        resize: whether image positions are interpolated to another number of them.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    if path.suffix == ".npz":
+        _fill_from_big_vision(module, name, path)
+        return []
+    own = module.state_dict()
+    state = _as_open_clip(module, without_prefix(path, state, [key for key in own if key.startswith("visual.")]))
+    if wrong := misfit(state, own, (*TEXT_POSITIONS, *IMAGE_POSITIONS)):
+        raise refusal(path, f"not weights of {name}: {wrong}")
+    _refuse_stretched_positions(path, state, own)
+    notes = _fit_image_positions(module, path, state, own, resize)
+    module.load_state_dict(state, strict=False)
+    return notes
+
+
+def _fill_from_big_vision(module: open_clip.CLIP, name: str, path: Path) -> None:
+    try:
+        load_big_vision_weights(module, str(path))
+    except Exception as error:  # its arrays are looked up one by one, in whatever model this is
+        raise refusal(path, f"not big_vision's weights of {name}: {one_line(error)}") from None
+
+
+def _as_open_clip(module: open_clip.CLIP, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names and shapes that this module's text tower and logit scale have; older files have others."""
+    state = dict(convert_state_dict(module, state))
+    own = module.state_dict()
+    if "positional_embedding" in state and "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    if "text.positional_embedding" in state and "positional_embedding" in own:
+        state = {key.removeprefix("text."): value for key, value in state.items()}
+    if "logit_bias" in own and "logit_scale" in state:  # a model without one adds nothing
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+    for key in ("logit_scale", "logit_bias"):
+        if key in state and key in own and state[key].numel() == 1:
+            state[key] = state[key].reshape(own[key].shape)
+    counters = [key for key in state if key.endswith("embeddings.position_ids") and key not in own]
+    return {key: value for key, value in state.items() if key not in counters}
+
+
+def _refuse_stretched_positions(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """open_clip fits the text positions of a file to a model with more or fewer of them by interpolation: captions
+    lie at other places then, and scores are wrong without a word."""
+    for key in TEXT_POSITIONS:
+        if key in own and len(state[key]) != len(own[key]):
+            raise UserError(
+                f"weights '{path}' have {len(state[key])} text positions, the model has {len(own[key])}: name "
+                "the architecture that they were trained with, or open a saved folder as local-dir:FOLDER"
+            )
+
+
+def _fit_image_positions(
+    module: open_clip.CLIP, path: Path, state: dict[str, Tensor], own: dict[str, Tensor], resize: bool
+) -> list[str]:
+    """Interpolate the image positions of weights of another image size, in place, where that is asked for."""
+    key = next((key for key in IMAGE_POSITIONS if key in own), None)
+    if key is None or state[key].shape == own[key].shape:
+        return []
+    before, now = (value.shape[-2] for value in (state[key], own[key]))
+    what = f"weights '{path}' are of another image size: {before} image positions, the model has {now}"
+    if not resize:
+        raise UserError(
+            f"{what}: name the architecture of their size, or have them interpolated by model.resize_positions=true "
+            "(evaluate: --resize-positions)"
+        )
+    if key == IMAGE_POSITIONS[0]:
+        resize_pos_embed(state, module)
+    else:
+        trunk = module.visual.trunk
+        state[key] = resample_abs_pos_embed(
+            state[key], list(trunk.patch_embed.grid_size), num_prefix_tokens=trunk.num_prefix_tokens
+        )
+    return [f"{what}, to which they were interpolated"]
+
+
+def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: float | None = None) -> None:
+    """Write the towers as a folder that open_clip opens.
+
+    Args:
+        folder: an existing folder; files of the same name are replaced.
+        logit_scale: the inverse temperature exp(·) that open_clip's zero-shot code multiplies similarities with.
+        logit_bias: what it adds to them then (SigLIP); None leaves the towers' own, which most have not.
+    """
+    from safetensors.torch import save_file
+
+    weights = {key: value.detach().cpu().contiguous() for key, value in towers.module.state_dict().items()}
+    weights["logit_scale"] = torch.tensor(logit_scale).log().to(weights["logit_scale"].dtype)
+    architecture = towers.architecture
+    if logit_bias is not None:
+        weights["logit_bias"] = torch.full_like(weights["logit_scale"], logit_bias)
+        architecture = {**architecture, "init_logit_bias": logit_bias}
+    save_file(weights, folder / WEIGHTS_NAME)
+    if parts.has_hf_text(architecture):
+        parts.save_hf_text(towers.module, towers.tokenizer, folder)
+    config = {
+        "model_cfg": architecture,
+        "preprocess_cfg": {
+            "mean": list(towers.mean),
+            "std": list(towers.std),
+            "interpolation": towers.resizing.interpolation,
+            "resize_mode": towers.resizing.mode,
+        },
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def encode_images(towers: Towers, pixels: Tensor, normalize: bool = True) -> Tensor:
+    """uint8 pixels [b, 3, s, s] → features [b, D], unit if normalize; pixels are scaled on their device.
+
+    Raises:
+        ValueError: pixels of another type: floats are scaled or normalised already, as a rule, and would be so again.
+    """
+    if pixels.dtype != torch.uint8:
+        raise ValueError(
+            f"pixels must be uint8, 0 to 255, got {pixels.dtype}: encode_images scales and normalises them"
+        )
+    mean, std = (_channels(tuple(values), pixels.device) for values in (towers.mean, towers.std))
+    scaled = pixels.float().div_(255).sub_(mean).div_(std)
+    # channels last: convolutions run up to 1.7 times faster on CPU, and on tensor cores
+    return towers.module.encode_image(scaled.contiguous(memory_format=torch.channels_last), normalize=normalize)
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, 3, 1, 1] on a device; kept, since the host waits for a GPU with every number that it sends there."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+def encode_texts(towers: Towers, tokens: Tensor, normalize: bool = True) -> Tensor:
+    """int64 tokens [b, L], trimmed or not (models/text.py) → features [b, D], unit if normalize."""
+    return towers.module.encode_text(tokens, normalize=normalize)

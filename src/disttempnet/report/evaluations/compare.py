@@ -1,0 +1,234 @@
+"""Evaluations on many tasks: read, grouped over seeds, as tables of averages and of tasks, and compared pairwise."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.results.averages import GROUPS, Average, averages, counted_tags
+from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records
+from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject, read_subject
+from disttempnet.evaluation.results.tables import notes
+from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.tasks import all_tasks
+from disttempnet.report.compact import Result
+from disttempnet.report.read import Evaluation
+from disttempnet.report.seeds.groups import AVERAGES, Cell, Column, Comparison, Group, Published, compare_groups
+
+PUBLISHED_FILE = Path(__file__).with_name("published.toml")
+HEADLINES = ("datacomp", "imagenet", "retrieval", "shifts", "vtab")
+DIGITS = 2  # behind the point, as such tables are published
+SECTIONS = {
+    "imagenet": "ImageNet & variants",
+    "vtab": "VTAB",
+    "": "Other",
+    "retrieval": "Retrieval",
+    "wilds": "WILDS",
+    "fairness": "Fairness",
+}
+
+
+class Evaluated(NamedTuple):
+    """An evaluation of one model.
+
+    Attributes:
+        result: the model as a run of a comparison: its tasks that ran complete, and its complete averages.
+        subject: None where only the lines of results are there.
+    """
+
+    result: Result
+    subject: Subject | None
+    records: dict[str, TaskRecord]
+    averages: dict[str, Average]
+
+
+class Difference(NamedTuple):
+    """A column of two groups: other − base. `clear`: more than the larger of their standard deviations, both known."""
+
+    column: Column
+    base: Cell
+    other: Cell
+
+    @property
+    def mean(self) -> float:
+        return self.other.mean - self.base.mean
+
+    @property
+    def std(self) -> float | None:
+        """Of the difference of two independent runs; None where either group has one run."""
+        if self.base.std is None or self.other.std is None:
+            return None
+        return float((self.base.std**2 + self.other.std**2) ** 0.5)
+
+    @property
+    def clear(self) -> bool:
+        if self.base.std is None or self.other.std is None:
+            return False
+        return abs(self.mean) > max(self.base.std, self.other.std)
+
+
+def holds_evaluations(path: Path) -> bool:
+    """Whether it is an evaluation's folder, its lines of results, or a folder of such folders."""
+    if path.suffix == ".jsonl":
+        try:
+            with path.open(encoding="utf-8") as file:
+                line = json.loads(file.readline())
+        except (OSError, ValueError):
+            return False
+        return isinstance(line, dict) and {"dataset", "metrics"} <= line.keys()
+    return bool(_folders(path))
+
+
+def read_evaluations(paths: Sequence[Path]) -> list[Evaluated]:
+    """Evaluations in the order of the paths.
+
+    Raises:
+        UserError: a path that is no evaluation, a damaged file, or one without results.
+    """
+    for path in paths:
+        if not holds_evaluations(path):
+            raise UserError(f"{path}: no evaluation (a folder with {RESULTS_FILE}); runs have a report of their own")
+    every = [path for given in paths for path in (_folders(given) or [given])]
+    return [_read(path) for path in every]
+
+
+def _folders(path: Path) -> list[Path]:
+    if (path / RESULTS_FILE).is_file():
+        return [path]
+    return sorted(found.parent for found in path.glob(f"*/{RESULTS_FILE}")) if path.is_dir() else []
+
+
+def _read(path: Path) -> Evaluated:
+    file = path / RESULTS_FILE if path.is_dir() else path
+    found = read_records(file)
+    if not found:
+        raise UserError(f"{file}: holds no result of a task")
+    places = {key: place for place, key in enumerate(all_tasks())}
+    records = {key: found[key] for key in sorted(found, key=lambda key: places.get(key, len(places)))}
+    subject = read_subject(path if path.is_dir() else path.parent)
+    every = averages(records, counted_tags())
+    scores = {key: _scores(key, record) for key, record in records.items() if record.counts}
+    complete = {tag: average.mean for tag, average in every.items() if average.complete and average.mean is not None}
+    scores[AVERAGES] = Scores(metrics=dict(complete))
+    return Evaluated(_result(path, subject, records, scores), subject, records, every)
+
+
+def _scores(key: str, record: TaskRecord) -> Scores:
+    value = record.value
+    metric = record.main_metric_name or (all_tasks()[key].main if key in all_tasks() else "main_metric")
+    return Scores({} if value is None else {metric: value}, samples=record.samples)
+
+
+def _result(
+    path: Path, subject: Subject | None, records: Mapping[str, TaskRecord], scores: dict[str, Scores]
+) -> Result:
+    """As a run of a comparison. A model that is no run of ours is a group of its own."""
+    subject = subject or Subject(str(path.parent if path.name == RESULTS_FILE else path))
+    config: dict[str, Any] = dict(subject.run.get("config") or {"name": subject.title, "train": {"seed": 0}})
+    if not subject.run:
+        config["model"] = {"name": subject.model, "pretrained": subject.pretrained, "checkpoint": subject.checkpoint}
+    config["out"] = str(path)
+    config["evaluation"] = {"precision": subject.precision, "compat": subject.compat}
+    objective = subject.run.get("objective") or {"title": subject.title}
+    facts = {"objective": objective, "versions": dict(subject.versions), "finished": ""}
+    seconds = sum(record.seconds for record in records.values())
+    last = Evaluation(int(subject.run.get("step", 0)), 0.0, scores)
+    try:
+        result = Result(str(config["name"]), config, facts, seconds, (last,), {}, {}, {})
+        if result.objective and result.seed >= 0:  # both are read from the tables
+            return result
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UserError(f"{path}: {SUMMARY_FILE} does not hold a run's config and objective")
+
+
+def compare_columns(every: Sequence[Evaluated], columns: Sequence[Column | str]) -> Comparison:
+    """A table of these columns, or `TASK/METRIC` and `averages/TAG`; published rows stand below averages.
+
+    Raises:
+        UserError: an unknown column, or one seed of a config twice.
+    """
+    names = [column if isinstance(column, str) else "/".join(column) for column in columns]
+    table = compare_groups([one.result for one in every], names)
+    shown = {column for column in table.columns if column.task == AVERAGES}
+    rows = tuple(row for row in read_published() if shown & row.values.keys())
+    return replace(table, digits=DIGITS, published=rows)
+
+
+def headline_tables(every: Sequence[Evaluated]) -> list[tuple[str, Comparison]]:
+    """(heading, table): the averages, ImageNet & variants, retrieval; those that have a column."""
+    known = known_columns(every)
+    means = [column for column in known if column.task == AVERAGES]
+    tables = [("Averages", compare_columns(every, means))] if means else []
+    for tag in ("imagenet", "retrieval"):
+        columns = [column for column in known if column == Column(AVERAGES, tag) or tag in _tags(column)]
+        if columns:
+            table = replace(compare_columns(every, columns), published=())  # the first table has them
+            tables.append((GROUPS[tag], table))
+    return tables
+
+
+def known_columns(every: Sequence[Evaluated]) -> list[Column]:
+    """The averages that at least one model has, then main metrics of tasks, in the order of tasks.toml."""
+    found = {Column(task, m) for one in every for task, s in one.result.final.items() for m in s.metrics}
+    heads = [Column(AVERAGES, tag) for tag in HEADLINES]
+    places = {key: place for place, key in enumerate(all_tasks())}
+    tasks = sorted((c for c in found if c.task != AVERAGES), key=lambda c: (places.get(c.task, len(places)), *c))
+    return [column for column in heads if column in found] + tasks
+
+
+def sections(columns: Iterable[Column]) -> list[tuple[str, list[Column]]]:
+    """Tasks by kind: (heading, columns), each task once."""
+    members: dict[str, list[Column]] = {tag: [] for tag in SECTIONS}
+    for column in columns:
+        members[next((tag for tag in SECTIONS if tag in _tags(column)), "")].append(column)
+    return [(SECTIONS[tag], found) for tag, found in members.items() if found]
+
+
+def differences(base: Group, other: Group, columns: Sequence[Column]) -> list[Difference]:
+    """Other − base of the columns that both have, the greatest gain first."""
+    pairs = [(column, base.cell(column), other.cell(column)) for column in columns]
+    found = [Difference(column, a, b) for column, a, b in pairs if a is not None and b is not None]
+    return sorted(found, key=lambda difference: -difference.mean)
+
+
+def warnings(every: Sequence[Evaluated]) -> list[str]:
+    """Of every model whose average over all tasks is none, what it has and lacks; and the notes on tasks."""
+    lines = []
+    for one in every:
+        average = one.averages["datacomp"]
+        lines += [f"{one.result.config['out']}: {note}" for note in (one.subject.notes if one.subject else ())]
+        if noted := notes(one.records):
+            lines.append(f"{one.result.config['out']}: may not compare with others. {'; '.join(noted)}")
+        if not average.complete:
+            mean = "" if average.mean is None else f" with a plain mean of {100 * average.mean:.{DIGITS}f}"
+            lacking = "; ".join(average.lacking)
+            lines.append(f"{one.result.config['out']}: partial, {average.coverage} tasks{mean}. Left out: {lacking}")
+    return lines
+
+
+def read_published() -> tuple[Published, ...]:
+    """The rows of published.toml."""
+    table = tomllib.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
+
+    def cell(values: Sequence[float]) -> Cell:
+        mean, *std = (round(value / 100, 6) for value in values)
+        return Cell(mean, std[0] if std else None, 0)
+
+    return tuple(
+        Published(
+            f"{row['title']} ({row['setting']})",
+            tuple(table["notes"][key] for key in (row["source"], *row.get("notes", ()))),
+            {Column(AVERAGES, tag): cell(row[tag]) for tag in HEADLINES if tag in row},
+        )
+        for row in table["rows"]
+    )
+
+
+def _tags(column: Column) -> tuple[str, ...]:
+    return all_tasks()[column.task].tags if column.task in all_tasks() else ()

@@ -1,0 +1,150 @@
+"""Reads run folders: config, facts, logged steps, evaluations, temperatures. Nothing here needs the model."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from disttempnet.config import Config, load_config
+from disttempnet.errors import UserError, notice, unknown_name
+from disttempnet.evaluation.scores import Scores, from_record
+from disttempnet.io.files import read_lines
+from disttempnet.losses import OBJECTIVES
+from disttempnet.sanitize import one_line
+from disttempnet.training.run_info import read_facts
+from disttempnet.training.run_log import LOGS
+
+
+class Evaluation(NamedTuple):
+    """Scores by task after `step` steps, `epoch` epochs."""
+
+    step: int
+    epoch: float
+    scores: dict[str, Scores]
+
+
+class Temperatures(NamedTuple):
+    """τ of every pair of the first evaluation task after `epoch` epochs: float [n] for each side.
+
+    Of training samples where only those have a τ. frequency: [n], training samples of the pair's concept; None where
+    that is unknown.
+    """
+
+    epoch: float
+    image: np.ndarray
+    text: np.ndarray
+    frequency: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says.
+
+    Attributes:
+        facts: run.json.
+        steps: lines of metrics.jsonl, by step.
+        evaluations, temperatures: by step; empty where the run has not come so far.
+    """
+
+    folder: Path
+    config: Config
+    facts: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
+    evaluations: tuple[Evaluation, ...]
+    temperatures: tuple[Temperatures, ...]
+
+    @property
+    def title(self) -> str:
+        """The objective's written name."""
+        return one_line(str(self.facts["objective"]["title"]))
+
+    @property
+    def has_own_temperatures(self) -> bool:
+        """Whether τ differs between pairs."""
+        return any(np.ptp(side) > 1e-6 for snapshot in self.temperatures for side in (snapshot.image, snapshot.text))
+
+    @property
+    def finished(self) -> bool:
+        return "finished" in self.facts
+
+    @property
+    def final(self) -> dict[str, Scores]:
+        """The last evaluation by task; empty before the first."""
+        return self.evaluations[-1].scores if self.evaluations else {}
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, values) of the steps that logged `key`."""
+        points = [(line["epoch"], line[key]) for line in self.steps if line.get(key) is not None]
+        table = np.array(points, dtype=float).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder, finished or not.
+
+    Raises:
+        UserError: the folder is no run, or its config is damaged. What else is damaged is passed over with a notice.
+    """
+    for name in ("config.toml", "run.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: not a run folder (it has no {name})")
+    config = load_config(folder / "config.toml")
+    facts = read_facts(folder)
+    if "objective" not in facts:  # all else is about the run, this is what it is called
+        if config.loss.name not in OBJECTIVES:
+            raise UserError(f"{folder / 'config.toml'}: {unknown_name('objective', config.loss.name, OBJECTIVES)}")
+        objective = OBJECTIVES[config.loss.name]
+        facts["objective"] = {"name": config.loss.name, "title": objective.title, "formula": objective.formula}
+    evaluations = tuple(
+        Evaluation(line["step"], line["epoch"], from_record(line)) for line in _lines(folder / "eval.jsonl")
+    )
+    return RunRecord(
+        folder=folder,
+        config=config,
+        facts=facts,
+        steps=tuple(_lines(folder / "metrics.jsonl")),
+        evaluations=evaluations,
+        temperatures=tuple(_temperatures(folder, evaluations)),
+    )
+
+
+def distinct_titles(runs: Sequence[RunRecord]) -> list[str]:
+    """A title for each run; the run's own name is added where objectives repeat."""
+    counts = Counter(run.title for run in runs)
+    names = Counter((run.title, run.config.name) for run in runs)
+
+    def title(run: RunRecord) -> str:
+        if counts[run.title] == 1:
+            return run.title
+        own = run.config.name if names[run.title, run.config.name] == 1 else str(run.folder)
+        return f"{run.title} ({own})"
+
+    return [title(run) for run in runs]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [line for _, line in read_lines(path, LOGS[path.name])]
+
+
+def _temperatures(folder: Path, evaluations: Sequence[Evaluation]) -> Iterator[Temperatures]:
+    """The snapshots beside the evaluations; those that an interrupted run left past its last one do not count."""
+    for evaluation in evaluations:
+        path = folder / "temperatures" / f"step-{evaluation.step:08d}.npz"
+        if not path.is_file():
+            continue
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                frequency = arrays.get("frequency")
+                found = Temperatures(evaluation.epoch, arrays["image"], arrays["text"], frequency)
+                if not all(side.ndim == 1 and side.dtype.kind == "f" and len(side) for side in found[1:3]):
+                    raise ValueError("its arrays are none of τ")
+                yield found
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            notice(f"{path}: passed over: not a file of temperatures: {error}")

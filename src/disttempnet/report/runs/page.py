@@ -1,0 +1,242 @@
+"""Builds the page: gathers what run folders and models say, and fills the template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from disttempnet.config import Config, dump_config, flat, public_table
+from disttempnet.errors import UserError
+from disttempnet.evaluation import tasks as readers
+from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
+from disttempnet.evaluation.tasks import task_title
+from disttempnet.io.files import write_output
+from disttempnet.losses import OBJECTIVES
+from disttempnet.report.read import RunRecord, distinct_titles, read_run
+from disttempnet.report.runs import examples, plots
+from disttempnet.sanitize import redacted
+from disttempnet.training.checkpoint import Run
+
+
+def build_report(run_folders: Sequence[Path], out: Path) -> Path:
+    """Write one HTML file about the runs, side by side; it loads nothing and needs no JavaScript.
+
+    Args:
+        run_folders: what `disttempnet train` wrote; unfinished runs are described as far as they are.
+        out: the file to write; its folder is made.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: a folder that is no run, or a damaged file.
+    """
+    runs = [read_run(Path(folder)) for folder in run_folders]
+    if not runs:
+        raise UserError("no run folder was given")
+    titles = distinct_titles(runs)
+    models = [examples.open_model(run) for run in runs]
+    page = open_template("page.html").render(
+        runs=[_run_facts(i, run, title) for i, (run, title) in enumerate(zip(runs, titles, strict=True))],
+        **_results(runs, titles),
+        **_charts(runs, titles),
+        galleries=_galleries(runs, titles, models),
+        examples=_examples(runs, titles, models),
+        provenance=_provenance(runs),
+        differences=_differences([run.config for run in runs]),
+        configs=[dump_config(run.config) for run in runs],
+    )
+    return publish(out, page)
+
+
+def publish(out: Path, text: str) -> Path:
+    """Write a file of a report, without the credentials that runs of earlier versions may have kept.
+
+    Raises:
+        UserError: it cannot be written; nothing is left of it.
+    """
+    write_output(out, redacted(text))
+    return out
+
+
+def open_template(name: str) -> Template:
+    """A page of this folder, with the filters that write numbers."""
+    loader = FileSystemLoader(Path(__file__).parents[1] / "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
+    return environment.get_template(name)
+
+
+def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
+    last = run.steps[-1] if run.steps else {"step": 0, "epoch": 0.0}
+    return {
+        "title": title,
+        "colour": plots.run_colour(i),
+        "finished": run.finished,
+        "step": last["step"],
+        "epoch": last["epoch"],
+        "epochs": run.config.train.epochs,
+        "corrupt": [(task_title(task), scores.corrupt) for task, scores in run.final.items() if scores.corrupt],
+    }
+
+
+def _results(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:
+    """The headline table, and on how many of its rows each run is clearly ahead."""
+    final = [run.final for run in runs]
+    tables, wins, rows = [], [0] * len(runs), 0
+    for task in tasks_of(final):
+        comparisons = compare(final, task)
+        for row in comparisons:
+            rows += 1
+            if row.best is not None:
+                wins[row.best] += 1
+        samples = max(scores[task].samples for scores in final if task in scores)
+        about = readers.all_tasks()[task].about if task in readers.all_tasks() else ""
+        tables.append({"title": task_title(task), "about": about, "samples": samples, "rows": comparisons})
+    return {"tables": tables, "verdict": _verdict(titles, wins, rows), "better_rule": BETTER_RULE}
+
+
+def _verdict(titles: Sequence[str], wins: Sequence[int], rows: int) -> str:
+    """Who is ahead where, in a sentence; empty for a single run."""
+    if len(titles) < 2:
+        return ""
+    ahead = [f"{title} is clearly ahead in {n}" for title, n in zip(titles, wins, strict=True) if n]
+    if not ahead:
+        return f"In all {rows} measurements the runs are too close to tell." if rows else ""
+    return f"Of {rows} measurements, {', '.join(ahead)}; in {rows - sum(wins)} the runs are too close to tell."
+
+
+def _charts(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:
+    evaluated = any(run.evaluations for run in runs)
+    logged = any(run.steps for run in runs)
+    with_tau = [i for i, run in enumerate(runs) if len(run.series("tau/image_mean")[0])]
+    own = [(title, run) for title, run in zip(titles, runs, strict=True) if run.has_own_temperatures]
+    return {
+        "quality_chart": plots.quality_chart(runs, titles) if evaluated else "",
+        "training_chart": plots.training_chart(runs, titles) if logged else "",
+        "temperature_chart": (
+            plots.temperature_chart([runs[i] for i in with_tau], [titles[i] for i in with_tau]) if with_tau else ""
+        ),
+        "ridges": [(title, plots.ridge_chart(run.temperatures)) for title, run in own],
+    }
+
+
+def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence[Run | None]) -> list[dict[str, Any]]:
+    """A gallery for every run whose temperatures differ; where the training data is gone, the reason instead."""
+    galleries: list[dict[str, Any]] = []
+    for run, title, model in zip(runs, titles, models, strict=True):
+        if model is None or not run.has_own_temperatures:
+            continue
+        try:
+            gallery = examples.temperature_gallery(model, run.config.eval.batch)
+        except UserError as error:
+            galleries.append({"title": title, "missing": str(error)})
+            continue
+        if gallery is None:
+            continue
+        ranks = [np.argsort(np.argsort(tau, kind="stable")) for tau in (gallery.image_tau, gallery.text_tau)]
+        galleries.append(
+            {
+                "title": title,
+                "missing": "",
+                "robust": getattr(model.loss, "robust", False),
+                "network": OBJECTIVES[run.config.loss.name].temperature == "network",
+                "extremes": gallery.extremes,
+                "embedded": len(gallery.image_tau),
+                "total": gallery.total,
+                "quantiles": {
+                    "image": np.quantile(gallery.image_tau, [0, 0.05, 0.5, 0.95, 1]).tolist(),
+                    "text": np.quantile(gallery.text_tau, [0, 0.05, 0.5, 0.95, 1]).tolist(),
+                },
+                "correlation": float(np.asarray(np.corrcoef(ranks))[0, 1]),
+                "scatter": plots.scatter_chart(gallery.image_tau, gallery.text_tau),
+            }
+        )
+    return galleries
+
+
+def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence[Run | None]) -> dict[str, Any]:
+    """Zero-shot and retrieval examples on the tasks that all runs with a checkpoint share."""
+    opened = [(title, model) for title, model in zip(titles, models, strict=True) if model is not None]
+    all_tasks = readers.all_tasks()  # examples are of tasks with captions, whose data is at hand
+    known = [task for task in tasks_of([run.final for run in runs]) if task in all_tasks and all_tasks[task].data]
+    shared = [task for task in known if all(task in model.config.eval.tasks for _, model in opened)]
+    if not opened or not shared:
+        return {"titles": [], "steps": [], "tasks": []}
+    results = examples.evaluate_models([model for _, model in opened], shared, runs[0].config.eval.batch)
+    tasks = []
+    for task in shared:
+        of_task = [result[task] for result in results]
+        tasks.append(
+            {
+                "title": task_title(task),
+                "classes": len(of_task[0].class_names),
+                "zero_shot": examples.zero_shot_examples(of_task, task, per_group=3),
+                "to_image": examples.retrieval_examples(of_task, task, to_text=False, per_group=3),
+                "to_text": examples.retrieval_examples(of_task, task, to_text=True, per_group=3),
+            }
+        )
+    return {
+        "titles": [title for title, _ in opened],
+        "colours": [plots.run_colour(titles.index(title)) for title, _ in opened],
+        "steps": [model.step for _, model in opened],
+        "tasks": tasks,
+    }
+
+
+def _provenance(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """What is needed to run the same again: (name, one value a run)."""
+
+    def row(name: str, values: Sequence[object]) -> tuple[str, list[str]]:
+        return name, ["–" if value in (None, "") else str(value) for value in values]
+
+    facts = [run.facts for run in runs]
+    rows = [
+        row("objective", [fact["objective"]["formula"] for fact in facts]),
+        row("towers", [run.config.model.name for run in runs]),
+        row("start", [run.config.model.pretrained or "random weights" for run in runs]),
+        row("parameters", [f"{fact['parameters']:,}" if "parameters" in fact else "" for fact in facts]),
+        row("training data", [run.config.data.about for run in runs]),
+        row("training samples", [f"{fact['num_samples']:,}" if "num_samples" in fact else "" for fact in facts]),
+        row("data index (sha256)", [fact.get("index_digest") for fact in facts]),
+        row("global batch", [f"{run.config.data.global_batch:,}" for run in runs]),
+        row("processes", [fact.get("world_size") for fact in facts]),
+        row("device", [fact.get("device") for fact in facts]),
+        row("seed", [run.config.train.seed for run in runs]),
+        row("steps", [f"{run.steps[-1]['step']:,}" if run.steps else "0" for run in runs]),
+        row("samples/s (median)", [_median(run, "samples_per_second", "{:,.0f}") for run in runs]),
+        row("duration", [_duration(fact) for fact in facts]),
+        row("git revision", [fact.get("git") for fact in facts]),
+        row("command", [fact.get("command") for fact in facts]),
+    ]
+    packages = dict.fromkeys(package for fact in facts for package in fact.get("versions", {}))
+    return rows + [row(package, [fact.get("versions", {}).get(package) for fact in facts]) for package in packages]
+
+
+def _median(run: RunRecord, key: str, form: str) -> str:
+    values = run.series(key)[1]
+    return form.format(median(values)) if len(values) else ""
+
+
+def _duration(facts: dict[str, Any]) -> str:
+    """From the first start to the end, pauses between interruption and resumption included."""
+    if "started" not in facts or "finished" not in facts:
+        return ""
+    seconds = (datetime.fromisoformat(facts["finished"]) - datetime.fromisoformat(facts["started"])).total_seconds()
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
+    """Config keys whose values differ between the runs; the name aside."""
+    tables = [flat(public_table(config)) for config in configs]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys if key not in ("name", "out")]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]

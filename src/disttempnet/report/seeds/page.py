@@ -1,0 +1,101 @@
+"""The page over groups of seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from disttempnet.config import flat
+from disttempnet.evaluation.tasks import task_title
+from disttempnet.report.compact import Result
+from disttempnet.report.runs.page import open_template
+from disttempnet.report.seeds import plots
+from disttempnet.report.seeds.groups import Column, Comparison, Group, families
+from disttempnet.report.seeds.tables import cell_text, legend, published_cells
+from disttempnet.report.seeds.tau_tables import correlations, final_tau, groups_with_tau
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The HTML page about groups of seeds: table, learning curves, batch size, head to tail, τ."""
+    groups = comparison.groups
+    headlines = _headlines(comparison)
+    with_parts = dict.fromkeys(c.task for c in comparison.columns if c.metric in plots.PARTS)
+    with_tau = [group for group in groups if any(result.tau_curve for result in group.results)]
+    with_frequency = groups_with_tau(comparison)
+    same_batch = families(groups)
+    return open_template("comparison.html").render(
+        title=_title(groups),
+        groups=groups,
+        table=comparison,
+        unfinished=comparison.unfinished,
+        legend=legend,
+        published_cells=published_cells,
+        cell=cell_text,
+        learning=[
+            (column.title, plots.line_chart([plots.learning_series(g, column) for g in groups], chance, False))
+            for column, chance in headlines
+        ],
+        batches=[
+            (column.title, plots.line_chart([plots.batch_series(f, column) for f in same_batch], chance, True))
+            for column, chance in headlines
+            if same_batch
+        ],
+        parts=[(task_title(task), plots.parts_chart(comparison, task)) for task in with_parts],
+        tau=plots.tau_chart(with_tau) if with_tau else "",
+        frequency=plots.frequency_chart(with_frequency) if with_frequency else "",
+        frequency_rows=[(group.title, *correlations(group)) for group in with_frequency],
+        tau_rows=[(group.title, *final_tau(group)) for group in groups],
+        differences=_differences(groups),
+        provenance=_provenance([result for group in groups for result in group.results]),
+    )
+
+
+def _tasks(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(column.task for column in comparison.columns))
+
+
+def _headlines(comparison: Comparison) -> list[tuple[Column, float | None]]:
+    """The first column of each task, with chance."""
+    found: dict[str, tuple[Column, float | None]] = {}
+    for column, chance in zip(comparison.columns, comparison.chance, strict=True):
+        found.setdefault(column.task, (column, chance))
+    return list(found.values())
+
+
+def _title(groups: Sequence[Group]) -> str:
+    seeds = sorted({len(group.results) for group in groups})
+    number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    what = groups[0].title if len(groups) == 1 else f"{len(groups)} configurations"
+    return f"{what}, {number} seed{'s' if seeds != [1] else ''} each"
+
+
+def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Config keys whose values differ between the groups."""
+    tables = [flat(group.results[0].config) for group in groups]
+    keys = dict.fromkeys(key for table in tables for key in table if key not in ("name", "out", "train.seed"))
+    rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _provenance(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """What the runs were made with; several values where they differ."""
+
+    def values(name: str) -> str:
+        found = dict.fromkeys(str(result.facts.get(name) or "–") for result in results)
+        return ", ".join(found)
+
+    seconds = [result.seconds for result in results if result.seconds is not None]
+    versions = dict.fromkeys(json.dumps(result.facts.get("versions", {}), sort_keys=True) for result in results)
+    return [
+        ("runs", str(len(results))),
+        ("seeds", ", ".join(map(str, sorted({result.seed for result in results})))),
+        ("training data", ", ".join(dict.fromkeys(str(result.config["data"]["train"]) for result in results))),
+        ("training samples", values("num_samples")),
+        ("data index (sha256)", values("index_digest")),
+        ("towers", ", ".join(dict.fromkeys(str(result.config["model"]["name"]) for result in results))),
+        ("device", values("device")),
+        ("processes a run", values("world_size")),
+        ("git revision", values("git")),
+        ("run time in all", f"{sum(seconds) / 60:.1f} min, pauses included" if seconds else "–"),
+        ("versions", "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(one).items()) for one in versions)),
+    ]

@@ -1,0 +1,58 @@
+"""Writes the report that a file's ending asks for: a page about runs, tables or a page over seeds, evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from disttempnet.errors import UserError
+from disttempnet.io.files import refuse_unwritable
+from disttempnet.report.compact import Result, read_results, write_compact
+from disttempnet.report.evaluations.compare import holds_evaluations, read_evaluations
+from disttempnet.report.evaluations.page import evaluation_report
+from disttempnet.report.runs.page import build_report, publish
+from disttempnet.report.seeds.groups import by_config, compare_groups
+from disttempnet.report.seeds.page import comparison_page
+from disttempnet.report.seeds.tables import csv_table, latex_table, markdown_table
+
+TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
+SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
+
+
+def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -> Path:
+    """Write what the ending of `out` asks for.
+
+    Args:
+        paths: run folders, folders of run folders, compact files; or evaluations: their folders, folders of such
+            folders, eval_results.jsonl.
+        out: .html a page, .md .tex .csv the table over seeds, .jsonl compact results (of runs only).
+        metrics: `TASK/METRIC` columns; empty = every task's main metrics.
+
+    A page is about single runs, in depth, where run folders are given and no config has two seeds among them; else it
+    is about groups of seeds.
+
+    Raises:
+        UserError: a path that is no run, an unknown ending or metric, a damaged file, or `out` cannot be written.
+    """
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"{out}: the ending says what is written, one of {', '.join(SUFFIXES)}")
+    refuse_unwritable(out)
+    if any(holds_evaluations(path) for path in paths):
+        if out.suffix == ".jsonl":
+            raise UserError(f"{out}: evaluations are compact as they are; give one of .html, .md, .tex, .csv")
+        return publish(out, evaluation_report(read_evaluations(paths), out.suffix, metrics))
+    results = read_results(paths)
+    if out.suffix == ".jsonl":
+        return publish(out, write_compact(results))
+    single = all((path / "config.toml").is_file() for path in paths)
+    if out.suffix == ".html" and single and not metrics and not _have_seeds(results):
+        return build_report(paths, out)
+    comparison = compare_groups(results, metrics)
+    text = comparison_page(comparison) if out.suffix == ".html" else TABLES[out.suffix](comparison)
+    return publish(out, text)
+
+
+def _have_seeds(results: Sequence[Result]) -> bool:
+    """Whether a config was run with several seeds; one seed twice (before and after a change) is not that."""
+    finished = [result for result in results if result.finished]
+    return any(len({result.seed for result in same}) > 1 for same in by_config(finished))

@@ -1,0 +1,207 @@
+"""What a run shows and leaves behind: a progress bar, metrics.jsonl, eval.jsonl, TensorBoard, run.json."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from disttempnet.data import Skip
+from disttempnet.evaluation.scores import Scores, from_record, to_record
+from disttempnet.io.files import read_lines, write_atomically
+from disttempnet.terminal import console
+
+Report = Callable[[int, int, Mapping[str, float]], None]
+PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
+NAMED_SKIPPED = 20  # unreadable samples of a run that get a line of their own
+WORRYING_SHARES = (0.01, 0.1, 0.5)  # of unreadable samples: said when they are reached, not at the end of an epoch
+WORTH_A_WORD = 0.1  # of a step's time spent waiting for data: then the progress line says so
+
+
+class RunLog:
+    """The log of one run, written by rank 0 only; every other rank gets a silent one.
+
+    Args:
+        folder: the run folder.
+        steps: steps in all.
+        start: step to continue from; later lines of an interrupted run are cut off.
+        active: whether this rank writes.
+        report: takes the place of the progress bar and of all lines on the console: called with (step, steps,
+            metrics) at the start and at each logged step.
+    """
+
+    def __init__(self, folder: Path, steps: int, start: int, active: bool, report: Report | None = None) -> None:
+        self.active, self.folder, self.steps, self._report = active, folder, steps, report
+        self.console = console(stderr=True, quiet=not active or report is not None)
+        if not active:
+            return
+        for name, check in LOGS.items():
+            _cut_after(folder / name, start, check)
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=report is not None or not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(folder.name, total=steps, completed=start, state="")
+        self._progress.start()
+        self._begun, self._start, self._last_line = time.monotonic(), start, 0.0
+        if report is not None:
+            report(start, steps, {})
+
+    def say(self, text: str) -> None:
+        """One line above the progress bar."""
+        if self.active:
+            self.console.print(text, soft_wrap=True)
+
+    def step(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl and show it."""
+        if not self.active:
+            return
+        line = {"step": step, "epoch": round(epoch, 4), **metrics}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if self._report is not None:
+            self._report(step, self.steps, metrics)
+            return
+        state = _summary(metrics)
+        self._progress.update(self._task, completed=step, state=state)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self._last_line > PLAIN_LINE_SECONDS or step == self.steps):
+            self._last_line = now
+            remaining = (now - self._begun) / max(1, step - self._start) * (self.steps - step)
+            eta = datetime.timedelta(seconds=round(remaining))
+            self.say(f"{self.folder.name}  step {step}/{self.steps}  {state}  ETA {eta}")
+
+    def evaluation(self, step: int, epoch: float, results: Mapping[str, Scores]) -> None:
+        """Append a line to eval.jsonl."""
+        if not self.active:
+            return
+        line = {"step": step, "epoch": round(epoch, 4), **to_record(results)}
+        with (self.folder / "eval.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for task, scores in results.items():
+            for name, value in scores.metrics.items():
+                self._board.add_scalar(f"{task}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.active:
+            self._progress.stop()
+            self._metrics.close()
+            self._board.close()
+
+
+class Skipped:
+    """Samples that could not be read, of all ranks, since the run began: each is counted once, the first are named.
+
+    Args:
+        samples: N of the source.
+        readable: how many of them an epoch may read.
+        found: what a checkpoint has kept, reason → int64 ids. (Those of earlier versions kept numbers of draws, not
+            samples: these are passed over.)
+    """
+
+    def __init__(self, samples: int, readable: int, found: Mapping[str, Tensor | int] | None = None) -> None:
+        self.readable, self.total = readable, 0
+        self._reasons: list[str] = []
+        self._codes = np.zeros(samples, np.uint8)  # place of the reason in the list, from 1; 0 = nothing is known
+        for reason, ids in (found or {}).items():
+            if isinstance(ids, Tensor):
+                self._codes[ids.numpy()] = self._code(reason)
+                self.total += len(ids)
+
+    def _code(self, reason: str) -> int:
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        return min(self._reasons.index(reason) + 1, 255)
+
+    def add(self, skips: Iterable[Skip]) -> Iterator[str]:
+        """Count by reason, without its details (`reason: detail`), and yield a line for each of the first 20, and one
+        whenever the share has become one to be worried about."""
+        for skip in skips:
+            if self._codes[skip.id]:
+                continue
+            self._codes[skip.id] = self._code(skip.reason.partition(":")[0])
+            self.total += 1
+            if self.total <= NAMED_SKIPPED:
+                yield f"skipped {skip.name}: {skip.reason}"
+            if self.total > NAMED_SKIPPED and self.total in [
+                math.ceil(share * self.readable) for share in WORRYING_SHARES
+            ]:
+                yield self.summary()
+
+    def by_reason(self) -> dict[str, Tensor]:
+        """Ids, for a checkpoint."""
+        return {
+            reason: torch.from_numpy(np.flatnonzero(self._codes == code))
+            for code, reason in enumerate(self._reasons, 1)
+        }
+
+    def summary(self) -> str:
+        counts = {reason: len(ids) for reason, ids in self.by_reason().items()}
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda one: -one[1]))
+        share = 100 * self.total / self.readable
+        about = f"{self.total:,} of {self.readable:,} samples ({share:.{2 if share < 1 else 1}f} %) unreadable"
+        return f"skipped so far: {about}: {listed}"
+
+
+def _summary(metrics: Mapping[str, float]) -> str:
+    parts = [f"{metrics['samples_per_second']:.0f} samples/s", f"loss {metrics['loss']:.4f}"]
+    if "tau/image_mean" in metrics:
+        parts.append(f"τ {metrics['tau/image_mean']:.4f}/{metrics['tau/text_mean']:.4f}")
+    if "gamma" in metrics:
+        parts.append(f"γ {metrics['gamma']:.2f}")
+    waiting = metrics["data_wait"] / metrics["step_seconds"]
+    if waiting > WORTH_A_WORD:
+        parts.append(f"waits for data {waiting:.0%}")
+    return "  ".join(parts)
+
+
+def check_step(line: Mapping[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError for what is no line of metrics.jsonl: a step, an epoch, numbers."""
+    if type(line["step"]) is not int or not _is_number(line["epoch"]):
+        raise ValueError
+    if not all(value is None or _is_number(value) for value in line.values()):
+        raise ValueError
+
+
+def check_evaluation(line: Mapping[str, Any]) -> None:
+    """The same for eval.jsonl: a step, an epoch, scores of tasks."""
+    check_step({key: line[key] for key in ("step", "epoch")})
+    for scores in from_record(line).values():
+        check_step({"step": 0, "epoch": 0, **scores.metrics})
+        check_step({"step": 0, "epoch": 0, **scores.chance})
+
+
+LOGS: dict[str, Callable[[dict[str, Any]], None]] = {"metrics.jsonl": check_step, "eval.jsonl": check_evaluation}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cut_after(path: Path, step: int, check: Callable[[dict[str, Any]], None]) -> None:
+    """Drop lines past `step`, which the resumed run writes again, a half-written last one, and damaged ones."""
+    if path.is_file():
+        kept = [text for text, line in read_lines(path, check) if line["step"] <= step]
+        write_atomically(path, "".join(f"{text}\n" for text in kept))
