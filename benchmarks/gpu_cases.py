@@ -104,7 +104,7 @@ def training(case: dict[str, Any], folder: Path) -> tuple[Any, Any]:
 
     listing = write_pairs(folder, case["batch"], case["tokens"])
     overrides = [
-        f"data.train={json.dumps(str(listing))}",
+        f"data.train=[{{path={json.dumps(str(listing))}, join_rows=false}}]",  # one picture, a sample a row
         f"out={json.dumps(str(folder))}",
         f"data.global_batch={case['batch']}",
         "data.lanes=1",
@@ -117,6 +117,7 @@ def training(case: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     ]
     config = load_config(CONFIG_FOLDER / "cc12m_vitb32_v1_corrected.toml", overrides)
     trainer = Trainer(config, torch.device(case["device"]))
+    trainer.loss.set_epoch(0)
     batch = next(iter(trainer.data.loader_from(0)))
     pixels = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return trainer, replace(batch, images=pixels).to(trainer.device)
@@ -304,6 +305,7 @@ def measure_agreement(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for setting, dtype in (("triton", torch.float32), ("torch", torch.float64)):
             os.environ[backend.KERNEL_SETTING] = setting
             loss = build_loss(name, num_samples=len(x), embed_dim=D, seed=1).to(x.device)
+            loss.set_epoch(0)
             features = [side.bfloat16().to(dtype).requires_grad_() for side in (x, y)]
             for _ in range(2):
                 features[0].grad = features[1].grad = None

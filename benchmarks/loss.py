@@ -75,6 +75,7 @@ def make_objective(case: str, batch: int, device: str = "cpu") -> Callable[[Tens
 
     arguments = {"prototypes": PROTOTYPES, "rho": 2.0} if case.startswith("network") else {}
     loss = build_loss(OURS[case], num_samples=batch, embed_dim=D, **arguments).to(device)
+    loss.set_epoch(0)
     return lambda x, y, ids: loss(Features.unit(x, y), ids).total
 
 

@@ -67,6 +67,7 @@ def unit_rows(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def objective_step(name: str, rows: int, width: int, **arguments: Any) -> Callable[[], None]:
     loss = build_loss(name, num_samples=rows, embed_dim=width, **arguments)
+    loss.set_epoch(0)
     x, y = unit_rows(rows, width)
 
     def step() -> None:
@@ -121,6 +122,8 @@ def timing(model: nn.Module, pairs: int, rounds: int) -> dict[str, float]:
     """Seconds of CPU of whole steps, and the objective's overhead over plain CLIP."""
     images, tokens = batch_of(pairs)
     losses = {name: build_loss(name, num_samples=pairs, embed_dim=512) for name in ("clip", "disttempnet-v1")}
+    for loss in losses.values():
+        loss.set_epoch(0)
     spent: dict[str, list[float]] = {name: [] for name in losses}
     for number in range(rounds + 1):
         for name, loss in losses.items():
@@ -201,6 +204,7 @@ def traffic(name: str, b: int, width: int) -> tuple[dict[str, int], int]:
     K, rank = distributed.world_size(), distributed.rank()
     towers = Pair(width)
     loss = build_loss(name, num_samples=K * b, embed_dim=width, shard_state=True)  # as in a run
+    loss.set_epoch(0)
     parallel = distributed.data_parallel(towers, torch.device("cpu"))
     parallel.register_comm_hook(None, default_hooks.allreduce_hook)  # what it does anyway, where it can be counted
     mine = slice(rank * b, (rank + 1) * b)

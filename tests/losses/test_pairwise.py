@@ -42,12 +42,12 @@ def anchors_of(seed: int) -> Anchors:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("own", [slice(0, ROWS), slice(0, 7), slice(14, ROWS)], ids=str)
-@pytest.mark.parametrize("blocks", [(4, 5), (1, 23), (30, 3), (512, 1024)], ids=str)
+@pytest.mark.parametrize("size", [(4, 5), (1, 23), (30, 3), (512, 1024)], ids=str)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_statistics_and_pulls(
-    monkeypatch: pytest.MonkeyPatch, ids: Tensor | None, blocks: tuple[int, int], own: slice, keep: bool
+    monkeypatch: pytest.MonkeyPatch, ids: Tensor | None, size: tuple[int, int], own: slice, keep: bool
 ) -> None:
-    monkeypatch.setitem(blocks.BLOCKS, "cpu", blocks)
+    monkeypatch.setitem(blocks.BLOCKS, "cpu", size)
     batch, negatives = contrast(ids, own)
     taus = torch.rand(2, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 0.3 + 0.01
     image, text = anchors_of(3), anchors_of(4)

@@ -116,9 +116,9 @@ def test_what_rounding_the_features_costs(kernels: ModuleType) -> None:
     taus = torch.full((2, ROWS), 0.01, dtype=torch.float64)
     expected, _ = statistics(exact, (x * y).sum(1), taus, negatives, moments=True, keep=False)
     low = [rounded(side, True).float() for side in (x, y)]
-    rounded, _ = Pairs.of((low[0], low[1]), (low[0], low[1]), torch.arange(ROWS), kernel=True)
+    seen, _ = Pairs.of((low[0], low[1]), (low[0], low[1]), torch.arange(ROWS), kernel=True)
     positive = (low[0] * low[1]).sum(1)
-    actual, _ = statistics(rounded, positive, taus.float(), negatives.float(), moments=True, keep=False)
+    actual, _ = statistics(seen, positive, taus.float(), negatives.float(), moments=True, keep=False)
     for a, e in zip(actual, expected, strict=True):
         error = a.log_mean.double() - e.log_mean
         assert 1e-4 < error.square().mean().sqrt() < 0.03
