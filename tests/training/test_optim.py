@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from disttempnet.cli.main import main
 from disttempnet.config import OptimConfig, load_config
+from disttempnet.errors import UserNotice
 from disttempnet.losses import build_loss
 from disttempnet.models import load_model
+from disttempnet.training.checkpoint import load_run
 from disttempnet.training.optim import build_optimizers, learning_rate, temperature_learning_rate, within
+from disttempnet.training.run_folder import list_checkpoints
 
 
 def test_warm_up_then_cosine() -> None:
@@ -35,10 +42,72 @@ def test_a_warm_up_that_fills_the_run_is_a_tenth_of_it() -> None:
 def test_a_small_data_set_is_learned_and_the_warm_up_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "debug", f"out={tmp_path}", "data.limit=64", "train.epochs=2", "eval.tasks=[]"]) == 0
     assert "optim.warmup_steps = 5 would take up the whole run of 4 steps: shortened to 1" in capsys.readouterr().err
-    lines = (tmp_path / "debug" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rates = [json.loads(line)["lr"] for line in lines]
-    assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3])
+    assert rates(tmp_path / "debug") == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3])
     assert load_config(tmp_path / "debug" / "config.toml").optim.warmup_steps == 5, "as it was asked for"
+
+
+def rates(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["lr"] for line in lines]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_run_keeps_the_warm_up_that_it_began_with(older: bool, tmp_path: Path) -> None:
+    command = ["train", "debug", f"out={tmp_path}", "data.limit=64", "train.epochs=2", "eval.tasks=[]"]
+    command += ["data.workers=0", "train.log_every=1"]
+    assert main([*command, "train.stop_after_steps=2"]) == 0
+    if older:
+        _edit(tmp_path / "debug", lambda trainer: trainer.pop("warmup_steps"))
+    assert main([*command, "--resume", "auto"]) == 0
+    # 5 steps of warm-up in a run of 4: one step as it began, and all of them as older versions had it
+    assert rates(tmp_path / "debug")[2:] == pytest.approx([0.6e-3, 0.8e-3] if older else [0.75e-3, 0.25e-3])
+
+
+def _edit(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Make a checkpoint what an older version would have written."""
+    last = list_checkpoints(run)[-1]
+    trainer = torch.load(last / "trainer.pt", weights_only=True)
+    change(trainer)
+    torch.save(trainer, last / "trainer.pt")
+    listing = json.loads((last / "files.json").read_text(encoding="utf-8"))
+    content = (last / "trainer.pt").read_bytes()
+    listing["trainer.pt"] = [len(content), zlib.crc32(content)]
+    (last / "files.json").write_text(json.dumps(listing), encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("always::disttempnet.errors.UserNotice")
+def test_a_run_with_values_that_no_new_one_may_have_is_opened_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "debug"
+    command = ["train", "debug", f"out={tmp_path}", "eval.tasks=[]", "data.workers=0", "train.log_every=1"]
+    assert main([*command, "train.stop_after_steps=1"]) == 0
+
+    def of_before(trainer: dict[str, Any]) -> None:
+        trainer["config"]["optim"]["lr_end"] = 2e-3
+        trainer["config"]["loss"]["rho"] = -1.0
+
+    _edit(run, of_before)
+    with pytest.warns(UserNotice, match=r"lr_end 0.002 is above lr 0.001") as told:
+        assert load_run(run).loss.rho == -1
+    assert any("rho must be a number from 0 to 100, got -1.0" in str(one.message) for one in told)
+
+    capsys.readouterr()
+    same = ["optim.lr_end=2e-3", "loss.rho=-1.0"]
+    command += ["train.stop_after_steps=2", "--resume", "auto"]
+    assert main([*command, *same]) == 0
+    assert "lr_end 0.002 is above lr 0.001: the cosine falls; set optim.lr_end too: taken as" in capsys.readouterr().err
+    assert rates(run) == pytest.approx([0.2e-3, 0.4e-3])
+    # what is not that run's own is refused as ever: in it, and in a new one
+    for wrong, said in {
+        ("train.keep=0", *same): "key 'train.keep': must be a whole number from 1 to",
+        ("optim.lr_end=3e-3", "loss.rho=-1.0"): "lr_end 0.003 is above lr 0.001",
+        ("optim.lr_end=2e-3", "loss.rho=-2.0"): "rho must be a number from 0 to 100, got -2.0",
+        ("name=new", *same): "lr_end 0.002 is above lr 0.001",
+    }.items():
+        assert main([*command, *wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_temperature_decays_by_epoch_after_the_same_warm_up() -> None:

@@ -9,7 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from disttempnet.cli.data import add_data_commands
 from disttempnet.cli.evaluate import add_evaluate_command
@@ -20,6 +20,9 @@ from disttempnet.io.machine import memory_named, open_files, open_files_named
 from disttempnet.io.paths import path_argument
 from disttempnet.io.ranges import BATCH, Range, whole
 from disttempnet.terminal import say, take_any_text
+
+if TYPE_CHECKING:
+    from disttempnet.config import Config
 
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
@@ -319,12 +322,25 @@ def _refuse_repeated(overrides: Sequence[str]) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from disttempnet.config import load_config
-
-    config = load_config(options.config, options.overrides)
+    config = _config_to_train(options)
     from disttempnet.training.trainer import train
 
     return 0 if train(config, options.resume) else 143
+
+
+def _config_to_train(options: argparse.Namespace) -> Config:
+    """A run that goes on may have values that a new one may not: the trainer compares them with its checkpoint's."""
+    from disttempnet.config import load_config
+
+    try:
+        return load_config(options.config, options.overrides)
+    except UserError:
+        if options.resume == "never":
+            raise
+        config = load_config(options.config, options.overrides, bounds=False)
+        if options.resume == "auto" and not (config.folder / "config.toml").is_file():
+            raise
+        return config
 
 
 def _objectives(options: argparse.Namespace) -> int:

@@ -113,7 +113,7 @@ def state_of(config: Config) -> State:
     if not (folder / "config.toml").is_file():
         return State("new")
     try:
-        was = load_config(folder / "config.toml")
+        was = load_config(folder / "config.toml", bounds=False)
     except UserError as error:
         return State("differs", str(error))
     for key, old, new in differences(public_table(was), public_table(config), NOT_PART_OF_THE_RESULT):

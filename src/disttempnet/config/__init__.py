@@ -23,6 +23,7 @@ from disttempnet.config.schema import (
     flat,
     is_text,
     load_config,
+    out_of_bounds,
     public_table,
 )
 
@@ -45,5 +46,6 @@ __all__ = [
     "flat",
     "is_text",
     "load_config",
+    "out_of_bounds",
     "public_table",
 ]

@@ -13,14 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from disttempnet.config.toml import CONFIG_FOLDER as CONFIG_FOLDER
 from disttempnet.config.toml import apply_override, read_run
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.io.paths import Home, expand_home
-from disttempnet.io.ranges import BATCH, GIGABYTES, SAMPLES, SEED, WORKERS, Range, whole
+from disttempnet.io.ranges import BATCH, GIGABYTES, SAMPLES, SEED, TYPES_ALONE, WORKERS, Range, bounded, whole
 from disttempnet.sanitize import redacted, redacted_table
 
 Place = Annotated[str, Home()]  # a path, or a name that may be one
@@ -61,12 +70,12 @@ class SourceConfig(Section):
     )
 
 
-def _source(item: Any, name: str) -> SourceConfig:
+def _source(item: Any, name: str, info: ValidationInfo) -> SourceConfig:
     """Raises ValueError: the first fault, in one line."""
     if not isinstance(item, (dict, SourceConfig)):
         raise ValueError(f"{name} must be a table, {{path = …}} (got {item!r})")
     try:
-        return SourceConfig.model_validate(item)
+        return SourceConfig.model_validate(item, context=info.context)
     except ValidationError as error:
         raise ValueError(f"{name}: {explain(error, SourceConfig)}") from None
 
@@ -110,7 +119,7 @@ class DataConfig(Section):
 
     @field_validator("train", mode="before")
     @classmethod
-    def _sources_one_by_one(cls, train: Any) -> Any:
+    def _sources_one_by_one(cls, train: Any, info: ValidationInfo) -> Any:
         """Check each source by itself: a fault in one would be told as one of both kinds that `train` may be."""
         if isinstance(train, str) and train:
             if not all(part.strip() for part in train.split("::")):
@@ -118,20 +127,20 @@ class DataConfig(Section):
             return expand_home(train)
         if not isinstance(train, (list, tuple)) or not train:
             raise ValueError(f"must name a source, or a list of them, [{{path = …}}, …] (got {train!r})")
-        return tuple(_source(item, f"source {number}") for number, item in enumerate(train, 1))
+        return tuple(_source(item, f"source {number}", info) for number, item in enumerate(train, 1))
 
     @field_validator("validation", mode="before")
     @classmethod
-    def _a_share_or_a_source(cls, given: Any) -> Any:
+    def _a_share_or_a_source(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, str):
-            return VALIDATION.check(given)
+            return VALIDATION.validated(given, info)
         if not given.strip():
             raise ValueError(f"must be a share {VALIDATION}, or name a source")
         try:
             share = float(given)  # as on a command line
         except ValueError:
             return expand_home(given)
-        return VALIDATION.check(share)
+        return VALIDATION.validated(share, info)
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -146,8 +155,8 @@ class DataConfig(Section):
         return redacted(", ".join(source.path for source in self.sources))
 
     @model_validator(mode="after")
-    def _batch_divides_into_lanes(self) -> DataConfig:
-        if self.global_batch % self.lanes:
+    def _batch_divides_into_lanes(self, info: ValidationInfo) -> DataConfig:
+        if bounded(info) and self.global_batch % self.lanes:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of lanes {self.lanes}; choose lanes that divide it"
             )
@@ -238,8 +247,8 @@ class OptimConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _falls(self) -> OptimConfig:
-        if self.lr_end > self.lr:
+    def _falls(self, info: ValidationInfo) -> OptimConfig:
+        if bounded(info) and self.lr_end > self.lr:
             raise ValueError(f"lr_end {self.lr_end:g} is above lr {self.lr:g}: the cosine falls; set optim.lr_end too")
         return self
 
@@ -308,8 +317,8 @@ class Config(Section):
 
     @field_validator("name")
     @classmethod
-    def _names_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or not name.strip("."):
+    def _names_a_folder(cls, name: str, info: ValidationInfo) -> str:
+        if bounded(info) and not (re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) and name.strip(".")):
             raise PydanticCustomError("name", "must be 1 to 200 letters (a to z), digits, dots, _ or -, not dots alone")
         return name
 
@@ -318,11 +327,12 @@ class Config(Section):
         return Path(self.out) / self.name
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), bounds: bool = True) -> Config:
     """Read a TOML file and apply `section.key=value` overrides (values in TOML; a bare word is a string).
     A bare name that is no file may be that of a shipped config, with or without .toml.
 
     An override of `loss.name` takes the file's whole [loss] out: its arguments belong to the objective it names.
+    `bounds` as for `config_from_table`.
 
     Raises:
         UserError: one line that names the file, the key, and what is known.
@@ -332,7 +342,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         table["loss"] = {}
     for override in overrides:
         apply_override(table, override, is_text)
-    return config_from_table(table, str(path))
+    return config_from_table(table, str(path), bounds)
 
 
 def is_text(key: str) -> bool:
@@ -345,12 +355,25 @@ def is_text(key: str) -> bool:
     return kind is str or str in get_args(kind)
 
 
-def config_from_table(table: dict[str, Any], source: str) -> Config:
-    """Validate a plain table; `source` names it in errors."""
+def config_from_table(table: dict[str, Any], source: str, bounds: bool = True) -> Config:
+    """Validate a plain table; `source` names it in errors.
+
+    Without `bounds` only types and names of keys are checked: a run of an older version may hold values that this one
+    allows in no new run (see `out_of_bounds`).
+    """
     try:
-        return Config.model_validate(table)
+        return Config.model_validate(table, context=None if bounds else TYPES_ALONE)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error, Config)}") from None
+
+
+def out_of_bounds(config: Config) -> dict[str, str]:
+    """Dotted key or section → what is wrong with its value, of a config that was read without `bounds`."""
+    try:
+        Config.model_validate(config.model_dump())
+    except ValidationError as error:
+        return {".".join(map(str, fault["loc"])): _told(fault) for fault in error.errors()}
+    return {}
 
 
 def public_table(config: Config) -> dict[str, Any]:
@@ -424,9 +447,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return unknown_name("key", where, [".".join([*map(str, first["loc"][:-1]), k]) for k in section.model_fields])
     if first["type"] == "missing":
         return f"key '{where}' is missing"
-    message = _KINDS.get(first["type"], first["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+    return _told(first)
+
+
+def _told(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    message = _KINDS.get(fault["type"], fault["msg"]).removeprefix("Value error, ").replace("Input should", "must")
     return (
-        f"[{where}] {message}" if first["type"] == "value_error" else f"key '{where}': {message} {got(first['input'])}"
+        f"[{where}] {message}" if fault["type"] == "value_error" else f"key '{where}': {message} {got(fault['input'])}"
     )
 
 

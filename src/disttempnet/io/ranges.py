@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import numbers
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -53,6 +54,15 @@ class Range:
         low = self.low < value if self.above else self.low <= value
         return low and (value < self.high if self.below else value <= self.high)
 
+    @property
+    def kind(self) -> Range:
+        """All numbers of the same kind, whole or not: what is asked of a number that an older version allowed."""
+        return replace(self, low=-sys.float_info.max, high=sys.float_info.max, above=False, below=False)
+
+    def validated(self, value: Any, info: Any) -> int | float:
+        """`check`, in a pydantic validator; where the bounds are not asked for (see `bounded`) of the kind alone."""
+        return (self if bounded(info) else self.kind).check(value)
+
     def parse(self, text: str) -> Any:
         """The value of a flag, for argparse's `type`."""
         value: Any = text
@@ -70,13 +80,21 @@ class Range:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import PydanticCustomError, core_schema
 
-        def validate(value: Any) -> int | float:
+        def validate(value: Any, info: Any) -> int | float:
             try:
-                return self.check(value)
+                return self.validated(value, info)
             except ValueError as error:
                 raise PydanticCustomError("range", "{why}", {"why": str(error)}) from None
 
-        return core_schema.no_info_plain_validator_function(validate)
+        return core_schema.with_info_plain_validator_function(validate)
+
+
+TYPES_ALONE = {"bounds": False}  # pydantic's context, for what an older version has written
+
+
+def bounded(info: Any) -> bool:
+    """Whether values are to lie in their ranges and to fit each other: not so where TYPES_ALONE is the context."""
+    return info.context is not TYPES_ALONE
 
 
 def whole(low: int, high: int) -> Range:

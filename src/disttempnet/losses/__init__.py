@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.objective import Features, LossOutput, Objective
-from disttempnet.losses.registry import ARGUMENT_RANGES, OBJECTIVES, Recipe, build_loss
+from disttempnet.losses.registry import ARGUMENT_RANGES, OBJECTIVES, Recipe, build_loss, rebuild_loss
 from disttempnet.losses.sample_state import gather_state
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "Recipe",
     "build_loss",
     "gather_state",
+    "rebuild_loss",
 ]

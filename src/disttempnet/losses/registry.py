@@ -255,6 +255,25 @@ def build_loss(
     Raises:
         ValueError: unknown name or argument (the message lists what exists), or a value out of range.
     """
+    sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": steps_per_epoch}
+    return _build(name, sizes, shard_state, arguments, bounds=True)
+
+
+def rebuild_loss(
+    name: str, *, num_samples: int, embed_dim: int, seed: int, shard_state: bool, arguments: dict[str, Any]
+) -> Objective:
+    """`build_loss` for the state of an older run: an argument has to be of its kind, and may lie outside its range.
+
+    Raises:
+        ValueError: unknown name or argument, a value of another kind, or one that the objective cannot work with.
+    """
+    sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": 0}
+    return _build(name, sizes, shard_state, dict(arguments), bounds=False)
+
+
+def _build(
+    name: str, sizes: dict[str, int], shard_state: bool, arguments: dict[str, Any], *, bounds: bool
+) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(unknown_name("objective", name, OBJECTIVES))
     recipe = OBJECTIVES[name]
@@ -262,8 +281,9 @@ def build_loss(
         if argument not in recipe.arguments:
             raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
         default, allowed = recipe.arguments[argument], ARGUMENT_RANGES.get(argument)
+        if allowed is not None and not bounds:
+            allowed = allowed.kind
         arguments[argument] = _checked(f"objective {name}: {argument}", default, _plain(value), allowed)
-    sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": steps_per_epoch}
     for size, value in sizes.items():
         sizes[size] = _checked(f"objective {name}: {size}", 0, value, _SIZES[size])
     try:

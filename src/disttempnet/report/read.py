@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RunRecord:
     for name in ("config.toml", "run.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: not a run folder (it has no {name})")
-    config = load_config(folder / "config.toml")
+    config = load_config(folder / "config.toml", bounds=False)
     facts = read_facts(folder)
     if "objective" not in facts:  # all else is about the run, this is what it is called
         if config.loss.name not in OBJECTIVES:

@@ -30,12 +30,12 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.config import Config, config_from_table, public_table
 from disttempnet.distributed import fsdp
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, notice
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, named_by_rank, redealt_from
 from disttempnet.models import Towers, load_model, save_model
 from disttempnet.training import atomic_folder
-from disttempnet.training.model import build_objective
+from disttempnet.training.model import build_objective, values_out_of_bounds
 from disttempnet.training.run_folder import (
     checkpoint_folder,
     chosen_checkpoint,
@@ -48,11 +48,11 @@ FORMAT = 1
 # What trainer.pt and a shard must hold; of the counts the least.
 TRAINER: dict[str, type] = {
     "step": int, "world_size": int, "num_samples": int, "index_digest": str, "config": dict, "objective": dict,
-    "optimizers": list, "logit_scale": Tensor, "best": dict, "skipped": dict,
+    "optimizers": list, "logit_scale": Tensor, "best": dict, "skipped": dict, "warmup_steps": int,
 }  # fmt: skip
 SHARD: dict[str, type] = {"state": dict, "rng": Tensor}
-COUNTS = {"step": 0, "world_size": 1, "num_samples": 1}
-MAY_LACK = {"skipped"}  # older ones have none
+COUNTS = {"step": 0, "world_size": 1, "num_samples": 1, "warmup_steps": 0}
+MAY_LACK = {"skipped", "warmup_steps"}  # older ones have none
 MOMENTS = "moments"
 # Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
 NOT_PART_OF_THE_RESULT = {
@@ -71,11 +71,13 @@ class Progress(NamedTuple):
         step: steps done.
         best: step and score of the best checkpoint; empty before the first evaluation.
         skipped: reason → int64 ids of the samples that could not be read so far; of earlier versions, their number.
+        warmup_steps: of the learning rate of this run; None: not settled yet.
     """
 
     step: int = 0
     best: Mapping[str, float] = MappingProxyType({})
     skipped: Mapping[str, Tensor | int] = MappingProxyType({})
+    warmup_steps: int | None = None
 
 
 def save_checkpoint(
@@ -98,7 +100,7 @@ def save_checkpoint(
     Raises:
         UserError: no room on the disk; every rank raises.
     """
-    step, best, skipped = progress
+    step, best, skipped, warmup_steps = progress
     target = checkpoint_folder(run) / f"step-{step:08d}"
     own, shared = _split(loss)
     optimizer_states, moments = _split_moments(optimizers)
@@ -125,6 +127,7 @@ def save_checkpoint(
             "logit_scale": towers.module.logit_scale.detach().cpu(),
             "best": dict(best),
             "skipped": dict(skipped),
+            "warmup_steps": config.optim.warmup_steps if warmup_steps is None else warmup_steps,
         }
         torch.save(trainer, writing / "trainer.pt")
         written += (writing / MOMENTS).glob(".metadata")
@@ -172,7 +175,9 @@ def load_checkpoint(
     _restore_optimizers(checkpoint, trainer["optimizers"], optimizers)
     if shard is not None:
         _restore_generators(shard)
-    return Progress(trainer["step"], trainer["best"], trainer.get("skipped", {}))  # none in older ones
+    # older ones have neither; their warm-up was as the config says, however short the run
+    warmup_steps = trainer.get("warmup_steps", config.optim.warmup_steps)
+    return Progress(trainer["step"], trainer["best"], trainer.get("skipped", {}), warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -203,9 +208,11 @@ def load_run(path: str | Path) -> Run:
     checkpoint = path if (path / "trainer.pt").is_file() else chosen_checkpoint(path)
     refuse_damaged(checkpoint)
     trainer = _read(checkpoint / "trainer.pt")
-    config = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")
+    config = _config_of(checkpoint, trainer)
+    for fault in values_out_of_bounds(config).values():
+        notice(f"{checkpoint}: {fault}: taken as it was trained with")
     towers = load_model(config.model.name, str(checkpoint))
-    loss = build_objective(config, trainer["num_samples"], towers.embed_dim)
+    loss = build_objective(config, trainer["num_samples"], towers.embed_dim, bounds=False)
     _restore_objective(checkpoint, trainer, loss)
     towers.module.eval()
     loss.eval()
@@ -301,12 +308,40 @@ def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_d
             f"{trainer['num_samples']} samples; now {index_digest[:12]}): per-sample state cannot be applied to it. "
             "Give back the old data, or start a new run with another name"
         )
-    old = config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config")  # keys it lacks: their defaults
+    old = _config_of(checkpoint, trainer)
     for key, was, now in differences(public_table(old), public_table(config), MAY_CHANGE):
         raise UserError(
             f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
             "or start a new run with another name"
         )
+
+
+def _config_of(checkpoint: Path, trainer: dict[str, Any]) -> Config:
+    """Its types are checked alone; keys that it lacks have their defaults."""
+    return config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config", bounds=False)
+
+
+def refuse_out_of_bounds(config: Config, checkpoint: Path | None) -> None:
+    """Raise UserError where a config has values that no run may have, but for those of the run that goes on from this
+    checkpoint: they are told of."""
+    faults = values_out_of_bounds(config)
+    if not faults:
+        return
+    if checkpoint is None:
+        raise UserError(next(iter(faults.values())))
+    old = public_table(_config_of(checkpoint, _read(checkpoint / "trainer.pt")))
+    new = public_table(config)
+    for key, fault in faults.items():
+        if _value_at(old, key) != _value_at(new, key):
+            raise UserError(fault)
+        notice(f"{checkpoint}: {fault}: taken as the run began with it")
+
+
+def _value_at(table: dict[str, Any], key: str) -> Any:
+    value: Any = table
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def differences(
@@ -341,7 +376,9 @@ def _read(path: Path) -> dict[str, Any]:
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
     for key, kind in (TRAINER if path.name == "trainer.pt" else SHARD).items():
-        value: Any = content.get(key, {} if key in MAY_LACK else None)
+        if key in MAY_LACK and key not in content:
+            continue
+        value: Any = content.get(key)
         few = key in COUNTS and isinstance(value, int) and value < COUNTS[key]
         if few or not isinstance(value, kind) or isinstance(value, bool):
             shown = repr(value)[:40] if isinstance(value, (int, str)) else f"of type {type(value).__name__}"

@@ -6,13 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disttempnet.config import Config, LossConfig
+from disttempnet.config import Config, LossConfig, out_of_bounds
 from disttempnet.errors import UserError, unknown_name
-from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss
+from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss, rebuild_loss
 from disttempnet.models import Towers, encode_images, encode_texts, is_random
 
 
@@ -63,8 +64,8 @@ def autocast_to(dtype: torch.dtype | None, like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objective:
-    """The objective that `[loss]` describes.
+def build_objective(config: Config, num_samples: int, embed_dim: int, bounds: bool = True) -> Objective:
+    """The objective that `[loss]` describes; without `bounds` its numbers may lie outside their ranges.
 
     Raises:
         UserError: an unknown name or argument, or a value out of range.
@@ -74,27 +75,35 @@ def build_objective(config: Config, num_samples: int, embed_dim: int) -> Objecti
         for name in config.loss.arguments:  # build_loss has others, which are the run's
             if row is not None and name not in row.arguments:
                 raise ValueError(unknown_name(f"argument of objective {config.loss.name}:", name, row.arguments))
-        return build_loss(
-            config.loss.name,
-            num_samples=num_samples,
-            embed_dim=embed_dim,
-            seed=config.train.seed,
-            shard_state=True,
-            **config.loss.arguments,
-        )
+        sizes: dict[str, Any] = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": config.train.seed}
+        if bounds:
+            return build_loss(config.loss.name, **sizes, shard_state=True, **config.loss.arguments)
+        return rebuild_loss(config.loss.name, **sizes, shard_state=True, arguments=config.loss.arguments)
     except ValueError as error:
         raise UserError(f"[loss] {error}") from None
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: Config, bounds: bool = True) -> Config:
     """The config with every argument of its objective written out: defaults may change, a run's config must not.
+
+    `bounds` as for `build_objective`.
 
     Raises:
         UserError: an unknown objective or argument, or a value out of range.
     """
-    build_objective(config, 1, 8)
+    build_objective(config, 1, 8, bounds)
     arguments = {**OBJECTIVES[config.loss.name].arguments, **config.loss.arguments}
     return config.model_copy(update={"loss": LossConfig(name=config.loss.name, **arguments)})
+
+
+def values_out_of_bounds(config: Config) -> dict[str, str]:
+    """Dotted key or section → what is wrong with its value: see `config.out_of_bounds`. [loss] is looked at as well."""
+    faults = out_of_bounds(config)
+    try:
+        build_objective(config, 1, 8)
+    except UserError as error:
+        faults["loss"] = str(error)
+    return faults
 
 
 def refuse_if_nothing_is_trained(config: Config, loss: Objective) -> None:

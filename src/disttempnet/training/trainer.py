@@ -67,13 +67,14 @@ class Trainer:
     def __init__(
         self, config: Config, device: torch.device, resume: str = "never", report: run_log.Report | None = None
     ) -> None:
-        self.config = config = resolved(config)
+        self.config = config = resolved(config, bounds=resume == "never")
         self.device, self.folder, self.report = device, config.folder, report
         distributed.together(lambda: run_folder.refuse_unwritable(self.folder) if distributed.is_main() else None)
         if config.train.compile:
             refuse_without_compiler(device)
         self._seen = run_folder.contents(self.folder)
         found, self._passed_over = run_folder.starting_point(self.folder, resume)
+        checkpoint.refuse_out_of_bounds(config, found)
         torch.manual_seed(config.train.seed)
         # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
         weights = str(found) if found else run_folder.weights_folder(config.model.pretrained)
@@ -91,7 +92,7 @@ class Trainer:
             )
         )
         # a wrong [loss] is refused before any shard is read
-        refuse_if_nothing_is_trained(config, build_objective(config, 1, self.towers.embed_dim))
+        refuse_if_nothing_is_trained(config, build_objective(config, 1, self.towers.embed_dim, bounds=False))
         self.data = open_training_data(
             config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
         )
@@ -112,15 +113,18 @@ class Trainer:
             fsdp.shard(self.towers.module, device)
         else:
             self.towers.module.to(device)
-        self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim).to(device)
+        self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim, bounds=False).to(device)
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
-        self.optim = optim.within(config.optim, self.total_steps)
-        self.optimizers = optim.build_optimizers(self.towers.module, self.loss, self.optim)
+        self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
         start = checkpoint.Progress()
         if found is not None:
             start = checkpoint.load_checkpoint(found, **self._restorable())
+        # settled once, when a run begins: a resumed one goes on as it began
+        self.optim = optim.within(config.optim, self.total_steps)
+        if start.warmup_steps is not None:
+            self.optim = config.optim.model_copy(update={"warmup_steps": start.warmup_steps})
         self.step, self.best = start.step, dict(start.best)
         usable = int(self.data.source.usable_counts.sum())
         self.skipped = run_log.Skipped(len(self.data.source), min(usable, config.data.limit or usable), start.skipped)
@@ -303,7 +307,7 @@ class Trainer:
             self.folder,
             logit_scale=self._logit_scale(),
             logit_bias=self._logit_bias(),
-            progress=checkpoint.Progress(self.step, self.best, self.skipped.by_reason()),
+            progress=checkpoint.Progress(self.step, self.best, self.skipped.by_reason(), self.optim.warmup_steps),
             keep=self.config.train.keep,
             **self._restorable(),
         )
