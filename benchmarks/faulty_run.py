@@ -201,7 +201,8 @@ def digest(checkpoint: Path) -> str:
         if (checkpoint / "moments").is_dir():
             _feed(found, _moments(checkpoint / "moments"))
         for rank in range(trainer["world_size"]):
-            _feed(found, torch.load(checkpoint / f"shard-{rank:05d}-of-{trainer['world_size']:05d}.pt"))
+            shard = checkpoint / f"shard-{rank:05d}-of-{trainer['world_size']:05d}.pt"
+            _feed(found, torch.load(shard, weights_only=True))
     except Exception:  # whatever a broken file makes torch raise
         return ""
     return found.hexdigest()

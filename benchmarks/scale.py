@@ -158,6 +158,9 @@ class Numbered(Source):
         self.first = np.append(np.arange(0, samples, SHARD_SAMPLES), samples)
         self.usable_counts = np.diff(self.first)
 
+    def hashes(self) -> np.ndarray:
+        raise NotImplementedError
+
     def image_bytes(self, sample: int) -> bytes:
         raise NotImplementedError
 

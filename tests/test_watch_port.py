@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,13 @@ def main_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     made = Watch(0, 3)
     yield made
     made.leave()
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    until = time.monotonic() + SOON
+    while not reached():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def said(port: int, *lines: bytes) -> bytes:
@@ -123,7 +130,8 @@ def test_without_an_address_of_ipv6_it_listens_all_the_same(monkeypatch: pytest.
         return create(address, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket, "create_server", no_ipv6)
-    with watch._listen(2) as listener:
+    (listener,) = watch._listen(2)
+    with listener:
         assert listener.family == socket.AF_INET
 
 
@@ -337,16 +345,21 @@ def test_a_line_that_the_rank_did_not_send_is_noticed(how: str, main_watch: Watc
 @pytest.mark.parametrize(
     ("address", "found", "expected"),
     [
-        ("localhost", ["127.0.0.1"], "127.0.0.1"),
-        ("127.0.0.1", ["127.0.0.1"], "127.0.0.1"),
-        ("node01", ["127.0.1.1"], ""),  # its own name, as Debian's /etc/hosts has it: others are led elsewhere
-        ("node01", ["203.0.113.7"], ""),  # of another machine: a router before this one
-        ("nowhere.invalid", [], ""),
-        ("", [], ""),
+        ("localhost", ["127.0.0.1"], ["127.0.0.1"]),
+        ("127.0.0.1", ["127.0.0.1"], ["127.0.0.1"]),
+        (
+            "localhost",
+            ["127.0.0.1", "203.0.113.7", "127.0.0.2"],
+            ["127.0.0.1", "127.0.0.2"],
+        ),  # others know some of them
+        ("node01", ["127.0.1.1"], []),  # its own name, as Debian's /etc/hosts has it: others are led elsewhere
+        ("node01", ["203.0.113.7"], []),  # of another machine: a router before this one
+        ("nowhere.invalid", [], []),
+        ("", [], []),
     ],
 )
-def test_rank_0_listens_at_its_own_address_only(
-    address: str, found: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+def test_rank_0_listens_at_its_own_addresses_only(
+    address: str, found: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def getaddrinfo(host: str, *_: object, **__: object) -> list:
         if not found:
@@ -354,5 +367,60 @@ def test_rank_0_listens_at_its_own_address_only(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in found]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with watch._listen(2, address) as listener:
-        assert listener.getsockname()[0] in ([expected] if expected else ["0.0.0.0", "::"])
+    made = Watch(0, 2, address)
+    places = [listener.getsockname() for listener in made._listeners]
+    made.leave()
+    assert list(made.addresses) == expected
+    assert [place[0] for place in places] in ([expected] if expected else [["0.0.0.0"], ["::"]])
+    assert {place[1] for place in places} == {made.port}
+
+
+def test_a_rank_that_its_name_for_rank_0_leads_elsewhere_finds_it() -> None:
+    """A machine of two addresses: rank 0 listens at one, the name leads rank 1 to the other."""
+    made = Watch(0, 2, "127.0.0.2")
+    with pytest.raises(ConnectionRefusedError):
+        Watch(1, 2, HERE, made.port, made.token)
+    rank = Watch(1, 2, HERE, made.port, made.token, addresses=made.addresses)
+    made.leave()
+    rank.leave()
+
+
+def test_what_comes_with_the_proof_of_rank_0_is_heard() -> None:
+    """Both lines in one packet."""
+    with socket.create_server((HERE, 0)) as rank_0:
+
+        def answer() -> None:
+            connection, _ = rank_0.accept()
+            with connection:
+                connection.sendall(b'{"challenge": "00"}\n')
+                own = json.loads(connection.recv(4096))["challenge"]
+                proof = json.dumps({"proof": code("token", "rank 0", "00", own)})
+                body = json.dumps({"failed": "rank 2 on node03 failed: boom"})
+                sealed = f"{code(code('token', 'messages', '00', own), 'rank 0', 1, body)} {body}"
+                connection.sendall(f"{proof}\n{sealed}\n".encode())
+                connection.recv(4096)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        rank = Watch(1, 3, HERE, rank_0.getsockname()[1], "token")
+        assert rank.news(SOON) == "rank 2 on node03 failed: boom"
+        rank.leave()
+        thread.join()
+
+
+def test_a_rank_that_leaves_while_rank_0_does_is_no_error(main_watch: Watch) -> None:
+    """The watch thread drops its connection while the main thread says goodbye to the ranks, one by one."""
+    with Rank(main_watch, 1) as first, Rank(main_watch, 2) as second:
+        (_, peer), (connection, leaver) = main_watch._ranks()
+        seal = peer.sealed
+        second.send({"done": True})
+        wait_until(lambda: leaver.done)
+
+        def sealed(message: dict) -> bytes:
+            second.__exit__()
+            wait_until(lambda: connection not in main_watch._peers)
+            return seal(message)
+
+        peer.sealed = sealed  # type: ignore[method-assign]
+        main_watch.leave()
+        assert json.loads([*first.lines][-1].partition(b" ")[2]) == {"done": True}

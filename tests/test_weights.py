@@ -187,6 +187,19 @@ def test_an_interrupted_copy(zipped: bool, state: dict[str, Tensor], tmp_path: P
         assert "cut off or damaged" in refused(tmp_path / "w.pt"), length
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_pickle_protocols(zipped: bool, tmp_path: Path) -> None:
+    """Two are read; of others the line says what is wrong with them."""
+    path, weights = tmp_path / "w.pt", {"a": torch.ones(2)}
+    for protocol in (2, 3, 4, 5, *((1,) if zipped else ())):  # of 1 and before torch 1.6 there is no file to be met
+        torch.save(weights, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        if protocol in (2, 3):
+            assert torch.equal(read_weights(path)["a"], weights["a"])
+        else:
+            told = f"is written with pickle protocol {protocol}; save it again with torch.save's default protocol"
+            assert refused(path).endswith(told)
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [

@@ -51,6 +51,9 @@ def test_ranks_of_a_node_share_the_room(room: Callable[[int], None], monkeypatch
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"16\.0 MB are free for this process"):
         prefetch_that_fits(4, 10 * MB, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(UserError, match=r"^the environment says LOCAL_WORLD_SIZE=0: must be a whole number from 1"):
+        prefetch_that_fits(4, 10 * MB, 1)
 
 
 def test_too_little_room_is_found_before_the_first_batch(shards: Write, room: Callable[[int], None]) -> None:

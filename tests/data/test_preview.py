@@ -93,7 +93,7 @@ def test_captions_wrap_to_the_width() -> None:
     ("arguments", "message"),
     [
         (["--out", "sheet.gif"], "sheet.gif: a preview is a .png or an .html file"),
-        (["--count", "0"], "--count 0: show at least one sample"),
+        (["--count", "0"], "--count: must be a whole number from 1 to 1,000,000,000 (got 0)"),
         (["--out", "/proc/nowhere/sheet.png"], "cannot be written"),
     ],
 )

@@ -48,6 +48,7 @@ def test_handlers_are_put_back(
 def test_a_closed_terminal_asks_for_the_end_unless_nohup_ignores_it(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {1: True, 2: True}
     moved: list[int] = []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     monkeypatch.setattr(os, "isatty", there.get)
     monkeypatch.setattr(os, "dup2", lambda null, stream: moved.append(stream))
     with StopSignal() as stop:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from disttempnet.distributed.launcher import local_processes
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io.machine import open_files
 
@@ -41,13 +42,12 @@ def prefetch_that_fits(most: int, batch_bytes: int, workers: int) -> int:
         workers: of this rank.
 
     Raises:
-        UserError: there is no room for one each.
+        UserError: there is no room for one each, or the environment says what cannot be.
     """
     if not workers or not os.path.isdir(SHM):
         return most
     disk = os.statvfs(SHM)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
-    room = disk.f_bavail * disk.f_frsize // here
+    room = disk.f_bavail * disk.f_frsize // local_processes()
     fits = (room // batch_bytes - 1) // workers
     if fits >= most:
         return most

@@ -109,10 +109,12 @@ def _watch(launch: Launch, timeout: float) -> Watch:
     limits: dict[str, Any] = {"silence": timeout * SILENCE, "timeout": timeout, "progress": lambda: _collectives}
     watch = Watch(0, launch.world_size, launch.address, **limits) if launch.rank == 0 else None
     try:
-        port, token = gather_objects((watch.port, watch.token) if watch else None)[0]
+        port, token, places = gather_objects((watch.port, watch.token, watch.addresses) if watch else None)[0]
         trouble = ""
         try:
-            watch = watch or Watch(launch.rank, launch.world_size, launch.address, port, token, **limits)
+            watch = watch or Watch(
+                launch.rank, launch.world_size, launch.address, port, token, addresses=places, **limits
+            )
         except OSError as error:
             trouble = f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}"
         trouble = next(filter(None, gather_objects(trouble)), "")

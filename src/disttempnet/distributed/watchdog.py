@@ -27,7 +27,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from disttempnet.sanitize import redacted
@@ -43,6 +43,7 @@ LONGEST_HELLO, LONGEST_LINE = 1024, 8192  # bytes
 BEATS = 8  # in the time of silence: with one on its way and one just missed, six are missed for certain
 PATIENCE = 0.9  # of the timeout, after which the rank that others wait for is named: ahead of the collective
 KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a node without power: noticed in a minute
+EVERYWHERE = ("0.0.0.0", "::")
 BAD_NEWS = 2  # exit code
 
 
@@ -51,8 +52,10 @@ class Watch:
 
     Args:
         rank, world_size: this rank among all.
-        address: of rank 0, by which the others reach it; rank 0 listens at that interface alone where it is its own.
+        address: of rank 0, by which the others reach it; rank 0 listens at that address alone, or at all that the name
+            stands for, where they are its own.
         port, token: of rank 0; not needed there.
+        addresses: at which rank 0 listens; tried where `address` leads this rank to none of them.
         silence: seconds without a beat after which a rank counts as lost, at the latest.
         timeout: seconds that a collective waits; a rank that the others wait for is named before.
         progress: how many collectives the main thread has come to; the same sequence on every rank.
@@ -69,6 +72,7 @@ class Watch:
         port: int = 0,
         token: str = "",
         *,
+        addresses: Sequence[str] = (),
         silence: float = 120.0,
         timeout: float = 600.0,
         progress: Callable[[], int] = int,
@@ -79,19 +83,15 @@ class Watch:
         self._news = ""
         self._known, self._leaving = threading.Event(), threading.Event()
         self._sending = threading.Lock()
-        self._listener = _listen(world_size, address) if rank == 0 else None
+        self._listeners = _listen(world_size, address) if rank == 0 else []
         self._peers: dict[socket.socket, _Peer] = {}
         self._met: set[int] = set()  # ranks that have been here; they may have left
         if rank != 0:
-            connection = socket.create_connection((address, port), CONNECT_SECONDS)
-            try:
-                self._keep(connection, self._introduced(connection, address))
-            except BaseException:
-                connection.close()
-                raise
-            connection.settimeout(None)
+            self._connect([address, *addresses], port)
         self._wake, self._woken = socket.socketpair()
-        self.port: int = self._listener.getsockname()[1] if self._listener else port
+        places = [listener.getsockname() for listener in self._listeners]
+        self.port: int = places[0][1] if places else port
+        self.addresses = tuple(place[0] for place in places if place[0] not in EVERYWHERE)
         os.register_at_fork(after_in_child=self._forget)  # a loader worker's copy would outlive the rank
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -107,8 +107,8 @@ class Watch:
         message: dict[str, Any] = {"done": True}
         if failure:
             message = {"failed": _named(self._own, f"failed: {redacted(failure)}"[:LONGEST_REASON])}
-        for connection, _ in self._ranks():
-            self._send(connection, message)
+        for connection, peer in self._ranks():
+            self._send(connection, peer, message)
         with contextlib.suppress(OSError):
             self._wake.send(b"\n")
         self._thread.join(GRACE_SECONDS)
@@ -130,7 +130,7 @@ class Watch:
                 for key, _ in selector.select(min(wait, 0.2) if strangers else wait):
                     one = key.fileobj
                     assert isinstance(one, socket.socket)
-                    if one is self._listener:
+                    if one in self._listeners:
                         self._accept(one, selector)
                     elif one in self._peers and not self._hear(one):
                         self._drop(one, selector)
@@ -140,7 +140,7 @@ class Watch:
     def _admit(self, selector: selectors.BaseSelector) -> int:
         """Close connections that have not proved in time whose they are, and listen only while there is room for
         more, and ranks are missing. Returns how many such connections are left."""
-        if self._listener is None:
+        if not self._listeners:
             return 0
         waiting = [(connection, peer) for connection, peer in self._peers.items() if peer.rank < 0]
         complete = len(self._met) == self._others
@@ -149,15 +149,17 @@ class Watch:
             if complete or time.monotonic() - peer.since > limit:
                 self._drop(connection, selector)
         left = len(self._peers) - len(self._ranks())
-        listening = self._listener in selector.get_map()
-        if listening != (not complete and left < STRANGERS):
-            if listening:
-                selector.unregister(self._listener)
-            else:
-                selector.register(self._listener, selectors.EVENT_READ)
+        for listener in self._listeners:
+            listening = listener in selector.get_map()
+            if listening != (not complete and left < STRANGERS):
+                if listening:
+                    selector.unregister(listener)
+                else:
+                    selector.register(listener, selectors.EVENT_READ)
         if complete:
-            self._listener.close()
-            self._listener = None
+            for listener in self._listeners:
+                listener.close()
+            self._listeners = []
         return left
 
     def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
@@ -176,7 +178,7 @@ class Watch:
         that was suspended as a whole, and goes on, has missed none."""
         self._own.at = self._progress()
         for connection, peer in self._ranks():
-            self._send(connection, {"at": self._own.at})
+            self._send(connection, peer, {"at": self._own.at})
             peer.missed += 1
             if peer.missed >= BEATS and not (peer.done or self._news):
                 what = f"has not been heard for {self._silence:.0f} seconds: stopped, or its node is gone"
@@ -230,8 +232,8 @@ class Watch:
     def _spread(self) -> None:
         """Rank 0 passes the news on; a main thread that does not end on it is ended."""
         if self.rank == 0:
-            for connection, _ in self._ranks():
-                self._send(connection, {"failed": self._news})
+            for connection, peer in self._ranks():
+                self._send(connection, peer, {"failed": self._news})
         self._known.set()
         if not self._leaving.wait(GRACE_SECONDS):
             with contextlib.suppress(Exception):  # nothing may keep us from ending
@@ -242,9 +244,30 @@ class Watch:
 
     # ---- who is who ----
 
+    def _connect(self, addresses: Sequence[str], port: int) -> None:
+        """Connect to rank 0 at the first address at which it answers.
+
+        Raises:
+            OSError: it does at none; what happened at the first.
+        """
+        errors: list[OSError] = []
+        for address in addresses:
+            try:
+                connection = socket.create_connection((address, port), CONNECT_SECONDS)
+                try:
+                    self._keep(connection, self._introduced(connection, address))
+                except BaseException:
+                    connection.close()
+                    raise
+                connection.settimeout(None)
+                return
+            except OSError as error:
+                errors.append(error)
+        raise errors[0]
+
     def _introduced(self, connection: socket.socket, address: str) -> _Peer:
         """Prove to rank 0 whose connection this is, and be shown that it is rank 0."""
-        with connection.makefile("rb") as lines:
+        with connection.makefile("rb", buffering=0) as lines:  # what comes after its proof is for `_hear`
             challenge = str(_parsed(lines.readline(LONGEST_HELLO)).get("challenge"))
             own = secrets.token_hex(16)
             proof = _code(self.token, "rank", self.rank, self._own.host, challenge, own)
@@ -275,9 +298,9 @@ class Watch:
         """Connections of ranks, which alone are told anything."""
         return [(connection, peer) for connection, peer in list(self._peers.items()) if peer.rank >= 0]
 
-    def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        with self._sending, contextlib.suppress(OSError):  # it is gone: nobody to tell
-            connection.sendall(self._peers[connection].sealed(message) + b"\n")
+    def _send(self, connection: socket.socket, peer: _Peer, message: dict[str, Any]) -> None:
+        with self._sending, contextlib.suppress(OSError):  # it is gone, or dropped meanwhile: nobody to tell
+            connection.sendall(peer.sealed(message) + b"\n")
 
     def _keep(self, connection: socket.socket, peer: _Peer) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -293,7 +316,7 @@ class Watch:
         del self._peers[connection]
 
     def _forget(self) -> None:
-        for one in filter(None, (self._listener, self._wake, self._woken, *self._peers)):
+        for one in (*self._listeners, self._wake, self._woken, *self._peers):
             one.close()
 
 
@@ -340,10 +363,11 @@ def _same(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode())
 
 
-def _listen(world_size: int, address: str = "") -> socket.socket:
+def _listen(world_size: int, address: str = "") -> list[socket.socket]:
     """For one connection a rank, which on a thousand ranks are more files than a process may open by custom.
 
-    At the interface of that address, where it is one of this machine; else at all of them.
+    At all that the address stands for and that are of this machine, on one port: the others may be told only some of
+    them. At all interfaces where there are none.
     """
     queue = world_size + STRANGERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -352,9 +376,15 @@ def _listen(world_size: int, address: str = "") -> socket.socket:
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
         )
-    for family, place in _interfaces(address):
+    listeners: list[socket.socket] = []
+    for family, (host, _, *scope) in _interfaces(address):
+        port = listeners[0].getsockname()[1] if listeners else 0
         with contextlib.suppress(OSError):  # somebody else's, as where a router or a proxy stands before this machine
-            return socket.create_server(place, family=family, backlog=queue)
+            listeners.append(socket.create_server((host, port, *scope), family=family, backlog=queue))
+    return listeners or [_listen_everywhere(queue)]
+
+
+def _listen_everywhere(queue: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # the kernel knows IPv6, but no interface has an address of it
             return socket.create_server(("", 0), family=socket.AF_INET6, backlog=queue, dualstack_ipv6=True)
@@ -362,7 +392,7 @@ def _listen(world_size: int, address: str = "") -> socket.socket:
 
 
 def _interfaces(address: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Where to listen for who is told this address, in the order of preference. None where a machine's own name leads
+    """Where to listen for who is told this address. None where a machine's own name leads
     it to itself (127.0.1.1 in many /etc/hosts): others are led elsewhere."""
     try:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM) if address else []

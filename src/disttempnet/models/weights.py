@@ -12,7 +12,8 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ DEEPEST = 4  # dicts within each other
 # What torch.compile, FSDP, activation checkpointing and Fabric put into the names of parameters, at any depth.
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 NAMED = 3  # keys that a message lists
-TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # alone in the first pickle of a file of torch.save before 1.6
+OLD_PICKLES = 4  # in such a file: that one, version, machine, content
 
 
 def read_weights(path: str | Path, prefer_ema: bool = False) -> dict[str, Tensor]:
@@ -168,7 +170,7 @@ def _unpickled(path: Path) -> Any:
         UserError: another file, a damaged one, or objects of other kinds in it.
     """
     try:
-        named = _globals(path)
+        named, protocol = _globals(path)
     except Exception as error:  # foreign bytes: the parsers of Python raise what they like on them
         raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({one_line(error)})") from None
     inert: list[Any] = [(_Inert, name) for name in named if name.partition(".")[0] in RECORDS]
@@ -187,29 +189,43 @@ def _unpickled(path: Path) -> Any:
                     f"it holds objects of Python, such as {found[1]}, which could run code and are not read: save the "
                     "weights alone, by torch.save(model.state_dict(), FILE)",
                 ) from None
+            if "Unsupported operand" in str(error) and protocol not in (2, 3):  # those that weights_only reads
+                raise refusal(
+                    path,
+                    f"it is written with pickle protocol {protocol}; save it again with torch.save's default protocol",
+                ) from None
             why = one_line(error, 200) or type(error).__name__
             raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({why})") from None
 
 
-def _globals(path: Path) -> set[str]:
-    """MODULE.NAME of all that the pickle of a file refers to; nothing is made of them."""
+def _globals(path: Path) -> tuple[set[str], int]:
+    """MODULE.NAME of all that the pickle of a file refers to, and the pickle's protocol; nothing is made of them.
+
+    Names that protocol 4 and later put on the stack are not looked for: weights_only refuses such a pickle whole.
+    """
+    named, protocol = set(), 0
+    for code, argument in _opcodes(path):
+        if code.name == "GLOBAL":
+            named.add(str(argument).replace(" ", "."))
+        protocol = max(protocol, argument if code.name == "PROTO" else code.proto)
+    return named, protocol
+
+
+def _opcodes(path: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """What the pickle of a file of torch.save consists of, with the arguments."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            return _globals_in(archive.open(name), 1)
+            with archive.open(name) as content:
+                yield from ((code, argument) for code, argument, _ in pickletools.genops(content))
+        return
     with path.open("rb") as file:
-        if not file.read(len(TORCH_PICKLE)) == TORCH_PICKLE:
+        first = islice(pickletools.genops(file), 3)  # PROTO, from protocol 4 on FRAME, the number
+        if not any(argument == TORCH_MAGIC for _, argument, _ in first):
             raise ValueError("a pickle of another program")
-        return _globals_in(file, 3)  # version, machine, content
-
-
-def _globals_in(file: Any, pickles: int) -> set[str]:
-    return {
-        str(argument).replace(" ", ".")
-        for _ in range(pickles)
-        for code, argument, _ in pickletools.genops(file)
-        if code.name == "GLOBAL"
-    }
+        file.seek(0)
+        for _ in range(OLD_PICKLES):
+            yield from ((code, argument) for code, argument, _ in pickletools.genops(file))
 
 
 def _state_dict(path: Path, content: Any, nested: Iterable[str]) -> dict[str, Tensor]:

@@ -99,7 +99,8 @@ def read_subject(folder: Path) -> Subject | None:
         return None
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        subject = Subject(**{f.name: table[f.name] for f in fields(Subject) if f.name in table})
+        known = {f.name: table[f.name] for f in fields(Subject) if f.name in table}
+        subject = Subject(**known | {"notes": tuple(known.get("notes", ()))})
         if not isinstance(subject.model, str) or not isinstance(subject.run, dict):
             raise ValueError
     except (OSError, ValueError, TypeError):
