@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from disttempnet import distributed
 from disttempnet.cli.main import main
+from disttempnet.distributed import collectives
 from disttempnet.distributed import watchdog as watch
 from disttempnet.distributed.watchdog import Watch
 from srun import Srun
@@ -142,7 +142,7 @@ def finds_no_way(arguments: list[str]) -> int:
         def blocked(*_: object, **__: object) -> Watch:
             raise OSError("Connection timed out")
 
-        distributed.Watch = blocked  # type: ignore[assignment, misc]
+        collectives.Watch = blocked  # type: ignore[assignment, misc]
     return main(arguments)
 
 

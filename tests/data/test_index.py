@@ -27,6 +27,7 @@ from disttempnet.data.shards import open as indexing
 from disttempnet.data.shards import scan as scan_module
 from disttempnet.data.shards.patterns import expand_braces
 from disttempnet.data.source import UnreadableCaption
+from disttempnet.distributed import collectives
 from disttempnet.errors import UserError
 from disttempnet.io import machine
 from gloo import Pools
@@ -605,7 +606,7 @@ def open_in_own_cache(spec: str, folder: Path) -> tuple[str, int, str, list[str]
     cache = folder / str(distributed.rank())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTTEMPNET_CACHE", str(cache))
-        patch.setattr(distributed, "PIECE", 1000)  # bytes: several pieces
+        patch.setattr(collectives, "PIECE", 1000)  # bytes: several pieces
         index = open_index(spec, progress=False)
         there = sorted(path.name for path in index.path.parent.iterdir())
         return index.digest, index.path.stat().st_size, index.captions(4)[0], there
