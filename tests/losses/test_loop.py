@@ -17,6 +17,7 @@ from disttempnet import OBJECTIVES, Features, build_loss, distributed
 from disttempnet.errors import UserNotice
 from disttempnet.losses import objective as core
 from disttempnet.losses.learning import PATIENCE
+from disttempnet.losses.temperature import network
 from losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
 
 close = torch.testing.assert_close
@@ -156,7 +157,141 @@ def test_a_copied_loss_is_trained_at_its_own_epoch() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, values(other), strict=True))
 
 
+class SharpnessAware(torch.optim.Optimizer):
+    """A step of two passes, with an optimizer inside that has the same groups."""
+
+    def __init__(self, groups: list[dict]) -> None:
+        super().__init__(groups, {"lr": 1.0})
+        self.inner = torch.optim.SGD(self.param_groups)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure) -> None:
+        for _ in range(2):
+            with torch.enable_grad():
+                closure()
+        self.inner.step()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.LBFGS, SharpnessAware])
+def test_a_closure_finds_the_same_rates(kind: type[torch.optim.Optimizer], by_name: bool) -> None:
+    """Its first pass is the loss's first, and is inside the first step."""
+    loss, batch = make(NETWORK), unique_batch(1)
+    optimizer = kind(loss.parameters() if kind is torch.optim.LBFGS else loss.parameter_groups())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = loss(Features.unit(batch.x, batch.y), batch.ids).total
+        total.backward()
+        return total
+
+    def move() -> float:
+        before = values(loss)
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        return max(float((a - b).abs().max().detach()) for a, b in zip(before, loss.parameters(), strict=True))
+
+    loss.set_epoch(0)
+    assert [move(), move()] == [0, 0]
+    loss.set_epoch(2)
+    plain = optimizer.param_groups[0]["lr"]
+    moved = move()
+    assert moved > 0
+    assert optimizer.param_groups[0]["lr"] == plain
+    if kind is torch.optim.Adam:
+        assert moved == pytest.approx(0.005, rel=1e-4)
+        assert {int(state["step"]) for state in optimizer.state.values()} == {1}, "nothing was gathered"
+    if kind is SharpnessAware:
+        steepest = max(float(p.grad.abs().max()) for p in loss.parameters())
+        assert moved == pytest.approx(0.005 * steepest, rel=1e-4), "the inner optimizer scales nothing again"
+
+
+def move_in_zero() -> list[float]:
+    """Moves at epochs 0 and 3 in torch's optimizer of optimizers, and the rate that schedulers see."""
+    with warnings.catch_warnings():  # its neighbours call torch.jit
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def zero(loss: nn.Module) -> torch.optim.Optimizer:
+        return ZeroRedundancyOptimizer(loss.parameter_groups(), torch.optim.Adam, lr=1.0)
+
+    found, optimizer = moves(NETWORK, zero, (0, 3))
+    return [*found, optimizer.param_groups[0]["lr"]]
+
+
+def test_nested_optimizers_scale_a_rate_once(gloo) -> None:
+    for rank in gloo(2, move_in_zero):
+        assert rank == [0, pytest.approx(0.0025, rel=1e-4), 0.01]
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+@pytest.mark.parametrize("rows_kept", [4096, 2])
+def test_one_side_of_a_network_is_trained_while_the_other_is_kept(
+    frozen: str, rows_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "KEPT_ROWS", rows_kept)
+    whole, half = make(NETWORK), make(NETWORK)
+    getattr(half.temperature, frozen).requires_grad_(False)
+    for loss in (whole, half):
+        backward(loss, unique_batch(1))
+    for (name, expected), given in zip(whole.named_parameters(), half.parameters(), strict=True):
+        if name.startswith(f"temperature.{frozen}."):
+            assert given.grad is None
+        else:
+            close(given.grad, expected.grad, rtol=0, atol=0)
+            assert name.startswith("temperature.")
+    assert any(p.grad is not None and p.grad.any() for p in half.parameters())
+
+
 # ---- forgotten ----
+
+
+def notices(steps: int, loss: nn.Module, *optimizers: torch.optim.Optimizer) -> list[str]:
+    """Of as many steps of the loss and each optimizer."""
+    batch, tower = unique_batch(1), nn.Linear(D, D).double()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            loss(Features.of(tower(batch.x), batch.y), batch.ids).total.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    return [str(w.message) for w in caught if issubclass(w.category, UserNotice)]
+
+
+def test_a_rate_that_was_always_0_is_named_once_and_one_that_ends_at_0_is_not() -> None:
+    loss, ended = make(EVERY["siglip"]), make(EVERY["siglip"])
+    start = values(loss)
+    optimizer = torch.optim.SGD(loss.parameter_groups(), lr=0.0)
+    assert notices(PATIENCE - 1, loss, optimizer) == []
+    (notice,) = notices(2 * PATIENCE, loss, optimizer)
+    assert f"its learning rate was 0 in the last {PATIENCE} steps" in notice
+    close(values(loss), start, rtol=0, atol=0)
+    optimizer = torch.optim.SGD(ended.parameter_groups(), lr=0.1)
+    assert notices(1, ended, optimizer) == []
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert notices(2 * PATIENCE, ended, optimizer) == []
+
+
+def test_a_network_that_waits_at_rate_0_is_not_forgotten() -> None:
+    loss = make(NETWORK)
+    loss.set_epoch(0)
+    groups = [group | {"lr": 0.0} for group in loss.parameter_groups()]
+    assert notices(2 * PATIENCE, loss, torch.optim.SGD(groups)) == []
+
+
+def test_an_optimizer_that_no_longer_steps_is_missed() -> None:
+    loss, tower = make(EVERY["clip"]), nn.Linear(D, D)
+    first, second = (torch.optim.SGD(group, lr=0.1) for group in (loss.parameter_groups(), tower.parameters()))
+    assert notices(PATIENCE, loss, second, first) == []
+    (notice,) = notices(2 * PATIENCE, loss, second)
+    assert "none of the optimizers" in notice
+
+
+def test_weight_decay_of_others_is_named_where_it_moves_tau() -> None:
+    loss, tower = make(EVERY["siglip"]), nn.Linear(D, D)
+    both = [*tower.parameters(), *loss.parameters()]
+    assert notices(2, loss, torch.optim.AdamW(both, lr=0.1, weight_decay=0.0)) == []
+    (notice,) = notices(2, loss, torch.optim.AdamW(both, lr=0.1, weight_decay=0.2))
+    assert re.search(r"weight decay of 0\.2 moves τ as well: .*\*loss\.parameter_groups\(\)", notice)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "cyclip", "fastclip-v3", "disttempnet-v1"])
@@ -308,8 +443,9 @@ def evaluated_tau(recipe: dict) -> list[float]:
 @pytest.mark.parametrize(
     "kind",
     [list, tuple, np.asarray, lambda ids: np.asarray(ids, np.int32), lambda ids: torch.tensor(ids, dtype=torch.int32),
-     lambda ids: [np.int64(i) for i in ids], lambda ids: torch.tensor(ids, dtype=torch.uint8)],
-    ids=["list", "tuple", "numpy", "numpy int32", "int32", "numpy scalars", "uint8"],
+     lambda ids: [np.int64(i) for i in ids], lambda ids: torch.tensor(ids, dtype=torch.uint8),
+     lambda ids: torch.tensor(ids, dtype=torch.uint16), lambda ids: torch.tensor(ids, dtype=torch.uint64)],
+    ids=["list", "tuple", "numpy", "numpy int32", "int32", "numpy scalars", "uint8", "uint16", "uint64"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["sogclr", "isogclr", "onlineclr", "clip"])
 def test_ids_of_any_kind(name: str, kind) -> None:
@@ -440,7 +576,12 @@ def test_what_one_rank_refuses_ends_no_other_in_a_collective(gloo, what: str, na
 
 @pytest.mark.parametrize(
     ("what", "name", "named"),
-    [("seed", "sogclr", "arguments"), ("seed", "disttempnet-v1", "arguments"), ("state", "clip", "parameters")],
+    [
+        ("seed", "sogclr", "arguments"),
+        ("seed", "disttempnet-v1", "arguments"),
+        ("seed", "cyclip", "arguments"),
+        ("state", "clip", "parameters"),
+    ],
 )
 def test_losses_that_differ_between_ranks_are_refused_at_the_first_step(gloo, what: str, name: str, named: str) -> None:
     for message, _ in gloo(2, refusal, EVERY[name], what):
@@ -483,8 +624,22 @@ def test_scalars_of_numpy_are_numbers() -> None:
     close(values(numpy), values(plain), rtol=0, atol=0)
 
 
+def test_scalars_of_torch_are_numbers() -> None:
+    plain = build_loss("sogclr", num_samples=N, embed_dim=D, gamma=0.5)
+    torchs = build_loss("sogclr", num_samples=torch.tensor(N), embed_dim=torch.tensor(D), gamma=torch.tensor(0.5))
+    assert plain.arguments == torchs.arguments
+
+
 @pytest.mark.parametrize(
-    ("argument", "value"), [("steps_per_epoch", -1), ("steps_per_epoch", 2.5), ("num_samples", "9")]
+    ("argument", "value"),
+    [
+        ("num_samples", torch.tensor([9])),
+        ("num_samples", torch.tensor(9.5)),
+        ("num_samples", torch.tensor(True)),
+        ("steps_per_epoch", -1),
+        ("steps_per_epoch", 2.5),
+        ("num_samples", "9"),
+    ],
 )
 def test_sizes_are_whole_numbers(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"objective clip: {argument}"):

@@ -194,7 +194,7 @@ class GlobalContrastiveLoss(Objective):
         total = with_later_gradient(
             value, image, text, gradient, *others, pairs.ids, *anchors[0], *anchors[1], r, *kept
         )
-        if h is not None and tau1.requires_grad:
+        if h is not None and (tau1.requires_grad or tau2.requires_grad):
             total = with_own_gradient(total, C / b * (h[0, batch.mine] @ tau1 + h[1, batch.mine] @ tau2), self)
         if self.training:
             if h is not None:

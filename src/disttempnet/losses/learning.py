@@ -3,18 +3,19 @@
 Gradient: the mean over ranks, taken in the forward pass, so that the parameters stay equal on all ranks whatever wraps
 the model, and whether or not the objective is wrapped as well (a mean of equal gradients is that gradient).
 
-Rate: the optimizer's step asks the objective. A temperature that waits is left out of the step, as if it had no
-gradient, and gathers no moments; one whose rate changes over the epochs has the learning rate of its group scaled for
-the length of the step. So schedulers, scalers and saved optimizers see plain groups, and a loop that was given
-`parameter_groups()` has nothing to remember.
+Rate: the optimizer's step asks the objective, and again after each call of a closure, where the gradients may come
+from. A temperature that waits is left out of the step, as if it had no gradient, and gathers no moments; one whose rate
+changes over the epochs has the learning rate of its group scaled for the length of the step. So schedulers, scalers and
+saved optimizers see plain groups, and a loop that was given `parameter_groups()` has nothing to remember.
 
-Forgotten: parameters that have gradients and are in none of the optimizers that step are named once.
+Forgotten: parameters that have gradients and stay where they are, since no optimizer that steps holds them or since
+their learning rate has been 0 from the start, are named once.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -26,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from disttempnet import distributed
 from disttempnet.errors import UserNotice
 
-PATIENCE = 10  # optimizer steps without the parameters until they count as forgotten
+PATIENCE = 10  # optimizer steps in a row without the parameters until they count as forgotten
 NO_SECOND_GRADIENT = (
     "the losses' gradient is a formula that cannot be differentiated again: call backward without create_graph=True "
     "(gradient penalties and second-order optimizers need another loss)"
@@ -57,6 +58,7 @@ class Learner(nn.Module):
 
             torch.optim.AdamW([{"params": model.parameters()}, *loss.parameter_groups()], lr=1e-3, weight_decay=0.1)
         """
+        _watch(self)  # the first forward pass may be inside the first step
         parameters = [p for p in self.parameters() if p.requires_grad]
         group: dict[str, Any] = {"params": parameters, "weight_decay": 0.0}
         if self.own_rate:
@@ -101,86 +103,160 @@ def refuse_second_gradient() -> None:
 
 # ---- in the optimizer's step ----
 
+Group = dict[str, Any]
+
 
 @dataclass
 class _Watch:
-    has_gradient: bool = False  # since the last step of any optimizer
-    missed: int = 0  # steps of optimizers that did not hold the parameters
-    settled: bool = False  # an optimizer holds them, or it was named that none does
+    has_gradient: bool = False  # since a step was last counted
+    missed: int = 0  # steps in a row that left the parameters where they were
+    trained: bool = False  # a step has moved them
+    forgotten: bool = False  # it was said that nothing moves them
+    shared: bool = False  # it was said that their group is not theirs alone
+
+
+@dataclass
+class _Scaled:
+    group: Group
+    plain: Any  # learning rates: numbers, or tensors
+    given: Any
 
 
 _watched: WeakKeyDictionary[Learner, _Watch] = WeakKeyDictionary()
-_scaled: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[dict[str, Any], Any]]] = WeakKeyDictionary()
-_hooks: list[Any] = []
+_scaled: WeakKeyDictionary[torch.optim.Optimizer, list[_Scaled]] = WeakKeyDictionary()
 
 
 def _watch(learner: Learner) -> None:
     if learner not in _watched:
         _watched[learner] = _Watch()
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
-def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    _after_step(optimizer)  # a step that raised has left its rates scaled
-    for learner, watch in list(_watched.items()):
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    _restore(optimizer)  # a step that raised has left its rates scaled
+    _prepare(optimizer)
+    if callable(closure := kwargs.get("closure")):
+        return args, {**kwargs, "closure": _prepared_after(closure, optimizer)}
+    if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+        return (args[0], _prepared_after(args[1], optimizer), *args[2:]), kwargs
+    return None
+
+
+def _prepared_after(closure: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        _prepare(optimizer)
+        return result
+
+    return prepared
+
+
+def _prepare(optimizer: torch.optim.Optimizer) -> None:
+    """Leave what waits out of the step under way and scale the rates of the rest; a second time changes nothing."""
+    for learner in list(_watched):
         rate = learner.current_rate()
-        if watch.settled and rate == learner.own_rate:
+        if rate == learner.own_rate:
             continue
-        own = {id(p) for p in learner.parameters()}
-        groups = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
-        if not watch.settled:
-            _look_for(watch, groups)
-            _name_mixed(groups, own, learner.own_rate)
-        if learner.own_rate:
-            _at_own_rate(optimizer, groups, own, learner.own_rate, rate)
+        own, groups = _held(learner, optimizer)
+        for group in groups:
+            if rate == 0:
+                for parameter in group["params"]:
+                    if id(parameter) in own:
+                        parameter.grad = None
+            elif not _is_shared(group, own):
+                _scale(optimizer, group, learner.own_rate, rate)
 
 
-def _look_for(watch: _Watch, groups: list[dict[str, Any]]) -> None:
-    watch.settled = bool(groups)
-    if groups or not watch.has_gradient:
+def _held(learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[set[int], list[Group]]:
+    """The learner's parameters, by identity, and the optimizer's groups that hold any of them."""
+    own = {id(p) for p in learner.parameters()}
+    return own, [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
+
+
+def _is_shared(group: Group, own: set[int]) -> bool:
+    return not all(id(p) in own for p in group["params"])
+
+
+def _scale(optimizer: torch.optim.Optimizer, group: Group, own_rate: float, rate: float) -> None:
+    # the very object, which is no look at a device: scaled in this step already, or by the step of an optimizer around
+    # this one, which has handed its rate on (ZeroRedundancyOptimizer)
+    if any(group["lr"] is scaled.given for step in _scaled.values() for scaled in step):
         return
-    watch.has_gradient = False  # the next optimizer may be the one that holds the parameters
-    watch.missed += 1
-    if watch.missed == PATIENCE:
-        watch.settled = True
-        _say(
-            f"the loss learns its temperature, but none of the optimizers that made {PATIENCE} steps holds its "
-            "parameters, and τ stays where it started: give one of them *loss.parameter_groups() beside the model's "
-            "parameters (or loss.requires_grad_(False) to keep τ)"
-        )
+    scaled = _Scaled(group, group["lr"], group["lr"] / own_rate * rate)
+    _scaled.setdefault(optimizer, []).append(scaled)
+    group["lr"] = scaled.given
 
 
-def _name_mixed(groups: Sequence[dict[str, Any]], own: set[int], own_rate: float) -> None:
-    for group in groups:
-        if own_rate and not all(id(p) in own for p in group["params"]):
-            _say(
-                f"the loss's temperature has a learning rate of its own, {own_rate:g} without weight decay, but shares "
-                f"a group with other parameters at {float(group['lr']):g}: give the optimizer *loss.parameter_groups() "
-                "in place of loss.parameters()"
-            )
-            return
-
-
-def _at_own_rate(
-    optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]], own: set[int], own_rate: float, rate: float
-) -> None:
-    for group in groups:
-        if rate == 0:
-            for parameter in group["params"]:
-                if id(parameter) in own:
-                    parameter.grad = None
-        elif rate != own_rate and all(id(p) in own for p in group["params"]):
-            _scaled.setdefault(optimizer, []).append((group, group["lr"]))
-            group["lr"] = group["lr"] / own_rate * rate
+def _restore(optimizer: torch.optim.Optimizer) -> None:
+    for scaled in _scaled.pop(optimizer, []):
+        scaled.group["lr"] = scaled.plain
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group, rate in _scaled.pop(optimizer, []):
-        group["lr"] = rate
+    _restore(optimizer)
+    for learner, watch in list(_watched.items()):
+        own, groups = _held(learner, optimizer)
+        if not watch.shared:
+            watch.shared = _name_shared(groups, own, learner.own_rate)
+        if not watch.forgotten:
+            _count(watch, groups, waits=learner.current_rate() == 0 < learner.own_rate)
+
+
+def _count(watch: _Watch, groups: list[Group], waits: bool) -> None:
+    """Count a step that left the parameters where they were, and say so once.
+
+    A rate of 0 is a fault only where it has never been another: it may also be the end of a schedule.
+    """
+    moves = any(not _is_zero(group.get("lr")) for group in groups)
+    if moves or (groups and (waits or watch.trained)):
+        watch.trained |= not waits
+        watch.missed = 0
+        watch.has_gradient = False
+        return
+    watch.missed += watch.has_gradient
+    watch.has_gradient = False  # the next optimizer may be the one that holds the parameters
+    if watch.missed == PATIENCE:
+        watch.forgotten = True
+        why = (
+            f"its learning rate was 0 in the last {PATIENCE} steps"
+            if groups
+            else f"none of the optimizers that made the last {PATIENCE} steps holds its parameters"
+        )
+        _say(
+            f"the loss learns its temperature, but {why}, and τ stays where it is: give an optimizer "
+            "*loss.parameter_groups() beside the model's parameters (or loss.requires_grad_(False) to keep τ)"
+        )
+
+
+def _is_zero(rate: Any) -> bool:
+    """Of a learning rate; one on a GPU is not looked at, since the host would wait."""
+    return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
+
+
+def _name_shared(groups: list[Group], own: set[int], own_rate: float) -> bool:
+    """Say where the parameters are trained as others are and should not be; whether that was said."""
+    for group in groups:
+        decay = float(group.get("weight_decay", 0))
+        if not _is_shared(group, own) or not (own_rate or decay):
+            continue
+        if own_rate:
+            fault = f"has a learning rate of its own, {own_rate:g} without weight decay, but shares"
+            fault += f" a group with other parameters at {group.get('lr')}"
+        else:
+            fault = f"shares a group with other parameters, whose weight decay of {decay:g} moves τ as well"
+        _say(
+            f"the loss's temperature {fault}: give the optimizer *loss.parameter_groups() in place of loss.parameters()"
+        )
+        return True
+    return False
 
 
 def _say(what: str) -> None:
     if distributed.is_main():
         warnings.warn(what, UserNotice, stacklevel=2)
+
+
+# at import: where the first forward pass is inside a step's closure, that step is one of these already
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

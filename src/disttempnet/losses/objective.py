@@ -17,7 +17,9 @@ from disttempnet.losses.learning import Learner, refuse_second_gradient
 from disttempnet.losses.sample_state import SampleState
 
 Ids = Tensor | np.ndarray | Sequence[int]  # whole numbers of any width, on any device
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WHOLE = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
 
 
 class Features(NamedTuple):

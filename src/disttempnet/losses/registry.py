@@ -204,8 +204,9 @@ _SIZES = {
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of numpy as Python's own."""
-    return value.item() if isinstance(value, np.generic) else value
+    """A scalar of numpy or torch as Python's own."""
+    scalar = isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.ndim == 0)
+    return value.item() if scalar else value
 
 
 def _checked(what: str, default: Any, value: Any, allowed: Range | None) -> Any:
@@ -285,7 +286,7 @@ def _build(
             allowed = allowed.kind
         arguments[argument] = _checked(f"objective {name}: {argument}", default, _plain(value), allowed)
     for size, value in sizes.items():
-        sizes[size] = _checked(f"objective {name}: {size}", 0, value, _SIZES[size])
+        sizes[size] = _checked(f"objective {name}: {size}", 0, _plain(value), _SIZES[size])
     try:
         objective = recipe.build(
             Context(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state),
@@ -293,8 +294,10 @@ def _build(
         )
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
-    objective.steps_per_epoch = sizes["steps_per_epoch"]
-    objective.arguments = f"{name} {sizes} {arguments} shard_state={shard_state}"
+    for part in objective.modules():  # CyCLIP's CLIP is the one that compares between ranks
+        if isinstance(part, Objective):
+            part.steps_per_epoch = sizes["steps_per_epoch"]
+            part.arguments = f"{name} {sizes} {arguments} shard_state={shard_state}"
     _mark_for_accelerate(objective)
     return objective
 

@@ -115,7 +115,8 @@ class NetworkTemperature(Temperature):
         """τ [b]. Of large batches only a chunk's activations live at a time: the backward pass computes them again."""
         if len(x) <= KEPT_ROWS:
             return self._tau(network, x, mask)
-        tau = _Recomputed.apply(lambda rows, kept: self._tau(network, rows, kept), x, mask, *network.parameters())
+        learned = [p for p in network.parameters() if p.requires_grad]
+        tau = _Recomputed.apply(lambda rows, kept: self._tau(network, rows, kept), x, mask, *learned)
         assert isinstance(tau, Tensor)
         return tau
 
