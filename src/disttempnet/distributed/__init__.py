@@ -7,7 +7,6 @@ fsdp.py          towers that outgrow a GPU, sharded over the ranks (FSDP2)
 """
 
 from disttempnet.distributed.collectives import (
-    PIECE,
     OtherRankFailed,
     all_gather,
     all_mean,
@@ -27,7 +26,6 @@ from disttempnet.distributed.collectives import (
 )
 
 __all__ = [
-    "PIECE",
     "OtherRankFailed",
     "all_gather",
     "all_mean",
