@@ -20,6 +20,7 @@ _PARAMETER = re.compile(
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # C0 except tab and newline, DEL, C1; line and paragraph separators; what turns the direction of text; lone surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _MARKDOWN = re.compile(r"[\\|`*\[\]]")
 
@@ -73,6 +74,13 @@ def _escape(match: re.Match[str]) -> str:
 def one_line(text: str) -> str:
     """The same, with line breaks as escapes too: a name or caption cannot pretend to be a line of ours."""
     return printable(text).replace("\n", "\\n")
+
+
+def brief(error: object, longest: int = 500) -> str:
+    """What an exception or a text of another library says, without colours, line breaks and control characters."""
+    text = _COLOUR.sub("", str(error))
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= longest else f"{text[:longest]} …"
 
 
 def csv_cell(value: Any) -> Any:

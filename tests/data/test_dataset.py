@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -251,6 +252,9 @@ class Numbers(Source):
 
     def reason(self, sample: int) -> str:
         return ""
+
+    def hashes(self) -> NDArray[np.uint64]:
+        return np.arange(len(self), dtype=np.uint64)
 
 
 def batches_of_numbers(source: Source, plan: EpochPlan, epoch: int, workers: int = 0, ranks: int = 1) -> list[Batch]:

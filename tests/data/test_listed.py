@@ -130,23 +130,27 @@ def test_shards_for_retrieval_hold_an_image_once(tmp_path: Path) -> None:
 def test_read_listing(tmp_path: Path) -> None:
     path = write(tmp_path, [*rows_of(4, 2), {"image": "0.png", "caption": " "}])
     before = sorted(tmp_path.iterdir())
-    listed = read_listing(path, label_key="label")
+    listed = read_listing(path)
     assert sorted(tmp_path.iterdir()) == before, "nothing is written beside the data"
-    assert [(image.name, image.path, image.captions, image.label, image.split) for image in listed.images] == [
-        (f"captions.jsonl:{n}.png", tmp_path / f"{n}.png", captions_of(n, 2), f"class {n % 2}", "test")
+    assert [(image.name, image.path, image.captions, image.fields, image.split) for image in listed.images] == [
+        (
+            f"captions.jsonl:{n}.png",
+            tmp_path / f"{n}.png",
+            captions_of(n, 2),
+            {"label": f"class {n % 2}", "split": "test"},
+            "test",
+        )
         for n in range(4)
     ]
     assert [pickle.loads(pickle.dumps(image)).read() for image in listed.images] == [png(n) for n in range(4)]
     assert listed.left_out == (("empty caption", 1, ["captions.jsonl:0.png"]),)
     assert "9 rows, 5 samples" in listed.notes[0]
-    with pytest.raises(UserError, match=r"no usable row has 'klass'; there are label, split"):
-        read_listing(path, label_key="klass")
 
 
 def test_read_listing_of_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table({"image": [png(0), png(1)], "caption": [["a", "b"], ["c"]], "label": [3, 4]})
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
-    listed = read_listing(tmp_path, label_key="label")
-    found = [(image.path, image.captions, image.label, image.read()) for image in listed.images]
-    assert found == [(None, ("a", "b"), "3", png(0)), (None, ("c",), "4", png(1))]
+    listed = read_listing(tmp_path)
+    found = [(image.path, image.captions, image.fields["label"], image.read()) for image in listed.images]
+    assert found == [(None, ("a", "b"), 3, png(0)), (None, ("c",), 4, png(1))]

@@ -123,6 +123,17 @@ def test_stand_ins_are_others_and_none_is_asked_for_twice(plan: EpochPlan, epoch
             assert len(set(others)) == len(others), "no two slots of a batch share one of another batch"
 
 
+def test_stand_ins_of_the_last_batch_are_others_even_where_it_holds_most() -> None:
+    """B = 8: the batch of what is left over holds 8 of 9 samples; all its slots have the 9th as first candidate."""
+    for seed in range(20):
+        plan = EpochPlan(index_of([[0] * 9]), 8, 1, seed)
+        other = {*range(9)} - {*plan.batch(0, 1).tolist()}
+        for slot in range(8):
+            candidates = list(islice(plan.stand_ins(0, 1, slot), 3))
+            assert {candidates[0]} == other
+            assert len({*candidates[1:]}) == 2, "then, as it may be lost, its own: there is an end of the search"
+
+
 @quick
 @given(plans(), st.data())
 def test_stand_ins_depend_on_seed_epoch_and_place_only(plan: EpochPlan, data: st.DataObject) -> None:

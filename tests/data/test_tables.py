@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -292,3 +293,79 @@ def test_a_quoted_table_comes_back(captions: list[str], separator: str, last: bo
         with path.open(encoding="utf-8", newline="") as text:
             read = list(DelimitedRows(text, path))
     assert [row and row["caption"] for row in read] == captions
+
+
+def misread(seed: int) -> str:
+    """A table as csv.writer makes it of captions that look like rows, quote and list; the text, if it is misread."""
+    random = Random(seed)
+    pieces = [
+        "a dog",
+        "c.jpg, a dog",
+        "3.jpg,two",
+        'a 27" screen',
+        '"',
+        ", ",
+        "\n",
+        "\n\n",
+        " and more",
+        "7.jpg\tx",
+        "stop",
+    ]
+    captions = ["".join(random.choices(pieces, k=random.randint(1, 7))) for _ in range(random.randint(4, 12))]
+    rows = [("image", "caption"), ("0.jpg", 'a "quoted", first one')]
+    rows += [(f"{n}.jpg", caption) for n, caption in enumerate(captions, 1)]
+    rows = [row[::-1] for row in rows] if random.random() < 0.5 else rows
+    file = io.StringIO()
+    separator, end, quoting = random.choice(",\t;|"), random.choice(["\n", "\r\n"]), random.choice([0, 1])
+    csv.writer(file, delimiter=separator, lineterminator=end, quoting=quoting).writerows(rows)
+    file.seek(0)
+    strict = csv.DictReader(io.StringIO(file.getvalue(), newline=""), delimiter=separator, strict=True)
+    # blanks around a caption are no part of it
+    read = [row and [*map(str.strip, row.values())] for row in DelimitedRows(file, Path("a.csv"))]
+    expected = [[*map(str.strip, row.values())] for row in strict]
+    return "" if read == expected else file.getvalue()
+
+
+def test_what_csv_writes_is_read_as_csv_reads_it() -> None:
+    assert not [text for seed in range(200) if (text := misread(seed))]
+
+
+@pytest.mark.slow
+def test_much_that_csv_writes_is_read_as_csv_reads_it() -> None:
+    assert not [text for seed in range(200, 3200) if (text := misread(seed))]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_cell_that_lists_images_stays_whole(end: str) -> None:
+    """The table has no other quoted cell: what closes it is no row."""
+    caption = "a page that lists\nc.jpg, a dog\nand more"
+    text = f'image,caption{end}a.jpg,one{end}b.jpg,"{caption}"{end}d.jpg,two{end}'
+    rows = list(DelimitedRows(io.StringIO(text, newline=""), Path("a.csv")))
+    expected = [("a.jpg", "one"), ("b.jpg", caption), ("d.jpg", "two")]
+    assert [row and (row["image"], row["caption"]) for row in rows] == expected
+
+
+def test_names_that_end_in_a_number_keep_it() -> None:
+    """`#N` numbers captions only after the suffix of an image."""
+    text = "image,caption\n" + "".join(f"scan#{n},a page {n}\n" for n in range(4))
+    assert [row and row["image"] for row in DelimitedRows(io.StringIO(text), Path("a.csv"))] == [
+        f"scan#{n}" for n in range(4)
+    ]
+
+
+def test_images_that_a_folder_of_captions_leaves_out_are_counted(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.bmp", "c.GIF", "d.tif", "e.bmp"):
+        (tmp_path / name).write_bytes(png(1))
+        (tmp_path / name).with_suffix(".txt").write_text(f"a {name}")
+    source = opened(tmp_path)
+    assert len(source) == 1
+    assert "left out: 2 .bmp, 1 .gif, 1 .tif: images beside captions are jpeg, jpg, png, webp" in source.notes()
+
+
+def test_no_note_passes_control_characters_on(tmp_path: Path) -> None:
+    text = "image,caption\n" + "".join(f"{n}.png,a {n}\n" for n in range(COUNT))
+    text += '\x1b[2Jx.png,"stop" sign\n\x1b[2Jy.png,\n'
+    source = opened(write(tmp_path, "odd.csv", text))
+    said = [*source.notes(), source.problems(), source.name(COUNT)]
+    assert all("\\x1b[2J" in line for line in (said[0], said[-2], said[-1]))
+    assert "\x1b" not in "".join(said)

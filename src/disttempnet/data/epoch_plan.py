@@ -16,7 +16,8 @@ hold a sample twice. n counts what an epoch reads.
 
 A sample that cannot be read is replaced by one that the epoch reads in another batch. The k-th candidate for a slot of
 batch t is in the k-th full batch after t, at the slot that a shuffle of all slots gives: so no two slots of a batch
-have a candidate in common before all batches are through, and in an epoch no sample is the first candidate twice. What
+have a candidate in common before all batches are through, and in an epoch no sample is the first candidate twice. A
+next turn through the batches is at each slot's neighbour: in B turns all samples of full batches are candidates. What
 stands in depends on (seed, epoch, step, slot) and on what is readable: not on rank, world size or worker. It comes
 from the windows that are open anyway.
 """
@@ -91,7 +92,7 @@ class EpochPlan:
         self._begins: Ids = np.empty(0, np.int64)  # the first of its usable samples that is in it,
         self._starts: Ids = np.empty(0, np.int64)
         self._windows: dict[int, tuple[int, Ids]] = {}  # lane → (number, ids) of the window it is in
-        self._stand_in_slots: dict[int, Ids] = {}  # k → the slot of each slot's k-th stand-in
+        self._stand_in_slots: dict[int, Ids] = {}  # k - 1 → the slot of each slot's k-th stand-in, k ≤ full steps
 
     def batch(self, epoch: int, step: int) -> Ids:
         """Ids of a global batch, int64 [B], in lane order."""
@@ -128,12 +129,14 @@ class EpochPlan:
         # a last batch that is filled from the epoch's beginning has samples of others
         avoided = frozenset(self._tail().tolist()) if step == self._full_steps else frozenset()
         share = self.global_batch // self.lanes
-        for k in count(1):
-            if k not in self._stand_in_slots:
-                self._stand_in_slots[k] = self._permutation(self.global_batch, STAND_IN, epoch, k)
-            lane, place = divmod(int(self._stand_in_slots[k][slot]), share)
-            sample = int(self._lane(lane, (step + k) % self._full_steps)[place])
-            if sample not in avoided or k > self._full_steps:
+        for k in count():
+            turn, batch = divmod(k, self._full_steps)  # after each turn at the next slot: B turns have every sample
+            if batch not in self._stand_in_slots:
+                self._stand_in_slots[batch] = self._permutation(self.global_batch, STAND_IN, epoch, batch + 1)
+            place = (int(self._stand_in_slots[batch][slot]) + turn) % self.global_batch
+            lane, offset = divmod(place, share)
+            sample = int(self._lane(lane, (step + batch + 1) % self._full_steps)[offset])
+            if sample not in avoided or turn >= self.global_batch:
                 yield sample
 
     def _turn_to(self, epoch: int) -> None:

@@ -198,7 +198,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_lines(path: Path, check: Callable[[dict[str, Any]], object]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: Path, check: Callable[[dict[str, Any]], object]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a file of JSON lines, as text and as objects; none where there is no such file.
 
     A damaged line is passed over with a notice that names it. Only the last one may be half-written: a running or

@@ -19,7 +19,8 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from disttempnet.config import flat
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.models import transformers_clip
-from disttempnet.models.weights import SUFFIXES, listed, one_line, refusal
+from disttempnet.models.weights import SUFFIXES, listed, refusal
+from disttempnet.sanitize import brief
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -301,7 +302,7 @@ def _downloaded(repository: str, *files: str) -> tuple[Path | None, str]:
         try:
             return Path(download_pretrained_from_hf(repository, file)), ""
         except (OSError, ValueError) as error:
-            why = one_line(str(error).rpartition("Last error:")[2], 160)
+            why = brief(str(error).rpartition("Last error:")[2], 160)
     return None, why
 
 
@@ -339,7 +340,7 @@ def _tagged(pretrained: str, name: str) -> Origin:
     try:
         weights = Path(download_pretrained(known))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"weights '{name}/{pretrained}' cannot be had: {one_line(error)}") from None
+        raise UserError(f"weights '{name}/{pretrained}' cannot be had: {brief(error)}") from None
     return Origin(weights=weights, preprocess=_preprocess(known, name), quick_gelu=bool(known.get("quick_gelu")))
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from disttempnet.errors import UserError
-from disttempnet.models.weights import misfit, one_line, read_weights, refusal, without_prefix
+from disttempnet.models.weights import misfit, read_weights, refusal, without_prefix
+from disttempnet.sanitize import brief
 
 MODEL_FOLDER = Path(__file__).with_name("architectures")
 
@@ -157,7 +158,7 @@ def load_model(
     except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
         named = {"weights": pretrained, "image weights": image_pretrained, "text weights": text_pretrained}
         what = ", ".join([f"model '{name}'", *(f"{kind} '{path}'" for kind, path in named.items() if path)])
-        raise UserError(f"{what} cannot be loaded: {one_line(error)}") from None
+        raise UserError(f"{what} cannot be loaded: {brief(error)}") from None
     finally:
         logging.disable(silenced)
         root.handlers[:] = handlers
@@ -215,7 +216,7 @@ def _build(name: str, architecture: dict, origin: Origin, text_pretrained: str) 
     try:
         module = (open_clip.CoCa if "multimodal_cfg" in wanted else kind)(**wanted)
     except (TypeError, AttributeError, KeyError, AssertionError, ZeroDivisionError) as error:
-        raise UserError(f"model '{name}': open_clip cannot build its architecture: {one_line(error)}") from None
+        raise UserError(f"model '{name}': open_clip cannot build its architecture: {brief(error)}") from None
     return module, _tokenizer(name, architecture["text_cfg"], origin.folder)
 
 
@@ -262,7 +263,7 @@ def _fill_from_big_vision(module: open_clip.CLIP, name: str, path: Path) -> None
     try:
         load_big_vision_weights(module, str(path))
     except Exception as error:  # its arrays are looked up one by one, in whatever model this is
-        raise refusal(path, f"not big_vision's weights of {name}: {one_line(error)}") from None
+        raise refusal(path, f"not big_vision's weights of {name}: {brief(error)}") from None
 
 
 def _as_open_clip(module: open_clip.CLIP, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from disttempnet.errors import UserError
+from disttempnet.sanitize import brief
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".npz")
 RECORDS = {  # packages whose objects stand beside weights: arguments, scores, dates, paths, settings of a trainer
@@ -57,21 +58,13 @@ def read_weights(path: str | Path, prefer_ema: bool = False) -> dict[str, Tensor
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise refusal(path, f"it is cut off or damaged ({one_line(error)})") from None
+            raise refusal(path, f"it is cut off or damaged ({brief(error)})") from None
     return _state_dict(path, _unpickled(path), (*NESTED_EMA, *NESTED) if prefer_ema else NESTED)
 
 
 def refusal(path: str | Path, why: str) -> UserError:
     """The error that every file of weights which cannot be loaded ends in."""
     return UserError(f"weights '{path}' cannot be loaded: {why}")
-
-
-def one_line(error: object, longest: int = 500) -> str:
-    """What an exception or a text of another library says, without colours, line breaks and control characters."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2]  # torch puts a page of advice before it
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= longest else f"{text[:longest]} …"
 
 
 def refuse_other_files(path: Path) -> None:
@@ -117,7 +110,7 @@ def _other_kind(path: Path, head: bytes) -> str:
     if text.startswith((b"{", b"[")):
         return "it is JSON, a config or an index, not weights"
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
-        return f"it is a text file (it begins with {one_line(head[:40].decode('ascii'))!r})"
+        return f"it is a text file (it begins with {brief(head[:40].decode('ascii'))!r})"
     return f"it is neither safetensors nor a file of torch.save (it begins with {head[:8]!r})"
 
 
@@ -172,7 +165,7 @@ def _unpickled(path: Path) -> Any:
     try:
         named, protocol = _globals(path)
     except Exception as error:  # foreign bytes: the parsers of Python raise what they like on them
-        raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({one_line(error)})") from None
+        raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({brief(error)})") from None
     inert: list[Any] = [(_Inert, name) for name in named if name.partition(".")[0] in RECORDS]
     inert += [(_Entries, "collections.defaultdict"), *((_Inert, f"builtins.{name}") for name in PLAIN)]
     with torch.serialization.safe_globals(inert), warnings.catch_warnings():
@@ -194,7 +187,8 @@ def _unpickled(path: Path) -> Any:
                     path,
                     f"it is written with pickle protocol {protocol}; save it again with torch.save's default protocol",
                 ) from None
-            why = one_line(error, 200) or type(error).__name__
+            said = str(error).rpartition("WeightsUnpickler error:")[2]  # torch puts a page of advice before it
+            why = brief(said, 200) or type(error).__name__
             raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({why})") from None
 
 
@@ -316,4 +310,4 @@ def listed(names: Iterable[Any], most: int = NAMED) -> str:
     """The first names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(one_line(name, 100) for name in names[:most]) + more
+    return ", ".join(brief(name, 100) for name in names[:most]) + more

@@ -15,7 +15,7 @@ import numpy as np
 from disttempnet.config import Config, load_config
 from disttempnet.errors import UserError, notice, unknown_name
 from disttempnet.evaluation.scores import Scores, from_record
-from disttempnet.io.files import read_lines
+from disttempnet.io.files import read_json_lines
 from disttempnet.losses import OBJECTIVES
 from disttempnet.sanitize import one_line
 from disttempnet.training.run_info import read_facts
@@ -130,7 +130,7 @@ def distinct_titles(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [line for _, line in read_lines(path, LOGS[path.name])]
+    return [line for _, line in read_json_lines(path, LOGS[path.name])]
 
 
 def _temperatures(folder: Path, evaluations: Sequence[Evaluation]) -> Iterator[Temperatures]:

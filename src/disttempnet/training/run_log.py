@@ -17,7 +17,7 @@ from torch import Tensor
 
 from disttempnet.data import Skip
 from disttempnet.evaluation.scores import Scores, from_record, to_record
-from disttempnet.io.files import read_lines, write_atomically
+from disttempnet.io.files import read_json_lines, write_atomically
 from disttempnet.terminal import console
 
 Report = Callable[[int, int, Mapping[str, float]], None]
@@ -203,5 +203,5 @@ def _is_number(value: object) -> bool:
 def _cut_after(path: Path, step: int, check: Callable[[dict[str, Any]], None]) -> None:
     """Drop lines past `step`, which the resumed run writes again, a half-written last one, and damaged ones."""
     if path.is_file():
-        kept = [text for text, line in read_lines(path, check) if line["step"] <= step]
+        kept = [text for text, line in read_json_lines(path, check) if line["step"] <= step]
         write_atomically(path, "".join(f"{text}\n" for text in kept))

@@ -2,7 +2,7 @@
 
 Tables are written by pandas and spreadsheets, which quote, and line by line by scripts, which do not. The first lines
 tell which separator, header and blanks fit. A file that its suffix describes is read just as the suffix says. A
-quotation mark is settled where it stands: a quoted cell may span lines, unless one of them is a row of its own.
+quotation mark is settled where it stands: a quoted cell may span lines, unless more speaks for rows with stray marks.
 """
 
 from __future__ import annotations
@@ -87,10 +87,12 @@ class DelimitedRows:
         self.next_line: list[str] = []  # one reader for all lines: making one costs more than reading a line
         self.reader = csv.reader(iter(self.next_line.pop, None), **self.options)
         self.lines = chain(head[self.format.headed :], lines)
+        self.returns = bool(head) and head[0].endswith("\r\n")  # csv writes rows so, but not the lines of a cell
+        self.quotes = _quotes(head[self.format.headed :], self.format)
         images = _cells(_rows(head[self.format.headed :], self.format), self.format.image)
         self.suffixed = bool(images) and _share(images, names_an_image) >= MOST
         self.digits = _share(images, _has_digit) == 1.0
-        self.numbered = bool(images) and all(NUMBERED.search(image) for image in images)
+        self.numbered = self.suffixed and all(NUMBERED.search(image) for image in images)
         self.lists = self._holds_lists(head)
         self.image_key = "" if self.format.headed or image_key else self.format.names[self.format.image]
         self.caption_key = "" if self.format.headed or caption_key else self.format.names[self.format.caption]
@@ -144,30 +146,47 @@ class DelimitedRows:
 
     def _spanning(self, line: str, pending: deque[str]) -> list[str]:
         """The cells of a line, and of those after it that a quoted cell spans. The line alone, with its quotation marks
-        as they stand, where they do not balance before the next row begins."""
+        as they stand, where they do not balance, or where more speaks for two stray ones."""
         taken: list[str] = []
-        complete = self._is_a_row(line)
 
         def spanned() -> Iterator[str]:
             yield line
             while (more := pending.popleft() if pending else next(self.lines, None)) is not None:
                 taken.append(more)
-                # what stands before its first mark is inside the cell; where that mark is a stray one too, all of it is
-                inside = more.partition('"')[0]
-                if len(taken) > MAX_SPAN or self._is_a_row(inside) or (complete and self._is_a_row(more)):
+                if len(taken) > MAX_SPAN:
                     return
                 yield more
 
         try:
-            return next(csv.reader(spanned(), **self.options))
+            cells = next(csv.reader(spanned(), **self.options))
+            if not self._swallows(line, taken, len(cells) == len(self.format.names)):
+                return cells
         except csv.Error:
-            pending.extendleft(reversed(taken))
-            cells = self.format.cells(line)
-            self._note(STRAY, cells)
-            return cells
+            pass
+        pending.extendleft(reversed(taken))
+        cells = self.format.cells(line)
+        self._note(STRAY, cells)
+        return cells
+
+    def _swallows(self, line: str, taken: Sequence[str], fits: bool) -> bool:
+        """Whether a cell that opens in `line` and is closed in the last of `taken` is rather one of rows that two stray
+        marks stand in.
+
+        A caption may list images, one a line. So rows inside are no evidence where the table quotes what has to be
+        quoted, nor where the lines that open and close the cell are no rows themselves.
+        """
+        complete = self._is_a_row(line)
+        if not fits:
+            return any(self._is_a_row(more.partition('"')[0]) or (complete and self._is_a_row(more)) for more in taken)
+        if self.quotes or not (complete and self._is_a_row(taken[-1])):
+            return False
+        lines = [more for more in taken if more.strip()]
+        return sum(map(self._is_a_row, lines)) > len(lines) / 2
 
     def _is_a_row(self, line: str) -> bool:
-        """Whether a line can be a row of its own: its image looks as others do."""
+        """Whether a line can be a row of its own: it ends as rows do, and its image looks as others do."""
+        if self.returns and line.endswith("\n") and not line.endswith("\r\n"):
+            return False
         cells, columns, image = self.format.cells(line), len(self.format.names), self.format.image
         if len(cells) < columns or image < 0:
             return len(cells) == columns > 1
@@ -241,6 +260,22 @@ def _find_format(head: list[str], separators: Sequence[str], where: Path, image_
     if len(headed.names) < 2:
         raise UserError(f"{where}: line 1: no comma, tab, ';' or '|' parts image and caption: {head[0].strip()[:60]!r}")
     return headed
+
+
+def _quotes(head: Sequence[str], form: Format) -> bool:
+    """Whether the first rows are written by csv's rules: cells that have to be quoted are, no other holds a mark."""
+    reader, last, quotes = csv.reader(head, **form.csv_options()), 0, False
+    try:
+        for cells in reader:
+            text, lines, last = "".join(head[last : reader.line_num]), reader.line_num - last, reader.line_num
+            marked = [cell for cell in cells if '"' in cell]
+            if marked and '""' not in text:
+                return False
+            worded = any(character.isalnum() for cell in marked for character in cell)
+            quotes |= lines == 1 and (worded or any(form.separator in cell for cell in cells))
+    except csv.Error:
+        return quotes and reader.line_num == len(head)  # the last cell may go on after the head
+    return quotes
 
 
 def _rows(head: Sequence[str], form: Format) -> list[list[str]]:

@@ -37,6 +37,7 @@ from disttempnet.data.listings.readers import Layout
 from disttempnet.data.shards.index import writable
 from disttempnet.data.source import OK, bare
 from disttempnet.errors import UserError
+from disttempnet.sanitize import one_line
 from disttempnet.terminal import console
 
 FORMAT = "disttempnet-listing-2"
@@ -312,7 +313,7 @@ def _refuse_unusable(layout: Layout, status: bytearray) -> None:
     if OK in status:
         return
     found = ", ".join(f"{status.count(code):,}: {reason}" for code, reason in enumerate(ROW_REASONS) if code in status)
-    hint = f"; {printable(layout.hint())}" if layout.hint() else ""
+    hint = f"; {one_line(layout.hint())}" if layout.hint() else ""
     raise UserError(f"{layout.where}: none of its rows can be used{f' ({found})' if found else ': it has none'}{hint}")
 
 
@@ -351,7 +352,7 @@ def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str
         return key
     _refuse_addresses(head, layout, "")
     if not keys:
-        hint = f"; {printable(layout.hint())}" if layout.hint() else ""
+        hint = f"; {one_line(layout.hint())}" if layout.hint() else ""
         raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields{hint}")
     if not named and (kind := kind_of(keys)):
         raise UserError(f"{layout.where}: {kind}")
@@ -360,7 +361,7 @@ def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str
 
 
 def _some(keys: Iterable[str]) -> str:
-    shown = [printable(key if len(key) < 40 else key[:39] + "…") for key in keys]
+    shown = [one_line(key if len(key) < 40 else key[:39] + "…") for key in keys]
     return ", ".join(shown[:20]) + (", …" if len(shown) > 20 else "")
 
 
@@ -435,8 +436,3 @@ def _caption_status(captions: Any) -> int:
     except UnicodeEncodeError:
         return BAD_CAPTION
     return OK if any(map(bare, captions)) else EMPTY_CAPTION
-
-
-def printable(text: str) -> str:
-    """Text that can be written anywhere: bytes that were no UTF-8 are shown as question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")

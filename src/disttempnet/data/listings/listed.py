@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,6 @@ from typing import Any
 from disttempnet.config import SourceConfig
 from disttempnet.data.listings.index import build_index, load_columns
 from disttempnet.data.listings.open import ImageFiles, Images, Listing, images_of, layout_of, settings_of
-from disttempnet.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,6 @@ class ListedImage:
         name: what the listing calls it, for messages.
         path: its file; None where its bytes lie in a Parquet file.
         captions: stripped, in the order of the rows; empty ones are left out, at least one is left.
-        label: the value under the label key, as a string; empty where there is none.
         split: the value of the column `split`; empty where there is none.
         fields: what else its rows agree on.
     """
@@ -30,7 +27,6 @@ class ListedImage:
     name: str
     path: Path | None
     captions: tuple[str, ...]
-    label: str
     split: str
     fields: dict[str, Any] = field(hash=False)
     _row: tuple[Images, int, str] = field(repr=False, compare=False)
@@ -56,9 +52,7 @@ class Listed:
     notes: tuple[str, ...]
 
 
-def read_listing(
-    where: str | Path, images: str = "", image_key: str = "", caption_key: str = "", label_key: str = ""
-) -> Listed:
+def read_listing(where: str | Path, images: str = "", image_key: str = "", caption_key: str = "") -> Listed:
     """Read any listing (docs/data.md#layouts): rows of one image are joined. Writes nothing beside the data.
 
     Unlike `open_listing` it holds all rows in memory, takes part in no collective, and can be called by any rank.
@@ -67,10 +61,9 @@ def read_listing(
         where: a table, a JSON file, a Parquet file or a folder of them, or a folder of images and side-car captions.
         images: folder that relative paths start from; empty = the listing's own, or the one above.
         image_key, caption_key: as the keys of a source; empty = found.
-        label_key: field that holds the class; empty = none.
 
     Raises:
-        UserError: it cannot be read, holds no usable row, its images are not found, or no row has the label key.
+        UserError: it cannot be read, holds no usable row, or its images are not found.
     """
     source = SourceConfig(path=str(where), images=images, image_key=image_key, caption_key=caption_key)
     layout, settings = layout_of(source), settings_of(source)
@@ -79,24 +72,13 @@ def read_listing(
         build_index(layout, path, settings, progress=False)
         columns = load_columns(path)  # stays mapped when the file is gone
     listing = Listing(path, layout.where, columns, images_of(layout, columns, images))
-    found = tuple(_image(listing, sample, label_key) for sample in listing.usable.tolist())
-    if label_key and not any(image.label for image in found):
-        raise UserError(f"{where}: no usable row has '{label_key}'; there are {_keys(found)}")
+    found = tuple(_image(listing, sample) for sample in listing.usable.tolist())
     return Listed(found, tuple(listing.left_out()), tuple(listing.notes()))
 
 
-def _image(listing: Listing, sample: int, label_key: str) -> ListedImage:
+def _image(listing: Listing, sample: int) -> ListedImage:
     image, captions, fields = listing.columns.row(sample)
     path = Path(listing.images.path(image)) if isinstance(listing.images, ImageFiles) else None
-    label, split = (_word(fields.get(key)) for key in (label_key, "split"))
-    return ListedImage(
-        listing.name(sample), path, tuple(captions), label, split, fields, (listing.images, sample, image)
-    )
-
-
-def _word(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _keys(found: Sequence[ListedImage]) -> str:
-    return ", ".join(sorted({key for image in found[:1000] for key in image.fields})) or "no other fields"
+    split = fields.get("split")
+    split = "" if split is None else str(split)
+    return ListedImage(listing.name(sample), path, tuple(captions), split, fields, (listing.images, sample, image))

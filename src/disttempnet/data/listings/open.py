@@ -29,7 +29,6 @@ from disttempnet.data.listings.index import (
     build_index,
     leaves_the_folder,
     load_columns,
-    printable,
 )
 from disttempnet.data.listings.parquet import Parquet, ParquetImages
 from disttempnet.data.listings.readers import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
@@ -39,6 +38,7 @@ from disttempnet.data.source import OK, Source, hash_of, usable_captions
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io.files import UnfitFile, read_regular
 from disttempnet.io.machine import cause
+from disttempnet.sanitize import one_line
 
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
 PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tgz"}
@@ -83,7 +83,7 @@ class ImageFiles:
         try:
             return read_regular(self.path(image), MAX_BYTES)
         except OSError as error:
-            where = printable(self.path(image))
+            where = one_line(self.path(image))
             if error.errno in NO_SUCH_FILE or isinstance(error, UnfitFile):
                 raise UnreadableImage(f"{error.strerror}: {where}") from None
             # rights, a lost disk, too many open files: no fault of one sample, and leaving it out would hide it
@@ -127,7 +127,7 @@ class Listing(Source):
 
     def name(self, sample: int) -> str:
         """`LISTING:IMAGE`, or the number of a row without image; `FILE.parquet:ROW`, from 0."""
-        image = printable(self.columns.row(sample)[0]) or f"row {self.columns.number(sample) + 1}"
+        image = one_line(self.columns.row(sample)[0]) or f"row {self.columns.number(sample) + 1}"
         return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
 
     def hashes(self) -> NDArray[np.uint64]:
@@ -153,7 +153,8 @@ class Listing(Source):
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
-        return self.columns.said() + (self.images.said() if isinstance(self.images, ImageFiles) else [])
+        said = self.columns.said() + (self.images.said() if isinstance(self.images, ImageFiles) else [])
+        return [one_line(line) for line in said]
 
     def close(self) -> None:
         self.images.close()
@@ -312,7 +313,7 @@ def _find_files(where: Path, probed: list[str], root: str) -> ImageFiles:
     hint = f"; they are in {inside}" if _count_found(ImageFiles(inside), probed) else ""
     places = " nor in ".join(map(str, roots))
     raise UserError(
-        f"{where}: of {len(probed)} of its images, such as {printable(probed[0])}, none is in {places}{hint}; "
+        f"{where}: of {len(probed)} of its images, such as {one_line(probed[0])}, none is in {places}{hint}; "
         "name the folder of images in data.train = [{path = …, images = FOLDER}]"
     )
 

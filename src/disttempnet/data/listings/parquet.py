@@ -16,6 +16,7 @@ from disttempnet.data.listings.readers import Layout, Part
 from disttempnet.data.shards.names import fingerprint
 from disttempnet.data.shards.patterns import expand_braces
 from disttempnet.errors import UserError
+from disttempnet.sanitize import brief
 
 if TYPE_CHECKING:
     import pyarrow
@@ -92,7 +93,7 @@ class Parquet(Layout):
                 for fields in self._rows_of(path):
                     yield fields, number
             except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are of these kinds
-                raise UserError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
+                raise UserError(f"{path}: cannot be read as parquet: {brief(error)}") from None
 
     def _rows_of(self, path: Path) -> Iterator[Fields]:
         from pyarrow.parquet import ParquetFile
@@ -319,7 +320,7 @@ class ParquetImages:
         except FileNotFoundError:
             raise UserError(f"{path}: is gone; restore the file") from None
         except (OSError, ValueError) as error:  # pyarrow's own errors are of both kinds
-            raise UnreadableImage(f"its row group cannot be read: {one_line(error)}") from None
+            raise UnreadableImage(f"its row group cannot be read: {brief(error)}") from None
         self._groups[group] = table.column(self.column)
         while len(self._groups) > 1 and sum(column.nbytes for column in self._groups.values()) > CACHE_BYTES:
             self._groups.popitem(last=False)
@@ -340,7 +341,3 @@ class ParquetImages:
         self._groups.clear()
         while self._files:
             self._files.popitem()[1].close()
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

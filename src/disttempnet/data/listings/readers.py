@@ -13,6 +13,7 @@ import io
 import json
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from disttempnet.data.listings.delimited import DelimitedRows
 from disttempnet.data.listings.encodings import ESCAPED, NAMES, encoding_of
 from disttempnet.data.listings.fields import Fields
 from disttempnet.data.listings.json_kinds import Keys, is_row, known_kind, of_rows
-from disttempnet.data.shards.names import IMAGE_SUFFIXES, MAX_TEXT
+from disttempnet.data.shards.names import DECODED_SUFFIXES, IMAGE_SUFFIXES, MAX_TEXT, is_image
 from disttempnet.errors import UserError
 from disttempnet.io.files import UnfitFile, read_regular
 
@@ -263,6 +264,7 @@ class Folder(Layout):
 
     def __init__(self, where: Path, caption_key: str = "") -> None:
         self.where, self.parts = where, {}
+        self.others: Counter[str] = Counter()  # images that are not taken, by suffix; complete once the rows are
         self.from_json, self.caption_key = bool(caption_key), caption_key or "caption"
 
     def path(self, name: str) -> Path:
@@ -277,6 +279,11 @@ class Folder(Layout):
                 yield fields, count
         except OSError as error:
             raise UserError(f"{error.filename or self.where}: cannot be read: {error.strerror}") from None
+
+    def said(self) -> list[str]:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.others.items()))
+        usual = ", ".join(sorted(IMAGE_SUFFIXES))
+        return [f"left out: {kinds}: images beside captions are {usual}"] if kinds else []
 
     def hint(self) -> str:
         """The table in the folder that may name its images."""
@@ -295,7 +302,7 @@ class Folder(Layout):
         here = status.st_dev, status.st_ino
         if here in above:  # a link that leads back
             return
-        entries = _entries(self.path(name))
+        entries = _entries(self.path(name), self.others)
         self.parts[name] = Part(stamp, _hash_names(entries))
         for entry in sorted(entries):
             if entry.endswith("/"):
@@ -330,14 +337,16 @@ class Folder(Layout):
             raise
 
 
-def is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+def _entries(folder: Path, others: Counter[str] | None = None) -> set[str]:
+    """Names of images, side-cars and folders (with a slash, which sorts them as their paths are).
 
-
-def _entries(folder: Path) -> set[str]:
-    """Names of images, side-cars and folders (with a slash, which sorts them as their paths are)."""
+    Args:
+        others: counts images of other suffixes. They are no entries, as those of an index that is there may not change.
+    """
     with os.scandir(folder) as found:
         names = {entry.name + "/" * _leads_to_folder(entry) for entry in found if not entry.name.startswith(".")}
+    if others is not None:
+        others.update(Path(name).suffix.lower() for name in names if is_image(name, DECODED_SUFFIXES - IMAGE_SUFFIXES))
     return {name for name in names if name.endswith(("/", ".txt", ".json")) or is_image(name)}
 
 

@@ -23,7 +23,9 @@ from disttempnet.data.shards.remote import RemoteStore, is_remote
 from disttempnet.data.shards.store import CACHE_GB, LocalStore, ShardStore, state_of
 from disttempnet.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # that an image beside captions has
+# all that `decode` reads
+DECODED_SUFFIXES = IMAGE_SUFFIXES | {"jpe", "jfif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"}
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
 MAX_TEXT = 1 << 24  # bytes of a caption or a .json; more is not one
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
@@ -33,6 +35,11 @@ EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYP
 COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}
 LONGEST_LABEL = 220  # bytes of a name that a disk takes, less what goes around it
 READ_AHEAD = 2048  # one read brings a header and most captions
+
+
+def is_image(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
+    """Whether a file's name ends in one of these suffixes, in lower or upper case."""
+    return name.rpartition(".")[2].lower() in suffixes
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 
 import disttempnet.models  # noqa: F401 (makes torchvision importable, which timm and open_clip want)
-from disttempnet.data.listings.index import printable
 from disttempnet.data.shards.names import MAX_TEXT
 from disttempnet.errors import UserError
 from disttempnet.io.files import read_regular
+from disttempnet.sanitize import one_line
 
 TEMPLATE = "a photo of a {c}."
 SYNSET = re.compile(r"n\d{8}")
@@ -96,4 +96,4 @@ def imagenet_names() -> dict[str, str]:
 
 def some(names: Sequence[str]) -> str:
     """The first few of them."""
-    return ", ".join(map(printable, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+    return ", ".join(map(one_line, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from disttempnet.data.listings.index import printable
-from disttempnet.data.shards.names import IMAGE_SUFFIXES
+from disttempnet.data.shards.names import DECODED_SUFFIXES, is_image
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.cifar import batch_of, read_cifar
 from disttempnet.evaluation.datasets.class_names import (
@@ -28,9 +27,8 @@ from disttempnet.evaluation.datasets.class_names import (
     without_trailing_blanks,
 )
 from disttempnet.evaluation.tasks import FOLDER, Head, Sample, Task, TaskData
+from disttempnet.sanitize import one_line
 
-# what `decode` reads, by the suffixes that its formats have
-SUFFIXES = frozenset({*IMAGE_SUFFIXES, "jpe", "jfif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
 EVALUATED = ("test", "val", "valid", "validation", "dev")  # folders that are splits of a data set, best first
 SPLITS = frozenset({*EVALUATED, "train", "training"})
 
@@ -103,11 +101,11 @@ def _class_folders(folder: Path) -> Classes:
             found.empty.append(path.name)
             continue
         for file in sorted(seen.images):
-            name = printable(file.relative_to(folder).as_posix())
+            name = one_line(file.relative_to(folder).as_posix())
             found.samples.append(Sample(name, file, 0, -1, (), "", plain=True))
             found.labels.append(len(found.keys))
         found.keys.append(path.name)
-    outside = [file.name for file in top.iterdir() if _is_image(file.name) and file.is_file()]
+    outside = [file.name for file in top.iterdir() if is_image(file.name, DECODED_SUFFIXES) and file.is_file()]
     _refuse_no_classes(top, found.keys, outside, every)
     notes += [f"left out, hidden: {some(every.hidden)}"] if every.hidden else []
     notes += [f"left out, without images: {some(found.empty)}"] if found.empty else []
@@ -126,7 +124,7 @@ def _refuse_no_classes(folder: Path, classes: Sequence[str], outside: Sequence[s
     kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(seen.others.items()))
     there = f"; there are {kinds}" if kinds else f"; {len(outside):,} images lie beside each other" if outside else ""
     if not classes:
-        raise UserError(f"{folder}: no images in folders of classes ({', '.join(sorted(SUFFIXES))}){there}")
+        raise UserError(f"{folder}: no images in folders of classes ({', '.join(sorted(DECODED_SUFFIXES))}){there}")
     raise UserError(
         f"{folder}: all images lie in one folder, '{classes[0]}', and one class makes no task: name the folder whose "
         "folders are the classes"
@@ -168,11 +166,11 @@ def _look(folder: Path, seen: Seen, above: tuple[tuple[int, int], ...], inside: 
         for entry in entries:
             name = inside + entry.name
             if _is_hidden(entry.name):
-                if entry.is_dir() or _is_image(entry.name):
+                if entry.is_dir() or is_image(entry.name, DECODED_SUFFIXES):
                     seen.hidden.append(name)
             elif entry.is_dir():
                 _look(folder / entry.name, seen, (*above, here), f"{name}/")
-            elif _is_image(entry.name):  # a dead link, a pipe: images that cannot be read
+            elif is_image(entry.name, DECODED_SUFFIXES):  # a dead link, a pipe: images that cannot be read
                 seen.images.append(folder / entry.name)
             else:
                 seen.others[Path(entry.name).suffix.lower() or "without suffix"] += 1
@@ -186,7 +184,3 @@ def _holds_images(folder: Path) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix[1:].lower() in SUFFIXES
