@@ -17,6 +17,7 @@ from PIL import Image
 
 from disttempnet.cli.main import main
 from disttempnet.data.builtin.cache import write_shard
+from disttempnet.data.shards.index import writable
 from disttempnet.errors import UserError
 from disttempnet.io import files
 from disttempnet.io.files import (
@@ -139,6 +140,38 @@ def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
     assert os.read(reader, 100) == b"through"
     os.close(reader)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_device_does_not_depend_on_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may not make files in /dev may write to /dev/null."""
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/dev" and allowed(path, mode))
+    for path in (Path("/dev/null"), Path("/dev/stdout")):
+        refuse_unwritable(path)
+    with pytest.raises(UserError, match="/dev does not allow it"):
+        refuse_unwritable(Path("/dev/new"))
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "pipe" and allowed(path, mode))
+    with pytest.raises(UserError, match="pipe: cannot be written: it is not yours to write to"):
+        refuse_unwritable(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_device_is_never_replaced(link: bool, tmp_path: Path) -> None:
+    """Root could: /dev/null would be a file from then on."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    path = tmp_path / "pipe"
+    if link:
+        path = tmp_path / "link"
+        path.symlink_to("pipe")
+    write_output(path, "text")
+    with pytest.raises(UserError, match=r"the index cannot be written \(not a regular file\)"), writable(path):
+        pass
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert path.is_symlink() == link
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:

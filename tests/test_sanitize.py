@@ -36,10 +36,22 @@ PRESIGNED = (
         ("https://ghp_token@host/x and ftp://u:p@h", "https://***@host/x and ftp://***@h"),
         (
             PRESIGNED,
-            "https://b.s3.amazonaws.com/00000.tar?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=***&"
-            "X-Amz-Expires=3600&X-Amz-Security-Token=***&X-Amz-Signature=***",
+            "https://b.s3.amazonaws.com/00000.tar?X-Amz-Algorithm=***&X-Amz-Credential=***&"
+            "X-Amz-Expires=***&X-Amz-Security-Token=***&X-Amz-Signature=***",
         ),
-        ("az://c/x.tar?sv=2023&se=2027&sig=a%2Bb%3D", "az://c/x.tar?sv=2023&se=2027&sig=***"),
+        ("az://c/x.tar?sv=2023&se=2027&sig=a%2Bb%3D", "az://c/x.tar?sv=***&se=***&sig=***"),
+        ("http://h/{0..1}.tar?code=1&abc==&x=${TOK}", "http://h/{0..1}.tar?code=***&abc=***&x=${TOK}"),
+        ("http://h/0.tar?bare&${SAS}&amp;v=1", "http://h/0.tar?***&${SAS}&amp;v=***"),
+        (
+            "http://h/folder?code=1&pass=2&userpass=3&encode=4",
+            "http://h/folder?code=***&pass=***&userpass=***&encode=4",
+        ),
+        ("s3://AKIA:ab/cd+ef@bucket/x, s3://b/y", "s3://***@bucket/x, s3://b/y"),
+        ('s3://AKIA:a"b@c/d@bucket/x', "s3://***@bucket/x"),
+        ('{"a":"https://host:80","b":"x@y"}', '{"a":"https://host:80","b":"x@y"}'),
+        ("http://127.0.0.1:8080/a@b.tar", "http://127.0.0.1:8080/a@b.tar"),
+        ("http://[::1]:8080/a@b.tar", "http://[::1]:8080/a@b.tar"),
+        ("https://user:${PASSWORD}@host/x@y.tar", "https://user:${PASSWORD}@host/x@y.tar"),
         ("https://h/x?AccessKey=1&AWSAccessKeyId=2&a=3", "https://h/x?AccessKey=***&AWSAccessKeyId=***&a=3"),
         ("https://h/x?api_key=1#access_token=2", "https://h/x?api_key=***#access_token=***"),
         ("<td>https://h/x?a=1&amp;token=abc</td>", "<td>https://h/x?a=1&amp;token=***</td>"),

@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-# user:password@ of a URL; "/", quotes and blanks end it, so that no text behind a URL is taken for its user
-_USER = re.compile(r"(?<=://)[^/?#\s\"<>\\]+@")
+# user@ or user:password@ of a URL. A password goes up to the last @ of the word: those of AWS have "/" in them. What
+# looks like a port is none, and a quotation mark that ends a string of JSON ends it.
+_USER = re.compile(
+    r"(?<=://)(?:[^/?#\s:@\"'<>\\\[]*:(?!\d{1,5}(?:[/?#\s\"'<>,;)\]}\\]|$))(?:[^\s\"<>]|\"(?![\s,:}\]]|$)){1,1000}@"
+    r"|[^/?#\s\"<>\\]+@)"
+)
+# the query of a shard's URL: each service has its own names for what is secret there
+_SHARD_QUERY = re.compile(r"(?<=\.tar\?)[^\s\"'<>#]+")
 # parameters of presigned and token URLs: X-Amz-Signature, X-Goog-Credential, sig (SAS), AWSAccessKeyId, token, api_key
 _PARAMETER = re.compile(
     r"(?<=[?&;#])"
-    r"([\w.%~-]*(?:sig|token|secret|key|passw|pwd|auth|credential|policy|session|access|jwt)[\w.%~-]*)"
+    r"((?:code|pw|sas|hmac|otp|pin)|"
+    r"[\w.%~-]*(?:sig|token|secret|key|pass|pwd|auth|credential|policy|session|access|jwt)[\w.%~-]*)"
     r"=([^\s&;\"'<>#]+)",
     re.IGNORECASE,
 )
@@ -26,11 +33,12 @@ _MARKDOWN = re.compile(r"[\\|`*\[\]]")
 
 
 def redacted(text: str) -> str:
-    """The text with the credentials of its URLs replaced by ***: users and passwords, and the values of parameters
-    whose names say that they are secret. A placeholder, ${NAME}, holds no secret and stays."""
+    """The text with the credentials of its URLs replaced by ***: users and passwords, the values of parameters whose
+    names say that they are secret, and all values behind a URL of a shard (.tar?…). A placeholder, ${NAME}, holds no
+    secret and stays."""
     if "://" not in text and "=" not in text:
         return text
-    return _PARAMETER.sub(_parameter, _USER.sub(_user, text))
+    return _PARAMETER.sub(_parameter, _SHARD_QUERY.sub(_shard_query, _USER.sub(_user, text)))
 
 
 def redacted_table(value: Any) -> Any:
@@ -43,13 +51,37 @@ def redacted_table(value: Any) -> Any:
 
 
 def _user(match: re.Match[str]) -> str:
-    user, colon, password = match[0].removesuffix("@").partition(":")
-    secret = password if colon else user
-    return match[0] if not _PLACEHOLDER.sub("", secret) else f"{HIDDEN}@"
+    first = re.match(r"[^/?#@]*@", match[0])  # what follows a placeholder, and has an @, is the path
+    if first is not None and _is_public(_secret(first[0])):
+        return match[0]
+    return f"{HIDDEN}@"
+
+
+def _secret(user: str) -> str:
+    name, colon, password = user.removesuffix("@").partition(":")
+    return password if colon else name
+
+
+def _is_public(secret: str) -> bool:
+    """Whether it is made of placeholders only, or hidden already."""
+    return not _PLACEHOLDER.sub("", secret).replace(HIDDEN, "")
 
 
 def _parameter(match: re.Match[str]) -> str:
-    return match[0] if not _PLACEHOLDER.sub("", match[2]) else f"{match[1]}={HIDDEN}"
+    return match[0] if _is_public(match[2]) else f"{match[1]}={HIDDEN}"
+
+
+def _shard_query(match: re.Match[str]) -> str:
+    return re.sub(r"(?!amp;)(?<![^&;])([^&;=]+=)?([^&;]+)", _hidden_value, match[0])
+
+
+def _hidden_value(match: re.Match[str]) -> str:
+    return match[0] if _is_public(match[2]) else f"{match[1] or ''}{HIDDEN}"
+
+
+def placeholders(text: str) -> list[str]:
+    """The names in the ${NAME} of a text."""
+    return [match[1] for match in _PLACEHOLDER.finditer(text)]
 
 
 def from_environment(url: str) -> str:

@@ -21,6 +21,8 @@ class Server(ThreadingHTTPServer):
         cut: how many of the next whole files end in the middle.
         gzip: whether whole files come compressed, whatever a request accepts.
         stated: whether the size of a whole file is stated.
+        surplus: bytes that follow a whole file, whose size is stated to a HEAD only.
+        sent: bytes of bodies that were sent.
         pause: seconds between the pieces of a whole file.
         wholes: names of the files that were sent whole, in order.
         authorization, query: what a request must bring; empty = nothing.
@@ -32,6 +34,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.ranges, self.failures, self.cut, self.pause = folder, True, 0, 0, 0.0
         self.gzip, self.stated = False, True
+        self.surplus = self.sent = 0
         self.wholes: list[str] = []
         self.accepted: set[str] = set()  # encodings
         self.authorization = self.query = ""
@@ -77,7 +80,9 @@ class Handler(BaseHTTPRequestHandler):
             if server.gzip:
                 data = gzip.compress(data)
                 self.send_header("Content-Encoding", "gzip")
-        if limits or server.stated:
+        if body and server.surplus and not limits:
+            data += bytes(server.surplus)
+        elif limits or server.stated:
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
@@ -94,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for start in range(0, len(data), step):
                 self.wfile.write(data[start : start + step])
+                self.server.sent += step
                 if whole:
                     time.sleep(self.server.pause)
         except (BrokenPipeError, ConnectionResetError):

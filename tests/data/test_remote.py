@@ -122,6 +122,15 @@ def test_a_body_of_no_stated_size_ends_at_the_limit(server: Server, store: Remot
     assert not begun(store)
 
 
+def test_a_body_without_ranges_is_not_read_into_memory(server: Server, store: RemoteStore) -> None:
+    """Its beginning was read whole for the fingerprint, however long it was."""
+    server.ranges, server.surplus = False, 64 * 10**6
+    with pytest.raises(UserError, match=r"0\.tar: over 300,000 bytes came, which is all that was stated"):
+        store.state(NAMES[0])
+    assert server.sent < 40 * 10**6  # two bodies were begun; what is in flight was sent, too
+    assert cached(store) == []
+
+
 @pytest.mark.parametrize("protocol", ["file", "memory"])
 def test_other_file_systems(server: Server, tmp_path: Path, protocol: str) -> None:
     base = f"file://{server.folder}"
@@ -374,6 +383,50 @@ def test_credentials_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     for kept in (Credentials("***"), Credentials("", "v=1&sig=***")):  # as a run's config.toml has them
         with pytest.raises(UserError, match=r"h/0.tar: its credentials are not kept in a run's files: give"):
             kept.applied("https://h/0.tar")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://AKIA:ab/cd+ef@bucket/{0..9}.tar", "s3://AKIA:a b@bucket/x.tar", 's3://AKIA:a"b/c@bucket/x.tar'],
+)
+def test_passwords_that_end_a_url_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(UserError, match=r"^s3://\*\*\*@bucket/.*\.tar: .* is written with %2F for /") as refused:
+        resolve_shards(url)
+    assert "AKIA" not in str(refused.value)
+
+
+def test_ports_and_paths_are_no_passwords() -> None:
+    for url in ("http://127.0.0.1:8080/a@b.tar", "http://[::1]:8080/a@b.tar", "s3://bucket/a:b@c.tar"):
+        assert detached(url) == (url, Credentials())
+    assert detached("https://u:p%2Fq@h/a@b.tar") == ("https://h/a@b.tar", Credentials("u:p%2Fq"))
+
+
+@pytest.mark.parametrize("path", ["${TOK}/{0..1}.tar", "a/${TOK}.tar", "${TOK}"])
+def test_the_environment_is_not_asked_for_paths(path: str) -> None:
+    with pytest.raises(UserError, match=r"^http://host/.*: \$\{TOK\} is replaced in the credentials of a URL only"):
+        resolve_shards(f"http://host/{path}")
+
+
+def test_passwords_of_the_environment_are_quoted_and_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDS_PW", "ab/cd+e f")
+    credentials = Credentials("u:${SHARDS_PW}", "code=${SHARDS_PW}&v=1")
+    assert credentials.applied("https://h/0.tar") == "https://u:ab%2Fcd+e%20f@h/0.tar?code=ab/cd+e f&v=1"
+    for form in ("ab/cd+e f", "ab%2Fcd+e%20f", "ab%2Fcd%2Be%20f", "ab/cd%2Be%20f"):
+        assert credentials.hidden(f"v1: {form} is wrong") == "v1: *** is wrong"
+
+
+def test_faults_of_a_server_do_not_show_the_url_that_was_opened(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of fsspec and aiohttp quote it."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setenv("TOK", "topsecret")
+    server.query, server.failures = "x=topsecret", 1000
+    store = resolve_shards(f"{server.url}/{{00000..00001}}.tar?x=${{TOK}}", str(tmp_path / "cache")).store
+    for look in (store.state, store.open):
+        with pytest.raises(UserError, match=r"00000\.tar: cannot be fetched, 5 attempts failed: 503") as caught:
+            look(NAMES[0])
+        assert "topsecret" not in str(caught.value)
 
 
 def test_a_server_that_wants_credentials_and_nobody_else_sees_them(

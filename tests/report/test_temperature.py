@@ -265,6 +265,8 @@ def test_a_network_without_prototypes_says_so(tmp_path: Path) -> None:
         (["--images", "empty"], "empty: no images in it (jpeg, jpg, png, webp)"),
         (["--images", "broken"], "broken: none of its 1 images can be decoded"),
         (["--captions", "none.txt"], "none.txt: captions cannot be read: No such file or directory"),
+        (["--captions", "/dev/zero"], "/dev/zero: captions cannot be read: not a regular file"),
+        (["--captions", "pipe"], "pipe: captions cannot be read: not a regular file"),
         (["--captions", "blank.txt"], "blank.txt: no captions in it"),
         (["--shards", "none"], "none: no such folder"),
     ],
@@ -282,6 +284,7 @@ def test_what_a_user_can_fix_is_one_line(
         (tmp_path / folder).mkdir()
     (tmp_path / "broken" / "a.jpg").write_bytes(b"no image")
     (tmp_path / "blank.txt").write_text("\n \n")
+    os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.rglob("*"))
     assert main(["temperature", str(network), *arguments]) == 2
     error = capsys.readouterr().err.strip()

@@ -16,6 +16,7 @@ from disttempnet.errors import UserError, notice
 
 WRITING = ".writing-"  # begins the name of what is not whole yet
 LONGEST_NAME = 255  # bytes, on most file systems
+WHOLE = 1 << 31  # bytes of a file that is read whole: more is none of ours
 PIECE = 1 << 24  # bytes read at once
 OPEN_FILES = ("/dev/std", "/dev/fd/", "/proc/")
 
@@ -48,7 +49,7 @@ def _refuse_irregular(status: os.stat_result) -> None:
         raise UnfitFile(errno.EINVAL, "not a regular file")
 
 
-def read_regular(path: str | Path, most: int) -> bytes:
+def read_regular(path: str | Path, most: int = WHOLE) -> bytes:
     """All of a regular file of at most so many bytes. Raises as `open_regular`; UnfitFile also where it is larger."""
     descriptor = open_regular(path)
     try:
@@ -96,7 +97,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    if _is_device(path):
+    if is_device(path):
         yield path
         return
     with temporary_beside(path) as temporary:
@@ -104,6 +105,11 @@ def atomic(path: Path) -> Iterator[Path]:
         follow_umask(temporary)  # some writers put a file of their own in its place
         _to_disk(temporary)
         os.replace(temporary, path)
+
+
+def is_device(path: Path) -> bool:
+    """Whether it is there and is no regular file, or is one by which a process has it open (/dev/stdout)."""
+    return path.exists() and (not path.is_file() or str(path.absolute()).startswith(OPEN_FILES))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -147,6 +153,10 @@ def refuse_unwritable(path: Path) -> None:
             why = "it is a folder"
         elif not folder.is_dir():
             why = f"{folder} is no folder"
+        elif is_device(path):  # written to as it is, so that it does not matter what its folder allows
+            if os.access(path, os.W_OK):
+                return
+            why = "it is not yours to write to"
         elif not os.access(folder, os.W_OK | os.X_OK):
             why = f"{folder} does not allow it"
         elif len(os.fsencode(path.name)) > LONGEST_NAME:
@@ -164,11 +174,6 @@ def follow_umask(path: Path) -> None:
         path.chmod(stat.S_IMODE(new.stat().st_mode))
 
 
-def _is_device(path: Path) -> bool:
-    """Whether it is there and is no regular file, or is one by which a process has it open (/dev/stdout)."""
-    return path.exists() and (not path.is_file() or str(path.absolute()).startswith(OPEN_FILES))
-
-
 def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -183,7 +188,7 @@ def read_object(path: Path) -> dict[str, Any]:
     One that is damaged is passed over with a notice, and empty too.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -208,7 +213,7 @@ def read_json_lines(path: Path, check: Callable[[dict[str, Any]], object]) -> It
         check: raises KeyError, TypeError, ValueError or AttributeError for an object that is no line of this file.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path).split(b"\n")
     except FileNotFoundError:
         return
     except OSError as error:

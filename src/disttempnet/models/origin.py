@@ -18,6 +18,7 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 
 from disttempnet.config import flat
 from disttempnet.errors import UserError, unknown_name
+from disttempnet.io.files import read_regular
 from disttempnet.models import transformers_clip
 from disttempnet.models.weights import SUFFIXES, listed, refusal
 from disttempnet.sanitize import brief
@@ -384,7 +385,7 @@ def _json(path: Path) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_regular(path).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError:

@@ -18,6 +18,7 @@ import numpy as np
 from disttempnet.config import public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
+from disttempnet.io.files import read_regular
 from disttempnet.report.binning import binned, evenly_spread
 from disttempnet.report.read import Evaluation, RunRecord, Temperatures, read_run
 from disttempnet.sanitize import one_line
@@ -161,9 +162,9 @@ def _to_line(result: Result) -> dict[str, Any]:
 
 def _read_compact(path: Path) -> Iterator[Result]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        lines = read_regular(path).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, 1):
         try:
             yield _from_line(json.loads(line))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from disttempnet.data.open import open_training_source
 from disttempnet.data.shards.names import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tasks import Sample
+from disttempnet.io.files import read_regular
 from disttempnet.training.checkpoint import Run
 
 PAIR = ("image", "text")
@@ -155,7 +157,7 @@ class CaptionFile(Items):
     def __init__(self, file: str) -> None:
         self.about = file
         try:
-            lines = Path(file).read_text(encoding="utf-8").split("\n")
+            lines = [line.rstrip("\n") for line in io.StringIO(read_regular(file).decode("utf-8"), newline=None)]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: captions cannot be read: {getattr(error, 'strerror', None) or error}") from None
         self.lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -37,6 +37,7 @@ from disttempnet.data.listings.readers import Layout
 from disttempnet.data.shards.index import writable
 from disttempnet.data.source import OK, bare
 from disttempnet.errors import UserError
+from disttempnet.io.files import open_regular
 from disttempnet.sanitize import one_line
 from disttempnet.terminal import console
 
@@ -156,7 +157,7 @@ def load_columns(path: Path, verify: bool = False) -> Columns:
         UserError: it is none of this version, not all of it is there, or it is damaged.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length < size else b"")
             metadata = header["__metadata__"]

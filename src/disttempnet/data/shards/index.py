@@ -6,6 +6,7 @@ file beside the shards (safetensors, memory-mapped): `building.py` makes it, `in
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from disttempnet.data.shards.scan import REASONS, Tally, json_captions
 from disttempnet.data.shards.store import LocalStore, ShardStore, State
 from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mixed, usable_captions
 from disttempnet.errors import UserError
-from disttempnet.io.files import temporary_beside
+from disttempnet.io.files import UnfitFile, is_device, open_regular, temporary_beside
 from disttempnet.io.machine import open_files
 
 FORMAT = "disttempnet-index-1"
@@ -254,6 +255,8 @@ def writable(path: Path) -> Iterator[Path]:
     """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if is_device(path):
+            raise UnfitFile(errno.EINVAL, "not a regular file")  # which the index would replace
         with temporary_beside(path) as temporary:
             yield temporary
 
@@ -283,7 +286,7 @@ def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore
         UserError: the file is not an index of this version, or is damaged.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length < path.stat().st_size else b"")
         metadata = header["__metadata__"]

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.client import NOT_FOUND, PARTIAL_CONTENT
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,7 +99,7 @@ class RemoteStore(ShardStore):
         url, address, size = self.where(name), self._address(name), self._info(name).get("size")
 
         def read(start: int, end: int) -> bytes:
-            part: bytes = self._files.cat_file(address, start=start, end=end) if start < end else b""
+            part = _part_of(self._files, address, start, end) if start < end else b""
             if len(part) != end - start:
                 raise WholeFiles
             return part
@@ -249,7 +250,7 @@ class RemoteStore(ShardStore):
             try:
                 system = fsspec.url_to_fs(self._credentials.applied(self.base), **options)[0]
             except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
-                raise UserError(f"{self.base}: cannot be opened: {error}") from None
+                raise UserError(f"{self.base}: cannot be opened: {self._credentials.hidden(str(error))}") from None
             self._system = (os.getpid(), system)
         return self._system[1]
 
@@ -268,10 +269,34 @@ class RemoteStore(ShardStore):
                     raise UserError(f"{url}: {what}") from None
                 if attempt == ATTEMPTS:
                     cause = error.__cause__ or error
-                    why = " ".join(str(cause).split()) or type(cause).__name__
+                    why = self._credentials.hidden(" ".join(str(cause).split())) or type(cause).__name__
                     raise UserError(f"{url}: cannot be fetched, {ATTEMPTS} attempts failed: {why}") from None
                 time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
         raise AssertionError("unreachable")
+
+
+def _part_of(files: Any, address: str, start: int, end: int) -> bytes:
+    """Bytes of a file. Raises WholeFiles; whatever a server sends, no more is taken than was asked for."""
+    from fsspec.implementations.http import HTTPFileSystem
+
+    if not isinstance(files, HTTPFileSystem):
+        return bytes(files.cat_file(address, start=start, end=end))
+    from fsspec.asyn import sync
+
+    async def read() -> bytes:
+        session, wanted = await files.set_session(), {"Range": f"bytes={start}-{end - 1}"}
+        async with session.get(files.encode_url(address), headers=wanted) as reply:
+            if reply.status == NOT_FOUND:
+                raise FileNotFoundError(address)
+            reply.raise_for_status()
+            if reply.status != PARTIAL_CONTENT:
+                raise WholeFiles  # its body may be of any size: the connection is closed
+            part = b""
+            while piece := await reply.content.read(end - start + 1 - len(part)):
+                part += piece
+            return part
+
+    return bytes(sync(files.loop, read))
 
 
 def stopping_at(most: int, url: str) -> Any:

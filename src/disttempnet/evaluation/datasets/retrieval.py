@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from disttempnet.data.shards.names import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tars import Span, has_tars, image_of, members_of, shards_of
 from disttempnet.evaluation.tasks import Puzzle, Sample, Task, TaskData, sample_of
+from disttempnet.io.files import open_regular, read_regular
 
 RAW_PROTOCOLS = (("caption_retrieval",), ("winogavil",))  # of tasks that are published as a CSV and images
 WHOLE = Span(0, -1, None)  # an image that is a file of its own
@@ -90,7 +92,7 @@ def _csv_rows(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of the folder's one CSV with these columns."""
     for path in sorted(folder.glob("*.csv")):
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with os.fdopen(open_regular(path), encoding="utf-8", newline="") as file:
                 reader = csv.DictReader(file, restval="")
                 if set(columns) <= set(reader.fieldnames or ()):
                     return list(reader)
@@ -115,7 +117,7 @@ def _list(text: str, folder: Path) -> list[str]:
 
 def _jsonl(path: Path) -> list[dict]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in read_regular(path).decode("utf-8").splitlines() if line.strip()]
         for row in rows:
             if not isinstance(row["cue"], str) or not all(
                 isinstance(name, str) for key in ("candidates", "associations") for name in row[key]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
-from disttempnet.io.files import refuse_unwritable, write_output
+from disttempnet.io.files import is_device, read_regular, refuse_unwritable, write_output
 
 RESULTS = "results.json"
 
@@ -25,7 +25,7 @@ class Subject(NamedTuple):
 def refuse_other(path: Path, subject: Subject) -> None:
     """Raise UserError where a file cannot be written, or holds anything but results of this checkpoint."""
     refuse_unwritable(path)
-    if path.is_file() and _known(path, subject) is None:
+    if _holds(path) and _known(path, subject) is None:
         raise UserError(f"{path}: holds {_of_what(path)}: give another --out, or delete it")
 
 
@@ -52,9 +52,14 @@ def default_place(run: Path, name: str, step: str, subject: Subject) -> Path:
 
 def write_results(path: Path, subject: Subject, results: Mapping[str, Scores]) -> None:
     """Write scores, beside those of other tasks that the file has. Raises UserError: it cannot be written."""
-    known = _known(path, subject) if path.is_file() else None
+    known = _known(path, subject) if _holds(path) else None
     head = {"model": subject.title, "checkpoint": subject.checkpoint, "notes": list(subject.notes)}
     write_output(path, json.dumps({**head, **to_record({**(known or {}), **results})}, indent=2) + "\n")
+
+
+def _holds(path: Path) -> bool:
+    """Whether there is a file that results would be added to; /dev/stdout is none, wherever it leads."""
+    return path.is_file() and not is_device(path)
 
 
 def _known(path: Path, subject: Subject) -> dict[str, Scores] | None:
@@ -70,7 +75,7 @@ def _known(path: Path, subject: Subject) -> dict[str, Scores] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from disttempnet.errors import UserError
-from disttempnet.io.files import write_atomically
+from disttempnet.io.files import read_regular, write_atomically
 
 RESULTS_FILE = "eval_results.jsonl"
 MAIN = "main_metric"
@@ -81,7 +81,7 @@ def read_records(path: Path) -> dict[str, TaskRecord]:
         UserError: the file cannot be read, or a line is no record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = read_regular(path).decode("utf-8").splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     records: dict[str, TaskRecord] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from disttempnet.errors import UserError
 from disttempnet.evaluation.results.averages import averages, why_not
 from disttempnet.evaluation.results.records import TaskRecord
-from disttempnet.io.files import write_atomically
+from disttempnet.io.files import read_regular, write_atomically
 
 SUMMARY_FILE = "summary.json"
 
@@ -98,7 +98,7 @@ def read_subject(folder: Path) -> Subject | None:
     if not path.is_file():
         return None
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_regular(path).decode("utf-8"))
         known = {f.name: table[f.name] for f in fields(Subject) if f.name in table}
         subject = Subject(**known | {"notes": tuple(known.get("notes", ()))})
         if not isinstance(subject.model, str) or not isinstance(subject.run, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject, read_s
 from disttempnet.evaluation.results.tables import notes
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import all_tasks
+from disttempnet.io.files import open_regular
 from disttempnet.report.compact import Result
 from disttempnet.report.read import Evaluation
 from disttempnet.report.seeds.groups import AVERAGES, Cell, Column, Comparison, Group, Published, compare_groups
@@ -76,7 +78,7 @@ def holds_evaluations(path: Path) -> bool:
     """Whether it is an evaluation's folder, its lines of results, or a folder of such folders."""
     if path.suffix == ".jsonl":
         try:
-            with path.open(encoding="utf-8") as file:
+            with os.fdopen(open_regular(path), encoding="utf-8") as file:
                 line = json.loads(file.readline())
         except (OSError, ValueError):
             return False
