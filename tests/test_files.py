@@ -267,7 +267,7 @@ def test_a_folder_that_takes_no_files_is_told_before_the_work(
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: "out" not in str(path) and allowed(path, mode))
     worked: list[str] = []
-    for work in ("data.preview.draw_samples", "data.verifying.verify", "report.comparison.read_results"):
+    for work in ("data.tools.preview.draw_samples", "data.tools.verify.verify", "report.write.read_results"):
         monkeypatch.setattr(f"disttempnet.{work}", lambda *_, **__: worked.append("read"))
     assert main(command(name, inputs)) == 2
     out = inputs / "out"
