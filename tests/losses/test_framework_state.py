@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -395,8 +396,27 @@ def test_keys_that_are_missing_or_unknown_are_named() -> None:
     mixed = {"tau": torch.ones(2, 9), "tau:0-of-2": torch.ones(2, 5), "visits": torch.ones(2, 9)}
     with pytest.raises(RuntimeError, match="tau: shards of 1 and of 2 processes are mixed"):
         visited(9).load_state_dict(mixed)
-    with pytest.raises(RuntimeError, match=r"tau: shape \(2, 9, 1\), expected \(2, 1\)"):
+    with pytest.raises(RuntimeError, match=r"tau: shape \(2, 9, 1\), expected \(2, 9\)"):
         visited(9).load_state_dict({"tau": torch.ones(2, 9, 1), "visits": torch.ones(2, 9)})
+    for shape in ((), (3,), (3, 9)):
+        with pytest.raises(RuntimeError, match=re.escape(f"tau: shape {shape}, expected (2, 9)")):
+            visited(9).load_state_dict({"tau": torch.ones(shape), "visits": torch.ones(2, 9)})
+
+
+@pytest.mark.parametrize(("name", "at"), [("sogclr", ""), ("fastclip-v3", "temperature."), ("tempnet", "temperature.")])
+def test_bookkeeping_of_another_length_is_one_line(name: str, at: str) -> None:
+    loss = make(EVERY[name])
+    state = loss.state_dict() | {f"{at}_extra_state": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"^_extra_state holds 3 numbers, expected \d \([a-z_, ]+\): "):
+        loss.load_state_dict(state)
+
+
+def test_a_checksum_tells_places_apart() -> None:
+    state, swapped = visited(9), visited(9)
+    with torch.no_grad():
+        swapped.local("tau").copy_(state.local("tau").flip(1))
+    assert not torch.equal(state.local("tau"), swapped.local("tau"))
+    assert state.checksum() == visited(9).checksum() != swapped.checksum()
 
 
 # ---- over ranks ----
@@ -417,6 +437,50 @@ def test_a_state_that_rank_0_alone_has_loaded_is_refused_on_every_rank(gloo: Poo
     step(loss, stream(1)[0])
     for message in gloo(2, load_on_rank_0_alone, loss.state_dict()):
         assert "load the same state" in message
+
+
+def after_one_step(what: str, state: State) -> str:
+    """What this rank is told at a step before which rank 0 alone has done something."""
+    batch = stream(1)[0]
+    features, ids = Features.unit(local_rows(batch.x), local_rows(batch.y)), local_rows(batch.ids)
+    loss = make(EVERY["sogclr"], shard_state=what == "sharded")
+    if what == "evaluated":
+        loss.eval()(features, ids)
+        loss.train()
+    else:
+        loss(features, ids)
+    if distributed.is_main():
+        if what == "epoch":
+            loss.set_epoch(7)
+        else:
+            loss.load_state_dict(state)
+    elif what == "twice":
+        for _ in range(2):
+            loss.load_state_dict(state)
+    try:
+        loss(features, ids)
+    except ValueError as error:
+        return str(error)
+    return f"step {loss.step}"
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("evaluated", "the loss of rank 1 has other per-sample state than that of rank 0"),
+        ("trained", "the loss of rank 1 has other per-sample state than that of rank 0"),
+        ("sharded", "the loss of rank 1 has other per-sample state than that of rank 0"),
+        ("epoch", "the ranks are in epochs 7, 0: call set_epoch with the same number on every rank"),
+        ("twice", "step 2"),
+    ],
+)
+def test_what_rank_0_alone_has_done_is_told_at_the_next_step_on_every_rank(gloo: Pools, what: str, told: str) -> None:
+    loss = make(EVERY["sogclr"])
+    step(loss, stream(1)[0])
+    if what == "trained":
+        loss.state.local("log_u").copy_(loss.state.local("log_u").flip(1))
+    for message in gloo(2, after_one_step, what, loss.state_dict()):
+        assert message.startswith(told)
 
 
 def gather_in_pieces(piece: int) -> tuple[State | None, State]:

@@ -298,7 +298,7 @@ class GlobalContrastiveLoss(Objective):
         return as_tensor(self.step, float(self.epoch))
 
     def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
-        step, self.epoch = as_numbers(state)
+        step, self.epoch = as_numbers(state, "step", "epoch")
         self.step = round(step)
 
 

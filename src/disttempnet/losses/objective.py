@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -74,9 +74,13 @@ class Objective(Learner):
 
     arguments = ""
     steps_per_epoch = 0
+    step = 0  # of training so far, where the objective counts them
+    epoch = 0.0
     _is_accelerate_prepared = False
-    _rows: int | None = None  # of this rank in the step before
+    _told: tuple[float, ...] | None = None  # what this rank has told the others in the step before
+    _told_tensor: Tensor  # the same, on the features' device
     _agreed = False  # the ranks have found that they hold the same objective
+    _loaded = False  # a state, since then
 
     def set_epoch(self, epoch: float) -> None:
         """Called at the start of every epoch; objectives with schedules override it."""
@@ -102,11 +106,12 @@ class Objective(Learner):
             result = self._checked_alone(features, ids)
         except (ValueError, IndexError) as error:  # said below, when the other ranks know
             trouble = error
+        unsettled = False
         if distributed.world_size() > 1:
-            self._check_rows(-1 if trouble else len(features.image), features.image.device)
+            unsettled = self._check_step(-1 if trouble else len(features.image), features.image.device)
         if result is None:
             raise trouble or AssertionError
-        if distributed.world_size() > 1 and not self._agreed:
+        if unsettled:
             self._check_equal_on_all_ranks()
         return result
 
@@ -132,32 +137,54 @@ class Objective(Learner):
                 table.check_ids(given)
         return given.to(image.device, non_blocking=True)
 
-    def _check_rows(self, rows: int, device: torch.device) -> None:
-        """Raise ValueError unless every rank has as many rows; -1 is what a rank gives that has refused its own.
+    def _check_step(self, rows: int, device: torch.device) -> bool:
+        """Raise ValueError unless every rank has as many rows and is in the same epoch; -1 is what a rank gives that
+        has refused its own. Returns whether the ranks have to compare their objectives: all of them do, or none.
 
-        On a GPU the answer is looked at only by ranks whose number has changed: it would cost a synchronisation a
-        step. There the ranks with other rows than before end with this message, and the launcher ends the others.
+        On a GPU the answer is looked at only by ranks whose numbers have changed: it would cost a synchronisation a
+        step. There the ranks with other numbers than before end with this message, and the launcher ends the others.
         """
-        counts = distributed.all_gather(torch.full((1,), rows, device=device))
-        if device.type == "cpu" or rows != self._rows:
-            of_ranks = counts.tolist()
-            refused = [rank for rank, count in enumerate(of_ranks) if count < 0]
-            if refused and rows >= 0:
-                raise ValueError(f"rank {refused[0]} has refused its batch: its own message says why")
-            if not refused and len(set(of_ranks)) > 1:
-                raise ValueError(
-                    f"every rank needs as many rows, got {_listed(of_ranks)} of ranks 0 to {len(of_ranks) - 1}: drop "
-                    "the last batch of an epoch, or let the sampler fill it up"
-                )
-        self._rows = rows
+        mine = (float(rows), self.epoch, float(not self._agreed))
+        changed = mine != self._told
+        if changed or self._told_tensor.device != device:
+            self._told, self._told_tensor = mine, torch.tensor([mine], dtype=torch.float64, device=device)
+        gathered = distributed.all_gather(self._told_tensor)
+        if device.type != "cpu" and not changed and self._agreed:
+            return False
+        counts, epochs, unsettled = gathered.T.tolist()
+        refused = [rank for rank, count in enumerate(counts) if count < 0]
+        if refused and rows >= 0:
+            raise ValueError(f"rank {refused[0]} has refused its batch: its own message says why")
+        if refused:
+            return False
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"every rank needs as many rows, got {_listed(counts)} of ranks 0 to {len(counts) - 1}: drop "
+                "the last batch of an epoch, or let the sampler fill it up"
+            )
+        if any(unsettled) and not all(unsettled) and device.type != "cpu":  # the others do not look, and would not come
+            rank = unsettled.index(0)
+            raise ValueError(f"rank {rank} has not loaded the state that rank {unsettled.index(1)} has: load it on all")
+        if not any(unsettled) and len(set(epochs)) > 1:
+            raise ValueError(
+                f"the ranks are in epochs {_listed(epochs)}: call set_epoch with the same number on every rank"
+            )
+        return any(unsettled)
 
     def _check_equal_on_all_ranks(self) -> None:
-        """Raise ValueError unless all ranks have built the same objective and loaded the same state."""
-        checksum = 0
-        for parameter in self.parameters():
-            checksum = zlib.crc32(parameter.detach().double().cpu().numpy().tobytes(), checksum)
-        tables = sum(module.checksum() for module in self.modules() if isinstance(module, SampleState))
-        own = {"arguments": self.arguments, "parameters": checksum, "per-sample state": tables}
+        """Raise ValueError unless all ranks have built the same objective, loaded the same state and are as far."""
+        tables = {name: module for name, module in self.named_modules() if isinstance(module, SampleState)}
+        inside = tuple(f"{name}." for name in tables)
+        parameters = dict(self.named_parameters())
+        rest = {k: v for k, v in self.state_dict().items() if k not in parameters and not k.startswith(inside)}
+        own = {
+            "arguments": self.arguments,
+            "parameters": _checksum(parameters.values()),
+            # a sharded state cannot be compared: all ranks have loaded one, or none
+            "per-sample state": [self._loaded if table.sharded else table.checksum() for table in tables.values()],
+            "step or epoch": [self.step, self.epoch],
+            "running state": _checksum(rest.values()),
+        }
         held = distributed.gather_objects(own)
         for what, mine in held[0].items():
             others = [rank for rank, theirs in enumerate(held) if theirs[what] != mine]
@@ -166,7 +193,11 @@ class Objective(Learner):
                     f"the loss of rank {others[0]} has other {what} than that of rank 0: build it with the same "
                     "arguments and the same seed on every rank, and load the same state"
                 )
-        self._agreed = True
+        self._agreed, self._loaded = True, False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._agreed, self._loaded = False, True  # the next step compares
 
     def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor | None:
         """τ of image and text anchors [2, n] as in evaluation, without gradient.
@@ -191,9 +222,26 @@ def as_tensor(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
 
 
-def as_numbers(state: Tensor | Mapping[str, float]) -> list[float]:
-    """The numbers of an extra state; before they were a tensor they were a dict, in the same order."""
-    return list(state.values()) if isinstance(state, Mapping) else state.tolist()
+def as_numbers(state: Tensor | Mapping[str, float], *names: str) -> list[float]:
+    """The numbers of an extra state; before they were a tensor they were a dict, in the same order.
+
+    Raises:
+        ValueError: they are not those of `names`.
+    """
+    numbers = list(state.values()) if isinstance(state, Mapping) else torch.as_tensor(state).flatten().tolist()
+    if len(numbers) != len(names):
+        raise ValueError(
+            f"_extra_state holds {len(numbers)} numbers, expected {len(names)} ({', '.join(names)}): the state of "
+            "another objective?"
+        )
+    return numbers
+
+
+def _checksum(tensors: Iterable[Tensor]) -> int:
+    checksum = 0
+    for tensor in tensors:
+        checksum = zlib.crc32(tensor.detach().double().cpu().numpy().tobytes(), checksum)
+    return checksum
 
 
 @contextmanager
@@ -228,8 +276,8 @@ def whole_numbers(ids: Ids, rows: int) -> Tensor:
     return given.to(torch.int64) if isinstance(given, Tensor) else torch.from_numpy(given.astype(np.int64))
 
 
-def _listed(counts: list[int]) -> str:
-    return ", ".join(map(str, counts[:16])) + (" …" if len(counts) > 16 else "")
+def _listed(numbers: list[float]) -> str:
+    return ", ".join(f"{number:.12g}" for number in numbers[:16]) + (" …" if len(numbers) > 16 else "")
 
 
 LaterGradient = Callable[..., tuple[Tensor, Tensor]]

@@ -157,10 +157,15 @@ class SampleState(nn.Module):
             )
 
     def checksum(self) -> int:
-        """Of a whole table, which is the same on every rank; 0 where it is sharded."""
-        if self.sharded:
-            return 0
-        return sum(int(self.local(column).view(torch.int32).sum()) for column in self.columns)
+        """Of this rank's table, by what stands where: the same on every rank where it is whole."""
+        checksum = 0
+        for column in self.columns:
+            bits = self.local(column).reshape(-1).view(torch.int32)
+            for start in range(0, len(bits), PIECE // 8):
+                piece = bits[start : start + PIECE // 8].long()
+                place = torch.arange(start + 1, start + 1 + len(piece), device=piece.device)
+                checksum = (31 * checksum + int((piece * place).sum())) % (1 << 64)  # the sum wraps, as it may
+        return checksum
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         for column in self.columns:
@@ -251,7 +256,8 @@ class SampleState(nn.Module):
             )
         if old > 1 and count is None:
             raise ValueError("num_samples is missing beside it")
-        samples = by_rank[0].shape[-1] if old == 1 else int(count)  # type: ignore[arg-type]
+        whole = by_rank[0].shape if old == 1 else ()
+        samples = int(count) if count is not None and old > 1 else whole[1] if len(whole) == 2 else self.num_samples
         expected = (2, -(-samples // old))
         for values in by_rank.values():
             if values.shape != expected:

@@ -176,7 +176,7 @@ class NetworkTemperature(Temperature):
         return as_tensor(self.prototypes_started)
 
     def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
-        (started,) = as_numbers(state)
+        (started,) = as_numbers(state, "prototypes_started")
         self.prototypes_started = round(started)
 
 

@@ -182,7 +182,7 @@ class LearnableTemperature(Temperature):
         return as_tensor(self.slowed)
 
     def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
-        (slowed,) = as_numbers(state)
+        (slowed,) = as_numbers(state, "slowed")
         self.slowed = bool(slowed)
 
 
