@@ -93,10 +93,10 @@ FLOORS: dict[str, list[set[str]]] = {
         {"convert"},
     ],
     "evaluation/results": [
-        {"file", "records"},
+        {"records"},
         {"averages"},
         {"summary", "tables"},
-        {"export"},
+        {"export", "file"},
     ],
     "io": [
         {"files", "jobs", "machine", "paths", "progress", "ranges"},

@@ -14,7 +14,7 @@ from PIL import Image
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
-from disttempnet.evaluation.datasets.class_names import imagenet_names
+from disttempnet.evaluation.datasets.class_names import imagenet_names, names_of
 from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.tasks import TaskData, find_task
 from evaluation.colours import COLOURS
@@ -339,3 +339,47 @@ def test_other_pickles_are_refused_in_a_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as raised:
             loaded(tmp_path)
         assert "\n" not in str(raised.value)
+
+
+def test_digits_inside_class_names_stay() -> None:
+    cars = ["Audi_A4_Sedan", "Audi_A6_Sedan", "BMW_3_Series"]
+    assert names_of(cars) == (["Audi A4 Sedan", "Audi A6 Sedan", "BMW 3 Series"], [])
+
+
+def test_numbers_before_names_stay_where_they_tell_classes_apart() -> None:
+    names, notes = names_of(["2011_Audi_A4", "2012_Audi_A4", "001.Albatross"])
+    assert names == ["2011 Audi A4", "2012 Audi A4", "Albatross"]
+    assert notes == ["numbers before class names are left out: 001.Albatross = Albatross"]
+
+
+def test_equal_class_names_are_told_of() -> None:
+    assert names_of(["a_b", "a b", "c"]) == (
+        ["a b", "a b", "c"],
+        ["classes of equal names, which no prompt tells apart: 'a b' 2 times"],
+    )
+
+
+@pytest.mark.parametrize("names", [5, "red", [], [1, 2], None, np.array([["red", "blue"]]), np.zeros(2)])
+def test_cifar_names_that_are_none(names: Any, tmp_path: Path) -> None:
+    write_cifar(tmp_path, PLANES)
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    with pytest.raises(UserError, match=r"batches\.meta: its 'label_names' is no list of class names$"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("red", "dark_blue"), [b"red", "dark_blue"], np.array(["red", "dark_blue"])])
+def test_cifar_names_in_any_list(names: Any, tmp_path: Path) -> None:
+    write_cifar(tmp_path, PLANES)
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    assert loaded(tmp_path).class_names == ("red", "dark blue")
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    (tmp_path / "green").symlink_to(tmp_path / "gone")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "blue" / "self").symlink_to("self")
+    data = loaded(tmp_path)
+    assert data.class_names == ("blue", "pale red")
+    assert len(data.samples) == 4
+    assert data.notes == ("left out, links that lead nowhere: green, round, blue/self",)

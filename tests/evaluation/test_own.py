@@ -256,3 +256,19 @@ def test_standard_errors_by_hand() -> None:
     expected = ((1 / 2) ** 2 / 1 + (2 / 3) * (1 / 3) / 2) ** 0.5 / 2
     assert mean_per_class_error(places, labels) == pytest.approx(expected)
     assert mean_per_class_error(places[:3], labels[:3]) is None
+
+
+def test_whole_floats_are_labels(tmp_path: Path) -> None:
+    labels = [0.0, 1.0, 1.0]
+    rows = [{"image": f"{n}.png", "caption": "x", "label": label, "weight": 0.5} for n, label in enumerate(labels)]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture("red"))
+    listing, table = tmp_path / "list.json", tmp_path / "list.csv"
+    listing.write_text(json.dumps(rows))
+    table.write_text("image,caption,label\n" + "".join(f"{n}.png,x,{label}\n" for n, label in enumerate(labels)))
+    (tmp_path / "classnames.txt").write_text("red\nblue\n")
+    for path in (listing, table):
+        data = loaded(f"captions:{path}?label=label")
+        assert (data.labels, data.class_names) == ((0, 1, 1), ("red", "blue"))
+    with pytest.raises(UserError, match=r"'weight' holds no classes: 0\.5 is no string or whole number$"):
+        loaded(f"captions:{listing}?label=weight")

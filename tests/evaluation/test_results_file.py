@@ -10,11 +10,14 @@ from unittest import mock
 import pytest
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation.results.file import RESULTS, Subject, default_place, refuse_other, write_results
+from disttempnet.evaluation.results.file import RESULTS, default_place, refuse_other, write_results
+from disttempnet.evaluation.results.records import RESULTS_FILE, read_records
+from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject, read_subject
 from disttempnet.evaluation.scores import Scores, from_record
 from disttempnet.io import files
 
-FIRST, LATER = Subject("mine @ step 1", "aa", ("note",)), Subject("mine @ step 2", "bb")
+FIRST = Subject("mine @ step 1", checkpoint="aa", notes=("note",))
+LATER = Subject("mine @ step 2", checkpoint="bb")
 
 
 def scores(value: float) -> Scores:
@@ -37,7 +40,7 @@ def test_a_later_checkpoint_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert place == tmp_path / "results-step-2.json"
     write_results(place, LATER, {"a": scores(0.2)})
     assert default_place(tmp_path, "mine", "step-2", LATER) == place
-    trained_anew = Subject("mine @ step 2", "cc")
+    trained_anew = Subject("mine @ step 2", checkpoint="cc")
     with pytest.raises(UserError, match=r"results-step-2\.json: holds the results of mine @ step 2, of other weights"):
         default_place(tmp_path, "mine", "step-2", trained_anew)
 
@@ -82,3 +85,32 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         write_results(tmp_path / RESULTS, FIRST, {"a": scores(0.2)})
     assert [path.name for path in tmp_path.iterdir()] == [RESULTS]
     assert (tmp_path / RESULTS).read_bytes() == before
+
+
+DEEP = "[" * 100_000
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    whole = '{"key": "a", "dataset": "A", "metrics": {"main_metric": 0.5}}'
+    records = tmp_path / RESULTS_FILE
+    for line in ("5", "{}", whole[:-1] + ', "samples": Infinity}', whole.replace("0.5", "1" + "0" * 400)):
+        records.write_text(f"{line}\n{whole}\n")
+        with pytest.raises(UserError, match=rf"{records}: line 1 is not the result of a task$"):
+            read_records(records)
+    records.write_text(f"{DEEP}\n{whole}\n")
+    with pytest.raises(UserError, match=rf"{records}: line 1 is not JSON$"):
+        read_records(records)
+    summary = tmp_path / SUMMARY_FILE
+    for more in ('"versions": 3', '"notes": 1', '"run": []', '"run": {"config": [1]}', '"run": {"step": "x"}'):
+        summary.write_text(f'{{"model": "m", {more}}}')
+        with pytest.raises(UserError, match=rf"{summary}: damaged, not the summary of an evaluation$"):
+            read_subject(tmp_path)
+    summary.write_text(DEEP)
+    with pytest.raises(UserError, match="damaged"):
+        read_subject(tmp_path)
+    results = tmp_path / RESULTS
+    head = '"model": "mine @ step 1", "checkpoint": "aa", "results": {"a": {}}, "chance": {"a": {}}'
+    for content in (DEEP, f'{{{head}, "samples": {{"a": Infinity}}}}'):
+        results.write_text(content)
+        with pytest.raises(UserError, match=rf"{results}: holds .*: give another --out, or delete it"):
+            refuse_other(results, FIRST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from disttempnet.evaluation import tasks as readers
 from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.protocols import Features, Measured, classifier, prompts, retrieval
 from disttempnet.evaluation.scores import Scores
-from disttempnet.evaluation.tasks import all_tasks, find_task, read_samples
+from disttempnet.evaluation.tasks import Task, TaskData, all_tasks, find_task, read_samples
 from evaluation.toy import COLOURS, METRICS, colour_towers, evaluate_toy, toy_task, unit_rows, write_shard
 from gloo import Pools
 
@@ -262,3 +263,20 @@ def test_two_processes_give_the_same_as_one(tmp_path: Path, gloo: Pools) -> None
         assert together.keys() == alone.keys()
         for key, value in alone.items():
             np.testing.assert_equal(together[key], value, err_msg=key)
+
+
+def test_another_cache_folder_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of one may be deleted."""
+    read: list[str] = []
+    data = TaskData(find_task("scenes"), ())
+
+    def load(task: Task, root: Path | None) -> TaskData:
+        read.append(os.environ["DISTTEMPNET_CACHE"])
+        return data
+
+    monkeypatch.setattr(runner, "load_task", load)
+    for name in ("/first", "/second", "/second"):
+        monkeypatch.setenv("DISTTEMPNET_CACHE", name)
+        assert runner.load_tasks(["scenes"], None) == [data]
+    assert read == ["/first", "/second"]
+    runner._loaded.cache_clear()

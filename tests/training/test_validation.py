@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from unittest import mock
 
@@ -172,3 +173,44 @@ def test_a_source_of_its_own(photos: Path, tmp_path: Path) -> None:
         validation_data(same, trained)
     with pytest.raises(UserError, match="no such"):
         validation_data(config_of(photos, tmp_path, "data.validation=nowhere/x.csv").data)
+
+
+def quoted(value: object) -> str:
+    return json.dumps(str(value))
+
+
+def test_what_is_trained_on_is_refused_in_any_form(photos: Path, tmp_path: Path) -> None:
+    listing, turned, folder = (photos / name for name in ("list.csv", "turned.csv", "photos"))
+    (tmp_path / "tars").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / "tars" / f"{number}.tar", "w") as tar:
+            for suffix in ("png", "txt"):
+                tar.add(folder / f"{number}.{suffix}", f"{number}.{suffix}")
+    (tmp_path / "link.csv").symlink_to(listing)
+    both, one = tmp_path / "tars" / "{0..1}.tar", tmp_path / "tars" / "1.tar"
+    for train_on, given in (
+        (quoted(f"{listing}::{turned}"), listing),
+        (f'[{{path="{listing}",weight=2}}]', listing),
+        (quoted(listing), f"captions:{listing}"),
+        (quoted(listing), f"captions:{tmp_path / 'link.csv'}?images={photos}"),
+        (quoted(folder), f"folder:{folder}"),
+        (quoted(folder), f"captions:{folder}"),
+        (quoted(f"{turned}::{both}"), one),
+        (quoted(both), f"shards:{one}"),
+    ):
+        config = config_of(photos, tmp_path, f"data.validation={quoted(given)}", f"data.train={train_on}").data
+        with pytest.raises(UserError, match=r"is what is trained on: name other samples, or a share of these$"):
+            validation_data(config, open_training_source(config, progress=False))
+    others = config_of(photos, tmp_path, f"data.train={quoted(listing)}", f'data.validation="shards:{one}"').data
+    data = validation_data(others, open_training_source(others, progress=False))
+    assert data is not None
+    assert len(data.samples) == 1
+
+
+def test_a_copy_of_a_part_of_what_is_trained_on_is_refused(photos: Path, tmp_path: Path) -> None:
+    listing, turned, copy = (photos / name for name in ("list.csv", "turned.csv", "copy.csv"))
+    copy.write_bytes(listing.read_bytes())
+    words = [f"data.train={quoted(f'{listing}::{turned}')}", f"data.validation={quoted(copy)}"]
+    config = config_of(photos, tmp_path, *words).data
+    with pytest.raises(UserError, match=r"copy\.csv' is what is trained on"):
+        validation_data(config, open_training_source(config, progress=False))

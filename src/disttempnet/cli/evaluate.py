@@ -146,7 +146,8 @@ def _without_root(options: argparse.Namespace, chosen: list[str], validation: bo
     from disttempnet import distributed
     from disttempnet.evaluation.encoder import checkpoint_hash
     from disttempnet.evaluation.progress import TaskProgress
-    from disttempnet.evaluation.results.file import Subject, default_place, refuse_other, write_results
+    from disttempnet.evaluation.results.file import default_place, refuse_other, write_results
+    from disttempnet.evaluation.results.summary import Subject
     from disttempnet.evaluation.results.tables import results_table
     from disttempnet.evaluation.runner import evaluate
     from disttempnet.evaluation.tasks import VALIDATION, TaskData, all_tasks, find_task
@@ -157,7 +158,7 @@ def _without_root(options: argparse.Namespace, chosen: list[str], validation: bo
     if out is not None:
         refuse_unwritable(out)  # learnt before the model is loaded
     opened = _open(options.target, options.resize_positions)
-    subject = Subject(opened.title, checkpoint_hash(opened.towers), opened.notes)
+    subject = Subject(opened.title, checkpoint=checkpoint_hash(opened.towers), notes=opened.notes)
     names, data_root, config = chosen, None, opened.config
     if config is not None:
         data_root = Path(config.eval.data_root) if config.eval.data_root else None

@@ -55,6 +55,10 @@ class HeldOut(Source):
         return self.base.digest
 
     @property
+    def digests(self) -> frozenset[str]:
+        return self.base.digests
+
+    @property
     def shares(self) -> tuple[tuple[int, float], ...]:
         return self.base.shares
 

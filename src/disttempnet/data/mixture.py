@@ -45,6 +45,10 @@ class MixedSource(Source):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
+    def digests(self) -> frozenset[str]:
+        return frozenset({self.digest}).union(*(part.digests for part in self.parts))
+
+    @property
     def shares(self) -> tuple[tuple[int, float], ...]:
         return tuple(zip(np.diff(self._groups).tolist(), self.weights, strict=True))
 

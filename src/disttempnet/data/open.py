@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,10 +14,13 @@ from disttempnet.data.augment import train_transform
 from disttempnet.data.epoch_plan import EpochPlan, PlanSampler
 from disttempnet.data.handover import prefetch_that_fits
 from disttempnet.data.held_out import HeldOut
-from disttempnet.data.listings.open import is_listing, open_listing
+from disttempnet.data.listings.open import is_listing, layout_of, open_listing
+from disttempnet.data.listings.parquet import Parquet
 from disttempnet.data.loader import PREFETCH, Batch, PairDataset, batches_of, make_loader
 from disttempnet.data.mixture import MixedSource
+from disttempnet.data.shards.names import resolve_shards
 from disttempnet.data.shards.open import open_index
+from disttempnet.data.shards.remote import is_remote
 from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
@@ -51,6 +55,22 @@ def _open_one(source: SourceConfig, progress: bool) -> Source:
     if is_listing(source):
         return open_listing(source, progress)
     return open_index(source.path, source.index, progress, source.caption_key, source.cache, source.cache_gb)
+
+
+def places_of(source: SourceConfig) -> set[Path]:
+    """The shards, listings or folder that a source is read from, with links resolved; none of what is remote.
+
+    Raises:
+        UserError: they are not there.
+    """
+    if is_remote(source.path):
+        return set()
+    if not is_listing(source):
+        shards = resolve_shards(source.path)
+        return {(shards.folder / name).resolve() for name in shards.names}
+    layout = layout_of(source)
+    paths = layout.paths if isinstance(layout, Parquet) else [layout.where]
+    return {path.resolve() for path in paths}
 
 
 @dataclass(frozen=True)

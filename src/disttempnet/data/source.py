@@ -45,6 +45,11 @@ class Source(ABC):
     @abstractmethod
     def digest(self) -> str: ...
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """Those of this and of every source that it is put together from."""
+        return frozenset({self.digest})
+
     @abstractmethod
     def image_bytes(self, sample: int) -> bytes:
         """The encoded image. Raises UserError where what was indexed is gone."""

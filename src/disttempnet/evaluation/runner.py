@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from disttempnet import distributed
+from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.evaluation.class_features import ClassTexts
 from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.encoder import Encoder, Progress, batches_of_this_rank, evaluation_mode
@@ -109,13 +110,16 @@ def load_tasks(tasks: Sequence[str | TaskData], data_root: Path | None) -> list[
         UserError: an unknown task, or data that is missing or cannot be read, on any rank.
     """
     return distributed.together(
-        lambda: [task if isinstance(task, TaskData) else _loaded(find_task(task), data_root) for task in tasks]
+        lambda: [
+            task if isinstance(task, TaskData) else _loaded(find_task(task), data_root, cache_folder())
+            for task in tasks
+        ]
     )
 
 
 @lru_cache(maxsize=64)
-def _loaded(task: Task, data_root: Path | None) -> TaskData:
-    """A task's data, kept: training evaluates again and again."""
+def _loaded(task: Task, data_root: Path | None, cache: Path) -> TaskData:
+    """A task's data, kept: training evaluates again and again. Tasks that ship lie in the cache folder."""
     return load_task(task, data_root)
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -252,7 +252,6 @@ def _frequencies(task: Task, samples: Sequence[Sample]) -> tuple[tuple[int, ...]
     return tuple(trained[name] for name in groups), tuple(third[name] for name in groups)
 
 
-@cache
 def read_samples(data: str) -> tuple[Sample, ...]:
     """All samples of the shards that `data` names, by shard and by place in it."""
     shards = resolve_shards(data)
@@ -261,15 +260,15 @@ def read_samples(data: str) -> tuple[Sample, ...]:
     return tuple(sample for name in shards.names for sample in _read_shard(shards.folder / name))
 
 
-def _read_shard(shard: Path) -> Iterator[Sample]:
+@cache
+def _read_shard(shard: Path) -> tuple[Sample, ...]:
     try:
         tar = read_tar(shard)
     except OSError as error:
         raise UserError(f"{shard}: not a readable tar shard: {error}") from None
     if tar.note:
         raise UserError(f"{shard}: not a readable tar shard: {tar.note}")
-    for key, members in tar.samples.items():
-        yield _sample(shard, key, members)
+    return tuple(_sample(shard, key, members) for key, members in tar.samples.items())
 
 
 def _sample(shard: Path, key: str, members: Mapping[str, Span]) -> Sample:

@@ -13,11 +13,21 @@ from pathlib import Path
 from disttempnet import distributed
 from disttempnet.config import DataConfig, SourceConfig
 from disttempnet.data.held_out import HeldOut
-from disttempnet.data.open import open_source, open_training_source
+from disttempnet.data.open import open_source, open_training_source, places_of
 from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.own import ReadSample, own_data
-from disttempnet.evaluation.tasks import OWN, VALIDATION, Sample, Task, TaskData, find_task, task_title
+from disttempnet.evaluation.tasks import (
+    FOLDER,
+    OWN,
+    VALIDATION,
+    Sample,
+    Task,
+    TaskData,
+    find_task,
+    own_path,
+    task_title,
+)
 
 
 def validation_data(config: DataConfig, trained: Source | None = None) -> TaskData | None:
@@ -28,27 +38,58 @@ def validation_data(config: DataConfig, trained: Source | None = None) -> TaskDa
         trained: what it is trained on, where that is open already.
 
     Raises:
-        UserError: it cannot be read, or holds nothing to measure on.
+        UserError: it cannot be read, is trained on, or holds nothing to measure on.
     """
     given = config.validation
     if not given:
         return None
     if isinstance(given, str):
-        return _of_a_source(given, trained)
+        return _of_a_source(given, config.sources, trained)
     source = trained or open_training_source(config)
     assert isinstance(source, HeldOut)  # with a share above zero
     return _retrieval(source.base, source.held_out.tolist(), f"{source.digest} {given}", ())
 
 
-def _of_a_source(spec: str, trained: Source | None) -> TaskData:
+def _of_a_source(spec: str, sources: Sequence[SourceConfig], trained: Source | None) -> TaskData:
     if spec.startswith(OWN):
         data = distributed.together(lambda: own_data(find_task(spec)))
+        if trained is not None:
+            distributed.together(lambda: _refuse_trained(spec, _own_places(spec, data), sources))
         named = {"name": VALIDATION, "display": task_title(VALIDATION)}
         return replace(data, task=data.task.model_copy(update=named))
-    source = open_source((SourceConfig(path=spec),))
-    if trained is not None and source.digest == trained.digest:
-        raise UserError(f"data.validation = '{spec}' is what is trained on: name other samples, or a share of these")
+    given = SourceConfig(path=spec)
+    if trained is not None:
+        distributed.together(lambda: _refuse_trained(spec, places_of(given), sources))
+    source = open_source((given,))
+    if trained is not None and source.digest in trained.digests:  # a copy, or remote
+        raise UserError(_is_trained(spec, spec))
     return _retrieval(source, source.usable.tolist(), source.digest, source.problems().splitlines())
+
+
+def _own_places(spec: str, data: TaskData) -> set[Path]:
+    """Where samples of one's own are: of folders of classes the folders that hold images, for others may lie beside."""
+    path = own_path(spec)
+    if not spec.startswith(FOLDER):
+        return places_of(SourceConfig(path=path))
+    where = Path(path).expanduser()
+    shards = {sample.shard for sample in data.samples}
+    return {place.resolve() for place in {shard if shard == where else shard.parent for shard in shards}}
+
+
+def _refuse_trained(spec: str, places: set[Path], sources: Sequence[SourceConfig]) -> None:
+    """Raise UserError where one of the places is trained on, or is a folder inside or around one that is."""
+    trained = set().union(*map(places_of, sources))
+    folders = {place for place in trained if place.is_dir()}
+    for place in sorted(places):
+        around = folders & {*place.parents} if place.is_dir() else set()
+        inside = {folder for folder in folders if place in folder.parents}
+        if place in trained or around or inside:
+            raise UserError(_is_trained(spec, place))
+
+
+def _is_trained(spec: str, place: Path | str) -> str:
+    where = f": {place}" if str(place) != spec else ""
+    return f"data.validation = '{spec}'{where} is what is trained on: name other samples, or a share of these"
 
 
 def _retrieval(source: Source, ids: Sequence[int], digest: str, problems: Sequence[str]) -> TaskData:

@@ -344,13 +344,14 @@ def _entries(folder: Path, others: Counter[str] | None = None) -> set[str]:
         others: counts images of other suffixes. They are no entries, as those of an index that is there may not change.
     """
     with os.scandir(folder) as found:
-        names = {entry.name + "/" * _leads_to_folder(entry) for entry in found if not entry.name.startswith(".")}
+        names = {entry.name + "/" * leads_to_folder(entry) for entry in found if not entry.name.startswith(".")}
     if others is not None:
         others.update(Path(name).suffix.lower() for name in names if is_image(name, DECODED_SUFFIXES - IMAGE_SUFFIXES))
     return {name for name in names if name.endswith(("/", ".txt", ".json")) or is_image(name)}
 
 
-def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+def leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one. Raises OSError where that cannot be told."""
     try:
         return entry.is_dir()
     except OSError as error:

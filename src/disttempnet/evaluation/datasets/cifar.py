@@ -61,7 +61,7 @@ def read_cifar(folder: Path) -> Cifar:
     batch = batch_of(folder)
     meta, labels_key, names_key = BATCHES[batch]
     content = _unpickled(folder / batch)
-    names = [_text(name) for name in _value(_unpickled(folder / meta), names_key, folder / meta)]
+    names = _names(_value(_unpickled(folder / meta), names_key, folder / meta), names_key, folder / meta)
     pixels, notes = _pixels(_value(content, "data", folder / batch), folder / batch)
     labels = _labels(_value(content, labels_key, folder / batch), len(pixels), names, folder / batch)
     samples = tuple(
@@ -75,6 +75,15 @@ def _value(content: dict[str, Any], key: str, path: Path) -> Any:
     if key not in content:
         raise UserError(f"{path}: not CIFAR for Python: no '{key}'; it has {', '.join(sorted(content)) or 'nothing'}")
     return content[key]
+
+
+def _names(given: Any, key: str, path: Path) -> list[str]:
+    if isinstance(given, np.ndarray) and given.ndim == 1:
+        given = given.tolist()
+    names = given if isinstance(given, list | tuple) else ()
+    if not names or not all(isinstance(name, str | bytes) for name in names):
+        raise UserError(f"{path}: its '{key}' is no list of class names")
+    return [_text(name) for name in names]
 
 
 def _pixels(data: Any, path: Path) -> tuple[NDArray[np.uint8], list[str]]:

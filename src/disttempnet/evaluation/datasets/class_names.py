@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -61,12 +62,14 @@ def templates_of(path: Path) -> list[str]:
 def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
     """Class names for keys, the names of folders or labels as they stand in data; and what a reader has to know.
 
-    A synset becomes ImageNet's name of it; a number or synset before a name goes; _ becomes a space.
+    A synset becomes ImageNet's name of it; a number or synset before a name goes, unless that makes two names equal;
+    _ becomes a space.
     """
     imagenet = imagenet_names() if any(SYNSET.fullmatch(key) for key in keys) else {}
-    names, notes = [], []
-    for key in keys:
-        names.append(imagenet.get(key) or NUMBERED.sub("", key, count=1).replace("_", " "))
+    bare = [key[match.end() :] if (match := NUMBERED.match(key)) else key for key in keys]
+    times = Counter(map(_spaced, bare))
+    kept = [name if times[_spaced(name)] == 1 else key for key, name in zip(keys, bare, strict=True)]
+    names, notes = [imagenet.get(key) or _spaced(name) for key, name in zip(keys, kept, strict=True)], []
     known = [f"{key} = {name}" for key, name in zip(keys, names, strict=True) if key in imagenet]
     if known:
         notes.append(f"{len(known)} synsets take ImageNet's class names: {some(known)}")
@@ -75,14 +78,24 @@ def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
             f"{len(unknown)} synsets are none of ImageNet-1k's 1,000 and no class names: {some(unknown)}: name them in "
             "classnames.txt"
         )
-    if stripped := [f"{key} = {name}" for key, name in zip(keys, names, strict=True) if NUMBERED.match(key)]:
+    if stripped := [f"{key} = {_spaced(name)}" for key, name in zip(keys, kept, strict=True) if key != name]:
         notes.append(f"numbers before class names are left out: {some(stripped)}")
     if numbers := [key for key in keys if key.strip().isdecimal()]:
         notes.append(
             f"{len(numbers)} classes have numbers for names, which say nothing to a text tower: {some(numbers)}: name "
             "them in classnames.txt"
         )
-    return names, notes
+    return names, notes + about_equal(names)
+
+
+def about_equal(names: Sequence[str]) -> list[str]:
+    """What a reader has to know of classes that a text tower cannot tell apart."""
+    equal = [f"'{name}' {count} times" for name, count in Counter(names).items() if count > 1]
+    return [f"classes of equal names, which no prompt tells apart: {some(equal)}"] if equal else []
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 @cache

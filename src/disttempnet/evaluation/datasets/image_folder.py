@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from disttempnet.data.listings.readers import leads_to_folder
 from disttempnet.data.shards.names import DECODED_SUFFIXES, is_image
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.cifar import batch_of, read_cifar
 from disttempnet.evaluation.datasets.class_names import (
+    about_equal,
     names_of,
     read_lines,
     some,
@@ -35,10 +37,11 @@ SPLITS = frozenset({*EVALUATED, "train", "training"})
 
 @dataclass
 class Seen:
-    """What a look through folders finds: images; hidden folders and images; other files by suffix."""
+    """What a look through folders finds: images; hidden folders and images; links to nothing; other files by suffix."""
 
     images: list[Path] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
 
 
@@ -84,7 +87,8 @@ def _class_names(folder: Path, found: Classes) -> tuple[list[str], list[str]]:
     lines, notes = read_lines(path)
     for folders in (found.keys, sorted([*found.keys, *found.empty])):
         if len(lines) >= len(folders) and not any(lines[len(folders) :]):
-            return [name for name, key in zip(lines, folders, strict=False) if key in found.keys], notes
+            names = [name for name, key in zip(lines, folders, strict=False) if key in found.keys]
+            return names, notes + about_equal(names)
     given = len(without_trailing_blanks(lines))
     raise UserError(f"{path}: {given} names, but {len(found.keys)} classes with images: {some(found.keys)}")
 
@@ -96,6 +100,7 @@ def _class_folders(folder: Path) -> Classes:
         seen = Seen()
         _look(path, seen, ())
         every.hidden += [str(Path(path.name, name)) for name in seen.hidden]
+        every.dead += [str(Path(path.name, name)) for name in seen.dead]
         every.others += seen.others
         if not seen.images:
             found.empty.append(path.name)
@@ -105,9 +110,10 @@ def _class_folders(folder: Path) -> Classes:
             found.samples.append(Sample(name, file, 0, -1, (), "", plain=True))
             found.labels.append(len(found.keys))
         found.keys.append(path.name)
-    outside = [file.name for file in top.iterdir() if is_image(file.name, DECODED_SUFFIXES) and file.is_file()]
+    outside = [file.name for file in top.iterdir() if is_image(file.name, DECODED_SUFFIXES) and os.path.isfile(file)]
     _refuse_no_classes(top, found.keys, outside, every)
     notes += [f"left out, hidden: {some(every.hidden)}"] if every.hidden else []
+    notes += [f"left out, links that lead nowhere: {some(every.dead)}"] if every.dead else []
     notes += [f"left out, without images: {some(found.empty)}"] if found.empty else []
     notes += (
         [f"left out, in no folder of a class: {len(outside):,} images ({some(sorted(outside))})"] if outside else []
@@ -147,12 +153,15 @@ def _split_of(folder: Path) -> tuple[Path, list[str]]:
 
 def _folders_in(folder: Path, seen: Seen) -> list[Path]:
     found = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            if _is_hidden(path.name):
-                seen.hidden.append(path.name)
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not leads_to_folder(entry):
+                if _is_dead(entry):
+                    seen.dead.append(entry.name)
+            elif _is_hidden(entry.name):
+                seen.hidden.append(entry.name)
             else:
-                found.append(path)
+                found.append(folder / entry.name)
     return found
 
 
@@ -166,12 +175,14 @@ def _look(folder: Path, seen: Seen, above: tuple[tuple[int, int], ...], inside: 
         for entry in entries:
             name = inside + entry.name
             if _is_hidden(entry.name):
-                if entry.is_dir() or is_image(entry.name, DECODED_SUFFIXES):
+                if leads_to_folder(entry) or is_image(entry.name, DECODED_SUFFIXES):
                     seen.hidden.append(name)
-            elif entry.is_dir():
+            elif leads_to_folder(entry):
                 _look(folder / entry.name, seen, (*above, here), f"{name}/")
             elif is_image(entry.name, DECODED_SUFFIXES):  # a dead link, a pipe: images that cannot be read
                 seen.images.append(folder / entry.name)
+            elif _is_dead(entry):
+                seen.dead.append(name)
             else:
                 seen.others[Path(entry.name).suffix.lower() or "without suffix"] += 1
 
@@ -180,6 +191,11 @@ def _holds_images(folder: Path) -> bool:
     seen = Seen()
     _look(folder, seen, ())
     return bool(seen.images)
+
+
+def _is_dead(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link to nothing, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _is_hidden(name: str) -> bool:

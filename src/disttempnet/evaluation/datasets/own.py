@@ -14,6 +14,7 @@ data are read as those of a folder of classes; classnames.txt is needed where la
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,13 +32,22 @@ from disttempnet.data.shards.names import resolve_shards
 from disttempnet.data.source import UnreadableCaption, usable_captions
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.datasets.cifar import batch_of
-from disttempnet.evaluation.datasets.class_names import names_of, read_lines, templates_of, without_trailing_blanks
+from disttempnet.evaluation.datasets.class_names import (
+    about_equal,
+    names_of,
+    read_lines,
+    templates_of,
+    without_trailing_blanks,
+)
 from disttempnet.evaluation.datasets.image_folder import folder_data
 from disttempnet.evaluation.tars import Span, image_of, members_of
 from disttempnet.evaluation.tasks import CAPTIONS, SHARDS, Head, Sample, Task, TaskData, own_path
+from disttempnet.sanitize import printable
 
 OPTIONS = ("label", "caption", "images", "image")
 LABEL_KEY = "label"
+WHOLE = re.compile(r"\d+(\.0*)?")  # pandas writes whole numbers so where some are missing
+LONGEST = 40  # characters of a value in a message
 LOOKED_AT = 100  # images of a folder that show whether it holds captions or classes
 SPLITS = ("test", "val")  # of a listing that has splits, best first
 # readers of training data say where a config would be changed
@@ -196,7 +206,9 @@ def _text(span: Span) -> str:
 
 
 def _label(value: Any) -> str:
-    """A class as a string; empty where there is none that could be one."""
+    """A class as a string; empty where there is none that could be one. Tables with gaps give whole numbers as 0.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
@@ -206,6 +218,10 @@ def _with_labels(task: Task, own: Own, beside: Path, options: Mapping[str, str])
     samples, broken = own.samples, [*own.broken]
     labels = own.labels
     if asked and not any(labels):
+        if odd := [sample.facts[asked] for sample in samples if sample.facts.get(asked) is not None]:
+            raise UserError(
+                f"'{asked}' holds no classes: {printable(repr(odd[0])[:LONGEST])} is no string or whole number"
+            )
         keys = ", ".join(sorted({key for sample in samples[:LOOKED_AT] for key in sample.facts}))
         raise UserError(f"no sample has '{asked}'; there are {keys or 'no other fields'}")
     if asked:
@@ -235,14 +251,14 @@ def _classes(labels: Sequence[str], beside: Path) -> tuple[list[str], list[int],
     if len(known) < len(labels):
         return [], [], [f"{len(labels) - len(known):,} of {len(labels):,} samples have no label: no zero-shot"]
     path, notes = beside / "classnames.txt", list[str]()
-    if all(label.isdecimal() for label in labels):
+    if all(map(WHOLE.fullmatch, labels)):
         if not path.is_file():
             return [], [], [f"labels are numbers, and there is no {path} to say what they are called: no zero-shot"]
         lines, notes = read_lines(path)
-        names, numbers = without_trailing_blanks(lines), [int(label) for label in labels]
+        names, numbers = without_trailing_blanks(lines), [int(label.partition(".")[0]) for label in labels]
         if max(numbers) >= len(names):
             raise UserError(f"{path}: {len(names)} names, but a label is {max(numbers)} (they count from 0)")
-        return names, numbers, notes
+        return names, numbers, notes + about_equal(names)
     keys = sorted(set(labels))
     if len(keys) < 2:
         return [], [], [f"all samples are labelled '{keys[0]}': no zero-shot"]

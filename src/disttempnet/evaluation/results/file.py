@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from disttempnet.errors import UserError
+from disttempnet.evaluation.results.summary import Subject
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.io.files import is_device, read_regular, refuse_unwritable, write_output
 
 RESULTS = "results.json"
-
-
-class Subject(NamedTuple):
-    """What was evaluated: a title for a reader, the hash of the weights, what a reader has to know of them."""
-
-    title: str
-    checkpoint: str
-    notes: Sequence[str] = ()
 
 
 def refuse_other(path: Path, subject: Subject) -> None:
@@ -69,14 +62,14 @@ def _known(path: Path, subject: Subject) -> dict[str, Scores] | None:
     same = table.get("checkpoint", subject.checkpoint) == subject.checkpoint and table.get("model") == subject.title
     try:
         return from_record(table) if same else None
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(read_regular(path).decode("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}
 

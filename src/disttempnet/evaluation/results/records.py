@@ -88,13 +88,13 @@ def read_records(path: Path) -> dict[str, TaskRecord]:
     for number, line in enumerate(lines, 1):
         try:
             parsed = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is not JSON") from None
         try:
             record = _from_line(parsed)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UserError(f"{path}: line {number} is not the result of a task") from None
         records.pop(record.key, None)  # what was run again stands where it was run
         records[record.key] = record

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,23 @@ def read_subject(folder: Path) -> Subject | None:
         return None
     try:
         table = json.loads(read_regular(path).decode("utf-8"))
-        known = {f.name: table[f.name] for f in fields(Subject) if f.name in table}
-        subject = Subject(**known | {"notes": tuple(known.get("notes", ()))})
-        if not isinstance(subject.model, str) or not isinstance(subject.run, dict):
+        subject = Subject(**{f.name: table[f.name] for f in fields(Subject) if f.name in table})
+        if not _is_whole(subject):
             raise ValueError
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: damaged, not the summary of an evaluation") from None
-    return subject
+    return replace(subject, notes=tuple(subject.notes))
+
+
+def _is_whole(subject: Subject) -> bool:
+    """Whether what a file gave is of the types that a subject has."""
+    words = (subject.model, subject.pretrained, subject.checkpoint, subject.precision, subject.compat)
+    return (
+        all(isinstance(word, str) for word in words)
+        and isinstance(subject.versions, dict)
+        and isinstance(subject.parameters, int)
+        and isinstance(subject.notes, list | tuple)
+        and isinstance(subject.run, dict)
+        and all(isinstance(subject.run.get(key) or {}, dict) for key in ("config", "objective"))
+        and isinstance(subject.run.get("step", 0), int)
+    )
