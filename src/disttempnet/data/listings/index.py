@@ -126,7 +126,7 @@ class Columns:
         for key, now in settings._asdict().items():
             then = self.about["settings"].get(key, now)  # an index of before there was the setting stays as it is
             if then != now:
-                self._refuse(f"was indexed with {key} = '{then}', not '{now}'", layout.where)
+                self._refuse(f"was indexed with {key} = '{then}', not '{now}': give {key} = '{then}'", layout.where)
         parts, names = self.about["parts"], layout.names()
         if names is not None and names - parts.keys():
             self._refuse("was not there at indexing; take it away", layout.path(min(names - parts.keys())))
