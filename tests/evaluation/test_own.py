@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from disttempnet.config import SourceConfig
+from disttempnet.data import open_source
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
 from disttempnet.evaluation.datasets.open import load_task
@@ -137,6 +141,21 @@ def test_labels_that_make_no_classes(tmp_path: Path) -> None:
         loaded(numbers)
     with pytest.raises(UserError, match="no classes in 'label': all samples are labelled 'a'"):
         loaded(one + "?label=label")
+
+
+def test_names_with_dots_are_as_many_samples_as_in_training(tmp_path: Path) -> None:
+    stems = ["mr. a", "mr. b", "st. c", "shot_v1.3", "plain1", "plain2"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for stem in stems:
+            seg = {"seg.png": picture("blue")} if stem == "plain1" else {}  # part of plain1, no sample of its own
+            for suffix, data in {"png": picture("red"), "txt": stem.encode(), **seg}.items():
+                member = tarfile.TarInfo(f"{stem}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    data = loaded(f"shards:{tmp_path}")
+    assert [(sample.key, sample.captions) for sample in data.samples] == [(f"0.tar/{s}", (s,)) for s in stems]
+    assert not data.broken
+    assert len(open_source((SourceConfig(path=str(tmp_path)),)).usable) == len(stems)
 
 
 def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Tars of evaluation data, as byte ranges; a sample is all files with one name up to the first dot of it."""
+"""Tars of evaluation data, as byte ranges; a sample is all files with one name up to the first dot of it.
+
+Where that gives no image, up to the last dot: names such as `mr. b 001.jpg` and `shot_v1.3.jpg`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from disttempnet.data.shards.names import HEADER, IMAGE_SUFFIXES, MAX_TEXT, BrokenTar, read_member, split_name
+from disttempnet.data.shards.names import (
+    HEADER,
+    IMAGE_SUFFIXES,
+    MAX_TEXT,
+    BrokenTar,
+    read_member,
+    split_at_last_dot,
+    split_name,
+)
 from disttempnet.errors import UserError
 from disttempnet.io.files import open_regular
 
@@ -39,6 +50,7 @@ def read_tar(path: Path) -> Tar:
         OSError: it cannot be read.
     """
     samples: dict[str, dict[str, Span]] = {}
+    dotted: dict[str, list[tuple[str, Span]]] = {}  # of a key: names whose suffix by the first dot has another dot
     note = ""
     descriptor = open_regular(path)
     try:
@@ -55,12 +67,34 @@ def read_tar(path: Path) -> Tar:
                 content = None
             elif len(content or b"") < member.size:
                 content = os.pread(descriptor, member.size, member.data)
-            samples.setdefault(key, {}).setdefault(suffix, Span(member.data, member.size, content))
+            span = Span(member.data, member.size, content)
+            samples.setdefault(key, {}).setdefault(suffix, span)
+            if "." in suffix:
+                dotted.setdefault(key, []).append((member.name, span))
     except BrokenTar as error:
         note = str(error)
     finally:
         os.close(descriptor)
-    return Tar(samples, note)
+    return Tar(_by_the_last_dot(samples, dotted), note)
+
+
+def _by_the_last_dot(
+    samples: dict[str, dict[str, Span]], dotted: Mapping[str, Sequence[tuple[str, Span]]]
+) -> dict[str, dict[str, Span]]:
+    """The samples, those without an image divided again by the last dot of their names where that gives images."""
+    result: dict[str, dict[str, Span]] = {}
+    for key, members in samples.items():
+        parts: dict[str, dict[str, Span]] = {}
+        for name, span in dotted.get(key, ()):
+            stem, suffix = split_at_last_dot(name)
+            parts.setdefault(stem, {}).setdefault(suffix, span)
+        if image_of(members) or not any(image_of(part) for part in parts.values()):
+            result[key] = members
+            continue
+        if rest := {suffix: span for suffix, span in members.items() if "." not in suffix}:
+            result[key] = rest
+        result |= parts
+    return result
 
 
 def image_of(members: Mapping[str, Span]) -> Span | None:
