@@ -1,4 +1,4 @@
-"""Classification data in the layout that DataComp's and CLIP_benchmark's tools share; layouts.py shows it."""
+"""Classification data in the layout that DataComp's and CLIP_benchmark's tools share; open.py shows it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     Constant      one τ, never changed                               SogCLR, FastCLIP-v1
     Learnable     one τ, a parameter                                 CLIP, FastCLIP-v0, FastCLIP-v3
     PerSample     one τ a training sample and side, in a table       iSogCLR, FastCLIP-v2
-    Network       predicted from the anchor's feature                TempNet, DistTempNet     (tempnet.py)
+    Network       predicted from the anchor's feature                TempNet, DistTempNet     (network.py)
 
 Shapes: b local rows, B global rows, D width, N samples.
 """
