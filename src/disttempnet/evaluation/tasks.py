@@ -1,8 +1,8 @@
 """Evaluation tasks and their data: rows of tasks.toml, and the samples that they are measured on.
 
 Read here: data that ships with the package or that it makes, tars of KEY.webp (or png, jpg, jpeg), KEY.txt (a caption a
-line) and KEY.json (with a `label`). datasets/open.py reads what lies below a data root. Tars are indexed, not loaded: an
-image is read from its byte range when it is decoded.
+line) and KEY.json (with a `label`). datasets/open.py reads what lies below a data root. Tars are indexed, not loaded:
+an image is read from its byte range when it is decoded.
 """
 
 from __future__ import annotations
