@@ -20,6 +20,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("faults")
 
 
+@pytest.mark.slow
 def test_runs_that_are_disturbed_end_like_the_undisturbed(
     faults: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

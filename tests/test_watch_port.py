@@ -160,6 +160,7 @@ def test_a_rank_that_cannot_reach_rank_0_ends_all(tmp_path: Path) -> None:
 def test_a_forked_process_keeps_no_connection_open(main_watch: Watch) -> None:
     """A loader worker outlives a rank that is killed: its copies of the sockets must not speak for the rank."""
     rank = Watch(1, 3, HERE, main_watch.port, main_watch.token)
+    time.sleep(0.5)  # its thread listens by now
     child = os.fork()
     if child == 0:
         time.sleep(SOON + 10)

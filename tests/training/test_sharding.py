@@ -239,7 +239,7 @@ def go_and_die(out: str, *overrides: str) -> None:
             os._exit(9)
         save(tensors, folder)
 
-    checkpoint.sharding.save_parts = save_parts
+    checkpoint.fsdp.save_parts = save_parts
     go(out, *overrides)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from disttempnet.distributed.launcher import local_processes
 from disttempnet.errors import Preempted, UserError
 from disttempnet.io.machine import cores
 from disttempnet.io.paths import path_argument
@@ -367,6 +366,8 @@ def _workers(device: torch.device) -> int:
     """Decoding processes for each rank: with a GPU its share of the cores, without none (they would take turns)."""
     if device.type != "cuda":
         return 0
+    from disttempnet.distributed.launcher import local_processes
+
     return max(1, min(16, cores() // local_processes() - 1))
 
 

@@ -40,7 +40,7 @@ def write_page(run: Run, census: Census, out: Path) -> Path:
     own = any(np.ptp(values) > SAME for values in tau.values())
     learned = analysis.parameters(run.loss)
     several = any(p.values.size > 1 for of_side in learned.values() for p in of_side)
-    page = open_template("temperature/page.html").render(
+    page = open_template("temperature.html").render(
         title=f"Temperatures of {run.config.name}",
         objective=OBJECTIVES[run.config.loss.name].title,
         run=run,
