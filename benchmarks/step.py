@@ -144,7 +144,7 @@ def communication(
 ) -> dict[str, int]:
     """Bytes a rank receives of the others in the gathers of a step, and those of the tensors that are all-reduced.
 
-    Every objective gathers the number of rows of each rank (8 bytes).
+    Every objective gathers what each rank is at: rows, epoch, whether it has been compared (three float64).
     The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where
     τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
     The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
@@ -155,7 +155,7 @@ def communication(
     row = {"siglip": features, "vicreg": 0, "onlineclr": features + 8 + 4 * 2}.get(name, family)
     summed = {"siglip": 4, "cyclip": 12 * width**2, "vicreg": 12 * width + 8 * width**2}
     return {
-        "gathered": (ranks - 1) * (b * row + 8),
+        "gathered": (ranks - 1) * (b * row + 3 * 8),
         "reduced": summed.get(name, 8 * b * ranks * state_columns) + 4 * parameters,
     }
 
