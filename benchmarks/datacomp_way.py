@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-TESTS = Path(__file__).parents[1] / "tests"
+ROOT = Path(__file__).parents[1]
 WILDS_FIELDS = {
     "wilds/iwildcam": ["location", "sequence", "year", "month", "day", "hour", "minute", "second", "y"],
     "wilds/camelyon17": ["hospital", "slide", "y"],
@@ -89,8 +89,8 @@ class Model:
     def __init__(self, source: str) -> None:
         torch.manual_seed(0)
         if source == "colours":
-            sys.path.insert(0, str(TESTS))
-            from evaluation.colours import MeaningTowers, tokenize_meaning
+            sys.path.insert(0, str(ROOT))
+            from tests.evaluation.colours import MeaningTowers, tokenize_meaning
 
             self.module, self.tokenizer = MeaningTowers(), tokenize_meaning
             self.transform = lambda image: torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255

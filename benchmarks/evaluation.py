@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the formats' writers; ahead of this folder, which has an evaluation.py too
+sys.path.insert(0, str(ROOT))  # tests write the formats
 FAMILY = {"imagenet1k": 1000, "imagenet_sketch": 1000, "imagenetv2": 1000, "imagenet-a": 200, "imagenet-o": 200}
 FAMILY |= {"imagenet-r": 200}
 COUNTED = ("texts", "text positions", "images")
@@ -58,7 +58,7 @@ WORDS = ["a", "the", "of", "in", "on", "with", "young", "old", "small", "red", "
 def write_root(root: Path, part: int) -> None:
     """Every task of tasks.toml that lies below a data root, with one image of `part` (WinoGAViL: one puzzle)."""
     from disttempnet.evaluation.tasks import all_tasks
-    from evaluation import formats
+    from tests.evaluation import formats
 
     draw, picture = random.Random(0), pictures()
     sizes = {}
@@ -114,7 +114,7 @@ def pictures() -> Iterator[bytes]:
 
 def write_puzzles(folder: Path, n: int, draw: random.Random, picture: Iterator[bytes]) -> None:
     """WinoGAViL's raw files; images are shared as in the original, 2,044 of them by 3,563 puzzles."""
-    from evaluation import formats
+    from tests.evaluation import formats
 
     names = [f"image {i}" for i in range(max(12, n * 2044 // 3563))]
     puzzles = []

@@ -31,7 +31,7 @@ LOSS_CASES = (
 )
 RANKS = 8  # of which `rank` is one
 AGREEMENT_ROWS = 1000  # no multiple of a kernel's block
-VALUE_LIMIT, GRADIENT_LIMIT = 1e-5, 2**-7  # those of tests/losses/test_pairwise_triton.py
+VALUE_LIMIT, GRADIENT_LIMIT = 1e-5, 2**-7  # those of tests/losses/contrast/test_triton.py
 WORDS = "a red dog on the grass near two small cats and one old car in front of some big green trees"  # a token each
 INF_CL = "pip install inf-cl==1.2.1"
 

@@ -34,7 +34,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # ahead of this folder, which has an evaluation.py too
+sys.path.insert(0, str(ROOT))  # tests write the formats
 TOLERANCE = 1e-6
 PART = 400  # of the textured root: one image in so many
 
@@ -104,8 +104,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from disttempnet.training.checkpoint import load_run
     from disttempnet.training.run_folder import list_checkpoints
     from disttempnet.training.trainer import train
-    from evaluation.dataroot import EXPECTED, write_data_root
-    from evaluation.toy import meaning_towers
+    from tests.evaluation.dataroot import EXPECTED, write_data_root
+    from tests.evaluation.toy import meaning_towers
 
     torch.set_num_threads(1)
     colours, textured = folder / "colours", folder / "textured"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gloo import Pools
+from tests.gloo import Pools
 
 torch.set_num_threads(1)  # tests are small: one thread is faster, and sums come in one order
 

@@ -39,7 +39,7 @@ def _worker(rank: int, size: int, store: str, connection: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
     import torch.distributed as dist
 

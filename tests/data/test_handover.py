@@ -17,8 +17,7 @@ from disttempnet.data.handover import handed_over, lost_workers_named, prefetch_
 from disttempnet.data.loader import PREFETCH, Collate, Sample
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io import machine
-
-from .test_dataset import data_of, tokenizer
+from tests.data.test_open import data_of, tokenizer
 
 Write = Callable[..., Path]
 MB = 10**6

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from disttempnet.config import DataConfig, SourceConfig
 from disttempnet.data import EpochPlan, MixedSource, Source, open_index, open_source
 from disttempnet.errors import UserError
-
-from .conftest import png, sample, write_shard
-from .test_sampler import epoch_of, index_of
+from tests.data.conftest import png, sample, write_shard
+from tests.data.test_epoch_plan import epoch_of, index_of
 
 quick = settings(deadline=None, max_examples=50)
 Write = Callable[..., Path]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evaluation.colours import COLOURS
-from evaluation.formats import (
+from tests.evaluation.colours import COLOURS
+from tests.evaluation.formats import (
     labelled,
     npy,
     picture,

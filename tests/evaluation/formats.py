@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation.colours import shown
+from tests.evaluation.colours import shown
 
 SUFFIXES = ("webp", "png", "jpg", "jpeg")
 FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG", "jpeg": "JPEG"}

@@ -16,8 +16,8 @@ from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.protocols import Features, Measured, classifier, prompts, retrieval
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Task, TaskData, all_tasks, find_task, read_samples
-from evaluation.toy import COLOURS, METRICS, colour_towers, evaluate_toy, toy_task, unit_rows, write_shard
-from gloo import Pools
+from tests.evaluation.toy import COLOURS, METRICS, colour_towers, evaluate_toy, toy_task, unit_rows, write_shard
+from tests.gloo import Pools
 
 TRUE = [(colour, colour, colour) for colour in COLOURS]
 

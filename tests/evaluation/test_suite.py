@@ -20,8 +20,8 @@ from disttempnet.evaluation.loader import Batch, Decoder, Request
 from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import Head, find_task
-from evaluation.colours import COLOURS
-from evaluation.formats import (
+from tests.evaluation.colours import COLOURS
+from tests.evaluation.formats import (
     CORRUPT,
     labelled,
     picture,
@@ -30,8 +30,8 @@ from evaluation.formats import (
     write_tar,
     write_wds,
 )
-from evaluation.toy import meaning_towers
-from gloo import Pools
+from tests.evaluation.toy import meaning_towers
+from tests.gloo import Pools
 
 SIX = tuple(COLOURS)
 ROWS = [(colour, colour) for colour in SIX]

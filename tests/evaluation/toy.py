@@ -18,7 +18,7 @@ from disttempnet.evaluation import evaluate
 from disttempnet.evaluation import tasks as readers
 from disttempnet.evaluation.tasks import Task
 from disttempnet.models import Towers
-from evaluation.colours import COLOURS, MeaningTowers, tokenize_meaning
+from tests.evaluation.colours import COLOURS, MeaningTowers, tokenize_meaning
 
 METRICS = (
     "acc1",

@@ -1,6 +1,6 @@
 """Runs cases from standard input in forks of a process that has everything imported: a case costs no start-up.
 
-    python -m fuzz.server MATERIAL SCRATCH < cases.json > outcomes.json      (tests on sys.path)
+    python -m tests.fuzz.server MATERIAL SCRATCH < cases.json > outcomes.json      (at the root of the project)
 
 Two at a time. A case is killed after LIMIT seconds; a folder whose case was right is removed.
 """
@@ -28,7 +28,7 @@ import disttempnet.models
 import disttempnet.report
 import disttempnet.training.trainer  # noqa: F401
 from disttempnet.cli.main import main
-from fuzz.material import copy_material
+from tests.fuzz.material import copy_material
 
 LIMIT = 120.0
 MEMORY = 12 << 30  # bytes of address space: a case that reads without end fails, not the machine

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from fuzz.cases import Case, draw
-from fuzz.material import write_material, write_runs
+from tests.fuzz.cases import Case, draw
+from tests.fuzz.material import write_material, write_runs
 
 SEED, COUNT = int(os.environ.get("FUZZ_SEED", "2026")), int(os.environ.get("FUZZ_COUNT", "500"))
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def fault(case: Case, outcome: dict[str, Any]) -> str | None:
@@ -59,11 +59,11 @@ def test_malformed_input_is_refused_in_one_line(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fuzz.server", str(material), str(scratch)],
+        [sys.executable, "-W", "ignore", "-m", "tests.fuzz.server", str(material), str(scratch)],
         input=json.dumps([as_json(case) for case in cases]),
         stdout=subprocess.PIPE,
         text=True,
-        cwd=TESTS,
+        cwd=ROOT,
         env=environment,
         check=True,
     )

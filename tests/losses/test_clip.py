@@ -9,8 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses.oracle import clip_objective
-from losses.scenario import B, D, GlobalBatch, assert_same_steps, joined, make, pairs, run, step, stream, unique_batch
+from tests.losses.oracle import clip_objective
+from tests.losses.scenario import (
+    B,
+    D,
+    GlobalBatch,
+    assert_same_steps,
+    joined,
+    make,
+    pairs,
+    run,
+    step,
+    stream,
+    unique_batch,
+)
 
 CLIP = {"name": "clip", "temperature": 0.07}
 FIXED = {"name": "clip-constant", "temperature": 0.07}

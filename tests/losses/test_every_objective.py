@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from disttempnet import OBJECTIVES, Features
 from disttempnet.losses.contrast import blocks
 from disttempnet.losses.sample_state import SampleState
-from losses.scenario import (
+from tests.losses.scenario import (
     EVERY,
     B,
     D,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from disttempnet import Features, distributed, gather_state
 from disttempnet.losses.sample_state import NEVER, SampleState
-from gloo import Pools
-from losses.scenario import EVERY, D, N, as_launched, every_objective, local_rows, make, step, stream
+from tests.gloo import Pools
+from tests.losses.scenario import EVERY, D, N, as_launched, every_objective, local_rows, make, step, stream
 
 close = torch.testing.assert_close
 RECIPES = {name: EVERY[name] for name in ("tempnet", "isogclr", "onlineclr")}

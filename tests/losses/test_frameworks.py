@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from disttempnet import Features, distributed
-from losses.scenario import EVERY, B, D, as_launched, local_rows, make, pairs
+from tests.losses.scenario import EVERY, B, D, as_launched, local_rows, make, pairs
 
 SAMPLES, EPOCHS, STEPS = 16, 3, 2
 ROWS = pairs(SAMPLES, seed=3)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from disttempnet import OBJECTIVES, Features, distributed
-from losses.oracle import Twin, inner_rate, written_objective, written_objective_repeated
-from losses.scenario import (
+from tests.losses.oracle import Twin, inner_rate, written_objective, written_objective_repeated
+from tests.losses.scenario import (
     CONSTANT,
     NETWORK,
     B,
@@ -33,7 +33,7 @@ from losses.scenario import (
     stream,
     unique_batch,
 )
-from losses.twin_network import MODES, twin_taus, weights_of
+from tests.losses.twin_network import MODES, twin_taus, weights_of
 
 GAMMAS = (1.0, 0.8, 0.2)
 COSINE = {**NETWORK, "name": "disttempnet-v1", "gamma_min": 0.2, "gamma_decay_epochs": 2}

@@ -18,7 +18,7 @@ from disttempnet.errors import UserNotice
 from disttempnet.losses import objective as core
 from disttempnet.losses.learning import PATIENCE
 from disttempnet.losses.temperature import network
-from losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
+from tests.losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
 
 close = torch.testing.assert_close
 ROOT = Path(__file__).parents[2]

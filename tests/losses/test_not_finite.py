@@ -10,8 +10,8 @@ from torch import Tensor
 
 from disttempnet import Features
 from disttempnet.losses.sample_state import NEVER, SampleState
-from gloo import Pools
-from losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, local_rows, make, stream, unique_batch
+from tests.gloo import Pools
+from tests.losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, local_rows, make, stream, unique_batch
 
 close = torch.testing.assert_close
 BAD = 5  # the row whose image overflowed

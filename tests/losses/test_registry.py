@@ -11,7 +11,7 @@ import disttempnet
 import disttempnet.losses
 from disttempnet import OBJECTIVES, Features, build_loss
 from disttempnet.config import CONFIG_FOLDER
-from losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch
+from tests.losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch
 
 NAMES = (
     "clip",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from disttempnet import Features, build_loss, distributed
 from disttempnet.losses.sample_state import NEVER, SampleState, redeal, redealt_from
-from losses.scenario import (
+from tests.losses.scenario import (
     CONSTANT,
     NETWORK,
     D,

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma
-from losses.oracle import inner_rate
-from losses.scenario import CONSTANT, NETWORK, make, step, unique_batch
+from tests.losses.oracle import inner_rate
+from tests.losses.scenario import CONSTANT, NETWORK, make, step, unique_batch
 
 V1 = {key: value for key, value in NETWORK.items() if key != "gamma"} | {"name": "disttempnet-v1"}
 

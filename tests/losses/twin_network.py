@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from losses.oracle import mlp_temperature, tempnet
+from tests.losses.oracle import mlp_temperature, tempnet
 
 MODES = ("fcco", "batch")
 SYMBOLS = {  # ending of the parameter's name → symbol in oracle.tempnet and .mlp_temperature

@@ -19,7 +19,7 @@ from disttempnet.losses import LossOutput
 from disttempnet.losses.sample_state import SampleState
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
-from gloo import Pools, WorkerError
+from tests.gloo import Pools, WorkerError
 
 STEP, END = 13, 20  # the second epoch begins after step 10
 TOLERANCE = 2e-4  # relative, float32: sums come in another order

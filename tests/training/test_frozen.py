@@ -16,8 +16,8 @@ from disttempnet.models import load_model, save_model
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer, train
-from gloo import Pools
-from training.test_trainer import WORLD_SIZE_TOLERANCE, debug, losses, same_ending
+from tests.gloo import Pools
+from tests.training.test_trainer import WORLD_SIZE_TOLERANCE, debug, losses, same_ending
 
 MEAN = (0.5, 0.4, 0.3)  # not the architecture's own: a saved model's folder says how its pixels are normalised
 

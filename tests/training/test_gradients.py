@@ -15,8 +15,8 @@ from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import Contrast, ContrastiveModel
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
-from gloo import Pools
-from losses.scenario import EVERY, D, GlobalBatch, every_objective, kept, local_rows, make, stream
+from tests.gloo import Pools
+from tests.losses.scenario import EVERY, D, GlobalBatch, every_objective, kept, local_rows, make, stream
 
 CPU = torch.device("cpu")
 DEBUG = CONFIG_FOLDER / "debug.toml"

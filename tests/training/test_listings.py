@@ -20,8 +20,7 @@ from disttempnet.temperature.command import Source, write_temperatures
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.run_info import data_facts
 from disttempnet.training.trainer import train
-
-from .test_trainer import WORLD_SIZE_TOLERANCE, command, environment, losses, same_ending
+from tests.training.test_trainer import WORLD_SIZE_TOLERANCE, command, environment, losses, same_ending
 
 PAIRS = 44  # of them 4 cannot be used
 LEFT_OUT = [

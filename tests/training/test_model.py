@@ -14,7 +14,7 @@ from disttempnet.errors import UserError
 from disttempnet.losses import LossOutput, Objective
 from disttempnet.models import encode_images, load_model
 from disttempnet.training.model import Contrast, build_objective, compile_failure_named, refuse_without_compiler
-from losses.scenario import pairs
+from tests.losses.scenario import pairs
 
 
 def test_a_missing_compiler_is_found_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ from disttempnet.losses.sample_state import SampleState
 from disttempnet.models import load_model, save_model
 from disttempnet.training import trainer as module
 from disttempnet.training.trainer import Trainer
-from gloo import Pools
-from training.test_trainer import GOLDEN_TOLERANCE, losses
+from tests.gloo import Pools
+from tests.training.test_trainer import GOLDEN_TOLERANCE, losses
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "checkpoints_of_dicts.tar.xz"
 STEP, END = 8, 12

@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-import parts
 from disttempnet.config import CONFIG_FOLDER, flat, load_config
 from disttempnet.evaluation.runner import embed_captions
 from disttempnet.losses import OBJECTIVES
@@ -23,7 +22,8 @@ from disttempnet.training.checkpoint import load_run
 from disttempnet.training.model import build_objective, resolved
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
-from gloo import Pools
+from tests import parts
+from tests.gloo import Pools
 
 # github.com/anantmehta33/DistTempNet: the three training scripts, the defaults of clip_cc12m.py and clip_cc3m.py that
 # they leave, TempGenerator and adjust_gamma of losses.py. 20 warm-up epochs are of 100 steps each.

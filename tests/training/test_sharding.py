@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import parts
 from disttempnet import distributed
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import Batch
@@ -29,7 +28,8 @@ from disttempnet.training import atomic_folder, checkpoint
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer
-from gloo import GlooPool, Pools, WorkerError
+from tests import parts
+from tests.gloo import GlooPool, Pools, WorkerError
 
 import open_clip  # isort: skip (after disttempnet.models)
 

@@ -19,7 +19,7 @@ from disttempnet.distributed import fsdp
 from disttempnet.models import load_model, save_model
 from disttempnet.models.text import trimming
 from disttempnet.training.trainer import Trainer
-from gloo import Pools
+from tests.gloo import Pools
 
 CPU = torch.device("cpu")
 WORDS = ("red", "green", "cat", "dog", "apple")

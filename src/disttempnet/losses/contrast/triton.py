@@ -8,7 +8,7 @@ Numerics: features are rounded to bf16 (8 bits of mantissa) before anything is c
 products are exact and summed in float32, and everything that divides by τ, exp2 and all sums over columns are float32,
 so the statistics are those of blocks.py to float32 accuracy. In the gradient the weights p_ij + p'_ji are rounded to
 bf16 once more before they meet the columns, a relative error of at most 2⁻⁹ a weight, summed in float32. Rounding the
-features moves a similarity of D = 512 by about 1e-4: tests/losses/test_pairwise_triton.py measures what that does to ℓ.
+features moves a similarity of D = 512 by about 1e-4: tests/losses/contrast/test_triton.py measures what that does to ℓ.
 
 Shapes: b local rows, B columns, D width, S splits of the columns.
 """

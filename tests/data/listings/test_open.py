@@ -1,0 +1,770 @@
+"""Every layout that is no tar gives dense, stable ids, and names its faults."""
+
+import csv
+import errno
+import importlib.util
+import io
+import json
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from disttempnet.cli.main import main
+from disttempnet.config import SourceConfig
+from disttempnet.data import (
+    EpochPlan,
+    PairDataset,
+    ShardIndex,
+    UnreadableImage,
+    decode,
+    eval_transform,
+    open_listing,
+    open_source,
+)
+from disttempnet.data.images import MAX_BYTES
+from disttempnet.data.listings import open as listing_module
+from disttempnet.data.listings import parquet as parquet_module
+from disttempnet.data.listings import readers as rows_module
+from disttempnet.data.listings.index import ROW_REASONS
+from disttempnet.data.listings.open import Listing
+from disttempnet.data.shards.names import MAX_TEXT
+from disttempnet.errors import UserError, UserNotice
+from tests.data.conftest import png, sample, write_shard
+from tests.gloo import Pools
+
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+
+
+def as_evaluated(data: bytes, seed: int) -> torch.Tensor:
+    """A training transform without augmentation."""
+    return eval_transform(4)(decode(data))
+
+
+def open_one(path: object, **settings: str) -> Listing:
+    source = open_source((SourceConfig(path=str(path), **settings),), progress=False)
+    assert isinstance(source, Listing)
+    return source
+
+
+def refusal(path: object, **settings: str) -> str:
+    """The one line that opening fails with."""
+    with pytest.raises(UserError) as caught:
+        open_one(path, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_images(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(number))
+
+
+def five(number: int) -> list[str]:
+    return [f"caption {number}, {word}" for word in ("one", "two", "three", "four", "five")]
+
+
+def cc3m(folder: Path, count: int) -> SourceConfig:
+    """As the TempNet code has it: `cc3m/cc3m_train/…`, and `clip_train/cc3m_train.json` elsewhere."""
+    names = [f"cc3m_train/{n:09d}.jpg" for n in range(count)]
+    write_images(folder / "cc3m", *names)
+    items = [{"caption": f"caption {n}", "image": name, "image_id": f"cc3m_{n}"} for n, name in enumerate(names)]
+    listing = folder / "clip_train" / "cc3m_train.json"
+    listing.parent.mkdir()
+    listing.write_text(json.dumps(items))
+    return SourceConfig(path=str(listing), images=str(folder / "cc3m"))
+
+
+def coco(folder: Path, count: int) -> SourceConfig:
+    names = [f"val2014/COCO_val2014_{n:012d}.jpg" for n in range(count)]
+    write_images(folder / "coco", *names)
+    listing = folder / "downstream" / "coco_test.json"
+    listing.parent.mkdir()
+    listing.write_text(json.dumps([{"image": name, "caption": five(n)} for n, name in enumerate(names)], indent=1))
+    return SourceConfig(path=str(listing), images=str(folder / "coco"))
+
+
+def json_lines(folder: Path, count: int) -> SourceConfig:
+    write_images(folder, *(f"{n}.png" for n in range(count)))
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"caption {n}"}) for n in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return SourceConfig(path=str(folder / "metadata.jsonl"))
+
+
+def table(folder: Path, count: int, delimiter: str, header: Sequence[str]) -> SourceConfig:
+    write_images(folder / "images", *(f"{n}.webp" for n in range(count)))
+    path = folder / ("train.tsv" if delimiter == "\t" else "train.csv")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(header)
+        writer.writerows([f"images/{n}.webp", f"caption {n}"] for n in range(count))
+    return SourceConfig(path=str(path))
+
+
+def comma(folder: Path, count: int) -> SourceConfig:
+    return table(folder, count, ",", ("filepath", "title"))
+
+
+def tab(folder: Path, count: int) -> SourceConfig:
+    return table(folder, count, "\t", ("image", "caption"))
+
+
+def images_and_texts(folder: Path, count: int) -> SourceConfig:
+    root = folder / "pairs"
+    write_images(root, *(f"{n // 2:02d}/{n:05d}.jpg" for n in range(count)))
+    for n in range(count):
+        (root / f"{n // 2:02d}/{n:05d}.txt").write_text(f"caption {n}\n")
+        (root / f"{n // 2:02d}/{n:05d}.json").write_text(f'{{"number": {n}}}')
+    return SourceConfig(path=str(root))
+
+
+def parquet(folder: Path, count: int) -> SourceConfig:
+    """As Hugging Face has it: struct {bytes, path}, two files."""
+    return write_parquet(folder / "data", count, lambda n: {"bytes": png(n), "path": None}, lambda n: f"caption {n}")
+
+
+def parquet_lists(folder: Path, count: int) -> SourceConfig:
+    return write_parquet(folder / "data", count, png, five)
+
+
+def write_parquet(folder: Path, count: int, image: Callable, caption: Callable) -> SourceConfig:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    folder.mkdir()
+    for number, ids in enumerate(np.array_split(np.arange(count), 2)):
+        columns = {
+            "image": [image(int(n)) for n in ids],
+            "caption": [caption(int(n)) for n in ids],
+            "number": [int(n) for n in ids],
+        }
+        path = folder / f"train-{number:05d}-of-00002.parquet"
+        write_table(pyarrow.Table.from_pydict(columns), path, row_group_size=2)
+    return SourceConfig(path=str(folder))
+
+
+WRITERS = [
+    cc3m,
+    coco,
+    json_lines,
+    comma,
+    tab,
+    images_and_texts,
+    pytest.param(parquet, marks=needs_pyarrow),
+    pytest.param(parquet_lists, marks=needs_pyarrow),
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_layout_becomes_samples(write: Callable[[Path, int], SourceConfig], tmp_path: Path) -> None:
+    config, count = write(tmp_path, 7), 7
+    source = open_source((config,), progress=False)
+    assert isinstance(source, Listing)
+    assert len(source) == count
+    assert source.problems() == ""
+    assert source.usable.tolist() == list(range(count))
+    assert int(source.first[-1]) == count
+    assert int(source.usable_counts.sum()) == count
+    captions = [source.captions(n) for n in range(count)]
+    assert captions in ([(f"caption {n}",) for n in range(count)], [tuple(five(n)) for n in range(count)])
+    assert [source.image_bytes(n) for n in range(count)] == [png(n) for n in range(count)]
+    assert len({source.name(n) for n in range(count)}) == count
+
+    dataset = PairDataset(source, as_evaluated, seed=1)
+    for n in range(count):
+        item = dataset[3, n]
+        assert (item.id, item.skipped) == (n, ())
+        assert item.caption in captions[n]
+        assert item.image[:, 0, 0].tolist() == [n, 0, 77]
+    plan = EpochPlan(source, global_batch=4, lanes=2, seed=0)
+    assert set(np.concatenate([plan.batch(0, step) for step in range(plan.steps)]).tolist()) == set(range(count))
+
+    copy = pickle.loads(pickle.dumps(source))
+    assert (copy.digest, copy.captions(6), copy.image_bytes(6)) == (source.digest, captions[6], png(6))
+    content = source.path.read_bytes()
+    assert load_file(source.path)["status"].tolist() == [0] * count, "the index is a safetensors file"
+    assert open_source((config,), progress=False).path.read_bytes() == content, "the second time nothing is written"
+    source.path.unlink()
+    assert open_source((config,), progress=False).digest == source.digest
+    for number in (-1, count):
+        with pytest.raises(IndexError):
+            source.captions(number)
+
+
+def test_other_fields_are_kept(tmp_path: Path) -> None:
+    assert open_source((cc3m(tmp_path, 2),), progress=False).metadata(1) == {"image_id": "cc3m_1"}
+    assert open_source((images_and_texts(tmp_path, 2),), progress=False).metadata(1) == {"number": 1}
+
+
+@needs_pyarrow
+def test_parquet_groups_are_row_groups_and_memory_for_them_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source((parquet(tmp_path, 7),), progress=False)
+    assert source.first.tolist() == [0, 2, 4, 6, 7]
+    assert source.metadata(5) == {"number": 5}
+    assert source.name(5) == "train-00001-of-00002.parquet:1"
+    monkeypatch.setattr(parquet_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(parquet_module, "OPEN_FILES", 1)
+    for n in (0, 6, 1, 5, 0, 3):
+        assert source.image_bytes(n) == png(n)
+        assert len(source.images._groups) == len(source.images._files) == 1
+
+
+@needs_pyarrow
+@pytest.mark.parametrize("pattern", ["train-*.parquet", "train-0000{0..1}-of-00002.parquet"])
+def test_parquet_patterns(pattern: str, tmp_path: Path) -> None:
+    config = parquet(tmp_path, 5)
+    whole = open_one(config.path)
+    assert open_one(f"{config.path}/{pattern}").digest == whole.digest
+    part = open_one(f"{config.path}/train-00001-of-00002.parquet")
+    assert [part.captions(n) for n in range(len(part))] == [("caption 3",), ("caption 4",)]
+    assert "train-00002-of-00002.parquet: no such" in refusal(f"{config.path}/train-0000{{0..2}}-of-00002.parquet")
+
+
+@needs_pyarrow
+def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    captions = pyarrow.array([b"fine", b"\xff\xfe", None, b""]).cast(pyarrow.binary()).view(pyarrow.string())
+    images = pyarrow.array([png(0), png(1), png(2), png(3)])
+    write_table(pyarrow.table({"jpg": images, "caption": captions}), tmp_path / "a.parquet")
+    write_table(
+        pyarrow.table({"jpg": pyarrow.array([None, b"no image"]), "caption": ["x", "y"]}), tmp_path / "b.parquet"
+    )
+    source = open_one(tmp_path)
+    assert [ROW_REASONS[code] for code in source.status] == [
+        "ok",
+        "caption is not UTF-8",
+        "no caption",
+        "empty caption",
+        "no bytes of an image in this row",
+        "ok",
+    ]
+    dataset = PairDataset(source, as_evaluated, seed=1)
+    for n, reason in ((4, "no bytes of an image in this row"), (5, "cannot identify image")):
+        with pytest.raises(UnreadableImage, match=reason):
+            dataset[0, n]
+    assert [source.name(n) for n in (4, 5)] == ["b.parquet:0", "b.parquet:1"]
+    (tmp_path / "parquet.index").unlink()
+    assert "'pixels' is no column of images; its columns are jpg (binary), caption (string)" in refusal(
+        tmp_path, image_key="pixels"
+    )
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 cut off")
+    assert "c.parquet: cannot be read as parquet" in refusal(tmp_path)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "Parquet needs pyarrow: pip install 'disttempnet[parquet]'" in refusal(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_workers_of_another_process_read_the_same(write: Callable[[Path, int], SourceConfig], tmp_path: Path) -> None:
+    dataset = PairDataset(open_source((write(tmp_path, 4),), progress=False), as_evaluated, seed=1)
+    alone = [dataset[0, n] for n in range(4)]
+    order = [[(0, n)] for n in range(4)]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=1, collate_fn=_first)
+    for one, other in zip(alone, loader, strict=True):
+        assert torch.equal(one.image, other.image)
+        assert one[1:] == other[1:]
+
+
+def _first(items: list) -> Any:
+    return items[0]
+
+
+def test_where_images_are_looked_for(tmp_path: Path) -> None:
+    config = cc3m(tmp_path, 2)
+    message = refusal(config.path)
+    assert f"is in {tmp_path / 'clip_train'} nor in {tmp_path}; they are in {tmp_path / 'cc3m'}; name" in message
+    assert f"is in {tmp_path / 'clip_train'}; name" in refusal(config.path, images=str(tmp_path / "clip_train"))
+    (tmp_path / "cc3m" / "cc3m_train").rename(tmp_path / "cc3m_train")
+    assert open_one(config.path).image_bytes(1) == png(1), "in the folder above the listing's"
+    (tmp_path / "cc3m_train").rename(tmp_path / "clip_train" / "cc3m_train")
+    assert open_one(config.path).image_bytes(1) == png(1), "beside the listing"
+
+
+def test_paths_may_be_absolute_but_not_leave_by_dots(tmp_path: Path) -> None:
+    write_images(tmp_path, "out/0.png", "in/1.png")
+    names = [str(tmp_path / "out" / "0.png"), "1.png", "../out/0.png", "x/../../out/0.png", "x/../1.png", "a\0b", ""]
+    items = [{"image": name, "caption": "c"} for name in names]
+    (tmp_path / "in" / "list.json").write_text(json.dumps(items))
+    source = open_one(tmp_path / "in" / "list.json")
+    reasons = [ROW_REASONS[code] for code in source.status]
+    assert reasons == ["ok"] * 2 + ["image leaves the folder of images by '..'"] * 2 + [
+        "ok",
+        "image is not a path",
+        "no image",
+    ]
+    assert source.image_bytes(0) == png(0)
+    assert "2 samples left out, image leaves the folder of images by '..': list.json:../out/0.png" in source.problems()
+    assert "no image: list.json:row 7" in source.problems()
+
+
+def test_rows_that_cannot_be_used_keep_their_ids(tmp_path: Path) -> None:
+    captions = ["fine", None, "", " \n", 5, ["a", 7], {"a": "b"}, [], ["", " two "], "\ud800"]
+    write_images(tmp_path, *(f"{n}.png" for n in range(len(captions))))
+    rows: list[Any] = [{"image": f"{n}.png", "caption": caption} for n, caption in enumerate(captions)]
+    rows += [{"image": "0.png"}, ["no", "object"], {"caption": "c"}, {"image": 3, "caption": "c"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    source = open_one(tmp_path / "list.json")
+    assert [ROW_REASONS[code] for code in source.status] == [
+        *("ok", "no caption", "empty caption", "empty caption", *["caption is not text"] * 3, "empty caption"),
+        *("ok", "caption is not UTF-8", "no caption", "fields are not those of the header", "no image"),
+        "image is not a path",
+    ]
+    assert source.captions(8) == ("two",)
+    assert source.usable.tolist() == [0, 8]
+    assert len(source.problems().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.json",
+            b'[{"image": "0.png", "caption": "c"},\n {"image": }]',
+            r"a.json: not valid JSON: line 2, column 12:",
+        ),
+        ("a.json", b'[{"image": "0.png", "caption": "c"} {"image"', r"line 1, column 37: ',' or '\]' expected"),
+        ("a.json", b'[{"image": "0.png", "caption": "c"},\n', "line 2, column 1: the file ends inside the list"),
+        ("a.json", b'[{"image": "0.png", "caption": "c"}] x', "line 1, column 38: the list has ended before"),
+        ("a.json", b'[{"image": "0.png", "capt', "line 1, column 21: Unterminated string"),
+        ("a.json", b"[" * 200_000, "nested too deeply"),
+        ("a.json", b"[]", "none of its rows can be used: they have no named fields"),
+        ("a.json", b"", "none of its rows can be used"),
+        ("a.json", b"\xff\xfe[\x00", "line 1, column 2: the file ends inside the list"),
+        ("a.json", b'{"images": [], "annotations": []}', "none of its rows can be used: it has none"),
+        (
+            "a.json",
+            b'[{"image": "0.png", "alt": "c", "id": 3}]',
+            "no row has any of caption, .*; there are image, alt, id;",
+        ),
+        ("a.json", b'[{"image": "0.png", "caption": 3}]', r"none of its rows can be used \(1: caption is not text\)"),
+        ("a.jsonl", b'{"image": "0.png", "caption": "c"}\n{"image": "0', "line 2, column 11: Unterminated string"),
+        ("a.csv", b"photo;de\n0.png;c\n", "no row has any of image, filepath.*; there are photo, de; name one"),
+        ("a.csv", b"0.png\n1.png\n", r"a.csv: line 1: no comma, tab, ';' or '\|' parts image and caption: '0.png'"),
+        ("a.csv", b'filepath,title\n0.png;"c\n', "'0.png;\"c' begins a row of 1 cells, not 2"),
+        ("a.csv", bytes(40) + b"filepath,title\n0.png,c\n", "is no text: 63% of its first bytes are zero"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        ("a.txt", b"0.png,1,2\n1.png,2,3\n", "line 1 is no header, and which of 3 columns holds the caption cannot"),
+        ("a.csv", b"filepath,title\n0.png,\xe4\n", r"\(1: caption is not UTF-8\)"),
+        ("a.csv", b"filepath,title\n0.png\n", "they have no named fields"),
+        ("a.tsv", b"a typical bus station\thttp://lh6.example/x.jpg\n" * 2, "download the images first"),
+        ("a.tsv", b"url\tcaption\nhttps://a.example/x.jpg\tc\n", "lists addresses, not files"),
+        ("a.csv", b"image,caption\nhttps://a.example/x.jpg,c\n", "lists addresses, not files"),
+        ("nowhere.json", None, "nowhere.json: no such listing"),
+    ],
+)
+def test_what_is_wrong_with_a_listing_is_one_line(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    write_images(tmp_path, "0.png")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        open_one(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"0.png", *([name] if content is not None else [])})
+
+
+def test_keys_are_named_or_found(tmp_path: Path) -> None:
+    write_images(tmp_path, "0.png")
+    (tmp_path / "a.csv").write_text("photo,filepath,title,de\n0.png,x,first,erste\n", encoding="utf-8-sig")
+    source = open_one(tmp_path / "a.csv", image_key="photo", caption_key="de")
+    assert (source.captions(0), source.metadata(0)) == (("erste",), {"filepath": "x", "title": "first"})
+    assert "was indexed with caption_key = 'de', not 'title': give caption_key = 'de', or delete" in refusal(
+        tmp_path / "a.csv", image_key="photo", caption_key="title"
+    )
+    other = str(tmp_path / "other.index")
+    assert open_one(tmp_path / "a.csv", image_key="photo", index=other).captions(0) == ("first",)
+    os.unlink(other)
+    assert "no row has 'fr'; there are photo, filepath, title, de; name one of them with caption_key" in refusal(
+        tmp_path / "a.csv", image_key="photo", caption_key="fr", index=other
+    )
+
+
+def test_side_car_captions(tmp_path: Path) -> None:
+    root = tmp_path / "pairs"
+    write_images(root, "a.jpg", "a/b.PNG", "a-c.webp", "d/e/f.jpeg", "d/none.jpg", "d/bad.jpg", ".hidden/g.jpg")
+    for name, text in (("a", b"1"), ("a/b", b"2\n3"), ("a-c", b"4"), ("d/e/f", b" "), ("d/bad", b"\xff")):
+        (root / f"{name}.txt").write_bytes(text)
+    (root / "a.json").write_text('{"caption": "of the json", "id": 8}')
+    (root / "a-c.json").write_text("[broken")
+    (root / "d" / "back").symlink_to(root)
+    source = open_one(root)
+    names = [source.name(n) for n in range(len(source))]
+    assert names == [
+        f"pairs:{name}" for name in ("a-c.webp", "a.jpg", "a/b.PNG", "d/bad.jpg", "d/e/f.jpeg", "d/none.jpg")
+    ]
+    reasons = [ROW_REASONS[code] for code in source.status]
+    assert reasons == ["ok"] * 3 + ["caption is not UTF-8", "empty caption", "no caption"]
+    assert [source.captions(n) for n in range(3)] == [("4",), ("1",), ("2\n3",)]
+    assert source.metadata(1) == {"id": 8}
+    assert source.path == tmp_path / "pairs.index"
+    by_json = open_one(root, caption_key="caption", index=str(tmp_path / "other"))
+    assert by_json.usable.tolist() == [1]
+    assert by_json.captions(1) == ("of the json",)
+
+
+def test_missing_and_broken_images_are_skipped_by_name(tmp_path: Path) -> None:
+    config = cc3m(tmp_path, 5)
+    source = open_source((config,), progress=False)
+    images = tmp_path / "cc3m" / "cc3m_train"
+    (images / "000000001.jpg").unlink()
+    (images / "000000002.jpg").write_bytes(b"<html>")
+    (images / "000000003.jpg").unlink()
+    (images / "000000003.jpg").mkdir()
+    dataset = PairDataset(source, as_evaluated, seed=1)
+    for n, reason in ((1, "No such file or directory"), (2, "cannot identify image"), (3, "Is a directory")):
+        with pytest.raises(UnreadableImage, match=rf"^{reason}"):
+            dataset[0, n]
+        assert source.name(n) == f"cc3m_train.json:cc3m_train/{n:09d}.jpg"
+
+
+def test_images_are_looked_for_all_over_a_listing(tmp_path: Path) -> None:
+    """The first 150 of 400 are lost: that is told, and no reason to refuse a folder that is right."""
+    config = cc3m(tmp_path, 400)
+    images = tmp_path / "cc3m" / "cc3m_train"
+    for n in range(150):
+        (images / f"{n:09d}.jpg").unlink()
+    with pytest.warns(UserNotice, match=r"cc3m_train\.json: of 100 images from all over it 38 are not in \S+/cc3m;"):
+        assert len(open_source((config,), progress=False)) == 400
+    for n in range(150, 400):
+        (images / f"{n:09d}.jpg").unlink()
+    with pytest.raises(UserError, match=r"of 100 of its images, such as cc3m_train/0{9}\.jpg, none is in \S+/cc3m;"):
+        open_source((config,), progress=False)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_an_image_that_is_there_and_cannot_be_read_ends_the_run(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cc3m(tmp_path, 2)
+    source = open_source((config,), progress=False)
+
+    def refuse(path: str, most: int) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(listing_module, "read_regular", refuse)
+    with pytest.raises(UserError) as caught:
+        PairDataset(source, as_evaluated, seed=1)[0, 1]
+    path = tmp_path / "cc3m" / "cc3m_train" / "000000001.jpg"
+    why = "too many open files: this process may open " if code == errno.EMFILE else os.strerror(code)
+    assert str(caught.value).startswith(f"{path}: cannot be read: {why}")
+    assert ("ulimit -n" in str(caught.value)) == (code == errno.EMFILE)
+
+
+@pytest.mark.parametrize("part", ["rows", "start", "first", "status", "about", "header"])
+def test_a_flipped_bit_in_the_index_is_found(part: str, tmp_path: Path) -> None:
+    config = cc3m(tmp_path, 3)
+    path = open_source((config,), progress=False).path
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if part == "header":  # a digit of the digest: the file still opens as a safetensors file
+        place = content.index(header["__metadata__"]["digest"].encode())
+        content[place] = ord("0") if content[place] != ord("0") else ord("1")
+    else:
+        begin, end = (8 + length + offset for offset in header[part]["data_offsets"])
+        content[(begin + end) // 2] ^= 1
+    path.write_bytes(content)
+    assert f"{path}: not a usable index of a listing (it is damaged: its sha256" in refusal(
+        **config.model_dump(exclude={"weight"})
+    )
+
+
+def test_the_index_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    open_source((cc3m(tmp_path, 2),), progress=False)
+    assert done == ["fsync", "replace"]
+
+
+def test_the_command_indexes_it_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = cc3m(tmp_path, 5)
+    rows = json.loads(Path(config.path).read_text())
+    rows[1]["caption"], rows[3]["caption"] = "", " "
+    del rows[4]["image"]
+    Path(config.path).write_text(json.dumps(rows))
+    command = ["data", "index", config.path, "--images", config.images, "--index", str(tmp_path / "rows.index")]
+    for time in range(2):
+        assert main(command) == 0
+        printed = capsys.readouterr()
+        assert ("5 rows" in printed.err) == (time == 0), "the bar ends at all of them"
+        text = " ".join(printed.out.replace("│", " ").split())
+        for line in (
+            "rows 5, of which 2 usable",
+            "no image 1 cc3m_train.json:row 5",
+            "empty caption 2 cc3m_train.json:cc3m_train/000000001.jpg, cc3m_train.json:cc3m_train/000000003.jpg",
+        ):
+            assert line in text, text
+    assert main([*command, "--checksum"]) == 2
+    assert "--checksum is for shards" in capsys.readouterr().err
+    assert main(["data", "index", str(images_and_texts(tmp_path, 2).path)]) == 0
+    assert (tmp_path / "pairs.index").is_file()
+    assert "rows 2, of which 2 usable" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("where", [".", "..", "01/.."])
+def test_a_folder_without_a_name_of_its_own(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = images_and_texts(tmp_path, 3)
+    named = open_source((config,), progress=False)
+    monkeypatch.chdir(Path(config.path) / ("01" if where == ".." else ""))
+    source = open_one(where)
+    assert source.path == named.path == tmp_path / "pairs.index"
+    assert [source.name(n) for n in range(3)] == [named.name(n) for n in range(3)]
+
+
+def test_a_changed_listing_is_refused(tmp_path: Path) -> None:
+    config = cc3m(tmp_path, 3)
+    listing = Path(config.path)
+    first = open_source((config,), progress=False)
+    before = listing.read_bytes()
+    os.utime(listing, (1, 1))
+    assert open_source((config,), progress=False).digest == first.digest, "a copy has another time, and is the same"
+    for changed in (before.replace(b"caption 2", b"caption 7"), before[:-1] + b" ]"):
+        listing.write_bytes(changed)
+        assert f"{listing}: has changed since it was indexed; restore it, or delete {listing}.index" in refusal(
+            **config.model_dump(exclude={"weight"})
+        )
+    listing.write_bytes(before)
+    assert open_source((config,), progress=False).digest == first.digest
+    content = first.path.read_bytes()
+    for damaged in (content[:-1], b"", content[:100], b"x" * len(content)):
+        first.path.write_bytes(damaged)
+        assert "not a usable index of a listing" in refusal(**config.model_dump(exclude={"weight"}))
+
+
+def test_a_changed_folder_is_refused(tmp_path: Path) -> None:
+    config = images_and_texts(tmp_path, 4)
+    digest, extra = open_one(config.path).digest, tmp_path / "pairs" / "01" / "new.jpg"
+    extra.write_bytes(png(9))
+    assert "pairs/01: has changed since it was indexed" in refusal(config.path)
+    extra.unlink()
+    assert open_one(config.path).digest == digest
+    (tmp_path / "pairs" / "01" / "new").mkdir()
+    assert "pairs/01: has changed since it was indexed" in refusal(config.path)
+    (tmp_path / "pairs" / "01").rename(tmp_path / "elsewhere")
+    assert "pairs: has changed since it was indexed" in refusal(config.path)
+
+
+@needs_pyarrow
+def test_changed_parquet_files_are_refused(tmp_path: Path) -> None:
+    config = parquet(tmp_path, 4)
+    open_one(config.path)
+    first, second = sorted(Path(config.path).glob("*.parquet"))
+    extra = first.with_name("train-00002.parquet")
+    extra.write_bytes(first.read_bytes())
+    assert f"{extra}: was not there at indexing; take it away, or delete" in refusal(config.path)
+    extra.unlink()
+    content = second.read_bytes()
+    second.unlink()
+    assert f"{second}: cannot be read any more (No such file or directory); restore it" in refusal(config.path)
+    second.write_bytes(first.read_bytes())
+    assert f"{second}: has changed since" in refusal(config.path)
+    second.write_bytes(content)
+    assert open_one(config.path).captions(3) == ("caption 3",)
+
+
+@needs_pyarrow
+def test_a_parquet_file_that_goes_away_ends_the_run(tmp_path: Path) -> None:
+    config = parquet(tmp_path, 4)
+    source = open_one(config.path)
+    for path in Path(config.path).glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"train-00000-of-00002\.parquet: is gone; restore the file"):
+        PairDataset(source, as_evaluated, seed=1)[0, 0]
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shard(shards / "0.tar", {"a": sample(1)})
+    write_images(shards, "0.png")
+    assert isinstance(open_source((SourceConfig(path=str(shards)),), progress=False), ShardIndex), "tars come first"
+    assert "images is for JSON, CSV and parquet; leave it out" in refusal(shards, images="x")
+    folder = images_and_texts(tmp_path, 2).path
+    assert "images lie in it; leave images = 'x' out" in refusal(folder, images="x")
+    assert "a folder of images has no image_key" in refusal(folder, image_key="x")
+    with pytest.raises(UserError, match="nowhere: no such folder of images"):
+        open_listing(SourceConfig(path=str(tmp_path / "nowhere")), progress=False)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_indexing_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = cc3m(tmp_path, 5)
+    rows = rows_module.Table.rows
+
+    def cut(self: rows_module.Table) -> Iterator:
+        for count, row in enumerate(rows(self)):
+            if count == 3:
+                raise Interrupted
+            yield row
+
+    monkeypatch.setattr(rows_module.Table, "rows", cut)
+    with pytest.raises(Interrupted):
+        open_source((config,), progress=False)
+    assert [p.name for p in (tmp_path / "clip_train").iterdir()] == ["cc3m_train.json"]
+    monkeypatch.undo()
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    message = refusal(config.path, images=config.images)
+    assert "cc3m_train.json.index: the index cannot be written (No space left on device)" in message
+    assert [p.name for p in (tmp_path / "clip_train").iterdir()] == ["cc3m_train.json"]
+    monkeypatch.undo()
+    assert len(open_source((config,), progress=False)) == 5
+
+
+def open_on_a_rank(path: str, images: str) -> str:
+    try:
+        return open_source((SourceConfig(path=path, images=images),), progress=False).digest
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_agree(tmp_path: Path, gloo: Pools) -> None:
+    config = cc3m(tmp_path, 5)
+    answers = gloo(2, open_on_a_rank, config.path, config.images)
+    assert set(answers) == {open_source((config,), progress=False).digest}
+    Path(config.path + ".index").unlink()
+    Path(config.path).write_text("[{]")
+    answers = gloo(2, open_on_a_rank, config.path, config.images)
+    assert "not valid JSON: line 1, column 3" in answers[0]
+    assert answers[1] == f"rank 0: {answers[0]}"
+
+
+text = st.text(st.characters(exclude_categories=("Cs", "Cf")), max_size=30)
+captions = st.one_of(text, st.lists(text, max_size=3))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(captions, min_size=1, max_size=12),
+    kind=st.sampled_from([".json", ".jsonl", ".csv"]),
+    chunk=st.integers(1, 40),
+)
+def test_ids_are_rows_and_captions_come_back(rows: list, kind: str, chunk: int) -> None:
+    rows = [row if kind != ".csv" or isinstance(row, str) else "".join(row) for row in rows]
+    items = [{"image": f"{n}.png", "caption": caption, "n": str(n)} for n, caption in enumerate(rows)]
+    expected = [tuple(t.strip() for t in ([c] if isinstance(c, str) else c) if t.strip()) for c in rows]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "CHUNK", chunk)
+        write_images(Path(folder), *(f"{n}.png" for n in range(len(rows))))
+        path = Path(folder, f"list{kind}")
+        if kind == ".csv":
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, ["image", "caption", "n"], quoting=csv.QUOTE_ALL)
+                writer.writeheader()
+                writer.writerows(items)
+        else:
+            lines = [json.dumps(item, ensure_ascii=n % 2 == 0) for n, item in enumerate(items)]
+            content = f"[{' , '.join(lines)}]" if kind == ".json" else "\n".join(lines)
+            path.write_bytes(content.encode())
+        if not any(expected):
+            with pytest.raises(UserError, match="none of its rows can be used"):
+                open_one(path)
+            return
+        source = open_one(path)
+        assert [source.metadata(n)["n"] for n in range(len(source))] == [str(n) for n in range(len(rows))]
+        assert source.usable.tolist() == [n for n, found in enumerate(expected) if found]
+        assert [source.captions(n) for n in source.usable.tolist()] == [found for found in expected if found]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(items=st.lists(json_values, max_size=6), indent=st.sampled_from([None, 0, 2]), chunk=st.integers(1, 9))
+def test_a_list_is_read_in_pieces_as_it_is_read_whole(items: list, indent: int | None, chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "CHUNK", chunk)
+        text = io.TextIOWrapper(io.BytesIO(json.dumps(items, indent=indent).encode()), "utf-8")
+        assert list(rows_module._JsonItems(text, Path("a.json"))) == items
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    write_images(tmp_path, "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    with (tmp_path / "2.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    names = ["0.png", "1.png", "2.png", "/dev/zero", "/dev/stdin"]
+    (tmp_path / "list.json").write_text(json.dumps([{"image": name, "caption": "c"} for name in names]))
+    source = open_one(tmp_path / "list.json")
+    assert source.image_bytes(0) == png(0)
+    reasons = ["not a regular file", "over 536,870,912 bytes", "not a regular file", "not a regular file"]
+    for n, reason in enumerate(reasons, 1):
+        with pytest.raises(UnreadableImage, match=reason):
+            source.image_bytes(n)
+
+
+def test_side_cars_that_cannot_be_read_cost_a_row_each(tmp_path: Path) -> None:
+    root = tmp_path / "pairs"
+    write_images(root, *(f"{n}.png" for n in range(6)))
+    for n in range(6):
+        (root / f"{n}.txt").write_text(f"{n}")
+    for n in range(1, 5):
+        (root / f"{n}.txt").unlink()
+    (root / "1.txt").symlink_to("/gone.txt")
+    os.mkfifo(root / "2.txt")
+    (root / "3.txt").symlink_to("3.txt")
+    with (root / "4.txt").open("wb") as file:
+        file.truncate(MAX_TEXT + 1)
+    (root / "5.json").symlink_to("/gone.json")
+    (root / "6.png").symlink_to("/gone.png")
+    (root / "6.txt").write_text("6")
+    source = open_one(root)
+    assert source.usable.tolist() == [0, 5, 6]
+    assert source.left_out() == [("no caption", 4, [f"pairs:{n}.png" for n in range(1, 4)])]
+    with pytest.raises(UnreadableImage, match="No such file"):
+        source.image_bytes(6)
+
+
+def test_folders_behind_links(tmp_path: Path) -> None:
+    """Parts of a data set on several disks, in a folder of nothing but links; some lead back."""
+    for place in ("disk1/a/deep", "disk2/b"):
+        write_images(tmp_path / place, "0.png", "1.png")
+        for n in range(2):
+            (tmp_path / place / f"{n}.txt").write_text(place)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "first").symlink_to("../disk1/a")
+    (data / "second").symlink_to("../disk2/b")
+    (data / "back").symlink_to(data)
+    (tmp_path / "disk1" / "a" / "up").symlink_to("../..")
+    (data / "nowhere").symlink_to("/gone")
+    source = open_one(data)
+    names = [source.name(n) for n in range(len(source))]
+    assert {f"data:{name}" for name in ("first/deep/0.png", "first/deep/1.png", "second/0.png", "second/1.png")} <= {
+        *names
+    }
+    assert len(source) == len(source.usable)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "round").symlink_to(tmp_path / "links")
+    assert "no .tar shards in this folder" in refusal(tmp_path / "links")

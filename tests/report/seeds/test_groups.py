@@ -1,0 +1,120 @@
+"""Groups of seeds: what belongs together, mean and spread against NumPy, the marking rule by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from disttempnet.config import DataConfig, EvalConfig, TrainConfig
+from disttempnet.errors import UserError
+from disttempnet.report.seeds.groups import Cell, Column, cell_of, compare_groups, families, mark
+from tests.report.invented import result
+
+TASK = "emoji-concepts"
+
+
+def scores(acc1: float, **others: float) -> dict[str, dict[str, float]]:
+    return {TASK: {"acc1": acc1, **others}}
+
+
+def test_mean_and_sample_deviation_are_numpys() -> None:
+    values = np.random.default_rng(0).uniform(size=7).tolist()
+    cell = cell_of(values)
+    assert cell is not None
+    assert cell.mean == pytest.approx(np.mean(values), rel=1e-12)
+    assert cell.std == pytest.approx(np.sqrt(np.var(values) * 7 / 6), rel=1e-12)
+    assert cell.n == 7
+    assert cell_of([0.25]) == Cell(0.25, None, 1)
+    assert cell_of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("cells", "marks"),
+    [
+        # best 0.50 ± 0.02: 0.48 lies on the edge, 0.47 outside by its own 0.01, 0.46 inside by its own 0.05
+        ([(0.48, 0.01), (0.50, 0.02), (0.47, 0.01), (0.46, 0.05)], ["near", "best", "", "near"]),
+        ([(0.50, None), (0.49, None)], ["best", ""]),
+        ([(0.50, None), (0.50, None)], ["best", "best"]),
+        ([(0.50, 0.1), None], ["", None]),
+        ([None, (0.3, 0.0), (0.4, 0.0)], [None, "", "best"]),
+    ],
+)
+def test_the_marking_rule_by_hand(cells: list[tuple[float, float | None] | None], marks: list[str | None]) -> None:
+    marked = mark([None if cell is None else Cell(*cell, n=3) for cell in cells])
+    assert [None if cell is None else cell.mark for cell in marked] == marks
+    assert [cell and cell[:2] for cell in marked] == cells
+
+
+def test_runs_that_differ_only_in_seed_name_and_place_are_one_group() -> None:
+    runs = [result("clip", seed, scores(0.1 * seed)) for seed in (3, 1, 2)]
+    runs += [result("clip", 1, scores(0.9), run="clip-long", lr=9)]
+    runs += [result("sogclr", 1, scores(0.2)), result("sogclr", 2, scores(0.9), finished=False)]
+    comparison = compare_groups(runs)
+    assert [(group.title, group.seeds) for group in comparison.groups] == [
+        ("CLIP (clip)", [1, 2, 3]),
+        ("CLIP (clip-long)", [1]),
+        ("SogCLR", [1]),
+    ]
+    assert comparison.unfinished == ("sogclr--seed-2",)
+    (cell,) = comparison.cells[0]
+    assert cell is not None
+    assert (cell.mean, cell.std, cell.n) == (pytest.approx(0.2), pytest.approx(0.1), 3)
+    assert comparison.chance == (0.01,)
+
+
+def test_what_the_result_does_not_depend_on_tells_no_runs_apart_nor_do_keys_that_old_lines_lack() -> None:
+    old, new, slow = (result("clip", seed, scores(0.1 * seed)) for seed in (1, 2, 3))
+    new.config["data"] |= {"transform": DataConfig.model_fields["transform"].default, "lanes": 8, "workers": 7}
+    new.config["eval"] = {"tasks": [], "every_epochs": EvalConfig().every_epochs, "batch": 16}
+    new.config["train"] |= {"freeze": TrainConfig.model_fields["freeze"].default, "log_every": 3, "compile": True}
+    new.config["data"]["index"] = "elsewhere"
+    slow.config["train"] |= {"checkpoint_every": 3, "keep": 9, "timeout_minutes": 99.0}
+    assert [group.seeds for group in compare_groups([old, new, slow]).groups] == [[1, 2, 3]]
+    new.config["data"]["gone"] = "a key of long ago"
+    slow.config["data"]["lanes"] = 4
+    assert [group.seeds for group in compare_groups([old, new, slow]).groups] == [[1], [2], [3]]
+
+
+def test_negative_values_are_no_separators() -> None:
+    runs = [result("clip", 1, scores(0.1), varied=f"--bias-{bias}--lr-1e-3", bias=bias) for bias in (-0.5, 2)]
+    assert [g.title for g in compare_groups(runs).groups] == ["CLIP, bias -0.5, lr 1e-3", "CLIP, bias 2, lr 1e-3"]
+
+
+def test_what_varies_is_in_the_title_and_batches_form_families() -> None:
+    runs = [
+        result(loss, seed, scores(0.1), batch=batch, varied=f"--lr-1e-3--global_batch-{batch}")
+        for loss in ("clip", "sogclr")
+        for batch in (512, 32)
+        for seed in (1, 2)
+    ]
+    runs.append(result("tempnet", 1, scores(0.1)))
+    groups = compare_groups(runs).groups
+    assert [group.title for group in groups][:2] == ["CLIP, lr 1e-3, batch 512", "CLIP, lr 1e-3, batch 32"]
+    found = families(groups)
+    assert [[group.batch for group in family] for family in found] == [[32, 512], [32, 512]]
+    assert [family[0].line for family in found] == ["CLIP, lr 1e-3", "SogCLR, lr 1e-3"]
+
+
+def test_columns_are_the_main_metrics_or_those_asked_for() -> None:
+    runs = [result("clip", 1, scores(0.1, acc5=0.3, acc1_tail=0.05, acc1_head=0.2, mean_recall=0.4))]
+    chosen = [column.metric for column in compare_groups(runs).columns]
+    assert chosen == ["acc1", "mean_recall", "acc1_head", "acc1_tail"]
+    assert compare_groups(runs, [f"{TASK}/acc5"]).columns == (Column(TASK, "acc5"),)
+    with pytest.raises(UserError, match=f"unknown metric '{TASK}/acc6'. Did you mean '{TASK}/acc"):
+        compare_groups(runs, [f"{TASK}/acc6"])
+
+
+def test_a_metric_that_some_groups_lack_is_left_empty() -> None:
+    runs = [result("clip", 1, scores(0.1)), result("sogclr", 1, scores(0.2, mean_recall=0.5))]
+    (_, missing), (_, alone) = compare_groups(runs).cells
+    assert missing is None
+    assert alone is not None
+    assert alone.mark == ""  # nothing to be better than
+
+
+def test_nothing_finished_and_a_seed_given_twice_are_errors() -> None:
+    with pytest.raises(UserError, match="none of the runs is finished"):
+        compare_groups([result("clip", 1, scores(0.1), finished=False)])
+    twice = [result("clip", 1, scores(0.1)), result("clip", 1, scores(0.1), run="clip-again")]
+    with pytest.raises(UserError, match="seed 1 of clip--seed-1, clip-again--seed-1 was given 2 times"):
+        compare_groups(twice)
