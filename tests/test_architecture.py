@@ -102,7 +102,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"files", "jobs", "machine", "paths", "progress", "ranges"},
     ],
     "losses": [
-        {"learning", "sample_state", "schedule"},
+        {"own_parameters", "sample_state", "schedule"},
         {"contrast", "objective"},
         {"temperature"},
         {"global_contrastive"},

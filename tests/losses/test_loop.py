@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from disttempnet import OBJECTIVES, Features, build_loss, distributed
 from disttempnet.errors import UserNotice
 from disttempnet.losses import objective as core
-from disttempnet.losses.learning import PATIENCE
+from disttempnet.losses.own_parameters import PATIENCE
 from disttempnet.losses.temperature import network
 from tests.losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
 

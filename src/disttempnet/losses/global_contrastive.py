@@ -34,7 +34,7 @@ from disttempnet import distributed
 from disttempnet.errors import UserNotice
 from disttempnet.losses.contrast.backend import feature_gradients, statistics, use_kernel
 from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
-from disttempnet.losses.learning import with_own_gradient
+from disttempnet.losses.own_parameters import with_own_gradient
 from disttempnet.losses.objective import (
     Context,
     Features,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disttempnet import distributed
-from disttempnet.losses.learning import Learner, refuse_second_gradient
+from disttempnet.losses.own_parameters import Learner, refuse_second_gradient
 from disttempnet.losses.sample_state import SampleState
 
 Ids = Tensor | np.ndarray | Sequence[int]  # whole numbers of any width, on any device

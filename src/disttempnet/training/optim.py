@@ -17,7 +17,7 @@ def build_optimizers(towers: nn.Module, loss: Objective, config: OptimConfig) ->
 
     Weight decay acts on matrices only: gains, biases and scalars (also a learnable logit scale) have none.
     A temperature with a rate of its own has an optimizer of its own, without weight decay (arXiv 2404.04575). The
-    objective says which those are, and lets the rate follow the epochs (losses/learning.py).
+    objective says which those are, and lets the rate follow the epochs (losses/own_parameters.py).
     """
     own = own_groups(loss)
     shared = [p for group in loss.parameter_groups() if "lr" not in group for p in group["params"]]

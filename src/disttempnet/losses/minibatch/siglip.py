@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from disttempnet import distributed
 from disttempnet.losses.contrast.blocks import blocks
-from disttempnet.losses.learning import with_own_gradient
+from disttempnet.losses.own_parameters import with_own_gradient
 from disttempnet.losses.objective import (
     Context,
     Features,

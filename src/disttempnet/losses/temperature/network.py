@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disttempnet.losses.learning import refuse_second_gradient
+from disttempnet.losses.own_parameters import refuse_second_gradient
 from disttempnet.losses.objective import Context, as_numbers, as_tensor, exact_arithmetic
 from disttempnet.losses.temperature.scalar import Batch, Temperature, check_bounds
 
