@@ -231,19 +231,19 @@ def refuse_kernel_that_cannot_run(features: Tensor) -> None:
 
 def rank_step(x: Tensor, y: Tensor, ids: Tensor, kernel: bool) -> Callable[[], Any]:
     """What one of RANKS ranks computes once features are gathered: statistics of its rows, and their pulls."""
-    from disttempnet.losses.contrast.backend import feature_gradients, statistics
-    from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
+    from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients
+    from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
 
     everyone = tuple(rounded(side, kernel) for side in (x, y))
     rows = len(x) // RANKS
     local = tuple(side[:rows] for side in everyone)
-    pairs = Pairs(*local, *everyone, own=0, ids=ids, kernel=kernel)
+    pairs = BatchPairs(*local, *everyone, own=0, ids=ids, kernel=kernel)
     positive, all_positive = ((a.float() * b.float()).sum(1) for a, b in (local, everyone))
     n = x.new_full((len(x),), len(x) - 1.0)
     taus, tau, log_u = x.new_full((2, rows), 0.05), x.new_full((len(x),), 0.05), x.new_zeros(len(x))
 
     def step() -> None:
-        _, kept = statistics(pairs, positive, taus, n[:rows], moments=True, keep=True)
+        _, kept = anchor_statistics(pairs, positive, taus, n[:rows], moments=True, keep=True)
         anchors = Anchors.of(tau, all_positive, log_u, n)
         feature_gradients(pairs, anchors, anchors, positive, kept)
 

@@ -30,7 +30,7 @@ from disttempnet.data import EpochPlan
 from disttempnet.data.shards.index import Shard
 from disttempnet.data.source import Source
 from disttempnet.distributed.watchdog import Watch
-from disttempnet.losses.sample_state import SampleState, redeal, redealt_from
+from disttempnet.losses.sample_state import SampleState, reshard, reshard_sources
 
 MODELS = {  # open_clip's: FLOP of forward and backward a pair, parameters, width of the features
     "ViT-B-32": (43.39e9, 151.3e6, 512),
@@ -138,9 +138,9 @@ def state(gpus: int, samples: int) -> dict[str, float]:
     }
     shard = table.local("log_u")
     for new in (gpus // 2, gpus // 8 * 7):
-        sources = redealt_from(gpus, 1, new)
+        sources = reshard_sources(gpus, 1, new)
         read = dict.fromkeys(sources, shard)
-        seconds, _ = timed(lambda read=read, new=new: redeal(read, gpus, samples, 1, new))
+        seconds, _ = timed(lambda read=read, new=new: reshard(read, gpus, samples, 1, new))
         found[f"{gpus} → {new} ranks: files that a rank reads"] = len(sources)
         found[f"{gpus} → {new} ranks: GB that a rank reads"] = len(sources) * shard.nbytes / 1e9
         found[f"{gpus} → {new} ranks: seconds to deal them out"] = seconds

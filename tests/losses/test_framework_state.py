@@ -489,7 +489,7 @@ def gather_in_pieces(piece: int) -> tuple[State | None, State]:
     state = visited(19, sharded=True)
     state.write(torch.arange(19), torch.arange(19) + torch.arange(4)[:, None] / 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_state, "PIECE", piece)
+        patch.setattr(sample_state, "GATHER_BYTES", piece)
         return gather_state(state), state.state_dict()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from disttempnet import OBJECTIVES, Features, build_loss, distributed
 from disttempnet.errors import UserNotice
 from disttempnet.losses import objective as core
-from disttempnet.losses.own_parameters import PATIENCE
+from disttempnet.losses.own_parameters import STEPS_UNTIL_FORGOTTEN
 from disttempnet.losses.temperature import network
 from tests.losses.scenario import EVERY, B, D, GlobalBatch, N, every_objective, kept, make, pairs, stream, unique_batch
 
@@ -282,28 +282,28 @@ def test_a_rate_that_was_always_0_is_named_once_and_one_that_ends_at_0_is_not() 
     loss, ended = make(EVERY["siglip"]), make(EVERY["siglip"])
     start = values(loss)
     optimizer = torch.optim.SGD(loss.parameter_groups(), lr=0.0)
-    assert notices(PATIENCE - 1, loss, optimizer) == []
-    (notice,) = notices(2 * PATIENCE, loss, optimizer)
-    assert f"its learning rate was 0 in the last {PATIENCE} steps" in notice
+    assert notices(STEPS_UNTIL_FORGOTTEN - 1, loss, optimizer) == []
+    (notice,) = notices(2 * STEPS_UNTIL_FORGOTTEN, loss, optimizer)
+    assert f"its learning rate was 0 in the last {STEPS_UNTIL_FORGOTTEN} steps" in notice
     close(values(loss), start, rtol=0, atol=0)
     optimizer = torch.optim.SGD(ended.parameter_groups(), lr=0.1)
     assert notices(1, ended, optimizer) == []
     optimizer.param_groups[0]["lr"] = 0.0
-    assert notices(2 * PATIENCE, ended, optimizer) == []
+    assert notices(2 * STEPS_UNTIL_FORGOTTEN, ended, optimizer) == []
 
 
 def test_a_network_that_waits_at_rate_0_is_not_forgotten() -> None:
     loss = make(NETWORK)
     loss.set_epoch(0)
     groups = [group | {"lr": 0.0} for group in loss.parameter_groups()]
-    assert notices(2 * PATIENCE, loss, torch.optim.SGD(groups)) == []
+    assert notices(2 * STEPS_UNTIL_FORGOTTEN, loss, torch.optim.SGD(groups)) == []
 
 
 def test_an_optimizer_that_no_longer_steps_is_missed() -> None:
     loss, tower = make(EVERY["clip"]), nn.Linear(D, D)
     first, second = (torch.optim.SGD(group, lr=0.1) for group in (loss.parameter_groups(), tower.parameters()))
-    assert notices(PATIENCE, loss, second, first) == []
-    (notice,) = notices(2 * PATIENCE, loss, second)
+    assert notices(STEPS_UNTIL_FORGOTTEN, loss, second, first) == []
+    (notice,) = notices(2 * STEPS_UNTIL_FORGOTTEN, loss, second)
     assert "none of the optimizers" in notice
 
 
@@ -322,7 +322,7 @@ def test_parameters_that_no_optimizer_holds_are_named_once(name: str) -> None:
     optimizer, batch = torch.optim.SGD(tower.parameters(), lr=0.1), unique_batch(1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2 * PATIENCE):
+        for _ in range(2 * STEPS_UNTIL_FORGOTTEN):
             loss(Features.of(tower(batch.x), batch.y), batch.ids).total.backward()
             optimizer.step()
     (notice,) = [str(w.message) for w in caught if issubclass(w.category, UserNotice)]
@@ -330,13 +330,13 @@ def test_parameters_that_no_optimizer_holds_are_named_once(name: str) -> None:
     assert "*loss.parameter_groups()" in notice
 
 
-@pytest.mark.parametrize("accumulated", [1, PATIENCE + 2])
+@pytest.mark.parametrize("accumulated", [1, STEPS_UNTIL_FORGOTTEN + 2])
 def test_two_optimizers_and_many_chunks_a_step_are_no_fault(accumulated: int) -> None:
     """Also where others step meanwhile, and where a loss is looked at and not trained."""
     loss, idle, tower = make(EVERY["clip"]), make(EVERY["clip"]), nn.Linear(D, D).double()
     optimizers = [torch.optim.SGD(tower.parameters(), lr=0.1), torch.optim.SGD(loss.parameter_groups(), lr=0.1)]
     batch = unique_batch(1)
-    for _ in range(PATIENCE + 2):
+    for _ in range(STEPS_UNTIL_FORGOTTEN + 2):
         for _ in range(accumulated):
             loss(Features.of(tower(batch.x), batch.y), batch.ids).total.backward()
         idle(Features.of(tower(batch.x), batch.y), batch.ids)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from disttempnet import Features, build_loss, distributed
-from disttempnet.losses.sample_state import NEVER, SampleState, redeal, redealt_from
+from disttempnet.losses.sample_state import NEVER, SampleState, reshard, reshard_sources
 from tests.losses.scenario import (
     CONSTANT,
     NETWORK,
@@ -182,14 +182,14 @@ def test_data_parallel_does_not_broadcast_the_table(gloo) -> None:
 @given(num_samples=st.integers(1, 40), old=st.integers(1, 7), new=st.integers(1, 7))
 def test_redeal_gives_every_rank_what_it_owns(num_samples: int, old: int, new: int) -> None:
     for rank in range(new):
-        read = {old_rank: shard(num_samples, old_rank, old) for old_rank in redealt_from(old, rank, new)}
-        close(redeal(read, old, num_samples, rank, new), shard(num_samples, rank, new), rtol=0, atol=0)
+        read = {old_rank: shard(num_samples, old_rank, old) for old_rank in reshard_sources(old, rank, new)}
+        close(reshard(read, old, num_samples, rank, new), shard(num_samples, rank, new), rtol=0, atol=0)
 
 
 def test_a_rank_reads_only_the_old_shards_that_hold_its_samples() -> None:
-    assert [*redealt_from(1024, 5, 512)] == [5, 517]
-    assert [*redealt_from(512, 700, 1024)] == [188]
-    assert [*redealt_from(4, 1, 3)] == [0, 1, 2, 3]
+    assert [*reshard_sources(1024, 5, 512)] == [5, 517]
+    assert [*reshard_sources(512, 700, 1024)] == [188]
+    assert [*reshard_sources(4, 1, 3)] == [0, 1, 2, 3]
 
 
 def test_half_precision_parameters_leave_the_table_alone() -> None:

@@ -1,6 +1,6 @@
 """Objectives: a new one is a row of OBJECTIVES in registry.py.
 
-    registry.py             OBJECTIVES: name → recipe, the one list; build_loss
+    registry.py             OBJECTIVES: name → spec, the one list; build_loss
     objective.py            what every objective shares: Features, LossOutput, exact arithmetic
     global_contrastive.py   the estimator and its exact surrogate: CLIP, SogCLR … DistTempNet-v1
     sample_state.py         tables of log u, τ … of every sample, sharded over the ranks
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.objective import Features, LossOutput, Objective
-from disttempnet.losses.registry import ARGUMENT_RANGES, OBJECTIVES, Recipe, build_loss, rebuild_loss
+from disttempnet.losses.registry import ARGUMENT_RANGES, OBJECTIVES, ObjectiveSpec, build_loss, rebuild_loss
 from disttempnet.losses.sample_state import gather_state
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "GlobalContrastiveLoss",
     "LossOutput",
     "Objective",
-    "Recipe",
+    "ObjectiveSpec",
     "build_loss",
     "gather_state",
     "rebuild_loss",

@@ -32,26 +32,26 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.errors import UserNotice
-from disttempnet.losses.contrast.backend import feature_gradients, statistics, use_kernel
-from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
-from disttempnet.losses.own_parameters import with_own_gradient
+from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients, use_kernel
+from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
 from disttempnet.losses.objective import (
-    Context,
     Features,
-    Ids,
     LossOutput,
     Objective,
+    ObjectiveContext,
+    SampleIds,
     as_numbers,
     as_tensor,
     compute_dtype,
     exact_arithmetic,
+    int64_ids,
     tau_metrics,
-    whole_numbers,
     with_later_gradient,
 )
-from disttempnet.losses.sample_state import NEVER, SampleState, follow, log_mean_over_equal_ids
+from disttempnet.losses.own_parameters import with_own_gradient
+from disttempnet.losses.sample_state import NEVER, SampleState, log_mean_over_equal_ids, log_moving_average
 from disttempnet.losses.schedule import Gamma
-from disttempnet.losses.temperature.scalar import Batch, Temperature
+from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature
 
 C = 0.5  # both sides of a pair are averaged
 RHO_SHARE = 0.3  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
@@ -81,7 +81,7 @@ class GlobalContrastiveLoss(Objective):
 
     def __init__(
         self,
-        context: Context,
+        context: ObjectiveContext,
         temperature: Temperature,
         gamma: Gamma | None,
         *,
@@ -130,7 +130,7 @@ class GlobalContrastiveLoss(Objective):
     def current_rate(self) -> float:
         return self.rate_at(self.epoch)
 
-    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
         """One step of the estimator.
 
         Args:
@@ -159,13 +159,13 @@ class GlobalContrastiveLoss(Objective):
         x, y = (side.to(dtype) for side in sent)
         rho = self._resolve_rho(len(all_ids))
 
-        batch = Batch(x, y, all_image, all_text, all_ids, self.step)
+        batch = AnchorBatch(x, y, all_image, all_text, all_ids, self.step)
         tau1, tau2 = self.temperature(batch)
         counted = all_ids if self.gamma is not None else None
-        pairs, negatives = Pairs.of((x, y), (all_image, all_text), counted, kernel)
+        pairs, negatives = BatchPairs.of((x, y), (all_image, all_text), counted, kernel)
         positive = (x * y).sum(1)
         taus = torch.stack([tau1.detach(), tau2.detach()])
-        sides, kept = statistics(
+        sides, kept = anchor_statistics(
             pairs,
             positive,
             taus,
@@ -236,7 +236,7 @@ class GlobalContrastiveLoss(Objective):
         log_g = log_mean_over_equal_ids(ids, log_g)
         if not self.training:
             return log_g
-        new = follow(self.state.read(ids).to(log_g.dtype), log_g, self.gamma(self.epoch))
+        new = log_moving_average(self.state.read(ids).to(log_g.dtype), log_g, self.gamma(self.epoch))
         self.state.write(ids, new)
         return new
 
@@ -285,8 +285,8 @@ class GlobalContrastiveLoss(Objective):
         return self.rho or RHO_SHARE * limit
 
     @torch.no_grad()
-    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor | None:
-        ids = None if ids is None else whole_numbers(ids, len(image)).to(image.device)
+    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor | None:
+        ids = None if ids is None else int64_ids(ids, len(image)).to(image.device)
         with exact_arithmetic(image.device):
             dtype = compute_dtype(image)
             return self.temperature.predict(image.to(dtype), text.to(dtype), ids)
@@ -321,7 +321,7 @@ def _feature_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(c/b) (M·Y − r⊙y) and (c/b) (Mᵀ·X − r⊙x), M = A + Cᵀ, times `upstream`; all_… None: the local rows are all."""
     x, y = (rounded(side, kernel).to(r.dtype) for side in (image, text))
-    pairs = Pairs(
+    pairs = BatchPairs(
         x, y, x if all_image is None else all_image, y if all_text is None else all_text, own, ids, distinct, kernel
     )
     gradients = feature_gradients(pairs, Anchors(slope1, offset1), Anchors(slope2, offset2), r, list(kept))

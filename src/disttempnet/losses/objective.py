@@ -16,8 +16,8 @@ from disttempnet import distributed
 from disttempnet.losses.own_parameters import Learner, refuse_second_gradient
 from disttempnet.losses.sample_state import SampleState
 
-Ids = Tensor | np.ndarray | Sequence[int]  # whole numbers of any width, on any device
-WHOLE = (
+SampleIds = Tensor | np.ndarray | Sequence[int]  # whole numbers of any width, on any device
+INTEGER_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
 
@@ -47,7 +47,7 @@ class Features(NamedTuple):
         return cls(image, text, image, text)
 
 
-class Context(NamedTuple):
+class ObjectiveContext(NamedTuple):
     """What a run gives to every objective: N samples (ids lie in [0, N)), feature width D, the run's seed, and whether
     each rank holds the per-sample state of the samples that it owns alone."""
 
@@ -85,7 +85,7 @@ class Objective(Learner):
     def set_epoch(self, epoch: float) -> None:
         """Called at the start of every epoch; objectives with schedules override it."""
 
-    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
         """This rank's rows and their sample ids → loss and metrics; see `checked` for what is refused.
 
         In evaluation (`eval()`) nothing is borrowed from training samples: normalisers are the batch's own, a τ kept a
@@ -93,7 +93,7 @@ class Objective(Learner):
         """
         raise NotImplementedError
 
-    def checked(self, features: Features, ids: Ids | None) -> Tensor:
+    def checked(self, features: Features, ids: SampleIds | None) -> Tensor:
         """The ids as int64 [b] on the features' device, once this rank's rows are a batch and fit those of the others.
 
         Raises:
@@ -115,7 +115,7 @@ class Objective(Learner):
             self._check_equal_on_all_ranks()
         return result
 
-    def _checked_alone(self, features: Features, ids: Ids | None) -> Tensor:
+    def _checked_alone(self, features: Features, ids: SampleIds | None) -> Tensor:
         image, text = features.image, features.text
         if image.ndim != 2 or image.shape != text.shape:
             raise ValueError(f"features must both be [b, D], got {tuple(image.shape)} and {tuple(text.shape)}")
@@ -126,7 +126,7 @@ class Objective(Learner):
         if homes and homes[0] != image.device:
             raise ValueError(f"the loss is on {homes[0]}, the features are on {image.device}: move it with loss.to()")
         if ids is not None:
-            given = whole_numbers(ids, len(image))
+            given = int64_ids(ids, len(image))
         elif self.training and tables:
             raise ValueError(f"ids are needed in training: the numbers of the samples, int64 [{len(image)}]")
         else:
@@ -199,7 +199,7 @@ class Objective(Learner):
         super()._load_from_state_dict(*args, **kwargs)
         self._agreed, self._loaded = False, True  # the next step compares
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor | None:
+    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor | None:
         """τ of image and text anchors [2, n] as in evaluation, without gradient.
 
         Args:
@@ -263,14 +263,14 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def whole_numbers(ids: Ids, rows: int) -> Tensor:
+def int64_ids(ids: SampleIds, rows: int) -> Tensor:
     """The ids of a batch as int64 [rows], on the device where they are.
 
     Raises:
         ValueError: they are no whole numbers, or not as many.
     """
     given = ids if isinstance(ids, Tensor) else np.asarray(ids)
-    whole = given.dtype in WHOLE if isinstance(given, Tensor) else given.dtype.kind in "iu"
+    whole = given.dtype in INTEGER_DTYPES if isinstance(given, Tensor) else given.dtype.kind in "iu"
     if not whole or tuple(given.shape) != (rows,):
         raise ValueError(f"ids must be whole numbers [{rows}], got {given.dtype} {list(given.shape)}")
     return given.to(torch.int64) if isinstance(given, Tensor) else torch.from_numpy(given.astype(np.int64))

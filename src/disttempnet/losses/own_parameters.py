@@ -27,7 +27,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from disttempnet import distributed
 from disttempnet.errors import UserNotice
 
-PATIENCE = 10  # optimizer steps in a row without the parameters until they count as forgotten
+STEPS_UNTIL_FORGOTTEN = 10  # optimizer steps in a row without the parameters until they count as forgotten
+ParameterGroup = dict[str, Any]
 NO_SECOND_GRADIENT = (
     "the losses' gradient is a formula that cannot be differentiated again: call backward without create_graph=True "
     "(gradient penalties and second-order optimizers need another loss)"
@@ -50,7 +51,7 @@ class Learner(nn.Module):
         """`rate_at` this point of training."""
         return self.own_rate
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         """What an optimizer is given of this module: [{"params", "weight_decay": 0, "lr"}], or nothing.
 
         `lr` stands there for a temperature with a rate of its own, else the optimizer's own default applies. How that
@@ -60,7 +61,7 @@ class Learner(nn.Module):
         """
         _watch(self)  # the first forward pass may be inside the first step
         parameters = [p for p in self.parameters() if p.requires_grad]
-        group: dict[str, Any] = {"params": parameters, "weight_decay": 0.0}
+        group: ParameterGroup = {"params": parameters, "weight_decay": 0.0}
         if self.own_rate:
             group["lr"] = self.own_rate
         return [group] if parameters else []
@@ -103,8 +104,6 @@ def refuse_second_gradient() -> None:
 
 # ---- in the optimizer's step ----
 
-Group = dict[str, Any]
-
 
 @dataclass
 class _Watch:
@@ -117,7 +116,7 @@ class _Watch:
 
 @dataclass
 class _Scaled:
-    group: Group
+    group: ParameterGroup
     plain: Any  # learning rates: numbers, or tensors
     given: Any
 
@@ -168,17 +167,17 @@ def _prepare(optimizer: torch.optim.Optimizer) -> None:
                 _scale(optimizer, group, learner.own_rate, rate)
 
 
-def _held(learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[set[int], list[Group]]:
+def _held(learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[set[int], list[ParameterGroup]]:
     """The learner's parameters, by identity, and the optimizer's groups that hold any of them."""
     own = {id(p) for p in learner.parameters()}
     return own, [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
 
 
-def _is_shared(group: Group, own: set[int]) -> bool:
+def _is_shared(group: ParameterGroup, own: set[int]) -> bool:
     return not all(id(p) in own for p in group["params"])
 
 
-def _scale(optimizer: torch.optim.Optimizer, group: Group, own_rate: float, rate: float) -> None:
+def _scale(optimizer: torch.optim.Optimizer, group: ParameterGroup, own_rate: float, rate: float) -> None:
     # the very object, which is no look at a device: scaled in this step already, or by the step of an optimizer around
     # this one, which has handed its rate on (ZeroRedundancyOptimizer)
     if any(group["lr"] is scaled.given for step in _scaled.values() for scaled in step):
@@ -203,7 +202,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             _count(watch, groups, waits=learner.current_rate() == 0 < learner.own_rate)
 
 
-def _count(watch: _Watch, groups: list[Group], waits: bool) -> None:
+def _count(watch: _Watch, groups: list[ParameterGroup], waits: bool) -> None:
     """Count a step that left the parameters where they were, and say so once.
 
     A rate of 0 is a fault only where it has never been another: it may also be the end of a schedule.
@@ -216,12 +215,12 @@ def _count(watch: _Watch, groups: list[Group], waits: bool) -> None:
         return
     watch.missed += watch.has_gradient
     watch.has_gradient = False  # the next optimizer may be the one that holds the parameters
-    if watch.missed == PATIENCE:
+    if watch.missed == STEPS_UNTIL_FORGOTTEN:
         watch.forgotten = True
         why = (
-            f"its learning rate was 0 in the last {PATIENCE} steps"
+            f"its learning rate was 0 in the last {STEPS_UNTIL_FORGOTTEN} steps"
             if groups
-            else f"none of the optimizers that made the last {PATIENCE} steps holds its parameters"
+            else f"none of the optimizers that made the last {STEPS_UNTIL_FORGOTTEN} steps holds its parameters"
         )
         _say(
             f"the loss learns its temperature, but {why}, and τ stays where it is: give an optimizer "
@@ -234,7 +233,7 @@ def _is_zero(rate: Any) -> bool:
     return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
 
 
-def _name_shared(groups: list[Group], own: set[int], own_rate: float) -> bool:
+def _name_shared(groups: list[ParameterGroup], own: set[int], own_rate: float) -> bool:
     """Say where the parameters are trained as others are and should not be; whether that was said."""
     for group in groups:
         decay = float(group.get("weight_decay", 0))

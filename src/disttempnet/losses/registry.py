@@ -21,7 +21,7 @@ from disttempnet.losses.minibatch.cyclip import CyClipLoss
 from disttempnet.losses.minibatch.onlineclr import OnlineClrLoss
 from disttempnet.losses.minibatch.siglip import SigLipLoss
 from disttempnet.losses.minibatch.vicreg import VicRegLoss
-from disttempnet.losses.objective import Context, Objective
+from disttempnet.losses.objective import Objective, ObjectiveContext
 from disttempnet.losses.sample_state import SampleState
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma
 from disttempnet.losses.temperature.network import NetworkTemperature
@@ -34,7 +34,7 @@ from disttempnet.losses.temperature.scalar import (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ObjectiveSpec:
     """A row of the list.
 
     Attributes:
@@ -43,7 +43,7 @@ class Recipe:
         temperature, gamma: kinds, in words.
         source: paper.
         arguments: its own arguments and their defaults.
-        build: takes a Context and the arguments.
+        build: takes an ObjectiveContext and the arguments.
         note: what a reader of the defaults should know besides; may be empty.
     """
 
@@ -58,7 +58,7 @@ class Recipe:
 
     def bytes_a_sample(self) -> int:
         """Of per-sample state in float32, where every rank holds all of it."""
-        objective = self.build(Context(num_samples=1, embed_dim=8), **self.arguments)
+        objective = self.build(ObjectiveContext(num_samples=1, embed_dim=8), **self.arguments)
         return sum(m.bytes_a_sample for m in objective.modules() if isinstance(m, SampleState))
 
 
@@ -78,7 +78,7 @@ def _family(
     robust: bool = True,
     note: str = "",
     **defaults: Any,
-) -> Recipe:
+) -> ObjectiveSpec:
     """A row of the family: one estimator × a temperature × a schedule of γ. `defaults` are the published values."""
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
     if not robust:
@@ -89,7 +89,7 @@ def _family(
     assert defaults.keys() <= arguments.keys()
     arguments |= defaults
 
-    def build(context: Context, **given: Any) -> Objective:
+    def build(context: ObjectiveContext, **given: Any) -> Objective:
         return GlobalContrastiveLoss(
             context,
             temperature(context, **{name: given[name] for name in of_temperature}),
@@ -102,14 +102,16 @@ def _family(
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
     kinds = {None: "–", ConstantGamma: "constant", CosineGamma: "cosine"}
-    return Recipe(title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build, note)
+    return ObjectiveSpec(
+        title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build, note
+    )
 
 
 def _minibatch(
     title: str, loss: type[Objective], formula: str, source: str, *, temperature: str = "–", gamma: str = "–"
-) -> Recipe:
+) -> ObjectiveSpec:
     """A row that is no member of the family: its arguments and their published values stand in its signature."""
-    return Recipe(title, formula, temperature, gamma, source, _own(loss), loss)
+    return ObjectiveSpec(title, formula, temperature, gamma, source, _own(loss), loss)
 
 
 _MLP: dict[str, Any] = {"network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2}
@@ -117,7 +119,7 @@ _ISOGCLR: dict[str, Any] = {"tau_optimizer": "momentum", "temperature": 0.01, "t
 _FASTCLIP: dict[str, Any] = {"gamma_min": 0.2, "gamma_decay_epochs": 18.0}
 _V3: dict[str, Any] = {"rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}
 
-OBJECTIVES: dict[str, Recipe] = {
+OBJECTIVES: dict[str, ObjectiveSpec] = {
     "clip": _family("CLIP", LearnableTemperature, None, "arXiv 2103.00020", robust=False),
     "clip-constant": _family(
         "CLIP, constant τ", ConstantTemperature, None, "arXiv 2103.00020", robust=False, temperature=0.07
@@ -277,20 +279,20 @@ def _build(
 ) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(unknown_name("objective", name, OBJECTIVES))
-    recipe = OBJECTIVES[name]
+    spec = OBJECTIVES[name]
     for argument, value in arguments.items():
-        if argument not in recipe.arguments:
-            raise ValueError(unknown_name(f"argument of objective {name}:", argument, recipe.arguments))
-        default, allowed = recipe.arguments[argument], ARGUMENT_RANGES.get(argument)
+        if argument not in spec.arguments:
+            raise ValueError(unknown_name(f"argument of objective {name}:", argument, spec.arguments))
+        default, allowed = spec.arguments[argument], ARGUMENT_RANGES.get(argument)
         if allowed is not None and not bounds:
             allowed = allowed.kind
         arguments[argument] = _checked(f"objective {name}: {argument}", default, _plain(value), allowed)
     for size, value in sizes.items():
         sizes[size] = _checked(f"objective {name}: {size}", 0, _plain(value), _SIZES[size])
     try:
-        objective = recipe.build(
-            Context(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state),
-            **{**recipe.arguments, **arguments},
+        objective = spec.build(
+            ObjectiveContext(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state),
+            **{**spec.arguments, **arguments},
         )
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None

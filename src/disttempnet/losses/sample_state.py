@@ -24,7 +24,7 @@ from disttempnet.errors import UserNotice
 
 NEVER = float("-inf")  # log u of a sample that was not visited yet; also fills slots behind the last sample
 LARGE = 2 << 30  # bytes of a whole table on every rank, from which on a notice names the other way
-PIECE = 64 << 20  # bytes that a rank receives at a time while a sharded table is gathered
+GATHER_BYTES = 64 << 20  # bytes that a rank receives at a time while a sharded table is gathered
 _OF_ONE_RANK = re.compile(r"(.+):(\d+)-of-(\d+)")  # column, rank, K
 
 
@@ -161,8 +161,8 @@ class SampleState(nn.Module):
         checksum = 0
         for column in self.columns:
             bits = self.local(column).reshape(-1).view(torch.int32)
-            for start in range(0, len(bits), PIECE // 8):
-                piece = bits[start : start + PIECE // 8].long()
+            for start in range(0, len(bits), GATHER_BYTES // 8):
+                piece = bits[start : start + GATHER_BYTES // 8].long()
                 place = torch.arange(start + 1, start + 1 + len(piece), device=piece.device)
                 checksum = (31 * checksum + int((piece * place).sum())) % (1 << 64)  # the sum wraps, as it may
         return checksum
@@ -247,7 +247,7 @@ class SampleState(nn.Module):
             raise ValueError(f"shards of {' and of '.join(map(str, sorted(sizes)))} processes are mixed")
         old = sizes.pop()
         by_rank = {rank: values for (rank, _), values in shards.items()}
-        if lost := [rank for rank in redealt_from(old, self.part, self.parts) if rank not in by_rank]:
+        if lost := [rank for rank in reshard_sources(old, self.part, self.parts) if rank not in by_rank]:
             there, absent = ", ".join(map(str, sorted(by_rank))), ", ".join(map(str, lost))
             raise ValueError(
                 f"holds the part of rank {there} of {old} alone, and rank {self.part} of {self.parts} needs that of "
@@ -267,7 +267,7 @@ class SampleState(nn.Module):
                 f"the state holds {samples} samples, this loss has {self.num_samples}: another data set? To drop the "
                 f"last ones, cut each column of a whole state to [:, :{self.num_samples}]"
             )
-        values = redeal(by_rank, old, samples, self.part, self.parts)
+        values = reshard(by_rank, old, samples, self.part, self.parts)
         wanted = torch.float64 if values.dtype == torch.float64 else torch.float32
         start = self.columns[column]
         usable = values < math.inf if start == NEVER else values.isfinite()  # not so: also slots without a sample
@@ -317,7 +317,7 @@ def _gathered(table: SampleState, column: str, keep: bool) -> Tensor | None:
     """A whole column [2, N] on the CPU of the ranks that keep it, sent in pieces."""
     local, parts = table.local(column), table.parts
     whole = torch.empty(2, table.num_samples, dtype=local.dtype) if keep else None
-    step = max(1, PIECE // (2 * local.element_size() * parts))
+    step = max(1, GATHER_BYTES // (2 * local.element_size() * parts))
     for left in range(0, local.shape[1], step):
         piece = local[:, left : left + step]
         everyone = distributed.all_gather(piece[None]) if parts > 1 else piece[None]  # [K, 2, slots]
@@ -357,7 +357,7 @@ def _shards_of(column: str, state: dict[str, Any]) -> dict[tuple[int, int], Tens
     return found
 
 
-def follow(old: Tensor, log_g: Tensor, gamma: float) -> Tensor:
+def log_moving_average(old: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     """log((1−γ) u + γ g) from log u and log g of one shape.
 
     log g at the first visit (log u = −inf), and log u where the batch had nothing to say (log g = −inf).
@@ -368,19 +368,19 @@ def follow(old: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     return torch.where(log_g == -math.inf, old, new)
 
 
-def redealt_from(old: int, rank: int, world_size: int) -> range:
+def reshard_sources(old: int, rank: int, world_size: int) -> range:
     """The old ranks, of `old`, that hold samples which `rank` of `world_size` is to own: those of its residue."""
     common = math.gcd(old, world_size)
     return range(rank % common, old, common)
 
 
-def redeal(shards: Mapping[int, Tensor], old: int, num_samples: int, rank: int, world_size: int) -> Tensor:
+def reshard(shards: Mapping[int, Tensor], old: int, num_samples: int, rank: int, world_size: int) -> Tensor:
     """A column's shard of `rank` among `world_size` from those of `old` ranks.
 
     id = slot · K + rank on both sides; needs no table of all N samples. Slots behind the last sample hold −inf.
 
     Args:
-        shards: old rank → its shard [2, ceil(N / old)], of all that `redealt_from` names.
+        shards: old rank → its shard [2, ceil(N / old)], of all that `reshard_sources` names.
     """
     mine = next(iter(shards.values())).new_full((2, -(-num_samples // world_size)), NEVER)
     for old_rank, source, target in _places(old, num_samples, rank, world_size):
@@ -391,7 +391,7 @@ def redeal(shards: Mapping[int, Tensor], old: int, num_samples: int, rank: int, 
 def _places(old: int, num_samples: int, rank: int, world_size: int) -> Iterator[tuple[int, slice, slice]]:
     """Old rank, the slots of its shard that hold samples of `rank` of `world_size`, and their slots there."""
     stride = math.lcm(old, world_size)  # from an id to the next that has both ranks
-    for old_rank in redealt_from(old, rank, world_size):
+    for old_rank in reshard_sources(old, rank, world_size):
         first = next(id for id in range(old_rank, stride, old) if id % world_size == rank)
         last = num_samples - 1 - (num_samples - 1 - first) % stride
         if first < num_samples:  # else there are more ranks than samples

@@ -32,7 +32,7 @@ from disttempnet.config import Config, config_from_table, public_table
 from disttempnet.distributed import fsdp
 from disttempnet.errors import UserError, notice
 from disttempnet.losses import Objective
-from disttempnet.losses.sample_state import SampleState, named_by_rank, redealt_from
+from disttempnet.losses.sample_state import SampleState, named_by_rank, reshard_sources
 from disttempnet.models import Towers, load_model, save_model
 from disttempnet.training import atomic_folder
 from disttempnet.training.model import build_objective, values_out_of_bounds
@@ -251,7 +251,7 @@ def _restore_generators(shard: dict[str, Any]) -> None:
 def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objective) -> dict[str, Any] | None:
     """Load the objective; its shards are taken as they are or re-dealt. Returns this rank's shard, if it is one."""
     old, rank, world_size = trainer["world_size"], distributed.rank(), distributed.world_size()
-    shards = [_read(checkpoint / _shard_name(r, old)) for r in redealt_from(old, rank, world_size)]
+    shards = [_read(checkpoint / _shard_name(r, old)) for r in reshard_sources(old, rank, world_size)]
     state = trainer["objective"]
     with _misfit_named(checkpoint):
         for shard in shards:

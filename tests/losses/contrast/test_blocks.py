@@ -11,8 +11,8 @@ from torch import Tensor
 from disttempnet import Features, build_loss, distributed
 from disttempnet.errors import UserError
 from disttempnet.losses.contrast import backend, blocks
-from disttempnet.losses.contrast.backend import feature_gradients, statistics
-from disttempnet.losses.contrast.pairs import Anchors, Pairs
+from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients
+from disttempnet.losses.contrast.pairs import Anchors, BatchPairs
 from tests.gloo import Pools
 from tests.losses.scenario import EVERY, B, assert_same_steps, joined, pairs, run, stream
 
@@ -27,10 +27,10 @@ IDS = {
 }
 
 
-def contrast(ids: Tensor | None, own: slice, dtype: torch.dtype = torch.float64) -> tuple[Pairs, Tensor]:
+def contrast(ids: Tensor | None, own: slice, dtype: torch.dtype = torch.float64) -> tuple[BatchPairs, Tensor]:
     """Local rows `own` of 23, and n of every row."""
     x, y = (side.to(dtype) for side in pairs(ROWS))
-    whole, negatives = Pairs.of((x, y), (x, y), ids, kernel=False)
+    whole, negatives = BatchPairs.of((x, y), (x, y), ids, kernel=False)
     return whole._replace(image=x[own], text=y[own], own=own.start), negatives
 
 
@@ -53,7 +53,7 @@ def test_statistics_and_pulls(
     image, text = anchors_of(3), anchors_of(4)
     push = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
     x, y = batch.all_image, batch.all_text
-    sides, kept = statistics(batch, (x * y).sum(1)[own], taus[:, own], negatives[own], moments=True, keep=keep)
+    sides, kept = anchor_statistics(batch, (x * y).sum(1)[own], taus[:, own], negatives[own], moments=True, keep=keep)
     pulled = feature_gradients(batch, image, text, push[own], kept)
 
     counts = torch.ones(ROWS, ROWS, dtype=torch.bool) if ids is None else ids[:, None] != ids
@@ -76,7 +76,7 @@ def test_similarities_are_kept_only_where_all_fit(monkeypatch: pytest.MonkeyPatc
     positive, taus = torch.zeros(ROWS, dtype=torch.float64), torch.ones(2, ROWS, dtype=torch.float64)
     for size, fits in ((8 * ROWS**2, True), (8 * ROWS**2 - 1, False)):
         monkeypatch.setattr(blocks, "KEPT_BYTES", size)
-        _, kept = statistics(batch, positive, taus, negatives, moments=False, keep=True)
+        _, kept = anchor_statistics(batch, positive, taus, negatives, moments=False, keep=True)
         assert sum(block.numel() for block in kept) == (ROWS**2 if fits else 0)
 
 
@@ -89,9 +89,9 @@ def test_extreme_temperatures_in_float32(monkeypatch: pytest.MonkeyPatch, tau: f
         exact, _ = contrast(ids, slice(0, ROWS))
         taus = torch.full((2, ROWS), tau)
         positive = (batch.image * batch.text).sum(1)
-        low, _ = statistics(batch, positive, taus, negatives, moments=True, keep=False)
+        low, _ = anchor_statistics(batch, positive, taus, negatives, moments=True, keep=False)
         positive = (exact.image * exact.text).sum(1)
-        high, _ = statistics(exact, positive, taus.double(), negatives.double(), moments=True, keep=False)
+        high, _ = anchor_statistics(exact, positive, taus.double(), negatives.double(), moments=True, keep=False)
         for a, b in zip(low, high, strict=True):
             close(a.log_mean.double(), b.log_mean, rtol=1e-4, atol=1e-3)
             close(a.mean_exponent.double(), b.mean_exponent, rtol=1e-4, atol=1e-3)

@@ -21,8 +21,8 @@ from torch import Tensor
 from disttempnet import Features, build_loss
 from disttempnet.errors import UserError
 from disttempnet.losses.contrast import backend
-from disttempnet.losses.contrast.backend import feature_gradients, statistics
-from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
+from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients
+from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
 from tests.losses.scenario import pairs
 
 pytest.importorskip("triton")
@@ -46,17 +46,23 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module with blocks so small that there are several of each kind."""
     monkeypatch.setenv(backend.KERNEL_SETTING, "triton")
     module = importlib.import_module("disttempnet.losses.contrast.triton")
-    for constant, value in {"ROWS": 16, "COLUMNS": 16, "DEPTH": 32, "WIDTH": 32, "PROGRAMS_A_PROCESSOR": 6}.items():
+    for constant, value in {
+        "ROWS": 16,
+        "COLUMNS": 16,
+        "DEPTH": 32,
+        "GRADIENT_WIDTH": 32,
+        "PROGRAMS_A_PROCESSOR": 6,
+    }.items():
         monkeypatch.setattr(module, constant, value)
     return module
 
 
-def contrast(ids: Tensor | None, own: slice, width: int = WIDTH) -> tuple[Pairs, Pairs, Tensor]:
+def contrast(ids: Tensor | None, own: slice, width: int = WIDTH) -> tuple[BatchPairs, BatchPairs, Tensor]:
     """The same rounded features for the kernels in float32, for the plain path in float64; and n of every row."""
     x, y = (side.bfloat16().double() for side in pairs(ROWS, width=width))
-    exact, negatives = Pairs.of((x, y), (x, y), ids, kernel=False)
+    exact, negatives = BatchPairs.of((x, y), (x, y), ids, kernel=False)
     exact = exact._replace(image=x[own], text=y[own], own=own.start)
-    low = Pairs(x[own].float(), y[own].float(), x.float(), y.float(), own.start, ids, kernel=True)
+    low = BatchPairs(x[own].float(), y[own].float(), x.float(), y.float(), own.start, ids, kernel=True)
     return low, exact, negatives
 
 
@@ -69,8 +75,8 @@ def test_statistics_and_pulls(kernels: ModuleType, case: str, own: slice) -> Non
     low, exact, negatives = contrast(ids, own)
     taus = (torch.rand(2, ROWS, generator=generator, dtype=torch.float64) * 0.2 + 0.01)[:, own]
     positive = (exact.image * exact.text).sum(1)
-    expected, _ = statistics(exact, positive, taus, negatives[own], moments=True, keep=False)
-    actual, _ = statistics(low, positive.float(), taus.float(), negatives[own].float(), moments=True, keep=False)
+    expected, _ = anchor_statistics(exact, positive, taus, negatives[own], moments=True, keep=False)
+    actual, _ = anchor_statistics(low, positive.float(), taus.float(), negatives[own].float(), moments=True, keep=False)
     for a, e in zip(actual, expected, strict=True):
         close(a.log_mean.double(), e.log_mean, rtol=1e-5, atol=1e-4)
         close(a.mean_exponent.double(), e.mean_exponent, rtol=1e-5, atol=1e-4)
@@ -112,13 +118,13 @@ def test_what_rounding_the_features_costs(kernels: ModuleType) -> None:
     """At D = 512 and τ = .01: ℓ errs by less than .03 nat in the mean square, of values spread over tens of nats."""
     kernels.DEPTH = 256  # fewer steps of the interpreter; put back by the fixture
     x, y = pairs(ROWS, width=512)
-    exact, negatives = Pairs.of((x, y), (x, y), torch.arange(ROWS), kernel=False)
+    exact, negatives = BatchPairs.of((x, y), (x, y), torch.arange(ROWS), kernel=False)
     taus = torch.full((2, ROWS), 0.01, dtype=torch.float64)
-    expected, _ = statistics(exact, (x * y).sum(1), taus, negatives, moments=True, keep=False)
+    expected, _ = anchor_statistics(exact, (x * y).sum(1), taus, negatives, moments=True, keep=False)
     low = [rounded(side, True).float() for side in (x, y)]
-    seen, _ = Pairs.of((low[0], low[1]), (low[0], low[1]), torch.arange(ROWS), kernel=True)
+    seen, _ = BatchPairs.of((low[0], low[1]), (low[0], low[1]), torch.arange(ROWS), kernel=True)
     positive = (low[0] * low[1]).sum(1)
-    actual, _ = statistics(seen, positive, taus.float(), negatives.float(), moments=True, keep=False)
+    actual, _ = anchor_statistics(seen, positive, taus.float(), negatives.float(), moments=True, keep=False)
     for a, e in zip(actual, expected, strict=True):
         error = a.log_mean.double() - e.log_mean
         assert 1e-4 < error.square().mean().sqrt() < 0.03
@@ -164,7 +170,7 @@ pointers = {"rows": "*bf16", "columns": "*bf16", "row_ids": "*i64", "column_ids"
 blocks = {"EXCLUDE": True, "NOTHING": p.EXCLUDED, "ROWS": p.ROWS, "COLUMNS": p.COLUMNS, "DEPTH": p.DEPTH}
 kernels = {
     p._statistics_kernel: (blocks, {}),
-    p._pull_kernel: ({**blocks, "WIDTH": p.WIDTH}, {"num_warps": 8, "num_stages": 2}),
+    p._pull_kernel: ({**blocks, "WIDTH": p.GRADIENT_WIDTH}, {"num_warps": 8, "num_stages": 2}),
 }
 for capability, limit in ((80, 163 * 1024), (89, 99 * 1024), (90, 227 * 1024)):
     for kernel, (constants, options) in kernels.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from disttempnet import Features, build_loss
 from disttempnet.losses.temperature import network as tempnet
-from disttempnet.losses.temperature.scalar import Batch
+from disttempnet.losses.temperature.scalar import AnchorBatch
 from tests.losses.scenario import (
     CONSTANT,
     EVERY,
@@ -398,7 +398,7 @@ def test_feature_scale_zero_is_root_width() -> None:
 def test_shuffle_gives_every_pair_the_temperature_of_another_in_training_only() -> None:
     batch = unique_batch(5)
     plain, shuffled = make(NETWORK, prototypes=3), make(NETWORK, prototypes=3, shuffle=True)
-    asked = Batch(batch.x, batch.y, batch.x, batch.y, batch.ids, 0)
+    asked = AnchorBatch(batch.x, batch.y, batch.x, batch.y, batch.ids, 0)
     own, others = plain.temperature(asked), shuffled.temperature(asked)
     for mine, other in zip(own, others, strict=True):
         assert not torch.allclose(mine, other)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from disttempnet.errors import UserError
 from disttempnet.losses.contrast import blocks
-from disttempnet.losses.contrast.pairs import Anchors, Pairs, Statistics
+from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, Statistics
 
 KERNEL_SETTING = "DISTTEMPNET_KERNEL"  # environment: auto, torch, triton
 
@@ -51,8 +51,8 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def statistics(
-    pairs: Pairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
+def anchor_statistics(
+    pairs: BatchPairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
 ) -> tuple[list[Statistics], list[Tensor]]:
     """Statistics of this rank's image and text anchors, and what `feature_gradients` may use again.
 
@@ -65,10 +65,10 @@ def statistics(
     A row without negatives has ℓ = −inf, m = 0.
     """
     if not pairs.kernel:
-        return blocks.statistics(pairs, positive, taus, negatives, moments=moments, keep=keep)
+        return blocks.block_statistics(pairs, positive, taus, negatives, moments=moments, keep=keep)
     from disttempnet.losses.contrast import triton
 
-    sides = [blocks.Running(tau, moments) for tau in taus]
+    sides = [blocks.RunningStatistics(tau, moments) for tau in taus]
     features = (pairs.image, pairs.all_text), (pairs.text, pairs.all_image)
     for side, (rows, others) in zip(sides, features, strict=False):
         side.largest, side.total, side.moment = triton.row_statistics(rows, others, side.slope, pairs)
@@ -76,7 +76,7 @@ def statistics(
 
 
 def feature_gradients(
-    pairs: Pairs, image: Anchors, text: Anchors, own_weight: Tensor, kept: list[Tensor]
+    pairs: BatchPairs, image: Anchors, text: Anchors, own_weight: Tensor, kept: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Σ_j (p_ij + p'_ji) column_j − own_weight_i · partner_i of every local row, of images and of texts, each [b, D].
 
@@ -92,16 +92,16 @@ def feature_gradients(
         own_weight = own_weight - _own_weight(pairs, image) - _own_weight(pairs, text)
     gradients = pairs.text * -own_weight[:, None], pairs.image * -own_weight[:, None]
     if not pairs.kernel:
-        blocks.add_negatives(pairs, image, text, *gradients, kept)
+        blocks.add_block_gradients(pairs, image, text, *gradients, kept)
         return gradients
     from disttempnet.losses.contrast import triton
 
-    triton.add_negatives(pairs.image, pairs.all_text, image.rows(pairs.mine), text, pairs, gradients[0])
-    triton.add_negatives(pairs.text, pairs.all_image, text.rows(pairs.mine), image, pairs, gradients[1])
+    triton.add_kernel_gradients(pairs.image, pairs.all_text, image.rows(pairs.mine), text, pairs, gradients[0])
+    triton.add_kernel_gradients(pairs.text, pairs.all_image, text.rows(pairs.mine), image, pairs, gradients[1])
     return gradients
 
 
-def _own_weight(pairs: Pairs, anchors: Anchors) -> Tensor:
+def _own_weight(pairs: BatchPairs, anchors: Anchors) -> Tensor:
     """p_ii of this rank's anchors [b]."""
     own = anchors.rows(pairs.mine)
     return ((pairs.image * pairs.text).sum(1) * own.slope + own.offset).exp()

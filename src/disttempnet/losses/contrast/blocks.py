@@ -15,17 +15,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, Pairs, Statistics
+from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, BatchPairs, Statistics
 
 BLOCKS = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows and columns: what a core's cache holds, what fills a GPU
 KEPT_BYTES = 64 << 20  # of similarities that are kept for the gradient rather than computed again
 
 
-def statistics(
-    pairs: Pairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
+def block_statistics(
+    pairs: BatchPairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
 ) -> tuple[list[Statistics], list[Tensor]]:
-    """As backend.statistics."""
-    sides = [Running(tau, moments) for tau in taus]
+    """As backend.anchor_statistics."""
+    sides = [RunningStatistics(tau, moments) for tau in taus]
     kept: list[Tensor] = []
     size = pairs.image.element_size() * len(pairs.image) * len(pairs.all_image) * (1 if pairs.whole else 2)
     keep = keep and size <= KEPT_BYTES
@@ -40,8 +40,8 @@ def statistics(
     return [side.result(positive, negatives) for side in sides], kept
 
 
-def add_negatives(
-    pairs: Pairs, image: Anchors, text: Anchors, image_gradient: Tensor, text_gradient: Tensor, kept: list[Tensor]
+def add_block_gradients(
+    pairs: BatchPairs, image: Anchors, text: Anchors, image_gradient: Tensor, text_gradient: Tensor, kept: list[Tensor]
 ) -> None:
     """Add Σ_j (p_ij + p'_ji) column_j of every local row to both sides' gradients [b, D]."""
     scratch = [_block_memory(pairs) for _ in range(2)]
@@ -58,7 +58,7 @@ def add_negatives(
             text_gradient[r].addmm_(_weights(s, own.rows(r), image.rows(c), scratch), pairs.all_image[c])
 
 
-def blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
+def block_slices(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of the rows and of the columns that cover all pairs, row after row."""
     high, wide = BLOCKS.get(rows.device.type, BLOCKS["cuda"])
     for top in range(0, len(rows), high):
@@ -66,17 +66,17 @@ def blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(top, min(top + high, len(rows))), slice(left, min(left + wide, len(columns)))
 
 
-def _block_memory(pairs: Pairs) -> Tensor:
+def _block_memory(pairs: BatchPairs) -> Tensor:
     high, wide = BLOCKS.get(pairs.image.device.type, BLOCKS["cuda"])
     return pairs.image.new_empty(min(high, len(pairs.image)) * min(wide, len(pairs.all_image)))
 
 
 def _similarities(
-    rows: Tensor, columns: Tensor, pairs: Pairs, kept: list[Tensor], keep: list[Tensor] | None
+    rows: Tensor, columns: Tensor, pairs: BatchPairs, kept: list[Tensor], keep: list[Tensor] | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of s, excluded pairs at EXCLUDED; read from `kept`, or appended to `keep`, or all in the same memory."""
     memory = None if kept or keep is not None else _block_memory(pairs)
-    for number, (r, c) in enumerate(blocks(rows, columns)):
+    for number, (r, c) in enumerate(block_slices(rows, columns)):
         if kept:
             yield r, c, kept[number]
             continue
@@ -104,7 +104,7 @@ def _weights(s: Tensor, rows: Anchors, columns: Anchors, scratch: list[Tensor]) 
     return mine.add_(theirs)
 
 
-class Running:
+class RunningStatistics:
     """Log-sum-exp and moment of anchors [n], block after block: exponents (s − largest) / τ, in base 2."""
 
     def __init__(self, tau: Tensor, moments: bool) -> None:

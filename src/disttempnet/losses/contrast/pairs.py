@@ -41,7 +41,7 @@ class Anchors(NamedTuple):
         return Anchors(self.slope[piece], self.offset[piece])
 
 
-class Pairs(NamedTuple):
+class BatchPairs(NamedTuple):
     """What is contrasted: this rank's unit features [b, D] with those of all ranks [B, D], of one dtype.
 
     Attributes:
@@ -63,7 +63,7 @@ class Pairs(NamedTuple):
     @classmethod
     def of(
         cls, local: tuple[Tensor, Tensor], everyone: tuple[Tensor, Tensor], ids: Tensor | None, kernel: bool
-    ) -> tuple[Pairs, Tensor]:
+    ) -> tuple[BatchPairs, Tensor]:
         """Pairs of this rank's (image, text) and all ranks' features, and n of every row of the batch [B]."""
         size, own = len(everyone[0]), distributed.rank() * len(local[0])
         columns = everyone[0].new_full((size,), size)

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, Pairs
+from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, BatchPairs
 
 ROWS, COLUMNS, DEPTH = 64, 64, 64  # of a block of similarities; DEPTH: share of D that a product takes at a time
-WIDTH = 512  # of D whose sums one program keeps in registers; wider features are shared out
+GRADIENT_WIDTH = 512  # of D whose sums one program keeps in registers; wider features are shared out
 MOST_SPLITS = 16
 FIRST_WITH_BF16 = (8, 0)  # compute capability
 PROGRAMS_A_PROCESSOR = 2
@@ -129,7 +129,7 @@ def unusable(features: Tensor) -> str:
     return ""
 
 
-def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor]:
     """Largest s, Σ exp2(e), Σ exp2(e) e of every row, e = (s − largest) · slope; rows [b, D], slope [b] → each [b]."""
     grid, share, splits = _grid(rows, columns)
     sums = [slope.new_empty(splits, len(rows)) for _ in range(3)]
@@ -145,13 +145,13 @@ def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: Pairs) -
     return largest, total, (factor * (sums[2] + step * sums[1])).sum(0)
 
 
-def add_negatives(
-    rows: Tensor, columns: Tensor, row_anchors: Anchors, column_anchors: Anchors, pairs: Pairs, result: Tensor
+def add_kernel_gradients(
+    rows: Tensor, columns: Tensor, row_anchors: Anchors, column_anchors: Anchors, pairs: BatchPairs, result: Tensor
 ) -> None:
     """Add Σ_j (p_ij + p'_ji) column_j without the row's own pair to `result` [b, D], float32."""
     (blocks, splits), share, _ = _grid(rows, columns)
     D = rows.shape[1]
-    width = min(WIDTH, triton.next_power_of_2(D))
+    width = min(GRADIENT_WIDTH, triton.next_power_of_2(D))
     out = result.new_empty(splits, *rows.shape)
     anchors = [(LOG2E * part).contiguous() for part in (*row_anchors, *column_anchors)]
     with torch.cuda.device_of(rows):
@@ -173,7 +173,7 @@ def _grid(rows: Tensor, columns: Tensor) -> tuple[tuple[int, int], int, int]:
     return (blocks, splits), share, splits
 
 
-def _operands(rows: Tensor, columns: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _operands(rows: Tensor, columns: Tensor, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features in bf16, and the ids of rows and columns (anything where all columns count)."""
     ids = pairs.ids if pairs.ids is not None else torch.empty(0, dtype=torch.int64, device=rows.device)
     mine = ids[pairs.mine] if pairs.ids is not None else ids

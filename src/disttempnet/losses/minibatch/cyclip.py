@@ -19,11 +19,11 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.objective import (
-    Context,
     Features,
-    Ids,
     LossOutput,
     Objective,
+    ObjectiveContext,
+    SampleIds,
     compute_dtype,
     exact_arithmetic,
     with_gradient,
@@ -42,7 +42,7 @@ class CyClipLoss(Objective):
 
     def __init__(
         self,
-        context: Context,
+        context: ObjectiveContext,
         *,
         temperature: float = 0.07,
         tau_min: float = 0.01,
@@ -60,7 +60,7 @@ class CyClipLoss(Objective):
     def set_epoch(self, epoch: float) -> None:
         self.clip.set_epoch(epoch)
 
-    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
         """This rank's rows [b, D]. Metrics: CLIP's, in_modal and cross_modal without their weights; loss is the sum."""
         clip = self.clip(features, ids)
         with exact_arithmetic(features.image.device):
@@ -85,5 +85,5 @@ class CyClipLoss(Objective):
         by_m = both * (m @ pp) + difference * (p @ mp)
         return with_gradient(value, image, text, by_p + by_m, by_p - by_m), in_modal, cross_modal
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor | None:
+    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor | None:
         return self.clip.temperatures(image, text, ids)

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from disttempnet import distributed
-from disttempnet.losses.contrast.backend import feature_gradients, statistics, use_kernel
-from disttempnet.losses.contrast.pairs import Anchors, Pairs, rounded
+from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients, use_kernel
+from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
 from disttempnet.losses.objective import (
-    Context,
     Features,
-    Ids,
     LossOutput,
     Objective,
+    ObjectiveContext,
+    SampleIds,
     compute_dtype,
     exact_arithmetic,
     tau_metrics,
     with_gradient,
 )
-from disttempnet.losses.sample_state import NEVER, follow
+from disttempnet.losses.sample_state import NEVER, log_moving_average
 from disttempnet.losses.schedule import ConstantGamma
 from disttempnet.losses.temperature.scalar import check_start
 
@@ -53,14 +53,14 @@ class OnlineClrLoss(Objective):
     log_u: Tensor
     rows_not_finite: Tensor
 
-    def __init__(self, context: Context, *, temperature: float = 0.01, gamma: float = 0.5) -> None:
+    def __init__(self, context: ObjectiveContext, *, temperature: float = 0.01, gamma: float = 0.5) -> None:
         super().__init__()
         check_start(temperature)
         self.tau, self.gamma = temperature, ConstantGamma(gamma)
         self.register_buffer("log_u", torch.full((2,), NEVER, dtype=torch.float64))
         self.register_buffer("rows_not_finite", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
         """This rank's rows [b, D]. Metrics: loss, log_u of both states, and mean, min, max, std of τn."""
         ids = self.checked(features, ids)
         kernel = use_kernel(features.image_embedding)
@@ -78,9 +78,9 @@ class OnlineClrLoss(Objective):
 
         # the text side's similarities are the image side's, transposed: both directions have one mean
         taus = x.new_full((1, len(x)), tau)
-        pairs, counts = Pairs.of((x, y), (all_image, all_text), all_ids, kernel)
+        pairs, counts = BatchPairs.of((x, y), (all_image, all_text), all_ids, kernel)
         own = counts[pairs.mine]
-        (negative,), _ = statistics(pairs, torch.zeros_like(own), taus, own, moments=False, keep=False)
+        (negative,), _ = anchor_statistics(pairs, torch.zeros_like(own), taus, own, moments=False, keep=False)
         log_mean, positive = distributed.all_gather(torch.stack([negative.log_mean, (x * y).sum(1)], dim=1)).T
         total_count = counts.sum()
         log_negative = torch.logsumexp(log_mean + counts.log(), 0) - total_count.log()
@@ -89,7 +89,7 @@ class OnlineClrLoss(Objective):
         log_g = torch.stack([log_negative, log_positive])
         log_u = log_g  # in evaluation: the batch's own
         if self.training:
-            log_u = follow(self.log_u.to(dtype), log_g, self.gamma.gamma)
+            log_u = log_moving_average(self.log_u.to(dtype), log_g, self.gamma.gamma)
             usable = log_u < math.inf  # −inf: not seen yet
             self.log_u.copy_(torch.where(usable, log_u, self.log_u))
             self.rows_not_finite += (~usable).sum()
@@ -110,5 +110,5 @@ class OnlineClrLoss(Objective):
         metrics["rows_not_finite"] = self.rows_not_finite.clone()
         return LossOutput(total, metrics)
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor:
+    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor:
         return image.new_full((2, len(image)), self.tau, dtype=compute_dtype(image))

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttempnet import distributed
-from disttempnet.losses.contrast.blocks import blocks
-from disttempnet.losses.own_parameters import with_own_gradient
+from disttempnet.losses.contrast.blocks import block_slices
 from disttempnet.losses.objective import (
-    Context,
     Features,
-    Ids,
     LossOutput,
     Objective,
+    ObjectiveContext,
+    SampleIds,
     compute_dtype,
     exact_arithmetic,
     tau_metrics,
     with_gradient,
 )
+from disttempnet.losses.own_parameters import with_own_gradient
 from disttempnet.losses.temperature.scalar import check_start
 
 
@@ -39,13 +39,13 @@ class SigLipLoss(Objective):
     Equal ids stay negatives of each other, as published: only i = j is a positive.
     """
 
-    def __init__(self, context: Context, *, temperature: float = 0.1, bias: float = -10.0) -> None:
+    def __init__(self, context: ObjectiveContext, *, temperature: float = 0.1, bias: float = -10.0) -> None:
         super().__init__()
         check_start(temperature)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
-    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
         """This rank's rows [b, D]. Metrics: loss, logit_bias, and mean, min, max, std of τ."""
         ids = self.checked(features, ids)
         with exact_arithmetic(features.image.device):
@@ -70,7 +70,7 @@ class SigLipLoss(Objective):
         return LossOutput(total, {"loss": value, "logit_bias": bias.detach().clone(), **tau_metrics(tau)})
 
     @torch.no_grad()
-    def temperatures(self, image: Tensor, text: Tensor, ids: Ids | None = None) -> Tensor:
+    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor:
         return (-self.logit_scale.to(compute_dtype(image))).exp().expand(2, len(image))
 
 
@@ -85,7 +85,7 @@ def _questions(rows: Tensor, columns: Tensor, t: Tensor, bias: Tensor, both: boo
     own = distributed.rank() * len(rows)  # the column of row i's pair is own + i
     row_pull, column_pull = torch.zeros_like(rows), torch.zeros_like(columns if both else rows)
     sums = rows.new_zeros(3)
-    for r, c in blocks(rows, columns):
+    for r, c in block_slices(rows, columns):
         similarity = rows[r] @ columns[c].T
         pair = own + r.start - c.start
         wrong = similarity * t + bias  # −z times the logit: how far the answer is on the wrong side

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.losses.objective import (
-    Context,
     Features,
-    Ids,
     LossOutput,
     Objective,
+    ObjectiveContext,
+    SampleIds,
     compute_dtype,
     exact_arithmetic,
     with_gradient,
@@ -39,7 +39,7 @@ class VicRegLoss(Objective):
     """
 
     def __init__(
-        self, context: Context, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
+        self, context: ObjectiveContext, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
     ) -> None:
         super().__init__()
         if min(invariance, variance, covariance) < 0:
@@ -48,7 +48,7 @@ class VicRegLoss(Objective):
             )
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
-    def forward(self, features: Features, ids: Ids | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
         """This rank's embeddings [b, D]. Metrics: loss, and the three terms without their weights."""
         ids = self.checked(features, ids)
         with exact_arithmetic(features.image.device):

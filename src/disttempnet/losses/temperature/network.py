@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from disttempnet.losses.objective import ObjectiveContext, as_numbers, as_tensor, exact_arithmetic
 from disttempnet.losses.own_parameters import refuse_second_gradient
-from disttempnet.losses.objective import Context, as_numbers, as_tensor, exact_arithmetic
-from disttempnet.losses.temperature.scalar import Batch, Temperature, check_bounds
+from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature, check_bounds
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
 
@@ -50,7 +50,7 @@ class NetworkTemperature(Temperature):
 
     def __init__(
         self,
-        context: Context,
+        context: ObjectiveContext,
         *,
         network: NetworkForm = "icml24",
         prototypes: int = 256,
@@ -98,7 +98,7 @@ class NetworkTemperature(Temperature):
     def changes(self) -> bool:
         return self.tau_start_epoch > 0 or self.tau_lr_decay < 1
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
         """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
         image, text = batch.image, batch.text
         if self.training:
@@ -135,7 +135,7 @@ class NetworkTemperature(Temperature):
         """τ [2, n] without dropout, of features [n, D]."""
         return torch.stack([self.image(self._scaled(image), None), self.text(self._scaled(text), None)])
 
-    def _mask(self, batch: Batch, side: int) -> Tensor | None:
+    def _mask(self, batch: AnchorBatch, side: int) -> Tensor | None:
         """Which units of the local rows stay, bool [b, D]."""
         if not self.training or self.dropout == 0:
             return None
@@ -147,7 +147,7 @@ class NetworkTemperature(Temperature):
             torch.ge(torch.rand(rows.shape, generator=generator, device=rows.device), self.dropout, out=rows)
         return kept[batch.mine]
 
-    def _others(self, batch: Batch) -> Tensor:
+    def _others(self, batch: AnchorBatch) -> Tensor:
         """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
         device = batch.image.device
         seed = (self.seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # a stream apart from the masks'
@@ -155,7 +155,7 @@ class NetworkTemperature(Temperature):
         return torch.randperm(len(batch.all_image), generator=generator, device=device)[batch.mine]
 
     @torch.no_grad()
-    def _start_prototypes(self, batch: Batch) -> None:
+    def _start_prototypes(self, batch: AnchorBatch) -> None:
         """Fill prototypes with the first features seen, of the other modality: they stand for an anchor's negatives.
 
         The first min(M, B) come from the first global batch, the rest from the following ones: M and B are

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from disttempnet import distributed
-from disttempnet.losses.objective import Context, as_numbers, as_tensor
+from disttempnet.losses.objective import ObjectiveContext, as_numbers, as_tensor
 from disttempnet.losses.sample_state import SampleState, mean_over_equal_ids
 
 
-class Batch(NamedTuple):
+class AnchorBatch(NamedTuple):
     """Detached unit features of this rank [b, D] and of all ranks [B, D] in rank order, all ids [B], and the step."""
 
     image: Tensor
@@ -53,7 +53,7 @@ class Temperature(nn.Module):
     learns = True
     tau_lr = 0.0
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
         """τ of this rank's image and text anchors, each [b]; differentiable in the parameters."""
         raise NotImplementedError
 
@@ -109,12 +109,12 @@ class ConstantTemperature(Temperature):
     kind = "constant"
     learns = False
 
-    def __init__(self, context: Context, *, temperature: float = 0.05) -> None:
+    def __init__(self, context: ObjectiveContext, *, temperature: float = 0.05) -> None:
         super().__init__()
         check_start(temperature)
         self.tau = temperature
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
         tau = batch.image.new_full((len(batch.image),), self.tau)
         return tau, tau
 
@@ -138,7 +138,7 @@ class LearnableTemperature(Temperature):
 
     def __init__(
         self,
-        context: Context,
+        context: ObjectiveContext,
         *,
         temperature: float = 0.07,
         tau_min: float = 0.01,
@@ -156,7 +156,7 @@ class LearnableTemperature(Temperature):
         self.tau_lr, self.tau_threshold = tau_lr, tau_threshold
         self.slowed = temperature < tau_threshold
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
         if self.training:
             with torch.no_grad():
                 self.logit_scale.clamp_(*self.bounds)
@@ -217,7 +217,7 @@ class PerSampleTemperature(Temperature):
 
     def __init__(
         self,
-        context: Context,
+        context: ObjectiveContext,
         *,
         temperature: float = 0.03,
         tau_min: float = 0.01,
@@ -241,7 +241,7 @@ class PerSampleTemperature(Temperature):
         self.state = SampleState(context.num_samples, columns, context.shard_state)
         self._rows: Tensor | None = None  # the table's rows of the batch under way: one all-reduce a step
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
         if not self.training:
             image, text = self._typical().to(batch.image.dtype).expand(2, len(batch.image))
             return image, text
