@@ -151,7 +151,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "temperature": [
         {"measure"},
         {"table"},
-        {"census"},
+        {"statistics"},
         {"analysis"},
         {"plots"},
         {"page"},

@@ -14,7 +14,7 @@ import torch
 
 from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, load_config
-from disttempnet.evaluation.encoder import Encoder
+from disttempnet.evaluation.encoder import FeatureEncoder
 from disttempnet.evaluation.results.summary import read_subject
 from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import Task, find_task
@@ -193,10 +193,10 @@ def test_sigusr1_ends_with_138_and_the_same_command_goes_on(here: Path, capsys: 
     write_wds(here / "root", "sun397", labelled(CIFAR, ("red", "green")), classes=("red", "green"), templates=["{c}"])
     (here / "root" / "sizes.toml").write_text("cifar10 = 20\nsun397 = 2\n")
     arguments = ["evaluate", MODEL, "--data-root", "root", "--out", "out", "--workers", "1", "--batch", "1"]
-    before, encode, seen = signal.getsignal(signal.SIGUSR1), Encoder.images, []
+    before, encode, seen = signal.getsignal(signal.SIGUSR1), FeatureEncoder.images, []
     others = set(multiprocessing.active_children())  # ranks of other tests
 
-    def told(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+    def told(self: FeatureEncoder, pixels: torch.Tensor) -> torch.Tensor:
         seen.append(len(pixels))
         if len(seen) == 3:
             (worker,) = set(multiprocessing.active_children()) - others
@@ -206,7 +206,7 @@ def test_sigusr1_ends_with_138_and_the_same_command_goes_on(here: Path, capsys: 
             assert worker.is_alive()
         return encode(self, pixels)
 
-    with mock.patch.object(Encoder, "images", told):
+    with mock.patch.object(FeatureEncoder, "images", told):
         assert main(arguments) == 138
     assert seen == [1, 1, 1], "it ends after the batch"
     shown = capsys.readouterr()

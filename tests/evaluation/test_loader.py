@@ -15,7 +15,7 @@ from disttempnet.data.augment import eval_transform
 from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.errors import UserError
 from disttempnet.evaluation.encoder import checkpoint_hash
-from disttempnet.evaluation.tasks import Sample
+from disttempnet.evaluation.tasks import EvaluationSample
 from disttempnet.io.files import UnfitFile
 from disttempnet.models import Resizing, load_model, save_model
 from disttempnet.models.towers import open_clip
@@ -64,6 +64,6 @@ def test_an_image_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "pipe.jpg")
     for size in (-1, 0):
         with pytest.raises(UnfitFile, match="not a regular file"):
-            Sample("pipe", tmp_path / "pipe.jpg", 0, size, (), "").image()
+            EvaluationSample("pipe", tmp_path / "pipe.jpg", 0, size, (), "").image()
     with pytest.raises(UnreadableImage, match="over 536,870,912 bytes"):
-        Sample("large", tmp_path / "large.jpg", 0, MAX_BYTES + 1, (), "").image()
+        EvaluationSample("large", tmp_path / "large.jpg", 0, MAX_BYTES + 1, (), "").image()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disttempnet.evaluation.metrics import Prediction, predict
-from disttempnet.evaluation.protocols import PROTOCOLS, Features, Measured, classifier, cue_prompt
+from disttempnet.evaluation.protocols import PROTOCOLS, Measured, TaskFeatures, classifier, cue_prompt
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Puzzle
 
@@ -233,7 +233,7 @@ def test_recall_with_ragged_captions(case) -> None:
     both = expected["image_retrieval_recall@1"], expected["text_retrieval_recall@1"]
     expected["mean_recall@1"] = mean(both)
     of = torch.tensor(owners)
-    features = Features(
+    features = TaskFeatures(
         torch.tensor(images, dtype=torch.float32),
         torch.tensor(captions, dtype=torch.float32),
         of,
@@ -263,7 +263,9 @@ def test_winogavil_by_sets(data) -> None:
     expected["jaccard_score_10-12"] = mean(values[10] + values[12])
     expected["avg_jaccard_score"] = mean(value for of in values.values() for value in of)
     none = torch.zeros(0, dtype=torch.int64)
-    features = Features(torch.tensor(pool, dtype=torch.float32), torch.tensor(cues, dtype=torch.float32), none, none)
+    features = TaskFeatures(
+        torch.tensor(pool, dtype=torch.float32), torch.tensor(cues, dtype=torch.float32), none, none
+    )
     assert same(scores_of("winogavil", Measured(features=features, puzzles=tuple(puzzles))), expected)
 
 
@@ -309,6 +311,6 @@ def test_the_order_of_captions_changes_nothing(data, n, extra) -> None:
     order = torch.tensor(data.draw(st.permutations(range(n + extra))))
     found = []
     for pick in (torch.arange(n + extra), order):
-        features = Features(images, texts[pick], owners[pick], torch.arange(n + extra))
+        features = TaskFeatures(images, texts[pick], owners[pick], torch.arange(n + extra))
         found.append(scores_of("caption_retrieval", Measured(features=features)))
     assert same(*found)

@@ -13,7 +13,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate, runner
 from disttempnet.evaluation import tasks as readers
 from disttempnet.evaluation.datasets.open import load_task
-from disttempnet.evaluation.protocols import Features, Measured, classifier, prompts, retrieval
+from disttempnet.evaluation.protocols import Measured, TaskFeatures, classifier, prompts, retrieval
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Task, TaskData, all_tasks, find_task, read_samples
 from tests.evaluation.toy import COLOURS, METRICS, colour_towers, evaluate_toy, toy_task, unit_rows, write_shard
@@ -243,7 +243,7 @@ def test_retrieval_equals_a_loop_on_ragged_captions() -> None:
     relevant[torch.arange(30), torch.arange(30) % 20] = True
     image_of, text_of = relevant.nonzero().T
     scores = Scores()
-    retrieval(Measured(features=Features(images, texts, image_of, text_of)), scores)
+    retrieval(Measured(features=TaskFeatures(images, texts, image_of, text_of)), scores)
     scored = images @ texts.T
     for way, similarity, right in (("image_to_text", scored, relevant), ("text_to_image", scored.T, relevant.T)):
         for k in (1, 5, 10):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from disttempnet.errors import Preempted, UserError, UserNotice
-from disttempnet.evaluation.class_features import ClassTexts
-from disttempnet.evaluation.encoder import Encoder, checkpoint_hash, make_encoder
-from disttempnet.evaluation.loader import Batch, Decoder, Request
+from disttempnet.evaluation.class_features import ClassFeatures
+from disttempnet.evaluation.encoder import FeatureEncoder, checkpoint_hash, make_encoder
+from disttempnet.evaluation.loader import Decoder, DecodeRequest, ImageBatch
 from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import Head, find_task
@@ -205,14 +205,14 @@ def test_one_that_fails_ends_nothing(tmp_path: Path) -> None:
 def test_towers_that_fail_on_one_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, DTD)
     write(tmp_path, FLOWERS, ROWS[:3])
-    encode = Encoder.images
+    encode = FeatureEncoder.images
 
-    def out_of_memory(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+    def out_of_memory(self: FeatureEncoder, pixels: torch.Tensor) -> torch.Tensor:
         if len(pixels) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(self, pixels)
 
-    with mock.patch.object(Encoder, "images", out_of_memory):
+    with mock.patch.object(FeatureEncoder, "images", out_of_memory):
         records = run(tmp_path, DTD, FLOWERS)
     assert records[DTD].error == "OutOfMemoryError: CUDA out of memory"
     assert records[FLOWERS].samples == 3
@@ -228,7 +228,7 @@ def test_the_reason_why_nothing_can_be_read(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite(tmp_path: Path) -> None:
     write(tmp_path, DTD)
-    with mock.patch.object(Encoder, "images", lambda self, pixels: torch.full((len(pixels), 3), torch.nan)):
+    with mock.patch.object(FeatureEncoder, "images", lambda self, pixels: torch.full((len(pixels), 3), torch.nan)):
         assert "not finite" in run(tmp_path, DTD)[DTD].error
 
 
@@ -241,8 +241,10 @@ def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
         file.write('{"key": "vtab/fl')  # a kill
     (tmp_path / "sizes.toml").write_text('"vtab/dtd" = 6\n"vtab/flowers" = 3\n')
     seen = []
-    encode = Encoder.images
-    with mock.patch.object(Encoder, "images", lambda self, pixels: (seen.append(len(pixels)), encode(self, pixels))[1]):
+    encode = FeatureEncoder.images
+    with mock.patch.object(
+        FeatureEncoder, "images", lambda self, pixels: (seen.append(len(pixels)), encode(self, pixels))[1]
+    ):
         again = run(tmp_path, DTD, FLOWERS)
     assert seen == [3], "the complete task is not run again, the incomplete one is"
     assert again[DTD] == read_records(tmp_path / "out" / RESULTS_FILE)[DTD]
@@ -258,12 +260,14 @@ def run_and_be_told_to_stop(root: Path, told: int) -> tuple[list[str], int]:
     """
     from disttempnet import distributed
 
-    results, seen, encode = root / "out" / RESULTS_FILE, [], Encoder.images
+    results, seen, encode = root / "out" / RESULTS_FILE, [], FeatureEncoder.images
     with pytest.raises(Preempted):
         run(root, *THREE, batch=2, stopped=lambda: distributed.rank() == told and len(read_records(results)) == 1)
     finished = list(read_records(results))
     distributed.barrier()
-    with mock.patch.object(Encoder, "images", lambda self, pixels: (seen.append(len(pixels)), encode(self, pixels))[1]):
+    with mock.patch.object(
+        FeatureEncoder, "images", lambda self, pixels: (seen.append(len(pixels)), encode(self, pixels))[1]
+    ):
         assert all(record.counts for record in run(root, *THREE, batch=2).values())
     return finished, len(seen)
 
@@ -305,7 +309,7 @@ def test_a_decoding_worker_that_dies_costs_nothing(workers: int, tmp_path: Path)
     expected = run(tmp_path, DTD, FLOWERS, batch=2)
     decode = Decoder.__getitem__
 
-    def dies(self: Decoder, request: Request) -> Batch:
+    def dies(self: Decoder, request: DecodeRequest) -> ImageBatch:
         if multiprocessing.parent_process() is not None and request.start >= 2:
             os._exit(9)
         return decode(self, request)
@@ -321,14 +325,14 @@ def run_with_a_rank_that_fails(root: Path) -> list[tuple[str, bool]]:
     """Rank 1 cannot read its part of dtd; every rank calls this."""
     from disttempnet import distributed
 
-    encode = Encoder.images
+    encode = FeatureEncoder.images
 
-    def broken(self: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+    def broken(self: FeatureEncoder, pixels: torch.Tensor) -> torch.Tensor:
         if distributed.rank() == 1 and len(pixels) == 2:
             raise UserError("the disk is gone")
         return encode(self, pixels)
 
-    with mock.patch.object(Encoder, "images", broken):
+    with mock.patch.object(FeatureEncoder, "images", broken):
         records = run(root, DTD, FLOWERS, batch=2)
     return [(records[key].error, records[key].complete) for key in (DTD, FLOWERS)]
 
@@ -365,8 +369,8 @@ def test_ranks_that_see_different_data_do_not_wait_for_each_other(tmp_path: Path
 
 
 def test_class_texts_are_embedded_once(tmp_path: Path) -> None:
-    encoder = Encoder(meaning_towers(), torch.device("cpu"), batch=3)
-    texts = ClassTexts(tmp_path / "text")
+    encoder = FeatureEncoder(meaning_towers(), torch.device("cpu"), batch=3)
+    texts = ClassFeatures(tmp_path / "text")
     few = texts.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder)
     assert texts.embedded == 4
     assert torch.equal(few[0], few[2]), "classes of one name are one"
@@ -374,21 +378,21 @@ def test_class_texts_are_embedded_once(tmp_path: Path) -> None:
     assert texts.embedded == 6
     texts.features(Head(("green",), ("{c}",)), encoder)
     assert texts.embedded == 7, "other templates are another class"
-    kept = ClassTexts(tmp_path / "text")
+    kept = ClassFeatures(tmp_path / "text")
     assert torch.equal(kept.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder), few)
     assert kept.embedded == 0
     assert len(list((tmp_path / "text").iterdir())) == 2
     for path in (tmp_path / "text").iterdir():
         path.write_bytes(path.read_bytes()[:50])
-    damaged = ClassTexts(tmp_path / "text")
+    damaged = ClassFeatures(tmp_path / "text")
     assert torch.equal(damaged.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder), few)
     assert damaged.embedded == 4
 
 
 def test_class_texts_go_on_without_a_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("in the way")
-    texts = ClassTexts(tmp_path / "text")
-    texts.features(Head(("red",), ("{c}",)), Encoder(meaning_towers(), torch.device("cpu")))
+    texts = ClassFeatures(tmp_path / "text")
+    texts.features(Head(("red",), ("{c}",)), FeatureEncoder(meaning_towers(), torch.device("cpu")))
     assert "text features are not kept" in capsys.readouterr().err
 
 

@@ -26,9 +26,9 @@ from disttempnet.report import items
 from disttempnet.report.binning import average_ranks, binned, evenly_spread, spearman
 from disttempnet.report.runs import examples
 from disttempnet.temperature import analysis, measure
-from disttempnet.temperature.census import Census
-from disttempnet.temperature.command import Source, write_temperatures
-from disttempnet.temperature.table import COLUMNS, NUMBERS, open_table
+from disttempnet.temperature.command import TemperatureSource, write_temperatures
+from disttempnet.temperature.statistics import TemperatureStatistics
+from disttempnet.temperature.table import NUMBERS, TABLE_COLUMNS, open_table
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import train
@@ -73,7 +73,7 @@ def measured(network: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[l
     folder = tmp_path_factory.mktemp("out")
     out, page = folder / "tau.csv", folder / "new" / "page.html"
     options = {"columns": ["label", "subgroup", "tags"], "gallery": page, "frequency_by": "subgroup", "batch": 20}
-    assert write_temperatures(str(network), Source(), out, **options) == SAMPLES
+    assert write_temperatures(str(network), TemperatureSource(), out, **options) == SAMPLES
     assert [path.name for path in folder.iterdir() if path.is_file()] == ["tau.csv"]
     return rows_of(out), Page(page.read_text(encoding="utf-8"))
 
@@ -82,7 +82,7 @@ def test_a_row_a_training_sample(measured: tuple[list[Row], Page], network: Path
     rows, _ = measured
     index = open_index("embedded:emoji/train", progress=False)
     ids = index.usable[:SAMPLES].tolist()
-    assert list(rows[0]) == [*COLUMNS, "label", "subgroup", "tags"]
+    assert list(rows[0]) == [*TABLE_COLUMNS, "label", "subgroup", "tags"]
     assert [int(row["id"]) for row in rows] == ids
     facts = [index.metadata(i) for i in ids]
     assert [row["key"] for row in rows] == [f"00000.tar:{fact['key']}" for fact in facts]
@@ -170,7 +170,7 @@ def test_a_folder_of_images(network: Path, tmp_path: Path, capsys: pytest.Captur
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (folder / "notes.txt").write_text("no image either")
     out, page = tmp_path / "tau.csv", tmp_path / "page.html"
-    assert write_temperatures(str(network), Source(images=str(folder)), out, gallery=page) == 2
+    assert write_temperatures(str(network), TemperatureSource(images=str(folder)), out, gallery=page) == 2
     assert "left out 2 unreadable images: broken.jpg, gone.jpg" in capsys.readouterr().err
     table = rows_of(out)
     assert [row["key"] for row in table] == ["b.png", "deep/a.JPG"]
@@ -185,7 +185,10 @@ def test_a_folder_of_images(network: Path, tmp_path: Path, capsys: pytest.Captur
 def test_a_file_of_captions(network: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text("a red apple\n\n  two dogs \na red apple\n", encoding="utf-8")
     out, page = tmp_path / "tau.csv", tmp_path / "page.html"
-    assert write_temperatures(str(network), Source(captions=str(tmp_path / "captions.txt")), out, gallery=page) == 3
+    assert (
+        write_temperatures(str(network), TemperatureSource(captions=str(tmp_path / "captions.txt")), out, gallery=page)
+        == 3
+    )
     table = rows_of(out)
     assert [(row["key"], row["caption"]) for row in table] == [
         ("1", "a red apple"),
@@ -205,7 +208,7 @@ def test_a_file_of_captions(network: Path, tmp_path: Path) -> None:
 
 def test_a_temperature_a_sample_is_read_by_id(per_sample: Path, tmp_path: Path) -> None:
     out = tmp_path / "tau.csv"
-    write_temperatures(str(per_sample), Source(), out)
+    write_temperatures(str(per_sample), TemperatureSource(), out)
     table = rows_of(out)
     shard = torch.load(list_checkpoints(per_sample)[-1] / "shard-00000-of-00001.pt", weights_only=True)["state"]
     tau = shard["temperature.state.tau"][:, [int(row["id"]) for row in table]]
@@ -221,7 +224,7 @@ def test_what_tau_goes_with_is_told(network: Path, tmp_path: Path, capsys: pytes
         return (values[:, None] > values).sum(1) + 0.5 * (values[:, None] == values).sum(1)
 
     write_temperatures(
-        str(network), Source(), tmp_path / "tau.csv", columns=["subgroup"], gallery=tmp_path / "page.html",
+        str(network), TemperatureSource(), tmp_path / "tau.csv", columns=["subgroup"], gallery=tmp_path / "page.html",
         frequency_by="subgroup",
     )  # fmt: skip
     rows = rows_of(tmp_path / "tau.csv")
@@ -235,7 +238,7 @@ def test_what_tau_goes_with_is_told(network: Path, tmp_path: Path, capsys: pytes
 
 def test_one_temperature_for_all_is_said(tmp_path: Path) -> None:
     run = trained(tmp_path, "name=one", 'loss={name="sogclr", temperature=0.06}', "train.stop_after_steps=1")
-    write_temperatures(str(run), Source(), tmp_path / "tau.csv", gallery=tmp_path / "page.html")
+    write_temperatures(str(run), TemperatureSource(), tmp_path / "tau.csv", gallery=tmp_path / "page.html")
     assert {row["tau_image"] for row in rows_of(tmp_path / "tau.csv")} == {"0.06"}
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.ids == ["distribution"]
@@ -245,7 +248,7 @@ def test_one_temperature_for_all_is_said(tmp_path: Path) -> None:
 def test_a_network_without_prototypes_says_so(tmp_path: Path) -> None:
     learns = 'loss={name="disttempnet-v1", tau_start_epoch=0, tau_lr=0.1}'
     run = trained(tmp_path, "name=mlp", learns, "train.stop_after_steps=2")
-    write_temperatures(str(run), Source(), tmp_path / "tau.csv", gallery=tmp_path / "page.html")
+    write_temperatures(str(run), TemperatureSource(), tmp_path / "tau.csv", gallery=tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "clusters" in page.ids
     assert "parameters" in page.ids
@@ -293,9 +296,12 @@ def test_what_a_user_can_fix_is_one_line(
     assert sorted(tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
 
 
-@pytest.mark.parametrize("source", [Source(images="x"), Source(captions="x"), Source(shards="embedded:emoji/val")])
+@pytest.mark.parametrize(
+    "source",
+    [TemperatureSource(images="x"), TemperatureSource(captions="x"), TemperatureSource(shards="embedded:emoji/val")],
+)
 def test_only_training_samples_have_a_temperature_of_their_own(
-    source: Source, per_sample: Path, tmp_path: Path
+    source: TemperatureSource, per_sample: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="objective isogclr has temperatures of its training samples only"):
@@ -319,7 +325,7 @@ def test_other_training_data_is_refused(network: Path) -> None:
 def test_parquet_without_pyarrow(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'disttempnet\[parquet\]'"):
-        write_temperatures(str(network), Source(), tmp_path / "tau.parquet")
+        write_temperatures(str(network), TemperatureSource(), tmp_path / "tau.parquet")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
@@ -327,7 +333,7 @@ def test_parquet_holds_what_csv_holds(network: Path, measured: tuple[list[Row], 
     from pyarrow import parquet
 
     out = tmp_path / "tau.parquet"
-    write_temperatures(str(network), Source(), out, columns=["label", "subgroup", "tags"], batch=20)
+    write_temperatures(str(network), TemperatureSource(), out, columns=["label", "subgroup", "tags"], batch=20)
     table = parquet.read_table(out).to_pylist()
     buffer = io.StringIO()
     for one, row in zip(table, measured[0], strict=True):
@@ -339,7 +345,7 @@ def test_parquet_holds_what_csv_holds(network: Path, measured: tuple[list[Row], 
 
 def measured_here(run_folder: str) -> list[np.ndarray]:
     run = load_run(run_folder)
-    chunks = measure.measure(run, items.training_pairs(run), device=torch.device("cpu"), batch=20)
+    chunks = measure.measure_temperatures(run, items.training_pairs(run), device=torch.device("cpu"), batch=20)
     return [np.concatenate([chunk.tau, chunk.log_u]) for chunk in chunks]
 
 
@@ -397,8 +403,8 @@ def test_clusters_and_axes_of_made_up_features() -> None:
     assert explained == pytest.approx(tuple(shares[:2].tolist()), rel=1e-4)
 
 
-def census_of(rows: list[tuple[str, dict[str, object], float]]) -> Census:
-    """A census of (caption, facts, τ) with features of no meaning."""
+def statistics_of(rows: list[tuple[str, dict[str, object], float]]) -> TemperatureStatistics:
+    """Statistics of (caption, facts, τ) with features of no meaning."""
 
     class Made(items.Items):
         def __len__(self) -> int:
@@ -406,17 +412,17 @@ def census_of(rows: list[tuple[str, dict[str, object], float]]) -> Census:
 
     made = [items.Item(str(i), Path(), 0, 0, (text,), "", facts=facts) for i, (text, facts, _) in enumerate(rows)]
     tau = np.array([tau for _, _, tau in rows], dtype=np.float32)
-    census = Census(Made(), "group")
+    statistics = TemperatureStatistics(Made(), "group")
     for part in (slice(0, 2), slice(2, None)):  # two chunks
         positions, chosen = np.arange(len(rows))[part], made[part]
         two = np.stack([tau, -tau])[:, part]
         features = dict.fromkeys(("image", "text"), torch.ones(len(chosen), 2))
-        census.add(measure.Chunk(positions, chosen, two, two, features, [], len(chosen)))
-    return census
+        statistics.add(measure.TemperatureChunk(positions, chosen, two, two, features, [], len(chosen)))
+    return statistics
 
 
 def test_frequency_ambiguity_and_extremes_by_hand() -> None:
-    census = census_of(
+    statistics = statistics_of(
         [
             ("bank", {"label": "river", "group": "a"}, 0.1),
             ("bank", {"label": "money", "group": "b"}, 0.2),
@@ -425,11 +431,11 @@ def test_frequency_ambiguity_and_extremes_by_hand() -> None:
             ("tree", {}, 0.5),
         ]
     )
-    np.testing.assert_array_equal(census.frequency(), [1, 3, 3, 3, np.nan])
-    np.testing.assert_array_equal(census.ambiguity()[0], [2, 2, 2, 1, np.nan])
-    assert census.extremes("image", 3) == {"lowest": [0, 1, 2], "highest": [4, 3, 2]}
-    assert census.extremes("text", 3) == {"lowest": [4, 2], "highest": [0, 3]}, "a caption once"
-    given = census_of([("a", {"ambiguity": 3}, 0.1), ("b", {"ambiguity": 1.5}, 0.2), ("c", {}, 0.3)])
+    np.testing.assert_array_equal(statistics.frequency(), [1, 3, 3, 3, np.nan])
+    np.testing.assert_array_equal(statistics.ambiguity()[0], [2, 2, 2, 1, np.nan])
+    assert statistics.extremes("image", 3) == {"lowest": [0, 1, 2], "highest": [4, 3, 2]}
+    assert statistics.extremes("text", 3) == {"lowest": [4, 2], "highest": [0, 3]}, "a caption once"
+    given = statistics_of([("a", {"ambiguity": 3}, 0.1), ("b", {"ambiguity": 1.5}, 0.2), ("c", {}, 0.3)])
     values, meaning = given.ambiguity()
     np.testing.assert_array_equal(values, [3, 1.5, np.nan])
     assert "gives" in meaning

@@ -16,7 +16,7 @@ import torch
 from disttempnet.config import CONFIG_FOLDER, Config, SourceConfig, load_config
 from disttempnet.data import open_source
 from disttempnet.errors import UserError
-from disttempnet.temperature.command import Source, write_temperatures
+from disttempnet.temperature.command import TemperatureSource, write_temperatures
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.run_info import data_facts
 from disttempnet.training.trainer import train
@@ -139,7 +139,7 @@ def test_two_processes_with_loader_workers_train_the_same_curve(cc3m: Path, stra
 
 def test_temperatures_of_its_rows_and_of_a_folder(cc3m: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "tau.csv"
-    assert write_temperatures(str(straight), Source(), out, columns=("image_id",)) == PAIRS - 4
+    assert write_temperatures(str(straight), TemperatureSource(), out, columns=("image_id",)) == PAIRS - 4
     with out.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     left = [n for n in range(PAIRS) if n not in (3, 7, 20, 33)]
@@ -153,7 +153,7 @@ def test_temperatures_of_its_rows_and_of_a_folder(cc3m: Path, straight: Path, tm
         image = cc3m / "cc3m" / f"cc3m_train/{n:09d}.jpg"
         (pairs / f"{n}.jpg").write_bytes(image.read_bytes())
         (pairs / f"{n}.txt").write_text(f"caption {n}")
-    assert write_temperatures(str(straight), Source(shards=str(pairs)), tmp_path / "pairs.csv") == 2
+    assert write_temperatures(str(straight), TemperatureSource(shards=str(pairs)), tmp_path / "pairs.csv") == 2
     with (tmp_path / "pairs.csv").open(newline="", encoding="utf-8") as file:
         assert [(row["id"], row["key"]) for row in csv.DictReader(file)] == [("", "pairs:0.jpg"), ("", "pairs:1.jpg")]
 

@@ -114,13 +114,13 @@ def _words(given: Sequence[str]) -> list[str]:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from disttempnet.evaluation.tasks import VALIDATION, all_tasks, choose_tasks
+    from disttempnet.evaluation.tasks import VALIDATION_TASK, all_tasks, choose_tasks
 
     root = Path(options.data_root) if options.data_root else None
     if root is not None and not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
     words = _words(options.tasks)
-    chosen = choose_tasks([word for word in words if word != VALIDATION], _words(options.tags))
+    chosen = choose_tasks([word for word in words if word != VALIDATION_TASK], _words(options.tags))
     if options.list:
         return _list(chosen or [task for task in all_tasks().values() if task.below_root], root)
     if options.target is None:
@@ -129,9 +129,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         for flag in ("precision", "compat", "workers"):
             if getattr(options, flag):
                 raise UserError(f"--{flag} goes with --data-root")
-        return _without_root(options, [task.name for task in chosen], VALIDATION in words)
-    if VALIDATION in words:
-        raise UserError(f"task '{VALIDATION}' is of a run's own data: evaluate it without --data-root")
+        return _without_root(options, [task.name for task in chosen], VALIDATION_TASK in words)
+    if VALIDATION_TASK in words:
+        raise UserError(f"task '{VALIDATION_TASK}' is of a run's own data: evaluate it without --data-root")
     return _with_root(options, chosen or [task for task in all_tasks().values() if task.below_root], root)
 
 
@@ -149,7 +149,7 @@ def _without_root(options: argparse.Namespace, chosen: list[str], validation: bo
     from disttempnet.evaluation.results.summary import Subject
     from disttempnet.evaluation.results.tables import results_table
     from disttempnet.evaluation.runner import evaluate
-    from disttempnet.evaluation.tasks import VALIDATION, TaskData, all_tasks, find_task
+    from disttempnet.evaluation.tasks import VALIDATION_TASK, TaskData, all_tasks, find_task
     from disttempnet.evaluation.validation import validation_data
     from disttempnet.io.files import refuse_unwritable
 
@@ -165,13 +165,13 @@ def _without_root(options: argparse.Namespace, chosen: list[str], validation: bo
             names, validation = list(config.eval.tasks), bool(config.data.validation)
         out = out or default_place(opened.folder, config.name, opened.name, subject)
     elif validation:
-        find_task(VALIDATION)  # says that there is none
+        find_task(VALIDATION_TASK)  # says that there is none
     if out is not None:
         refuse_other(out, subject)
     with distributed.session() as device:
         held_out = validation_data(config.data) if config is not None and validation else None
         if validation and held_out is None:
-            find_task(VALIDATION)
+            find_task(VALIDATION_TASK)
         ship = [name for name, task in all_tasks().items() if not task.below_root]
         tasks: list[str | TaskData] = [*(names or ([] if held_out else ship)), *([held_out] if held_out else [])]
         opened.towers.module.to(device)
@@ -253,7 +253,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
     """Tasks below a data root: a folder of results."""
     from disttempnet import distributed
     from disttempnet.data.builtin.cache import cache_folder
-    from disttempnet.evaluation.class_features import ClassTexts
+    from disttempnet.evaluation.class_features import ClassFeatures
     from disttempnet.evaluation.datasets.open import is_there
     from disttempnet.evaluation.encoder import make_encoder
     from disttempnet.evaluation.results.averages import counted_tags
@@ -284,7 +284,7 @@ def _with_root(options: argparse.Namespace, tasks: Sequence[Task], root: Path) -
         opened.towers.module.to(device)
         dtype = make_encoder(opened.towers, device, precision, False, 1).text_dtype
         kept = f"{subject.checkpoint}-{str(dtype or 'torch.float32').removeprefix('torch.')}"
-        texts = ClassTexts(cache_folder() / "text" / kept)
+        texts = ClassFeatures(cache_folder() / "text" / kept)
         workers = _workers(device) if options.workers is None else options.workers
         stop = StopSignal({signal.SIGUSR1: Preempted.code})
         suite = Suite(root, out, precision, options.compat, options.batch, workers, texts, lambda: stop.code)

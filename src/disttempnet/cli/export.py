@@ -39,11 +39,11 @@ def add_export_command(commands: Any) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from disttempnet.evaluation.results.averages import counted_tags
-    from disttempnet.evaluation.results.export import clip_benchmark_files, left_out, openclip_csv, read_evaluated
+    from disttempnet.evaluation.results.export import clip_benchmark_files, left_out, openclip_csv, read_model_results
     from disttempnet.evaluation.tasks import all_tasks
     from disttempnet.io.files import refuse_unwritable, write_output
 
-    every = [read_evaluated(Path(folder)) for folder in options.results]
+    every = [read_model_results(Path(folder)) for folder in options.results]
     out = Path(options.out)
     if options.to == "openclip-csv":
         titles = {key: task.display for key, task in all_tasks().items()}

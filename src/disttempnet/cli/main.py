@@ -380,7 +380,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _temperature(options: argparse.Namespace) -> int:
     from disttempnet.distributed.launcher import launched
-    from disttempnet.temperature.command import Source, write_temperatures
+    from disttempnet.temperature.command import TemperatureSource, write_temperatures
 
     out = Path(options.out or Path(options.target, "temperatures.csv"))
     gallery = Path(options.gallery) if options.gallery else None
@@ -388,7 +388,7 @@ def _temperature(options: argparse.Namespace) -> int:
         raise UserError(f"--gallery {gallery}: the page is an .html file")
     rows = write_temperatures(
         options.target,
-        Source(options.shards or "", options.images or "", options.captions or ""),
+        TemperatureSource(options.shards or "", options.images or "", options.captions or ""),
         out,
         columns=options.columns,
         gallery=gallery,

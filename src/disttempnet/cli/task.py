@@ -29,7 +29,7 @@ examples:
   disttempnet data task imagenet1k folder:/imagenet/val --out /data/datacomp
   disttempnet evaluate --list                              the names of the tasks
 """
-NAMED = 10  # of what is left out
+LEFT_OUT_SHOWN = 10  # of what is left out
 
 
 def add_task_command(parts: Any) -> None:
@@ -65,9 +65,9 @@ def _task(options: argparse.Namespace) -> int:
         done = convert(task, options.source, root, options.samples_per_shard)
     tars = f"{done.shards:,} tar{'s' if done.shards != 1 else ''}"
     say(f"{done.folder.resolve()}: {tars}, {done.samples:,} images, {decimal(done.size)}")
-    for name in done.left_out[:NAMED]:
+    for name in done.left_out[:LEFT_OUT_SHOWN]:
         say(f"left out: {name}")
-    if len(done.left_out) > NAMED:
-        say(f"and {len(done.left_out) - NAMED:,} more")
+    if len(done.left_out) > LEFT_OUT_SHOWN:
+        say(f"and {len(done.left_out) - LEFT_OUT_SHOWN:,} more")
     say(f"evaluate on it: disttempnet evaluate MODEL --data-root {root.resolve()} --tasks {task.name}")
     return int(bool(done.left_out))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
-from disttempnet.evaluation.encoder import Encoder, Progress
+from disttempnet.evaluation.encoder import FeatureEncoder, ProgressCallback
 from disttempnet.evaluation.protocols import classifier, prompts
 from disttempnet.evaluation.tasks import Head
 from disttempnet.io.files import atomic
@@ -27,7 +27,7 @@ from disttempnet.terminal import say
 PROMPTS_AT_ONCE = 8192  # bounds the memory that prompts take before they are averaged
 
 
-class ClassTexts:
+class ClassFeatures:
     """Features of classes by templates and name.
 
     Args:
@@ -39,7 +39,7 @@ class ClassTexts:
         self.embedded = 0  # prompts that were run through the tower
         self._known: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
-    def features(self, head: Head, encoder: Encoder, progress: Progress | None = None) -> Tensor:
+    def features(self, head: Head, encoder: FeatureEncoder, progress: ProgressCallback | None = None) -> Tensor:
         """A classifier, unit rows [C, D] on the encoder's device; every rank calls this and gets the same."""
         if head.templates not in self._known:  # one rank's files decide: others may see them later
             read = self._read(head.templates) if distributed.is_main() else {}
@@ -56,7 +56,7 @@ class ClassTexts:
         return torch.stack([known[name] for name in head.names]).to(encoder.device)
 
     def _embed(
-        self, names: Sequence[str], templates: Sequence[str], encoder: Encoder, progress: Progress | None
+        self, names: Sequence[str], templates: Sequence[str], encoder: FeatureEncoder, progress: ProgressCallback | None
     ) -> Tensor:
         texts = prompts(names, templates)
         self.embedded += len(texts)

@@ -19,12 +19,12 @@ from disttempnet import distributed
 from disttempnet.models import Towers, encode_images, encode_texts
 from disttempnet.models.text import trimming
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 PRECISIONS = ("fp32", "bf16", "datacomp")
 
 
 @dataclass(frozen=True)
-class Encoder:
+class FeatureEncoder:
     """Towers on a device.
 
     Attributes:
@@ -48,7 +48,7 @@ class Encoder:
         with self._autocast(self.image_dtype):
             return encode_images(self.towers, pixels.to(self.device, non_blocking=True)).float()
 
-    def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
+    def texts(self, texts: Sequence[str], progress: ProgressCallback | None = None) -> Tensor:
         """Texts → this rank's rows of a table of unit float32 features [t, D]; `distributed.all_sum` gives all."""
         table = torch.zeros(len(texts), self.width, device=self.device)
         if not texts:
@@ -74,7 +74,7 @@ class Encoder:
             yield
 
 
-def make_encoder(towers: Towers, device: torch.device, precision: str, matching: bool, batch: int) -> Encoder:
+def make_encoder(towers: Towers, device: torch.device, precision: str, matching: bool, batch: int) -> FeatureEncoder:
     """An encoder of one of `PRECISIONS`.
 
     Args:
@@ -88,7 +88,7 @@ def make_encoder(towers: Towers, device: torch.device, precision: str, matching:
         "bf16": (torch.bfloat16, torch.bfloat16),
         "datacomp": (half if matching else None, half),
     }[precision]
-    return Encoder(towers, device, batch, image, text)
+    return FeatureEncoder(towers, device, batch, image, text)
 
 
 def checkpoint_hash(towers: Towers) -> str:

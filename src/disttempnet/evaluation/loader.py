@@ -24,22 +24,22 @@ from disttempnet.data.augment import eval_transform
 from disttempnet.data.handover import handed_over, lost_workers_named
 from disttempnet.data.images import UnreadableImage
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.evaluation.tasks import Sample
+from disttempnet.evaluation.tasks import EvaluationSample
 from disttempnet.models import Resizing, Towers
 
 DECODE_THREADS = 4
 AHEAD = 2  # batches that are decoded before they are asked for, by each worker
 
 
-class Request(NamedTuple):
+class DecodeRequest(NamedTuple):
     """Samples of the task of that number, from the place `start` on."""
 
     task: int
     start: int
-    samples: Sequence[Sample]
+    samples: Sequence[EvaluationSample]
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Pixels, uint8 [b, 3, s, s]; valid, bool [b]: which could be decoded; errors: of each other one, the reason."""
 
     task: int
@@ -61,10 +61,10 @@ class Decoder(Dataset):
         self.image_size = image_size
         self.transform = eval_transform(image_size, resizing)
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: DecodeRequest) -> ImageBatch:
         return self.stack(request, [self.decode(sample) for sample in request.samples])
 
-    def decode(self, sample: Sample) -> Tensor | str:
+    def decode(self, sample: EvaluationSample) -> Tensor | str:
         """Pixels, or why there are none."""
         try:
             return self.transform(sample.image())
@@ -73,17 +73,17 @@ class Decoder(Dataset):
         except OSError as error:
             return f"cannot be read: {error.strerror}"
 
-    def stack(self, request: Request, decoded: Sequence[Tensor | str]) -> Batch:
+    def stack(self, request: DecodeRequest, decoded: Sequence[Tensor | str]) -> ImageBatch:
         black = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
         good = [isinstance(pixels, Tensor) for pixels in decoded]
         images = [pixels if isinstance(pixels, Tensor) else black for pixels in decoded]
         pixels = torch.stack(images) if images else torch.zeros(0, *black.shape, dtype=torch.uint8)
         errors = tuple(pixels for pixels in decoded if isinstance(pixels, str))
         valid = torch.tensor(good, dtype=torch.bool)
-        return Batch(request.task, request.start, handed_over(pixels), handed_over(valid), errors)
+        return ImageBatch(request.task, request.start, handed_over(pixels), handed_over(valid), errors)
 
 
-def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> Iterator[Batch]:
+def decoded(requests: Iterable[DecodeRequest], towers: Towers, workers: int = 0) -> Iterator[ImageBatch]:
     """Batches in the order of the requests.
 
     Args:
@@ -95,7 +95,7 @@ def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> It
     if not workers:
         yield from _by_threads(requests, decoder)
         return
-    requests, begun = iter(requests), deque[Request]()
+    requests, begun = iter(requests), deque[DecodeRequest]()
     loader = DataLoader(
         decoder,
         sampler=_noted(requests, begun),  # of requests, not of numbers: the decoder takes what comes
@@ -124,13 +124,13 @@ def decoded(requests: Iterable[Request], towers: Towers, workers: int = 0) -> It
     yield from _by_threads(chain(begun, requests), decoder)
 
 
-def _noted(requests: Iterator[Request], begun: deque[Request]) -> Iterator[Request]:
+def _noted(requests: Iterator[DecodeRequest], begun: deque[DecodeRequest]) -> Iterator[DecodeRequest]:
     for request in requests:
         begun.append(request)
         yield request
 
 
-def _without_signal(loader: DataLoader) -> Iterator[Batch]:
+def _without_signal(loader: DataLoader) -> Iterator[ImageBatch]:
     """An iterator that finds out itself, within seconds, that a worker has died: the handler of torch would raise
     wherever this process is just then."""
     before = signal.getsignal(signal.SIGCHLD)
@@ -140,7 +140,7 @@ def _without_signal(loader: DataLoader) -> Iterator[Batch]:
     return batches
 
 
-def _by_threads(requests: Iterable[Request], decoder: Decoder) -> Iterator[Batch]:
+def _by_threads(requests: Iterable[DecodeRequest], decoder: Decoder) -> Iterator[ImageBatch]:
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         waiting: deque = deque()
         for request in requests:

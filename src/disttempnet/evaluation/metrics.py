@@ -94,7 +94,7 @@ def recall_chance(right_answers: Tensor, candidates: int, k: int) -> float:
     return 1.0 - miss.mean().item()
 
 
-class Means(NamedTuple):
+class WeightedHits(NamedTuple):
     """Shares of queries that count towards one metric with a weight.
 
     Attributes:
@@ -108,7 +108,7 @@ class Means(NamedTuple):
     weight: float = 1.0
 
 
-def clustered_error(parts: Sequence[Means], clusters: int) -> float | None:
+def clustered_error(parts: Sequence[WeightedHits], clusters: int) -> float | None:
     """Standard error of a weighted sum of means, over the draw of images: queries of one image are no two draws.
 
     A mean is a ratio of sums over images, so an image adds the sum of its queries' distances from the mean, over the

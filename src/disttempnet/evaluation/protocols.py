@@ -21,8 +21,8 @@ from torch.nn.functional import normalize
 
 from disttempnet.evaluation.metrics import (
     GroupMeans,
-    Means,
     Prediction,
+    WeightedHits,
     clustered_error,
     first_hit,
     group_means,
@@ -37,14 +37,14 @@ from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Puzzle
 
 RECALL_KS = (1, 5, 10)
-THIRDS = ("head", "middle", "tail")
+FREQUENCY_THIRDS = ("head", "middle", "tail")
 FMOW_OTHER = "region:5"  # Asia, Europe, Africa, Americas, Oceania, Other
 RACE_OF_BINARY_0 = 1  # the class of the race classifier that race_binary sets apart from all others
 CRIME, NONHUMAN = range(18, 21), range(14, 18)  # classes of the `toxic` classifier
 
 
 @dataclass(frozen=True)
-class Features:
+class TaskFeatures:
     """An embedded task.
 
     Attributes:
@@ -69,7 +69,7 @@ class Measured:
         labels: int64 [n], the class of each image.
         classes: C, of the first classifier.
         metadata: column → int64 [n].
-        third: int64 [n], the image's place in THIRDS by training frequency.
+        third: int64 [n], the image's place in FREQUENCY_THIRDS by training frequency.
         features: images and captions.
         puzzles: their candidates are rows of `features.images`, the cue of the k-th is `features.texts[k]`.
     """
@@ -79,7 +79,7 @@ class Measured:
     classes: int = 0
     metadata: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     third: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    features: Features | None = None
+    features: TaskFeatures | None = None
     puzzles: tuple[Puzzle, ...] = ()
 
 
@@ -112,14 +112,14 @@ def classification(task: Measured, scores: Scores) -> None:
         scores.add("acc5", None, None, n)
     recall, error = mean_per_class_recall(places, task.labels), mean_per_class_error(places, task.labels)
     scores.add("mean_per_class_recall", recall, 1 / classes, n, error)
-    for i, name in enumerate(THIRDS if len(task.third) else ()):
+    for i, name in enumerate(FREQUENCY_THIRDS if len(task.third) else ()):
         inside = places[task.third == i]
         scores.add(f"acc1_{name}", recall_at(inside, 1), 1 / classes, len(inside), _error(inside, 1))
 
 
 def _error(places: Tensor, k: int) -> float | None:
     """Standard error of `recall_at`, of one query an image."""
-    return clustered_error([Means(places < k, torch.arange(len(places)))], len(places))
+    return clustered_error([WeightedHits(places < k, torch.arange(len(places)))], len(places))
 
 
 def iwildcam(task: Measured, scores: Scores) -> None:
@@ -204,7 +204,7 @@ class Recall(NamedTuple):
     k: int
     value: float
     chance: float
-    hits: Means
+    hits: WeightedHits
 
 
 def _recalls(task: Measured, scores: Scores, names: dict[str, str]) -> list[Recall]:
@@ -223,13 +223,13 @@ def _recalls(task: Measured, scores: Scores, names: dict[str, str]) -> list[Reca
         right_answers = torch.bincount(query_of, minlength=len(queries))
         for k in RECALL_KS:
             chance = recall_chance(right_answers, len(candidates), k)
-            recalls.append(Recall(k, recall_at(places, k), chance, Means(places < k, clusters[way])))
+            recalls.append(Recall(k, recall_at(places, k), chance, WeightedHits(places < k, clusters[way])))
             error = clustered_error([recalls[-1].hits], len(images))
             scores.add(f"{name}_recall@{k}", recalls[-1].value, chance, len(queries), error)
     return recalls
 
 
-def _first_image(features: Features) -> Tensor:
+def _first_image(features: TaskFeatures) -> Tensor:
     """int64 [t]: the image that each text belongs to, of several the first."""
     last = torch.full((len(features.texts),), len(features.images), dtype=torch.int64)
     return last.scatter_reduce(0, features.text_of, features.image_of, "amin")
@@ -260,7 +260,7 @@ def winogavil(task: Measured, scores: Scores) -> None:
         scores.add(f"jaccard_score_{name}", mean, None, int(inside.sum()))
 
 
-def _features(task: Measured) -> Features:
+def _features(task: Measured) -> TaskFeatures:
     assert task.features is not None, "the runner keeps the features of tasks that are scored by them"
     return task.features
 

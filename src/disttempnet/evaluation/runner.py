@@ -16,19 +16,19 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.data.builtin.cache import cache_folder
-from disttempnet.evaluation.class_features import ClassTexts
+from disttempnet.evaluation.class_features import ClassFeatures
 from disttempnet.evaluation.datasets.open import load_task
-from disttempnet.evaluation.encoder import Encoder, Progress, batches_of_this_rank, evaluation_mode
-from disttempnet.evaluation.loader import Batch, Request, decoded
+from disttempnet.evaluation.encoder import FeatureEncoder, ProgressCallback, batches_of_this_rank, evaluation_mode
+from disttempnet.evaluation.loader import DecodeRequest, ImageBatch, decoded
 from disttempnet.evaluation.protocols import classifier, prompts
-from disttempnet.evaluation.score import Outcome, embed_words, measure, of_kept, texts_of
+from disttempnet.evaluation.score import ScoredTask, embed_task_texts, score_task, task_texts, values_of_kept
 from disttempnet.evaluation.scores import Scores
-from disttempnet.evaluation.tasks import Sample, Task, TaskData, find_task
+from disttempnet.evaluation.tasks import EvaluationSample, Task, TaskData, find_task
 from disttempnet.models import Towers
 
-AnySample = TypeVar("AnySample", bound=Sample)
+AnySample = TypeVar("AnySample", bound=EvaluationSample)
 PIXEL_CACHE_BYTES = 2**30  # of all tasks, a rank; what finds no place is decoded anew at every evaluation
-_pixels: dict[tuple, list[Batch]] = {}
+_pixels: dict[tuple, list[ImageBatch]] = {}
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ def evaluate(
     *,
     device: torch.device | str,
     batch: int = 256,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     data_root: Path | None = None,
 ) -> dict[str, Scores]:
     """Score the towers on tasks; every rank calls this and gets the same results.
@@ -78,25 +78,25 @@ def evaluate(
     Raises:
         UserError: unknown task, missing or broken data, no readable image, features that are not finite.
     """
-    encoder = Encoder(towers, torch.device(device), batch)
+    encoder = FeatureEncoder(towers, torch.device(device), batch)
     loaded = load_tasks(tasks, data_root)
     own = [data for data in loaded if not data.task.below_root]
     texts = list(dict.fromkeys(text for data in own for text in _texts(data)))  # each is embedded once
     row = {text: i for i, text in enumerate(texts)}
-    known = ClassTexts()
+    known = ClassFeatures()
     results: dict[str, Scores] = {}
     with evaluation_mode(towers.module):
         features = distributed.all_sum(encoder.texts(texts, progress))
         for data in loaded:
             if data.task.below_root:
-                heads, words = embed_words(data, encoder, known, progress)
+                heads, words = embed_task_texts(data, encoder, known, progress)
             else:
                 heads = [
                     classifier(features[[row[prompt] for prompt in prompts(*head)]], len(head.templates))
                     for head in data.heads
                 ]
-                words = features[[row[text] for text in texts_of(data)]]
-            outcome = measure(data, encoder, _task_batches(data, encoder), heads, words, progress)
+                words = features[[row[text] for text in task_texts(data)]]
+            outcome = score_task(data, encoder, _task_batches(data, encoder), heads, words, progress)
             results[data.task.name] = _result(data, outcome, heads, words)
     return results
 
@@ -130,7 +130,7 @@ def embed_samples(
 
     Every rank calls this with the same samples and gets the same result. Nothing is kept in memory.
     """
-    encoder = Encoder(towers, torch.device(device), batch)
+    encoder = FeatureEncoder(towers, torch.device(device), batch)
     images = torch.zeros(len(samples), encoder.width, device=encoder.device)
     valid = torch.zeros(len(samples), dtype=torch.int64, device=encoder.device)
     with evaluation_mode(towers.module):
@@ -148,11 +148,11 @@ def embed_captions(towers: Towers, captions: Sequence[str], *, device: torch.dev
     texts = list(dict.fromkeys(captions))
     row = {text: i for i, text in enumerate(texts)}
     with evaluation_mode(towers.module):
-        features = distributed.all_sum(Encoder(towers, torch.device(device), batch).texts(texts))
+        features = distributed.all_sum(FeatureEncoder(towers, torch.device(device), batch).texts(texts))
     return features[torch.tensor([row[caption] for caption in captions], dtype=torch.int64, device=features.device)]
 
 
-def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Tensor) -> Scores:
+def _result(data: TaskData, outcome: ScoredTask, heads: Sequence[Tensor], words: Tensor) -> Scores:
     """The metrics that are reported, with the features of a task with captions."""
     scores, measured = outcome.scores, outcome.measured
     shown = data.task.metrics or _overall(data, scores)
@@ -170,7 +170,7 @@ def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Te
     kept = [data.samples[i] for i in outcome.kept]
     if measured.features is None or data.puzzles:
         return plain
-    row = {text: i for i, text in enumerate(texts_of(data))}
+    row = {text: i for i, text in enumerate(task_texts(data))}
     device = measured.features.images.device
     return TaskResult(
         **vars(plain),
@@ -178,7 +178,7 @@ def _result(data: TaskData, outcome: Outcome, heads: Sequence[Tensor], words: Te
         text_features=words[[row[sample.captions[0]] for sample in kept]],
         class_features=heads[0] if heads else torch.zeros(0, measured.features.images.shape[1], device=device),
         labels=measured.labels if data.labels else measured.labels[:0],
-        frequency=of_kept(data.frequency, torch.tensor(outcome.kept, device=device)),
+        frequency=values_of_kept(data.frequency, torch.tensor(outcome.kept, device=device)),
         class_names=data.class_names,
         captions=tuple(sample.captions[0] for sample in kept),
         keys=tuple(sample.key for sample in kept),
@@ -194,10 +194,10 @@ def _overall(data: TaskData, scores: Scores) -> list[str]:
 def _texts(data: TaskData) -> Iterator[str]:
     for head in data.heads:
         yield from prompts(*head)
-    yield from texts_of(data)
+    yield from task_texts(data)
 
 
-def _task_batches(data: TaskData, encoder: Encoder) -> Iterable[Batch]:
+def _task_batches(data: TaskData, encoder: FeatureEncoder) -> Iterable[ImageBatch]:
     """A task's decoded batches of this rank, remembered where they are few enough."""
     towers, mine = encoder.towers, batches_of_this_rank(len(data.samples), encoder.batch)
     shard = data.samples[0].shard if data.samples else ""
@@ -212,7 +212,7 @@ def _task_batches(data: TaskData, encoder: Encoder) -> Iterable[Batch]:
     return _pixels[key]
 
 
-def _requests(samples: Sequence[Sample], batch: int) -> Iterator[Request]:
+def _requests(samples: Sequence[EvaluationSample], batch: int) -> Iterator[DecodeRequest]:
     """This rank's batches of one task."""
     for rows in batches_of_this_rank(len(samples), batch):
-        yield Request(0, rows.start, samples[rows.start : rows.stop])
+        yield DecodeRequest(0, rows.start, samples[rows.start : rows.stop])

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
-from disttempnet.evaluation.class_features import ClassTexts
-from disttempnet.evaluation.encoder import Encoder, Progress, batches_of_this_rank
-from disttempnet.evaluation.loader import Batch
+from disttempnet.evaluation.class_features import ClassFeatures
+from disttempnet.evaluation.encoder import FeatureEncoder, ProgressCallback, batches_of_this_rank
+from disttempnet.evaluation.loader import ImageBatch
 from disttempnet.evaluation.metrics import Prediction, predict
-from disttempnet.evaluation.protocols import PROTOCOLS, THIRDS, Features, Measured, cue_prompt
+from disttempnet.evaluation.protocols import FREQUENCY_THIRDS, PROTOCOLS, Measured, TaskFeatures, cue_prompt
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Puzzle, TaskData
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What `measure` found.
+class ScoredTask:
+    """What `score_task` found.
 
     Attributes:
         measured: what was scored.
@@ -42,30 +42,30 @@ class Outcome:
     reasons: tuple[str, ...]
 
 
-def texts_of(data: TaskData) -> list[str]:
+def task_texts(data: TaskData) -> list[str]:
     """The texts that a task's images are compared with, each once: captions, and prompts of cues."""
     if data.puzzles:
         return list(dict.fromkeys(cue_prompt(puzzle.cue) for puzzle in data.puzzles))
     return list(dict.fromkeys(caption for sample in data.samples for caption in sample.captions))
 
 
-def embed_words(
-    data: TaskData, encoder: Encoder, known: ClassTexts, progress: Progress | None = None
+def embed_task_texts(
+    data: TaskData, encoder: FeatureEncoder, known: ClassFeatures, progress: ProgressCallback | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """All that a task says in words: its classifiers [C, D], and the features [t, D] of `texts_of`."""
+    """All that a task says in words: its classifiers [C, D], and the features [t, D] of `task_texts`."""
     heads = [known.features(head, encoder, progress) for head in data.heads]
-    texts = texts_of(data)
+    texts = task_texts(data)
     return heads, distributed.all_sum(distributed.together(lambda: encoder.texts(texts, progress)))
 
 
-def measure(
+def score_task(
     data: TaskData,
-    encoder: Encoder,
-    batches: Iterable[Batch],
+    encoder: FeatureEncoder,
+    batches: Iterable[ImageBatch],
     heads: Sequence[Tensor],
     words: Tensor,
-    progress: Progress | None = None,
-) -> Outcome:
+    progress: ProgressCallback | None = None,
+) -> ScoredTask:
     """One pass over a task's images, and its scores.
 
     Every rank calls this with its own batches and gets the same.
@@ -75,7 +75,7 @@ def measure(
         encoder: with its module in evaluation mode.
         batches: this rank's.
         heads: a classifier [C, D] for each of the task's.
-        words: features of `texts_of`, in their order.
+        words: features of `task_texts`, in their order.
 
     Raises:
         UserError: no readable image, features that are not finite.
@@ -121,7 +121,7 @@ def measure(
     scores.corrupt = tuple(data.samples[i].key for i, _ in unreadable)
     for protocol in data.task.protocols:
         PROTOCOLS[protocol].score(measured, scores)
-    return Outcome(measured, scores, kept.tolist(), tuple(reason for _, reason in unreadable))
+    return ScoredTask(measured, scores, kept.tolist(), tuple(reason for _, reason in unreadable))
 
 
 def _measured(
@@ -130,8 +130,8 @@ def _measured(
     """What protocols score, of the readable images only."""
     on_host = kept.cpu().numpy()
     columns = PROTOCOLS[data.task.protocols[0]].columns
-    third = of_kept(data.third, kept)
-    lost = [name for i, name in enumerate(THIRDS) if data.third and not (third == i).any()]
+    third = values_of_kept(data.third, kept)
+    lost = [name for i, name in enumerate(FREQUENCY_THIRDS) if data.third and not (third == i).any()]
     if lost:
         raise UserError(
             f"task '{data.task.name}': none of its readable images is in the {lost[0]} by training frequency"
@@ -148,14 +148,14 @@ def _measured(
 
 def _matching(data: TaskData, kept: list[int], images: Tensor, words: Tensor) -> dict[str, Any]:
     """Images and the texts that belong to them, of the readable images only: `features`, and `puzzles` if there are."""
-    row = {text: i for i, text in enumerate(texts_of(data))}
+    row = {text: i for i, text in enumerate(task_texts(data))}
     if data.puzzles:
         place = {old: new for new, old in enumerate(kept)}
         puzzles = [p for p in data.puzzles if all(candidate in place for candidate in p.candidates)]
         cues = words[[row[cue_prompt(puzzle.cue)] for puzzle in puzzles]]
         moved = tuple(Puzzle(p.cue, tuple(place[c] for c in p.candidates), p.right) for p in puzzles)
         none = torch.zeros(0, dtype=torch.int64)
-        return {"features": Features(images, cues, none, none), "puzzles": moved}
+        return {"features": TaskFeatures(images, cues, none, none), "puzzles": moved}
     captions = [data.samples[i].captions for i in kept]
     if "caption_retrieval" in data.task.protocols:  # of equal captions each is a text of its own
         texts = [text for own in captions for text in own]
@@ -167,10 +167,10 @@ def _matching(data: TaskData, kept: list[int], images: Tensor, words: Tensor) ->
         pairs = [(i, number[text]) for i, own in enumerate(captions) for text in dict.fromkeys(own)]
         image_of, text_of = [i for i, _ in pairs], [t for _, t in pairs]
     features = words[[row[text] for text in texts]]
-    return {"features": Features(images, features, torch.tensor(image_of), torch.tensor(text_of))}
+    return {"features": TaskFeatures(images, features, torch.tensor(image_of), torch.tensor(text_of))}
 
 
-def of_kept(values: Sequence[int], kept: Tensor) -> Tensor:
+def values_of_kept(values: Sequence[int], kept: Tensor) -> Tensor:
     """The readable images' values as int64, on the device of `kept`; of no values, none."""
     every = torch.tensor(values, dtype=torch.int64, device=kept.device)
     return every[kept] if len(values) else every

@@ -84,7 +84,7 @@ def from_record(record: Mapping[str, Any]) -> dict[str, Scores]:
     return results
 
 
-class Comparison(NamedTuple):
+class MetricRow(NamedTuple):
     """One metric of one task over several runs; `best` is the index of a clear winner."""
 
     metric: str
@@ -98,7 +98,7 @@ def tasks_of(runs: Sequence[Mapping[str, Scores]]) -> list[str]:
     return list(dict.fromkeys(task for results in runs for task in results))
 
 
-def compare(runs: Sequence[Mapping[str, Scores]], task: str) -> list[Comparison]:
+def compare(runs: Sequence[Mapping[str, Scores]], task: str) -> list[MetricRow]:
     """Each metric of a task, in the order in which the runs report them, and its clear winner if any."""
     scores = [run.get(task, Scores()) for run in runs]
     rows = []
@@ -106,7 +106,7 @@ def compare(runs: Sequence[Mapping[str, Scores]], task: str) -> list[Comparison]
         values = tuple(one.metrics.get(metric) for one in scores)
         chance = next((one.chance[metric] for one in scores if metric in one.chance), None)
         trials = min(one.trials[metric] for one in scores if metric in one.trials)
-        rows.append(Comparison(metric, chance, values, clearly_best(values, trials)))
+        rows.append(MetricRow(metric, chance, values, clearly_best(values, trials)))
     return rows
 
 

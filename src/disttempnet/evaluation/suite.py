@@ -21,18 +21,18 @@ import torch
 
 from disttempnet import distributed
 from disttempnet.errors import Preempted, UserError
-from disttempnet.evaluation.class_features import ClassTexts
+from disttempnet.evaluation.class_features import ClassFeatures
 from disttempnet.evaluation.datasets.open import is_there, load_task, sizes_of
-from disttempnet.evaluation.encoder import Progress, batches_of_this_rank, evaluation_mode, make_encoder
-from disttempnet.evaluation.loader import Batch, Request, decoded
+from disttempnet.evaluation.encoder import ProgressCallback, batches_of_this_rank, evaluation_mode, make_encoder
+from disttempnet.evaluation.loader import DecodeRequest, ImageBatch, decoded
 from disttempnet.evaluation.progress import SuiteProgress
 from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, append_record, read_records
-from disttempnet.evaluation.score import Outcome, embed_words, measure, texts_of
+from disttempnet.evaluation.score import ScoredTask, embed_task_texts, score_task, task_texts
 from disttempnet.evaluation.tasks import Task, TaskData
 from disttempnet.models import Towers
 
-NAMED = 5  # unreadable samples that an error line names
+SAMPLES_SHOWN = 5  # unreadable samples that an error line names
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Suite:
     compat: str = ""
     batch: int = 256
     workers: int = 0
-    texts: ClassTexts = field(default_factory=ClassTexts)
+    texts: ClassFeatures = field(default_factory=ClassFeatures)
     stopped: Callable[[], object] = bool
 
     def run(self, towers: Towers, tasks: Sequence[Task], device: torch.device) -> list[TaskRecord]:
@@ -109,7 +109,7 @@ class Suite:
         path = self.out / RESULTS_FILE
         distributed.together(lambda: append_record(path, record) if distributed.is_main() else None)
 
-    def _requests(self, todo: Sequence[Task], loaded: dict[int, TaskData | BaseException]) -> Iterator[Request]:
+    def _requests(self, todo: Sequence[Task], loaded: dict[int, TaskData | BaseException]) -> Iterator[DecodeRequest]:
         """This rank's batches of all tasks in turn, after an empty one that says that the task is in `loaded`."""
         with ThreadPoolExecutor(1) as ahead:  # tars are indexed while the task before is at work
             waiting = deque(ahead.submit(load_task, task, self.root, self.compat) for task in todo[:1])
@@ -120,10 +120,10 @@ class Suite:
                     ahead.submit(load_task, t, self.root, self.compat) for t in todo[number + 1 : number + 2]
                 )
                 loaded[number] = future.result() if error is None else error
-                yield Request(number, 0, ())
+                yield DecodeRequest(number, 0, ())
                 samples = future.result().samples if error is None else ()
                 for rows in batches_of_this_rank(len(samples), self.batch):
-                    yield Request(number, rows.start, samples[rows.start : rows.stop])
+                    yield DecodeRequest(number, rows.start, samples[rows.start : rows.stop])
 
     def _one(
         self,
@@ -131,8 +131,8 @@ class Suite:
         towers: Towers,
         device: torch.device,
         loaded: TaskData | BaseException,
-        batches: Iterable[Batch],
-        progress: Progress,
+        batches: Iterable[ImageBatch],
+        progress: ProgressCallback,
     ) -> TaskRecord:
         """Evaluate on one task; whatever goes wrong is in its record."""
         begun = time.monotonic()
@@ -148,8 +148,8 @@ class Suite:
                 raise UserError("the ranks see different data: its copies on the nodes differ, or it is being written")
             matching = any(PROTOCOLS[protocol].matching for protocol in data.task.protocols)
             encoder = make_encoder(towers, device, self.precision, matching, self.batch)
-            heads, words = embed_words(data, encoder, self.texts, progress)
-            outcome = measure(data, encoder, batches, heads, words, progress)
+            heads, words = embed_task_texts(data, encoder, self.texts, progress)
+            outcome = score_task(data, encoder, batches, heads, words, progress)
         except (UserError, Preempted, distributed.OtherRankFailed) as error:
             return self._failed(task, str(error), begun)
         except Exception as error:
@@ -173,18 +173,18 @@ class Suite:
 def digest(data: TaskData) -> int:
     """The same on all ranks that see the same samples, and words of the same number."""
     counts = (len(data.puzzles), len(data.broken), [(len(head.names), len(head.templates)) for head in data.heads])
-    words = "\n".join([*(sample.key for sample in data.samples), *texts_of(data)])
+    words = "\n".join([*(sample.key for sample in data.samples), *task_texts(data)])
     return zlib.crc32(f"{counts}{data.labels}{words}".encode())
 
 
-def _record(data: TaskData, outcome: Outcome, seconds: float) -> TaskRecord:
+def _record(data: TaskData, outcome: ScoredTask, seconds: float) -> TaskRecord:
     """A task's result, with what it lacks said in `error`."""
     task, scores = data.task, outcome.scores
     reasons = [f"{key}: {why}" for key, why in zip(scores.corrupt, outcome.reasons, strict=True)] + list(data.broken)
     wrong = []
     if reasons:
-        more = f" and {len(reasons) - NAMED:,} more" if len(reasons) > NAMED else ""
-        wrong.append(f"{len(reasons):,} unreadable: {'; '.join(reasons[:NAMED])}{more}")
+        more = f" and {len(reasons) - SAMPLES_SHOWN:,} more" if len(reasons) > SAMPLES_SHOWN else ""
+        wrong.append(f"{len(reasons):,} unreadable: {'; '.join(reasons[:SAMPLES_SHOWN])}{more}")
     if data.size and scores.samples != data.size:
         wrong.append(f"{scores.samples:,} samples of {data.size:,} were seen")
     known = {**scores.metrics, **dict.fromkeys(scores.undefined)}

@@ -33,8 +33,8 @@ TASKS_FILE = Path(__file__).with_name("tasks.toml")
 FOLDER = "folder:"  # what names of tasks begin with that are no rows but data of one's own: own.py
 SHARDS, CAPTIONS = "shards:", "captions:"
 OWN = (FOLDER, SHARDS, CAPTIONS)
-VALIDATION = "validation"  # of a run's own data: validation.py
-OPTIONS = re.compile(r"\?(?=\w+=)")  # what follows the path in the name of such a task: ?label=species&…
+VALIDATION_TASK = "validation"  # of a run's own data: validation.py
+OPTIONS_START = re.compile(r"\?(?=\w+=)")  # what follows the path in the name of such a task: ?label=species&…
 
 
 class Task(Section):
@@ -66,7 +66,7 @@ class Task(Section):
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvaluationSample:
     """One image of a shard with its words.
 
     Attributes:
@@ -100,9 +100,9 @@ class Sample:
             os.close(descriptor)
 
 
-def sample_of(name: str, file: Path, image: Span, captions: tuple[str, ...] = ()) -> Sample:
+def sample_of(name: str, file: Path, image: Span, captions: tuple[str, ...] = ()) -> EvaluationSample:
     """A sample of a published data set."""
-    return Sample(name, file, image.offset, image.size, captions, "", plain=True)
+    return EvaluationSample(name, file, image.offset, image.size, captions, "", plain=True)
 
 
 class Head(NamedTuple):
@@ -138,7 +138,7 @@ class TaskData:
     """
 
     task: Task
-    samples: tuple[Sample, ...]
+    samples: tuple[EvaluationSample, ...]
     heads: tuple[Head, ...] = ()
     labels: tuple[int, ...] = ()
     frequency: tuple[int, ...] = ()
@@ -170,7 +170,7 @@ def find_task(name: str) -> Task:
         return Task(
             name=name, display=_own_title(name), data=name, protocols=("retrieval",), main="mean_recall", tags=()
         )
-    if name == VALIDATION:
+    if name == VALIDATION_TASK:
         raise UserError(f"task '{name}' is of a run whose config has data.validation, and of no other data")
     tasks = all_tasks()
     if name not in tasks:
@@ -181,7 +181,7 @@ def find_task(name: str) -> Task:
 def own_path(name: str) -> str:
     """The path, file or spec in the name of a task of one's own. Raises UserError: there is none."""
     kind, _, rest = name.partition(":")
-    path = OPTIONS.split(rest)[0]
+    path = OPTIONS_START.split(rest)[0]
     if not path.strip() or "\0" in path:
         raise UserError(f"task '{name}': of which data? {kind}:PATH")
     return path
@@ -207,7 +207,7 @@ def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Ta
 
 def task_title(name: str) -> str:
     """A task's heading in tables; the name itself of one that is not known here."""
-    if name == VALIDATION:
+    if name == VALIDATION_TASK:
         return "Validation"
     return find_task(name).display if name in all_tasks() or name.startswith(OWN) else name
 
@@ -233,10 +233,10 @@ def embedded_data(task: Task) -> TaskData:
     return TaskData(task, samples, heads, tuple(index[s.label] for s in samples), frequency, third)
 
 
-def _frequencies(task: Task, samples: Sequence[Sample]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _frequencies(task: Task, samples: Sequence[EvaluationSample]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Training frequency of each sample's group, and its third, as the head of tasks.toml defines them."""
 
-    def group(sample: Sample) -> str:
+    def group(sample: EvaluationSample) -> str:
         if task.frequency_by not in sample.facts:
             raise UserError(f"task '{task.name}': sample {sample.key}: no '{task.frequency_by}' to count")
         return str(sample.facts[task.frequency_by])
@@ -252,7 +252,7 @@ def _frequencies(task: Task, samples: Sequence[Sample]) -> tuple[tuple[int, ...]
     return tuple(trained[name] for name in groups), tuple(third[name] for name in groups)
 
 
-def read_samples(data: str) -> tuple[Sample, ...]:
+def read_samples(data: str) -> tuple[EvaluationSample, ...]:
     """All samples of the shards that `data` names, by shard and by place in it."""
     shards = resolve_shards(data)
     if shards.remote:
@@ -261,7 +261,7 @@ def read_samples(data: str) -> tuple[Sample, ...]:
 
 
 @cache
-def _read_shard(shard: Path) -> tuple[Sample, ...]:
+def _read_shard(shard: Path) -> tuple[EvaluationSample, ...]:
     try:
         tar = read_tar(shard)
     except OSError as error:
@@ -271,7 +271,7 @@ def _read_shard(shard: Path) -> tuple[Sample, ...]:
     return tuple(_sample(shard, key, members) for key, members in tar.samples.items())
 
 
-def _sample(shard: Path, key: str, members: Mapping[str, Span]) -> Sample:
+def _sample(shard: Path, key: str, members: Mapping[str, Span]) -> EvaluationSample:
     def text(suffix: str) -> str:
         return (members[suffix].content or b"").decode("utf-8") if suffix in members else ""
 
@@ -284,4 +284,4 @@ def _sample(shard: Path, key: str, members: Mapping[str, Span]) -> Sample:
         raise UserError(f"{shard}: sample {key}: unreadable caption or label: {error}") from None
     if image is None or not captions:
         raise UserError(f"{shard}: sample {key}: no {'image' if image is None else 'caption'}")
-    return Sample(f"{shard.name}/{key}", shard, image.offset, image.size, captions, label, facts)
+    return EvaluationSample(f"{shard.name}/{key}", shard, image.offset, image.size, captions, label, facts)

@@ -20,8 +20,8 @@ from disttempnet.evaluation.datasets.own import ReadSample, own_data
 from disttempnet.evaluation.tasks import (
     FOLDER,
     OWN,
-    VALIDATION,
-    Sample,
+    VALIDATION_TASK,
+    EvaluationSample,
     Task,
     TaskData,
     find_task,
@@ -55,7 +55,7 @@ def _of_a_source(spec: str, sources: Sequence[SourceConfig], trained: Source | N
         data = distributed.together(lambda: own_data(find_task(spec)))
         if trained is not None:
             distributed.together(lambda: _refuse_trained(spec, _own_places(spec, data), sources))
-        named = {"name": VALIDATION, "display": task_title(VALIDATION)}
+        named = {"name": VALIDATION_TASK, "display": task_title(VALIDATION_TASK)}
         return replace(data, task=data.task.model_copy(update=named))
     given = SourceConfig(path=spec)
     if trained is not None:
@@ -94,16 +94,16 @@ def _is_trained(spec: str, place: Path | str) -> str:
 
 def _retrieval(source: Source, ids: Sequence[int], digest: str, problems: Sequence[str]) -> TaskData:
     task = Task(
-        name=VALIDATION,
-        display=task_title(VALIDATION),
-        data=f"{VALIDATION}:{digest}",
+        name=VALIDATION_TASK,
+        display=task_title(VALIDATION_TASK),
+        data=f"{VALIDATION_TASK}:{digest}",
         protocols=("retrieval",),
         main="mean_recall",
         tags=(),
     )
 
     def read() -> TaskData:
-        samples: list[Sample] = []
+        samples: list[EvaluationSample] = []
         broken = list(problems)
         for i in ids:
             try:

@@ -19,7 +19,7 @@ from disttempnet.data.images import UnreadableImage
 from disttempnet.data.open import open_training_source
 from disttempnet.data.shards.names import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
-from disttempnet.evaluation.tasks import Sample
+from disttempnet.evaluation.tasks import EvaluationSample
 from disttempnet.io.files import read_regular
 from disttempnet.training.checkpoint import Run
 
@@ -27,7 +27,7 @@ PAIR = ("image", "text")
 
 
 @dataclass(frozen=True)
-class Item(Sample):
+class Item(EvaluationSample):
     """A sample with what is known of it.
 
     Attributes:

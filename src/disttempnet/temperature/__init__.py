@@ -3,7 +3,7 @@
 items.py      what τ is asked of: pairs, images, captions
 measure.py    items → features → τ and log u, in chunks
 table.py      rows → CSV or Parquet
-census.py     what the page remembers of a data set
+statistics.py     what the page remembers of a data set
 analysis.py   what τ goes with: frequency, ambiguity, clusters, the network
 plots.py      charts
 page.py       the page

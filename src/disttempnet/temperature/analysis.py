@@ -13,21 +13,23 @@ from torch import Tensor, nn
 
 from disttempnet.report.binning import spearman
 from disttempnet.report.items import PAIR
-from disttempnet.temperature.census import Census
+from disttempnet.temperature.statistics import TemperatureStatistics
 
 CLUSTERS = 12
 
 
-def goes_with(census: Census) -> list[str]:
+def correlation_lines(statistics: TemperatureStatistics) -> list[str]:
     """Spearman's rank correlations of τ with concept frequency and caption ambiguity, over all items, a line each."""
-    ambiguity, meaning = census.ambiguity()
+    ambiguity, meaning = statistics.ambiguity()
     lines = []
     for name, values in (
-        (f"how many samples have its {census.frequency_by}", census.frequency()),
+        (f"how many samples have its {statistics.frequency_by}", statistics.frequency()),
         (f"ambiguity of the caption ({meaning.replace('`', '')})", ambiguity),
     ):
         known = np.isfinite(values)
-        found = {side: spearman(values[known], census.column(side)[known].astype(float)) for side in census.sides}
+        found = {
+            side: spearman(values[known], statistics.column(side)[known].astype(float)) for side in statistics.sides
+        }
         told = ", ".join(f"{side} {value:+.2f}" for side, value in found.items() if value is not None)
         if told:
             lines.append(f"τ and {name}, rank correlation: {told}")
@@ -35,20 +37,20 @@ def goes_with(census: Census) -> list[str]:
 
 
 class Cluster(NamedTuple):
-    """Samples of like features, with τ of each side; `rows` of the census, nearest to the centre first."""
+    """Samples of like features, with τ of each side; `rows` of the statistics, nearest to the centre first."""
 
     rows: np.ndarray
     tau: dict[str, np.ndarray]
 
 
-def clusters(census: Census) -> list[Cluster]:
+def clusters(statistics: TemperatureStatistics) -> list[Cluster]:
     """k-means of the embedded features (of images where there are any), by the median τ of their own side."""
-    side = census.sides[0]
-    features = census.features(side)
+    side = statistics.sides[0]
+    features = statistics.features(side)
     assigned, centres = k_means(features, min(CLUSTERS, len(features) // 10))
     distance = (features - centres[assigned]).norm(dim=1).numpy()
-    rows = np.flatnonzero(census.column("embedded"))
-    tau = {s: census.embedded(s) for s in census.sides}
+    rows = np.flatnonzero(statistics.column("embedded"))
+    tau = {s: statistics.embedded(s) for s in statistics.sides}
     found = []
     for number in range(len(centres)):
         members = np.flatnonzero(assigned.numpy() == number)
@@ -96,22 +98,22 @@ class Projection(NamedTuple):
     explained: tuple[float, float]
 
 
-def projections(census: Census, loss: nn.Module) -> dict[str, Projection]:
+def projections(statistics: TemperatureStatistics, loss: nn.Module) -> dict[str, Projection]:
     """Side → its network's prototypes among the features; empty where there is no network with prototypes."""
     learned, found = parameters(loss), {}
-    for side in census.sides:
+    for side in statistics.sides:
         own = [p for p in learned.get(side, []) if p.name == "prototypes"]
         if not own:
             continue
         prototypes = nn.functional.normalize(torch.from_numpy(own[0].values).view(own[0].shape), dim=1)
-        anchors = census.features(side)
-        others = [census.features(other) for other in census.sides if other != side]
+        anchors = statistics.features(side)
+        others = [statistics.features(other) for other in statistics.sides if other != side]
         parts = [anchors, prototypes, *others]
         points, explained = principal_axes(torch.cat(parts))
         split = [part.numpy() for part in points.split([len(part) for part in parts])]
         no_others = np.empty((0, 2), dtype=np.float32)
         found[side] = Projection(
-            split[0], census.embedded(side), split[2] if others else no_others, split[1], explained
+            split[0], statistics.embedded(side), split[2] if others else no_others, split[1], explained
         )
     return found
 

@@ -16,20 +16,20 @@ from disttempnet import distributed
 from disttempnet.errors import UserError
 from disttempnet.io.files import refuse_unwritable
 from disttempnet.report.items import CaptionFile, ImageFolder, Items, Pairs, shard_pairs, training_pairs
-from disttempnet.temperature.analysis import goes_with
-from disttempnet.temperature.census import Census
-from disttempnet.temperature.measure import measure, refuse_without_temperatures
+from disttempnet.temperature.analysis import correlation_lines
+from disttempnet.temperature.measure import measure_temperatures, refuse_without_temperatures
 from disttempnet.temperature.page import write_page
+from disttempnet.temperature.statistics import TemperatureStatistics
 from disttempnet.temperature.table import check_table, columns_of, open_table
 from disttempnet.terminal import console
 from disttempnet.training.checkpoint import Run, load_run
 from disttempnet.training.run_folder import list_checkpoints
 
 PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
-NAMED = 20  # unreadable images that are named
+SKIPPED_SHOWN = 20  # unreadable images that are named
 
 
-class Source(NamedTuple):
+class TemperatureSource(NamedTuple):
     """Which data set: at most one of these; none means the run's own training data."""
 
     shards: str = ""
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 def write_temperatures(
     target: str,
-    source: Source,
+    source: TemperatureSource,
     out: Path,
     *,
     columns: Sequence[str] = ("label",),
@@ -70,14 +70,14 @@ def write_temperatures(
         refuse_without_temperatures(run, training=not any(source) or bool(source.shards))
         items = _open(run, source)
         refuse_without_temperatures(run, training=isinstance(items, Pairs) and items.training)
-        census, rows, skipped = Census(items, frequency_by) if gallery else None, 0, list[str]()
+        statistics, rows, skipped = TemperatureStatistics(items, frequency_by) if gallery else None, 0, list[str]()
         main = distributed.is_main()
         with open_table(out, columns) if main else nullcontext() as table, _progress(len(items), main) as advance:
-            for chunk in measure(run, items, device=device, batch=batch):
+            for chunk in measure_temperatures(run, items, device=device, batch=batch):
                 if table is not None:
                     table.write(columns_of(chunk, columns))
-                if census is not None and main:
-                    census.add(chunk)
+                if statistics is not None and main:
+                    statistics.add(chunk)
                 rows += len(chunk.items)
                 skipped += chunk.skipped
                 advance(chunk.read)
@@ -85,14 +85,14 @@ def write_temperatures(
                 raise UserError(f"{items.about}: none of its {len(items)} images can be decoded")
         if main:
             _name_skipped(skipped)
-            if census is not None and gallery is not None:
-                write_page(run, census, gallery)
-                for line in goes_with(census):
+            if statistics is not None and gallery is not None:
+                write_page(run, statistics, gallery)
+                for line in correlation_lines(statistics):
                     console(stderr=True).print(line, soft_wrap=True)
     return rows
 
 
-def _open(run: Run, source: Source) -> Items:
+def _open(run: Run, source: TemperatureSource) -> Items:
     if source.images:
         return ImageFolder(source.images)
     if source.captions:
@@ -136,5 +136,5 @@ def _progress(total: int, active: bool) -> Iterator[_Advance]:
 
 def _name_skipped(skipped: Sequence[str]) -> None:
     if skipped:
-        shown, more = ", ".join(skipped[:NAMED]), ", …" if len(skipped) > NAMED else ""
+        shown, more = ", ".join(skipped[:SKIPPED_SHOWN]), ", …" if len(skipped) > SKIPPED_SHOWN else ""
         console(stderr=True).print(f"left out {len(skipped):,} unreadable images: {shown}{more}", soft_wrap=True)

@@ -16,10 +16,10 @@ from disttempnet.losses.sample_state import SampleState
 from disttempnet.report.items import Item, Items
 from disttempnet.training.checkpoint import Run
 
-BATCHES = 2  # a chunk and rank
+BATCHES_PER_CHUNK = 2  # a chunk and rank
 
 
-class Chunk(NamedTuple):
+class TemperatureChunk(NamedTuple):
     """Some items, in order.
 
     Attributes:
@@ -56,7 +56,7 @@ def refuse_without_temperatures(run: Run, training: bool) -> None:
         )
 
 
-def measure(run: Run, items: Items, *, device: torch.device, batch: int) -> Iterator[Chunk]:
+def measure_temperatures(run: Run, items: Items, *, device: torch.device, batch: int) -> Iterator[TemperatureChunk]:
     """τ of all items; every rank calls this and gets the same chunks.
 
     Args:
@@ -66,7 +66,7 @@ def measure(run: Run, items: Items, *, device: torch.device, batch: int) -> Iter
     Raises:
         UserError: features that are not finite.
     """
-    step = batch * BATCHES * distributed.world_size()
+    step = batch * BATCHES_PER_CHUNK * distributed.world_size()
     for start in range(0, len(items), step):
         positions = np.arange(start, min(start + step, len(items)))
         read = items.read(positions)
@@ -93,7 +93,7 @@ def measure(run: Run, items: Items, *, device: torch.device, batch: int) -> Iter
                     tau[i] = temperatures[i].float().cpu().numpy()
             if ids is not None:
                 log_u = log_u_of(run, ids)
-        yield Chunk(positions, kept, tau, log_u, {s: features[s] for s in items.sides}, skipped, len(read))
+        yield TemperatureChunk(positions, kept, tau, log_u, {s: features[s] for s in items.sides}, skipped, len(read))
 
 
 def log_u_of(run: Run, ids: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from disttempnet.report.runs.page import open_template, publish
 from disttempnet.report.runs.plots import scatter_chart
 from disttempnet.temperature import analysis, plots
 from disttempnet.temperature.analysis import Parameter
-from disttempnet.temperature.census import Census
+from disttempnet.temperature.statistics import TemperatureStatistics
 from disttempnet.training.checkpoint import Run
 
 EXTREMES = 20
@@ -25,7 +25,7 @@ QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 SAME = 1e-6  # a smaller range of τ is one temperature
 
 
-class Tile(NamedTuple):
+class ShownItem(NamedTuple):
     """An item as shown: a picture (empty for captions), its words, its τ (NaN where that side is absent)."""
 
     picture: str
@@ -34,9 +34,9 @@ class Tile(NamedTuple):
     text: float
 
 
-def write_page(run: Run, census: Census, out: Path) -> Path:
+def write_page(run: Run, statistics: TemperatureStatistics, out: Path) -> Path:
     """Write the page: one HTML file that loads nothing and needs no JavaScript."""
-    tau = {side: census.column(side).astype(float) for side in census.sides}
+    tau = {side: statistics.column(side).astype(float) for side in statistics.sides}
     own = any(np.ptp(values) > SAME for values in tau.values())
     learned = analysis.parameters(run.loss)
     several = any(p.values.size > 1 for of_side in learned.values() for p in of_side)
@@ -44,35 +44,35 @@ def write_page(run: Run, census: Census, out: Path) -> Path:
         title=f"Temperatures of {run.config.name}",
         objective=OBJECTIVES[run.config.loss.name].title,
         run=run,
-        about=census.items.about,
-        count=len(census),
-        skipped=census.skipped,
-        sides=census.sides,
+        about=statistics.items.about,
+        count=len(statistics),
+        skipped=statistics.skipped,
+        sides=statistics.sides,
         own=own,
         quantiles={side: np.quantile(values, QUANTILES).tolist() for side, values in tau.items()},
         quantile_names=("lowest", "5 %", "25 %", "median", "75 %", "95 %", "highest"),
         parameters={side: [_about(p) for p in of_side] for side, of_side in learned.items()},
         parameter_chart=plots.parameter_chart(learned) if several else "",
-        **(_analyses(run, census, tau) if own else {}),
+        **(_analyses(run, statistics, tau) if own else {}),
     )
     return publish(out, page)
 
 
-def _analyses(run: Run, census: Census, tau: dict[str, np.ndarray]) -> dict[str, Any]:
-    frequency = binned(census.frequency(), tau)
-    ambiguity, meaning = census.ambiguity()
+def _analyses(run: Run, statistics: TemperatureStatistics, tau: dict[str, np.ndarray]) -> dict[str, Any]:
+    frequency = binned(statistics.frequency(), tau)
+    ambiguity, meaning = statistics.ambiguity()
     ambiguous = binned(ambiguity, tau)
-    projected = analysis.projections(census, run.loss)
-    found = analysis.clusters(census)
-    pair, by = len(tau) == 2, census.frequency_by
+    projected = analysis.projections(statistics, run.loss)
+    found = analysis.clusters(statistics)
+    pair, by = len(tau) == 2, statistics.frequency_by
     return {
         "distribution_chart": plots.distribution_chart(tau),
         "scatter_chart": scatter_chart(tau["image"], tau["text"]) if pair else "",
         "pair_correlation": spearman(tau["image"], tau["text"]) if pair else None,
         "extremes": [
-            (side, end, _tiles(census, rows))
-            for side in census.sides
-            for end, rows in census.extremes(side, EXTREMES).items()
+            (side, end, _tiles(statistics, rows))
+            for side in statistics.sides
+            for end, rows in statistics.extremes(side, EXTREMES).items()
         ],
         "frequency_by": by,
         "frequency_chart": plots.binned_chart(frequency, f"samples of the same {by}") if frequency else "",
@@ -80,30 +80,32 @@ def _analyses(run: Run, census: Census, tau: dict[str, np.ndarray]) -> dict[str,
         "ambiguity_meaning": meaning,
         "projection_chart": plots.projection_chart(projected) if projected else "",
         "prototypes": {side: len(projection.prototypes) for side, projection in projected.items()},
-        "embedded": int(census.column("embedded").sum()),
+        "embedded": int(statistics.column("embedded").sum()),
         "cluster_chart": plots.cluster_chart(found),
         "clusters": [
             {
                 "size": len(cluster.rows),
                 "median": {side: float(np.median(values)) for side, values in cluster.tau.items()},
-                "tiles": _tiles(census, cluster.rows[:OF_CLUSTER]),
+                "tiles": _tiles(statistics, cluster.rows[:OF_CLUSTER]),
             }
             for cluster in found
         ],
     }
 
 
-def _tiles(census: Census, rows: Sequence[int] | np.ndarray) -> list[Tile]:
-    taus = zip(census.column("image")[list(rows)].tolist(), census.column("text")[list(rows)].tolist(), strict=True)
+def _tiles(statistics: TemperatureStatistics, rows: Sequence[int] | np.ndarray) -> list[ShownItem]:
+    taus = zip(
+        statistics.column("image")[list(rows)].tolist(), statistics.column("text")[list(rows)].tolist(), strict=True
+    )
     tiles = []
-    for item, (image, text) in zip(census.read(rows), taus, strict=True):
+    for item, (image, text) in zip(statistics.read(rows), taus, strict=True):
         shown = ""
-        if "image" in census.sides:
+        if "image" in statistics.sides:
             try:
                 shown = picture(item)
             except UnreadableImage:  # deleted since it was measured
                 continue
-        tiles.append(Tile(shown, item.captions[0] or item.key, image, text))
+        tiles.append(ShownItem(shown, item.captions[0] or item.key, image, text))
     return tiles
 
 

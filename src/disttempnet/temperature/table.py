@@ -13,19 +13,19 @@ from typing import Any, Protocol
 from disttempnet.errors import UserError
 from disttempnet.io.files import atomic, unwritable_named
 from disttempnet.sanitize import csv_cell
-from disttempnet.temperature.measure import Chunk
+from disttempnet.temperature.measure import TemperatureChunk
 
 NUMBERS = ("tau_image", "tau_text", "log_u_image", "log_u_text")
-COLUMNS = ("id", "key", "caption", *NUMBERS)
+TABLE_COLUMNS = ("id", "key", "caption", *NUMBERS)
 
 
-class Table(Protocol):
+class TemperatureTable(Protocol):
     def write(self, columns: dict[str, list[Any]]) -> None:
         """Append rows, given as columns; None is empty."""
 
 
-def columns_of(chunk: Chunk, facts: Sequence[str]) -> dict[str, list[Any]]:
-    """The rows of a chunk as columns: `COLUMNS`, then the facts, as text (JSON where they are no text)."""
+def columns_of(chunk: TemperatureChunk, facts: Sequence[str]) -> dict[str, list[Any]]:
+    """The rows of a chunk as columns: `TABLE_COLUMNS`, then the facts, as text (JSON where they are no text)."""
     columns: dict[str, list[Any]] = {
         "id": [item.id for item in chunk.items],
         "key": [item.key for item in chunk.items],
@@ -44,7 +44,7 @@ def fact_text(value: Any) -> str | None:
 def check_table(path: Path, facts: Sequence[str]) -> None:
     """Raise UserError where `open_table` could not write such a table: learnt before hours of work, not after."""
     for name in facts:
-        if name in COLUMNS:
+        if name in TABLE_COLUMNS:
             raise UserError(f"--columns {name}: the table has a column of that name already")
     if path.suffix == ".parquet":
         try:
@@ -58,17 +58,17 @@ def check_table(path: Path, facts: Sequence[str]) -> None:
 
 
 @contextmanager
-def open_table(path: Path, facts: Sequence[str]) -> Iterator[Table]:
+def open_table(path: Path, facts: Sequence[str]) -> Iterator[TemperatureTable]:
     """A table to write to; it takes its name when the block ends without an error."""
     with unwritable_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = _parquet if path.suffix == ".parquet" else _csv
-        with atomic(path) as temporary, writer(temporary, (*COLUMNS, *facts)) as table:
+        with atomic(path) as temporary, writer(temporary, (*TABLE_COLUMNS, *facts)) as table:
             yield table
 
 
 @contextmanager
-def _csv(path: Path, names: Sequence[str]) -> Iterator[Table]:
+def _csv(path: Path, names: Sequence[str]) -> Iterator[TemperatureTable]:
     class Csv:
         def write(self, columns: dict[str, list[Any]]) -> None:
             shown = [map(_seven_digits if n in NUMBERS else csv_cell, columns[n]) for n in names]
@@ -81,7 +81,7 @@ def _csv(path: Path, names: Sequence[str]) -> Iterator[Table]:
 
 
 @contextmanager
-def _parquet(path: Path, names: Sequence[str]) -> Iterator[Table]:
+def _parquet(path: Path, names: Sequence[str]) -> Iterator[TemperatureTable]:
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 

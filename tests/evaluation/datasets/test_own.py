@@ -18,7 +18,7 @@ from disttempnet.data import open_source
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
 from disttempnet.evaluation.datasets.open import load_task
-from disttempnet.evaluation.metrics import Means, clustered_error, mean_per_class_error
+from disttempnet.evaluation.metrics import WeightedHits, clustered_error, mean_per_class_error
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import TaskData, choose_tasks, find_task, task_title
@@ -248,14 +248,14 @@ def test_standard_errors_are_those_of_many_draws() -> None:
     """Images drawn anew, each with one to four captions that are right together or wrong together as a rule."""
     rng = np.random.default_rng(0)
 
-    def draw(images: int) -> tuple[list[Means], float, float]:
+    def draw(images: int) -> tuple[list[WeightedHits], float, float]:
         easy, captions = rng.random(images) < 0.5, rng.integers(1, 5, images)
         cluster = np.repeat(np.arange(images), captions)
         texts = rng.random(len(cluster)) < np.where(easy[cluster], 0.9, 0.2)
         found = rng.random(images) < np.where(easy, 0.8, 0.1)
         parts = [
-            Means(torch.tensor(found), torch.arange(images), 0.5),
-            Means(torch.tensor(texts), torch.tensor(cluster), 0.5),
+            WeightedHits(torch.tensor(found), torch.arange(images), 0.5),
+            WeightedHits(torch.tensor(texts), torch.tensor(cluster), 0.5),
         ]
         return parts, (found.mean() + texts.mean()) / 2, float(np.sqrt(texts.mean() * (1 - texts.mean()) / len(texts)))
 
@@ -268,8 +268,8 @@ def test_standard_errors_are_those_of_many_draws() -> None:
 
 def test_standard_errors_by_hand() -> None:
     hits = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    assert clustered_error([Means(hits, torch.arange(4))], 4) == pytest.approx((3 / 16 / 3) ** 0.5)
-    assert clustered_error([Means(hits[:1], torch.zeros(1, dtype=torch.int64))], 1) is None
+    assert clustered_error([WeightedHits(hits, torch.arange(4))], 4) == pytest.approx((3 / 16 / 3) ** 0.5)
+    assert clustered_error([WeightedHits(hits[:1], torch.zeros(1, dtype=torch.int64))], 1) is None
     places, labels = torch.tensor([0, 1, 0, 0, 3]), torch.tensor([0, 0, 5, 5, 5])
     # shares 1/2 of two and 2/3 of three
     expected = ((1 / 2) ** 2 / 1 + (2 / 3) * (1 / 3) / 2) ** 0.5 / 2

@@ -12,7 +12,7 @@ import pytest
 
 from disttempnet.cli.main import main
 from disttempnet.evaluation.results.averages import counted_tags
-from disttempnet.evaluation.results.export import Evaluated, clip_benchmark_files, openclip_csv
+from disttempnet.evaluation.results.export import ModelResults, clip_benchmark_files, openclip_csv
 from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, write_records
 from disttempnet.evaluation.results.summary import Subject, write_summary
 from disttempnet.evaluation.tasks import all_tasks
@@ -21,13 +21,13 @@ from tests.evaluation import published
 TITLES = {key: task.display for key, task in all_tasks().items()}
 
 
-def evaluated(row: dict[str, str]) -> Evaluated:
+def evaluated(row: dict[str, str]) -> ModelResults:
     parameters = round(float(row["params (M)"]) * 1e6)
     subject = Subject(row["name"], row["pretrained"], parameters=parameters)
-    return Evaluated(subject, published.records(published.scores(row)))
+    return ModelResults(subject, published.records(published.scores(row)))
 
 
-def exported(*every: Evaluated) -> list[list[str]]:
+def exported(*every: ModelResults) -> list[list[str]]:
     return list(csv.reader(io.StringIO(openclip_csv(every, counted_tags(), TITLES))))
 
 
@@ -49,7 +49,7 @@ def test_openclip_csv_of_a_part_has_no_average() -> None:
     part = dict(records)
     part["cars"] = replace(part["cars"], complete=False)
     del part["mnist"]
-    header, row = exported(Evaluated(replace(subject, parameters=0), part))
+    header, row = exported(ModelResults(replace(subject, parameters=0), part))
     cells = dict(zip(header, row, strict=True))
     assert {name for name, cell in cells.items() if not cell} == {
         "params (M)", "FLOPs (B)", "Average perf. on 38 datasets", "Stanford Cars", "MNIST",
@@ -69,7 +69,7 @@ def test_clip_benchmark_files_build() -> None:
         "cars": TaskRecord("cars", "Stanford Cars", {"acc1": 0.1, "main_metric": 0.1}, "acc1", complete=False),
         "mnist": TaskRecord("mnist", "MNIST", {"main_metric": None}, "acc1", complete=False, error="no such folder"),
     }
-    files = clip_benchmark_files(Evaluated(Subject("ViT-B-32", "runs/a b"), records))
+    files = clip_benchmark_files(ModelResults(Subject("ViT-B-32", "runs/a b"), records))
     rows = {}
     for name, text in files.items():
         data = json.loads(text)
@@ -88,7 +88,7 @@ def test_clip_benchmark_files_build() -> None:
     ]  # fmt: skip
 
 
-def write(folder: Path, one: Evaluated) -> Path:
+def write(folder: Path, one: ModelResults) -> Path:
     write_records(folder / RESULTS_FILE, one.records.values())
     write_summary(folder, one.subject, one.records, counted_tags())
     return folder
@@ -109,7 +109,7 @@ def test_command_writes_one_csv_of_several_models(tmp_path: Path, capsys: pytest
 def test_command_names_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subject, records = evaluated(published.rows()[0])
     part = {**records, "cars": replace(records["cars"], complete=False, error="9 samples of 10 were seen")}
-    folder = write(tmp_path / "part", Evaluated(subject, part))
+    folder = write(tmp_path / "part", ModelResults(subject, part))
     out = tmp_path / "json"
     assert main(["export", str(folder), "--to", "clip-benchmark", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

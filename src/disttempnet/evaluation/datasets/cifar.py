@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation.tasks import Sample
+from disttempnet.evaluation.tasks import EvaluationSample
 
-BATCHES = {
+TEST_BATCHES = {
     "test_batch": ("batches.meta", "labels", "label_names"),
     "test": ("meta", "fine_labels", "fine_label_names"),
 }
-SIDE = 32
-COLOURS = 3
+CIFAR_SIZE = 32
+CHANNELS = 3
 SMOOTHER = 0.8  # colours side by side are believed where neighbours differ by less than this share of what planes give
 
 
 @dataclass(frozen=True)
-class Pixels(Sample):
+class PixelSample(EvaluationSample):
     """A sample whose pixels, uint8 [height, width, 3], are in memory."""
 
     pixels: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8), compare=False, repr=False)
@@ -45,7 +45,7 @@ class Pixels(Sample):
 class Cifar:
     """A test batch: samples, the class of each, the classes' names, what a reader has to know."""
 
-    samples: tuple[Pixels, ...]
+    samples: tuple[PixelSample, ...]
     labels: tuple[int, ...]
     names: tuple[str, ...]
     notes: tuple[str, ...]
@@ -53,19 +53,19 @@ class Cifar:
 
 def batch_of(folder: Path) -> str:
     """The file of the test batch that a folder holds; empty where it holds none."""
-    return next((name for name in BATCHES if (folder / name).is_file()), "")
+    return next((name for name in TEST_BATCHES if (folder / name).is_file()), "")
 
 
 def read_cifar(folder: Path) -> Cifar:
     """The test batch of a folder. Raises UserError: it is not there, damaged, or not what CIFAR has."""
     batch = batch_of(folder)
-    meta, labels_key, names_key = BATCHES[batch]
+    meta, labels_key, names_key = TEST_BATCHES[batch]
     content = _unpickled(folder / batch)
     names = _names(_value(_unpickled(folder / meta), names_key, folder / meta), names_key, folder / meta)
     pixels, notes = _pixels(_value(content, "data", folder / batch), folder / batch)
     labels = _labels(_value(content, labels_key, folder / batch), len(pixels), names, folder / batch)
     samples = tuple(
-        Pixels(f"{batch}/{i:05d}", folder / batch, 0, 0, (), "", pixels=np.ascontiguousarray(one))
+        PixelSample(f"{batch}/{i:05d}", folder / batch, 0, 0, (), "", pixels=np.ascontiguousarray(one))
         for i, one in enumerate(pixels)
     )
     return Cifar(samples, tuple(labels), tuple(name.replace("_", " ") for name in names), tuple(notes))
@@ -95,17 +95,17 @@ def _pixels(data: Any, path: Path) -> tuple[NDArray[np.uint8], list[str]]:
     if array.dtype.kind not in "iuf" or not array.size:
         raise UserError(f"{path}: its data is no array of pixels, but {array.dtype} {list(array.shape)}")
     array, notes = _bytes_of(array, path)
-    if array.ndim == 4 and array.shape[1] == COLOURS:
+    if array.ndim == 4 and array.shape[1] == CHANNELS:
         return array.transpose(0, 2, 3, 1), notes
-    if array.ndim == 4 and array.shape[3] == COLOURS:
+    if array.ndim == 4 and array.shape[3] == CHANNELS:
         return array, notes
-    if array.ndim != 2 or array.shape[1] != COLOURS * SIDE * SIDE:
+    flat = CHANNELS * CIFAR_SIZE * CIFAR_SIZE
+    if array.ndim != 2 or array.shape[1] != flat:
         raise UserError(
-            f"{path}: its data is {list(array.shape)}, not [n, {COLOURS * SIDE * SIDE}], [n, 3, height, width] or "
-            "[n, height, width, 3]"
+            f"{path}: its data is {list(array.shape)}, not [n, {flat}], [n, 3, height, width] or [n, height, width, 3]"
         )
-    planes = array.reshape(-1, COLOURS, SIDE, SIDE).transpose(0, 2, 3, 1)
-    rows = array.reshape(-1, SIDE, SIDE, COLOURS)
+    planes = array.reshape(-1, CHANNELS, CIFAR_SIZE, CIFAR_SIZE).transpose(0, 2, 3, 1)
+    rows = array.reshape(-1, CIFAR_SIZE, CIFAR_SIZE, CHANNELS)
     if _roughness(rows) < SMOOTHER * _roughness(planes):
         return rows, [*notes, "each image's colours stand side by side, not in planes as CIFAR's: read so"]
     return planes, notes

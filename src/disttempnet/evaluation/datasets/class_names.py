@@ -20,10 +20,10 @@ from disttempnet.errors import UserError
 from disttempnet.io.files import read_regular
 from disttempnet.sanitize import one_line
 
-TEMPLATE = "a photo of a {c}."
+DEFAULT_TEMPLATE = "a photo of a {c}."
 SYNSET = re.compile(r"n\d{8}")
-NUMBERED = re.compile(r"(n\d{8}|\d+)[-_. ]+(?=\D)")  # n02085620-Chihuahua of Stanford Dogs, 001.Albatross of CUB
-SHOWN = 5  # names in a note
+NUMBER_PREFIX = re.compile(r"(n\d{8}|\d+)[-_. ]+(?=\D)")  # n02085620-Chihuahua of Stanford Dogs, 001.Albatross of CUB
+NAMES_SHOWN = 5  # names in a note
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -56,7 +56,7 @@ def templates_of(path: Path) -> list[str]:
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"{path}: '{template}' has no {{c}} for the class name")
-    return templates or [TEMPLATE]
+    return templates or [DEFAULT_TEMPLATE]
 
 
 def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -66,24 +66,24 @@ def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
     _ becomes a space.
     """
     imagenet = imagenet_names() if any(SYNSET.fullmatch(key) for key in keys) else {}
-    bare = [key[match.end() :] if (match := NUMBERED.match(key)) else key for key in keys]
+    bare = [key[match.end() :] if (match := NUMBER_PREFIX.match(key)) else key for key in keys]
     times = Counter(map(_spaced, bare))
     kept = [name if times[_spaced(name)] == 1 else key for key, name in zip(keys, bare, strict=True)]
     names, notes = [imagenet.get(key) or _spaced(name) for key, name in zip(keys, kept, strict=True)], []
     known = [f"{key} = {name}" for key, name in zip(keys, names, strict=True) if key in imagenet]
     if known:
-        notes.append(f"{len(known)} synsets take ImageNet's class names: {some(known)}")
+        notes.append(f"{len(known)} synsets take ImageNet's class names: {first_few(known)}")
     if unknown := [key for key in keys if SYNSET.fullmatch(key) and key not in imagenet]:
         notes.append(
-            f"{len(unknown)} synsets are none of ImageNet-1k's 1,000 and no class names: {some(unknown)}: name them in "
-            "classnames.txt"
+            f"{len(unknown)} synsets are none of ImageNet-1k's 1,000 and no class names: {first_few(unknown)}: "
+            "name them in classnames.txt"
         )
     if stripped := [f"{key} = {_spaced(name)}" for key, name in zip(keys, kept, strict=True) if key != name]:
-        notes.append(f"numbers before class names are left out: {some(stripped)}")
+        notes.append(f"numbers before class names are left out: {first_few(stripped)}")
     if numbers := [key for key in keys if key.strip().isdecimal()]:
         notes.append(
-            f"{len(numbers)} classes have numbers for names, which say nothing to a text tower: {some(numbers)}: name "
-            "them in classnames.txt"
+            f"{len(numbers)} classes have numbers for names, which say nothing to a text tower: {first_few(numbers)}: "
+            "name them in classnames.txt"
         )
     return names, notes + about_equal(names)
 
@@ -91,7 +91,7 @@ def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
 def about_equal(names: Sequence[str]) -> list[str]:
     """What a reader has to know of classes that a text tower cannot tell apart."""
     equal = [f"'{name}' {count} times" for name, count in Counter(names).items() if count > 1]
-    return [f"classes of equal names, which no prompt tells apart: {some(equal)}"] if equal else []
+    return [f"classes of equal names, which no prompt tells apart: {first_few(equal)}"] if equal else []
 
 
 def _spaced(name: str) -> str:
@@ -107,6 +107,6 @@ def imagenet_names() -> dict[str, str]:
     return dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
-def some(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """The first few of them."""
-    return ", ".join(map(one_line, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+    return ", ".join(map(one_line, names[:NAMES_SHOWN])) + (", …" if len(names) > NAMES_SHOWN else "")

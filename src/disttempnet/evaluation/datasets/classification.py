@@ -12,7 +12,7 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.class_names import read_lines, without_trailing_blanks
 from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.tars import Span, image_of, members_of, shards_of
-from disttempnet.evaluation.tasks import Head, Sample, Task, TaskData, sample_of
+from disttempnet.evaluation.tasks import EvaluationSample, Head, Task, TaskData, sample_of
 
 MOST_GROUPS = 1_000_000  # a table is made of as many as the largest number says
 FACES = ("race", "gender", "age", "toxic")
@@ -23,7 +23,7 @@ def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
     heads, about_words = _heads(task, folder, compat)
     columns = PROTOCOLS[task.protocols[0]].columns
     faces = task.protocols == ("faces",)
-    samples: list[Sample] = []
+    samples: list[EvaluationSample] = []
     labels: list[int] = []
     rows: list[list[int]] = []
     broken: list[str] = []

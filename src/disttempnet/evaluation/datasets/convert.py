@@ -22,16 +22,16 @@ from PIL import Image
 from disttempnet.data.headers import UNKNOWN, image_header
 from disttempnet.data.images import MAX_BYTES
 from disttempnet.errors import UserError
-from disttempnet.evaluation.datasets.cifar import Pixels
+from disttempnet.evaluation.datasets.cifar import PixelSample
 from disttempnet.evaluation.datasets.image_folder import folder_data
 from disttempnet.evaluation.datasets.open import folder_names, read_folder
 from disttempnet.evaluation.datasets.retrieval import RAW_PROTOCOLS
 from disttempnet.evaluation.tars import has_tars
-from disttempnet.evaluation.tasks import FOLDER, Sample, Task, TaskData, find_task, own_path
+from disttempnet.evaluation.tasks import FOLDER, EvaluationSample, Task, TaskData, find_task, own_path
 from disttempnet.io.files import read_regular
 from disttempnet.io.progress import Meter
 
-HEADER_BYTES = 4096  # tell an image's format
+IMAGE_HEAD_BYTES = 4096  # tell an image's format
 
 
 class Converted(NamedTuple):
@@ -146,7 +146,7 @@ def _members(data: TaskData, place: int) -> Iterator[tuple[str, bytes]]:
     """(suffix, content) of a sample's files."""
     sample = data.samples[place]
     content = _image_bytes(sample)
-    suffix = image_header(content[:HEADER_BYTES])[0]
+    suffix = image_header(content[:IMAGE_HEAD_BYTES])[0]
     yield "jpg" if suffix == UNKNOWN else suffix, content  # what it is not either was called so by its source
     if data.labels:
         yield "cls", str(data.labels[place]).encode()
@@ -154,16 +154,16 @@ def _members(data: TaskData, place: int) -> Iterator[tuple[str, bytes]]:
         yield "txt", "\n".join(_one_line(caption, sample) for caption in sample.captions).encode()
 
 
-def _image_bytes(sample: Sample) -> bytes:
+def _image_bytes(sample: EvaluationSample) -> bytes:
     """The file as it is; pixels in memory as PNG, which keeps them."""
-    if not isinstance(sample, Pixels):
+    if not isinstance(sample, PixelSample):
         return read_regular(sample.shard, MAX_BYTES)
     file = io.BytesIO()
     Image.fromarray(sample.pixels).save(file, "PNG")
     return file.getvalue()
 
 
-def _one_line(caption: str, sample: Sample) -> str:
+def _one_line(caption: str, sample: EvaluationSample) -> str:
     """Captions stand a line each, so a line break in one becomes a space, as it is to the tokenizers."""
     text = " ".join(caption.splitlines())
     if not text.strip():

@@ -22,21 +22,21 @@ from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.cifar import batch_of, read_cifar
 from disttempnet.evaluation.datasets.class_names import (
     about_equal,
+    first_few,
     names_of,
     read_lines,
-    some,
     templates_of,
     without_trailing_blanks,
 )
-from disttempnet.evaluation.tasks import FOLDER, Head, Sample, Task, TaskData
+from disttempnet.evaluation.tasks import FOLDER, EvaluationSample, Head, Task, TaskData
 from disttempnet.sanitize import one_line
 
 EVALUATED = ("test", "val", "valid", "validation", "dev")  # folders that are splits of a data set, best first
-SPLITS = frozenset({*EVALUATED, "train", "training"})
+SPLIT_FOLDERS = frozenset({*EVALUATED, "train", "training"})
 
 
 @dataclass
-class Seen:
+class FolderScan:
     """What a look through folders finds: images; hidden folders and images; links to nothing; other files by suffix."""
 
     images: list[Path] = field(default_factory=list)
@@ -46,11 +46,11 @@ class Seen:
 
 
 @dataclass
-class Classes:
+class ClassFolders:
     """Samples with the number of their class; keys: what the classes are called where they lie; empty: folders that
     are no classes, for want of images."""
 
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[EvaluationSample] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ def folder_data(task: Task, folder: Path) -> TaskData:
     """
     if batch_of(folder):
         cifar = read_cifar(folder)
-        found = Classes([*cifar.samples], [*cifar.labels], [*cifar.names], notes=[*cifar.notes])
+        found = ClassFolders([*cifar.samples], [*cifar.labels], [*cifar.names], notes=[*cifar.notes])
     else:
         try:
             found = _class_folders(folder)
@@ -76,7 +76,7 @@ def folder_data(task: Task, folder: Path) -> TaskData:
     return TaskData(task, tuple(found.samples), (head,), tuple(found.labels), notes=(*found.notes, *about_names))
 
 
-def _class_names(folder: Path, found: Classes) -> tuple[list[str], list[str]]:
+def _class_names(folder: Path, found: ClassFolders) -> tuple[list[str], list[str]]:
     """Of classnames.txt, a line a class; where some folders are without images, a line a folder will do.
 
     A blank line may be a name; blank lines that are too many are none.
@@ -90,14 +90,14 @@ def _class_names(folder: Path, found: Classes) -> tuple[list[str], list[str]]:
             names = [name for name, key in zip(lines, folders, strict=False) if key in found.keys]
             return names, notes + about_equal(names)
     given = len(without_trailing_blanks(lines))
-    raise UserError(f"{path}: {given} names, but {len(found.keys)} classes with images: {some(found.keys)}")
+    raise UserError(f"{path}: {given} names, but {len(found.keys)} classes with images: {first_few(found.keys)}")
 
 
-def _class_folders(folder: Path) -> Classes:
+def _class_folders(folder: Path) -> ClassFolders:
     top, notes = _split_of(folder)
-    found, every = Classes(notes=notes), Seen()
+    found, every = ClassFolders(notes=notes), FolderScan()
     for path in _folders_in(top, every):
-        seen = Seen()
+        seen = FolderScan()
         _look(path, seen, ())
         every.hidden += [str(Path(path.name, name)) for name in seen.hidden]
         every.dead += [str(Path(path.name, name)) for name in seen.dead]
@@ -107,16 +107,18 @@ def _class_folders(folder: Path) -> Classes:
             continue
         for file in sorted(seen.images):
             name = one_line(file.relative_to(folder).as_posix())
-            found.samples.append(Sample(name, file, 0, -1, (), "", plain=True))
+            found.samples.append(EvaluationSample(name, file, 0, -1, (), "", plain=True))
             found.labels.append(len(found.keys))
         found.keys.append(path.name)
     outside = [file.name for file in top.iterdir() if is_image(file.name, DECODED_SUFFIXES) and os.path.isfile(file)]
     _refuse_no_classes(top, found.keys, outside, every)
-    notes += [f"left out, hidden: {some(every.hidden)}"] if every.hidden else []
-    notes += [f"left out, links that lead nowhere: {some(every.dead)}"] if every.dead else []
-    notes += [f"left out, without images: {some(found.empty)}"] if found.empty else []
+    notes += [f"left out, hidden: {first_few(every.hidden)}"] if every.hidden else []
+    notes += [f"left out, links that lead nowhere: {first_few(every.dead)}"] if every.dead else []
+    notes += [f"left out, without images: {first_few(found.empty)}"] if found.empty else []
     notes += (
-        [f"left out, in no folder of a class: {len(outside):,} images ({some(sorted(outside))})"] if outside else []
+        [f"left out, in no folder of a class: {len(outside):,} images ({first_few(sorted(outside))})"]
+        if outside
+        else []
     )
     if every.others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(every.others.items()))
@@ -124,7 +126,7 @@ def _class_folders(folder: Path) -> Classes:
     return found
 
 
-def _refuse_no_classes(folder: Path, classes: Sequence[str], outside: Sequence[str], seen: Seen) -> None:
+def _refuse_no_classes(folder: Path, classes: Sequence[str], outside: Sequence[str], seen: FolderScan) -> None:
     if len(classes) > 1:
         return
     kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(seen.others.items()))
@@ -139,19 +141,19 @@ def _refuse_no_classes(folder: Path, classes: Sequence[str], outside: Sequence[s
 
 def _split_of(folder: Path) -> tuple[Path, list[str]]:
     """Where the folders of classes are: of a folder that holds splits (train/, val/, test/), in one of them."""
-    inside = {path.name.lower(): path for path in _folders_in(folder, Seen())}
-    if not inside or not inside.keys() <= SPLITS:
+    inside = {path.name.lower(): path for path in _folders_in(folder, FolderScan())}
+    if not inside or not inside.keys() <= SPLIT_FOLDERS:
         return folder, []
     names = ", ".join(sorted(path.name for path in inside.values()))
     for split in EVALUATED:
-        if split in inside and any(_holds_images(path) for path in _folders_in(inside[split], Seen())):
+        if split in inside and any(_holds_images(path) for path in _folders_in(inside[split], FolderScan())):
             return inside[split], [f"{inside[split].name}/ is evaluated, of the splits {names}"]
     raise UserError(
         f"{folder}: holds the splits {names}, none to evaluate on: to take one, name it: {FOLDER}{folder}/…"
     )
 
 
-def _folders_in(folder: Path, seen: Seen) -> list[Path]:
+def _folders_in(folder: Path, seen: FolderScan) -> list[Path]:
     found = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -165,7 +167,7 @@ def _folders_in(folder: Path, seen: Seen) -> list[Path]:
     return found
 
 
-def _look(folder: Path, seen: Seen, above: tuple[tuple[int, int], ...], inside: str = "") -> None:
+def _look(folder: Path, seen: FolderScan, above: tuple[tuple[int, int], ...], inside: str = "") -> None:
     """All files below a folder; links are followed, but for those that lead back."""
     status = folder.stat()
     here = status.st_dev, status.st_ino
@@ -188,7 +190,7 @@ def _look(folder: Path, seen: Seen, above: tuple[tuple[int, int], ...], inside: 
 
 
 def _holds_images(folder: Path) -> bool:
-    seen = Seen()
+    seen = FolderScan()
     _look(folder, seen, ())
     return bool(seen.images)
 

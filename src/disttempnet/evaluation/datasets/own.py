@@ -41,15 +41,15 @@ from disttempnet.evaluation.datasets.class_names import (
 )
 from disttempnet.evaluation.datasets.image_folder import folder_data
 from disttempnet.evaluation.tars import Span, image_of, members_of
-from disttempnet.evaluation.tasks import CAPTIONS, SHARDS, Head, Sample, Task, TaskData, own_path
+from disttempnet.evaluation.tasks import CAPTIONS, SHARDS, EvaluationSample, Head, Task, TaskData, own_path
 from disttempnet.sanitize import printable
 
-OPTIONS = ("label", "caption", "images", "image")
+OPTION_KEYS = ("label", "caption", "images", "image")
 LABEL_KEY = "label"
-WHOLE = re.compile(r"\d+(\.0*)?")  # pandas writes whole numbers so where some are missing
+WHOLE_NUMBER = re.compile(r"\d+(\.0*)?")  # pandas writes whole numbers so where some are missing
 LONGEST = 40  # characters of a value in a message
 LOOKED_AT = 100  # images of a folder that show whether it holds captions or classes
-SPLITS = ("test", "val")  # of a listing that has splits, best first
+EVALUATED_SPLITS = ("test", "val")  # of a listing that has splits, best first
 # readers of training data say where a config would be changed
 CONFIG_WORDS = {
     "in data.train = [{path = …, images = FOLDER}]": "after the file's: ?images=FOLDER",
@@ -62,7 +62,7 @@ _READING = Lock()  # sources keep files open that threads would close on each ot
 
 
 @dataclass(frozen=True)
-class ReadSample(Sample):
+class ReadSample(EvaluationSample):
     """A sample whose encoded image is what `read` gives."""
 
     read: Callable[[], bytes] = field(default=bytes, compare=False, repr=False)
@@ -76,10 +76,10 @@ class ReadSample(Sample):
         return decode(content, self.plain)
 
 
-class Own(NamedTuple):
+class OwnSamples(NamedTuple):
     """Samples with their labels, "" where there is none; what could not be used; notes."""
 
-    samples: list[Sample]
+    samples: list[EvaluationSample]
     labels: list[str]
     broken: list[str]
     notes: list[str]
@@ -122,8 +122,8 @@ def _parts(name: str) -> tuple[str, dict[str, str]]:
     given = name.partition(":")[2][len(path) + 1 :]
     options = dict(part.partition("=")[::2] for part in given.split("&") if part)
     for key in options:
-        if key not in OPTIONS:
-            raise UserError(f"task '{name}': {unknown_name('option', key, OPTIONS)}")
+        if key not in OPTION_KEYS:
+            raise UserError(f"task '{name}': {unknown_name('option', key, OPTION_KEYS)}")
     return path, options
 
 
@@ -140,30 +140,30 @@ def _holds_captions(folder: Path, options: Mapping[str, str]) -> bool:
     return 2 * sum(rows.caption_key in fields for fields in first) > len(first)
 
 
-def _listing(where: Path, options: Mapping[str, str]) -> Own:
+def _listing(where: Path, options: Mapping[str, str]) -> OwnSamples:
     listed = read_listing(where, *(options.get(key, "") for key in ("images", "image", "caption")))
     notes, images = [*listed.notes], listed.images
     splits = Counter(image.split for image in images if image.split)
-    for split in SPLITS:
+    for split in EVALUATED_SPLITS:
         if split in splits:
             images = tuple(image for image in images if image.split == split)
             there = ", ".join(f"{name} {count:,}" for name, count in sorted(splits.items()))
             notes.append(f"its split '{split}' is evaluated, of {there} images")
             break
     key = options.get("label", LABEL_KEY)
-    samples: list[Sample] = [
+    samples: list[EvaluationSample] = [
         ReadSample(image.name, where, 0, 0, image.captions, "", image.fields, plain=True, read=image.read)
         for image in images
     ]
     broken = [f"{', '.join(names)}{', …' * (rows > len(names))}: {why}" for why, rows, names in listed.left_out]
-    return Own(samples, [_label(image.fields.get(key)) for image in images], broken, notes)
+    return OwnSamples(samples, [_label(image.fields.get(key)) for image in images], broken, notes)
 
 
-def _shards(spec: str, options: Mapping[str, str]) -> Own:
+def _shards(spec: str, options: Mapping[str, str]) -> OwnSamples:
     shards = resolve_shards(spec)
     if shards.remote:
         raise UserError(f"{spec}: evaluation reads shards of this machine only: disttempnet data download copies them")
-    own = Own([], [], [], [])
+    own = OwnSamples([], [], [], [])
     for name, shard, members in members_of([shards.folder / one for one in shards.names], own.broken):
         try:
             image, facts = image_of(members), _facts(members)
@@ -176,7 +176,7 @@ def _shards(spec: str, options: Mapping[str, str]) -> Own:
         label = _label(facts.get(options.get("label", LABEL_KEY)))
         if not label and "label" not in options and "cls" in members:
             label = _text(members["cls"]).strip()
-        own.samples.append(Sample(name, shard, image.offset, image.size, captions, label, facts, plain=True))
+        own.samples.append(EvaluationSample(name, shard, image.offset, image.size, captions, label, facts, plain=True))
         own.labels.append(label)
     return own
 
@@ -212,7 +212,7 @@ def _label(value: Any) -> str:
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
-def _with_labels(task: Task, own: Own, beside: Path, options: Mapping[str, str]) -> TaskData:
+def _with_labels(task: Task, own: OwnSamples, beside: Path, options: Mapping[str, str]) -> TaskData:
     """The task, with classification where samples have labels."""
     asked = options.get("label", "")
     samples, broken = own.samples, [*own.broken]
@@ -251,7 +251,7 @@ def _classes(labels: Sequence[str], beside: Path) -> tuple[list[str], list[int],
     if len(known) < len(labels):
         return [], [], [f"{len(labels) - len(known):,} of {len(labels):,} samples have no label: no zero-shot"]
     path, notes = beside / "classnames.txt", list[str]()
-    if all(map(WHOLE.fullmatch, labels)):
+    if all(map(WHOLE_NUMBER.fullmatch, labels)):
         if not path.is_file():
             return [], [], [f"labels are numbers, and there is no {path} to say what they are called: no zero-shot"]
         lines, notes = read_lines(path)

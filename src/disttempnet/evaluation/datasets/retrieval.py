@@ -15,11 +15,11 @@ from pathlib import Path
 from disttempnet.data.shards.names import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tars import Span, has_tars, image_of, members_of, shards_of
-from disttempnet.evaluation.tasks import Puzzle, Sample, Task, TaskData, sample_of
+from disttempnet.evaluation.tasks import EvaluationSample, Puzzle, Task, TaskData, sample_of
 from disttempnet.io.files import open_regular, read_regular
 
 RAW_PROTOCOLS = (("caption_retrieval",), ("winogavil",))  # of tasks that are published as a CSV and images
-WHOLE = Span(0, -1, None)  # an image that is a file of its own
+WHOLE_FILE = Span(0, -1, None)  # an image that is a file of its own
 
 
 def captioned_data(task: Task, folder: Path) -> TaskData:
@@ -44,7 +44,7 @@ def captioned_data(task: Task, folder: Path) -> TaskData:
             if path is None or not captions:
                 broken.append(f"{row['filename']}: no {'such image' if path is None else 'caption'}")
                 continue
-            samples.append(sample_of(row["filename"], path, WHOLE, captions))
+            samples.append(sample_of(row["filename"], path, WHOLE_FILE, captions))
     return TaskData(task, tuple(samples), broken=tuple(broken), notes=tuple(notes))
 
 
@@ -52,7 +52,7 @@ def winogavil_data(task: Task, folder: Path) -> TaskData:
     """WinoGAViL: a pool of images by name, and puzzles about some of them."""
     broken: list[str] = []
     notes: list[str] = []
-    pool: dict[str, Sample] = {}
+    pool: dict[str, EvaluationSample] = {}
     if has_tars(folder):
         shards, notes = shards_of(folder / "test")
         for name, shard, members in members_of(shards, broken):
@@ -65,7 +65,7 @@ def winogavil_data(task: Task, folder: Path) -> TaskData:
             for row in _csv_rows(folder, ("cue", "candidates", "associations"))
         ]
         for file, path in _files_below(folder).items():
-            pool[Path(file).stem] = sample_of(file, path, WHOLE)
+            pool[Path(file).stem] = sample_of(file, path, WHOLE_FILE)
     used: dict[str, int] = {}
     puzzles = []
     for number, row in enumerate(rows, 1):

@@ -20,7 +20,7 @@ GROUPS = {
     "retrieval": "Retrieval",
 }
 NOT_RUN = "not run"
-NAMED = 10  # tasks that were not run are named up to so many
+TASKS_SHOWN = 10  # tasks that were not run are named up to so many
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Average:
         words = [f"{titles[key]} {reason}" for key, reason in self.left_out.items() if reason != NOT_RUN]
         absent = [titles[key] for key, reason in self.left_out.items() if reason == NOT_RUN]
         if absent:
-            words.append(f"not run: {', '.join(absent) if len(absent) <= NAMED else f'{len(absent)} tasks'}")
+            words.append(f"not run: {', '.join(absent) if len(absent) <= TASKS_SHOWN else f'{len(absent)} tasks'}")
         return words
 
     @property

@@ -20,17 +20,17 @@ from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject, read_s
 from disttempnet.sanitize import csv_cell
 
 FIRST_TASK = "imagenet1k"  # of open_clip's CSV; the others stand in the order of tasks.toml
-HEAD = ("name", "pretrained", "params (M)", "FLOPs (B)", "Average perf. on 38 datasets")
+OPENCLIP_COLUMNS = ("name", "pretrained", "params (M)", "FLOPs (B)", "Average perf. on 38 datasets")
 
 
-class Evaluated(NamedTuple):
+class ModelResults(NamedTuple):
     """A model's results: records by key."""
 
     subject: Subject
     records: Mapping[str, TaskRecord]
 
 
-def read_evaluated(folder: Path) -> Evaluated:
+def read_model_results(folder: Path) -> ModelResults:
     """The results of a folder.
 
     Raises:
@@ -39,15 +39,15 @@ def read_evaluated(folder: Path) -> Evaluated:
     subject, records = read_subject(folder), read_records(folder / RESULTS_FILE)
     if subject is None or not records:
         raise UserError(f"{folder}: no results of an evaluation (it needs {SUMMARY_FILE} and {RESULTS_FILE})")
-    return Evaluated(subject, records)
+    return ModelResults(subject, records)
 
 
-def left_out(evaluated: Evaluated) -> list[str]:
+def left_out(evaluated: ModelResults) -> list[str]:
     """What no export holds, in a line each."""
     return [f"{r.dataset} {why_not(r)}" for r in evaluated.records.values() if r.error or not r.complete]
 
 
-def clip_benchmark_files(evaluated: Evaluated) -> dict[str, str]:
+def clip_benchmark_files(evaluated: ModelResults) -> dict[str, str]:
     """File name → text of one file a task, as `clip_benchmark build` collects them; shares in [0, 1]."""
     model, pretrained = evaluated.subject.model, evaluated.subject.pretrained
     files = {}
@@ -68,7 +68,7 @@ def clip_benchmark_files(evaluated: Evaluated) -> dict[str, str]:
     return files
 
 
-def openclip_csv(every: Sequence[Evaluated], tags: Mapping[str, Sequence[str]], titles: Mapping[str, str]) -> str:
+def openclip_csv(every: Sequence[ModelResults], tags: Mapping[str, Sequence[str]], titles: Mapping[str, str]) -> str:
     """The CSV of open_clip's docs/openclip_results.csv: a row a model, shares with four digits.
 
     Args:
@@ -82,7 +82,7 @@ def openclip_csv(every: Sequence[Evaluated], tags: Mapping[str, Sequence[str]], 
     keys.sort(key=lambda key: key != FIRST_TASK)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*HEAD, *(titles[key] for key in keys)])
+    writer.writerow([*OPENCLIP_COLUMNS, *(titles[key] for key in keys)])
     for subject, records in every:
         average = averages(records, tags)["datacomp"]
         shown = {key: records[key].value if key not in average.left_out else None for key in keys}

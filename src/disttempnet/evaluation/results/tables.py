@@ -12,7 +12,7 @@ from rich.text import Text
 
 from disttempnet.evaluation.datasets.open import HF_CACHE, download_folder, find_data, folder_names
 from disttempnet.evaluation.datasets.retrieval import RAW_PROTOCOLS
-from disttempnet.evaluation.results.averages import NAMED, averages, why_not
+from disttempnet.evaluation.results.averages import TASKS_SHOWN, averages, why_not
 from disttempnet.evaluation.results.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
 from disttempnet.evaluation.tasks import OWN, Task, task_title
@@ -50,8 +50,8 @@ def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
 def notes(records: Mapping[str, TaskRecord]) -> list[str]:
     """What a reader of the numbers has to know, the first of them in words."""
     words = [f"{record.dataset}: {note}" for record in records.values() for note in record.notes]
-    more = len(words) - NAMED
-    return [*words[:NAMED], *([f"and {more} more notes in the lines of results"] if more > 0 else [])]
+    more = len(words) - TASKS_SHOWN
+    return [*words[:TASKS_SHOWN], *([f"and {more} more notes in the lines of results"] if more > 0 else [])]
 
 
 def _caption(results_by_run: Mapping[str, Mapping[str, Scores]]) -> str | None:

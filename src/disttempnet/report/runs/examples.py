@@ -21,7 +21,7 @@ from torch import Tensor
 
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate
 from disttempnet.evaluation.datasets.open import load_task
-from disttempnet.evaluation.tasks import Sample, find_task
+from disttempnet.evaluation.tasks import EvaluationSample, find_task
 from disttempnet.report.binning import evenly_spread
 from disttempnet.report.items import training_pairs
 from disttempnet.report.read import RunRecord
@@ -186,7 +186,7 @@ def temperature_gallery(run: Run, batch: int) -> Gallery | None:
 
 
 @lru_cache(maxsize=4096)
-def picture(sample: Sample) -> str:
+def picture(sample: EvaluationSample) -> str:
     """The sample's image as a small WebP in a data URI."""
     image = sample.image()
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
@@ -195,7 +195,7 @@ def picture(sample: Sample) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _images_of(task: str, result: TaskResult) -> list[Sample]:
+def _images_of(task: str, result: TaskResult) -> list[EvaluationSample]:
     by_key = {sample.key: sample for sample in load_task(find_task(task)).samples}
     return [by_key[key] for key in result.keys]
 

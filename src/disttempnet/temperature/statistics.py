@@ -13,14 +13,14 @@ from torch import Tensor
 
 from disttempnet.report.binning import evenly_spread
 from disttempnet.report.items import PAIR, Item, Items
-from disttempnet.temperature.measure import Chunk
+from disttempnet.temperature.measure import TemperatureChunk
 from disttempnet.temperature.table import fact_text
 
-EMBEDDED = 20_000  # samples whose features are kept
+FEATURES_KEPT = 20_000  # samples whose features are kept
 
 
 @dataclass
-class Census:
+class TemperatureStatistics:
     """Columns over the n items that could be read; m of them with features.
 
     Attributes:
@@ -37,10 +37,10 @@ class Census:
     _codes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._chosen = evenly_spread(len(self.items), EMBEDDED)
+        self._chosen = evenly_spread(len(self.items), FEATURES_KEPT)
         self._codes = {"label": {}, self.frequency_by: {}}
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: TemperatureChunk) -> None:
         self.skipped += chunk.skipped
         chosen = np.isin(chunk.positions, self._chosen)
         columns: dict[str, np.ndarray] = {
