@@ -1,4 +1,4 @@
-"""What a user can fix, or should know: the exception and the warning that the command line prints as single lines."""
+"""Exceptions and warnings that the command line prints as single lines: what a user can fix, or should know."""
 
 import warnings
 from collections.abc import Iterable
@@ -8,11 +8,13 @@ from typing import Any
 from disttempnet.sanitize import one_line, redacted
 from disttempnet.terminal import say
 
+TERMINATED = 143  # exit code of a command that a signal stopped: 128 + SIGTERM, as shells report it
+
 
 class UserError(Exception):
-    """A mistake outside the program: its message names the file, key or shard and says what to do.
+    """A mistake outside the program. The message names the file, key or shard and says what to do.
 
-    The message is one line without credentials or control characters, wherever it is shown, sent or written.
+    The message is always one line, without credentials and control characters.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,17 +22,19 @@ class UserError(Exception):
 
 
 class UserNotice(UserWarning):
-    """Something to know about one's run, which goes on."""
+    """A warning about a run that continues."""
 
 
 def notice(text: str) -> None:
-    """Tell something about one's run, which goes on."""
+    """Warn about a run that continues."""
     warnings.warn(text, UserNotice, stacklevel=3)
 
 
 def show_notices_plainly() -> None:
-    """From here on print each UserNotice as a line on standard error, without the place in the code that gave it; other
-    warnings stay as they were."""
+    """Print each UserNotice as one line on standard error from now on, without its place in the code.
+
+    Other warnings are printed as before.
+    """
     others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -43,13 +47,13 @@ def show_notices_plainly() -> None:
 
 
 class Preempted(Exception):
-    """SIGUSR1 ended a run or an evaluation in good order, what is done is saved: whoever sent it starts it again."""
+    """SIGUSR1 ended a run or an evaluation after a save; its sender (SLURM) starts it again."""
 
-    code = 138  # exit code: 128 + SIGUSR1, as a shell says of a process that it ended
+    code = 138  # exit code: 128 + SIGUSR1, as shells report it
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that does not exist: the nearest one, and what there is (of many, the near ones)."""
+    """Return the message for an unknown name: the nearest known one, and the list of known ones (of many, the near)."""
     known = sorted(known)
     near = get_close_matches(name, known, n=8, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""

@@ -24,6 +24,7 @@ from disttempnet.io.files import (
     UnfitFile,
     atomic,
     follow_umask,
+    locked,
     read_regular,
     refuse_unwritable,
     write_atomically,
@@ -129,7 +130,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(name: str, why: str, 
 
 def test_a_folder_that_takes_no_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(UserError, match="does not allow it"):
+    with pytest.raises(UserError, match="no permission to write into"):
         refuse_unwritable(tmp_path / "new" / "x.html")
 
 
@@ -148,11 +149,11 @@ def test_a_device_does_not_depend_on_its_folder(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/dev" and allowed(path, mode))
     for path in (Path("/dev/null"), Path("/dev/stdout")):
         refuse_unwritable(path)
-    with pytest.raises(UserError, match="/dev does not allow it"):
+    with pytest.raises(UserError, match="no permission to write into /dev"):
         refuse_unwritable(Path("/dev/new"))
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "pipe" and allowed(path, mode))
-    with pytest.raises(UserError, match="pipe: cannot be written: it is not yours to write to"):
+    with pytest.raises(UserError, match="pipe: cannot be written: permission denied"):
         refuse_unwritable(tmp_path / "pipe")
 
 
@@ -271,5 +272,16 @@ def test_a_folder_that_takes_no_files_is_told_before_the_work(
         monkeypatch.setattr(f"disttempnet.{work}", lambda *_, **__: worked.append("read"))
     assert main(command(name, inputs)) == 2
     out = inputs / "out"
-    assert f"disttempnet: {out / name}: cannot be written: {out} does not allow it\n" in capsys.readouterr().err
+    assert (
+        f"disttempnet: {out / name}: cannot be written: no permission to write into {out}\n" in capsys.readouterr().err
+    )
     assert worked == []
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"), pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=False):
+        pytest.fail("two hold the lock")
+    with locked(tmp_path / "lock", wait=False):
+        pass
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "no folder" / "lock"):
+        pass

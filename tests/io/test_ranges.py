@@ -15,7 +15,7 @@ from disttempnet.cli.main import build_parser, main
 from disttempnet.compare.grid import GridFile
 from disttempnet.config import CONFIG_FOLDER, Config, LossConfig, SourceConfig, load_config
 from disttempnet.errors import UserError
-from disttempnet.io.ranges import Range, whole
+from disttempnet.io.ranges import Range, integers
 from disttempnet.losses import ARGUMENT_RANGES, OBJECTIVES, build_loss
 
 DEBUG = CONFIG_FOLDER / "debug.toml"
@@ -27,7 +27,11 @@ DEBUG = CONFIG_FOLDER / "debug.toml"
 @pytest.mark.parametrize(
     ("allowed", "inside", "outside"),
     [
-        (whole(1, 8), [1, 8, 3.0, np.int64(2), np.float32(2)], [0, 9, 2.5, True, "3", None, math.nan, math.inf, 2**70]),
+        (
+            integers(1, 8),
+            [1, 8, 3.0, np.int64(2), np.float32(2)],
+            [0, 9, 2.5, True, "3", None, math.nan, math.inf, 2**70],
+        ),
         (Range(0, 1), [0, 1, 0.5, np.float32(0.5)], [-1e-9, 1.1, -math.inf, math.nan, False, [], np.bool_(True)]),
         (Range(0, 1, above=True), [1e-300, 1], [0, -0.0, 1.0000001]),
         (Range(0, 1, below=True), [0, 0.999], [1, 10**400]),
@@ -36,19 +40,19 @@ DEBUG = CONFIG_FOLDER / "debug.toml"
 def test_a_range_holds_its_numbers_and_nothing_else(allowed: Range, inside: list, outside: list) -> None:
     for value in inside:
         assert allowed.check(value) == value
-        assert type(allowed.check(value)) is (int if allowed.whole else float)
+        assert type(allowed.check(value)) is (int if allowed.integer else float)
     for value in outside:
         with pytest.raises(ValueError, match=r"must be a (whole )?number (from|above|at least) "):
             allowed.check(value)
 
 
 def test_a_range_says_what_is_in_it() -> None:
-    assert str(whole(1, 65_536)) == "from 1 to 65,536"
+    assert str(integers(1, 65_536)) == "from 1 to 65,536"
     assert str(Range(0, 10, above=True)) == "above 0 and at most 10"
     assert str(Range(0, 1, below=True)) == "at least 0 and below 1"
-    assert whole(0, 10**6).parse("1e3") == 1000
+    assert integers(0, 10**6).parse("1e3") == 1000
     with pytest.raises(argparse.ArgumentTypeError, match=r"must be a whole number from 0 to 9 \(got 9{5000}\)"):
-        whole(0, 9).parse("9" * 5000)
+        integers(0, 9).parse("9" * 5000)
 
 
 # ---- config keys ----
@@ -70,8 +74,8 @@ EVERY_KEY = [*fields(Config), *fields(SourceConfig, "source.")]
 def test_every_number_of_a_config_has_a_range_and_every_truth_value_is_strict(key: str, field: Any) -> None:
     ranges = [one for one in field.metadata if isinstance(one, Range)]
     if field.annotation in (int, float):
-        assert len(ranges) == 1, f"{key}: give it a Range, Annotated[int, whole(…)]"
-        assert ranges[0].whole == (field.annotation is int)
+        assert len(ranges) == 1, f"{key}: give it a Range, Annotated[int, integers(…)]"
+        assert ranges[0].integer == (field.annotation is int)
         assert field.is_required() or ranges[0].check(field.default) == field.default
     if field.annotation is bool:
         assert any(getattr(one, "strict", False) for one in field.metadata), f"{key}: StrictBool"

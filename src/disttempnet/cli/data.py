@@ -12,14 +12,14 @@ from disttempnet.errors import UserError
 from disttempnet.io.files import refuse_unwritable, unwritable_named
 from disttempnet.io.machine import cores
 from disttempnet.io.paths import path_argument
-from disttempnet.io.ranges import GIGABYTES, SAMPLES, SEED, WORKERS, whole
+from disttempnet.io.ranges import GIGABYTES, SAMPLES, SEEDS, WORKERS, integers
 from disttempnet.terminal import console, say
 
 if TYPE_CHECKING:
     from disttempnet.config import SourceConfig
     from disttempnet.data.tools.unreadable import Fault
 
-COUNT = whole(1, 10**9)
+COUNT = integers(1, 10**9)
 SPEC = "shards or another layout, as in data.train"
 
 INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
@@ -161,7 +161,7 @@ def _add_preview(parts: Any) -> None:
         "--out", type=path_argument, default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)"
     )
     preview.add_argument("--count", type=COUNT.parse, default=48, metavar="N", help="samples (default: 48)")
-    preview.add_argument("--seed", type=SEED.parse, default=0, metavar="N", help="which ones (default: 0)")
+    preview.add_argument("--seed", type=SEEDS.parse, default=0, metavar="N", help="which ones (default: 0)")
     preview.set_defaults(run=_preview)
 
 
@@ -196,7 +196,7 @@ def _add_verify(parts: Any) -> None:
     verify.add_argument(
         "--sample", type=SAMPLES.parse, default=0, metavar="N", help="read this many random samples of each only"
     )
-    verify.add_argument("--seed", type=SEED.parse, default=0, metavar="N", help="which ones (default: 0)")
+    verify.add_argument("--seed", type=SEEDS.parse, default=0, metavar="N", help="which ones (default: 0)")
     verify.add_argument(
         "--out", type=path_argument, metavar="FILE", help="write all that is broken, a line of JSON each"
     )
@@ -243,7 +243,7 @@ def _add_shard(parts: Any) -> None:
     shard.add_argument("--samples-per-shard", type=COUNT.parse, default=10_000, metavar="N", help="default: 10000")
     shard.add_argument(
         "--resize",
-        type=whole(0, 65_535).parse,
+        type=integers(0, 65_535).parse,
         default=0,
         metavar="PIXELS",
         help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
@@ -255,7 +255,7 @@ def _add_shard(parts: Any) -> None:
         help="what .txt holds of several: the first, for training, or all, one a line, for retrieval (default: first)",
     )
     shard.add_argument(
-        "--quality", type=whole(1, 100).parse, default=95, metavar="N", help="of those JPEGs (default: 95)"
+        "--quality", type=integers(1, 100).parse, default=95, metavar="N", help="of those JPEGs (default: 95)"
     )
     _add_workers(shard)
     shard.set_defaults(run=_shard)
@@ -301,13 +301,13 @@ def _add_download(parts: Any) -> None:
     download.add_argument(
         "--tsv", type=path_argument, metavar="FILE", help="its list (default: its public name, in this folder)"
     )
-    download.add_argument("--processes", type=whole(1, 1024).parse, metavar="N", help="default: one a core")
+    download.add_argument("--processes", type=integers(1, 1024).parse, metavar="N", help="default: one a core")
     download.add_argument(
-        "--threads", type=whole(1, 1024).parse, default=64, metavar="N", help="of each process (default: 64)"
+        "--threads", type=integers(1, 1024).parse, default=64, metavar="N", help="of each process (default: 64)"
     )
     download.add_argument(
         "--image-size",
-        type=whole(1, 65_535).parse,
+        type=integers(1, 65_535).parse,
         default=256,
         metavar="PIXELS",
         help="shorter side of larger images (default: 256)",

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
-from disttempnet.io.ranges import SEED, whole
+from disttempnet.io.ranges import SEEDS, integers
 from disttempnet.terminal import say
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def add_launch_command(commands: Any) -> None:
     )
     launch.add_argument("config", help="a TOML file, or the name of a shipped config: demo")
     launch.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
-    launch.add_argument("--nodes", type=whole(1, 100_000).parse, default=4, metavar="N", help="nodes (default: 4)")
-    launch.add_argument("--gpus", type=whole(1, 1024).parse, default=2, metavar="N", help="GPUs of a node (default: 2)")
+    launch.add_argument("--nodes", type=integers(1, 100_000).parse, default=4, metavar="N", help="nodes (default: 4)")
+    launch.add_argument("--gpus", type=integers(1, 1024).parse, default=2, metavar="N", help="GPUs a node (default: 2)")
     launch.add_argument("--partition", default="", help="partition (default: the site's)")
     launch.add_argument("--account", default="", help="account (default: the site's)")
     launch.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit (default: 24:00:00)")
@@ -70,7 +70,7 @@ def run_launch(options: argparse.Namespace) -> int:
 
 def _seed(word: str) -> int:
     try:
-        return int(SEED.parse(word))
+        return int(SEEDS.parse(word))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"launch: --seeds: {error}") from None
 

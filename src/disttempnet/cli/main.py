@@ -15,10 +15,10 @@ from disttempnet.cli.data import add_data_commands
 from disttempnet.cli.evaluate import add_evaluate_command
 from disttempnet.cli.export import add_export_command
 from disttempnet.cli.launch import add_launch_command
-from disttempnet.errors import Preempted, UserError, show_notices_plainly, unknown_name
+from disttempnet.errors import TERMINATED, Preempted, UserError, show_notices_plainly, unknown_name
 from disttempnet.io.machine import memory_named, open_files, open_files_named
 from disttempnet.io.paths import path_argument
-from disttempnet.io.ranges import BATCH, Range, whole
+from disttempnet.io.ranges import BATCH, Range, integers
 from disttempnet.terminal import say, take_any_text
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ examples:
 """
 
 
-JOBS = whole(1, 1024)
+JOBS = integers(1, 1024)
 
 
 class Parser(argparse.ArgumentParser):
@@ -325,7 +325,7 @@ def _train(options: argparse.Namespace) -> int:
     config = _config_to_train(options)
     from disttempnet.training.trainer import train
 
-    return 0 if train(config, options.resume) else 143
+    return 0 if train(config, options.resume) else TERMINATED
 
 
 def _config_to_train(options: argparse.Namespace) -> Config:
@@ -406,4 +406,4 @@ def _temperature(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from disttempnet.demo import run_demo
 
-    return 0 if run_demo(options.out, options.overrides, options.fresh) else 143
+    return 0 if run_demo(options.out, options.overrides, options.fresh) else TERMINATED

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disttempnet.io.paths import path_argument
-from disttempnet.io.ranges import whole
+from disttempnet.io.ranges import integers
 from disttempnet.terminal import say
 
 TASK = """Writes the raw data of an evaluation task as its tars below a data root, in the layout of DataComp's download:
@@ -45,7 +45,7 @@ def add_task_command(parts: Any) -> None:
     task.add_argument("--out", type=path_argument, required=True, metavar="ROOT", help="the data root")
     task.add_argument(
         "--samples-per-shard",
-        type=whole(1, 10**9).parse,
+        type=integers(1, 10**9).parse,
         default=1000,
         metavar="N",
         help="images of a tar (default: 1000)",

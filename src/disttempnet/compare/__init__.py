@@ -6,10 +6,9 @@ Nothing here knows an objective: the grid file names them, and every run is an o
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.table import Table
@@ -19,7 +18,8 @@ from disttempnet.compare.display import Display
 from disttempnet.compare.grid import Grid, State, load_grid, state_of
 from disttempnet.compare.pool import Outcome, Pool
 from disttempnet.distributed.launcher import launched
-from disttempnet.errors import UserError
+from disttempnet.errors import TERMINATED, UserError
+from disttempnet.io.files import locked
 from disttempnet.terminal import console, say
 from disttempnet.training import run_folder
 
@@ -36,7 +36,7 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
         only_list: print the grid and how far each run is, and do nothing else.
 
     Returns:
-        The exit code: 0, 1 where runs have failed, 143 where it was stopped.
+        The exit code: 0, 1 where runs have failed, TERMINATED where it was stopped.
 
     Raises:
         UserError: a mistake in the file, a run folder that holds another run, an `out` that cannot be written or that
@@ -62,7 +62,7 @@ def _run(grid: Grid, jobs: int) -> int:
     if outcome.stopped:
         _print_failed(outcome, len(grid.configs))
         say("stopped: continue with the same command")
-        return 143
+        return TERMINATED
     done = [config.folder for config in grid.configs if state_of(config).kind == "done"]
     if done:
         _report(done, grid.out)
@@ -76,11 +76,11 @@ def _states(grid: Grid) -> dict[str, State]:
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Refuse a second command on one folder; the kernel releases the lock, however this process ends."""
+    """Refuse a second command on one folder."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(out / "lock", wait=False))
         except BlockingIOError:
             raise UserError(f"{out}: another compare is at work here: wait for its end, or give another out") from None
         except OSError as error:

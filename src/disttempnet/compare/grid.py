@@ -40,7 +40,7 @@ from disttempnet.config import (
 from disttempnet.config.toml import apply_override, base_path, find_config, merge, read_run, read_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tasks import find_task
-from disttempnet.io.ranges import SEED
+from disttempnet.io.ranges import SEEDS
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences
 from disttempnet.training.model import resolved
 from disttempnet.training.run_folder import list_checkpoints
@@ -55,7 +55,7 @@ class GridFile(Section):
 
     config: Place
     out: Place = "runs/compare"
-    seeds: tuple[Annotated[int, SEED], ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, SEEDS], ...] = Field(min_length=1)
     common: dict[str, Any] = Field(default_factory=dict)
     vary: dict[str, Any] = Field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = Field(min_length=1)

@@ -29,12 +29,12 @@ from disttempnet.config.toml import CONFIG_FOLDER as CONFIG_FOLDER
 from disttempnet.config.toml import apply_override, read_run
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.io.paths import Home, expand_home
-from disttempnet.io.ranges import BATCH, GIGABYTES, SAMPLES, SEED, TYPES_ALONE, WORKERS, Range, bounded, whole
+from disttempnet.io.ranges import BATCH, GIGABYTES, SAMPLES, SEEDS, TYPES_ALONE, WORKERS, Range, bounded, integers
 from disttempnet.sanitize import redacted, redacted_table
 
 Place = Annotated[str, Home()]  # a path, or a name that may be one
 PlaceOrNone = Annotated[str, Home(empty=True)]  # where nothing has a meaning
-STEPS = whole(0, 10**12)
+STEPS = integers(0, 10**12)
 VALIDATION = Range(0, 0.5)  # share of the samples
 SHOWN = 60  # characters of a wrong value
 
@@ -99,11 +99,11 @@ class DataConfig(Section):
         description="decode JPEGs at the smallest of 1/8, 1/4, 1/2 that still covers the crop: quicker where images "
         "are over twice as large as the model's input, and slightly other pixels",
     )
-    global_batch: Annotated[int, whole(2, 2**24)] = Field(description="samples a step over all ranks")
-    lanes: Annotated[int, whole(1, 65_536)] = Field(
+    global_batch: Annotated[int, integers(2, 2**24)] = Field(description="samples a step over all ranks")
+    lanes: Annotated[int, integers(1, 65_536)] = Field(
         8, description="parallel reading lanes; every world size that divides it sees the same batches"
     )
-    shuffle_window: Annotated[int, whole(1, 2**31)] = Field(
+    shuffle_window: Annotated[int, integers(1, 2**31)] = Field(
         16384, description="samples a lane that are shuffled together"
     )
     tail: Literal["wrap", "drop"] = Field(
@@ -186,11 +186,11 @@ class ModelConfig(Section):
         description="take weights of another image size all the same: interpolate their position embeddings",
     )
     lock_image: StrictBool = Field(False, description="keep the image tower as it is, but for a projection laid on it")
-    unlocked_image_groups: Annotated[int, whole(0, 1000)] = Field(
+    unlocked_image_groups: Annotated[int, integers(0, 1000)] = Field(
         0, description="last groups of layers of a locked image tower that are trained"
     )
     lock_text: StrictBool = Field(False, description="keep the text tower as it is, but for a projection laid on it")
-    unlocked_text_layers: Annotated[int, whole(0, 1000)] = Field(
+    unlocked_text_layers: Annotated[int, integers(0, 1000)] = Field(
         0, description="last layers of a locked text tower that are trained"
     )
     batch_norm: Literal["global", "frozen"] = Field(
@@ -256,14 +256,14 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, how precise, what is trained, what is saved when."""
 
-    epochs: Annotated[int, whole(1, 10**6)]
+    epochs: Annotated[int, integers(1, 10**6)]
     freeze: Literal["", "towers"] = Field(
         "", description="towers: keep those of model.pretrained as they are and train the temperature only"
     )
-    seed: Annotated[int, SEED] = 2024
+    seed: Annotated[int, SEEDS] = 2024
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
     compile: StrictBool = Field(False, description="torch.compile the towers")
-    accumulate: Annotated[int, whole(1, 65_536)] = Field(
+    accumulate: Annotated[int, integers(1, 65_536)] = Field(
         1,
         description="embed a process's part of a batch in this many chunks: the gradient of the whole batch with the "
         "memory of a chunk, for a second forward pass of the towers",
@@ -273,9 +273,9 @@ class TrainConfig(Section):
         description="share parameters, gradients and moments of the towers out over the processes (FSDP2), for towers "
         "that outgrow a GPU: less memory, half as much communication again",
     )
-    log_every: Annotated[int, whole(1, 10**6)] = Field(10, description="steps between lines of metrics.jsonl")
+    log_every: Annotated[int, integers(1, 10**6)] = Field(10, description="steps between lines of metrics.jsonl")
     checkpoint_every: Annotated[int, STEPS] = Field(0, description="steps between checkpoints; 0 = once an epoch")
-    keep: Annotated[int, whole(1, 10**6)] = Field(2, description="how many of the latest checkpoints stay")
+    keep: Annotated[int, integers(1, 10**6)] = Field(2, description="how many of the latest checkpoints stay")
     stop_after_steps: Annotated[int, STEPS] = Field(
         0, description="end early at this step, schedules unchanged; 0 = full length"
     )
@@ -299,7 +299,7 @@ class EvalConfig(Section):
         (), description="rows of evaluation/tasks.toml, or folder:PATH, shards:SPEC, captions:FILE"
     )
     data_root: PlaceOrNone = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
-    every_epochs: Annotated[int, whole(1, 10**6)] = 1
+    every_epochs: Annotated[int, integers(1, 10**6)] = 1
     batch: Annotated[int, BATCH] = Field(256, description="images a forward pass")
 
 

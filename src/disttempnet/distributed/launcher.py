@@ -9,10 +9,10 @@ from typing import NamedTuple
 from zlib import crc32
 
 from disttempnet.errors import UserError
-from disttempnet.io.ranges import Range, whole
+from disttempnet.io.ranges import Range, integers
 
-PORT = whole(1, 65_535)
-SIZES = whole(1, 1_000_000)
+PORT = integers(1, 65_535)
+SIZES = integers(1, 1_000_000)
 PORTS = range(10_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 

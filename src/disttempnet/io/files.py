@@ -1,4 +1,4 @@
-"""Files that are replaced atomically, and such as may be damaged; one line where one cannot be written or read."""
+"""Atomic writing, locking and checked reading of files; a file that cannot be written or read is one clear line."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from typing import Any
 
 from disttempnet.errors import UserError, notice
 
-WRITING = ".writing-"  # begins the name of what is not whole yet
+WRITING = ".writing-"  # prefix of files that are still being written
 LONGEST_NAME = 255  # bytes, on most file systems
-WHOLE = 1 << 31  # bytes of a file that is read whole: more is none of ours
-PIECE = 1 << 24  # bytes read at once
-OPEN_FILES = ("/dev/std", "/dev/fd/", "/proc/")
+MOST_READ = 1 << 31  # bytes of a file that is read at once: no file of this project is larger
+READ_BYTES = 1 << 24  # bytes a call of read()
+DESCRIPTOR_PATHS = ("/dev/std", "/dev/fd/", "/proc/")  # paths of files that a process already has open
 
 
 class UnfitFile(OSError):
-    """What is there is no file that data can be read from: a device, a pipe, a socket, or a file that is too large."""
+    """A path that data cannot be read from: a device, a pipe, a socket, or a file that is too large."""
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor to read a regular file by; nothing else is opened: a device has no end, and a pipe may never begin.
+    """Open a regular file for reading and return its descriptor. Devices and pipes are refused: they may never end.
 
     Raises:
-        UnfitFile: it is something else.
-        OSError: it is not there, is a folder, or cannot be opened.
+        UnfitFile: not a regular file.
+        OSError: missing, a folder, or not readable.
     """
     _refuse_irregular(os.stat(path))
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which a regular file does not mind
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no effect on a regular file
     try:
-        _refuse_irregular(os.fstat(descriptor))  # something else may have taken its place
+        _refuse_irregular(os.fstat(descriptor))  # the path may have been replaced meanwhile
     except BaseException:
         os.close(descriptor)
         raise
@@ -49,12 +49,12 @@ def _refuse_irregular(status: os.stat_result) -> None:
         raise UnfitFile(errno.EINVAL, "not a regular file")
 
 
-def read_regular(path: str | Path, most: int = WHOLE) -> bytes:
-    """All of a regular file of at most so many bytes. Raises as `open_regular`; UnfitFile also where it is larger."""
+def read_regular(path: str | Path, most: int = MOST_READ) -> bytes:
+    """Return the content of a regular file. Raises as `open_regular`, and UnfitFile for more than `most` bytes."""
     descriptor = open_regular(path)
     try:
         pieces, size = [], 0
-        while piece := os.read(descriptor, min(most - size + 1, PIECE)):
+        while piece := os.read(descriptor, min(most - size + 1, READ_BYTES)):
             pieces.append(piece)
             size += len(piece)
             if size > most:
@@ -66,10 +66,10 @@ def read_regular(path: str | Path, most: int = WHOLE) -> bytes:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new, empty file in the folder of `path`; it is gone at the end, unless it was renamed.
+    """Make a new, empty file beside `path`, and remove it at the end unless it was renamed.
 
-    Its name cannot be guessed, an existing file or link of that name is never opened, and its permissions follow the
-    umask. Process ids would repeat on nodes that share a disk, and a guessed name could be a link to somebody's file.
+    Its name is random and its permissions follow the umask; an existing file or link is never opened. A process id
+    would repeat on nodes that share a disk, and a name that can be guessed could be a link to another user's file.
 
     Raises:
         OSError: it cannot be made.
@@ -88,45 +88,66 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file to write to, which replaces `path` when the block ends without an error, on the disk at once.
-
-    A reader, or a kill at any moment, finds the old or the new file. What is no regular file (/dev/stdout) is written
-    to as it is.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a lock file. It is released however the process ends; the file stays.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        BlockingIOError: another process holds it, and `wait` is False.
+        OSError: it cannot be made, or its file system has no locks.
+    """
+    from filelock import FileLock, Timeout  # half the start of the command line, and few commands lock
+
+    lock = FileLock(path, blocking=wait)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write to; it replaces `path` when the block ends without an error, flushed to disk.
+
+    A reader, or a kill at any moment, finds the old file or the new one. A path that is no regular file (/dev/stdout)
+    is written to directly.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
     """
     if is_device(path):
         yield path
         return
     with temporary_beside(path) as temporary:
         yield temporary
-        follow_umask(temporary)  # some writers put a file of their own in its place
+        follow_umask(temporary)  # some writers replace it by a file of their own
         _to_disk(temporary)
         os.replace(temporary, path)
 
 
 def is_device(path: Path) -> bool:
-    """Whether it is there and is no regular file, or is one by which a process has it open (/dev/stdout)."""
-    return path.exists() and (not path.is_file() or str(path.absolute()).startswith(OPEN_FILES))
+    """Return whether a path exists and is no regular file, or names a file that a process has open (/dev/stdout)."""
+    return path.exists() and (not path.is_file() or str(path.absolute()).startswith(DESCRIPTOR_PATHS))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file by this content. See `atomic`.
+    """Replace a file by this content; see `atomic`.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: it cannot be written; nothing is left behind.
     """
     with atomic(path) as temporary, temporary.open("wb") as file:
         file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Replace a file that a user asked for; its folder is made.
+    """Replace a file that a user asked for, and make its folder.
 
     Raises:
-        UserError: it cannot be written; nothing is left of it.
+        UserError: it cannot be written; nothing is left behind.
     """
     with unwritable_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +156,7 @@ def write_output(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def unwritable_named(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into a UserError that says what could not be written, and why."""
+    """Turn an OSError inside into a UserError that names the file and the cause."""
     try:
         yield
     except OSError as error:
@@ -143,7 +164,7 @@ def unwritable_named(path: Path) -> Iterator[None]:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise UserError where a file of this path cannot be written: learnt before the work, not after it.
+    """Raise UserError where a file of this path cannot be written, before any work is done.
 
     Nothing is left there; folders of the path may be missing.
     """
@@ -153,12 +174,12 @@ def refuse_unwritable(path: Path) -> None:
             why = "it is a folder"
         elif not folder.is_dir():
             why = f"{folder} is no folder"
-        elif is_device(path):  # written to as it is, so that it does not matter what its folder allows
+        elif is_device(path):  # written to directly: the permissions of its folder do not matter
             if os.access(path, os.W_OK):
                 return
-            why = "it is not yours to write to"
+            why = "permission denied"
         elif not os.access(folder, os.W_OK | os.X_OK):
-            why = f"{folder} does not allow it"
+            why = f"no permission to write into {folder}"
         elif len(os.fsencode(path.name)) > LONGEST_NAME:
             why = str(os.strerror(errno.ENAMETOOLONG))
         else:
@@ -169,7 +190,7 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file the permissions of a new one in its folder. Writers of weights make theirs for their owner alone."""
+    """Give a file the permissions of a new one in its folder. Some writers of weights make theirs owner-only."""
     with temporary_beside(path) as new:
         path.chmod(stat.S_IMODE(new.stat().st_mode))
 
@@ -183,41 +204,41 @@ def _to_disk(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file that a run can do without; empty where there is no such file.
+    """Return the object of an optional JSON file; an empty one where the file is missing.
 
-    One that is damaged is passed over with a notice, and empty too.
+    A damaged file gives an empty object as well, and a notice.
     """
     try:
         value = json.loads(read_regular(path))
     except FileNotFoundError:
         return {}
     except OSError as error:
-        notice(f"{path}: passed over: it cannot be read: {error.strerror}")
+        notice(f"{path}: skipped: it cannot be read: {error.strerror}")
         return {}
     except (ValueError, RecursionError):
-        notice(f"{path}: passed over: it is not JSON")
+        notice(f"{path}: skipped: it is not JSON")
         return {}
     if not isinstance(value, dict):
-        notice(f"{path}: passed over: it holds no object")
+        notice(f"{path}: skipped: it holds no object")
         return {}
     return value
 
 
 def read_json_lines(path: Path, check: Callable[[dict[str, Any]], object]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a file of JSON lines, as text and as objects; none where there is no such file.
+    """Yield the lines of a JSON Lines file as (text, object); none where the file is missing.
 
-    A damaged line is passed over with a notice that names it. Only the last one may be half-written: a running or
-    killed process left it so.
+    A damaged line is skipped with a notice that names it. A half-written last line is skipped silently: a running or
+    killed process left it.
 
     Args:
-        check: raises KeyError, TypeError, ValueError or AttributeError for an object that is no line of this file.
+        check: raises KeyError, TypeError, ValueError or AttributeError for an object that does not belong here.
     """
     try:
         lines = read_regular(path).split(b"\n")
     except FileNotFoundError:
         return
     except OSError as error:
-        notice(f"{path}: passed over: it cannot be read: {error.strerror}")
+        notice(f"{path}: skipped: it cannot be read: {error.strerror}")
         return
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -227,11 +248,11 @@ def read_json_lines(path: Path, check: Callable[[dict[str, Any]], object]) -> It
             value = json.loads(text)
         except (ValueError, RecursionError):
             if number < len(lines):
-                notice(f"{path}: line {number} is passed over: it is not JSON")
+                notice(f"{path}: line {number} is skipped: it is not JSON")
             continue
         try:
             check(value)
         except (KeyError, TypeError, ValueError, AttributeError):
-            notice(f"{path}: line {number} is passed over: it is no line of this file")
+            notice(f"{path}: line {number} is skipped: it is no line of this file")
             continue
         yield text, value

@@ -1,4 +1,4 @@
-"""Jobs over worker processes: what a job yields arrives as it comes, and a dead worker is one clear line."""
+"""A pool of worker processes: results arrive as they are yielded, and a dead worker is one clear line."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from disttempnet.errors import UserError
+from disttempnet.errors import TERMINATED, UserError
 
-Task = TypeVar("Task")
-TERMINATED = 128 + signal.SIGTERM  # the exit code of a command that SIGTERM ended
+JobArgument = TypeVar("JobArgument")
 
 
 class LostWorker(UserError):
-    """A worker process ended in the middle of a task."""
+    """A worker process died while it worked on a task."""
 
 
 class _Item(NamedTuple):
-    """Something that a job yielded."""
+    """A value that a job yielded."""
 
     value: Any
 
 
 class _Failure(NamedTuple):
-    """What a job raised; `users` where it is a UserError."""
+    """An exception of a job; `users` marks a UserError."""
 
     message: str
     users: bool
 
 
-def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int) -> Generator[tuple[Task, Any]]:
-    """Run a job for every task; tasks are begun in order, several at a time.
+def run_jobs(
+    job: Callable[[JobArgument], Iterator[Any]], tasks: Sequence[JobArgument], workers: int
+) -> Generator[tuple[JobArgument, Any]]:
+    """Run a job on every task; tasks start in order, several at a time.
 
     Args:
-        job: a generator function, or a partial of one; it is pickled once a worker.
-        tasks: its arguments.
-        workers: processes; 1 = this one.
+        job: a generator function, or a partial of one; pickled once for each worker.
+        tasks: arguments of the job.
+        workers: number of processes; 1 runs everything in this one.
 
     Yields:
-        (task, item) for all that `job(task)` yields, in the order of arrival.
+        (task, item) for every item that `job(task)` yields, in the order of arrival.
 
     Raises:
         UserError: the job raised one.
@@ -69,7 +70,7 @@ def run_jobs(job: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], worker
 
 class _Pool:
     def __init__(self, job: Callable[[Any], Iterator[Any]], workers: int) -> None:
-        # a server that has the modules loaded forks the workers: quick, and safe beside threads
+        # the fork server has the modules loaded: workers start fast, and safely beside threads
         context = multiprocessing.get_context("forkserver")
         function = job.func if isinstance(job, partial) else job
         context.set_forkserver_preload([__name__, function.__module__])
@@ -104,7 +105,7 @@ class _Pool:
         self._tasks.pop(connection, None)
         if waiting:
             self._tasks[connection] = waiting.popleft()
-            with suppress(OSError):  # a worker that died is noticed by its silence
+            with suppress(OSError):  # a dead worker is noticed when its pipe closes
                 connection.send(self._tasks[connection])
 
     def _death(self, connection: Connection, task: Any) -> str:
@@ -113,7 +114,7 @@ class _Pool:
         code = process.exitcode or 0
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         hint = " (out of memory? use fewer --workers)" if code == -signal.SIGKILL else ""
-        return f"a worker process ended while it worked at {task}: {why}{hint}"
+        return f"a worker process died while it worked on {task}: {why}{hint}"
 
     def close(self) -> None:
         for connection, process in self._processes.items():
@@ -124,9 +125,9 @@ class _Pool:
 
 
 def _work(connection: Connection, job: Callable[[Any], Iterator[Any]]) -> None:
-    """A worker: tasks come in, items go out, until the other end of the connection is closed or its owner dead."""
+    """Serve as a worker: receive tasks and send items until the parent closes the connection or dies."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # meant for the command, which ends its workers
+        signal.signal(number, signal.SIG_IGN)  # for the parent, which stops its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with suppress(EOFError, OSError):
@@ -146,7 +147,7 @@ def _work(connection: Connection, job: Callable[[Any], Iterator[Any]]) -> None:
 
 
 def _end_with_parent() -> None:
-    """However the parent ends: a task may take long."""
+    """End this process as soon as its parent has ended, even in the middle of a long task."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -155,7 +156,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises SystemExit, so that what is begun is cleaned up."""
+    """Turn SIGTERM into SystemExit inside the block, so that unfinished work is cleaned up."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)

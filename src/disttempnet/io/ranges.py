@@ -1,7 +1,7 @@
-"""Ranges of numbers: of config keys, of flags and of objectives' arguments. One type, so that one line tells of all.
+"""Ranges of numbers, for config keys, flags and arguments of objectives.
 
-A `Range` stands in an annotation (`Annotated[int, whole(1, 9)]`), where pydantic validates with it and `train --help`
-prints it, and beside a flag (`type=whole(1, 9).parse`).
+A `Range` stands in an annotation (`Annotated[int, integers(1, 9)]`): pydantic validates with it, `train --help` prints
+it. Beside a flag it is `type=integers(1, 9).parse`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ class Range:
     """The numbers from `low` to `high`.
 
     Attributes:
-        low, high: bounds.
-        whole: only whole numbers.
-        above, below: `low`, or `high`, itself is not one of them.
+        low, high: bounds, inclusive.
+        integer: only integers.
+        above: exclude `low`.
+        below: exclude `high`.
     """
 
     low: float
     high: float
-    whole: bool = False
+    integer: bool = False
     above: bool = False
     below: bool = False
 
@@ -37,34 +38,34 @@ class Range:
         return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
 
     def check(self, value: Any) -> int | float:
-        """The value as a Python number.
+        """Return the value as a Python number.
 
         Raises:
-            ValueError: no number (a boolean is none), or out of the range; the message says which range it is.
+            ValueError: not a number (a boolean is none), or out of range; the message names the range.
         """
         fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and self._holds(value)
-        if fits and not self.whole:
+        if fits and not self.integer:
             return float(value)
         if fits and value == math.floor(value):
             return int(value)
-        raise ValueError(f"must be a {'whole ' if self.whole else ''}number {self}")
+        raise ValueError(f"must be a {'whole ' if self.integer else ''}number {self}")
 
     def _holds(self, value: Any) -> bool:
-        """NaN and the infinities are in no range."""
+        """Return whether the value lies in the range; NaN and the infinities never do."""
         low = self.low < value if self.above else self.low <= value
         return low and (value < self.high if self.below else value <= self.high)
 
     @property
     def kind(self) -> Range:
-        """All numbers of the same kind, whole or not: what is asked of a number that an older version allowed."""
+        """Return the range without its bounds: what a value that an older version wrote has to satisfy."""
         return replace(self, low=-sys.float_info.max, high=sys.float_info.max, above=False, below=False)
 
     def validated(self, value: Any, info: Any) -> int | float:
-        """`check`, in a pydantic validator; where the bounds are not asked for (see `bounded`) of the kind alone."""
+        """Return the value as `check` does, inside a pydantic validator; without bounds where `bounded` says so."""
         return (self if bounded(info) else self.kind).check(value)
 
     def parse(self, text: str) -> Any:
-        """The value of a flag, for argparse's `type`."""
+        """Return the value of a flag, for argparse's `type`."""
         value: Any = text
         for kind in (int, float):
             try:
@@ -89,25 +90,25 @@ class Range:
         return core_schema.with_info_plain_validator_function(validate)
 
 
-TYPES_ALONE = {"bounds": False}  # pydantic's context, for what an older version has written
+TYPES_ALONE = {"bounds": False}  # pydantic's context for configs that an older version wrote
 
 
 def bounded(info: Any) -> bool:
-    """Whether values are to lie in their ranges and to fit each other: not so where TYPES_ALONE is the context."""
+    """Return whether ranges and the rules between keys are checked: not so where the context is TYPES_ALONE."""
     return info.context is not TYPES_ALONE
 
 
-def whole(low: int, high: int) -> Range:
-    """The whole numbers from low to high."""
-    return Range(low, high, whole=True)
+def integers(low: int, high: int) -> Range:
+    """Return the range of the integers from low to high, both inclusive."""
+    return Range(low, high, integer=True)
 
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-BATCH = whole(1, 65_536)  # images of a forward pass
-WORKERS = whole(0, 1024)  # processes; what 0 means is said beside the flag
-SEED = whole(0, 2**63 - 1)  # what NumPy and torch both take
-SAMPLES = whole(0, 10**12)
+BATCH = integers(1, 65_536)  # images of a forward pass
+WORKERS = integers(0, 1024)  # processes; the flag says what 0 means
+SEEDS = integers(0, 2**63 - 1)  # what NumPy and torch both take
+SAMPLES = integers(0, 10**12)
 GIGABYTES = Range(0, 10**6, above=True)

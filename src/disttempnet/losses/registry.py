@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from disttempnet.errors import unknown_name
-from disttempnet.io.ranges import SEED, Range, whole
+from disttempnet.io.ranges import SEEDS, Range, integers
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.minibatch.cyclip import CyClipLoss
 from disttempnet.losses.minibatch.onlineclr import OnlineClrLoss
@@ -190,18 +190,18 @@ ARGUMENT_RANGES: dict[str, Range] = {
     **dict.fromkeys(("gamma", "gamma_min", "tau_lr_decay"), _SHARE),
     **dict.fromkeys(("in_modal", "cross_modal", "invariance", "variance", "covariance"), _WEIGHT),
     "gamma_decay_epochs": Range(0, 10**6, above=True),
-    "tau_start_epoch": whole(0, 10**6),
+    "tau_start_epoch": integers(0, 10**6),
     "rho": Range(0, 100),
     "dropout": Range(0, 1, below=True),
     "feature_scale": Range(0, 10**4),
-    "prototypes": whole(1, 2**20),
+    "prototypes": integers(1, 2**20),
     "bias": Range(-1000, 1000),
 }
 _SIZES = {
-    "num_samples": whole(1, 10**12),
-    "embed_dim": whole(1, 65_536),
-    "seed": SEED,
-    "steps_per_epoch": whole(0, 10**12),
+    "num_samples": integers(1, 10**12),
+    "embed_dim": integers(1, 65_536),
+    "seed": SEEDS,
+    "steps_per_epoch": integers(0, 10**12),
 }
 
 

@@ -9,9 +9,8 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 from disttempnet import distributed
-from disttempnet.errors import Preempted
+from disttempnet.errors import TERMINATED, Preempted
 
-TERMINATED = 143  # 128 + SIGTERM, what a shell says of such an end
 STOPPING = {
     signal.SIGINT: TERMINATED,
     signal.SIGTERM: TERMINATED,

@@ -413,7 +413,7 @@ def test_a_process_of_the_pool_is_killed(shards: Write, slow: dict[str, str], vi
     if victim == "worker":
         assert process.returncode == 2
         assert re.search(
-            r"all\.index: a worker process ended while it worked at 000\d\d\.tar: SIGKILL \(out of memory\? use fewer "
+            r"all\.index: a worker process died while it worked on 000\d\d\.tar: SIGKILL \(out of memory\? use fewer "
             r"--workers\); what is scanned is kept, the same command goes on from there",
             error,
         )

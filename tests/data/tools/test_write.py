@@ -267,7 +267,7 @@ def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(UserError, match=r"a worker process ended while it worked at 0000[01]\.tar: SIGKILL"):
+    with pytest.raises(UserError, match=r"a worker process died while it worked on 0000[01]\.tar: SIGKILL"):
         write_shards(source, tmp_path, Recipe(700, resize=32), workers=2, progress=False)
     killer.join()
     assert not list(tmp_path.glob(f"{WRITING}*"))

@@ -25,12 +25,11 @@ from http.client import NOT_FOUND, PARTIAL_CONTENT
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
 from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.data.shards.credentials import Credentials
 from disttempnet.data.shards.store import CACHE_GB, ShardStore, State, changed, state_by, state_of
 from disttempnet.errors import UserError, UserNotice
+from disttempnet.io.files import locked
 
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
@@ -162,7 +161,7 @@ class RemoteStore(ShardStore):
         """Bring a shard into the cache, unless another process just did. Raises UserError."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(_lock_of(path)):
+            with locked(_lock_of(path)):
                 if path.is_file():
                     return
                 _remove_parts(path)
@@ -200,7 +199,7 @@ class RemoteStore(ShardStore):
 
     def _reserve(self, path: Path, size: int) -> Path:
         """Make room for a shard, and an empty file that other processes count as if it were whole."""
-        with FileLock(self.root / ".room.lock"):
+        with locked(self.root / ".room.lock"):
             taken = sum(_reserved(part) for part in self.root.rglob(".*.part"))
             shards = []
             for shard in self.root.rglob("*.tar"):
@@ -361,10 +360,10 @@ def _reserved(part: Path) -> int:
         return 0
     path = part.with_name(match[1])
     try:
-        with FileLock(_lock_of(path), blocking=False):
+        with locked(_lock_of(path), wait=False):
             _remove_parts(path)
             return 0
-    except Timeout:
+    except BlockingIOError:
         return int(match[2])
 
 

@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from disttempnet.data.images import SCALES, EncodedImage
 from disttempnet.data.source import OK, Source
 from disttempnet.data.tools.unreadable import BAD_SAMPLE, Fault, fault_of, known_faults, read_faults, write_faults
 from disttempnet.errors import UserError
-from disttempnet.io.files import WRITING, atomic, write_atomically
+from disttempnet.io.files import WRITING, atomic, locked, write_atomically
 from disttempnet.io.jobs import run_jobs
 from disttempnet.io.progress import Meter
 from disttempnet.terminal import say
@@ -97,7 +96,7 @@ def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, pro
     parts = plan_parts(source, recipe.samples_per_shard)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK, blocking=False):
+        with locked(folder / LOCK, wait=False):
             _agree_on_plan(folder, source, recipe, parts)
             _remove_leftovers(folder)
             try:
@@ -109,7 +108,7 @@ def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, pro
             finally:
                 _remove_leftovers(folder)
             return _finish(source, folder, recipe, parts)
-    except Timeout:
+    except BlockingIOError:
         raise UserError(f"{folder}: another command is writing shards here") from None
     except OSError as error:
         raise UserError(_cannot_write(folder, error)) from None

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from disttempnet.data.headers import UNKNOWN, image_header
@@ -28,7 +27,7 @@ from disttempnet.evaluation.datasets.open import folder_names, read_folder
 from disttempnet.evaluation.datasets.retrieval import RAW_PROTOCOLS
 from disttempnet.evaluation.tars import has_tars
 from disttempnet.evaluation.tasks import FOLDER, EvaluationSample, Task, TaskData, find_task, own_path
-from disttempnet.io.files import read_regular
+from disttempnet.io.files import locked, read_regular
 from disttempnet.io.progress import Meter
 
 IMAGE_HEAD_BYTES = 4096  # tell an image's format
@@ -68,7 +67,7 @@ def convert(task: Task, source: str, root: Path, per_shard: int, progress: bool 
     part = root / f".{target.name}.part"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{part}.lock", blocking=False):
+        with locked(Path(f"{part}.lock"), wait=False):
             shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
             try:
                 shards, size = _write(data, part, per_shard, progress)
@@ -78,7 +77,7 @@ def convert(task: Task, source: str, root: Path, per_shard: int, progress: bool 
                 shutil.rmtree(part, ignore_errors=True)
                 with suppress(OSError):
                     os.unlink(f"{part}.lock")
-    except Timeout:
+    except BlockingIOError:
         raise UserError(f"{target}: another command is writing it") from None
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror or error}; nothing is left of {target}") from None

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from disttempnet.errors import UserError
-from disttempnet.io.files import read_regular, write_atomically
+from disttempnet.io.files import locked, read_regular, write_atomically
 
 RESULTS_FILE = "eval_results.jsonl"
 MAIN = "main_metric"
@@ -111,7 +109,7 @@ def append_record(path: Path, record: TaskRecord) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with locked(path.with_name(f".{path.name}.lock")):
             records = read_records(path)
             records.pop(record.key, None)
             write_records(path, [*records.values(), record])
