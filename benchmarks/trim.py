@@ -33,7 +33,7 @@ from disttempnet.data.loader import LENGTH_STEP
 from disttempnet.models import Towers, load_model
 from disttempnet.models.text import Trim, trimming
 from disttempnet.training.gradients import WholeBatch
-from disttempnet.training.model import Contrast, ContrastiveModel, Encoder
+from disttempnet.training.model import Contrast, ContrastiveModel, DualEncoder
 from disttempnet.training.optim import build_optimizers
 
 import open_clip  # isort: skip (after disttempnet.models)
@@ -60,7 +60,7 @@ def own_step(towers: Towers, images: Tensor, tokens: Tensor) -> Step:
     loss = build_loss("clip", num_samples=len(images), embed_dim=towers.embed_dim)
     towers.module.logit_scale.requires_grad_(False)
     optimizers = build_optimizers(towers.module, loss, OPTIM)
-    gradients = WholeBatch(ContrastiveModel(Encoder(towers, None), Contrast(loss, None)), CPU)
+    gradients = WholeBatch(ContrastiveModel(DualEncoder(towers, None), Contrast(loss, None)), CPU)
 
     def descend() -> float:
         for optimizer in optimizers:
@@ -151,7 +151,7 @@ def operations(name: str) -> list[dict[str, float]]:
     towers = load_model(name)
     context = towers.architecture["text_cfg"]["context_length"]
     images = torch.zeros(2, 3, towers.image_size, towers.image_size, dtype=torch.uint8)
-    encoder = Encoder(towers, None)
+    encoder = DualEncoder(towers, None)
     found = []
     for length in (*(n for n in COUNTED if n < context), context):
         tokens = captions(2, length, length, length)

@@ -86,7 +86,7 @@ def test_what_is_removed_loses_its_name_first(target: Path, monkeypatch: pytest.
     (target.parent / ".writing-step-00000001-abc").mkdir()
     (target.parent / ".writing-best.json-17").touch()
     assert left.exists()
-    atomic_folder.tidy(target.parent)
+    atomic_folder.remove_leftovers(target.parent)
     assert list(target.parent.iterdir()) == []
 
 

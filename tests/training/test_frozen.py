@@ -125,7 +125,7 @@ def test_a_run_folder_gives_its_best_checkpoint(straight: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.pretrained=''"], "needs trained ones: set model.pretrained"),
+        (["model.pretrained=''"], "needs trained towers: set model.pretrained"),
         (["loss={name='sogclr'}"], "nothing to train: objective sogclr learns no temperature"),
         (["train.freeze=text"], "train.freeze"),
     ],

@@ -26,7 +26,7 @@ def test_a_missing_compiler_is_found_before_the_data(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="there is neither gcc nor clang: "):
         refuse_without_compiler(torch.device("cuda"))
     monkeypatch.setenv("CXX", "mine")
-    with pytest.raises(UserError, match="CXX=mine is not there"):
+    with pytest.raises(UserError, match="CXX=mine does not exist"):
         refuse_without_compiler(torch.device("cpu"))
     (tmp_path / "mine").touch(mode=0o755)
     refuse_without_compiler(torch.device("cpu"))
@@ -48,7 +48,7 @@ def test_what_cannot_be_compiled_is_one_line() -> None:
     )
     with (
         pytest.raises(
-            UserError, match=r"train.compile failed: /tmp/x.cpp:1: fatal error: Python.h: No such file: mend"
+            UserError, match=r"train.compile failed: /tmp/x.cpp:1: fatal error: Python.h: No such file: fix"
         ),
         compile_failure_named(),
     ):

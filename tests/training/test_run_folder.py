@@ -80,8 +80,8 @@ def test_what_cannot_be_written_is_found_before_any_work(tmp_path: Path, monkeyp
         (Path("/proc/runs/run"), "No such file or directory"),
     ]:
         with pytest.raises(UserError, match=f"{re.escape(str(folder))}: cannot be written: {why}; give another place"):
-            run_folder.refuse_unwritable(folder)
-    run_folder.refuse_unwritable(tmp_path / "a" / "b")
+            run_folder.refuse_unwritable_folder(folder)
+    run_folder.refuse_unwritable_folder(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
     monkeypatch.setattr(trainer, "open_training_data", lambda *_: pytest.fail("data are opened"))
     monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("towers are loaded"))

@@ -417,7 +417,7 @@ def trained(name: str, shared: bool) -> tuple[float, dict[str, torch.Tensor]]:
     if not shared:
         gradients = {k: distributed.all_sum(g) / distributed.world_size() for k, g in gradients.items()}
     assert not shared or all(isinstance(g, DTensor) for g in gradients.values())
-    return float(total.detach()), {k: fsdp.whole(g) for k, g in gradients.items()}
+    return float(total.detach()), {k: fsdp.full_tensor(g) for k, g in gradients.items()}
 
 
 def trained_scalar() -> str:
@@ -499,4 +499,4 @@ def test_in_one_process_nothing_is_shared_out() -> None:
     before = list(towers.module.parameters())
     fsdp.shard(towers.module, CPU)
     assert all(one is other for one, other in zip(before, towers.module.parameters(), strict=True))
-    assert fsdp.whole_module(towers.module, CPU) is towers.module
+    assert fsdp.full_module(towers.module, CPU) is towers.module

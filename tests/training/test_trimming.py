@@ -49,9 +49,9 @@ def steps(out: str, trimmed: bool, *overrides: str) -> Found:
         batch = replace(batch, tokens=trim(tokens, LENGTH_STEP) if trimmed else tokens)
         found.lengths.append(batch.tokens.shape[1])
         found.losses.append(float(trainer.train_step(batch).metrics["loss"]))
-        gradients = [fsdp.whole(p.grad).flatten() for p in parameters if p.grad is not None]
+        gradients = [fsdp.full_tensor(p.grad).flatten() for p in parameters if p.grad is not None]
         found.gradients.append(torch.cat(gradients))
-    return found._replace(weights=torch.cat([fsdp.whole(p.detach()).flatten() for p in parameters]))
+    return found._replace(weights=torch.cat([fsdp.full_tensor(p.detach()).flatten() for p in parameters]))
 
 
 def assert_same(found: Found, expected: Found) -> None:

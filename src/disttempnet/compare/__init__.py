@@ -48,7 +48,7 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
     if only_list:
         _print_list(grid, _states(grid))
         return 0
-    run_folder.refuse_unwritable(grid.out)
+    run_folder.refuse_unwritable_folder(grid.out)
     with _alone_in(grid.out):
         return _run(grid, jobs)
 

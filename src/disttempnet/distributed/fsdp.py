@@ -104,7 +104,7 @@ def _hollow(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, shapes)
 
 
-def whole_module(module: nn.Module, device: torch.device, everywhere: bool = True) -> nn.Module | None:
+def full_module(module: nn.Module, device: torch.device, everywhere: bool = True) -> nn.Module | None:
     """A plain module with all of the parameters as they are now; every rank calls this.
 
     Args:
@@ -116,7 +116,7 @@ def whole_module(module: nn.Module, device: torch.device, everywhere: bool = Tru
         return module
     state = {}
     for name, value in module.state_dict().items():
-        value = whole(value)  # of all ranks, also where it is not kept
+        value = full_tensor(value)  # of all ranks, also where it is not kept
         if everywhere or distributed.is_main():
             state[name] = value.to(device)
     if not state:
@@ -126,7 +126,7 @@ def whole_module(module: nn.Module, device: torch.device, everywhere: bool = Tru
     return result.to(device)  # buffers that no state_dict has
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All rows of a tensor that is shared out, without a gradient, on every rank; another as it is."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 

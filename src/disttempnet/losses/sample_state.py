@@ -302,7 +302,7 @@ def gather_state(module: nn.Module, everywhere: bool = False) -> dict[str, Tenso
     state: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
         if not any(key.startswith(prefix) for prefix in tables):
-            value = fsdp.whole(value)  # of all ranks, also where it is not kept
+            value = fsdp.full_tensor(value)  # of all ranks, also where it is not kept
             if keep:
                 state[key] = value.detach().cpu().clone()
     for prefix, table in tables.items():

@@ -81,10 +81,10 @@ def remove(folder: Path) -> None:
         return
     gone = folder.with_name(f"{REMOVING}{folder.name}-{uuid.uuid4().hex[:8]}")
     os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)  # NFS keeps files that somebody reads: `tidy` finds them
+    shutil.rmtree(gone, ignore_errors=True)  # NFS keeps files that somebody reads: `remove_leftovers` finds them
 
 
-def tidy(parent: Path) -> None:
+def remove_leftovers(parent: Path) -> None:
     """Remove what ranks that were killed have left in a folder: files and folders that they wrote or removed."""
     for left in [*parent.glob(f"{WRITING}*"), *parent.glob(f"{REMOVING}*")]:
         if left.is_dir():

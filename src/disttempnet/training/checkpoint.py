@@ -64,8 +64,8 @@ NOT_PART_OF_THE_RESULT = {
 MAY_CHANGE = NOT_PART_OF_THE_RESULT | {"data.train", "train.stop_after_steps", "eval"}
 
 
-class Progress(NamedTuple):
-    """How far a run is.
+class TrainState(NamedTuple):
+    """The position of a run, as a checkpoint keeps it.
 
     Attributes:
         step: steps done.
@@ -90,7 +90,7 @@ def save_checkpoint(
     index_digest: str,
     logit_scale: float,
     logit_bias: float | None,
-    progress: Progress,
+    state: TrainState,
     keep: int,
 ) -> Path:
     """Write a checkpoint from all ranks at once; it appears whole, or not at all.
@@ -100,11 +100,11 @@ def save_checkpoint(
     Raises:
         UserError: no room on the disk; every rank raises.
     """
-    step, best, skipped, warmup_steps = progress
+    step, best, skipped, warmup_steps = state
     target = checkpoint_folder(run) / f"step-{step:08d}"
     own, shared = _split(loss)
     optimizer_states, moments = _split_moments(optimizers)
-    module = fsdp.whole_module(towers.module, torch.device("cpu"), everywhere=False)
+    module = fsdp.full_module(towers.module, torch.device("cpu"), everywhere=False)
 
     def write(writing: Path) -> list[Path]:
         if moments:  # first: in it every rank fails, or none
@@ -158,7 +158,7 @@ def load_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     config: Config,
     index_digest: str,
-) -> Progress:
+) -> TrainState:
     """Restore everything in place, re-dealing per-sample state and what is shared out of towers to this world size.
 
     Args:
@@ -177,7 +177,7 @@ def load_checkpoint(
         _restore_generators(shard)
     # older ones have neither; their warm-up was as the config says, however short the run
     warmup_steps = trainer.get("warmup_steps", config.optim.warmup_steps)
-    return Progress(trainer["step"], trainer["best"], trainer.get("skipped", {}), warmup_steps)
+    return TrainState(trainer["step"], trainer["best"], trainer.get("skipped", {}), warmup_steps)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is trained: towers and objective as one module, and the objective that a config describes."""
+"""Towers and objective as one module, and the objective that a config describes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, buil
 from disttempnet.models import Towers, encode_images, encode_texts, is_random
 
 
-class Encoder(nn.Module):
+class DualEncoder(nn.Module):
     """Both towers: uint8 images [b, 3, s, s] and tokens [b, L] → embeddings of any norm, each [b, D].
 
     Frozen towers record no graph.
@@ -42,7 +42,7 @@ class Contrast(nn.Module):
         self.loss, self.autocast = loss, autocast
 
     def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> LossOutput:
-        with autocast_to(self.autocast, image):  # the objective switches it off, and sees by it what a run allows
+        with autocast_to(self.autocast, image):  # the objective switches it off, but reads the precision from it
             output: LossOutput = self.loss(Features.of(image, text), ids)
         return output
 
@@ -65,7 +65,13 @@ def autocast_to(dtype: torch.dtype | None, like: Tensor) -> torch.autocast:
 
 
 def build_objective(config: Config, num_samples: int, embed_dim: int, bounds: bool = True) -> Objective:
-    """The objective that `[loss]` describes; without `bounds` its numbers may lie outside their ranges.
+    """Build the objective that `[loss]` describes.
+
+    Args:
+        config: of the run.
+        num_samples: N of the source, the rows of its per-sample state.
+        embed_dim: D, width of the features.
+        bounds: refuse numbers outside their ranges. False for a run of an older version that allowed more.
 
     Raises:
         UserError: an unknown name or argument, or a value out of range.
@@ -84,9 +90,11 @@ def build_objective(config: Config, num_samples: int, embed_dim: int, bounds: bo
 
 
 def resolved(config: Config, bounds: bool = True) -> Config:
-    """The config with every argument of its objective written out: defaults may change, a run's config must not.
+    """Return the config with every argument of its objective filled in: defaults may change, a run's config must not.
 
-    `bounds` as for `build_objective`.
+    Args:
+        config: as read from a file.
+        bounds: as for `build_objective`.
 
     Raises:
         UserError: an unknown objective or argument, or a value out of range.
@@ -97,7 +105,7 @@ def resolved(config: Config, bounds: bool = True) -> Config:
 
 
 def values_out_of_bounds(config: Config) -> dict[str, str]:
-    """Dotted key or section → what is wrong with its value: see `config.out_of_bounds`. [loss] is looked at as well."""
+    """Return dotted key or section → the fault of its value, as `config.out_of_bounds` does, and with [loss] too."""
     faults = out_of_bounds(config)
     try:
         build_objective(config, 1, 8)
@@ -107,41 +115,43 @@ def values_out_of_bounds(config: Config) -> dict[str, str]:
 
 
 def refuse_if_nothing_is_trained(config: Config, loss: Objective) -> None:
-    """Raise UserError where frozen towers would be random, or would leave nothing to train."""
+    """Raise UserError if frozen towers would be random, or would leave nothing to train."""
     if config.train.freeze != "towers":
         return
     if is_random(config.model.name, config.model.pretrained):
         raise UserError(
-            'train.freeze = "towers" needs trained ones: set model.pretrained to an open_clip tag, a checkpoint folder '
-            "or a run folder"
+            'train.freeze = "towers" needs trained towers: set model.pretrained to an open_clip tag, a checkpoint '
+            "folder or a run folder"
         )
     if not any(p.requires_grad for p in loss.parameters()) and loss.tracked_temperatures() is None:
         raise UserError(
             f'train.freeze = "towers" leaves nothing to train: objective {config.loss.name} learns no temperature; '
-            "take one that does, such as disttempnet-v1 (a network), fastclip-v3 (one τ) or isogclr (one a sample)"
+            "take one that does, such as disttempnet-v1 (network), fastclip-v3 (global τ) or isogclr (per-sample τ)"
         )
 
 
 def compile_towers(towers: Towers) -> None:
-    """torch.compile both towers in place; the objective stays eager, its products are already library calls."""
+    """Apply torch.compile to both towers, in place. The objective stays eager: its products are library calls."""
     module = towers.module
     module.visual.compile()
     (module.text if hasattr(module, "text") else module.transformer).compile()
 
 
 def refuse_without_compiler(device: torch.device) -> None:
-    """Raise UserError where torch.compile will find no compiler for the code that it writes: PyTorch's runtime images
-    have none. On a GPU it is Triton's code, in C."""
+    """Raise UserError if torch.compile will find no compiler: PyTorch's runtime images have none.
+
+    A GPU needs a C compiler (Triton), a CPU a C++ compiler.
+    """
     variable, known = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
     chosen = os.environ.get(variable)
     if not any(map(shutil.which, (chosen,) if chosen else known)):
-        what = f"{variable}={chosen} is not there" if chosen else f"there is neither {known[0]} nor {known[1]}"
+        what = f"{variable}={chosen} does not exist" if chosen else f"there is neither {known[0]} nor {known[1]}"
         raise UserError(f"train.compile needs a compiler, and {what}: install one, or leave train.compile out")
 
 
 @contextmanager
 def compile_failure_named() -> Iterator[None]:
-    """Inside, what torch.compile cannot compile is one line: its own report has a hundred."""
+    """Turn a failure of torch.compile, whose own report has a hundred lines, into a UserError of one line."""
     try:
         yield
     except RuntimeError as error:
@@ -149,4 +159,4 @@ def compile_failure_named() -> Iterator[None]:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         what = next((line for line in lines if "error:" in line), lines[0])[:300]
-        raise UserError(f"train.compile failed: {what}: mend the compiler, or leave train.compile out") from None
+        raise UserError(f"train.compile failed: {what}: fix the compiler, or leave train.compile out") from None

@@ -135,7 +135,7 @@ def refuse_damaged(checkpoint: Path, advice: str = "") -> None:
         raise UserError(f"{checkpoint}: damaged: {wrong}{advice}")
 
 
-def refuse_unwritable(folder: Path) -> None:
+def refuse_unwritable_folder(folder: Path) -> None:
     """Raise UserError where no folder of this path can be made and written: learnt before the work, not after it.
 
     It is tried, as permissions alone do not tell (read-only mounts, /proc, long names); nothing is left of the trial.

@@ -1,7 +1,7 @@
 """The training loop, for one process or many.
 
 A step: Batch(images, tokens, ids) → towers → loss(features, ids), which gathers what it needs → backward → optimizers.
-Encoder and contrast are wrapped one by one (gradients.py); per-sample state travels in state_dict, never broadcast.
+DDP wraps the encoder alone (gradients.py). Per-sample state is saved in `state_dict()` and never broadcast.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -30,14 +31,14 @@ from disttempnet.evaluation.validation import validation_data
 from disttempnet.io.files import write_atomically
 from disttempnet.io.machine import memory_named
 from disttempnet.losses import LossOutput
-from disttempnet.models import load_model
+from disttempnet.models import Towers, load_model
 from disttempnet.models.locking import prepare_towers
 from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
     Contrast,
     ContrastiveModel,
-    Encoder,
+    DualEncoder,
     build_objective,
     compile_failure_named,
     compile_towers,
@@ -59,40 +60,40 @@ class Trainer:
     Args:
         config: the resolved config; the run folder is `config.folder`.
         device: of this rank, from `distributed.session()`.
-        resume: `auto` continues from the last checkpoint where there is one, `never` refuses a folder that has any,
+        resume: `auto` continues from the last checkpoint if there is one, `never` refuses a folder that holds a run,
             and a path continues from that checkpoint.
-        report: told of the progress in place of the console; see `RunLog`.
+        report: receives the progress in place of the console; see `RunLog`.
+
+    Raises:
+        UserError: a config, folder, checkpoint, data set or weights that cannot be used, in one line.
     """
 
     def __init__(
         self, config: Config, device: torch.device, resume: str = "never", report: run_log.Report | None = None
     ) -> None:
+        # Check what fails fast: the config, the folder, the compiler.
         self.config = config = resolved(config, bounds=resume == "never")
         self.device, self.folder, self.report = device, config.folder, report
-        distributed.together(lambda: run_folder.refuse_unwritable(self.folder) if distributed.is_main() else None)
+        distributed.together(
+            lambda: run_folder.refuse_unwritable_folder(self.folder) if distributed.is_main() else None
+        )
         if config.train.compile:
             refuse_without_compiler(device)
-        self._seen = run_folder.contents(self.folder)
+
+        # Find the checkpoint to continue from, if any.
+        self._contents = run_folder.contents(self.folder)
         found, self._passed_over = run_folder.starting_point(self.folder, resume)
         checkpoint.refuse_out_of_bounds(config, found)
         torch.manual_seed(config.train.seed)
-        # a resumed run has its towers, and how their pixels are normalised, in its own checkpoint
-        weights = str(found) if found else run_folder.weights_folder(config.model.pretrained)
-        load_tasks(config.eval.tasks, Path(config.eval.data_root) if config.eval.data_root else None)
-        own = config.model
-        self.towers = (
-            load_model(own.name, weights)
-            if found
-            else load_model(
-                own.name,
-                weights,
-                image_pretrained=own.image_pretrained,
-                text_pretrained=own.text_pretrained,
-                resize_positions=own.resize_positions,
-            )
-        )
-        # a wrong [loss] is refused before any shard is read
+
+        # Load the towers, then check that the objective has something to train before any shard is read.
+        pretrained = "" if found else run_folder.weights_folder(config.model.pretrained)
+        data_root = Path(config.eval.data_root) if config.eval.data_root else None
+        load_tasks(config.eval.tasks, data_root)  # checks that they exist
+        self.towers = self._load_towers(found, pretrained)
         refuse_if_nothing_is_trained(config, build_objective(config, 1, self.towers.embed_dim, bounds=False))
+
+        # Open the data: the source with its N samples, the epoch plan, the loader of this rank, the validation task.
         self.data = open_training_data(
             config.data, config.train.seed, self.towers, distributed.rank(), distributed.world_size()
         )
@@ -101,45 +102,77 @@ class Trainer:
         rows = config.data.global_batch // distributed.world_size()
         if config.train.accumulate > rows:
             raise UserError(f"train.accumulate = {config.train.accumulate} is more than the {rows} rows of a process")
+
+        # Freeze, lock and place the towers: whole on this device, or sharded over all ranks.
         self.frozen = config.train.freeze == "towers"
-        self.towers.module.train(not self.frozen).requires_grad_(not self.frozen)
-        if not self.frozen:
-            prepare_towers(self.towers.module, config.model, config.train.accumulate)
-        # The objective owns temperature and bias; open_clip's own are written at export (save_model).
-        for exported in (self.towers.module.logit_scale, getattr(self.towers.module, "logit_bias", None)):
-            if exported is not None:
-                exported.requires_grad_(False)
-        if config.train.shard:
-            fsdp.shard(self.towers.module, device)
-        else:
-            self.towers.module.to(device)
+        self._prepare_towers()
+
+        # Build the objective with its per-sample state [N], and the optimizers.
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim, bounds=False).to(device)
+        self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
+
+        # Count the steps.
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
-        self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
-        start = checkpoint.Progress()
+
+        # Restore the checkpoint. The warm-up is fixed when a run begins: a resumed one keeps it.
+        state = checkpoint.TrainState()
         if found is not None:
-            start = checkpoint.load_checkpoint(found, **self._restorable())
-        # settled once, when a run begins: a resumed one goes on as it began
+            state = checkpoint.load_checkpoint(found, **self._restorable())
+        self.step, self.best = state.step, dict(state.best)
         self.optim = optim.within(config.optim, self.total_steps)
-        if start.warmup_steps is not None:
-            self.optim = config.optim.model_copy(update={"warmup_steps": start.warmup_steps})
-        self.step, self.best = start.step, dict(start.best)
+        if state.warmup_steps is not None:
+            self.optim = config.optim.model_copy(update={"warmup_steps": state.warmup_steps})
         usable = int(self.data.source.usable_counts.sum())
-        self.skipped = run_log.Skipped(len(self.data.source), min(usable, config.data.limit or usable), start.skipped)
+        self.skipped = run_log.Skipped(len(self.data.source), min(usable, config.data.limit or usable), state.skipped)
+
+        # Wrap towers and objective into the model whose gradient a step takes, at once or in chunks.
         if config.train.compile:
             compile_towers(self.towers)
-        model = ContrastiveModel(
-            Encoder(self.towers, self._autocast(), self.frozen), Contrast(self.loss, self._autocast())
-        )
+        encoder = DualEncoder(self.towers, self._autocast(), self.frozen)
+        model = ContrastiveModel(encoder, Contrast(self.loss, self._autocast()))
         chunks = config.train.accumulate
         self.gradients = WholeBatch(model, device) if chunks == 1 else InChunks(model, device, chunks)
+
+        # Start the bookkeeping of the loop.
         self._unnamed: list[Skip] = []
         self._clock = run_info.Clock()
         self._finite, self._norm = FiniteCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
+
+    def _refuse_unwritable(self) -> None:
+        if distributed.is_main():
+            run_folder.refuse_unwritable_folder(self.folder)
+
+    def _load_towers(self, found: Path | None, pretrained: str) -> Towers:
+        """Return the towers of the checkpoint `found`, which also says how pixels are normalised; else of `[model]`."""
+        wanted = self.config.model
+        if found is not None:
+            return load_model(wanted.name, str(found))
+        return load_model(
+            wanted.name,
+            pretrained,
+            image_pretrained=wanted.image_pretrained,
+            text_pretrained=wanted.text_pretrained,
+            resize_positions=wanted.resize_positions,
+        )
+
+    def _prepare_towers(self) -> None:
+        """Freeze, lock and move the towers, in place."""
+        module = self.towers.module
+        module.train(not self.frozen).requires_grad_(not self.frozen)
+        if not self.frozen:
+            prepare_towers(module, self.config.model, self.config.train.accumulate)
+        # The objective owns temperature and bias; open_clip's own are written at export (save_model).
+        for exported in (module.logit_scale, getattr(module, "logit_bias", None)):
+            if exported is not None:
+                exported.requires_grad_(False)
+        if self.config.train.shard:
+            fsdp.shard(module, self.device)
+        else:
+            module.to(self.device)
 
     def run(self) -> bool:
         """Train to the end, or to a stop signal; returns whether the end was reached.
@@ -152,20 +185,13 @@ class Trainer:
             return self._run()
 
     def _run(self) -> bool:
+        # Write config.toml and run.json, open the logs, print what is ahead.
         self._describe()
         log = self.log = run_log.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
-        about = distributed.describe(self.device, self.config.train.timeout_minutes)
-        plan = run_info.plan_line(self.config, self.data, self.step)
-        skipped = run_info.about_data(run_info.data_facts(self.data.source))
-        for line in (about, *self._passed_over, *self.towers.notes, plan, *skipped):
+        for line in self._opening_lines():
             log.say(line)
-        if self.optim != self.config.optim:
-            log.say(
-                f"optim.warmup_steps = {self.config.optim.warmup_steps} would take up the whole run of "
-                f"{self.total_steps} steps: shortened to {self.optim.warmup_steps}, a tenth of it"
-            )
-        if self.loss.own_rate and not self.loss.rate_at(self.config.train.epochs - 1):
-            log.say("the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays")
+
+        # Train epoch by epoch. A stop signal ends the run early, with a checkpoint.
         try:
             with StopSignal() as stop, lost_workers_named():
                 while self.step < self.last_step:
@@ -176,59 +202,97 @@ class Trainer:
                         return False
             if self.step < self.total_steps:
                 log.say(
-                    f"stopped at step {self.step} of {self.total_steps}, as train.stop_after_steps says: "
+                    f"stopped at step {self.step} of {self.total_steps} (train.stop_after_steps): "
                     "continue with a larger one, or 0, and --resume auto"
                 )
         finally:
             log.close()
+
+        # Add the time of the end to run.json.
         if distributed.is_main():
             run_info.write_facts(self.config, self.device, self.data, self.towers, finished=self._clock.now())
         return True
 
+    def _opening_lines(self) -> Iterator[str]:
+        """Lines for the console before the first step: ranks, checkpoint, towers, plan, data, shortened schedules."""
+        yield distributed.describe(self.device, self.config.train.timeout_minutes)
+        yield from self._passed_over
+        yield from self.towers.notes
+        yield run_info.plan_line(self.config, self.data, self.step)
+        yield from run_info.about_data(run_info.data_facts(self.data.source))
+        if self.optim != self.config.optim:
+            yield (
+                f"optim.warmup_steps = {self.config.optim.warmup_steps} would take up the whole run of "
+                f"{self.total_steps} steps: shortened to {self.optim.warmup_steps}, a tenth of it"
+            )
+        if self.loss.own_rate and not self.loss.rate_at(self.config.train.epochs - 1):
+            yield "the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays"
+
     def _run_epoch(self, stop: StopSignal) -> bool:
-        """The rest of the current epoch; False where a stop was asked for (everything is saved then)."""
-        epoch, start = divmod(self.step, self.steps_per_epoch)
+        """Train the rest of the current epoch; return False if a stop signal ended it (everything is saved then)."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
         self.loss.set_epoch(epoch)
         every = self.config.train.checkpoint_every
         waited_since = clock = time.perf_counter()
         wait, logged = 0.0, self.step
-        for batch in self.data.loader_from(epoch, start):
+        for batch in self.data.loader_from(epoch, first):
+            # One step on this rank's b rows of the global batch.
             wait += time.perf_counter() - waited_since
             output = self.train_step(batch)
             self._unnamed += batch.skipped
+
+            # Log, with the mean time of the steps since the last line.
             if self.step % self.config.train.log_every == 0 or self.step == self.last_step:
                 now, done = time.perf_counter(), self.step - logged
                 self._log(output, (now - clock) / done, wait / done)
                 clock, wait, logged = now, 0.0, self.step
+
+            # Evaluate and save at the end of an epoch, save every so many steps within it.
             epoch_ends = self.step % self.steps_per_epoch == 0
+            save_due = bool(every) and self.step % every == 0
             if epoch_ends or self.step == self.last_step:
                 self._end_epoch(epoch + 1, evaluated=epoch_ends)
-            elif every and self.step % every == 0:
+            elif save_due:
                 self._save()
             if self.step == self.last_step:
                 return True
+
+            # Stop where any rank was asked to.
             self._stopped = self._agreed_stop(stop)
             if self._stopped:
-                if not (epoch_ends or (every and self.step % every == 0)):
+                if not (epoch_ends or save_due):
                     self._save()
                 return False
             waited_since = time.perf_counter()
         return True
 
     def train_step(self, batch: Batch) -> LossOutput:
-        """One optimisation step on this rank's rows of a global batch."""
+        """Take one optimisation step.
+
+        Args:
+            batch: this rank's b rows of the global batch: images [b, 3, s, s] uint8, tokens [b, L], ids [b].
+
+        Returns:
+            The loss and its metrics, averaged over the global batch.
+        """
         batch = batch.to(self.device)
+
+        # Set the learning rates: the towers', and that of a temperature with its own schedule.
         rates = [optim.learning_rate(self.optim, self.step, self.total_steps)]
-        if self.loss.own_rate:  # over the epochs it follows the loss's schedule
+        if self.loss.own_rate:
             rates.append(optim.temperature_learning_rate(self.optim, self.step, self.loss.own_rate))
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
+
+        # Forward and backward; the gradient norm is the towers', or the objective's where they are frozen.
         output = self.gradients(batch.images, batch.tokens, batch.ids)
         trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
         limit = self.config.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
-        self._norm = fsdp.whole(norm)
+        self._norm = fsdp.full_tensor(norm)
+
+        # Check the step before for NaN, so that a GPU is not waited for, and update.
         self._finite.look()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -238,7 +302,7 @@ class Trainer:
         return output
 
     def _log(self, output: LossOutput, seconds: float, wait: float) -> None:
-        """Log the last step; `seconds` a step took on average, and of these how many it waited for its batch."""
+        """Log the last step; `seconds` is the mean time of a step, and `wait` its part spent waiting for the batch."""
         names = list(output.metrics)
         *values, norm = torch.stack([*(output.metrics[name].float() for name in names), self._norm.float()]).tolist()
         metrics = dict(zip(names, values, strict=True))
@@ -251,35 +315,42 @@ class Trainer:
         self.log.step(self.step, self.step / self.steps_per_epoch, metrics)
 
     def _name_skipped(self) -> None:
-        """Count and name what all ranks have skipped since the last time; all ranks call this."""
+        """Count and name what all ranks have skipped since the last call; all ranks call this."""
         unnamed, self._unnamed = distributed.gather_objects(self._unnamed), []
         for line in self.skipped.add(chain.from_iterable(unnamed)):
             self.log.say(line)
 
     def _end_epoch(self, epochs_done: int, evaluated: bool) -> None:
+        """Evaluate if it is due and the epoch is complete (`evaluated`), then save."""
         self._finite.look()
         self._name_skipped()
         if self.skipped.total:
             self.log.say(self.skipped.summary())
-        config = self.config.eval
-        due = epochs_done % config.every_epochs == 0 or epochs_done == self.config.train.epochs
+        due = epochs_done % self.config.eval.every_epochs == 0 or epochs_done == self.config.train.epochs
         if self.tasks and evaluated and due:
-            root = Path(config.data_root) if config.data_root else None
-            # ranks embed different numbers of batches: towers that are shared out would wait for each other
-            towers = replace(self.towers, module=fsdp.whole_module(self.towers.module, self.device))
-            results = evaluate(towers, self.tasks, device=self.device, batch=config.batch, data_root=root)
-            self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
-            if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
-                self._save_temperatures(pairs[0])
-            score = float(np.mean([result.headline for result in results.values()]))
-            # frozen towers score alike all along: their best checkpoint is the last
-            if score > self.best.get("mean_recall", -math.inf) and not self.frozen:
-                self.best = {"step": self.step, "mean_recall": score}
-            self.log.say(f"{self.folder.name}  epoch {epochs_done}/{self.config.train.epochs}  {_one_line(results)}")
+            self._evaluate(epochs_done)
         self._save()
 
+    def _evaluate(self, epochs_done: int) -> None:
+        """Evaluate the towers on all tasks; log the scores and note the best step."""
+        config = self.config.eval
+        root = Path(config.data_root) if config.data_root else None
+
+        # Ranks embed different numbers of batches, and sharded towers would wait for each other: gather them first.
+        towers = replace(self.towers, module=fsdp.full_module(self.towers.module, self.device))
+        results = evaluate(towers, self.tasks, device=self.device, batch=config.batch, data_root=root)
+        self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
+        if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
+            self._save_temperatures(pairs[0])
+
+        # The best step has the best mean score. Frozen towers always score alike: their best checkpoint is the last.
+        score = float(np.mean([result.headline for result in results.values()]))
+        if score > self.best.get("mean_recall", -math.inf) and not self.frozen:
+            self.best = {"step": self.step, "mean_recall": score}
+        self.log.say(f"{self.folder.name}  epoch {epochs_done}/{self.config.train.epochs}  {_one_line(results)}")
+
     def _save_temperatures(self, result: TaskResult) -> None:
-        """τ of an evaluation task's pairs; where only training samples have one, of those that rank 0 keeps."""
+        """Write τ of an evaluation task's pairs; if only training samples have one, of those that rank 0 keeps."""
         if not distributed.is_main():
             return
         self.loss.eval()
@@ -307,22 +378,23 @@ class Trainer:
             self.folder,
             logit_scale=self._logit_scale(),
             logit_bias=self._logit_bias(),
-            progress=checkpoint.Progress(self.step, self.best, self.skipped.by_reason(), self.optim.warmup_steps),
+            state=checkpoint.TrainState(self.step, self.best, self.skipped.by_reason(), self.optim.warmup_steps),
             keep=self.config.train.keep,
             **self._restorable(),
         )
 
     def _logit_scale(self) -> float:
-        """What open_clip multiplies similarities with: one over the mean τ; CLIP's own start where there is none."""
+        """Return open_clip's logit scale: one over the mean τ, or CLIP's initial value if there is none."""
         taus = [float(self._metrics[key]) for key in ("tau/image_mean", "tau/text_mean") if key in self._metrics]
         return len(taus) / sum(taus) if taus else 1 / 0.07
 
     def _logit_bias(self) -> float | None:
-        """What open_clip adds to the scaled similarities; None where the objective has no bias."""
+        """Return open_clip's logit bias; None if the objective has no bias."""
         bias = getattr(self.loss, "logit_bias", None)
         return None if bias is None else float(bias.detach())
 
     def _restorable(self) -> dict[str, Any]:
+        """Return the arguments that saving and loading a checkpoint have in common."""
         return {
             "towers": self.towers,
             "loss": self.loss,
@@ -332,8 +404,10 @@ class Trainer:
         }
 
     def _agreed_stop(self, stop: StopSignal) -> int:
-        """The exit code that any rank was asked for: all ranks stop after the same step. They ask each other when they
-        log; where a step takes long, more often."""
+        """Return the exit code that any rank was asked for, the same on all ranks; 0 = go on.
+
+        Ranks exchange it when they log, and more often if a step takes long.
+        """
         if self.step % self._ask_every and self.step % self.config.train.log_every:
             return 0
         return distributed.largest(stop.code, self.device)
@@ -345,10 +419,10 @@ class Trainer:
     def _describe(self) -> None:
         """Write config.toml and run.json before the first step."""
         if distributed.is_main():
-            if run_folder.contents(self.folder) != self._seen:  # between that look and the lock
+            if run_folder.contents(self.folder) != self._contents:  # changed before this process held the lock
                 raise UserError(f"{self.folder}: another process has just trained this run: start again")
             for folder in (self.folder, run_folder.checkpoint_folder(self.folder)):
-                atomic_folder.tidy(folder)
+                atomic_folder.remove_leftovers(folder)
             write_atomically(self.folder / "config.toml", dump_config(self.config))
             if self.step:
                 run_folder.write_best(self.folder, self.best)
@@ -359,8 +433,12 @@ class Trainer:
 def train(config: Config, resume: str = "never", report: run_log.Report | None = None) -> bool:
     """Train one run in the processes that the launcher started; returns whether it reached its end.
 
+    Args:
+        config, resume, report: see `Trainer`.
+
     Raises:
         Preempted: SIGUSR1 stopped it; everything is saved.
+        UserError: what a user can fix, in one line.
     """
     with (
         distributed.session(config.train.timeout_minutes) as device,
