@@ -41,7 +41,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"schema"},
     ],
     "data": [
-        {"builtin", "handover", "headers", "images", "source"},
+        {"builtin", "headers", "images", "source", "workers"},
         {"augment", "epoch_plan", "held_out", "mixture", "shards"},
         {"listings", "loader"},
         {"open", "tools"},

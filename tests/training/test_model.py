@@ -47,9 +47,7 @@ def test_what_cannot_be_compiled_is_one_line() -> None:
         "CppCompileError: C++ compile error\n\nOutput:\n/tmp/x.cpp:1: fatal error: Python.h: No such file\n  1 | #incl"
     )
     with (
-        pytest.raises(
-            UserError, match=r"train.compile failed: /tmp/x.cpp:1: fatal error: Python.h: No such file: fix"
-        ),
+        pytest.raises(UserError, match=r"train.compile failed: /tmp/x.cpp:1: fatal error: Python.h: No such file: fix"),
         compile_failure_named(),
     ):
         raise InductorError(said)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from disttempnet.config import SourceConfig
     from disttempnet.data.tools.unreadable import Fault
 
-COUNT = integers(1, 10**9)
-SPEC = "shards or another layout, as in data.train"
+SAMPLE_COUNT = integers(1, 10**9)
+SPEC_HELP = "shards or another layout, as in data.train"
 
-INDEX = """Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
+INDEX_HELP = """\
+Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
 of them cannot be used and why. Training does the same on first use; this command does it ahead, on all cores, and
 says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was. Of other layouts it reads
 the rows, in one process and one go.
@@ -38,7 +39,8 @@ examples:
   disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     the first time: store, then: compare
 """
 
-VERIFY = """Reads images and captions as training would. Exit code 0: all is well; 1: something is broken; 2: it could
+VERIFY_HELP = """\
+Reads images and captions as training would. Exit code 0: all is well; 1: something is broken; 2: it could
 not be looked at.
 
 examples:
@@ -46,7 +48,8 @@ examples:
   disttempnet data verify /cc3m /cc12m --sample 5000
 """
 
-SHARD = """Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the id of
+SHARD_HELP = """\
+Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the id of
 the sample in the input. What cannot be read is left out, named in a table and in FOLDER/skipped.jsonl; sample ids of
 the new shards count without it. The same input gives the same bytes, whatever --workers. After a kill the same command
 goes on. Then the index is written.
@@ -58,7 +61,8 @@ examples:
                                                           /data/datacomp/wds_mscoco_captions_test/test
 """
 
-DOWNLOAD = """Fetches the images of a public list of captions and URLs, through img2dataset (pip install
+DOWNLOAD_HELP = """\
+Fetches the images of a public list of captions and URLs, through img2dataset (pip install
 'disttempnet[download]'): larger images are brought to --image-size on their shorter side, JPEG quality 95, shards of
 10,000. After a kill the same command goes on after the shards that are whole. Many URLs of these lists are dead.
 
@@ -84,7 +88,7 @@ def _add_index(commands: Any) -> None:
     index = commands.add_parser(
         "index",
         help="index a data set, or bring the index of shards up to date",
-        description=INDEX,
+        description=INDEX_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(index, several=True)
@@ -117,9 +121,9 @@ def run_index(options: argparse.Namespace) -> int:
 def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """What a source needs to be opened."""
     if several:
-        parser.add_argument("spec", nargs="+", type=path_argument, metavar="SPEC", help=SPEC)
+        parser.add_argument("spec", nargs="+", type=path_argument, metavar="SPEC", help=SPEC_HELP)
     else:
-        parser.add_argument("spec", type=path_argument, metavar="SPEC", help=SPEC)
+        parser.add_argument("spec", type=path_argument, metavar="SPEC", help=SPEC_HELP)
     parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
     parser.add_argument("--images", type=path_argument, metavar="DIR", help="listings: folder of relative image paths")
     parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
@@ -160,7 +164,7 @@ def _add_preview(parts: Any) -> None:
     preview.add_argument(
         "--out", type=path_argument, default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)"
     )
-    preview.add_argument("--count", type=COUNT.parse, default=48, metavar="N", help="samples (default: 48)")
+    preview.add_argument("--count", type=SAMPLE_COUNT.parse, default=48, metavar="N", help="samples (default: 48)")
     preview.add_argument("--seed", type=SEEDS.parse, default=0, metavar="N", help="which ones (default: 0)")
     preview.set_defaults(run=_preview)
 
@@ -189,7 +193,7 @@ def _add_verify(parts: Any) -> None:
     verify = parts.add_parser(
         "verify",
         help="read every sample; a table of what is broken",
-        description=VERIFY,
+        description=VERIFY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(verify, several=True)
@@ -235,12 +239,14 @@ def _add_shard(parts: Any) -> None:
     shard = parts.add_parser(
         "shard",
         help="write a data set as webdataset shards",
-        description=SHARD,
+        description=SHARD_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(shard)
     shard.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the shards go")
-    shard.add_argument("--samples-per-shard", type=COUNT.parse, default=10_000, metavar="N", help="default: 10000")
+    shard.add_argument(
+        "--samples-per-shard", type=SAMPLE_COUNT.parse, default=10_000, metavar="N", help="default: 10000"
+    )
     shard.add_argument(
         "--resize",
         type=integers(0, 65_535).parse,
@@ -267,13 +273,13 @@ def _shard(options: argparse.Namespace) -> int:
     from disttempnet.config import SourceConfig
     from disttempnet.data import open_source
     from disttempnet.data.tools.unreadable import fault_table
-    from disttempnet.data.tools.write import SKIPPED, Recipe, write_shards
+    from disttempnet.data.tools.write import SKIPPED, WriteSettings, write_shards
     from disttempnet.io.jobs import stopped_by_sigterm
 
-    recipe = Recipe(options.samples_per_shard, options.resize, options.quality, options.captions)
+    settings = WriteSettings(options.samples_per_shard, options.resize, options.quality, options.captions)
     out, workers = Path(options.out), _workers(options)
     with stopped_by_sigterm():
-        written = write_shards(open_source(_sources(options)), out, recipe, workers)
+        written = write_shards(open_source(_sources(options)), out, settings, workers)
         say(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
         if written.faults:
             say(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
@@ -293,7 +299,7 @@ def _add_download(parts: Any) -> None:
     download = parts.add_parser(
         "download",
         help="CC3M or CC12M from their public lists, through img2dataset",
-        description=DOWNLOAD,
+        description=DOWNLOAD_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     download.add_argument("name", choices=("cc3m", "cc12m"), help="the data set")
@@ -322,7 +328,7 @@ def _download(options: argparse.Namespace) -> int:
         Download,
         as_typed,
         check_list,
-        outcome,
+        download_result,
         run_download,
         write_headed,
     )
@@ -341,7 +347,7 @@ def _download(options: argparse.Namespace) -> int:
         if left_out := write_headed(job):
             say(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")
         code = run_download(job)
-    found = outcome(out)
+    found = download_result(out)
     failed = sum(found.failures.values())
     say(f"{out.resolve()}: {found.shards:,} shards, {found.samples:,} samples; {failed:,} URLs failed")
     for reason, count in found.failures.most_common(10):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from disttempnet.data.builtin.scenes import generated_shards as generated_shards
     from disttempnet.data.epoch_plan import EpochPlan as EpochPlan
     from disttempnet.data.epoch_plan import PlanSampler as PlanSampler
-    from disttempnet.data.handover import lost_workers_named as lost_workers_named
     from disttempnet.data.images import UnreadableImage as UnreadableImage
     from disttempnet.data.images import decode as decode
     from disttempnet.data.listings.open import open_listing as open_listing
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from disttempnet.data.shards.names import resolve_shards as resolve_shards
     from disttempnet.data.shards.open import open_index as open_index
     from disttempnet.data.source import Source as Source
+    from disttempnet.data.workers import lost_workers_named as lost_workers_named
 
 _HOMES = {
     "Batch": "loader",
@@ -59,7 +59,7 @@ _HOMES = {
     "embedded_shards": "builtin.emoji",
     "eval_transform": "augment",
     "generated_shards": "builtin.scenes",
-    "lost_workers_named": "handover",
+    "lost_workers_named": "workers",
     "make_loader": "loader",
     "open_index": "shards.open",
     "open_listing": "listings.open",

@@ -29,7 +29,7 @@ TrainTransform = Callable[[bytes, int], Tensor]
 EvalTransform = Callable[[Image.Image], Tensor]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 BICUBIC = InterpolationMode.BICUBIC
-GREY = (128, 128, 128)
+FILL_COLOUR = (128, 128, 128)
 
 
 class SmallRandAugment:
@@ -78,14 +78,16 @@ class SmallRandAugment:
         if name == "sharpness":
             return F.adjust_sharpness(image, 1.36)
         if name == "rotate":
-            return image.rotate(21.0 * sign, Image.Resampling.BILINEAR, fillcolor=GREY)
+            return image.rotate(21.0 * sign, Image.Resampling.BILINEAR, fillcolor=FILL_COLOUR)
         if name.startswith("translate"):  # by whole pixels: a copy, which costs a tenth of a bilinear transform
-            shifted = Image.new("RGB", image.size, GREY)
+            shifted = Image.new("RGB", image.size, FILL_COLOUR)
             x, y = (-int(sign) * round(side / 32) for side in image.size)
             shifted.paste(image, (x, 0) if name == "translate_x" else (0, y))
             return shifted
         matrix = (1.0, 0.21 * sign, 0.0, 0.0, 1.0, 0.0) if name == "shear_x" else (1.0, 0.0, 0.0, 0.21 * sign, 1.0, 0.0)
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
+        return image.transform(
+            image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=FILL_COLOUR
+        )
 
 
 class CropTransform:

@@ -35,7 +35,7 @@ from torch.utils.data import Sampler
 from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 
-Ids = NDArray[np.int64]
+SampleIds = NDArray[np.int64]
 SHARDS, WINDOW, TAIL, PART, STAND_IN = range(5)  # what a random permutation is for: each draws from a stream of its own
 
 
@@ -73,7 +73,7 @@ class EpochPlan:
         ends = np.cumsum(source.usable_counts)
         if limit:
             ends = np.minimum(ends, limit)
-        self._counts: Ids = np.diff(ends, prepend=0)
+        self._counts: SampleIds = np.diff(ends, prepend=0)
         self._whole, self._parts = self._divide()
         self.samples = int(self._counts[self._whole].sum()) + sum(part for _, part in self._parts)
         self._full_steps = self.samples // global_batch
@@ -88,18 +88,18 @@ class EpochPlan:
         ragged = self.samples % global_batch
         self.steps = self._full_steps + (1 if ragged and tail == "wrap" else 0)
         self._epoch = -1  # what the four below are for
-        self._shards: Ids = np.empty(0, np.int64)  # the epoch's string: shards,
-        self._begins: Ids = np.empty(0, np.int64)  # the first of its usable samples that is in it,
-        self._starts: Ids = np.empty(0, np.int64)
-        self._windows: dict[int, tuple[int, Ids]] = {}  # lane → (number, ids) of the window it is in
-        self._stand_in_slots: dict[int, Ids] = {}  # k - 1 → the slot of each slot's k-th stand-in, k ≤ full steps
+        self._shards: SampleIds = np.empty(0, np.int64)  # the epoch's string: shards,
+        self._begins: SampleIds = np.empty(0, np.int64)  # the first of its usable samples that is in it,
+        self._starts: SampleIds = np.empty(0, np.int64)
+        self._windows: dict[int, tuple[int, SampleIds]] = {}  # lane → (number, ids) of the window it is in
+        self._stand_in_slots: dict[int, SampleIds] = {}  # k - 1 → the slot of each slot's k-th stand-in, k ≤ full steps
 
-    def batch(self, epoch: int, step: int) -> Ids:
-        """Ids of a global batch, int64 [B], in lane order."""
+    def batch(self, epoch: int, step: int) -> SampleIds:
+        """SampleIds of a global batch, int64 [B], in lane order."""
         return self.local_batch(epoch, step, 0, 1)
 
-    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> Ids:
-        """Ids of one rank's part of a global batch, int64 [B / world_size].
+    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> SampleIds:
+        """SampleIds of one rank's part of a global batch, int64 [B / world_size].
 
         Raises:
             UserError: lanes are not a multiple of world_size.
@@ -119,7 +119,7 @@ class EpochPlan:
         return np.concatenate([self._lane(lane, step) for lane in range(rank * share, (rank + 1) * share)])
 
     def stand_ins(self, epoch: int, step: int, slot: int) -> Iterator[int]:
-        """Ids that may take the place of an unreadable sample, without end, the first choice first.
+        """SampleIds that may take the place of an unreadable sample, without end, the first choice first.
 
         Args:
             epoch, step: of the batch.
@@ -151,7 +151,7 @@ class EpochPlan:
             self._stand_in_slots.clear()
             self._epoch = epoch
 
-    def _divide(self) -> tuple[Ids, list[tuple[Ids, int]]]:
+    def _divide(self) -> tuple[SampleIds, list[tuple[SampleIds, int]]]:
         """Shards that every epoch reads whole, once a time; and of each source (its shards in a shuffled order, how
         many of their samples an epoch reads besides)."""
         whole, parts, first = [np.empty(0, np.int64)], [], 0
@@ -167,7 +167,7 @@ class EpochPlan:
             first += groups
         return np.concatenate(whole), parts
 
-    def _circle(self, shards: Ids, part: int, epoch: int) -> Iterator[tuple[Ids, Ids, Ids]]:
+    def _circle(self, shards: SampleIds, part: int, epoch: int) -> Iterator[tuple[SampleIds, SampleIds, SampleIds]]:
         """(shards, first sample of each, samples of each) of the epoch's `part` samples of these shards' circle."""
         ends = np.cumsum(self._counts[shards])
         starts, samples = ends - self._counts[shards], int(ends[-1])
@@ -177,13 +177,13 @@ class EpochPlan:
             touched = high > low
             yield shards[touched], (low - starts)[touched], (high - low)[touched]
 
-    def _permutation(self, n: int, *stream: int) -> Ids:
+    def _permutation(self, n: int, *stream: int) -> SampleIds:
         """A shuffle of range(n) that only (seed, stream) decides, in every version of numpy: sorted raw bits."""
         bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, *stream]))
         return np.argsort(bits.random_raw(n), kind="stable")
 
-    def _ids(self, begin: int, end: int) -> Ids:
-        """Ids at positions [begin, end) of the epoch's string of shards."""
+    def _ids(self, begin: int, end: int) -> SampleIds:
+        """SampleIds at positions [begin, end) of the epoch's string of shards."""
         first = int(np.searchsorted(self._starts, begin, side="right")) - 1
         last = int(np.searchsorted(self._starts, end, side="left"))
         parts = []
@@ -194,7 +194,7 @@ class EpochPlan:
             parts.append(usable[max(start, begin) + skip : min(stop, end) + skip])
         return np.concatenate(parts)
 
-    def _lane(self, lane: int, step: int) -> Ids:
+    def _lane(self, lane: int, step: int) -> SampleIds:
         """What a lane gives to a full batch: int64 [B / L]."""
         share = self.global_batch // self.lanes
         position, end = step * share, (step + 1) * share
@@ -206,8 +206,8 @@ class EpochPlan:
             position += len(parts[-1])
         return np.concatenate(parts)
 
-    def _window(self, lane: int, number: int) -> Ids:
-        """Ids of one of a lane's windows, in shuffled order."""
+    def _window(self, lane: int, number: int) -> SampleIds:
+        """SampleIds of one of a lane's windows, in shuffled order."""
         cached = self._windows.get(lane)
         if cached is None or cached[0] != number:
             begin = number * self._window_samples
@@ -217,7 +217,7 @@ class EpochPlan:
             cached = self._windows[lane] = (number, shuffled)
         return cached[1]
 
-    def _tail(self) -> Ids:
+    def _tail(self) -> SampleIds:
         """The batch of what is left over, filled from the epoch's beginning: int64 [B]."""
         begin = self._full_steps * self.global_batch
         missing = self.global_batch - (self.samples - begin)

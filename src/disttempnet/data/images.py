@@ -28,7 +28,7 @@ WHITES = {"i": (255, 65535), "u": (255, 65535), "f": (1, 255)}  # of grey in 32 
 OVERSHOOT = 1.01  # which resizing leaves beyond black and white
 SCALES = (8, 4, 2)  # a JPEG decodes at 1/8, 1/4 and 1/2 for less than its full size costs
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class UnreadableImage(ValueError):
@@ -149,7 +149,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if colours == "YCbCr" else None
 
 
-def _read(action: Callable[[], Result]) -> Result:
+def _read(action: Callable[[], _Result]) -> _Result:
     """What Pillow gives, or UnreadableImage."""
     try:
         with warnings.catch_warnings():

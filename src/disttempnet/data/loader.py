@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from disttempnet.data.augment import TrainTransform
 from disttempnet.data.epoch_plan import Draw, EpochPlan, PlanSampler
-from disttempnet.data.handover import handed_over, refuse_few_open_files
 from disttempnet.data.images import UnreadableImage
 from disttempnet.data.source import Source, UnreadableCaption
+from disttempnet.data.workers import check_open_files, share_tensor
 from disttempnet.errors import UserError
 from disttempnet.models.text import Tokenizer, Trim
 
@@ -152,8 +152,8 @@ class Collate:
         tokens = self.tokenizer([sample.caption[:CAPTION_CHARACTERS] for sample in samples])
         return Batch(
             default_collate([sample.image for sample in samples]),
-            handed_over(self.trim(tokens, LENGTH_STEP) if self.trim else tokens),
-            handed_over(torch.tensor([sample.id for sample in samples], dtype=torch.int64)),
+            share_tensor(self.trim(tokens, LENGTH_STEP) if self.trim else tokens),
+            share_tensor(torch.tensor([sample.id for sample in samples], dtype=torch.int64)),
             tuple(skip for sample in samples for skip in sample.skipped),
         )
 
@@ -214,7 +214,7 @@ def make_loader(
         UserError: this process may not open as many files as so many workers need.
     """
     if workers:
-        refuse_few_open_files(workers * prefetch)
+        check_open_files(workers * prefetch)
     return DataLoader(
         PlannedSamples(dataset, sampler.plan),
         batch_sampler=sampler,

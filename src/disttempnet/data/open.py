@@ -12,16 +12,16 @@ from torch.utils.data import DataLoader
 from disttempnet.config import DataConfig, SourceConfig
 from disttempnet.data.augment import train_transform
 from disttempnet.data.epoch_plan import EpochPlan, PlanSampler
-from disttempnet.data.handover import prefetch_that_fits
 from disttempnet.data.held_out import HeldOut
 from disttempnet.data.listings.open import is_listing, layout_of, open_listing
-from disttempnet.data.listings.parquet import Parquet
+from disttempnet.data.listings.parquet import ParquetLayout
 from disttempnet.data.loader import PREFETCH, Batch, PairDataset, batches_of, make_loader
 from disttempnet.data.mixture import MixedSource
 from disttempnet.data.shards.names import resolve_shards
 from disttempnet.data.shards.open import open_index
 from disttempnet.data.shards.remote import is_remote
 from disttempnet.data.source import Source
+from disttempnet.data.workers import fit_prefetch
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
 from disttempnet.models.text import trimming
@@ -69,7 +69,7 @@ def places_of(source: SourceConfig) -> set[Path]:
         shards = resolve_shards(source.path)
         return {(shards.folder / name).resolve() for name in shards.names}
     layout = layout_of(source)
-    paths = layout.paths if isinstance(layout, Parquet) else [layout.where]
+    paths = layout.paths if isinstance(layout, ParquetLayout) else [layout.where]
     return {path.resolve() for path in paths}
 
 
@@ -118,7 +118,7 @@ def open_training_data(
     sampler = PlanSampler(plan, rank, world_size)
     trim = trimming(towers.module)
     batch_bytes = config.global_batch // world_size * (3 * towers.image_size**2 + TEXT_BYTES)
-    prefetch = prefetch_that_fits(PREFETCH, batch_bytes, config.workers)
+    prefetch = fit_prefetch(PREFETCH, batch_bytes, config.workers)
     pin = torch.cuda.is_available()
     loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, pin, trim, prefetch)
     return TrainingData(source, plan, dataset, sampler, loader)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from disttempnet.data.augment import eval_transform
-from disttempnet.data.handover import handed_over, lost_workers_named
 from disttempnet.data.images import UnreadableImage
+from disttempnet.data.workers import lost_workers_named, share_tensor
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.evaluation.tasks import EvaluationSample
 from disttempnet.models import Resizing, Towers
@@ -80,7 +80,7 @@ class Decoder(Dataset):
         pixels = torch.stack(images) if images else torch.zeros(0, *black.shape, dtype=torch.uint8)
         errors = tuple(pixels for pixels in decoded if isinstance(pixels, str))
         valid = torch.tensor(good, dtype=torch.bool)
-        return ImageBatch(request.task, request.start, handed_over(pixels), handed_over(valid), errors)
+        return ImageBatch(request.task, request.start, share_tensor(pixels), share_tensor(valid), errors)
 
 
 def decoded(requests: Iterable[DecodeRequest], towers: Towers, workers: int = 0) -> Iterator[ImageBatch]:

@@ -107,7 +107,7 @@ def has_tars(folder: Path) -> bool:
     return any(not path.name.startswith(".") for path in (folder / "test").glob("*.tar"))
 
 
-def shards_of(folder: Path) -> tuple[list[Path], list[str]]:
+def task_tars(folder: Path) -> tuple[list[Path], list[str]]:
     """All tars of a folder, 0.tar, 1.tar, … 10.tar, and what is odd about their number."""
     shards = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]
     shards.sort(key=lambda path: (len(path.name), path.name))

@@ -216,7 +216,7 @@ def test_parquet_groups_are_row_groups_and_memory_for_them_is_bounded(
     assert source.metadata(5) == {"number": 5}
     assert source.name(5) == "train-00001-of-00002.parquet:1"
     monkeypatch.setattr(parquet_module, "CACHE_BYTES", 0)
-    monkeypatch.setattr(parquet_module, "OPEN_FILES", 1)
+    monkeypatch.setattr(parquet_module, "OPEN_PARQUET_FILES", 1)
     for n in (0, 6, 1, 5, 0, 3):
         assert source.image_bytes(n) == png(n)
         assert len(source.images._groups) == len(source.images._files) == 1
@@ -613,15 +613,15 @@ class Interrupted(Exception):
 
 def test_indexing_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cc3m(tmp_path, 5)
-    rows = rows_module.Table.rows
+    rows = rows_module.TableLayout.rows
 
-    def cut(self: rows_module.Table) -> Iterator:
+    def cut(self: rows_module.TableLayout) -> Iterator:
         for count, row in enumerate(rows(self)):
             if count == 3:
                 raise Interrupted
             yield row
 
-    monkeypatch.setattr(rows_module.Table, "rows", cut)
+    monkeypatch.setattr(rows_module.TableLayout, "rows", cut)
     with pytest.raises(Interrupted):
         open_source((config,), progress=False)
     assert [p.name for p in (tmp_path / "clip_train").iterdir()] == ["cc3m_train.json"]

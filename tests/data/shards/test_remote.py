@@ -33,7 +33,7 @@ from disttempnet.data.shards import remote
 from disttempnet.data.shards.credentials import Credentials, detached
 from disttempnet.data.shards.names import resolve_shards
 from disttempnet.data.shards.remote import RemoteStore
-from disttempnet.data.shards.store import State, state_of
+from disttempnet.data.shards.store import ShardState, shard_state
 from disttempnet.data.tools.verify import verify
 from disttempnet.errors import UserError
 from tests.data.serving import Server, serving
@@ -59,7 +59,7 @@ def store(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Re
     return RemoteStore(server.url, str(tmp_path / "cache"), limit_gb=1.0)
 
 
-def content(store: RemoteStore, name: str, expected: State | None = None) -> bytes:
+def content(store: RemoteStore, name: str, expected: ShardState | None = None) -> bytes:
     descriptor = store.open(name, expected)
     try:
         return os.pread(descriptor, 10 * SIZE, 0)
@@ -76,7 +76,7 @@ def begun(store: RemoteStore) -> list[Path]:
 
 
 def test_a_shard_is_fetched_once(server: Server, store: RemoteStore) -> None:
-    known = {name: state_of(server.folder / name) for name in NAMES}
+    known = {name: shard_state(server.folder / name) for name in NAMES}
     assert store.states(NAMES) == known
     assert server.wholes == [], "a fingerprint reads two ends"
     for _ in range(2):
@@ -90,9 +90,9 @@ def test_a_shard_is_fetched_once(server: Server, store: RemoteStore) -> None:
 
 def test_a_server_without_ranges(server: Server, store: RemoteStore) -> None:
     server.ranges = False
-    assert store.state(NAMES[0]) == state_of(server.folder / NAMES[0])
+    assert store.state(NAMES[0]) == shard_state(server.folder / NAMES[0])
     (server.folder / NAMES[0]).write_bytes(b"another version")
-    assert store.state(NAMES[0]) == state_of(server.folder / NAMES[0])
+    assert store.state(NAMES[0]) == shard_state(server.folder / NAMES[0])
 
 
 def test_a_compressed_body_is_neither_asked_for_nor_unpacked(server: Server, store: RemoteStore) -> None:
@@ -116,7 +116,7 @@ def test_a_body_of_no_stated_size_ends_at_the_limit(server: Server, store: Remot
     with pytest.raises(UserError, match=r"1\.tar: over 8,000,000 bytes came, .*cache_gb allows"):
         store.open(NAMES[1])
     with pytest.raises(UserError, match=r"2\.tar: over 100 bytes came, which is all that was stated"):
-        store.open(NAMES[2], State(100, "of another"))
+        store.open(NAMES[2], ShardState(100, "of another"))
     assert cached(store) == NAMES[:1]
     assert not begun(store)
 
@@ -141,7 +141,7 @@ def test_other_file_systems(server: Server, tmp_path: Path, protocol: str) -> No
     assert store.names() == NAMES
     for name in NAMES:
         state = store.state(name)
-        assert state == state_of(server.folder / name)
+        assert state == shard_state(server.folder / name)
         assert content(store, name, state) == (server.folder / name).read_bytes()
     with pytest.raises(UserError, match=r"9\.tar: no such shard"):
         store.open("9.tar")
@@ -188,7 +188,7 @@ def test_more_open_than_the_limit_goes_on_with_a_warning(server: Server, store: 
 
 def test_a_shard_that_changed_is_named(server: Server, store: RemoteStore) -> None:
     name, path = NAMES[0], server.folder / NAMES[0]
-    known = state_of(path)
+    known = shard_state(path)
     path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(UserError, match=rf"{server.url}/00000\.tar: this shard has changed .*its content is another"):
         store.open(name, known)
@@ -211,7 +211,7 @@ def test_a_cached_shard_of_an_older_version_is_fetched_again(server: Server, sto
 
 def test_passing_faults_are_tried_again(server: Server, store: RemoteStore) -> None:
     server.failures, server.cut = 2, 2
-    expected = state_of(server.folder / NAMES[0])
+    expected = shard_state(server.folder / NAMES[0])
     assert content(store, NAMES[0], expected) == (server.folder / NAMES[0]).read_bytes()
     assert server.wholes == NAMES[:1] * 3
     assert not begun(store)
@@ -442,7 +442,7 @@ def test_a_server_that_wants_credentials_and_nobody_else_sees_them(
     assert shards.folder == resolve_shards(f"{server.url}/{NAMES[0]}", str(tmp_path / "cache")).folder
     store = pickle.loads(pickle.dumps(shards.store))
     assert content(store, NAMES[1]) == (server.folder / NAMES[1]).read_bytes()
-    assert store.state(NAMES[2]) == state_of(server.folder / NAMES[2])
+    assert store.state(NAMES[2]) == shard_state(server.folder / NAMES[2])
     assert store.where(NAMES[1]) == f"{server.url}/{NAMES[1]}"
     with pytest.raises(UserError) as caught:
         store.open("99999.tar")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from disttempnet.cli.main import main
-from disttempnet.data.tools.download import Download, outcome, write_headed
+from disttempnet.data.tools.download import Download, download_result, write_headed
 
 # the parameters of img2dataset.download, version 1.47.0
 KNOWN = set(
@@ -171,4 +171,4 @@ def test_the_note_that_a_killed_download_was_writing_is_passed_over(tmp_path: Pa
     (tmp_path / "00000_stats.json").write_text(whole)
     (tmp_path / "00001_stats.json").write_text(whole[:40])
     (tmp_path / "00002_stats.json").write_text("")
-    assert outcome(tmp_path) == (1, 3, {"timeout": 2})
+    assert download_result(tmp_path) == (1, 3, {"timeout": 2})

@@ -13,7 +13,7 @@ from PIL import Image
 from disttempnet.cli.main import main
 from disttempnet.data import open_index
 from disttempnet.data.tools.preview import draw_samples
-from disttempnet.data.tools.sheet import THUMBNAIL, Lettering
+from disttempnet.data.tools.sheet import THUMBNAIL, FontStack
 from tests.data.conftest import sample, write_shard
 
 
@@ -72,7 +72,7 @@ def test_a_page_holds_everything_and_escapes_captions(folder: Path, tmp_path: Pa
 
 
 def test_captions_wrap_to_the_width() -> None:
-    lettering = Lettering()
+    lettering = FontStack()
     text = "Some words of a caption, and averyveryverylongwordwithoutanyspaceinit " * 9
     lines = lettering.wrap(text, 150, 100)
     assert max(lettering.width(line) for line in lines) <= 150

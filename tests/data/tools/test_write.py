@@ -1,4 +1,4 @@
-"""Written shards: what webdataset reads back, the same bytes always, and whole files only, whatever happens."""
+"""WriteResult shards: what webdataset reads back, the same bytes always, and whole files only, whatever happens."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from PIL import Image
 
 from disttempnet.cli.main import main
 from disttempnet.data import open_index
-from disttempnet.data.tools.write import Recipe, write_shards
+from disttempnet.data.tools.write import WriteSettings, write_shards
 from disttempnet.errors import UserError
 from disttempnet.io.files import WRITING
 from tests.data.conftest import png, sample, write_shard
@@ -58,7 +58,7 @@ def command(source: str, out: Path, *more: str) -> subprocess.Popen[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The emoji in shards of 100, written in one go by this process."""
     folder = tmp_path_factory.mktemp("whole")
-    written = write_shards(open_index(EMOJI, progress=False), folder, Recipe(100), workers=1, progress=False)
+    written = write_shards(open_index(EMOJI, progress=False), folder, WriteSettings(100), workers=1, progress=False)
     assert (written.shards, written.samples, written.faults) == (12, 1172, [])
     return content(folder)
 
@@ -68,7 +68,7 @@ def test_webdataset_reads_what_the_source_holds(shards: Write, tmp_path: Path) -
 
     source = open_index(str(shards(4, 3)), progress=False)
     out = tmp_path / "out"
-    write_shards(source, out, Recipe(samples_per_shard=3), workers=1, progress=False)
+    write_shards(source, out, WriteSettings(samples_per_shard=3), workers=1, progress=False)
     with ExitStack() as files:  # WebDataset itself would leave them open
         streams = [files.enter_context((out / f"0000{n}.tar").open("rb")) for n in range(3)]
         found = list(group_by_keys(tar_file_expander({"url": file.name, "stream": file} for file in streams)))
@@ -125,7 +125,7 @@ def test_all_captions_as_lines(
 
 def test_workers_and_moment_change_nothing(whole: dict[str, bytes], tmp_path: Path) -> None:
     source = open_index(EMOJI, progress=False)
-    write_shards(source, tmp_path / "two", Recipe(100), workers=2, progress=False)
+    write_shards(source, tmp_path / "two", WriteSettings(100), workers=2, progress=False)
     assert content(tmp_path / "two") == whole
     with tarfile.open(tmp_path / "two" / "00003.tar") as shard:
         assert {(info.mtime, info.uid, info.uname, info.gname) for info in shard} == {(0, 0, "", "")}
@@ -146,7 +146,7 @@ def test_resize_makes_images_smaller_only(tmp_path: Path) -> None:
     }
     write_shard(folder / "0.tar", {key: {kind: data, "txt": b"x"} for key, (kind, data) in files.items()})
     source = open_index(str(folder), progress=False)
-    write_shards(source, tmp_path / "out", Recipe(resize=64, quality=90), workers=1, progress=False)
+    write_shards(source, tmp_path / "out", WriteSettings(resize=64, quality=90), workers=1, progress=False)
     found = members(tmp_path / "out" / "00000.tar")
     names = [f"00000000{n}" for n in range(6)]
     expected = [("jpg", (96, 64)), ("jpg", (64, 576)), ("jpg", (300, 64)), ("jpg", (64, 64)), ("png", (40, 40))]
@@ -235,8 +235,8 @@ def test_other_input_or_settings_are_refused(shards: Write, tmp_path: Path, caps
 
 
 def test_a_stopped_command_leaves_whole_shards_and_goes_on(tmp_path: Path) -> None:
-    source, recipe = open_index(EMOJI, progress=False), Recipe(100, resize=32, quality=80)
-    write_shards(source, tmp_path / "whole", recipe, workers=1, progress=False)
+    source, settings = open_index(EMOJI, progress=False), WriteSettings(100, resize=32, quality=80)
+    write_shards(source, tmp_path / "whole", settings, workers=1, progress=False)
     whole, out, kept = content(tmp_path / "whole"), tmp_path / "out", 0
     for number, workers in ((signal.SIGTERM, "2"), (signal.SIGKILL, "1")):
         running = command(EMOJI, out, "--workers", workers, "--resize", "32", "--quality", "80")
@@ -251,7 +251,7 @@ def test_a_stopped_command_leaves_whole_shards_and_goes_on(tmp_path: Path) -> No
         assert kept + 2 <= len(early) < 12
         assert early.items() <= whole.items()
         kept = len(early)
-    write_shards(source, out, recipe, workers=1, progress=False)
+    write_shards(source, out, settings, workers=1, progress=False)
     assert content(out) == whole
     assert not list(out.glob(f"{WRITING}*"))
 
@@ -268,7 +268,7 @@ def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with pytest.raises(UserError, match=r"a worker process died while it worked on 0000[01]\.tar: SIGKILL"):
-        write_shards(source, tmp_path, Recipe(700, resize=32), workers=2, progress=False)
+        write_shards(source, tmp_path, WriteSettings(700, resize=32), workers=2, progress=False)
     killer.join()
     assert not list(tmp_path.glob(f"{WRITING}*"))
 
@@ -279,12 +279,12 @@ def test_a_full_disk_is_one_line(whole: dict[str, bytes], tmp_path: Path) -> Non
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))  # bytes: less than a shard
     try:
         with pytest.raises(UserError, match=r"00000\.tar: cannot be written: File too large; the shards"):
-            write_shards(source, tmp_path, Recipe(100), workers=1, progress=False)
+            write_shards(source, tmp_path, WriteSettings(100), workers=1, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert content(tmp_path) == {}
     assert not list(tmp_path.glob(f"{WRITING}*"))
-    write_shards(source, tmp_path, Recipe(100), workers=1, progress=False)
+    write_shards(source, tmp_path, WriteSettings(100), workers=1, progress=False)
     assert content(tmp_path) == whole
 
 
@@ -292,7 +292,7 @@ def test_two_commands_do_not_write_one_folder(shards: Write, tmp_path: Path) -> 
     source, out = open_index(str(shards(2)), progress=False), tmp_path / "out"
     out.mkdir()
     with FileLock(out / ".lock"), pytest.raises(UserError, match="another command is writing shards here"):
-        write_shards(source, out, Recipe(), workers=1, progress=False)
+        write_shards(source, out, WriteSettings(), workers=1, progress=False)
 
 
 def wait_for(folder: Path, shards: int, running: subprocess.Popen[str]) -> None:

@@ -9,9 +9,9 @@ first. Rare parts look like common ones (maroon like red, a ring like a circle).
 A caption may leave parts of the concept out ("a striped red shape"), so captions differ in how many concepts
 they fit. Splits are made on first use, in the cache folder.
 
-Everything is a function of SEED, this file, NumPy (its random streams and arithmetic) and Pillow (resizing, PNG). The
-cache folder's name tells all four, versions as major.minor. What it does not tell is not promised to give the same
-bytes: a patch release, another build of either, another processor.
+The bytes depend on SCENES_SEED, this file, NumPy (random streams, arithmetic) and Pillow (resizing, PNG). The name of
+the cache folder has all four, versions as major.minor. A patch release, another build or another processor may
+give other bytes under the same name.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from PIL import Image
 from disttempnet.data.builtin.cache import cached_shards, write_shard
 from disttempnet.errors import UserError, unknown_name
 
-SEED = 2024
+SCENES_SEED = 2024
 TRAIN_SAMPLES = 6000
 VAL_PER_CONCEPT = 6
 TEST_PER_CONCEPT = 20  # enough images to tell a difference of a point of top-1
 SHARD_SAMPLES = 1000
 SCATTER = 0.5  # 0: a concept is as rare as its parts; large: rarity says nothing about the parts
-SIDE = 48  # pixels
-FINE = 2 * SIDE  # drawn at this size: shapes get soft edges
+IMAGE_SIDE = 48  # pixels
+FINE = 2 * IMAGE_SIDE  # drawn at this size: shapes get soft edges
 
 Array = np.ndarray
 Words = dict[str, tuple[str, ...]]
 
 # words for each value of a part, common values first; the first word stands in the concept's name
-COLOURS: Words = {
+COLOUR_WORDS: Words = {
     "red": ("red", "crimson"),
     "blue": ("blue", "azure"),
     "yellow": ("yellow", "golden"),
@@ -59,22 +59,22 @@ COLOURS: Words = {
     "lime": ("lime",),
     "pink": ("pink", "rosy"),
 }
-PATTERNS: Words = {
+PATTERN_WORDS: Words = {
     "plain": ("plain", "solid"),
     "striped": ("striped", "stripy"),
     "dotted": ("dotted", "spotted"),
     "checked": ("checked", "chequered"),
 }
-SHAPES: Words = {
+SHAPE_WORDS: Words = {
     "circle": ("circle", "disc"),
     "triangle": ("triangle",),
     "cross": ("cross", "plus"),
     "bar": ("bar", "beam"),
     "ring": ("ring", "hoop"),
 }
-PARTS = {"colour": COLOURS, "pattern": PATTERNS, "shape": SHAPES}
-CONCEPTS = prod(len(values) for values in PARTS.values())
-SIZES = {"small": ("small", "little"), "large": ("large", "big")}
+CONCEPT_PARTS = {"colour": COLOUR_WORDS, "pattern": PATTERN_WORDS, "shape": SHAPE_WORDS}
+CONCEPTS = prod(len(values) for values in CONCEPT_PARTS.values())
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATIONS = {  # where the thing is, seen from the other one
     "left": ("left of", "beside"),
     "right": ("right of", "beside"),
@@ -84,7 +84,7 @@ RELATIONS = {  # where the thing is, seen from the other one
 ANY_SHAPE = ("shape", "thing", "figure")
 FRAMES = ("", "", "a picture of ", "an image of ", "this is ", "here is ")
 
-RGB = {
+COLOUR_RGB = {
     "red": (215, 40, 40),
     "blue": (50, 90, 210),
     "yellow": (240, 215, 50),
@@ -96,7 +96,7 @@ RGB = {
     "lime": (140, 205, 50),
     "pink": (240, 120, 150),
 }
-BACKGROUNDS = {"white": (245, 245, 245), "grey": (150, 150, 150), "black": (30, 30, 30), "beige": (225, 205, 165)}
+BACKGROUND_RGB = {"white": (245, 245, 245), "grey": (150, 150, 150), "black": (30, 30, 30), "beige": (225, 205, 165)}
 
 
 class Thing(NamedTuple):
@@ -147,7 +147,7 @@ def generated_shards(name: str) -> Path:
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # another generator, another folder
     libraries = (("numpy", np.__version__), ("pillow", PIL.__version__))
     made_with = "-".join(f"{library}-{'.'.join(version.split('.')[:2])}" for library, version in libraries)
-    dataset = f"scenes-{SEED}-{source}-{made_with}"
+    dataset = f"scenes-{SCENES_SEED}-{source}-{made_with}"
     return cached_shards(dataset, split, shards, partial(_write_split, split, counts, shards))
 
 
@@ -163,14 +163,14 @@ def zipf_counts() -> list[int]:
 
 def concepts() -> list[Thing]:
     """Every combination of parts, most frequent first: of common parts, with some scatter."""
-    every = [Thing(*parts) for parts in product(*PARTS.values())]
-    places = np.indices([len(values) for values in PARTS.values()]).reshape(len(PARTS), -1)
-    rarity = np.log1p(places).sum(0) + SCATTER * np.random.default_rng(SEED).normal(size=len(every))
+    every = [Thing(*parts) for parts in product(*CONCEPT_PARTS.values())]
+    places = np.indices([len(values) for values in CONCEPT_PARTS.values()]).reshape(len(CONCEPT_PARTS), -1)
+    rarity = np.log1p(places).sum(0) + SCATTER * np.random.default_rng(SCENES_SEED).normal(size=len(every))
     return [every[i] for i in np.argsort(rarity, kind="stable")]
 
 
 def _write_split(split: str, counts: list[int], shards: list[str], folder: Path) -> None:
-    rng = np.random.default_rng([SEED, *split.encode()])
+    rng = np.random.default_rng([SCENES_SEED, *split.encode()])
     ranks = rng.permutation(np.repeat(np.arange(CONCEPTS), counts)).tolist()
     for number, shard in enumerate(shards):
         first = number * SHARD_SAMPLES
@@ -188,7 +188,7 @@ def _members(rng: np.random.Generator, first: int, ranks: list[int]) -> Iterator
             "label": scene.thing.name,
             "concept": rank,
             "frequency": frequency[rank],
-            "ambiguity": prod(len(values) for part, values in PARTS.items() if part not in named),
+            "ambiguity": prod(len(values) for part, values in CONCEPT_PARTS.items() if part not in named),
             **scene.thing._asdict(),
             "size": scene.size,
             "background": scene.background,
@@ -208,7 +208,7 @@ def _one_of(rng: np.random.Generator, options: Iterable[str]) -> str:
 
 
 def _scene(rng: np.random.Generator, thing: Thing, other: Thing) -> Scene:
-    size, background = _one_of(rng, SIZES), _one_of(rng, BACKGROUNDS)
+    size, background = _one_of(rng, SIZE_WORDS), _one_of(rng, BACKGROUND_RGB)
     if rng.random() < 0.6:
         return Scene(thing, size, background, None, None)
     return Scene(thing, size, background, _one_of(rng, RELATIONS), other)
@@ -222,15 +222,15 @@ def _caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[str]]:
         named = [part for part, share in odds.items() if rng.random() < share]
     words = []
     if rng.random() < 0.25:
-        words.append(_one_of(rng, SIZES[scene.size]))
+        words.append(_one_of(rng, SIZE_WORDS[scene.size]))
     if "pattern" in named:
-        words.append(_one_of(rng, PATTERNS[scene.thing.pattern]))
+        words.append(_one_of(rng, PATTERN_WORDS[scene.thing.pattern]))
     if "colour" in named:
-        words.append(_one_of(rng, COLOURS[scene.thing.colour]))
-    words.append(_one_of(rng, SHAPES[scene.thing.shape] if "shape" in named else ANY_SHAPE))
+        words.append(_one_of(rng, COLOUR_WORDS[scene.thing.colour]))
+    words.append(_one_of(rng, SHAPE_WORDS[scene.thing.shape] if "shape" in named else ANY_SHAPE))
     sentence = _one_of(rng, FRAMES) + _with_article(" ".join(words))
     if scene.other and scene.relation and rng.random() < 0.6:
-        colour, shape = _one_of(rng, COLOURS[scene.other.colour]), _one_of(rng, SHAPES[scene.other.shape])
+        colour, shape = _one_of(rng, COLOUR_WORDS[scene.other.colour]), _one_of(rng, SHAPE_WORDS[scene.other.shape])
         sentence += f" {_one_of(rng, RELATIONS[scene.relation])} {_with_article(f'{colour} {shape}')}"
     elif rng.random() < 0.3:
         sentence += f" on {scene.background}"
@@ -242,10 +242,10 @@ def _with_article(words: str) -> str:
 
 
 def _draw(rng: np.random.Generator, scene: Scene) -> Array:
-    """The scene as uint8 [SIDE, SIDE, 3]; coordinates run from −1 to 1, y downwards."""
+    """The scene as uint8 [IMAGE_SIDE, IMAGE_SIDE, 3]; coordinates run from −1 to 1, y downwards."""
     blotches = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize((FINE, FINE))
     shade = (np.asarray(blotches, np.float32) - 128) * 0.2
-    canvas = shade[..., None] + (BACKGROUNDS[scene.background] + rng.uniform(-12, 12, 3)).astype(np.float32)
+    canvas = shade[..., None] + (BACKGROUND_RGB[scene.background] + rng.uniform(-12, 12, 3)).astype(np.float32)
     place, radius = rng.uniform(-0.15, 0.15, 2), rng.uniform(*((0.5, 0.6) if scene.size == "small" else (0.68, 0.8)))
     if scene.other:
         axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}[str(scene.relation)]
@@ -255,7 +255,7 @@ def _draw(rng: np.random.Generator, scene: Scene) -> Array:
         _paint(rng, canvas, scene.other, opposite, rng.uniform(0.24, 0.3))
     _paint(rng, canvas, scene.thing, place, radius)
     smooth = (canvas[::2, ::2] + canvas[::2, 1::2] + canvas[1::2, ::2] + canvas[1::2, 1::2]) / 4
-    pixels = smooth + rng.integers(-10, 11, (SIDE, SIDE, 3))
+    pixels = smooth + rng.integers(-10, 11, (IMAGE_SIDE, IMAGE_SIDE, 3))
     return pixels.clip(0, 255).astype(np.uint8)
 
 
@@ -266,15 +266,15 @@ def _paint(rng: np.random.Generator, canvas: Array, thing: Thing, place: Array, 
     x, y = ((grid - float(centre)) / radius for centre in place)
     x, y = x[None, :], y[:, None]
     u, v = cos(angle) * x + sin(angle) * y, cos(angle) * y - sin(angle) * x
-    colour = np.array(RGB[thing.colour]) + rng.uniform(-22, 22, 3)
-    inside = INSIDE[thing.shape](u, v)
-    light = inside & LIGHT[thing.pattern](u, v)
+    colour = np.array(COLOUR_RGB[thing.colour]) + rng.uniform(-22, 22, 3)
+    inside = SHAPE_MASKS[thing.shape](u, v)
+    light = inside & PATTERN_MASKS[thing.pattern](u, v)
     canvas[inside] = colour
     canvas[light] = 0.25 * colour + 0.75 * 250
 
 
 # which points belong to a shape of radius 1
-INSIDE: dict[str, Callable[[Array, Array], Array]] = {
+SHAPE_MASKS: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda u, v: u**2 + v**2 < 0.85,
     "bar": lambda u, v: (abs(u) < 1) & (abs(v) < 0.4),
     "triangle": lambda u, v: (v < 0.7) & (1.8 * abs(u) < v + 0.95),
@@ -282,7 +282,7 @@ INSIDE: dict[str, Callable[[Array, Array], Array]] = {
     "ring": lambda u, v: abs(u**2 + v**2 - 0.65) < 0.3,
 }
 # where a pattern is light
-LIGHT: dict[str, Callable[[Array, Array], Array]] = {
+PATTERN_MASKS: dict[str, Callable[[Array, Array], Array]] = {
     "plain": lambda u, v: np.zeros_like(u, dtype=bool),
     "striped": lambda u, v: (v + 0.2) % 0.8 < 0.4,
     "dotted": lambda u, v: (u % 0.6 - 0.3) ** 2 + (v % 0.6 - 0.3) ** 2 < 0.03,

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from disttempnet.data.listings.fields import CAPTION_KEYS, IMAGE_KEYS, NUMBERED, Fields, find_key, names_an_image
+from disttempnet.data.listings.fields import CAPTION_KEYS, CAPTION_NUMBER, IMAGE_KEYS, Fields, find_key, names_an_image
 from disttempnet.errors import UserError
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -92,7 +92,7 @@ class DelimitedRows:
         images = _cells(_rows(head[self.format.headed :], self.format), self.format.image)
         self.suffixed = bool(images) and _share(images, names_an_image) >= MOST
         self.digits = _share(images, _has_digit) == 1.0
-        self.numbered = self.suffixed and all(NUMBERED.search(image) for image in images)
+        self.numbered = self.suffixed and all(CAPTION_NUMBER.search(image) for image in images)
         self.lists = self._holds_lists(head)
         self.image_key = "" if self.format.headed or image_key else self.format.names[self.format.image]
         self.caption_key = "" if self.format.headed or caption_key else self.format.names[self.format.caption]
@@ -205,7 +205,7 @@ class DelimitedRows:
         fields: Fields = dict(zip(names, cells, strict=True))
         if self.numbered:
             image = names[self.format.image]
-            fields[image] = NUMBERED.sub("", fields[image])
+            fields[image] = CAPTION_NUMBER.sub("", fields[image])
         if self.lists:
             caption = names[self.format.caption]
             fields[caption] = _list(fields[caption])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from disttempnet.errors import UserError
 
-NAMES = {  # encodings that are worth a word
+ENCODING_NAMES = {  # encodings that are worth a word
     "utf-16": "UTF-16",
     "utf-16-le": "UTF-16 without a byte-order mark",
     "utf-16-be": "UTF-16 without a byte-order mark",
@@ -19,8 +19,8 @@ ESCAPED = ("utf-8-sig", "cp1252")  # bytes that are none of the encoding are kep
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"} | {
     codecs.BOM_UTF16_BE: "utf-16"
 }
-HEAD = 4096  # bytes
-CHUNK = 1 << 22  # bytes read at once
+HEAD_BYTES = 4096  # bytes
+READ_BYTES = 1 << 22  # bytes read at once
 _HIGH = re.compile(rb"[\x80-\xff]+")
 # one letter or two, or a quotation mark, beside other letters: not whole words of Russian, nor the pairs of Chinese
 _WESTERN = re.compile(
@@ -39,7 +39,7 @@ def encoding_of(path: Path) -> str:
         UserError: the file is no text. OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        head = file.read(HEAD)
+        head = file.read(HEAD_BYTES)
         for mark, encoding in MARKS.items():
             if head.startswith(mark):
                 return encoding
@@ -50,13 +50,13 @@ def encoding_of(path: Path) -> str:
         file.seek(0)
         decoder = codecs.getincrementaldecoder("utf-8")()
         try:
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(READ_BYTES):
                 decoder.decode(chunk)
             return "utf-8-sig"
         except UnicodeDecodeError:
             pass
         file.seek(0)
-        return "cp1252" if _is_latin(file.read(CHUNK * 16)) else "utf-8-sig"
+        return "cp1252" if _is_latin(file.read(READ_BYTES * 16)) else "utf-8-sig"
 
 
 def _without_mark(head: bytes, path: Path) -> str:

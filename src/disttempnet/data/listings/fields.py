@@ -25,7 +25,7 @@ CAPTION_KEYS = (
     *("comment", "sentences", "sentence", "raw", "description", "txt"),
 )
 SENTENCE_KEYS = ("raw", "caption", "text")  # of captions that are objects, such as Karpathy's sentences
-NUMBERED = re.compile(r"#\d+$")  # FILE.jpg#0: the first caption of an image in the lists of Flickr8k and 30k
+CAPTION_NUMBER = re.compile(r"#\d+$")  # FILE.jpg#0: the first caption of an image in the lists of Flickr8k and 30k
 _IMAGE_NAME = re.compile(r".\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|ppm)(#\d+)?\s*$", re.IGNORECASE)
 
 

@@ -41,10 +41,10 @@ from disttempnet.io.files import open_regular
 from disttempnet.sanitize import one_line
 from disttempnet.terminal import console
 
-FORMAT = "disttempnet-listing-2"
+LISTING_INDEX_FORMAT = "disttempnet-listing-2"
 HEADER_BYTES = 4096  # what the header is padded to, as it is written last
 ASCII, UNICODE = json.JSONEncoder(), json.JSONEncoder(ensure_ascii=False)
-HEAD = 1000  # rows that must show which keys there are
+HEAD_ROWS = 1000  # rows that must show which keys there are
 
 # why a row cannot be used; its code is its place in this list, 0 is usable
 ROW_REASONS = (
@@ -161,8 +161,8 @@ def load_columns(path: Path, verify: bool = False) -> Columns:
             size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length < size else b"")
             metadata = header["__metadata__"]
-            if metadata["format"] != FORMAT:
-                raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
+            if metadata["format"] != LISTING_INDEX_FORMAT:
+                raise ValueError(f"its format is {metadata['format']}, not {LISTING_INDEX_FORMAT}")
             checksum = metadata.pop("checksum")
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             if size != 8 + length + max(entry["data_offsets"][1] for entry in entries.values()):
@@ -287,7 +287,7 @@ def _finish(file: BufferedRandom, row_bytes: int, tensors: dict[str, NDArray[Any
     """Write what comes after the rows, then the header before them."""
     offset = row_bytes + -row_bytes % 8  # numbers lie on multiples of their size
     file.write(bytes(offset - row_bytes))
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "digest": digest}}
+    header: dict[str, Any] = {"__metadata__": {"format": LISTING_INDEX_FORMAT, "digest": digest}}
     header["rows"] = {"dtype": "U8", "shape": [offset], "data_offsets": [0, offset]}
     for name, tensor in tensors.items():
         kind, end = "I64" if tensor.dtype == np.int64 else "U8", offset + tensor.nbytes
@@ -331,14 +331,14 @@ def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
         task = bar.add_task(layout.where.name, total=layout.total or None, rows="0")
         count = done = 0
         for count, (fields, done) in enumerate(layout.rows(), 1):
-            if count % HEAD == 0:
+            if count % HEAD_ROWS == 0:
                 bar.update(task, completed=done, rows=f"{count:,}")
             yield fields
         bar.update(task, completed=done, rows=f"{count:,}")
 
 
 def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[Row]:
-    head = list(islice(rows, HEAD))
+    head = list(islice(rows, HEAD_ROWS))
     image_key = layout.image_key or _key(head, layout, "image_key", settings.image_key, IMAGE_KEYS)
     caption_key = layout.caption_key or _key(head, layout, "caption_key", settings.caption_key, CAPTION_KEYS)
     _refuse_addresses(head, layout, image_key)

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from disttempnet.data.listings.fields import CAPTION_KEYS, IMAGE_KEYS, Fields, find_key, kind_of, names_an_image
 from disttempnet.errors import UserError
 
-HEAD = 100  # rows that show which keys there are
-KINDS = (
+HEAD_ITEMS = 100  # rows that show which keys there are
+READABLE_KINDS = (
     "a list of objects or an object a line, each with image and caption; COCO's captions_*.json; Karpathy's "
     "dataset_*.json; what pandas writes; {path: caption}; lists of such objects by split"
 )
 
 
-class Known(NamedTuple):
+class JsonRows(NamedTuple):
     """A kind, its rows, and the keys that hold image and caption in them; empty = found."""
 
     kind: str
@@ -43,7 +43,7 @@ class Keys(NamedTuple):
         return self.image_in(rows) is not None and self.caption_in(rows) is not None
 
 
-def known_kind(document: Mapping[str, Any], keys: Keys, where: Path) -> Known:
+def known_kind(document: Mapping[str, Any], keys: Keys, where: Path) -> JsonRows:
     """The rows of a file that is one object.
 
     Args:
@@ -58,11 +58,13 @@ def known_kind(document: Mapping[str, Any], keys: Keys, where: Path) -> Known:
         return _coco(document["images"], document["annotations"], where)
     if isinstance(document.get("columns"), list) and isinstance(document.get("data"), list):
         names = [str(name) for name in document["columns"]]
-        return Known("pandas' orient 'split'", (_zipped(names, row) for row in document["data"]))
+        return JsonRows("pandas' orient 'split'", (_zipped(names, row) for row in document["data"]))
     values = list(document.values())
     if keys.both_in([document]) and _same_lengths(values):
-        return Known("an object of columns", _columns(document))
-    lists = {key: value for key, value in document.items() if isinstance(value, list) and keys.image_in(value[:HEAD])}
+        return JsonRows("an object of columns", _columns(document))
+    lists = {
+        key: value for key, value in document.items() if isinstance(value, list) and keys.image_in(value[:HEAD_ITEMS])
+    }
     if len(lists) == 1:
         ((key, rows),) = lists.items()
         return of_rows(rows, f"the list '{key}' of an object")
@@ -70,16 +72,16 @@ def known_kind(document: Mapping[str, Any], keys: Keys, where: Path) -> Known:
         split_rows = ({**row, "split": split} for split, part in lists.items() for row in part if isinstance(row, dict))
         return of_rows(split_rows, f"lists by split: {', '.join(lists)}")
     if values and all(isinstance(value, dict) for value in values):
-        if keys.both_in(values[:HEAD]):
-            return Known("objects by key", ({"id": key, **value} for key, value in document.items()))
-        if keys.caption_in(values[:HEAD]) and _name_images(document):
-            return Known("objects by image", ({**value, "image": key} for key, value in document.items()), "image")
+        if keys.both_in(values[:HEAD_ITEMS]):
+            return JsonRows("objects by key", ({"id": key, **value} for key, value in document.items()))
+        if keys.caption_in(values[:HEAD_ITEMS]) and _name_images(document):
+            return JsonRows("objects by image", ({**value, "image": key} for key, value in document.items()), "image")
     elif _name_images(document):
         pairs = ({"image": image, "caption": caption} for image, caption in document.items())
-        return Known("captions by image", pairs, "image", "caption")
+        return JsonRows("captions by image", pairs, "image", "caption")
     if kind := kind_of(_keys([document])):
         raise UserError(f"{where}: {kind}")
-    raise UserError(f"{where}: is one object with {_some(document)}, which is no kind that is read: {KINDS}")
+    raise UserError(f"{where}: is one object with {_some(document)}, which is no kind that is read: {READABLE_KINDS}")
 
 
 def is_row(document: Mapping[str, Any], keys: Keys) -> bool:
@@ -88,17 +90,17 @@ def is_row(document: Mapping[str, Any], keys: Keys) -> bool:
     return image is not None and isinstance(document[image], str)
 
 
-def of_rows(rows: Iterable[Any], kind: str = "") -> Known:
+def of_rows(rows: Iterable[Any], kind: str = "") -> JsonRows:
     """Rows that need to be put together: Karpathy's name folder, file and sentences apart."""
     rows = iter(rows)
-    head = list(islice(rows, HEAD))
+    head = list(islice(rows, HEAD_ITEMS))
     if head and all(isinstance(row, dict) and {"filename", "sentences"} <= row.keys() for row in head):
-        return Known("Karpathy's splits", (_karpathy(row) for row in chain(head, rows)), "image", "caption")
-    return Known(kind, (row if isinstance(row, dict) else None for row in chain(head, rows)))
+        return JsonRows("Karpathy's splits", (_karpathy(row) for row in chain(head, rows)), "image", "caption")
+    return JsonRows(kind, (row if isinstance(row, dict) else None for row in chain(head, rows)))
 
 
-def _coco(images: Sequence[Any], annotations: Sequence[Any], where: Path) -> Known:
-    if annotations and not any("caption" in row for row in annotations[:HEAD] if isinstance(row, dict)):
+def _coco(images: Sequence[Any], annotations: Sequence[Any], where: Path) -> JsonRows:
+    if annotations and not any("caption" in row for row in annotations[:HEAD_ITEMS] if isinstance(row, dict)):
         raise UserError(f"{where}: is COCO's, without captions: take captions_*.json, which has them")
     captions: dict[Any, list[Any]] = defaultdict(list)
     for row in annotations:
@@ -115,7 +117,7 @@ def _coco(images: Sequence[Any], annotations: Sequence[Any], where: Path) -> Kno
         for number, texts in captions.items():  # of images that are not in the list
             yield {"image": None, "caption": texts, "image_id": number}
 
-    return Known("COCO's captions", rows(), "image", "caption")
+    return JsonRows("COCO's captions", rows(), "image", "caption")
 
 
 def _karpathy(row: Any) -> Fields | None:

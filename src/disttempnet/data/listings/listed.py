@@ -38,8 +38,8 @@ class ListedImage:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """What `read_listing` gives.
+class ListedImages:
+    """Images of a listing, as `read_listing` returns them.
 
     Attributes:
         images: those that can be used, in the order of their first rows.
@@ -52,7 +52,7 @@ class Listed:
     notes: tuple[str, ...]
 
 
-def read_listing(where: str | Path, images: str = "", image_key: str = "", caption_key: str = "") -> Listed:
+def read_listing(where: str | Path, images: str = "", image_key: str = "", caption_key: str = "") -> ListedImages:
     """Read any listing (docs/data.md#layouts): rows of one image are joined. Writes nothing beside the data.
 
     Unlike `open_listing` it holds all rows in memory, takes part in no collective, and can be called by any rank.
@@ -73,7 +73,7 @@ def read_listing(where: str | Path, images: str = "", image_key: str = "", capti
         columns = load_columns(path)  # stays mapped when the file is gone
     listing = Listing(path, layout.where, columns, images_of(layout, columns, images))
     found = tuple(_image(listing, sample) for sample in listing.usable.tolist())
-    return Listed(found, tuple(listing.left_out()), tuple(listing.notes()))
+    return ListedImages(found, tuple(listing.left_out()), tuple(listing.notes()))
 
 
 def _image(listing: Listing, sample: int) -> ListedImage:

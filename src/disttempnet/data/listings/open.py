@@ -30,8 +30,8 @@ from disttempnet.data.listings.index import (
     leaves_the_folder,
     load_columns,
 )
-from disttempnet.data.listings.parquet import Parquet, ParquetImages
-from disttempnet.data.listings.readers import TABLE_SUFFIXES, Folder, Layout, Table, holds_images
+from disttempnet.data.listings.parquet import ParquetImages, ParquetLayout
+from disttempnet.data.listings.readers import TABLE_SUFFIXES, FolderLayout, Layout, TableLayout, holds_images
 from disttempnet.data.shards.index import writable
 from disttempnet.data.shards.remote import is_remote
 from disttempnet.data.source import OK, Source, hash_of, usable_captions
@@ -202,18 +202,18 @@ def layout_of(source: SourceConfig) -> Layout:
     """How the data of a source lies on disk. Raises UserError: it is not there, or a setting does not fit it."""
     path = Path(source.path).expanduser()
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return Table(path, source.image_key, source.caption_key)
+        return TableLayout(path, source.image_key, source.caption_key)
     if path.suffix.lower() != ".parquet" and not path.is_dir():
         raise UserError(f"data.train: {path}: no such folder of images")
     if path.suffix.lower() == ".parquet" or (".parquet" in _suffixes_in(path) and not _has_folders_of(path)):
-        return Parquet(path, source.image_key, source.caption_key)
+        return ParquetLayout(path, source.image_key, source.caption_key)
     if source.images:
         raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
     if path.name in ("", ".."):  # ., .. and / have no name, which the index is named after
         path = Path(os.path.abspath(path))
     if source.image_key:
         raise UserError(f"data.train: {path}: a folder of images has no image_key; leave it out")
-    return Folder(path, source.caption_key)
+    return FolderLayout(path, source.caption_key)
 
 
 def settings_of(source: SourceConfig) -> Settings:
@@ -265,14 +265,14 @@ def index_file(layout: Layout, index_path: str) -> Path:
 
 def images_of(layout: Layout, columns: Columns, root: str) -> Images:
     """What reads the images of these rows. Raises UserError: none of those that are looked for is found."""
-    if isinstance(layout, Parquet):
+    if isinstance(layout, ParquetLayout):
         notes = columns.about["notes"]
         if notes.get("paths"):
             return _image_files(layout, layout.paths[0], columns, root)
         if root:
             raise UserError(f"data.train: {layout.where}: images lie in it; leave images = '{root}' out")
         return ParquetImages(layout.paths, notes["column"], notes["row_groups"], columns.first)
-    if isinstance(layout, Folder):
+    if isinstance(layout, FolderLayout):
         return ImageFiles(layout.where)
     return _image_files(layout, layout.where, columns, root)
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from disttempnet.data.images import UnreadableImage
 from disttempnet.data.listings.fields import ADDRESSES, CAPTION_KEYS, IMAGE_KEYS, Fields, NoBytes, find_key, kind_of
-from disttempnet.data.listings.readers import Layout, Part
-from disttempnet.data.shards.names import fingerprint
+from disttempnet.data.listings.readers import Layout, PathState
 from disttempnet.data.shards.patterns import expand_braces
+from disttempnet.data.shards.store import file_fingerprint
 from disttempnet.errors import UserError
 from disttempnet.sanitize import brief
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 CACHE_BYTES = 256 << 20  # images of row groups that a process keeps
-OPEN_FILES = 16
+OPEN_PARQUET_FILES = 16
 
 
 class ImageColumn(NamedTuple):
@@ -33,7 +33,7 @@ class ImageColumn(NamedTuple):
     paths: bool
 
 
-class Parquet(Layout):
+class ParquetLayout(Layout):
     """Rows of parquet files, in the order of their names; a group is a row group, where images are in them.
 
     Images are read when they are asked for, not here: a row's `image` is `FILE:ROW`, or the path of a file.
@@ -69,7 +69,7 @@ class Parquet(Layout):
         return self.paths[0].with_name(name)
 
     def fingerprint(self, name: str) -> str:
-        return fingerprint(self.path(name))  # a file's end tells where each of its columns lies
+        return file_fingerprint(self.path(name))  # a file's end tells where each of its columns lies
 
     def identity(self) -> str:
         name = self.column.name if self.column else ""
@@ -89,7 +89,7 @@ class Parquet(Layout):
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
         for number, path in enumerate(self.paths):
             try:
-                self.parts[path.name] = Part(self.stamp(path.name), self.fingerprint(path.name))
+                self.parts[path.name] = PathState(self.stamp(path.name), self.fingerprint(path.name))
                 for fields in self._rows_of(path):
                     yield fields, number
             except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are of these kinds
@@ -332,7 +332,7 @@ class ParquetImages:
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
-        if len(self._files) >= OPEN_FILES:
+        if len(self._files) >= OPEN_PARQUET_FILES:
             self._files.popitem(last=False)[1].close()
         self._files[number] = ParquetFile(self.paths[number])
         return self._files[number]

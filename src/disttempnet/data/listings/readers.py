@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from disttempnet.data.listings.delimited import DelimitedRows
-from disttempnet.data.listings.encodings import ESCAPED, NAMES, encoding_of
+from disttempnet.data.listings.encodings import ENCODING_NAMES, ESCAPED, encoding_of
 from disttempnet.data.listings.fields import Fields
 from disttempnet.data.listings.json_kinds import Keys, is_row, known_kind, of_rows
 from disttempnet.data.shards.names import DECODED_SUFFIXES, IMAGE_SUFFIXES, MAX_TEXT, is_image
@@ -31,11 +31,11 @@ JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 TABLE_SUFFIXES = JSON_SUFFIXES | {".csv", ".tsv", ".tab", ".txt", ".token"}
 TELL_EVERY = 1000  # rows
 GROUP_ROWS = 1000  # files are read one by one, so neighbours gain nothing: small groups make a window a good mix
-CHUNK = 1 << 20  # characters read at once
+READ_CHARACTERS = 1 << 20  # characters read at once
 MAX_ROW = 1 << 26  # characters of a row; more is not one
 
 
-class Part(NamedTuple):
+class PathState(NamedTuple):
     """Something on disk that an index was made from: a cheap mark (size, time) and a thorough one (content)."""
 
     stamp: str
@@ -53,7 +53,7 @@ class Layout(ABC):
     """
 
     where: Path
-    parts: dict[str, Part]
+    parts: dict[str, PathState]
     image_key = caption_key = ""
     total = 0
 
@@ -107,7 +107,7 @@ class Layout(ABC):
         return ""
 
 
-class Table(Layout):
+class TableLayout(Layout):
     """A file of rows: JSON, a list of objects or an object a line or of a known kind; or a table as text.
 
     Args:
@@ -131,7 +131,7 @@ class Table(Layout):
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
         name = self.where.name
         try:
-            self.parts[name] = Part(self.stamp(name), self.fingerprint(name))
+            self.parts[name] = PathState(self.stamp(name), self.fingerprint(name))
             self.encoding = encoding_of(self.where)
             with self.where.open("rb") as raw:
                 errors = "surrogateescape" if self.encoding in ESCAPED else "replace"
@@ -170,7 +170,7 @@ class Table(Layout):
     def said(self) -> list[str]:
         lines = self.delimited.said() if self.delimited else []
         lines += [f"read as {self.kind}"] * bool(self.kind)
-        return lines + ([f"text is {NAMES[self.encoding]}"] if self.encoding in NAMES else [])
+        return lines + ([f"text is {ENCODING_NAMES[self.encoding]}"] if self.encoding in ENCODING_NAMES else [])
 
     def hint(self) -> str:
         return self.delimited.misfit if self.delimited else ""
@@ -240,7 +240,7 @@ class _JsonItems:
             self.line, self.column = self.line + newlines, 0
         self.column += len(used) - (used.rfind("\n") + 1)
         rest = self.text[self.at :]
-        more = self.file.read(max(CHUNK, len(rest)))
+        more = self.file.read(max(READ_CHARACTERS, len(rest)))
         self.text, self.at, self.ended = rest + more, 0, not more
 
     def _refuse(self, what: str, at: int) -> NoReturn:
@@ -250,7 +250,7 @@ class _JsonItems:
         raise UserError(f"{self.where}: not valid JSON: line {self.line + newlines + 1}, column {column}: {what}")
 
 
-class Folder(Layout):
+class FolderLayout(Layout):
     """Images under a folder, at any depth, with captions beside them: `x.jpg` and `x.txt`, facts in `x.json`.
 
     Rows come sorted by path. Its parts are folders, whose times tell whether entries have come or gone.
@@ -303,7 +303,7 @@ class Folder(Layout):
         if here in above:  # a link that leads back
             return
         entries = _entries(self.path(name), self.others)
-        self.parts[name] = Part(stamp, _hash_names(entries))
+        self.parts[name] = PathState(stamp, _hash_names(entries))
         for entry in sorted(entries):
             if entry.endswith("/"):
                 yield from self._rows_in(name + entry, (*above, here))

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disttempnet.data.shards.index import COLUMNS, Shard, ShardIndex, explained, load_index, writable, write_index
+from disttempnet.data.shards.index import INDEX_COLUMNS, Shard, ShardIndex, explained, load_index, writable, write_index
 from disttempnet.data.shards.journal import Journal
-from disttempnet.data.shards.names import ShardList, fingerprint
+from disttempnet.data.shards.names import ShardList
 from disttempnet.data.shards.scan import scan_shard
-from disttempnet.data.shards.store import ShardStore, State
+from disttempnet.data.shards.store import ShardState, ShardStore, file_fingerprint
 from disttempnet.errors import UserError
 from disttempnet.io.jobs import LostWorker, run_jobs
 from disttempnet.io.machine import cores
@@ -36,7 +36,7 @@ class Scan:
         workers: processes; 0 = as many as the work and the cores ask for.
         checksum: hash all bytes of every shard.
         progress: show a bar on standard error.
-        most: bytes of shards; with more to scan `TooMuch` is raised instead. 0 = no limit.
+        most: bytes of shards; with more to scan `TooMuchToScan` is raised instead. 0 = no limit.
     """
 
     caption_key: str = ""
@@ -46,7 +46,7 @@ class Scan:
     most: int = 0
 
 
-class TooMuch(Exception):
+class TooMuchToScan(Exception):
     """There is more to scan than was allowed."""
 
     def __init__(self, size: int) -> None:
@@ -67,7 +67,7 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
         known: an earlier index of these shards with the same caption key.
 
     Raises:
-        TooMuch: see `Scan`.
+        TooMuchToScan: see `Scan`.
         UserError: a shard is no tar, none holds a usable sample, a checksum has changed, a process was killed, or
             the index cannot be written. Except for changed checksums what is scanned is kept for the next call.
     """
@@ -90,7 +90,7 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
                 entries[name] = shard
         todo = {name: states[name] for name in shards.names if name not in entries}
         if how.most and (size := sum(state.size for state in todo.values())) > how.most:
-            raise TooMuch(size)
+            raise TooMuchToScan(size)
         _scan_all(store, todo, path, how, journal)
         entries |= {name: journal.shards[name] for name in todo}
         _compare_checksums(store, same, entries, journal)
@@ -105,7 +105,7 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
         journal.close()
 
 
-class Place(NamedTuple):
+class IndexedShard(NamedTuple):
     """Where an index has a shard: the ids [first, end)."""
 
     shard: Shard
@@ -114,9 +114,9 @@ class Place(NamedTuple):
     end: int
 
 
-def _unchanged(index: ShardIndex, states: Mapping[str, State]) -> dict[str, Place]:
+def _unchanged(index: ShardIndex, states: Mapping[str, ShardState]) -> dict[str, IndexedShard]:
     """By name, the shards that are in this index as they are now."""
-    places = (Place(shard, index, *ids) for shard, ids in zip(index.shards, pairwise(index.first), strict=True))
+    places = (IndexedShard(shard, index, *ids) for shard, ids in zip(index.shards, pairwise(index.first), strict=True))
     return {
         place.shard.name: place
         for place in places
@@ -125,10 +125,10 @@ def _unchanged(index: ShardIndex, states: Mapping[str, State]) -> dict[str, Plac
 
 
 def _indexed_elsewhere(
-    shards: ShardList, path: Path, caption_key: str, states: Mapping[str, State]
-) -> dict[str, Place]:
+    shards: ShardList, path: Path, caption_key: str, states: Mapping[str, ShardState]
+) -> dict[str, IndexedShard]:
     """Those of these shards that an index of another pattern of the folder holds as they are now."""
-    found: dict[str, Place] = {}
+    found: dict[str, IndexedShard] = {}
     for other in sorted(shards.folder.glob("*.index")):
         with suppress(UserError):  # of a listing, or damaged: then it is passed over
             index = load_index(other, shards.folder, store=shards.store)
@@ -138,10 +138,10 @@ def _indexed_elsewhere(
     return found
 
 
-def _scan_all(store: ShardStore, todo: Mapping[str, State], path: Path, how: Scan, journal: Journal) -> None:
+def _scan_all(store: ShardStore, todo: Mapping[str, ShardState], path: Path, how: Scan, journal: Journal) -> None:
     """Scan these shards into the journal; those that are no tars are named after all others."""
     broken: list[str] = []
-    tasks = [Task(name, state) for name, state in todo.items()]
+    tasks = [ScanTask(name, state) for name, state in todo.items()]
     size = sum(state.size for state in todo.values())
     scans = run_jobs(partial(_scan, store, how), tasks, how.workers or min(cores(), 1 + size // A_PROCESS))
     meter = Meter(f"indexing {len(todo):,} shards", size, sizes=True, active=how.progress and bool(todo))
@@ -161,11 +161,11 @@ def _scan_all(store: ShardStore, todo: Mapping[str, State], path: Path, how: Sca
         raise UserError(sorted(broken)[0] + more)
 
 
-class Task(NamedTuple):
+class ScanTask(NamedTuple):
     """A shard to scan."""
 
     name: str
-    state: State
+    state: ShardState
 
     def __str__(self) -> str:
         return self.name
@@ -174,21 +174,21 @@ class Task(NamedTuple):
 Scanned = tuple[Shard, dict[str, bytes]]
 
 
-def _scan(store: ShardStore, how: Scan, task: Task) -> Iterator[Scanned | UserError]:
+def _scan(store: ShardStore, how: Scan, task: ScanTask) -> Iterator[Scanned | UserError]:
     """A worker's job: entry and columns of a shard, or what is wrong with it."""
     yield _scan_one(store, *task, how)
 
 
-def _scan_one(store: ShardStore, name: str, state: State, how: Scan) -> Scanned | UserError:
+def _scan_one(store: ShardStore, name: str, state: ShardState, how: Scan) -> Scanned | UserError:
     try:
         with store.local(name, state) as path:
             scan = scan_shard(path, how.caption_key)
             samples = len(scan.start)
             checksum = _checksum(path) if how.checksum else ""
             facts = (scan.note, checksum, scan.tally, scan.about_ungrouped)
-            shard = Shard(name, path.stat().st_size, samples, fingerprint(path), *facts)
+            shard = Shard(name, path.stat().st_size, samples, file_fingerprint(path), *facts)
         values: dict[str, list] = {"start": scan.start, "spans": scan.spans, "status": scan.status}
-        return shard, {key: np.array(values[key], kind).tobytes() for key, kind in COLUMNS.items()}
+        return shard, {key: np.array(values[key], kind).tobytes() for key, kind in INDEX_COLUMNS.items()}
     except UserError as error:
         return error
 
@@ -202,7 +202,7 @@ def _checksum(path: Path) -> str:
 
 
 def _compare_checksums(
-    store: ShardStore, before: Mapping[str, Place], now: Mapping[str, Shard], journal: Journal
+    store: ShardStore, before: Mapping[str, IndexedShard], now: Mapping[str, Shard], journal: Journal
 ) -> None:
     """Raise UserError if a shard of the same size and fingerprint has another checksum than it had."""
     changed = [name for name, place in before.items() if place.shard.checksum not in ("", now[name].checksum)]
@@ -213,7 +213,7 @@ def _compare_checksums(
 
 
 def _write(
-    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, places: Mapping[str, Place]
+    path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, places: Mapping[str, IndexedShard]
 ) -> ShardIndex:
     """The index of these shards, with columns from the journal, or else from where they are known."""
     scanned = journal.columns()
@@ -227,7 +227,7 @@ def _write(
                 yield getattr(place.home, column)[place.first : place.end].tobytes()
 
     with writable(path) as temporary:
-        write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in COLUMNS})
+        write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in INDEX_COLUMNS})
         index = load_index(temporary, store.folder, store=store)
         if not index.usable_counts.any():
             found = index.problems().replace("\n", "; ")

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.data.shards.names import MAX_TEXT, BrokenTar, read_member, sample_key
 from disttempnet.data.shards.scan import REASONS, Tally, json_captions
-from disttempnet.data.shards.store import LocalStore, ShardStore, State
+from disttempnet.data.shards.store import LocalStore, ShardState, ShardStore
 from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mixed, usable_captions
 from disttempnet.errors import UserError
 from disttempnet.io.files import UnfitFile, is_device, open_regular, temporary_beside
 from disttempnet.io.machine import open_files
 
-FORMAT = "disttempnet-index-1"
+SHARD_INDEX_FORMAT = "disttempnet-index-1"
 IMAGE, CAPTION, JSON = range(3)
 NOT_IN_THE_DIGEST = ("checksum", "tally", "ungrouped")  # of a shard: what may be added to the same one later
-COLUMNS: dict[str, np.dtype] = {
+INDEX_COLUMNS: dict[str, np.dtype] = {
     "start": np.dtype("<i8"),
     "spans": np.dtype("<u4"),
     "status": np.dtype("u1"),
@@ -48,7 +48,7 @@ class Shard:
         name: its path from the index's folder.
         size: bytes.
         samples: how many it holds, usable or not.
-        fingerprint: of `shards.fingerprint`.
+        fingerprint: of `ShardState`.
         note: what is wrong with it as a whole; empty if nothing is.
         checksum: hex sha256 of all its bytes; empty if never asked for.
         tally: formats and measures of its images and captions.
@@ -110,7 +110,7 @@ class ShardIndex(Source):
     @cached_property
     def digest(self) -> str:
         digest = start_digest(self.shards, self.caption_key)
-        for name in COLUMNS:
+        for name in INDEX_COLUMNS:
             digest.update(np.ascontiguousarray(getattr(self, name)).data)
         return digest.hexdigest()
 
@@ -186,7 +186,7 @@ class ShardIndex(Source):
         if len(self._files) >= min(self.store.open_files, open_files() // 4):
             os.close(self._files.popitem(last=False)[1])
         entry = self.shards[shard]
-        self._files[shard] = self.store.open(entry.name, State(entry.size, entry.fingerprint))
+        self._files[shard] = self.store.open(entry.name, ShardState(entry.size, entry.fingerprint))
         return self._files[shard]
 
     def close(self) -> None:
@@ -213,7 +213,7 @@ def write_index(
         path: a temporary file: what it holds after an error is not an index.
         shards: in the order of ids.
         caption_key: see `ShardIndex`.
-        columns: the bytes of each of `COLUMNS`, cut as the caller has them.
+        columns: the bytes of each of `INDEX_COLUMNS`, cut as the caller has them.
 
     Raises:
         OSError: a disk that is full, for one.
@@ -221,21 +221,21 @@ def write_index(
     samples = sum(shard.samples for shard in shards)
     header: dict[str, Any] = {}
     metadata = {
-        "format": FORMAT,
+        "format": SHARD_INDEX_FORMAT,
         "shards": json.dumps([asdict(shard) for shard in shards]),
         "caption_key": caption_key,
         "digest": "0" * 64,  # known when all is written
     }
     header["__metadata__"], end = metadata, 0
     for name, kind, tail in (("start", "I64", []), ("spans", "U32", [3, 2]), ("status", "U8", [])):
-        begin, end = end, end + samples * COLUMNS[name].itemsize * int(np.prod(tail))
+        begin, end = end, end + samples * INDEX_COLUMNS[name].itemsize * int(np.prod(tail))
         header[name] = {"dtype": kind, "shape": [samples, *tail], "data_offsets": [begin, end]}
     digest = start_digest(shards, caption_key)
     with path.open("r+b") as file:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in COLUMNS:
+        for name in INDEX_COLUMNS:
             for piece in columns[name]:
                 digest.update(piece)
                 file.write(piece)
@@ -290,10 +290,10 @@ def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length < path.stat().st_size else b"")
         metadata = header["__metadata__"]
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"its format is {metadata['format']}, not {FORMAT}")
+        if metadata["format"] != SHARD_INDEX_FORMAT:
+            raise ValueError(f"its format is {metadata['format']}, not {SHARD_INDEX_FORMAT}")
         columns = {}
-        for name, kind in COLUMNS.items():
+        for name, kind in INDEX_COLUMNS.items():
             begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
             # asarray: plain views of the mapping, which are faster to index than np.memmap
             columns[name] = np.asarray(np.memmap(path, kind, "r", offset=8 + length + begin, shape=shape))

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-from disttempnet.data.shards.index import COLUMNS, Shard
+from disttempnet.data.shards.index import INDEX_COLUMNS, Shard
 
 DIGEST = 16  # bytes
 _PREFIX = 8 + DIGEST
@@ -62,7 +62,7 @@ class Journal:
     def append(self, shard: Shard, columns: Mapping[str, bytes]) -> None:
         """Keep what a shard holds. Raises OSError; then the journal is as it was."""
         head = json.dumps({"caption_key": self.caption_key, "shard": asdict(shard)}).encode()
-        payload = b"".join([len(head).to_bytes(8, "little"), head, *(columns[name] for name in COLUMNS)])
+        payload = b"".join([len(head).to_bytes(8, "little"), head, *(columns[name] for name in INDEX_COLUMNS)])
         record = memoryview(len(payload).to_bytes(8, "little") + _digest(payload) + payload)
         try:
             while record:
@@ -131,7 +131,7 @@ class Journal:
 
 def column_bytes(samples: int) -> dict[str, int]:
     """Bytes of each column of an index for this many samples."""
-    return {name: samples * kind.itemsize * (6 if name == "spans" else 1) for name, kind in COLUMNS.items()}
+    return {name: samples * kind.itemsize * (6 if name == "spans" else 1) for name, kind in INDEX_COLUMNS.items()}
 
 
 def _digest(payload: bytes) -> bytes:

@@ -20,7 +20,7 @@ from disttempnet.data.builtin.scenes import generated_shards
 from disttempnet.data.shards.credentials import detached
 from disttempnet.data.shards.patterns import expand_braces, is_pattern, matching
 from disttempnet.data.shards.remote import RemoteStore, is_remote
-from disttempnet.data.shards.store import CACHE_GB, LocalStore, ShardStore, state_of
+from disttempnet.data.shards.store import CACHE_GB, LocalStore, ShardStore
 from disttempnet.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # that an image beside captions has
@@ -29,7 +29,9 @@ DECODED_SUFFIXES = IMAGE_SUFFIXES | {"jpe", "jfif", "bmp", "gif", "tif", "tiff",
 HEADER = 512  # bytes of a tar header, and what a member's data is padded to
 MAX_TEXT = 1 << 24  # bytes of a caption or a .json; more is not one
 MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
-PLAIN = re.compile(r"(?!all$)\w+|(\w*[^\W\d])?\{\d+\.\.\d+\}([^\W\d]\w*)?")  # patterns that need no digest as labels
+READABLE_PATTERN = re.compile(
+    r"(?!all$)\w+|(\w*[^\W\d])?\{\d+\.\.\d+\}([^\W\d]\w*)?"
+)  # patterns that need no digest as labels
 # headers whose data is about the next one
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}
@@ -184,7 +186,7 @@ def _label(pattern: str) -> str:
     """A file name for a pattern, another one for each: readable alone where it is a word or one range of numbers."""
     pattern = pattern.removesuffix(".tar") if pattern.endswith(".tar") else f"{pattern}/"  # of folders
     name = re.sub(r"[*?\[\]]", "_", re.sub(r"[{}]", "", pattern).replace("/", "-"))
-    if PLAIN.fullmatch(pattern):
+    if READABLE_PATTERN.fullmatch(pattern):
         return name
     return f"{name[:LONGEST_LABEL]}-{hashlib.blake2b(pattern.encode(), digest_size=4).hexdigest()}"
 
@@ -192,11 +194,6 @@ def _label(pattern: str) -> str:
 def _files_in(folder: Path) -> frozenset[str]:
     """Names in a folder, by one listing: on a network disk far cheaper than asking for each."""
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-
-
-def fingerprint(path: Path) -> str:
-    """See `State`."""
-    return state_of(path).fingerprint
 
 
 class Member(NamedTuple):

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
-from disttempnet.data.shards.build import Scan, TooMuch, build_shard_index
+from disttempnet.data.shards.build import Scan, TooMuchToScan, build_shard_index
 from disttempnet.data.shards.index import ShardIndex, load_index, writable
 from disttempnet.data.shards.names import ShardList, resolve_shards
 from disttempnet.data.shards.store import CACHE_GB
@@ -46,13 +46,13 @@ def open_index(
     source = SourceConfig(path=spec, index=index_path, caption_key=caption_key, cache=cache, cache_gb=cache_gb)
 
     def build() -> Path:
-        shards = shards_of(source)
+        shards = source_shards(source)
         path = shard_index_file(shards, source)
         if distributed.is_main() and not path.is_file():
             most = WHILE_RANKS_WAIT if distributed.world_size() > 1 else 0
             try:
                 build_shard_index(shards, path, Scan(caption_key, progress=progress, most=most))
-            except TooMuch as error:
+            except TooMuchToScan as error:
                 raise UserError(
                     f"{spec}: {decimal(error.size)} of shards are not indexed yet, which can take longer than the "
                     f"other ranks wait for it: index them first: {index_command(source)}"
@@ -60,7 +60,7 @@ def open_index(
         return path
 
     def load() -> ShardIndex:
-        shards = shards_of(source)
+        shards = source_shards(source)
         index = load_known(shards, source)
         check_shards(index, shards, source)
         return index
@@ -112,7 +112,7 @@ def update_index(
     Raises:
         UserError: as `build_shard_index`.
     """
-    shards = shards_of(source)
+    shards = source_shards(source)
     path = shard_index_file(shards, source)
     known = load_known(shards, source) if path.is_file() else None
     index = build_shard_index(shards, path, Scan(source.caption_key, workers, checksum, progress), known)
@@ -139,7 +139,7 @@ def _news(known: ShardIndex, index: ShardIndex) -> str:
     return f"{what}: ids 0 to {len(known) - 1:,} stay, the new ones come after them"
 
 
-def shards_of(source: SourceConfig) -> ShardList:
+def source_shards(source: SourceConfig) -> ShardList:
     """The shards that a source names. Raises UserError."""
     return resolve_shards(source.path, source.cache, source.cache_gb)
 

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.data.shards.credentials import Credentials
-from disttempnet.data.shards.store import CACHE_GB, ShardStore, State, changed, state_by, state_of
+from disttempnet.data.shards.store import CACHE_GB, ShardState, ShardStore, changed, shard_state, shard_state_from
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io.files import locked
 
@@ -38,14 +38,14 @@ GIGA = 10**9
 GZIP = b"\x1f\x8b"  # how its files begin; a tar begins with a name
 NO_CREDENTIALS = Credentials()
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no fault of the server
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
-class WholeFiles(Exception):
+class RangesUnsupported(Exception):
     """A server sends no parts of a file."""
 
 
-class Vanished(Exception):
+class ShardReplaced(Exception):
     """A cached shard was removed or replaced while it was being opened."""
 
 
@@ -73,7 +73,7 @@ class RemoteStore(ShardStore):
         self.root = (Path(cache).expanduser() if cache else cache_folder()) / "shards"
         self.folder = self.root / hashlib.blake2b(self.base.encode(), digest_size=8).hexdigest()
         self._credentials = credentials
-        self._checked: dict[str, tuple[tuple[int, int], State]] = {}
+        self._checked: dict[str, tuple[tuple[int, int], ShardState]] = {}
         self._system: tuple[int, Any] = (0, None)
 
     def __reduce__(self) -> tuple[Callable[..., RemoteStore], tuple[str, str, float, Credentials]]:
@@ -93,20 +93,20 @@ class RemoteStore(ShardStore):
         names = [str(entry).partition("?")[0].rstrip("/").rpartition("/")[2] for entry in entries]
         return sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
 
-    def state(self, name: str) -> State:
+    def state(self, name: str) -> ShardState:
         """By the two ends of the shard, where the server sends parts of a file; else by fetching it."""
         url, address, size = self.where(name), self._address(name), self._info(name).get("size")
 
         def read(start: int, end: int) -> bytes:
             part = _part_of(self._files, address, start, end) if start < end else b""
             if len(part) != end - start:
-                raise WholeFiles
+                raise RangesUnsupported
             return part
 
         try:
             if size is not None:
-                return self._try(lambda: state_by(size, read), url)
-        except WholeFiles:
+                return self._try(lambda: shard_state_from(size, read), url)
+        except RangesUnsupported:
             pass
         path = self.folder / name
         with suppress(FileNotFoundError):
@@ -114,11 +114,11 @@ class RemoteStore(ShardStore):
                 path.unlink()  # of an older version
         descriptor = self.open(name)
         try:
-            return state_of(descriptor)
+            return shard_state(descriptor)
         finally:
             os.close(descriptor)
 
-    def open(self, name: str, expected: State | None = None) -> int:
+    def open(self, name: str, expected: ShardState | None = None) -> int:
         """See `ShardStore`; fetches the shard where it is not in the cache."""
         path = self.folder / name
         while True:
@@ -126,38 +126,38 @@ class RemoteStore(ShardStore):
                 return self._open_cached(path, name, expected)
             except FileNotFoundError:
                 self._fetch(path, name, expected)
-            except Vanished:
+            except ShardReplaced:
                 time.sleep(0.01)
 
-    def _open_cached(self, path: Path, name: str, expected: State | None) -> int:
-        """Descriptor of a shard in the cache, locked against removal. Raises FileNotFoundError, Vanished."""
+    def _open_cached(self, path: Path, name: str, expected: ShardState | None) -> int:
+        """Descriptor of a shard in the cache, locked against removal. Raises FileNotFoundError, ShardReplaced."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 status = os.fstat(descriptor)
                 if os.stat(path).st_ino != status.st_ino:
-                    raise Vanished
+                    raise ShardReplaced
             except (BlockingIOError, FileNotFoundError):
-                raise Vanished from None
+                raise ShardReplaced from None
             if expected is not None and self._state_of(name, descriptor, status) != expected:
                 os.unlink(path)  # of an older version: what is there now is fetched, and compared
-                raise Vanished
+                raise ShardReplaced
             os.utime(descriptor, ns=(time.time_ns(), status.st_mtime_ns))  # how recently it was used
             return descriptor
         except BaseException:
             os.close(descriptor)
             raise
 
-    def _state_of(self, name: str, descriptor: int, status: os.stat_result) -> State:
+    def _state_of(self, name: str, descriptor: int, status: os.stat_result) -> ShardState:
         """Read once by a process."""
         known = self._checked.get(name)
         mark = status.st_ino, status.st_mtime_ns  # renaming keeps the time at which it was fetched
         if known is None or known[0] != mark:
-            known = self._checked[name] = mark, state_of(descriptor)
+            known = self._checked[name] = mark, shard_state(descriptor)
         return known[1]
 
-    def _fetch(self, path: Path, name: str, expected: State | None) -> None:
+    def _fetch(self, path: Path, name: str, expected: ShardState | None) -> None:
         """Bring a shard into the cache, unless another process just did. Raises UserError."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ class RemoteStore(ShardStore):
                 "another folder, or its cache_gb lower"
             ) from None
 
-    def _download(self, path: Path, name: str, expected: State | None) -> None:
+    def _download(self, path: Path, name: str, expected: ShardState | None) -> None:
         url = self.where(name)
         size = self._info(name).get("size")
         if expected is not None and size not in (None, expected.size):
@@ -190,7 +190,7 @@ class RemoteStore(ShardStore):
 
             self._try(get, url)
             _refuse_compressed(part, url)
-            if expected is not None and (found := state_of(part)) != expected:
+            if expected is not None and (found := shard_state(part)) != expected:
                 raise UserError(changed(url, found.size, expected))
             os.replace(part, path)
         finally:
@@ -253,12 +253,12 @@ class RemoteStore(ShardStore):
             self._system = (os.getpid(), system)
         return self._system[1]
 
-    def _try(self, action: Callable[[], Result], url: str) -> Result:
+    def _try(self, action: Callable[[], _Result], url: str) -> _Result:
         """Attempt it several times, with growing pauses. Raises UserError."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
-            except (UserError, WholeFiles):
+            except (UserError, RangesUnsupported):
                 raise
             except Exception as error:  # every kind of file system has errors of its own
                 if isinstance(error, OSError) and error.errno in OF_THE_DISK:
@@ -275,7 +275,7 @@ class RemoteStore(ShardStore):
 
 
 def _part_of(files: Any, address: str, start: int, end: int) -> bytes:
-    """Bytes of a file. Raises WholeFiles; whatever a server sends, no more is taken than was asked for."""
+    """Bytes of a file. Raises RangesUnsupported; whatever a server sends, no more is taken than was asked for."""
     from fsspec.implementations.http import HTTPFileSystem
 
     if not isinstance(files, HTTPFileSystem):
@@ -289,7 +289,7 @@ def _part_of(files: Any, address: str, start: int, end: int) -> bytes:
                 raise FileNotFoundError(address)
             reply.raise_for_status()
             if reply.status != PARTIAL_CONTENT:
-                raise WholeFiles  # its body may be of any size: the connection is closed
+                raise RangesUnsupported  # its body may be of any size: the connection is closed
             part = b""
             while piece := await reply.content.read(end - start + 1 - len(part)):
                 part += piece
@@ -302,7 +302,7 @@ def stopping_at(most: int, url: str) -> Any:
     """A callback for fsspec that ends a download, with a UserError, where it brings more than so many bytes."""
     from fsspec.callbacks import Callback
 
-    class Stopping(Callback):
+    class ByteLimit(Callback):
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
             if self.value > most:
@@ -311,7 +311,7 @@ def stopping_at(most: int, url: str) -> Any:
                     "of unknown size has to fit into the cache"
                 )
 
-    return Stopping()
+    return ByteLimit()
 
 
 def _refuse_compressed(part: Path, url: str) -> None:

@@ -41,7 +41,7 @@ REASONS = (
     "caption is not a text",
     f"its .txt or .json is over {MAX_TEXT >> 20} MiB",
 )
-NAMED = 3  # members that belong to no sample
+UNGROUPED_SHOWN = 3  # members that belong to no sample
 NO_IMAGE, NO_CAPTION, CUT_OFF, TOO_LARGE, LONG_TEXT = 1, 2, 5, 6, 9
 
 # Counts, and [count, sum, lowest, highest] of measures, by name: `jpg` and `image bytes`, for example.
@@ -107,7 +107,7 @@ class ShardScan:
     @property
     def about_ungrouped(self) -> str:
         """What a user is told of them; empty if there are none."""
-        named = ", ".join(self.ungrouped[:NAMED]) + (", …" if len(self.ungrouped) > NAMED else "")
+        named = ", ".join(self.ungrouped[:UNGROUPED_SHOWN]) + (", …" if len(self.ungrouped) > UNGROUPED_SHOWN else "")
         what = f"{len(self.ungrouped):,} files with several dots in their names belong to no sample"
         return f"{what}: {named}" if self.ungrouped else ""
 

@@ -20,33 +20,38 @@ CACHE_GB = 100.0  # of remote shards
 READERS = 16  # shards looked at together: over a network that waits, it does not compute
 
 
-class State(NamedTuple):
+class ShardState(NamedTuple):
     """Bytes of a shard, and a digest of them and of its two ends: cheap, and finds rewritten shards."""
 
     size: int
     fingerprint: str
 
 
-def state_of(file: Path | int) -> State:
+def shard_state(file: Path | int) -> ShardState:
     """Of a file or an open descriptor. Raises OSError."""
     if isinstance(file, Path):
         descriptor = open_regular(file)
         try:
-            return state_of(descriptor)
+            return shard_state(descriptor)
         finally:
             os.close(descriptor)
-    return state_by(os.fstat(file).st_size, lambda start, end: os.pread(file, end - start, start))
+    return shard_state_from(os.fstat(file).st_size, lambda start, end: os.pread(file, end - start, start))
 
 
-def state_by(size: int, read: Callable[[int, int], bytes]) -> State:
+def shard_state_from(size: int, read: Callable[[int, int], bytes]) -> ShardState:
     """Of bytes that `read(start, end)` returns."""
     digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
     digest.update(read(0, min(size, FINGERPRINT_BYTES)))
     digest.update(read(max(0, size - FINGERPRINT_BYTES), size))
-    return State(size, digest.hexdigest())
+    return ShardState(size, digest.hexdigest())
 
 
-def changed(where: str, size: int, expected: State) -> str:
+def file_fingerprint(path: Path) -> str:
+    """Return the fingerprint alone, of any file. Raises OSError."""
+    return shard_state(path).fingerprint
+
+
+def changed(where: str, size: int, expected: ShardState) -> str:
     """What a user is told of a shard that has this size, and is not what was indexed."""
     what = "its content is another" if size == expected.size else f"it has {size:,} bytes, not {expected.size:,}"
     return (
@@ -76,7 +81,7 @@ class ShardStore(ABC):
         """A shard's path or address, for messages."""
 
     @abstractmethod
-    def open(self, name: str, expected: State | None = None) -> int:
+    def open(self, name: str, expected: ShardState | None = None) -> int:
         """A descriptor to read a shard by; the caller closes it.
 
         Args:
@@ -88,11 +93,11 @@ class ShardStore(ABC):
         """
 
     @abstractmethod
-    def state(self, name: str) -> State:
+    def state(self, name: str) -> ShardState:
         """Size and fingerprint as of now. Raises UserError."""
 
     @contextmanager
-    def local(self, name: str, expected: State | None = None) -> Iterator[Path]:
+    def local(self, name: str, expected: ShardState | None = None) -> Iterator[Path]:
         """A path at which a shard can be read inside the `with`; see `open`."""
         descriptor = self.open(name, expected)
         try:
@@ -100,8 +105,8 @@ class ShardStore(ABC):
         finally:
             os.close(descriptor)
 
-    def states(self, names: Sequence[str]) -> dict[str, State]:
-        """State of each shard. Raises UserError if one cannot be read."""
+    def states(self, names: Sequence[str]) -> dict[str, ShardState]:
+        """The state of each shard. Raises UserError if one cannot be read."""
         with ThreadPoolExecutor(READERS) as pool:
             return dict(zip(names, pool.map(self.state, names), strict=True))
 
@@ -113,7 +118,7 @@ class LocalStore(ShardStore):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._seen: dict[str, tuple[tuple[int, int, int], State]] = {}
+        self._seen: dict[str, tuple[tuple[int, int, int], ShardState]] = {}
 
     @property
     def about(self) -> str:
@@ -122,7 +127,7 @@ class LocalStore(ShardStore):
     def where(self, name: str) -> str:
         return str(self.folder / name)
 
-    def open(self, name: str, expected: State | None = None) -> int:
+    def open(self, name: str, expected: ShardState | None = None) -> int:
         """See `ShardStore`."""
         try:
             descriptor = open_regular(self.folder / name)
@@ -136,7 +141,7 @@ class LocalStore(ShardStore):
             raise
         return descriptor
 
-    def state(self, name: str) -> State:
+    def state(self, name: str) -> ShardState:
         self._seen.pop(name, None)
         descriptor = self.open(name)
         try:
@@ -144,13 +149,13 @@ class LocalStore(ShardStore):
         finally:
             os.close(descriptor)
 
-    def _state_of(self, name: str, descriptor: int) -> State:
+    def _state_of(self, name: str, descriptor: int) -> ShardState:
         """Read once by a process, and again where inode, time or size are others."""
         try:
             status = os.fstat(descriptor)
             mark, known = (status.st_ino, status.st_mtime_ns, status.st_size), self._seen.get(name)
             if known is None or known[0] != mark:
-                known = self._seen[name] = mark, state_of(descriptor)
+                known = self._seen[name] = mark, shard_state(descriptor)
         except OSError as error:
             raise self._gone(name, error) from None
         return known[1]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from disttempnet.data.shards.names import fingerprint
+from disttempnet.data.shards.store import file_fingerprint
 from disttempnet.errors import UserError
 from disttempnet.io.files import atomic, unwritable_named
 
@@ -65,7 +65,7 @@ class Download:
     @property
     def headed(self) -> Path:
         """The list as img2dataset reads it; its name says from which list it was made."""
-        return self.out / f"{self.name}-{fingerprint(self.tsv)[:8]}.tsv"
+        return self.out / f"{self.name}-{file_fingerprint(self.tsv)[:8]}.tsv"
 
     @property
     def command(self) -> list[str]:
@@ -157,7 +157,7 @@ def _quoted(field: str) -> str:
     return '"' + field.replace('"', '""') + '"' if '"' in field else field
 
 
-class Outcome(NamedTuple):
+class DownloadResult(NamedTuple):
     """What a download has brought so far: shards that are whole, samples, failures by reason."""
 
     shards: int
@@ -188,7 +188,7 @@ def run_download(job: Download) -> int:
         process.wait()
 
 
-def outcome(folder: Path) -> Outcome:
+def download_result(folder: Path) -> DownloadResult:
     """Read what img2dataset noted of each whole shard; the note that a killed one was writing is none."""
     shards, samples, failures = 0, 0, Counter[str]()
     for path in sorted(folder.glob("*_stats.json")):
@@ -198,7 +198,7 @@ def outcome(folder: Path) -> Outcome:
             continue
         shards, samples = shards + 1, samples + stats["successes"]
         failures.update({reason: count for reason, count in stats["status_dict"].items() if reason != "success"})
-    return Outcome(shards, samples, failures)
+    return DownloadResult(shards, samples, failures)
 
 
 def as_typed(command: list[str]) -> str:

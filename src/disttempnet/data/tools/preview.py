@@ -13,7 +13,7 @@ from PIL import Image
 
 from disttempnet.data.images import UnreadableImage, decode
 from disttempnet.data.source import Source, UnreadableCaption
-from disttempnet.data.tools.sheet import THUMBNAIL, Lettering, Tile, draw_sheet
+from disttempnet.data.tools.sheet import THUMBNAIL, FontStack, PreviewTile, draw_sheet
 from disttempnet.errors import UserError
 from disttempnet.io.files import refuse_unwritable, write_output
 
@@ -40,7 +40,7 @@ def write_preview(source: Source, out: Path, count: int, seed: int) -> str:
     refuse_unwritable(out)
     tiles = list(draw_samples(source, count, seed))
     heading = f"{source.where} · {len(tiles):,} of {len(source.usable):,} samples, seed {seed}"
-    lettering = Lettering()
+    lettering = FontStack()
     if out.suffix.lower() == ".html":
         data = _page(tiles, heading).encode("utf-8")
     else:
@@ -54,7 +54,7 @@ def write_preview(source: Source, out: Path, count: int, seed: int) -> str:
     return f"no font here has {len(lettering.missing)} of the characters ({shown}); an .html shows them in a browser"
 
 
-def draw_samples(source: Source, count: int, seed: int) -> Iterator[Tile]:
+def draw_samples(source: Source, count: int, seed: int) -> Iterator[PreviewTile]:
     """Random usable samples, ascending by id; what cannot be read says so."""
     usable = source.usable
     drawn = np.random.default_rng(seed).choice(usable, min(count, len(usable)), replace=False)
@@ -68,7 +68,7 @@ def draw_samples(source: Source, count: int, seed: int) -> Iterator[Tile]:
             problem = str(error)
         size = f" · {image.width}×{image.height}" if image is not None else ""
         picture = _fit(image) if image is not None else None
-        yield Tile((f"{sample}{size}", source.name(sample)), picture, captions, problem)
+        yield PreviewTile((f"{sample}{size}", source.name(sample)), picture, captions, problem)
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -78,7 +78,7 @@ def _fit(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _page(tiles: list[Tile], heading: str) -> str:
+def _page(tiles: list[PreviewTile], heading: str) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pictures = [(tile, _inline(tile.image) if tile.image else "") for tile in tiles]

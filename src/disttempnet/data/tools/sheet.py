@@ -19,11 +19,11 @@ THUMBNAIL = 208  # pixels of a picture's longer side
 GAP, LINE, FONT_SIZE = 12, 17, 13
 MAX_LINES = 6  # of a caption; the rest is cut off with …
 MAX_COLUMNS = 8
-INK, GREY, RED, PAPER, CARD = "#1a1a1a", "#707070", "#b3261e", "#ffffff", "#f0f0f0"
+INK, MUTED, RED, PAPER, CARD = "#1a1a1a", "#707070", "#b3261e", "#ffffff", "#f0f0f0"
 MISSING = "\N{REPLACEMENT CHARACTER}"
 
 
-class Tile(NamedTuple):
+class PreviewTile(NamedTuple):
     """One picture with its words; `image` is None where `problem` says why there is none."""
 
     titles: tuple[str, ...]
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     problem: str = ""
 
 
-class Lettering:
+class FontStack:
     """DejaVu Sans, and for what it lacks any font of this machine that has it.
 
     Attributes:
@@ -144,7 +144,7 @@ def _has(path: str, letter: str) -> bool:
     return face is not None and face.get_char_index(ord(letter)) > 0
 
 
-def draw_sheet(tiles: Sequence[Tile], heading: str, lettering: Lettering) -> Image.Image:
+def draw_sheet(tiles: Sequence[PreviewTile], heading: str, lettering: FontStack) -> Image.Image:
     """All tiles in rows, a caption under each picture, and a line above them."""
     columns = min(MAX_COLUMNS, max(1, math.ceil(math.sqrt(1.4 * len(tiles)))))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
@@ -162,13 +162,13 @@ def draw_sheet(tiles: Sequence[Tile], heading: str, lettering: Lettering) -> Ima
     return sheet
 
 
-def _words_of(tile: Tile, lettering: Lettering) -> list[tuple[str, str]]:
+def _words_of(tile: PreviewTile, lettering: FontStack) -> list[tuple[str, str]]:
     """(line, colour) of what stands under a picture."""
-    lines = [(lettering.ending(title, THUMBNAIL), GREY) for title in tile.titles]
+    lines = [(lettering.ending(title, THUMBNAIL), MUTED) for title in tile.titles]
     if tile.captions:
         lines += [(line, INK) for line in lettering.wrap(tile.captions[0], THUMBNAIL, MAX_LINES)]
     if len(tile.captions) > 1:
-        lines.append((f"and {len(tile.captions) - 1} more", GREY))
+        lines.append((f"and {len(tile.captions) - 1} more", MUTED))
     if tile.problem:
         lines += [(line, RED) for line in lettering.wrap(tile.problem, THUMBNAIL, 3)]
     return lines
@@ -178,9 +178,9 @@ def _draw_tile(
     sheet: Image.Image,
     canvas: ImageDraw.ImageDraw,
     place: tuple[int, int],
-    tile: Tile,
+    tile: PreviewTile,
     lines: Sequence[tuple[str, str]],
-    lettering: Lettering,
+    lettering: FontStack,
 ) -> None:
     left, top = place
     canvas.rectangle((left, top, left + THUMBNAIL - 1, top + THUMBNAIL - 1), CARD)

@@ -16,7 +16,7 @@ from disttempnet.data.source import OK, Source, UnreadableCaption
 from disttempnet.errors import UserError
 from disttempnet.io.files import atomic
 
-NAMED = 3  # samples that a table names a reason
+NAMES_PER_REASON = 3  # names that a table shows for each reason
 BAD_SAMPLE = (UnreadableCaption, UnreadableImage)  # what may be wrong with one, where its shard is sound
 
 
@@ -57,7 +57,9 @@ def fault_table(faults: Iterable[Fault]) -> Table:
     table.add_column("count", justify="right")
     table.add_column("for example", overflow="fold")
     for _, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        names = ", ".join(fault.name for fault in group[:NAMED]) + (", …" if len(group) > NAMED else "")
+        names = ", ".join(fault.name for fault in group[:NAMES_PER_REASON])
+        if len(group) > NAMES_PER_REASON:
+            names += ", …"
         table.add_row(group[0].reason, f"{len(group):,}", names)
     return table
 

@@ -15,19 +15,19 @@ from disttempnet.data import open_source
 from disttempnet.data.images import decode
 from disttempnet.data.listings.open import is_listing
 from disttempnet.data.shards.index import Shard, ShardIndex
-from disttempnet.data.shards.open import load_known, shard_index_file, shards_of
+from disttempnet.data.shards.open import load_known, shard_index_file, source_shards
 from disttempnet.data.shards.scan import scan_shard
-from disttempnet.data.shards.store import ShardStore, State
+from disttempnet.data.shards.store import ShardState, ShardStore
 from disttempnet.data.source import OK, Source
 from disttempnet.data.tools.unreadable import BAD_SAMPLE, Fault, fault_of, known_faults
 from disttempnet.errors import UserError
 from disttempnet.io.jobs import run_jobs
 from disttempnet.io.progress import Meter
 
-CHUNK = 256  # samples of one task
+SAMPLES_PER_TASK = 256  # samples of one task
 
 
-class Chunk(NamedTuple):
+class ReadTask(NamedTuple):
     """Samples that one task reads, ascending."""
 
     samples: NDArray[np.int64]
@@ -36,14 +36,14 @@ class Chunk(NamedTuple):
         return f"samples {self.samples[0]} to {self.samples[-1]}"
 
 
-class Checked(NamedTuple):
+class VerifyResult(NamedTuple):
     """How many samples were read, and what is wrong: shards, then samples in the order of ids."""
 
     samples: int
     faults: list[Fault]
 
 
-def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, progress: bool = True) -> Checked:
+def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, progress: bool = True) -> VerifyResult:
     """Compare shards with their index, decode images, read captions.
 
     Args:
@@ -60,7 +60,7 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
     faults: list[Fault] = []
     sound = np.ones(len(opened), dtype=bool)
     if isinstance(opened, ShardIndex):
-        faults = compare_shards(opened, shards_of(source).names)
+        faults = compare_shards(opened, source_shards(source).names)
         if not count:
             faults += _compare_checksums(opened, faults, workers, progress)
         changed = {fault.name for fault in faults}
@@ -71,12 +71,12 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
     chosen = np.flatnonzero(sound)
     if 0 < count < len(chosen):
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, count, replace=False))
-    return Checked(len(chosen), faults + _read_samples(opened, chosen, workers, progress))
+    return VerifyResult(len(chosen), faults + _read_samples(opened, chosen, workers, progress))
 
 
 def known_index(source: SourceConfig) -> ShardIndex | None:
     """The index of tars as it was made, whatever has become of them since; None where there is none yet."""
-    shards = shards_of(source)
+    shards = source_shards(source)
     return load_known(shards, source) if shard_index_file(shards, source).is_file() else None
 
 
@@ -115,7 +115,7 @@ def _compare_checksums(index: ShardIndex, faults: list[Fault], workers: int, pro
 def _same_bytes(store: ShardStore, shard: Shard) -> Iterator[bool]:
     """A worker's job."""
     try:
-        with store.local(shard.name, State(shard.size, shard.fingerprint)) as path, path.open("rb") as file:
+        with store.local(shard.name, ShardState(shard.size, shard.fingerprint)) as path, path.open("rb") as file:
             yield hashlib.file_digest(file, "sha256").hexdigest() == shard.checksum
     except (UserError, OSError):
         yield False
@@ -136,7 +136,7 @@ def _ungrouped(index: ShardIndex, changed: Collection[str], workers: int, progre
 
 def _grouped_now(store: ShardStore, caption_key: str, shard: Shard) -> Iterator[int]:
     """A worker's job: how many samples a shard holds by today's rule."""
-    with store.local(shard.name, State(shard.size, shard.fingerprint)) as path:
+    with store.local(shard.name, ShardState(shard.size, shard.fingerprint)) as path:
         yield len(scan_shard(path, caption_key).start)
 
 
@@ -144,7 +144,9 @@ def _read_samples(source: Source, chosen: NDArray[np.int64], workers: int, progr
     # a task stays inside a group, so that a worker opens one shard at a time
     cuts = np.searchsorted(chosen, source.first[1:-1])
     groups = [group for group in np.split(chosen, cuts) if len(group)]
-    tasks = [Chunk(group[i : i + CHUNK]) for group in groups for i in range(0, len(group), CHUNK)]
+    tasks = [
+        ReadTask(group[i : i + SAMPLES_PER_TASK]) for group in groups for i in range(0, len(group), SAMPLES_PER_TASK)
+    ]
     faults: list[Fault] = []
     with Meter("reading samples", len(chosen), active=progress) as meter:
         for chunk, found in run_jobs(partial(_read, source), tasks, workers):
@@ -153,7 +155,7 @@ def _read_samples(source: Source, chosen: NDArray[np.int64], workers: int, progr
     return sorted(faults, key=lambda fault: fault.sample or 0)
 
 
-def _read(source: Source, chunk: Chunk) -> Iterator[list[Fault]]:
+def _read(source: Source, chunk: ReadTask) -> Iterator[list[Fault]]:
     """A worker's job."""
     faults: list[Fault] = []
     for sample in chunk.samples.tolist():

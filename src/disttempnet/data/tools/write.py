@@ -27,14 +27,14 @@ from disttempnet.io.jobs import run_jobs
 from disttempnet.io.progress import Meter
 from disttempnet.terminal import say
 
-FORMAT = "disttempnet-shards-1"
+PLAN_FORMAT = "disttempnet-shards-1"
 PLAN, SKIPPED, LOCK = "plan.json", "skipped.jsonl", ".lock"
-COUNT = "nshards.txt"  # as CLIP_benchmark's sets have it
+SHARD_COUNT_FILE = "nshards.txt"  # as CLIP_benchmark's sets have it
 REPORT_EVERY = 50  # samples between a worker's messages
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WriteSettings:
     """How samples are written.
 
     Attributes:
@@ -58,7 +58,7 @@ class Recipe:
             raise UserError(f"--quality {self.quality}: JPEG quality is 1 to 100")
 
 
-class Part(NamedTuple):
+class PlannedShard(NamedTuple):
     """A shard to write: its number, file name, and the ids [first, end) that it takes."""
 
     number: int
@@ -70,7 +70,7 @@ class Part(NamedTuple):
         return self.name
 
 
-class Written(NamedTuple):
+class WriteResult(NamedTuple):
     """What is in the folder: shards, samples, bytes, and all samples that were left out."""
 
     shards: int
@@ -79,13 +79,15 @@ class Written(NamedTuple):
     faults: list[Fault]
 
 
-def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, progress: bool = True) -> Written:
+def write_shards(
+    source: Source, folder: Path, settings: WriteSettings, workers: int, progress: bool = True
+) -> WriteResult:
     """Write a source as shards, or what is missing of them.
 
     Args:
         source: its usable samples are written.
         folder: where to; made if it is not there.
-        recipe: how.
+        settings: how.
         workers: processes; 1 = this one. They change nothing about the bytes.
         progress: show a bar on standard error.
 
@@ -93,44 +95,44 @@ def write_shards(source: Source, folder: Path, recipe: Recipe, workers: int, pro
         UserError: a folder that holds something else, a full disk, or webdataset is not installed.
     """
     _tar_writer()  # learnt before the work
-    parts = plan_parts(source, recipe.samples_per_shard)
+    parts = plan_shards(source, settings.samples_per_shard)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / LOCK, wait=False):
-            _agree_on_plan(folder, source, recipe, parts)
+            _agree_on_plan(folder, source, settings, parts)
             _remove_leftovers(folder)
             try:
-                _write_missing(source, folder, recipe, parts, workers, progress)
+                _write_missing(source, folder, settings, parts, workers, progress)
             except (KeyboardInterrupt, SystemExit):
                 whole = sum((folder / part.name).is_file() for part in parts)
                 say(f"stopped: {whole:,} of {len(parts):,} shards are whole; the same command goes on", error=True)
                 raise
             finally:
                 _remove_leftovers(folder)
-            return _finish(source, folder, recipe, parts)
+            return _finish(source, folder, settings, parts)
     except BlockingIOError:
         raise UserError(f"{folder}: another command is writing shards here") from None
     except OSError as error:
         raise UserError(_cannot_write(folder, error)) from None
 
 
-def plan_parts(source: Source, samples_per_shard: int) -> list[Part]:
+def plan_shards(source: Source, samples_per_shard: int) -> list[PlannedShard]:
     """Which ids go into which shard: as many usable ones into each, in order."""
     usable = source.usable
     starts = usable[::samples_per_shard].tolist()
     digits = max(5, len(str(len(starts) - 1)))
     ends = [*starts[1:], len(source)]
-    return [Part(i, f"{i:0{digits}d}.tar", a, b) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+    return [PlannedShard(i, f"{i:0{digits}d}.tar", a, b) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
 
 
-def _agree_on_plan(folder: Path, source: Source, recipe: Recipe, parts: list[Part]) -> None:
+def _agree_on_plan(folder: Path, source: Source, settings: WriteSettings, parts: list[PlannedShard]) -> None:
     """Write the plan, or compare with the one that is there."""
     ours = {
-        "format": FORMAT,
+        "format": PLAN_FORMAT,
         "input": source.where,
         "digest": source.digest,
         "shards": len(parts),
-        **asdict(recipe),
+        **asdict(settings),
     }
     path = folder / PLAN
     if not path.is_file():
@@ -141,12 +143,12 @@ def _agree_on_plan(folder: Path, source: Source, recipe: Recipe, parts: list[Par
         return
     try:
         theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = theirs["format"] == FORMAT
+        known = theirs["format"] == PLAN_FORMAT
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
         raise UserError(f"{path}: not a plan of this version; name another folder, or delete this one")
-    for key in ("digest", *asdict(recipe)):
+    for key in ("digest", *asdict(settings)):
         if ours[key] != theirs.get(key):
             what = (
                 f"another input ({theirs.get('input')}, or it has changed since)"
@@ -165,17 +167,17 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _write_missing(
-    source: Source, folder: Path, recipe: Recipe, parts: list[Part], workers: int, progress: bool
+    source: Source, folder: Path, settings: WriteSettings, parts: list[PlannedShard], workers: int, progress: bool
 ) -> None:
     missing = [part for part in parts if not (folder / part.name).is_file()]
     waiting = sum(part.end - part.first for part in missing)
     total = sum(part.end - part.first for part in parts)
     with Meter("writing shards", total, total - waiting, active=progress) as meter:
-        for _, count in run_jobs(partial(_write_part, source, folder, recipe), missing, workers):
+        for _, count in run_jobs(partial(_write_part, source, folder, settings), missing, workers):
             meter.advance(count)
 
 
-def _write_part(source: Source, folder: Path, recipe: Recipe, part: Part) -> Iterator[int]:
+def _write_part(source: Source, folder: Path, settings: WriteSettings, part: PlannedShard) -> Iterator[int]:
     """A worker's job: one shard, and beside it the list of what is not in it; yields how many ids it has seen."""
     faults: list[Fault] = []
     reported = part.first
@@ -187,7 +189,7 @@ def _write_part(source: Source, folder: Path, recipe: Recipe, part: Part) -> Ite
                     for sample in range(part.first, part.end):
                         if source.status[sample] == OK:
                             try:
-                                members = sample_members(source, sample, recipe)
+                                members = sample_members(source, sample, settings)
                             except BAD_SAMPLE as error:
                                 faults.append(fault_of(source, sample, error))
                             else:
@@ -206,7 +208,7 @@ def _write_part(source: Source, folder: Path, recipe: Recipe, part: Part) -> Ite
     yield part.end - reported
 
 
-def sample_members(source: Source, sample: int, recipe: Recipe) -> dict[str, bytes]:
+def sample_members(source: Source, sample: int, settings: WriteSettings) -> dict[str, bytes]:
     """Suffix → content of the files that a sample becomes.
 
     Raises:
@@ -216,21 +218,21 @@ def sample_members(source: Source, sample: int, recipe: Recipe) -> dict[str, byt
     captions = source.captions(sample)
     data = source.image_bytes(sample)
     encoded = EncodedImage(data)
-    size, shown = (encoded.width, encoded.height), _shown_size(encoded, recipe.resize)
+    size, shown = (encoded.width, encoded.height), _shown_size(encoded, settings.resize)
     facts: dict[str, Any] = {}
     with suppress(ValueError):  # a .json that is none
         facts = dict(source.metadata(sample) or {})
     facts |= {"source": source.name(sample), "width": shown[0], "height": shown[1]}
-    lines = recipe.captions == "lines"
+    lines = settings.captions == "lines"
     if lines or len(captions) > 1:
         facts["captions"] = list(captions)
     suffix = _suffix(data)
     if shown != size:
         facts |= {"original_width": size[0], "original_height": size[1]}
         # a JPEG decodes fast at a part of its size; from twice of what is wanted on, pixels differ by .3 of 255
-        scale = next((scale for scale in SCALES if min(size) >= 2 * scale * recipe.resize), 1)
+        scale = next((scale for scale in SCALES if min(size) >= 2 * scale * settings.resize), 1)
         image = encoded.rgb(scale).resize(shown, Image.Resampling.LANCZOS)
-        suffix, data = "jpg", _encoded(image, "JPEG", quality=recipe.quality)
+        suffix, data = "jpg", _encoded(image, "JPEG", quality=settings.quality)
     else:
         image = encoded.rgb()  # in any case: a shard holds what can be decoded
         if not suffix:
@@ -266,11 +268,11 @@ def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _list_of(folder: Path, part: Part) -> Path:
+def _list_of(folder: Path, part: PlannedShard) -> Path:
     return folder / f".{part.name.removesuffix('.tar')}.skipped"
 
 
-def _finish(source: Source, folder: Path, recipe: Recipe, parts: list[Part]) -> Written:
+def _finish(source: Source, folder: Path, settings: WriteSettings, parts: list[PlannedShard]) -> WriteResult:
     """Gather the lists of all shards into one, with what the source itself leaves out; for evaluation, say how many
     shards there are."""
     path = folder / SKIPPED
@@ -282,11 +284,11 @@ def _finish(source: Source, folder: Path, recipe: Recipe, parts: list[Part]) -> 
         write_faults(sorted(faults, key=lambda fault: fault.sample or 0), path)
     for part in parts:
         _list_of(folder, part).unlink(missing_ok=True)
-    if recipe.captions == "lines":
-        write_atomically(folder / COUNT, f"{len(parts)}\n")
+    if settings.captions == "lines":
+        write_atomically(folder / SHARD_COUNT_FILE, f"{len(parts)}\n")
     faults = list(read_faults(path))
     size = sum((folder / part.name).stat().st_size for part in parts)
-    return Written(len(parts), len(source) - len(faults), size, faults)
+    return WriteResult(len(parts), len(source) - len(faults), size, faults)
 
 
 def _cannot_write(path: Path, error: OSError) -> str:

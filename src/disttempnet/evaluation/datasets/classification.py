@@ -11,7 +11,7 @@ import numpy as np
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.class_names import read_lines, without_trailing_blanks
 from disttempnet.evaluation.protocols import PROTOCOLS
-from disttempnet.evaluation.tars import Span, image_of, members_of, shards_of
+from disttempnet.evaluation.tars import Span, image_of, members_of, task_tars
 from disttempnet.evaluation.tasks import EvaluationSample, Head, Task, TaskData, sample_of
 
 MOST_GROUPS = 1_000_000  # a table is made of as many as the largest number says
@@ -27,7 +27,7 @@ def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
     labels: list[int] = []
     rows: list[list[int]] = []
     broken: list[str] = []
-    shards, notes = shards_of(folder / "test")
+    shards, notes = task_tars(folder / "test")
     notes += about_words
     for name, shard, members in members_of(shards, broken):
         image = image_of(members)

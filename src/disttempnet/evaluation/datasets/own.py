@@ -27,7 +27,7 @@ from PIL import Image
 
 from disttempnet.data.images import UnreadableImage, decode
 from disttempnet.data.listings.listed import read_listing
-from disttempnet.data.listings.readers import Folder
+from disttempnet.data.listings.readers import FolderLayout
 from disttempnet.data.shards.names import resolve_shards
 from disttempnet.data.source import UnreadableCaption, usable_captions
 from disttempnet.errors import UserError, unknown_name
@@ -135,7 +135,7 @@ def _beside(spec: str) -> Path:
 
 def _holds_captions(folder: Path, options: Mapping[str, str]) -> bool:
     """Whether most of the first images have captions beside them."""
-    rows = Folder(folder, options.get("caption", ""))
+    rows = FolderLayout(folder, options.get("caption", ""))
     first = [fields or {} for fields, _ in islice(rows.rows(), LOOKED_AT)]
     return 2 * sum(rows.caption_key in fields for fields in first) > len(first)
 

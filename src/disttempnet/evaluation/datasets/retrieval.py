@@ -14,7 +14,7 @@ from pathlib import Path
 
 from disttempnet.data.shards.names import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
-from disttempnet.evaluation.tars import Span, has_tars, image_of, members_of, shards_of
+from disttempnet.evaluation.tars import Span, has_tars, image_of, members_of, task_tars
 from disttempnet.evaluation.tasks import EvaluationSample, Puzzle, Task, TaskData, sample_of
 from disttempnet.io.files import open_regular, read_regular
 
@@ -28,7 +28,7 @@ def captioned_data(task: Task, folder: Path) -> TaskData:
     notes: list[str] = []
     samples = []
     if has_tars(folder):
-        shards, notes = shards_of(folder / "test")
+        shards, notes = task_tars(folder / "test")
         for name, shard, members in members_of(shards, broken):
             image = image_of(members)
             text = (members["txt"].content or b"").decode("utf-8", "replace") if "txt" in members else ""
@@ -54,7 +54,7 @@ def winogavil_data(task: Task, folder: Path) -> TaskData:
     notes: list[str] = []
     pool: dict[str, EvaluationSample] = {}
     if has_tars(folder):
-        shards, notes = shards_of(folder / "test")
+        shards, notes = task_tars(folder / "test")
         for name, shard, members in members_of(shards, broken):
             if (image := image_of(members)) is not None:
                 pool[name.partition("/")[2]] = sample_of(name, shard, image)

@@ -27,13 +27,13 @@ OWN_FILES = 64  # that a process has open apart from batches: shards, logs, pipe
 FILES_A_BATCH = 3  # each tensor is one, from the worker that makes it until it is used up
 
 
-def handed_over(tensor: Tensor) -> Tensor:
+def share_tensor(tensor: Tensor) -> Tensor:
     """In shared memory where this is a worker. Left to the thread that sends it, a lack of room would be an error that
     nobody hears of, and the batch would be waited for without end."""
     return tensor.share_memory_() if get_worker_info() is not None else tensor
 
 
-def prefetch_that_fits(most: int, batch_bytes: int, workers: int) -> int:
+def fit_prefetch(most: int, batch_bytes: int, workers: int) -> int:
     """How many batches each worker may hold ready, so that all have room in shared memory, and the one in use.
 
     Args:
@@ -63,7 +63,7 @@ def prefetch_that_fits(most: int, batch_bytes: int, workers: int) -> int:
     return fits
 
 
-def refuse_few_open_files(batches: int) -> None:
+def check_open_files(batches: int) -> None:
     """Raise UserError where this process may not open the files of so many batches that are ready at a time."""
     needed, allowed = OWN_FILES + FILES_A_BATCH * batches, open_files()
     if allowed < needed:

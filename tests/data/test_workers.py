@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from disttempnet.cli.main import main
-from disttempnet.data import handover
-from disttempnet.data.handover import handed_over, lost_workers_named, prefetch_that_fits, refuse_few_open_files
+from disttempnet.data import workers
 from disttempnet.data.loader import PREFETCH, Collate, Sample
+from disttempnet.data.workers import check_open_files, fit_prefetch, lost_workers_named, share_tensor
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io import machine
 from tests.data.test_open import data_of, tokenizer
@@ -29,30 +29,30 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def free(size: int) -> None:
         disk = SimpleNamespace(f_bavail=size // 4096, f_frsize=4096)
-        monkeypatch.setattr(handover, "os", SimpleNamespace(environ=os.environ, path=os.path, statvfs=lambda _: disk))
+        monkeypatch.setattr(workers, "os", SimpleNamespace(environ=os.environ, path=os.path, statvfs=lambda _: disk))
 
     return free
 
 
 def test_workers_hold_as_many_batches_as_there_is_room_for(room: Callable[[int], None]) -> None:
     room(64 * MB)
-    assert prefetch_that_fits(4, 5 * MB, 2) == 4, "nine are forty-five"
-    assert prefetch_that_fits(4, 60 * MB, 0) == 4, "no workers need none"
+    assert fit_prefetch(4, 5 * MB, 2) == 4, "nine are forty-five"
+    assert fit_prefetch(4, 60 * MB, 0) == 4, "no workers need none"
     told = r"^/dev/shm is small: .* 2 batches ready, not 4; .* \(64\.0 MB are free .*, and a batch takes 10\.0 MB\)$"
     with pytest.warns(UserNotice, match=told):
-        assert prefetch_that_fits(4, 10 * MB, 2) == 2, "five are fifty"
+        assert fit_prefetch(4, 10 * MB, 2) == 2, "five are fifty"
     with pytest.raises(UserError, match=r"^/dev/shm is too small for 8 loader workers: .*\(docker run --shm-size=8g\)"):
-        prefetch_that_fits(4, 10 * MB, 8)
+        fit_prefetch(4, 10 * MB, 8)
 
 
 def test_ranks_of_a_node_share_the_room(room: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     room(64 * MB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"16\.0 MB are free for this process"):
-        prefetch_that_fits(4, 10 * MB, 1)
+        fit_prefetch(4, 10 * MB, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     with pytest.raises(UserError, match=r"^the environment says LOCAL_WORLD_SIZE=0: must be a whole number from 1"):
-        prefetch_that_fits(4, 10 * MB, 1)
+        fit_prefetch(4, 10 * MB, 1)
 
 
 def test_too_little_room_is_found_before_the_first_batch(shards: Write, room: Callable[[int], None]) -> None:
@@ -86,11 +86,11 @@ def test_a_worker_shares_all_of_a_batch_itself(monkeypatch: pytest.MonkeyPatch) 
     """The thread that sends it would print what is wrong, drop the batch and let the trainer wait for ever."""
     sample = Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), "a caption", 7, ())
     assert not Collate(tokenizer)([sample]).tokens.is_shared()
-    monkeypatch.setattr(handover, "get_worker_info", lambda: object())
+    monkeypatch.setattr(workers, "get_worker_info", lambda: object())
     batch = Collate(tokenizer)([sample])
     assert batch.tokens.is_shared()
     assert batch.ids.is_shared()
-    assert handed_over(torch.zeros(3)).is_shared()
+    assert share_tensor(torch.zeros(3)).is_shared()
 
 
 @contextmanager
@@ -110,14 +110,14 @@ def test_the_limit_of_open_files_is_raised_as_far_as_is_allowed() -> None:
 
 
 def test_workers_that_need_more_open_files_are_refused(shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_few_open_files(8)
-    monkeypatch.setattr(handover, "open_files", lambda: 64)
+    check_open_files(8)
+    monkeypatch.setattr(workers, "open_files", lambda: 64)
     with pytest.raises(
         UserError, match=r"^data\.workers: so many need 76 open files, and this process may open 64: .*ulimit"
     ):
         data_of(shards(9), workers=1)
-    monkeypatch.setattr(handover, "open_files", lambda: 76)
-    refuse_few_open_files(PREFETCH)
+    monkeypatch.setattr(workers, "open_files", lambda: 76)
+    check_open_files(PREFETCH)
 
 
 def test_a_lack_of_open_files_is_one_line_in_every_command(
