@@ -127,7 +127,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"towers"},
     ],
     "report": [
-        {"binning", "items", "read"},
+        {"bins", "items", "read"},
         {"compact", "runs"},
         {"seeds"},
         {"evaluations"},

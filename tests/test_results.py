@@ -14,7 +14,7 @@ import pytest
 
 from disttempnet.compare.grid import Grid, load_grid
 from disttempnet.config import CONFIG_FOLDER, defaults, flat
-from disttempnet.report.compact import Result, read_results
+from disttempnet.report.compact import CompactResult, read_results
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def test_every_shipped_grid_is_valid_and_named_on_the_page(path: Path) -> None:
 
 def test_every_objective_is_compared_at_the_best_of_its_three_settings() -> None:
     """The rule in the head of compare-tuning.toml; disttempnet-v1 is a default instead, and `-tuned` is its best."""
-    tried: dict[str, list[Result]] = {}
+    tried: dict[str, list[CompactResult]] = {}
     for result in read_results([ROOT / "docs" / "results" / "compare-tuning.jsonl"]):
         run, letter = result.name.removesuffix("--seed-0").rsplit("-", 1)
         assert letter in "abc"

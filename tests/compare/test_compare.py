@@ -20,7 +20,7 @@ import pytest
 
 from disttempnet.cli.main import main
 from disttempnet.compare import display, pool, worker
-from disttempnet.compare.grid import load_grid, state_of
+from disttempnet.compare.grid import load_grid, run_state
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError
 from disttempnet.losses import OBJECTIVES
@@ -179,7 +179,7 @@ def test_one_command_at_a_time_in_a_folder(finished: Path, capsys: pytest.Captur
         fcntl.flock(held, fcntl.LOCK_EX)
         assert main(["compare", str(finished)]) == 2
         error = capsys.readouterr().err.strip()
-        assert "another compare is at work here" in error
+        assert "another compare is running here" in error
         assert "\n" not in error
         assert main(["compare", str(finished), "--list"]) == 0
     assert main(["compare", str(finished)]) == 0
@@ -243,7 +243,7 @@ def test_a_signal_while_workers_start_ends_them_all(
     monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: context)
     configs = load_grid(write(tmp_path)).configs
     outcome = pool.Pool(configs, 3, [], Shown(len(configs), 0), tmp_path / "log").run()
-    assert outcome == pool.Outcome(stopped=True)
+    assert outcome == pool.GridOutcome(stopped=True)
     assert told == [f"worker-{number}" for number in range(moment)]
 
 
@@ -274,7 +274,7 @@ def test_a_fault_of_the_program_is_named_and_logged(
     monkeypatch.setattr(trainer, "train", broken)
     config = load_grid(write(tmp_path)).configs[0]
     end = worker._run(config, None)  # type: ignore[arg-type]
-    assert end == worker.Ended("failed", "ZeroDivisionError: by hand")
+    assert end == worker.RunEnd("failed", "ZeroDivisionError: by hand")
     assert 'raise ZeroDivisionError("by hand' in capsys.readouterr().err
 
 
@@ -307,10 +307,10 @@ def test_failed_killed_and_interrupted_runs_do_not_end_the_others_and_lose_nothi
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
         out, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "continue with the same command" in out
+    assert "resume with the same command" in out
     assert "clip--seed-1  FAILED: its process ended unexpectedly (SIGKILL)" in err
     assert "v1--seed-1  stopped" in err
-    states = [state_of(config) for config in (first, bad, second)]
+    states = [run_state(config) for config in (first, bad, second)]
     assert [state.kind for state in states] == ["begun", "new", "begun"]
     assert states[2].why == f"saved at step {len(losses(second.folder))}"
 

@@ -39,9 +39,9 @@ def test_what_home_is(text: str, full: str, home: str) -> None:
 
 
 def test_a_home_that_is_not_known_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'~no.such.user/x': the home folder is not known here: write the path"):
+    with pytest.raises(ValueError, match=r"'~no.such.user/x': unknown home folder: write the full path"):
         expand_home("~no.such.user/x")
-    with pytest.raises(UserError, match=r"key 'out': '~no.such.user/x': the home folder is not known"):
+    with pytest.raises(UserError, match=r"key 'out': '~no.such.user/x': unknown home folder"):
         load_config("debug", ["out=~no.such.user/x"])
 
 

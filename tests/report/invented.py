@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from disttempnet.evaluation.scores import Scores
-from disttempnet.report.compact import Result
+from disttempnet.report.compact import CompactResult
 from disttempnet.report.read import Evaluation
 
 TITLES = {"clip": "CLIP", "sogclr": "SogCLR", "disttempnet-v1": "DistTempNet-v1"}
@@ -36,7 +36,7 @@ def result(
     title: str = "",
     epochs: int = 4,
     **train: Any,
-) -> Result:
+) -> CompactResult:
     """A run whose metrics rise linearly to `final` (task → metric → share) over its epochs."""
     name = f"{run or loss}{varied}--seed-{seed}"
     facts = {
@@ -66,7 +66,7 @@ def result(
     epoch = np.linspace(0.1, epochs, 20)
     mean = 0.03 + 0.04 * np.exp(-epoch) + 0.001 * seed
     curve = {"epoch": epoch, "mean": mean, "min": mean - 0.01, "max": mean + 0.02}
-    return Result(
+    return CompactResult(
         name,
         config(name, loss, seed, batch, **train),
         facts,

@@ -23,7 +23,7 @@ from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.data import decode, eval_transform, open_index
 from disttempnet.errors import UserError
 from disttempnet.report import items
-from disttempnet.report.binning import average_ranks, binned, evenly_spread, spearman
+from disttempnet.report.bins import average_ranks, binned, evenly_spread, spearman
 from disttempnet.report.runs import examples
 from disttempnet.temperature import analysis, measure
 from disttempnet.temperature.command import TemperatureSource, write_temperatures

@@ -14,7 +14,7 @@ from typing import Literal
 from disttempnet.config import Config
 from disttempnet.errors import UserError
 
-TEMPLATE = Path(__file__).with_name("slurm.sbatch")
+SCRIPT_TEMPLATE = Path(__file__).with_name("slurm.sbatch")
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")  # what sbatch takes: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s
 WORD = re.compile(r"[\w.,@+-]*")
 
@@ -125,5 +125,5 @@ def _render(job: Job, usage: str, python: str, arguments: str) -> str:
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment.from_string(SCRIPT_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(job=job, usage=usage, python=python, arguments=arguments)

@@ -1,7 +1,12 @@
-"""`disttempnet compare`: a grid of objectives × seeds, resumable; what is done is skipped.
+"""`disttempnet compare`: a resumable grid of objectives × seeds; finished runs are skipped.
 
-Nothing here knows an objective: the grid file names them, and every run is an ordinary run folder that
-`disttempnet train`, `evaluate` and `report` understand as well.
+The code knows no objective: the grid file names them. Every run is an ordinary run folder, for `disttempnet train`,
+`evaluate` and `report` as well.
+
+display.py   progress of the whole grid
+grid.py      grid file → configs; the state of each run
+pool.py      worker processes, and what happens when one dies
+worker.py    a worker: trains one run after another
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from disttempnet.compare.display import Display
-from disttempnet.compare.grid import Grid, State, load_grid, state_of
-from disttempnet.compare.pool import Outcome, Pool
+from disttempnet.compare.grid import Grid, RunState, load_grid, run_state
+from disttempnet.compare.pool import GridOutcome, Pool
 from disttempnet.distributed.launcher import launched
 from disttempnet.errors import TERMINATED, UserError
 from disttempnet.io.files import locked
@@ -27,20 +32,20 @@ __all__ = ["load_grid", "run_compare"]
 
 
 def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: bool = False) -> int:
-    """Train what is left of a grid, then print the table over seeds and write report.html and results.jsonl.
+    """Train the remaining runs of a grid, print the table over seeds, write report.html and results.jsonl.
 
     Args:
-        path: the grid's TOML file.
+        path: TOML file of the grid.
         overrides: `key=value` of the file, or of every run.
-        jobs: runs at a time, each in a process of its own.
-        only_list: print the grid and how far each run is, and do nothing else.
+        jobs: number of runs at a time, each in its own process.
+        only_list: only print the grid and the state of each run.
 
     Returns:
         The exit code: 0, 1 where runs have failed, TERMINATED where it was stopped.
 
     Raises:
-        UserError: a mistake in the file, a run folder that holds another run, an `out` that cannot be written or that
-            another such command is at work in.
+        UserError: a mistake in the file, a run folder that holds another run, an `out` that cannot be written or is
+            in use by another compare.
     """
     if launch := launched():
         raise UserError(f"compare starts its own processes: call it without {launch.launcher}, and give --jobs N")
@@ -61,43 +66,43 @@ def _run(grid: Grid, jobs: int) -> int:
     outcome = _train(grid, states, jobs)
     if outcome.stopped:
         _print_failed(outcome, len(grid.configs))
-        say("stopped: continue with the same command")
+        say("stopped: resume with the same command")
         return TERMINATED
-    done = [config.folder for config in grid.configs if state_of(config).kind == "done"]
+    done = [config.folder for config in grid.configs if run_state(config).kind == "done"]
     if done:
         _report(done, grid.out)
     _print_failed(outcome, len(grid.configs))
     return 1 if outcome.failed else 0
 
 
-def _states(grid: Grid) -> dict[str, State]:
-    return {config.name: state_of(config) for config in grid.configs}
+def _states(grid: Grid) -> dict[str, RunState]:
+    return {config.name: run_state(config) for config in grid.configs}
 
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Refuse a second command on one folder."""
+    """Hold the lock of the output folder; refuse where another compare holds it."""
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(out / "lock", wait=False))
         except BlockingIOError:
-            raise UserError(f"{out}: another compare is at work here: wait for its end, or give another out") from None
+            raise UserError(f"{out}: another compare is running here: wait for its end, or give another out") from None
         except OSError as error:
             run_folder.warn_without_lock(out, error)
         yield
 
 
-def _train(grid: Grid, states: dict[str, State], jobs: int) -> Outcome:
+def _train(grid: Grid, states: dict[str, RunState], jobs: int) -> GridOutcome:
     left = [config for config in grid.configs if states[config.name].kind != "done"]
     if not left:
-        return Outcome()
+        return GridOutcome()
     with Display(len(grid.configs), len(grid.configs) - len(left)) as display:
         return Pool(left, jobs, _gpus(), display, grid.out / "workers.log").run()
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -115,21 +120,21 @@ def _report(folders: Sequence[Path], out: Path) -> None:
 
     results = read_results(folders)
     comparison = compare_groups(results)
-    console().print(text_table(comparison))  # first: a full disk does not take it
+    console().print(text_table(comparison))  # first, so that a full disk does not lose it
     publish(out / "results.jsonl", write_compact(results))
     publish(out / "report.html", comparison_page(comparison))
     say(f"results: {(out / 'results.jsonl').resolve()}")
     say(f"report: {(out / 'report.html').resolve()}")
 
 
-def _print_failed(outcome: Outcome, total: int) -> None:
+def _print_failed(outcome: GridOutcome, total: int) -> None:
     if outcome.failed:
-        say(f"{len(outcome.failed)} of {total} runs failed; the same command tries them again:")
+        say(f"{len(outcome.failed)} of {total} runs failed; the same command retries them:")
     for name, reason in outcome.failed.items():
         say(f"  {name}: {reason}")
 
 
-def _print_list(grid: Grid, states: dict[str, State]) -> None:
+def _print_list(grid: Grid, states: dict[str, RunState]) -> None:
     table = Table(box=None)
     for heading in ("run", "objective", "state"):
         table.add_column(heading)

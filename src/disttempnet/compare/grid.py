@@ -1,16 +1,15 @@
-"""The grid of a comparison: a TOML file → one checked config a run, and how far each of them is.
+"""The grid of a comparison: a TOML file → one checked config a run, and the state of each run.
 
-    config = "demo.toml"      what all runs start from: a path relative to the file, or a shipped config
+    config = "demo.toml"      base of all runs: a path relative to the file, or a shipped config
     out = "runs/compare"      folder of run folders
     seeds = [1, 2, 3]         train.seed; all runs of the first seed come first
     [common]                  overrides for every run
     [runs.NAME]               overrides of one run
     [vary]                    "section.key" = [values]: every run at each of them
 
-Sections may be nested tables or dotted keys. Later wins, key by key: base, common, run, vary, command line. One section
-is special, as arguments belong to an objective: where common, run or vary give `loss.name`, nothing of the base's
-`loss` is left. The `loss` keys of common are laid under those of every run; an objective that does not know one of
-them is an error, not silence.
+Sections may be nested tables or dotted keys. Later wins, key by key: base, common, run, vary, command line. `loss` is
+special, since its arguments belong to an objective: where common, run or vary give `loss.name`, the base's `loss` is
+dropped. The `loss` keys of common apply to every run; an objective that does not know one of them is an error.
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class State:
-    """How far a run is: `done`, `begun`, `new`, or `differs` (its folder holds another run: `why`)."""
+class RunState:
+    """The state of a run: `done`, `begun`, `new`, or `differs` (its folder holds another run: `why`)."""
 
     kind: str
     why: str = ""
@@ -85,7 +84,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         overrides: `key=value`; keys of the file (`seeds`, `out`, `runs.clip.loss`, …), or else keys of every run.
 
     Raises:
-        UserError: one line that names the file, the run, the key, and what is known.
+        UserError: a mistake in the file or an override.
     """
     path = find_config(path)
     table = read_table(path)
@@ -103,32 +102,32 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     configs = tuple(_configs(path, file, rest))
     names = [config.name for config in configs]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{path}: two runs have the name {min(twice)}; name them apart")
+        raise UserError(f"{path}: two runs have the name {min(twice)}; rename one")
     return Grid(Path(file.out), tuple(_resolved(path, configs)))
 
 
-def state_of(config: Config) -> State:
-    """What the run's folder says about it."""
+def run_state(config: Config) -> RunState:
+    """Return the state of a run, from its folder."""
     folder = config.folder
     if not (folder / "config.toml").is_file():
-        return State("new")
+        return RunState("new")
     try:
         was = load_config(folder / "config.toml", bounds=False)
     except UserError as error:
-        return State("differs", str(error))
+        return RunState("differs", str(error))
     for key, old, new in differences(public_table(was), public_table(config), NOT_PART_OF_THE_RESULT):
-        return State("differs", f"{folder}: {key} was {old!r} and is {new!r} now: give another out, or remove it")
+        return RunState("differs", f"{folder}: {key} was {old!r} and is {new!r} now: give another out, or remove it")
     if "finished" in read_facts(folder):
-        return State("done")
+        return RunState("done")
     found = list_checkpoints(folder)
-    return State(
+    return RunState(
         "begun", f"saved at step {int(found[-1].name.removeprefix('step-'))}" if found else "nothing saved yet"
     )
 
 
 def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:
     base = read_run(base_path(path, file.config))
-    config_from_table(base, file.config)  # its own mistakes carry its own name
+    config_from_table(base, file.config)  # errors of the base name the base
     common, vary = _nested(file.common), flat(_nested(file.vary))
     _refuse_set_by_grid(f"{path}: common", flat(common))
     _refuse_set_by_grid(f"{path}: vary", vary)
@@ -158,7 +157,7 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
 
 
 def _resolved(path: Path, configs: Sequence[Config]) -> Iterator[Config]:
-    """The configs in full; a wrong [loss] and an unknown task are refused before the first run starts."""
+    """Yield the resolved configs. A wrong [loss] and an unknown task are refused before the first run starts."""
     for config in configs:
         try:
             for task in config.eval.tasks:
@@ -174,19 +173,19 @@ def _refuse_set_by_grid(where: str, flat: dict[str, Any]) -> None:
 
 
 def _word(value: Any) -> str:
-    """A value in a name: a sign apart without dashes at its ends or in a row, which part the words of a name."""
+    """Return a value as part of a run name. Dashes separate the words of a name, so only a sign leads with one."""
     sign = "-" if isinstance(value, (int, float)) and value < 0 else ""
     return sign + re.sub(r"[^A-Za-z0-9._]+", "-", str(value)).strip("-")
 
 
 def _labels(keys: list[str]) -> list[str]:
-    """The last part of each varied key, or all of it where last parts repeat."""
+    """Return the last part of each varied key, or the whole key where last parts repeat."""
     last = [key.rpartition(".")[2] for key in keys]
     return last if len(set(last)) == len(last) else keys
 
 
 def _nested(table: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested tables."""
+    """Return dotted keys as nested tables."""
     result: dict[str, Any] = {}
     for key, value in table.items():
         *sections, last = key.split(".")

@@ -1,7 +1,7 @@
-"""A worker process: trains the runs it is given, one after another, and tells the parent how far it is.
+"""A worker process of `compare`: trains one run after another and reports progress to the parent.
 
-A worker leads its own process group, so a Ctrl-C in the terminal reaches the parent alone; the parent sends SIGTERM,
-at which a run saves a checkpoint and ends. A worker whose parent is gone does the same by itself.
+A worker leads its own process group, so a Ctrl-C in the terminal reaches the parent alone. The parent sends SIGTERM;
+the run then saves a checkpoint and ends. A worker whose parent has died does the same by itself.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from disttempnet.errors import Preempted, UserError, show_notices_plainly
 from disttempnet.terminal import say
 
 
-class Progress(NamedTuple):
-    """A run has logged `step` of `steps`."""
+class RunProgress(NamedTuple):
+    """A logged step of a run: `step` of `steps`."""
 
     step: int
     steps: int
     metrics: Mapping[str, float]
 
 
-class Ended(NamedTuple):
-    """A run's end: `finished`, `stopped` (saved, to be continued) or `failed` for a reason in one line."""
+class RunEnd(NamedTuple):
+    """The end of a run: `finished`, `stopped` (saved, can be resumed) or `failed`, with a reason in one line."""
 
     outcome: str
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker works: its number, its share of the processor, its GPU (empty = none), its log file."""
+class WorkerPlace:
+    """Settings of a worker: its number, CPU threads, GPU (empty = none) and log file."""
 
     number: int
     threads: int
@@ -49,11 +49,11 @@ class Place:
 
 
 class _Stop(BaseException):
-    """A stop signal outside the training loop, where there is nothing to save."""
+    """A stop signal outside the training loop, where nothing has to be saved."""
 
 
-def work(connection: Connection, place: Place) -> None:
-    """The worker's main function: configs come in, `Progress` and `Ended` go out, until None or the parent's end."""
+def work(connection: Connection, place: WorkerPlace) -> None:
+    """Receive configs and send `RunProgress` and `RunEnd`, until None comes or the parent ends."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -76,26 +76,26 @@ def work(connection: Connection, place: Place) -> None:
         pass  # the parent sees the closed connection
 
 
-def _run(config: Config, connection: Connection) -> Ended:
+def _run(config: Config, connection: Connection) -> RunEnd:
     from disttempnet.training.trainer import train
 
     def report(step: int, steps: int, metrics: Mapping[str, float]) -> None:
         try:
-            connection.send(Progress(step, steps, dict(metrics)))
+            connection.send(RunProgress(step, steps, dict(metrics)))
         except OSError:  # the parent was killed
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        return Ended("finished" if train(config, resume="auto", report=report) else "stopped")
+        return RunEnd("finished" if train(config, resume="auto", report=report) else "stopped")
     except Preempted:
-        return Ended("stopped")
+        return RunEnd("stopped")
     except UserError as error:
-        return Ended("failed", str(error))
-    except Exception as error:  # one run's fault must not end the others; the log holds all of it
+        return RunEnd("failed", str(error))
+    except Exception as error:  # one failed run must not end the others; the log has the traceback
         say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {config.name}", error=True)
         traceback.print_exc()
         sys.stderr.flush()
-        return Ended("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return RunEnd("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

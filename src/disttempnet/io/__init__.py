@@ -1,7 +1,9 @@
-"""Files, processes and the terminal.
+"""Files, processes and progress.
 
-files.py      small files replaced atomically; whether a path can be written
-jobs.py       jobs over worker processes
-progress.py   how far a long command is: a bar, or a line from time to time
-machine.py    how many cores there are
+files.py      atomic writing, locks, checked reading
+jobs.py       a pool of worker processes
+machine.py    cores, open files, memory
+paths.py      paths with `~`
+progress.py   the progress display: a bar, or a line from time to time
+ranges.py     ranges of config keys, flags and arguments
 """

@@ -1,5 +1,7 @@
-"""What this machine has, and the line that says when memory is not enough. Imports nothing heavy: the command line asks
-before it loads torch."""
+"""Resources of this machine: cores, open files, memory; one clear line where they do not suffice.
+
+Imports nothing heavy: the command line uses it before it loads torch.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +15,22 @@ from disttempnet.errors import UserError
 
 HOST_ALLOCATION = ("can't allocate memory", "not enough memory", "Cannot allocate memory")  # in torch's RuntimeErrors
 GPU_ALLOCATION = ("CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED")
-
-
-MOST_FILES = 65_536  # what a process's limit of open files is raised to, where that is allowed
+MOST_FILES = 65_536  # the limit of open files is raised to this, where that is allowed
 
 
 def open_files() -> int:
-    """How many files this process may have open, after the limit is raised as far as is allowed. Workers inherit it."""
+    """Raise the limit of open files as far as allowed and return it. Workers inherit the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
-        with suppress(OSError, ValueError):  # macOS allows less than it says
+        with suppress(OSError, ValueError):  # macOS allows less than it reports
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
     return MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def cause(error: OSError) -> str:
-    """Why a file cannot be opened, in words; with the way out where it is this process that has too many open."""
+    """Return why a file cannot be opened, and what to do where too many are open."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"too many open files: this process may open {open_files()}; raise the limit (ulimit -n 4096)"
     return error.strerror or str(error)
@@ -38,7 +38,7 @@ def cause(error: OSError) -> str:
 
 @contextmanager
 def open_files_named() -> Iterator[None]:
-    """Inside, a lack of open files ends in a UserError of one line."""
+    """Turn a lack of file descriptors inside into a UserError."""
     try:
         yield
     except OSError as error:
@@ -52,12 +52,12 @@ def open_files_named() -> Iterator[None]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def out_of_memory(error: BaseException) -> str:
-    """Whose memory was not enough: `GPU` or `main`; empty where the error is another."""
+    """Return which memory was exhausted, `GPU` or `main`; empty for any other error."""
     text = str(error)
     if isinstance(error, RuntimeError):
         if type(error).__name__ == "OutOfMemoryError" or any(words in text for words in GPU_ALLOCATION):
@@ -69,7 +69,7 @@ def out_of_memory(error: BaseException) -> str:
 
 @contextmanager
 def memory_named(advice: str) -> Iterator[None]:
-    """Inside, an allocation that fails ends in a UserError of one line, which says what to lower."""
+    """Turn a failed allocation inside into a UserError that says what to lower."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:

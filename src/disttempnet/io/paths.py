@@ -1,4 +1,4 @@
-"""Paths as people write them: `~` means home wherever a path is read, and nothing is not the current folder."""
+"""Paths of flags and configs: `~` is expanded wherever a path is read, and an empty path is an error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PREFIXED = re.compile(r"((?:[A-Za-z][\w-]*:)*)(~.*)", re.DOTALL)  # folder:~/pho
 
 
 def expand_home(text: str) -> str:
-    """A path, or what names data by one (`folder:PATH`, `A::B`), with `~` and `~NAME` in full; the rest as it is.
+    """Return a path, or a name of data that holds one (`folder:PATH`, `A::B`), with `~` and `~NAME` expanded.
 
     Raises:
-        ValueError: a home folder that is not known here.
+        ValueError: an unknown home folder.
     """
     return "::".join(_expanded(part) for part in text.split("::"))
 
@@ -26,14 +26,12 @@ def _expanded(text: str) -> str:
         return text
     path = os.path.expanduser(found[2])
     if path.startswith("~"):
-        raise ValueError(
-            f"'{text}': the home folder is not known here: write the path in full (./~… is a file of that name)"
-        )
+        raise ValueError(f"'{text}': unknown home folder: write the full path (./~… is a file of that name)")
     return found[1] + path
 
 
 def path_argument(text: str) -> str:
-    """A flag's path, for argparse's `type`: `~` expanded; neither empty nor blank."""
+    """Return the path of a flag, for argparse's `type`: `~` expanded, never empty or blank."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a file or folder (got nothing; . is the current folder)")
     try:
@@ -44,7 +42,7 @@ def path_argument(text: str) -> str:
 
 @dataclass(frozen=True)
 class Home:
-    """In a config's annotation: a string with `~` expanded, and not blank but for `empty`."""
+    """Annotation of a path in a config: `~` is expanded; blank strings are refused (`empty` allows "")."""
 
     empty: bool = False
 

@@ -1,8 +1,10 @@
-"""What runs became.
+"""Reports about runs.
 
 write.py       the report that a file's ending asks for
-read.py        run folders;  compact.py: what is compared of a run, one JSON line each
-binning.py     τ against a number that the items have;  items.py: pairs, images and captions that τ is asked of
+read.py        run folders
+compact.py     compact results: one JSON line a run
+bins.py        τ against another number of the items, in bins
+items.py       pairs, images and captions whose τ is computed
 runs/          the page about single runs
 seeds/         tables and the page over groups of seeds
 evaluations/   tables and the page over the 38 tasks, beside published rows

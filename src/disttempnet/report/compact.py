@@ -1,7 +1,7 @@
-"""Compact results: what a comparison needs of a run, one JSON line a run, a few kilobytes each.
+"""Compact results: one JSON line a run, a few kilobytes, with everything that a comparison needs.
 
-Runs too long to repeat are kept as such a file, with seeds and versions, and the tables are made from it again.
-Configs stay plain tables here: a file written years ago must not fail a stricter config.
+Results of long runs are kept as such a file; all tables can be made from it again. Configs stay plain tables here, so
+that an old file never fails a stricter config schema.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from disttempnet.config import public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.io.files import read_regular
-from disttempnet.report.binning import binned, evenly_spread
+from disttempnet.report.bins import binned, evenly_spread
 from disttempnet.report.read import Evaluation, RunRecord, Temperatures, read_run
 from disttempnet.sanitize import one_line
 
-FORMAT = 1
+COMPACT_FORMAT = 1  # of a line; other formats are refused
 CURVE_POINTS = 32  # of the τ trajectory
 KEPT_FACTS = (
     "objective", "versions", "git", "device", "world_size", "index_digest", "num_samples", "parameters", "started",
@@ -32,19 +32,19 @@ KEPT_FACTS = (
 
 
 @dataclass(frozen=True)
-class Result:
-    """What is compared of a run.
+class CompactResult:
+    """The result of a run, for comparisons.
 
     Attributes:
         config: the resolved config as a plain table.
-        facts: those of run.json that say what was run, with what.
-        seconds: from the first start to the end, pauses included; None where it has not ended.
-        evaluations: by step.
-        tau: side → mean, min, max, std of τ over the pairs of the first task at the end; empty where unknown.
-        tau_curve: "epoch", "mean", "min", "max" of the image side's τ in the training batches, equally long lists.
-        tau_by_frequency: final τ against how often a pair's concept was trained on: "frequency" (median of the bin),
-            "image", "text" (median τ of the bin), equally long, and "spearman" of [image, text] over the pairs;
-            empty where τ is alike for all or frequencies are unknown.
+        facts: keys of run.json about the run and its software.
+        seconds: from the first start to the end, pauses included; None for an unfinished run.
+        evaluations: in order of steps.
+        tau: side → mean, min, max, std of the final τ over the pairs of the first task; empty where unknown.
+        tau_curve: "epoch", "mean", "min", "max" of the image side's τ in the training batches: lists of equal length.
+        tau_by_frequency: final τ against the training frequency of a pair's concept: "frequency" (median of the bin),
+            "image", "text" (median τ of the bin), of equal length; "spearman" of [image, text] over the pairs. Empty
+            where all τ are equal or frequencies are unknown.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Result:
 
     @property
     def objective(self) -> str:
-        """The objective's written name."""
+        """The display name of the objective."""
         return one_line(str(self.facts["objective"]["title"]))
 
     @property
@@ -74,13 +74,13 @@ class Result:
         return self.evaluations[-1].scores if self.evaluations else {}
 
 
-def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Results from run folders, folders of run folders, and compact files, in any mixture.
+def read_results(paths: Sequence[Path]) -> list[CompactResult]:
+    """Read results from run folders, folders of run folders, and compact files, in any mixture.
 
     Raises:
-        UserError: a path that is none of these, or a damaged file.
+        UserError: any other path, or a damaged file.
     """
-    results: list[Result] = []
+    results: list[CompactResult] = []
     for path in paths:
         if path.suffix == ".jsonl":
             results += _read_compact(path)
@@ -94,32 +94,37 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     return results
 
 
-def compact(run: RunRecord) -> Result:
-    """What is compared of a run folder."""
+def compact(run: RunRecord) -> CompactResult:
+    """Return the compact result of a run folder."""
+    # facts and duration
     facts = {key: run.facts[key] for key in KEPT_FACTS if key in run.facts}
     seconds = None
     if run.finished and "started" in facts:
         begun, ended = (datetime.fromisoformat(facts[key]) for key in ("started", "finished"))
         seconds = (ended - begun).total_seconds()
+    # final τ: mean, min, max, std of each side
     tau = {}
     if run.temperatures:
         last = run.temperatures[-1]
         for side, values in (("image", last.image), ("text", last.text)):
             tau[side] = [float(f(values.astype(float))) for f in (np.mean, np.min, np.max, np.std)]
+    # τ over the epochs, at most CURVE_POINTS of them
     curve = {}
     epochs, mean = run.series("tau/image_mean")
     low, high = run.series("tau/image_min")[1], run.series("tau/image_max")[1]
     if len(epochs):
         shown = evenly_spread(len(epochs), CURVE_POINTS)
-        whole = len(low) == len(mean) == len(high)
-        parts = (epochs, mean, low if whole else mean, high if whole else mean)
+        has_range = len(low) == len(mean) == len(high)
+        parts = (epochs, mean, low if has_range else mean, high if has_range else mean)
         curve = {
             key: values[shown].tolist() for key, values in zip(("epoch", "mean", "min", "max"), parts, strict=True)
         }
     by_frequency = _by_frequency(run.temperatures[-1]) if run.temperatures else {}
+
+    # config without credentials and local paths
     table = public_table(run.config)
-    table["out"] = Path(table["out"]).name  # where it lay on somebody's disk is nobody else's business
-    return Result(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency)
+    table["out"] = Path(table["out"]).name
+    return CompactResult(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency)
 
 
 def _by_frequency(last: Temperatures) -> dict[str, list[float]]:
@@ -127,23 +132,23 @@ def _by_frequency(last: Temperatures) -> dict[str, list[float]]:
     bins = None if last.frequency is None else binned(last.frequency.astype(float), sides)
     if bins is None or last.frequency is None or None in bins.correlation.values():
         return {}
-    places = range(len(bins.names))
+    numbers = range(len(bins.names))
     return {
-        "frequency": [float(np.median(last.frequency[bins.of_item == place])) for place in places],
+        "frequency": [float(np.median(last.frequency[bins.of_item == b])) for b in numbers],
         **{side: bins.quartiles[side][1].tolist() for side in sides},
         "spearman": [float(value) for value in bins.correlation.values() if value is not None],
     }
 
 
-def write_compact(results: Sequence[Result]) -> str:
-    """The text of a compact file: one line a result, floats at 6 digits."""
+def write_compact(results: Sequence[CompactResult]) -> str:
+    """Return the text of a compact file: one line a result, floats with 6 digits."""
     return "".join(json.dumps(_rounded(_to_line(result)), ensure_ascii=False) + "\n" for result in results)
 
 
-def _to_line(result: Result) -> dict[str, Any]:
+def _to_line(result: CompactResult) -> dict[str, Any]:
     final = to_record(result.final)
     return {
-        "format": FORMAT,
+        "format": COMPACT_FORMAT,
         "name": result.name,
         "seed": result.seed,
         "config": result.config,
@@ -160,7 +165,7 @@ def _to_line(result: Result) -> dict[str, Any]:
     }
 
 
-def _read_compact(path: Path) -> Iterator[Result]:
+def _read_compact(path: Path) -> Iterator[CompactResult]:
     try:
         lines = read_regular(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -172,15 +177,15 @@ def _read_compact(path: Path) -> Iterator[Result]:
             raise UserError(f"{path}: line {number} is not a compact result") from None
 
 
-def _from_line(line: dict[str, Any]) -> Result:
-    if line["format"] != FORMAT:
+def _from_line(line: dict[str, Any]) -> CompactResult:
+    if line["format"] != COMPACT_FORMAT:
         raise ValueError
     final = line["final"]
     evaluations = tuple(
         Evaluation(point["step"], point["epoch"], from_record({**final, "results": point["results"]}))
         for point in line["curve"]
     )
-    result = Result(
+    result = CompactResult(
         name=line["name"],
         config=line["config"],
         facts=line["facts"],

@@ -1,4 +1,4 @@
-"""What temperatures are asked of: pairs of a source, images in a folder, or captions in a file."""
+"""Items whose τ is computed: pairs of a source, images of a folder, or captions of a file."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PAIR = ("image", "text")
 
 @dataclass(frozen=True)
 class Item(EvaluationSample):
-    """A sample with what is known of it.
+    """A sample with its metadata.
 
     Attributes:
-        id: its id, where it is one of the run's training samples.
+        id: id of a training sample of the run; None for other data.
         facts: its .json, or the other fields of its row.
-        load: gives the bytes of its image, where they lie in a source; `shard` names that, offset and size are 0.
+        load: returns the bytes of an image that lies in a source; then `shard` names the source, offset and size are 0.
     """
 
     id: int | None = None
@@ -41,7 +41,7 @@ class Item(EvaluationSample):
     load: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
 
     def image(self) -> Image.Image:
-        """The decoded RGB image; UnreadableImage where its file cannot be read or is none."""
+        """Return the decoded RGB image. Raises UnreadableImage."""
         try:
             return decode(self.load()) if self.load else super().image()
         except OSError as error:
@@ -52,8 +52,8 @@ class Items:
     """A data set that is read a few items at a time.
 
     Attributes:
-        sides: which of `image` and `text` its items have.
-        about: what they are, for a reader.
+        sides: `image`, `text`, or both.
+        about: description for messages.
     """
 
     sides: tuple[str, ...] = PAIR
@@ -63,17 +63,17 @@ class Items:
         raise NotImplementedError
 
     def read(self, positions: Sequence[int] | np.ndarray) -> list[Item]:
-        """The items at these positions of 0 … len − 1; images are not decoded yet."""
+        """Return the items at these positions of 0 … len − 1; images are not decoded yet."""
         raise NotImplementedError
 
 
 class Pairs(Items):
-    """Usable pairs of a source, in the order of ids; the first `limit`, where that is not 0."""
+    """Usable pairs of a source in the order of ids; only the first `limit`, unless that is 0."""
 
     def __init__(self, source: Source, about: str, training: bool, limit: int = 0) -> None:
         self.source, self.about, self.training = source, about, training
         self.ids = source.usable[: limit or None]
-        self._one_at_a_time = Lock()  # threads decode together, but a source is read by one of them
+        self._one_at_a_time = Lock()  # many threads decode, one at a time reads the source
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,7 +86,7 @@ class Pairs(Items):
         with self._one_at_a_time:
             try:
                 facts = source.metadata(i)
-            except ValueError:  # training does not read it, so it may be anything
+            except ValueError:  # training does not read it, so it may be invalid
                 facts = None
             return Item(
                 key=source.name(i),
@@ -106,10 +106,10 @@ class Pairs(Items):
 
 
 def training_pairs(run: Run) -> Pairs:
-    """The samples that a run was trained on.
+    """Return the training samples of a run.
 
     Raises:
-        UserError: they are gone, or are others than it was trained on.
+        UserError: they are missing, or are not the samples that it was trained on.
     """
     config = run.config.data
     source = open_training_source(config, progress=False)
@@ -122,13 +122,13 @@ def training_pairs(run: Run) -> Pairs:
 
 
 def shard_pairs(run: Run, spec: str) -> Pairs:
-    """The pairs of any data that a config could train on; those of the run's own training data keep their ids."""
+    """Return the pairs of any training data; ids are known where it is the training data of the run."""
     source = open_source((SourceConfig(path=spec),))
     return Pairs(source, spec, training=source.digest == run.index_digest)
 
 
 class ImageFolder(Items):
-    """All .jpg, .jpeg, .png and .webp under a folder, sorted by path."""
+    """All images below a folder, sorted by path."""
 
     sides = ("image",)
 
@@ -150,7 +150,7 @@ class ImageFolder(Items):
 
 
 class CaptionFile(Items):
-    """The lines of a UTF-8 text file that are not blank; keys are line numbers, from 1."""
+    """Non-blank lines of a UTF-8 text file; keys are line numbers from 1."""
 
     sides = ("text",)
 

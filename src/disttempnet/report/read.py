@@ -1,4 +1,4 @@
-"""Reads run folders: config, facts, logged steps, evaluations, temperatures. Nothing here needs the model."""
+"""Read run folders: config, run.json, logged steps, evaluations, temperatures. Needs no model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ class Evaluation(NamedTuple):
 
 
 class Temperatures(NamedTuple):
-    """τ of every pair of the first evaluation task after `epoch` epochs: float [n] for each side.
+    """τ of the n pairs of the first evaluation task after `epoch` epochs.
 
-    Of training samples where only those have a τ. frequency: [n], training samples of the pair's concept; None where
-    that is unknown.
+    Objectives whose τ belongs to training samples log those instead.
+
+    Attributes:
+        image, text: float [n].
+        frequency: int [n], number of training samples of the pair's concept; None where unknown.
     """
 
     epoch: float
@@ -45,12 +48,12 @@ class Temperatures(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
         facts: run.json.
-        steps: lines of metrics.jsonl, by step.
-        evaluations, temperatures: by step; empty where the run has not come so far.
+        steps: lines of metrics.jsonl, in order of steps.
+        evaluations, temperatures: in order of steps; empty before the first.
     """
 
     folder: Path
@@ -62,12 +65,12 @@ class RunRecord:
 
     @property
     def title(self) -> str:
-        """The objective's written name."""
+        """The display name of the objective."""
         return one_line(str(self.facts["objective"]["title"]))
 
     @property
     def has_own_temperatures(self) -> bool:
-        """Whether τ differs between pairs."""
+        """True if τ differs between pairs."""
         return any(np.ptp(side) > 1e-6 for snapshot in self.temperatures for side in (snapshot.image, snapshot.text))
 
     @property
@@ -80,7 +83,7 @@ class RunRecord:
         return self.evaluations[-1].scores if self.evaluations else {}
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, values) of the steps that logged `key`."""
+        """Return (epochs, values) of the steps that logged `key`."""
         points = [(line["epoch"], line[key]) for line in self.steps if line.get(key) is not None]
         table = np.array(points, dtype=float).reshape(-1, 2)
         return table[:, 0], table[:, 1]
@@ -90,14 +93,14 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Raises:
-        UserError: the folder is no run, or its config is damaged. What else is damaged is passed over with a notice.
+        UserError: no run folder, or a damaged config. Other damaged files are skipped with a notice.
     """
     for name in ("config.toml", "run.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: not a run folder (it has no {name})")
     config = load_config(folder / "config.toml", bounds=False)
     facts = read_facts(folder)
-    if "objective" not in facts:  # all else is about the run, this is what it is called
+    if "objective" not in facts:  # run.json is damaged: the title comes from the config
         if config.loss.name not in OBJECTIVES:
             raise UserError(f"{folder / 'config.toml'}: {unknown_name('objective', config.loss.name, OBJECTIVES)}")
         objective = OBJECTIVES[config.loss.name]
@@ -116,7 +119,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def distinct_titles(runs: Sequence[RunRecord]) -> list[str]:
-    """A title for each run; the run's own name is added where objectives repeat."""
+    """Return a title for each run; its name is added where objectives repeat."""
     counts = Counter(run.title for run in runs)
     names = Counter((run.title, run.config.name) for run in runs)
 
@@ -134,7 +137,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _temperatures(folder: Path, evaluations: Sequence[Evaluation]) -> Iterator[Temperatures]:
-    """The snapshots beside the evaluations; those that an interrupted run left past its last one do not count."""
+    """Yield the snapshot of each evaluation. Snapshots past the last one are left over from an interruption."""
     for evaluation in evaluations:
         path = folder / "temperatures" / f"step-{evaluation.step:08d}.npz"
         if not path.is_file():
@@ -144,7 +147,7 @@ def _temperatures(folder: Path, evaluations: Sequence[Evaluation]) -> Iterator[T
                 frequency = arrays.get("frequency")
                 found = Temperatures(evaluation.epoch, arrays["image"], arrays["text"], frequency)
                 if not all(side.ndim == 1 and side.dtype.kind == "f" and len(side) for side in found[1:3]):
-                    raise ValueError("its arrays are none of τ")
+                    raise ValueError("its arrays do not hold τ")
                 yield found
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            notice(f"{path}: passed over: not a file of temperatures: {error}")
+            notice(f"{path}: skipped: not a file of temperatures: {error}")

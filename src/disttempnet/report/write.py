@@ -1,4 +1,4 @@
-"""Writes the report that a file's ending asks for: a page about runs, tables or a page over seeds, evaluations."""
+"""Write the report that a file's ending asks for: a page about runs, tables or a page over seeds or evaluations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from disttempnet.errors import UserError
 from disttempnet.io.files import refuse_unwritable
-from disttempnet.report.compact import Result, read_results, write_compact
+from disttempnet.report.compact import CompactResult, read_results, write_compact
 from disttempnet.report.evaluations.compare import holds_evaluations, read_evaluations
 from disttempnet.report.evaluations.page import evaluation_report
 from disttempnet.report.runs.page import build_report, publish
@@ -16,26 +16,26 @@ from disttempnet.report.seeds.page import comparison_page
 from disttempnet.report.seeds.tables import csv_table, latex_table, markdown_table
 
 TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
-SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
+REPORT_SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
 
 
 def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -> Path:
-    """Write what the ending of `out` asks for.
+    """Write the report that the ending of `out` asks for.
+
+    A page shows single runs in depth if run folders are given and no config has two seeds; otherwise it shows groups of
+    seeds.
 
     Args:
         paths: run folders, folders of run folders, compact files; or evaluations: their folders, folders of such
             folders, eval_results.jsonl.
-        out: .html a page, .md .tex .csv the table over seeds, .jsonl compact results (of runs only).
-        metrics: `TASK/METRIC` columns; empty = every task's main metrics.
-
-    A page is about single runs, in depth, where run folders are given and no config has two seeds among them; else it
-    is about groups of seeds.
+        out: .html for a page, .md .tex .csv for the table over seeds, .jsonl for compact results (of runs only).
+        metrics: `TASK/METRIC` columns; empty = the main metrics of every task.
 
     Raises:
         UserError: a path that is no run, an unknown ending or metric, a damaged file, or `out` cannot be written.
     """
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"{out}: the ending says what is written, one of {', '.join(SUFFIXES)}")
+    if out.suffix not in REPORT_SUFFIXES:
+        raise UserError(f"{out}: unknown ending; give one of {', '.join(REPORT_SUFFIXES)}")
     refuse_unwritable(out)
     if any(holds_evaluations(path) for path in paths):
         if out.suffix == ".jsonl":
@@ -52,7 +52,7 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) 
     return publish(out, text)
 
 
-def _have_seeds(results: Sequence[Result]) -> bool:
-    """Whether a config was run with several seeds; one seed twice (before and after a change) is not that."""
+def _have_seeds(results: Sequence[CompactResult]) -> bool:
+    """Return whether a config was run with several different seeds."""
     finished = [result for result in results if result.finished]
     return any(len({result.seed for result in same}) > 1 for same in by_config(finished))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from disttempnet.report.binning import spearman
+from disttempnet.report.bins import spearman
 from disttempnet.report.items import PAIR
 from disttempnet.temperature.statistics import TemperatureStatistics
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from disttempnet.data.images import UnreadableImage
 from disttempnet.losses import OBJECTIVES
-from disttempnet.report.binning import binned, spearman
+from disttempnet.report.bins import binned, spearman
 from disttempnet.report.runs.examples import picture
 from disttempnet.report.runs.page import open_template, publish
 from disttempnet.report.runs.plots import scatter_chart

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from disttempnet.report.binning import Binned, evenly_spread
-from disttempnet.report.runs.plots import FAINT, INK, SIDE_COLOURS, WIDTH, grid, styled, svg
+from disttempnet.report.bins import Binned, evenly_spread
+from disttempnet.report.runs.plots import FAINT, INK, PAGE_WIDTH, SIDE_COLOURS, grid, styled, svg
 from disttempnet.temperature.analysis import Cluster, Parameter, Projection
 
 POINTS = 4000  # of a scatter plot
@@ -88,7 +88,7 @@ def cluster_chart(found: Sequence[Cluster]) -> str:
 @styled
 def projection_chart(found: Mapping[str, Projection]) -> str:
     """Features coloured by τ, with the prototypes among them, on two principal axes."""
-    figure, axes = grid(1, len(found), height=4.6, width=WIDTH if len(found) > 1 else WIDTH / 2)
+    figure, axes = grid(1, len(found), height=4.6, width=PAGE_WIDTH if len(found) > 1 else PAGE_WIDTH / 2)
     for axis, (side, projection) in zip(axes[0], found.items(), strict=True):
         shown = evenly_spread(len(projection.anchors), POINTS)
         if len(projection.others):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disttempnet.report.binning import evenly_spread
+from disttempnet.report.bins import evenly_spread
 from disttempnet.report.items import PAIR, Item, Items
 from disttempnet.temperature.measure import TemperatureChunk
 from disttempnet.temperature.table import fact_text

@@ -18,11 +18,11 @@ from disttempnet.evaluation.tasks import all_tasks
 from disttempnet.report import write_report
 from disttempnet.report.evaluations.compare import (
     compare_columns,
-    differences,
     holds_evaluations,
     known_columns,
     read_evaluations,
     read_published,
+    score_differences,
     sections,
 )
 from disttempnet.report.seeds.groups import AVERAGES, Column
@@ -197,13 +197,13 @@ def test_differences_by_hand(grid: Path) -> None:
         Column("vtab/pets", "mean_per_class_recall"),
         Column("retrieval/flickr_1k_test_image_text_retrieval", "mean_recall@1"),
     )
-    first, second = differences(clip, tempnet, [pets, flickr])
+    first, second = score_differences(clip, tempnet, [pets, flickr])
     assert (first.column, second.column) == (flickr, pets)
     assert first.mean == pytest.approx(2 * (0.32 - 0.22))
     assert second.std == pytest.approx((statistics.variance(CLIP) + statistics.variance(TEMPNET)) ** 0.5)
     assert second.clear
-    assert not differences(clip, clip, [pets])[0].clear
-    assert not differences(replace(clip, results=clip.results[:1]), tempnet, [pets])[0].clear
+    assert not score_differences(clip, clip, [pets])[0].clear
+    assert not score_differences(replace(clip, results=clip.results[:1]), tempnet, [pets])[0].clear
 
 
 def test_every_task_is_in_one_section(grid: Path) -> None:

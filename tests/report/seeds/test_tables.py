@@ -282,7 +282,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             write_report([path], tmp_path / "table.md")
-    with pytest.raises(UserError, match=r"table.pdf: the ending says what is written, one of .html, .md"):
+    with pytest.raises(UserError, match=r"table.pdf: unknown ending; give one of .html, .md"):
         write_report([write_run(tmp_path / "a")], tmp_path / "table.pdf")
     for out, message in (("bad.jsonl/new/x.md", "bad.jsonl is no folder"), ("empty.md", "it is a folder")):
         (tmp_path / "empty.md").mkdir(exist_ok=True)

@@ -1,1 +1,6 @@
-"""Evaluations on many tasks: compare.py reads and compares them, page.py writes the report, plots.py its charts."""
+"""Reports over evaluations on many tasks.
+
+compare.py   reading, tables, pairwise differences
+page.py      the report in every format
+plots.py     its charts
+"""

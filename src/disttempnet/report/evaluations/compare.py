@@ -1,4 +1,4 @@
-"""Evaluations on many tasks: read, grouped over seeds, as tables of averages and of tasks, and compared pairwise."""
+"""Evaluations on many tasks: reading, tables over groups of seeds, and pairwise differences."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from disttempnet.evaluation.results.tables import notes
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import all_tasks
 from disttempnet.io.files import open_regular
-from disttempnet.report.compact import Result
+from disttempnet.report.compact import CompactResult
 from disttempnet.report.read import Evaluation
-from disttempnet.report.seeds.groups import AVERAGES, Cell, Column, Comparison, Group, Published, compare_groups
+from disttempnet.report.seeds.groups import (
+    AVERAGES,
+    Cell,
+    Column,
+    GroupComparison,
+    Published,
+    SeedGroup,
+    compare_groups,
+)
 
 PUBLISHED_FILE = Path(__file__).with_name("published.toml")
 HEADLINES = ("datacomp", "imagenet", "retrieval", "shifts", "vtab")
-DIGITS = 2  # behind the point, as such tables are published
+DIGITS = 2  # decimals, as published tables have
 SECTIONS = {
     "imagenet": "ImageNet & variants",
     "vtab": "VTAB",
@@ -35,22 +43,22 @@ SECTIONS = {
 }
 
 
-class Evaluated(NamedTuple):
+class EvaluatedModel(NamedTuple):
     """An evaluation of one model.
 
     Attributes:
-        result: the model as a run of a comparison: its tasks that ran complete, and its complete averages.
-        subject: None where only the lines of results are there.
+        result: as a run of a comparison: tasks that ran completely, and complete averages.
+        subject: None where only the lines of results exist.
     """
 
-    result: Result
+    result: CompactResult
     subject: Subject | None
     records: dict[str, TaskRecord]
     averages: dict[str, Average]
 
 
 class Difference(NamedTuple):
-    """A column of two groups: other − base. `clear`: more than the larger of their standard deviations, both known."""
+    """The difference of two groups in a column, other − base."""
 
     column: Column
     base: Cell
@@ -69,13 +77,14 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
+        """True if both standard deviations are known and the difference exceeds the larger one."""
         if self.base.std is None or self.other.std is None:
             return False
         return abs(self.mean) > max(self.base.std, self.other.std)
 
 
 def holds_evaluations(path: Path) -> bool:
-    """Whether it is an evaluation's folder, its lines of results, or a folder of such folders."""
+    """Return whether a path is an evaluation folder, its eval_results.jsonl, or a folder of evaluation folders."""
     if path.suffix == ".jsonl":
         try:
             with os.fdopen(open_regular(path), encoding="utf-8") as file:
@@ -86,8 +95,8 @@ def holds_evaluations(path: Path) -> bool:
     return bool(_folders(path))
 
 
-def read_evaluations(paths: Sequence[Path]) -> list[Evaluated]:
-    """Evaluations in the order of the paths.
+def read_evaluations(paths: Sequence[Path]) -> list[EvaluatedModel]:
+    """Read evaluations, in the order of the paths.
 
     Raises:
         UserError: a path that is no evaluation, a damaged file, or one without results.
@@ -105,7 +114,7 @@ def _folders(path: Path) -> list[Path]:
     return sorted(found.parent for found in path.glob(f"*/{RESULTS_FILE}")) if path.is_dir() else []
 
 
-def _read(path: Path) -> Evaluated:
+def _read(path: Path) -> EvaluatedModel:
     file = path / RESULTS_FILE if path.is_dir() else path
     found = read_records(file)
     if not found:
@@ -117,7 +126,7 @@ def _read(path: Path) -> Evaluated:
     scores = {key: _scores(key, record) for key, record in records.items() if record.counts}
     complete = {tag: average.mean for tag, average in every.items() if average.complete and average.mean is not None}
     scores[AVERAGES] = Scores(metrics=dict(complete))
-    return Evaluated(_result(path, subject, records, scores), subject, records, every)
+    return EvaluatedModel(_result(path, subject, records, scores), subject, records, every)
 
 
 def _scores(key: str, record: TaskRecord) -> Scores:
@@ -128,8 +137,8 @@ def _scores(key: str, record: TaskRecord) -> Scores:
 
 def _result(
     path: Path, subject: Subject | None, records: Mapping[str, TaskRecord], scores: dict[str, Scores]
-) -> Result:
-    """As a run of a comparison. A model that is no run of ours is a group of its own."""
+) -> CompactResult:
+    """Return an evaluation as a run of a comparison. A model without a run folder is a group of its own."""
     subject = subject or Subject(str(path.parent if path.name == RESULTS_FILE else path))
     config: dict[str, Any] = dict(subject.run.get("config") or {"name": subject.title, "train": {"seed": 0}})
     if not subject.run:
@@ -141,16 +150,16 @@ def _result(
     seconds = sum(record.seconds for record in records.values())
     last = Evaluation(int(subject.run.get("step", 0)), 0.0, scores)
     try:
-        result = Result(str(config["name"]), config, facts, seconds, (last,), {}, {}, {})
-        if result.objective and result.seed >= 0:  # both are read from the tables
+        result = CompactResult(str(config["name"]), config, facts, seconds, (last,), {}, {}, {})
+        if result.objective and result.seed >= 0:  # checked here, since both are read from the config
             return result
     except (KeyError, TypeError, ValueError):
         pass
     raise UserError(f"{path}: {SUMMARY_FILE} does not hold a run's config and objective")
 
 
-def compare_columns(every: Sequence[Evaluated], columns: Sequence[Column | str]) -> Comparison:
-    """A table of these columns, or `TASK/METRIC` and `averages/TAG`; published rows stand below averages.
+def compare_columns(every: Sequence[EvaluatedModel], columns: Sequence[Column | str]) -> GroupComparison:
+    """Return a table of columns, given as such or as `TASK/METRIC` and `averages/TAG`, with published averages below.
 
     Raises:
         UserError: an unknown column, or one seed of a config twice.
@@ -162,8 +171,8 @@ def compare_columns(every: Sequence[Evaluated], columns: Sequence[Column | str])
     return replace(table, digits=DIGITS, published=rows)
 
 
-def headline_tables(every: Sequence[Evaluated]) -> list[tuple[str, Comparison]]:
-    """(heading, table): the averages, ImageNet & variants, retrieval; those that have a column."""
+def headline_tables(every: Sequence[EvaluatedModel]) -> list[tuple[str, GroupComparison]]:
+    """Return (heading, table) of averages, ImageNet & variants and retrieval, where there are columns."""
     known = known_columns(every)
     means = [column for column in known if column.task == AVERAGES]
     tables = [("Averages", compare_columns(every, means))] if means else []
@@ -175,8 +184,8 @@ def headline_tables(every: Sequence[Evaluated]) -> list[tuple[str, Comparison]]:
     return tables
 
 
-def known_columns(every: Sequence[Evaluated]) -> list[Column]:
-    """The averages that at least one model has, then main metrics of tasks, in the order of tasks.toml."""
+def known_columns(every: Sequence[EvaluatedModel]) -> list[Column]:
+    """Return averages that at least one model has, then the main metrics of tasks in the order of tasks.toml."""
     found = {Column(task, m) for one in every for task, s in one.result.final.items() for m in s.metrics}
     heads = [Column(AVERAGES, tag) for tag in HEADLINES]
     places = {key: place for place, key in enumerate(all_tasks())}
@@ -185,22 +194,22 @@ def known_columns(every: Sequence[Evaluated]) -> list[Column]:
 
 
 def sections(columns: Iterable[Column]) -> list[tuple[str, list[Column]]]:
-    """Tasks by kind: (heading, columns), each task once."""
+    """Return tasks by kind as (heading, columns), each task once."""
     members: dict[str, list[Column]] = {tag: [] for tag in SECTIONS}
     for column in columns:
         members[next((tag for tag in SECTIONS if tag in _tags(column)), "")].append(column)
     return [(SECTIONS[tag], found) for tag, found in members.items() if found]
 
 
-def differences(base: Group, other: Group, columns: Sequence[Column]) -> list[Difference]:
-    """Other − base of the columns that both have, the greatest gain first."""
+def score_differences(base: SeedGroup, other: SeedGroup, columns: Sequence[Column]) -> list[Difference]:
+    """Return other − base for the columns that both have, the greatest gain first."""
     pairs = [(column, base.cell(column), other.cell(column)) for column in columns]
     found = [Difference(column, a, b) for column, a, b in pairs if a is not None and b is not None]
     return sorted(found, key=lambda difference: -difference.mean)
 
 
-def warnings(every: Sequence[Evaluated]) -> list[str]:
-    """Of every model whose average over all tasks is none, what it has and lacks; and the notes on tasks."""
+def warnings(every: Sequence[EvaluatedModel]) -> list[str]:
+    """Return a line for each model with an incomplete average, and the notes on tasks."""
     lines = []
     for one in every:
         average = one.averages["datacomp"]
@@ -215,7 +224,7 @@ def warnings(every: Sequence[Evaluated]) -> list[str]:
 
 
 def read_published() -> tuple[Published, ...]:
-    """The rows of published.toml."""
+    """Return the rows of published.toml."""
     table = tomllib.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
 
     def cell(values: Sequence[float]) -> Cell:

@@ -9,39 +9,39 @@ from disttempnet.report.evaluations import plots
 from disttempnet.report.evaluations.compare import (
     DIGITS,
     Difference,
-    Evaluated,
+    EvaluatedModel,
     compare_columns,
-    differences,
     headline_tables,
     known_columns,
+    score_differences,
     sections,
     warnings,
 )
 from disttempnet.report.runs.page import open_template
 from disttempnet.report.runs.plots import RUN_COLOURS
-from disttempnet.report.seeds.groups import AVERAGES, Comparison, Group
+from disttempnet.report.seeds.groups import AVERAGES, GroupComparison, SeedGroup
 from disttempnet.report.seeds.tables import (
     cell_text,
     csv_table,
     latex_table,
     legend,
-    markdown_cell,
+    markdown_score,
     markdown_table,
     pipes,
     published_cells,
 )
-from disttempnet.sanitize import markdown_cell as escaped
+from disttempnet.sanitize import markdown_cell
 
-SHOWN = len(RUN_COLOURS)  # groups that the chart of tasks can tell apart
-Differences = list[tuple[Group, Group, list[Difference]]]
+MOST_CHARTED = len(RUN_COLOURS)  # groups in the chart of tasks: a colour each
+Differences = list[tuple[SeedGroup, SeedGroup, list[Difference]]]
 
 
-def evaluation_report(every: Sequence[Evaluated], ending: str, metrics: Sequence[str] = ()) -> str:
-    """The text of the file.
+def evaluation_report(every: Sequence[EvaluatedModel], ending: str, metrics: Sequence[str] = ()) -> str:
+    """Return the text of the report.
 
     Args:
-        ending: .html, .md, .tex or .csv; the last is one table of all averages and tasks.
-        metrics: `TASK/METRIC` or `averages/TAG`: these columns alone, in one table.
+        ending: .html, .md, .tex or .csv; .csv is one table of all averages and tasks.
+        metrics: `TASK/METRIC` or `averages/TAG`: only these columns, in one table.
     """
     if ending == ".csv":
         return csv_table(compare_columns(every, metrics or known_columns(every)))
@@ -53,32 +53,37 @@ def evaluation_report(every: Sequence[Evaluated], ending: str, metrics: Sequence
     return _page(every, tables, tasks) if ending == ".html" else _markdown(every, tables, tasks)
 
 
-def _differences(every: Sequence[Evaluated], tasks: Comparison) -> Differences:
-    """Every other group against the first."""
+def _differences(every: Sequence[EvaluatedModel], tasks: GroupComparison) -> Differences:
+    """Return the differences of every other group to the first."""
     base, *others = tasks.groups
-    return [(base, other, differences(base, other, known_columns(every))) for other in others]
+    return [(base, other, score_differences(base, other, known_columns(every))) for other in others]
 
 
-def _markdown(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], tasks: Comparison | None) -> str:
+def _markdown(
+    every: Sequence[EvaluatedModel], tables: Sequence[tuple[str, GroupComparison]], tasks: GroupComparison | None
+) -> str:
     parts = [f"## {heading}\n\n{markdown_table(table)}" for heading, table in tables]
     if tasks is not None:
-        heads = ["task", "metric", *(escaped(group.title) for group in tasks.groups)]
+        heads = ["task", "metric", *(markdown_cell(group.title) for group in tasks.groups)]
         rows = [heads, ["---", "---", *("--:" for _ in tasks.groups)]]
         for column, cells in tasks.by_column:
             of_groups = zip(tasks.groups, cells, strict=True)
-            words = [markdown_cell(cell, len(group.results), DIGITS) for group, cell in of_groups]
-            rows.append([escaped(task_title(column.task)), escaped(column.head), *words])
+            words = [markdown_score(cell, len(group.results), DIGITS) for group, cell in of_groups]
+            rows.append([markdown_cell(task_title(column.task)), markdown_cell(column.head), *words])
         parts.append(f"## Tasks\n\n{pipes(rows)}\n{legend(tasks)}\n")
         for base, other, found in _differences(every, tasks):
-            rows = [["", escaped(base.title), escaped(other.title), "difference"], ["---", "--:", "--:", "--:"]]
+            rows = [
+                ["", markdown_cell(base.title), markdown_cell(other.title), "difference"],
+                ["---", "--:", "--:", "--:"],
+            ]
             for one in found:
                 first, second, change = _difference_words(one, base, other)
-                rows.append([escaped(one.column.title), first, second, f"**{change}**" if one.clear else change])
-            heading = f"{escaped(other.title)} − {escaped(base.title)}"
+                rows.append([markdown_cell(one.column.title), first, second, f"**{change}**" if one.clear else change])
+            heading = f"{markdown_cell(other.title)} − {markdown_cell(base.title)}"
             parts.append(f"## {heading}\n\n{pipes(rows)}\npoints of a percentage; {_rule()}\n")
     lines = warnings(every)
     if lines:
-        parts.append("## What to know\n\n" + "".join(f"- {escaped(line)}\n" for line in lines))
+        parts.append("## What to know\n\n" + "".join(f"- {markdown_cell(line)}\n" for line in lines))
     return "\n".join(parts)
 
 
@@ -86,8 +91,8 @@ def _rule() -> str:
     return "bold: more than the larger standard deviation of the two; unmarked where one of them has one seed"
 
 
-def _difference_words(one: Difference, base: Group, other: Group) -> tuple[str, str, str]:
-    """Base, other, and the difference with its sign."""
+def _difference_words(one: Difference, base: SeedGroup, other: SeedGroup) -> tuple[str, str, str]:
+    """Return base, other and the signed difference as text."""
     sign = "−" if one.mean < 0 else "+"
     spread = f" ({100 * one.std:.{DIGITS}f})" if one.std is not None else ""
     return (
@@ -97,9 +102,11 @@ def _difference_words(one: Difference, base: Group, other: Group) -> tuple[str, 
     )
 
 
-def _page(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], tasks: Comparison | None) -> str:
+def _page(
+    every: Sequence[EvaluatedModel], tables: Sequence[tuple[str, GroupComparison]], tasks: GroupComparison | None
+) -> str:
     groups = (tasks or (tables[0][1] if tables else compare_columns(every, ()))).groups
-    shown = groups[:SHOWN]
+    shown = groups[:MOST_CHARTED]
     parts = sections(tasks.columns) if tasks else []
     return open_template("evaluation.html").render(
         title="Zero-shot evaluation" + (f" of {groups[0].title}" if len(groups) == 1 else ""),
@@ -110,7 +117,7 @@ def _page(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], 
         legend=legend,
         cell=cell_text,
         published_cells=published_cells,
-        not_shown=[group.title for group in groups[SHOWN:]],
+        not_shown=[group.title for group in groups[MOST_CHARTED:]],
         chart_of_tasks=plots.task_chart(shown, parts) if tasks else "",
         differences=[_difference_part(*pair) for pair in (_differences(every, tasks) if tasks else []) if pair[2]],
         provenance=_provenance(every),
@@ -118,14 +125,14 @@ def _page(every: Sequence[Evaluated], tables: Sequence[tuple[str, Comparison]], 
 
 
 def _difference_part(
-    base: Group, other: Group, found: list[Difference]
+    base: SeedGroup, other: SeedGroup, found: list[Difference]
 ) -> tuple[str, str, str, list[tuple[Difference, tuple[str, str, str]]]]:
     rows = [(one, _difference_words(one, base, other)) for one in found]
     return base.title, other.title, plots.difference_chart(found), rows
 
 
-def _provenance(every: Sequence[Evaluated]) -> list[list[str]]:
-    """A row an evaluation: where it lies, model, weights' hash, precision, quirks, tasks, time, versions."""
+def _provenance(every: Sequence[EvaluatedModel]) -> list[list[str]]:
+    """Return a row for each evaluation: folder, model, weights' hash, precision, quirks, tasks, time, versions."""
     rows = []
     for one in every:
         subject = one.subject

@@ -1,4 +1,4 @@
-"""Charts of evaluations on many tasks: scores by task, differences to a base."""
+"""Charts of evaluations on many tasks: scores by task, and differences to a base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.report.evaluations.compare import Difference
 from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, grid, styled, svg
-from disttempnet.report.seeds.groups import AVERAGES, Column, Group
+from disttempnet.report.seeds.groups import AVERAGES, Column, SeedGroup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,11 +18,11 @@ MARKERS = ("o", "D", "s", "^", "v", "P")  # of groups in one panel, with RUN_COL
 
 
 @styled
-def task_chart(groups: Sequence[Group], sections: Sequence[tuple[str, Sequence[Column]]]) -> str:
-    """Main metrics: a row a task below the heading of its section, a dot a group, mean ± std.
+def task_chart(groups: Sequence[SeedGroup], sections: Sequence[tuple[str, Sequence[Column]]]) -> str:
+    """Draw main metrics: a row for each task below the heading of its section, a dot for each group, mean ± std.
 
     Args:
-        groups: as many as there are `RUN_COLOURS`, at most.
+        groups: at most as many as `RUN_COLOURS`.
     """
     rows: list[tuple[str, Column | None]] = []
     for heading, columns in sections:
@@ -31,7 +31,7 @@ def task_chart(groups: Sequence[Group], sections: Sequence[tuple[str, Sequence[C
     axis = cells[0][0]
     for g, group in enumerate(groups):
         known = [(y, c) for y, (_, column) in enumerate(rows) if column and (c := group.cell(column)) is not None]
-        offset = 0.5 * ((g + 0.5) / len(groups) - 0.5)  # beside each other in a row, so that none hides another
+        offset = 0.5 * ((g + 0.5) / len(groups) - 0.5)  # next to each other, so that none hides another
         axis.errorbar(
             [100 * cell.mean for _, cell in known],
             [y + offset for y, _ in known],
@@ -44,7 +44,7 @@ def task_chart(groups: Sequence[Group], sections: Sequence[tuple[str, Sequence[C
             label=group.title,
         )
     _task_rows(axis, [name for name, _ in rows], [column is None for _, column in rows])
-    axis.set_xlim(left=-1)  # a dot at 0 is seen whole
+    axis.set_xlim(left=-1)  # a dot at 0 is not cut off
     axis.set(xlabel="main metric, %")
     figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return svg(figure)
@@ -52,7 +52,7 @@ def task_chart(groups: Sequence[Group], sections: Sequence[tuple[str, Sequence[C
 
 @styled
 def difference_chart(found: Sequence[Difference]) -> str:
-    """Other − base in points of a percentage, the greatest gain on top; pale where it is within the seeds' spread."""
+    """Draw other − base in percentage points, the greatest gain on top; pale within the spread of the seeds."""
     figure, cells = grid(1, 1, height=0.9 + 0.23 * len(found))
     axis = cells[0][0]
     for y, one in enumerate(found):
@@ -69,7 +69,7 @@ def difference_chart(found: Sequence[Difference]) -> str:
 
 
 def _task_rows(axis: Axes, names: Sequence[str], bold: Sequence[bool]) -> None:
-    """Names from the top down, one a row."""
+    """Label the rows from the top down."""
     axis.set_yticks(range(len(names)), names, color=INK, fontsize=9.0)
     axis.tick_params(axis="y", length=0)
     for label, strong in zip(axis.get_yticklabels(), bold, strict=True):

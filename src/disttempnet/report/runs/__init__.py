@@ -1,1 +1,6 @@
-"""The page about single runs: page.py, its charts in plots.py, its examples in examples.py."""
+"""The page about single runs.
+
+page.py       the page
+plots.py      its charts, and the style of all charts
+examples.py   predictions, retrievals and extremes of τ
+"""

@@ -1,7 +1,7 @@
-"""Examples for the report, chosen by rule and not by hand: predictions, retrievals, extremes of temperature.
+"""Examples for the report: predictions, retrievals, extremes of τ. Chosen by a rule, never by hand.
 
-A rule: images or captions are grouped by which runs get them right, and each group shows members evenly spread over
-the data. The model of a run is that of its last checkpoint.
+The rule: images or captions are grouped by the set of runs that get them right. Each group shows members evenly spread
+over the data. The model of a run is its last checkpoint.
 
 Legend: n images, t distinct captions, C classes, D width; R runs.
 """
@@ -22,20 +22,20 @@ from torch import Tensor
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate
 from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.tasks import EvaluationSample, find_task
-from disttempnet.report.binning import evenly_spread
+from disttempnet.report.bins import evenly_spread
 from disttempnet.report.items import training_pairs
 from disttempnet.report.read import RunRecord
 from disttempnet.training.checkpoint import Run, load_run
 from disttempnet.training.run_folder import list_checkpoints
 
-PICTURE_SIDE = 128  # pixels: shown at 64, sharp on dense screens too
-TRAINING_PAIRS = 20_000  # embedded for the temperature gallery, evenly spread over larger data
+PICTURE_SIDE = 128  # pixels; shown at 64, sharp on high-density screens
+TRAINING_PAIRS = 20_000  # embedded for the gallery of τ; evenly spread over larger data
 SHOWN_ANSWERS = 5
 GALLERY = 10
 
 
 class Answer(NamedTuple):
-    """One candidate of a ranking; a text or, in image retrieval, a picture (data URI) with its caption."""
+    """A candidate of a ranking: a text or, in image retrieval, a picture (data URI) with its caption."""
 
     text: str
     picture: str
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """One run's best answers; the first right one stands at `place`, 1 = top; `average` similarity of all."""
+    """The best answers of a run; `place` is the rank of the first right one (from 1), `average` the mean similarity."""
 
     answers: list[Answer]
     place: int
@@ -53,15 +53,15 @@ class Ranking(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What was asked (a picture or a text) and how each run ranked the candidates."""
+    """A query (a picture or a text) and the ranking of each run."""
 
     text: str
     picture: str
     rankings: list[Ranking]
 
 
-class Group(NamedTuple):
-    """Queries that the same runs answer rightly, with how many there are in all."""
+class QueryGroup(NamedTuple):
+    """Queries that the same runs answer right: `size` of `total` queries, some of them shown."""
 
     right: tuple[bool, ...]
     size: int
@@ -95,7 +95,7 @@ class Gallery:
 
 
 def open_model(record: RunRecord) -> Run | None:
-    """The model of a run's last checkpoint on the best device there is; None before the first checkpoint."""
+    """Return the model of the last checkpoint, on a GPU if there is one; None before the first checkpoint."""
     checkpoints = list_checkpoints(record.folder)
     if not checkpoints:
         return None
@@ -106,13 +106,13 @@ def open_model(record: RunRecord) -> Run | None:
 
 
 def evaluate_models(runs: Sequence[Run], tasks: Sequence[str], batch: int) -> list[dict[str, TaskResult]]:
-    """Each run's results, features included, on the tasks."""
+    """Return the results of each run on the tasks, features included."""
     found = [evaluate(run.towers, tasks, device=_device(), batch=batch) for run in runs]
     return [{task: r for task, r in results.items() if isinstance(r, TaskResult)} for results in found]
 
 
-def zero_shot_examples(results: Sequence[TaskResult], task: str, per_group: int) -> list[Group]:
-    """Images of a task and the classes that each run finds most similar."""
+def zero_shot_examples(results: Sequence[TaskResult], task: str, per_group: int) -> list[QueryGroup]:
+    """Return images of a task with the classes that each run finds most similar."""
     images = _images_of(task, results[0])
     names = results[0].class_names
     truth = results[0].labels.cpu()
@@ -126,17 +126,20 @@ def zero_shot_examples(results: Sequence[TaskResult], task: str, per_group: int)
     return _groups(right, per_group, lambda i: query(i, [s[i] for s in similarities]))
 
 
-def retrieval_examples(results: Sequence[TaskResult], task: str, to_text: bool, per_group: int) -> list[Group]:
-    """Captions found for images of a task (`to_text`), or images for captions.
+def retrieval_examples(results: Sequence[TaskResult], task: str, to_text: bool, per_group: int) -> list[QueryGroup]:
+    """Return captions retrieved for images of a task (`to_text`), or images retrieved for captions.
 
-    An image's first caption stands for it; equal captions are one candidate that belongs to several images.
+    The first caption of an image represents it. Equal captions are one candidate that belongs to several images.
     """
+    # t distinct captions, and which images have each
     images, captions = _images_of(task, results[0]), results[0].captions
     texts = list(dict.fromkeys(captions))
     text_of = {text: t for t, text in enumerate(texts)}
     images_of: list[set[int]] = [set() for _ in texts]
     for i, caption in enumerate(captions):
         images_of[text_of[caption]].add(i)
+
+    # similarities [n, t] of each run: images × distinct captions
     first_image = [min(members) for members in images_of]
     similarities = [(r.image_features @ r.text_features[first_image].T).cpu() for r in results]
 
@@ -146,6 +149,7 @@ def retrieval_examples(results: Sequence[TaskResult], task: str, to_text: bool, 
     def image(place: int) -> tuple[str, str]:
         return captions[place], picture(images[place])
 
+    # queries and candidates in the asked direction
     asked, answered = (image, text) if to_text else (text, image)
     relevant = [{text_of[caption]} for caption in captions] if to_text else images_of
     if not to_text:
@@ -154,17 +158,19 @@ def retrieval_examples(results: Sequence[TaskResult], task: str, to_text: bool, 
     def query(q: int) -> Query:
         return Query(*asked(q), [_ranking(s[q], relevant[q], answered) for s in similarities])
 
+    # right [queries, R]: whether the best candidate of a run is a right one
     top = [s.argmax(1).tolist() for s in similarities]
     right = torch.tensor([[best[q] in relevant[q] for best in top] for q in range(len(relevant))])
     return _groups(right, per_group, query)
 
 
 def temperature_gallery(run: Run, batch: int) -> Gallery | None:
-    """The training pairs of lowest and highest τ; None where all of them have the same.
+    """Return the training pairs of lowest and highest τ; None where all τ are equal.
 
     Raises:
-        UserError: the training shards are gone or changed.
+        UserError: the training data are missing or have changed.
     """
+    # τ [n] of each side, over an even choice of the training pairs
     pairs = training_pairs(run)
     samples = pairs.read(evenly_spread(len(pairs), TRAINING_PAIRS))
     images, texts, kept = embed_samples(run.towers, samples, device=_device(), batch=batch)
@@ -174,6 +180,7 @@ def temperature_gallery(run: Run, batch: int) -> Gallery | None:
     image_tau, text_tau = tau.double().cpu().numpy()
     if max(np.ptp(image_tau), np.ptp(text_tau)) < 1e-6:
         return None
+    # the GALLERY lowest and highest of each side
     extremes = {}
     for side, tau in (("image", image_tau), ("text", text_tau)):
         order = np.argsort(tau, kind="stable")
@@ -187,7 +194,7 @@ def temperature_gallery(run: Run, batch: int) -> Gallery | None:
 
 @lru_cache(maxsize=4096)
 def picture(sample: EvaluationSample) -> str:
-    """The sample's image as a small WebP in a data URI."""
+    """Return the image of a sample as a small WebP in a data URI."""
     image = sample.image()
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     buffer = io.BytesIO()
@@ -211,8 +218,8 @@ def _ranking(scores: Tensor, right: set[int], show: Callable[[int], tuple[str, s
     return Ranking(shown, place + 1, answer(order[place]), float(scores.mean()))
 
 
-def _groups(right: Tensor, per_group: int, query: Callable[[int], Query]) -> list[Group]:
-    """right [queries, R] → a group for each pattern that occurs: first those that more runs get right."""
+def _groups(right: Tensor, per_group: int, query: Callable[[int], Query]) -> list[QueryGroup]:
+    """Return a group for each row pattern of right [queries, R], those that most runs get right first."""
     patterns: dict[tuple[bool, ...], list[int]] = {}
     for i, row in enumerate(right.tolist()):
         patterns.setdefault(tuple(row), []).append(i)
@@ -222,7 +229,7 @@ def _groups(right: Tensor, per_group: int, query: Callable[[int], Query]) -> lis
         # middles of equal parts: neither the first nor the last member is special
         parts = min(per_group, len(members))
         chosen = [members[(2 * k + 1) * len(members) // (2 * parts)] for k in range(parts)]
-        groups.append(Group(pattern, len(members), len(right), [query(i) for i in chosen]))
+        groups.append(QueryGroup(pattern, len(members), len(right), [query(i) for i in chosen]))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Builds the page: gathers what run folders and models say, and fills the template."""
+"""The page about single runs: values from run folders and models, filled into a template."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from disttempnet.training.checkpoint import Run
 
 
 def build_report(run_folders: Sequence[Path], out: Path) -> Path:
-    """Write one HTML file about the runs, side by side; it loads nothing and needs no JavaScript.
+    """Write a self-contained HTML page that shows runs side by side, without JavaScript.
 
     Args:
-        run_folders: what `disttempnet train` wrote; unfinished runs are described as far as they are.
-        out: the file to write; its folder is made.
+        run_folders: folders that `disttempnet train` wrote; runs may be unfinished.
+        out: file to write; its folder is made.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: a folder that is no run, or a damaged file.
+        UserError: a folder that is no run, or a damaged config.
     """
     runs = [read_run(Path(folder)) for folder in run_folders]
     if not runs:
@@ -89,7 +89,7 @@ def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
 
 
 def _results(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:
-    """The headline table, and on how many of its rows each run is clearly ahead."""
+    """Return the tables of results, and a sentence about which run is ahead."""
     final = [run.final for run in runs]
     tables, wins, rows = [], [0] * len(runs), 0
     for task in tasks_of(final):
@@ -105,7 +105,7 @@ def _results(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]
 
 
 def _verdict(titles: Sequence[str], wins: Sequence[int], rows: int) -> str:
-    """Who is ahead where, in a sentence; empty for a single run."""
+    """Return a sentence about which run is ahead where; empty for a single run."""
     if len(titles) < 2:
         return ""
     ahead = [f"{title} is clearly ahead in {n}" for title, n in zip(titles, wins, strict=True) if n]
@@ -130,7 +130,7 @@ def _charts(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:
 
 
 def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence[Run | None]) -> list[dict[str, Any]]:
-    """A gallery for every run whose temperatures differ; where the training data is gone, the reason instead."""
+    """Return a gallery for each run whose τ differ, or the reason why its training data cannot be read."""
     galleries: list[dict[str, Any]] = []
     for run, title, model in zip(runs, titles, models, strict=True):
         if model is None or not run.has_own_temperatures:
@@ -164,9 +164,9 @@ def _galleries(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequenc
 
 
 def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence[Run | None]) -> dict[str, Any]:
-    """Zero-shot and retrieval examples on the tasks that all runs with a checkpoint share."""
+    """Return zero-shot and retrieval examples on the tasks that all runs with a checkpoint share."""
     opened = [(title, model) for title, model in zip(titles, models, strict=True) if model is not None]
-    all_tasks = readers.all_tasks()  # examples are of tasks with captions, whose data is at hand
+    all_tasks = readers.all_tasks()  # examples need captions and local data
     known = [task for task in tasks_of([run.final for run in runs]) if task in all_tasks and all_tasks[task].data]
     shared = [task for task in known if all(task in model.config.eval.tasks for _, model in opened)]
     if not opened or not shared:
@@ -193,7 +193,7 @@ def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence
 
 
 def _provenance(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """What is needed to run the same again: (name, one value a run)."""
+    """Return what is needed to repeat the runs: (name, a value for each run)."""
 
     def row(name: str, values: Sequence[object]) -> tuple[str, list[str]]:
         return name, ["–" if value in (None, "") else str(value) for value in values]
@@ -227,7 +227,7 @@ def _median(run: RunRecord, key: str, form: str) -> str:
 
 
 def _duration(facts: dict[str, Any]) -> str:
-    """From the first start to the end, pauses between interruption and resumption included."""
+    """Return the time from the first start to the end, pauses included."""
     if "started" not in facts or "finished" not in facts:
         return ""
     seconds = (datetime.fromisoformat(facts["finished"]) - datetime.fromisoformat(facts["started"])).total_seconds()

@@ -1,6 +1,7 @@
-"""Charts as SVG images in data URIs. One palette, readable with every common colour blindness (Okabe and Ito).
+"""Charts of runs as SVG images in data URIs, and the style of all charts.
 
-Runs are told apart by hue and line style; the two sides of a pair by light hues of their own.
+The palette suits every common colour blindness (Okabe and Ito). Runs differ in hue and line style; the two sides of a
+pair have light hues.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.evaluation.tasks import task_title
-from disttempnet.report.binning import evenly_spread
+from disttempnet.report.bins import evenly_spread
 from disttempnet.report.read import RunRecord, Temperatures
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SIDE_COLOURS = {"image": "#2A9FD6", "text": "#E69F00"}
 INK, FAINT = "#2b2f36", "#8a919c"
 RIDGES = 7  # snapshots shown at most
 PANELS = 4  # in a row
-WIDTH = 11.0  # inches of a chart that fills the page
+PAGE_WIDTH = 11.0  # inches of a chart that fills the page
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 10.0,
@@ -54,7 +55,7 @@ _STYLE = {
 
 
 def styled(chart: Callable[Arguments, str]) -> Callable[Arguments, str]:
-    """Draw under the page's style; matplotlib is imported when the first chart is drawn."""
+    """Decorate a chart to use the style of the page. matplotlib is imported with the first chart."""
 
     @wraps(chart)
     def draw(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
@@ -72,7 +73,7 @@ def run_colour(i: int) -> str:
 
 @styled
 def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
-    """Zero-shot top-1 and mean recall over the epochs: a row a task, a line a run, chance dotted."""
+    """Draw zero-shot top-1 and mean recall over the epochs: a row for each task, a line for each run, chance dotted."""
     tasks = tasks_of([evaluation.scores for run in runs for evaluation in run.evaluations])
     figure, axes = grid(len(tasks), 2, height=2.5)
     for row, task in zip(axes, tasks, strict=True):
@@ -95,7 +96,7 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
 
 @styled
 def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
-    """The loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
+    """Draw the loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
     panels, columns = len(runs) + 2, min(len(runs) + 2, PANELS)
     figure, cells = grid(-(-panels // columns), columns, height=2.5)
     axes = [axis for row in cells for axis in row]
@@ -118,7 +119,7 @@ def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
 
 @styled
 def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
-    """τ of the training batches over the epochs, a panel a run: mean of each side with its minimum and maximum."""
+    """Draw τ of the training batches over the epochs, a panel for each run: mean, minimum and maximum of each side."""
     figure, axes = grid(1, len(runs), height=2.8, sharey=True)
     for run, title, axis in zip(runs, titles, axes[0], strict=True):
         for side, colour in SIDE_COLOURS.items():
@@ -137,7 +138,7 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
 
 @styled
 def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
-    """Histograms of τ over time, earliest at the bottom, a column for each side."""
+    """Draw histograms of τ over time, earliest at the bottom, a column for each side."""
     chosen = [snapshots[i] for i in evenly_spread(len(snapshots), RIDGES)]
     figure, axes = grid(1, 2, height=0.9 + 0.5 * len(chosen))
     for axis, (side, colour) in zip(axes[0], SIDE_COLOURS.items(), strict=True):
@@ -162,7 +163,7 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
 
 @styled
 def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
-    """τ of the image side against τ of the text side: a point a training pair."""
+    """Draw τ of the image side against τ of the text side, a point for each training pair."""
     figure, axes = grid(1, 1, height=3.6, width=3.9)
     shown = list(evenly_spread(len(image_tau), 4000))
     points = image_tau[shown], text_tau[shown]
@@ -172,9 +173,9 @@ def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
 
 
 def grid(
-    rows: int, columns: int, height: float, width: float = WIDTH, sharey: bool = False
+    rows: int, columns: int, height: float, width: float = PAGE_WIDTH, sharey: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure without pyplot's global state, and its axes as rows."""
+    """Return a figure without pyplot's global state, and its axes as rows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height * rows), layout="constrained")
@@ -183,7 +184,7 @@ def grid(
 
 
 def epoch_axis(axis: Axes, title: str) -> None:
-    """The title, and epochs below."""
+    """Set the title and the axis of epochs."""
     axis.set(title=title, xlabel="epoch")
     axis.locator_params(axis="x", nbins=6, integer=True)
 
@@ -201,26 +202,26 @@ def _legend(figure: Figure, axis: Axes) -> None:
 
 
 def _padded_range(values: np.ndarray) -> tuple[float, float]:
-    """The range of all but the outermost 0.1 % at each end, which would flatten everything else."""
+    """Return the range of the values without the outermost 0.1 % at each end, which would flatten the rest."""
     low, high = np.quantile(values, [0.001, 0.999]).tolist()
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return low - margin, high + margin
 
 
 def _smooth(counts: np.ndarray) -> np.ndarray:
-    """Histogram counts through a Gaussian of one and a half bins: the shape, not the bins, is what a ridge shows."""
+    """Return counts smoothed by a Gaussian of 1.5 bins, so that a ridge shows the shape and not the bins."""
     kernel = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     return np.convolve(counts, kernel / kernel.sum(), mode="same")
 
 
 def _mixed(colour: str, strength: float) -> tuple[float, ...]:
-    """The colour on white at this strength: opaque, so that a ridge hides the one behind it."""
+    """Return a colour mixed with white. It is opaque, so that a ridge hides the one behind it."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return tuple(1 - strength * (1 - part) for part in parts)
 
 
 def svg(figure: Figure) -> str:
-    """The figure as a data URI. Letters stay letters, set in the page's font; equal data give equal bytes."""
+    """Return the figure as an SVG data URI. Text stays text in the font of the page; equal data give equal bytes."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"'DejaVu Sans'[^;]*sans-serif", "system-ui, sans-serif", buffer.getvalue())

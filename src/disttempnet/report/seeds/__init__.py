@@ -1,7 +1,8 @@
 """Tables and the page over groups of seeds.
 
-groups.py       runs that differ only in their seed: mean (std), what is marked
-tables.py       as text, Markdown, LaTeX, CSV;  tau_tables.py: τ
-page.py         the page, and which report a file's ending asks for
+groups.py       groups of runs that differ only in the seed: mean, standard deviation, marks
+tables.py       the table as text, Markdown, LaTeX and CSV
+tau_tables.py   tables of τ
+page.py         the page
 plots.py        its charts
 """

@@ -1,8 +1,9 @@
-"""Runs that differ only in their seed are one group; a group's metric is a mean with the spread over its seeds.
-Keys that the result does not depend on (data.workers, …) do not tell runs apart.
+"""Groups of runs that differ only in the seed, with mean and standard deviation of every metric.
 
-The marking rule: the highest mean of a column is the best. Another one is within reach where it lies no further from
-the best than one standard deviation, the larger of the two groups'. Nothing else is claimed.
+Keys that do not affect the result (data.workers, …) do not separate groups.
+
+The marking rule: the highest mean of a column is the best. Another mean is marked as near if it lies within one
+standard deviation of the best, the larger of the two groups'.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.results.averages import average_title, counted_tags
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.evaluation.tasks import task_title
-from disttempnet.report.compact import Result
+from disttempnet.report.compact import CompactResult
 from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT
 
-AVERAGES = "averages"  # takes the place of a task; its metrics are the tags that averages are taken over
-THIRDS = ("acc1_head", "acc1_middle", "acc1_tail")
-MAIN_METRICS = ("acc1", "mean_recall", *THIRDS)
+AVERAGES = "averages"  # stands for a task; its metrics are the tags of averages
+HEAD_TO_TAIL = ("acc1_head", "acc1_middle", "acc1_tail")
+MAIN_METRICS = ("acc1", "mean_recall", *HEAD_TO_TAIL)
 ROUNDING = 1e-12
 MARK_RULE = "best in bold; † within one standard deviation of it (the larger of the two groups')"
 
 
 class Column(NamedTuple):
-    """A metric of a task; of `AVERAGES` a group of tasks."""
+    """A column of a table: a metric of a task, or an average over tasks (`AVERAGES`)."""
 
     task: str
     metric: str
 
     @property
     def head(self) -> str:
-        """What stands below the task's title."""
+        """The heading below the title of the task."""
         if self.task != AVERAGES:
             return metric_title(self.metric)
         return average_title(self.metric, sum(self.metric in tags for tags in counted_tags().values()))
@@ -51,9 +52,12 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A metric of a group: shares in [0, 1]. `std` is the sample's (n − 1), None for one seed.
+    """A metric of a group, as shares in [0, 1].
 
-    `mark` is "best", "near" (within one standard deviation of the best) or "".
+    Attributes:
+        std: sample standard deviation (n − 1); None for one seed.
+        n: number of seeds.
+        mark: "best", "near" (within one standard deviation of the best) or "".
     """
 
     mean: float
@@ -63,7 +67,7 @@ class Cell(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A published row: shares in [0, 1] by column, and the notes that it needs. Its runs are counted as 0: unknown."""
+    """A published row: shares in [0, 1] by column, and its notes. The number of its runs is unknown, given as 0."""
 
     title: str
     notes: tuple[str, ...]
@@ -71,18 +75,18 @@ class Published(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs of one config over several seeds.
 
     Attributes:
-        title: the objective, and what tells it from other groups of the same objective.
+        title: the objective, and what distinguishes it from other groups of that objective.
         line: the title without the batch size.
-        results: by seed.
+        results: in order of seeds.
     """
 
     title: str
     line: str
-    results: tuple[Result, ...]
+    results: tuple[CompactResult, ...]
 
     @property
     def batch(self) -> int:
@@ -93,19 +97,24 @@ class Group:
         return [result.seed for result in self.results]
 
     def cell(self, column: Column) -> Cell | None:
-        """The final value of a metric over the seeds that measured it; None where none did."""
+        """Return the final metric over the seeds that measured it; None where none did."""
         values = [r.final[column.task].metrics.get(column.metric) for r in self.results if column.task in r.final]
         return cell_of([value for value in values if value is not None])
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Groups × columns: `cells[g][c]`, None where a group lacks the metric; `chance[c]`.
+class GroupComparison:
+    """A table of groups × columns.
 
-    `digits` behind the point of a percentage; `published` rows stand below the groups and are never marked.
+    Attributes:
+        cells: `cells[g][c]`, None where a group lacks the metric.
+        chance: of each column.
+        unfinished: names of runs that were left out.
+        digits: decimals of a percentage.
+        published: rows below the groups, never marked.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[SeedGroup, ...]
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell | None, ...], ...]
     chance: tuple[float | None, ...]
@@ -115,7 +124,7 @@ class Comparison:
 
     @property
     def heads(self) -> list[tuple[str, int]]:
-        """(title, columns) of each run of columns of one task."""
+        """Titles of tasks, each with its number of adjacent columns."""
         spans = [(task, len(list(columns))) for task, columns in groupby(self.columns, lambda column: column.task)]
         return [("" if task == AVERAGES else task_title(task), span) for task, span in spans]
 
@@ -124,7 +133,7 @@ class Comparison:
         return any(title for title, _ in self.heads)
 
     @property
-    def rows(self) -> list[tuple[Group, tuple[Cell | None, ...]]]:
+    def rows(self) -> list[tuple[SeedGroup, tuple[Cell | None, ...]]]:
         return list(zip(self.groups, self.cells, strict=True))
 
     @property
@@ -137,24 +146,24 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """Those of the published rows, each once."""
+        """Notes of the published rows, each once."""
         return list(dict.fromkeys(note for row in self.published for note in row.notes))
 
 
 def cell_of(values: Sequence[float]) -> Cell | None:
-    """Mean and sample standard deviation of one value a seed."""
+    """Return mean and sample standard deviation of a value for each seed."""
     if not values:
         return None
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Cell(float(np.mean(values)), std, len(values))
 
 
-def compare_groups(results: Sequence[Result], metrics: Sequence[str] = ()) -> Comparison:
-    """Group finished runs by their configs and compare the groups.
+def compare_groups(results: Sequence[CompactResult], metrics: Sequence[str] = ()) -> GroupComparison:
+    """Group finished runs by config and compare the groups.
 
     Args:
-        results: runs in any order; the groups come in the order of their first run.
-        metrics: `TASK/METRIC` to show; empty = every task's main metrics.
+        results: runs in any order; groups are in the order of their first run.
+        metrics: `TASK/METRIC` to show; empty = the main metrics of every task.
 
     Raises:
         UserError: no finished run, an unknown metric, or one seed twice in a group.
@@ -170,18 +179,18 @@ def compare_groups(results: Sequence[Result], metrics: Sequence[str] = ()) -> Co
     )
     cells = tuple(tuple(column[g] for column in marked) for g in range(len(groups)))
     unfinished = tuple(result.name for result in results if not result.finished)
-    return Comparison(tuple(groups), columns, cells, chance, unfinished)
+    return GroupComparison(tuple(groups), columns, cells, chance, unfinished)
 
 
 def mark(cells: Sequence[Cell | None]) -> list[Cell | None]:
-    """The cells of one column, the best one and those within one standard deviation of it marked."""
+    """Return the cells of a column with the best one and those near it marked."""
     known = [cell for cell in cells if cell is not None]
     if len(known) < 2:
         return list(cells)
     best = max(known, key=lambda cell: cell.mean)
 
     def marked(cell: Cell | None) -> Cell | None:
-        if cell is None or cell.mean >= best.mean - ROUNDING:  # equal ones are all the best
+        if cell is None or cell.mean >= best.mean - ROUNDING:  # ties are all the best
             return cell and cell._replace(mark="best")
         reach = max(best.std or 0.0, cell.std or 0.0)
         return cell._replace(mark="near" if best.mean - cell.mean <= reach + ROUNDING else "")
@@ -189,23 +198,23 @@ def mark(cells: Sequence[Cell | None]) -> list[Cell | None]:
     return [marked(cell) for cell in cells]
 
 
-def families(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups that differ in the global batch only, by batch; families of one are left out."""
-    found: dict[str, list[Group]] = {}
+def families(groups: Sequence[SeedGroup]) -> list[list[SeedGroup]]:
+    """Return families of two or more groups that differ only in the global batch, in order of batch."""
+    found: dict[str, list[SeedGroup]] = {}
     for group in groups:
         found.setdefault(_key(group.results[0].config, without_batch=True), []).append(group)
     return [sorted(family, key=lambda g: g.batch) for family in found.values() if len(family) > 1]
 
 
-def by_config(results: Sequence[Result]) -> list[list[Result]]:
-    """Runs of one config together, in the order of the first of each."""
-    members: dict[str, list[Result]] = {}
+def by_config(results: Sequence[CompactResult]) -> list[list[CompactResult]]:
+    """Return runs grouped by config, in the order of the first run of each."""
+    members: dict[str, list[CompactResult]] = {}
     for result in results:
         members.setdefault(_key(result.config), []).append(result)
     return list(members.values())
 
 
-def _grouped(results: Sequence[Result]) -> list[Group]:
+def _grouped(results: Sequence[CompactResult]) -> list[SeedGroup]:
     members = by_config(results)
     for same in members:
         seed, times = Counter(result.seed for result in same).most_common(1)[0]
@@ -214,12 +223,13 @@ def _grouped(results: Sequence[Result]) -> list[Group]:
             raise UserError(f"seed {seed} of {', '.join(names)} was given {times} times; give each run once")
     ordered = [tuple(sorted(same, key=lambda r: r.seed)) for same in members]
     titles = _titles([same[0] for same in ordered])
-    return [Group(title, line, same) for (title, line), same in zip(titles, ordered, strict=True)]
+    return [SeedGroup(title, line, same) for (title, line), same in zip(titles, ordered, strict=True)]
 
 
-def _titles(firsts: Sequence[Result]) -> list[tuple[str, str]]:
-    """(title, title without the batch size) a group: the objective, its run's name where needed, what varies."""
-    stems = [re.split(r"--(?!\d)", result.name.partition("--seed-")[0]) for result in firsts]  # but bias--0.1: −0.1
+def _titles(firsts: Sequence[CompactResult]) -> list[tuple[str, str]]:
+    """Return (title, title without the batch size) of each group: objective, run name where needed, varied keys."""
+    # names without the seed, split at `--`; not in bias--0.1, which means −0.1
+    stems = [re.split(r"--(?!\d)", result.name.partition("--seed-")[0]) for result in firsts]
     objectives = [result.objective for result in firsts]
     names: dict[str, set[str]] = {}
     for objective, stem in zip(objectives, stems, strict=True):
@@ -230,7 +240,7 @@ def _titles(firsts: Sequence[Result]) -> list[tuple[str, str]]:
         words = [(part, part.replace("-", " ", 1).replace("global_batch", "batch")) for part in varied]
         line = ", ".join(own + [text for part, text in words if not part.startswith("global_batch-")])
         titles.append((", ".join(own + [text for _, text in words]), line))
-    counts = Counter(title for title, _ in titles)  # one name, two configs: the full names tell at least the folders
+    counts = Counter(title for title, _ in titles)  # one name, two configs: add the folder
     return [
         (f"{title} [{result.config['out']}/{result.name}]" if counts[title] > 1 else title, line)
         for (title, line), result in zip(titles, firsts, strict=True)
@@ -238,13 +248,13 @@ def _titles(firsts: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def _key(config: dict[str, Any], without_batch: bool = False) -> str:
-    """What the result depends on but for the seed, as text; keys that an old config lacks have their defaults."""
+    """Return the keys that affect the result, except the seed, as text. Keys that an old config lacks are defaults."""
     left_out = {*NOT_PART_OF_THE_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
     table = defaults() | flat(config)
     return json.dumps({key: value for key, value in table.items() if key not in left_out}, sort_keys=True)
 
 
-def _columns(results: Sequence[Result], metrics: Sequence[str]) -> tuple[Column, ...]:
+def _columns(results: Sequence[CompactResult], metrics: Sequence[str]) -> tuple[Column, ...]:
     final = [result.final for result in results]
     known = [
         Column(task, metric)
@@ -261,6 +271,6 @@ def _columns(results: Sequence[Result], metrics: Sequence[str]) -> tuple[Column,
 
 
 def _place(column: Column, known: Sequence[Column]) -> tuple[int, int]:
-    """Tasks in their order, metrics in the order of MAIN_METRICS."""
+    """Return the sort key of a column: its task in order of appearance, then its place in MAIN_METRICS."""
     tasks = list(dict.fromkeys(c.task for c in known))
     return tasks.index(column.task), MAIN_METRICS.index(column.metric)

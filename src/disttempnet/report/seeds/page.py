@@ -7,19 +7,19 @@ from collections.abc import Sequence
 
 from disttempnet.config import flat
 from disttempnet.evaluation.tasks import task_title
-from disttempnet.report.compact import Result
+from disttempnet.report.compact import CompactResult
 from disttempnet.report.runs.page import open_template
 from disttempnet.report.seeds import plots
-from disttempnet.report.seeds.groups import Column, Comparison, Group, families
+from disttempnet.report.seeds.groups import Column, GroupComparison, SeedGroup, families
 from disttempnet.report.seeds.tables import cell_text, legend, published_cells
 from disttempnet.report.seeds.tau_tables import correlations, final_tau, groups_with_tau
 
 
-def comparison_page(comparison: Comparison) -> str:
-    """The HTML page about groups of seeds: table, learning curves, batch size, head to tail, τ."""
+def comparison_page(comparison: GroupComparison) -> str:
+    """Return the HTML page about groups of seeds: table, learning curves, batch size, head to tail, τ."""
     groups = comparison.groups
     headlines = _headlines(comparison)
-    with_parts = dict.fromkeys(c.task for c in comparison.columns if c.metric in plots.PARTS)
+    with_parts = dict.fromkeys(c.task for c in comparison.columns if c.metric in plots.HEAD_TO_TAIL_MARKS)
     with_tau = [group for group in groups if any(result.tau_curve for result in group.results)]
     with_frequency = groups_with_tau(comparison)
     same_batch = families(groups)
@@ -50,26 +50,26 @@ def comparison_page(comparison: Comparison) -> str:
     )
 
 
-def _tasks(comparison: Comparison) -> list[str]:
+def _tasks(comparison: GroupComparison) -> list[str]:
     return list(dict.fromkeys(column.task for column in comparison.columns))
 
 
-def _headlines(comparison: Comparison) -> list[tuple[Column, float | None]]:
-    """The first column of each task, with chance."""
+def _headlines(comparison: GroupComparison) -> list[tuple[Column, float | None]]:
+    """Return the first column of each task, with chance."""
     found: dict[str, tuple[Column, float | None]] = {}
     for column, chance in zip(comparison.columns, comparison.chance, strict=True):
         found.setdefault(column.task, (column, chance))
     return list(found.values())
 
 
-def _title(groups: Sequence[Group]) -> str:
+def _title(groups: Sequence[SeedGroup]) -> str:
     seeds = sorted({len(group.results) for group in groups})
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     what = groups[0].title if len(groups) == 1 else f"{len(groups)} configurations"
     return f"{what}, {number} seed{'s' if seeds != [1] else ''} each"
 
 
-def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+def _differences(groups: Sequence[SeedGroup]) -> list[tuple[str, list[str]]]:
     """Config keys whose values differ between the groups."""
     tables = [flat(group.results[0].config) for group in groups]
     keys = dict.fromkeys(key for table in tables for key in table if key not in ("name", "out", "train.seed"))
@@ -77,8 +77,8 @@ def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _provenance(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """What the runs were made with; several values where they differ."""
+def _provenance(results: Sequence[CompactResult]) -> list[tuple[str, str]]:
+    """Return how the runs were made as (name, value); several values where runs differ."""
 
     def values(name: str) -> str:
         found = dict.fromkeys(str(result.facts.get(name) or "–") for result in results)

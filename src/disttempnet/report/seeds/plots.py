@@ -1,4 +1,4 @@
-"""Charts over groups of seeds. Many groups: small multiples, each group in colour before the others in grey."""
+"""Charts over groups of seeds: small multiples, each group in colour before the others in grey."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, SIDE_COLOURS, epoch_axis, grid, styled, svg
-from disttempnet.report.seeds.groups import THIRDS, Cell, Column, Comparison, Group, cell_of
+from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Cell, Column, GroupComparison, SeedGroup, cell_of
 from disttempnet.report.seeds.tau_tables import tau_series
 
 if TYPE_CHECKING:
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-COLUMNS = 5  # panels in a row
-GREY = "#d3d8df"
-PARTS = dict(zip(THIRDS, (("head", "o"), ("middle", "s"), ("tail", "^")), strict=True))
+PANELS_IN_A_ROW = 5
+BACKGROUND_GREY = "#d3d8df"
+HEAD_TO_TAIL_MARKS = dict(zip(HEAD_TO_TAIL, (("head", "o"), ("middle", "s"), ("tail", "^")), strict=True))
 
 
 class Series(NamedTuple):
-    """A line over x with the spread of its seeds; per cent."""
+    """A line over x with the spread of its seeds, in per cent: three float arrays of equal length."""
 
     title: str
     x: np.ndarray
@@ -31,8 +31,8 @@ class Series(NamedTuple):
     std: np.ndarray
 
 
-def learning_series(group: Group, column: Column) -> Series:
-    """A metric after each evaluation that all seeds have made."""
+def learning_series(group: SeedGroup, column: Column) -> Series:
+    """Return a metric after each evaluation that all seeds have made."""
     points: dict[float, list[float]] = {}
     for result in group.results:
         for evaluation in result.evaluations:
@@ -43,8 +43,8 @@ def learning_series(group: Group, column: Column) -> Series:
     return _series(group.title, shared)
 
 
-def batch_series(family: Sequence[Group], column: Column) -> Series:
-    """A final metric against the global batch."""
+def batch_series(family: Sequence[SeedGroup], column: Column) -> Series:
+    """Return a final metric against the global batch."""
     return _series(family[0].line, {group.batch: group.cell(column) for group in family})
 
 
@@ -58,7 +58,7 @@ def _series(title: str, points: dict[float, Cell | None] | dict[int, Cell | None
 
 @styled
 def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool) -> str:
-    """A panel a series: it in colour with mean ± std, the others in grey, chance dotted.
+    """Draw a panel for each series: it in colour with mean ± std, the others in grey, chance dotted.
 
     Args:
         chance: share in [0, 1].
@@ -68,7 +68,7 @@ def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool)
     for axis, own in zip(axes, series, strict=True):
         for other in series:
             if other is not own:
-                axis.plot(other.x, other.mean, color=GREY, linewidth=1.0, zorder=1)
+                axis.plot(other.x, other.mean, color=BACKGROUND_GREY, linewidth=1.0, zorder=1)
         if over_batch:
             axis.errorbar(own.x, own.mean, own.std, color=RUN_COLOURS[0], marker="o", markersize=4, capsize=3, zorder=3)
             axis.set_xscale("log", base=2)
@@ -88,12 +88,12 @@ def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool)
 
 
 @styled
-def parts_chart(comparison: Comparison, task: str) -> str:
-    """Accuracy on frequent, middling and rare concepts: a row a group, mean ± std."""
+def parts_chart(comparison: GroupComparison, task: str) -> str:
+    """Draw accuracy on frequent, middling and rare concepts: a row for each group, mean ± std."""
     order = list(range(len(comparison.groups)))
     figure, cells = grid(1, 1, height=1.1 + 0.3 * len(order))
     axis = cells[0][0]
-    for (metric, (name, marker)), colour in zip(PARTS.items(), RUN_COLOURS, strict=False):
+    for (metric, (name, marker)), colour in zip(HEAD_TO_TAIL_MARKS.items(), RUN_COLOURS, strict=False):
         column = Column(task, metric)
         known = [(place, cell) for place in order if (cell := comparison.groups[place].cell(column)) is not None]
         places = np.array([place for place, _ in known], dtype=float)
@@ -111,8 +111,8 @@ def parts_chart(comparison: Comparison, task: str) -> str:
 
 
 @styled
-def tau_chart(groups: Sequence[Group]) -> str:
-    """τ of the image side in the training batches: mean over the seeds, band from the least to the greatest."""
+def tau_chart(groups: Sequence[SeedGroup]) -> str:
+    """Draw τ of the image side in the training batches: mean over the seeds, band from minimum to maximum."""
     figure, axes = _panels(len(groups), "τ")
     for axis, group in zip(axes, groups, strict=True):
         _tau_panel(axis, group)
@@ -121,8 +121,8 @@ def tau_chart(groups: Sequence[Group]) -> str:
 
 
 @styled
-def frequency_chart(groups: Sequence[Group]) -> str:
-    """Final τ against how often a concept was trained on: median of the bin, one thin line a seed and side."""
+def frequency_chart(groups: Sequence[SeedGroup]) -> str:
+    """Draw final τ against the training frequency of a concept: medians of bins, a line for each seed and side."""
     figure, axes = _panels(len(groups), "τ")
     for axis, group in zip(axes, groups, strict=True):
         frequency_panel(axis, group)
@@ -130,8 +130,8 @@ def frequency_chart(groups: Sequence[Group]) -> str:
     return svg(figure)
 
 
-def frequency_panel(axis: Axes, group: Group) -> None:
-    """One group of `frequency_chart`; concepts that were never trained on stand at 0, left of 1."""
+def frequency_panel(axis: Axes, group: SeedGroup) -> None:
+    """Draw one group of `frequency_chart`; concepts without training samples are at 0, left of 1."""
     for result in group.results:
         curve = result.tau_by_frequency
         for side in ("image", "text") if curve else ():
@@ -144,8 +144,8 @@ def frequency_panel(axis: Axes, group: Group) -> None:
 
 
 def _panels(n: int, unit: str) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels of one y axis, at most `COLUMNS` in a row."""
-    figure, cells = grid(-(-n // COLUMNS), min(COLUMNS, max(n, 3)), height=2.0, sharey=True)
+    """Return a figure with n panels that share the y axis, at most `PANELS_IN_A_ROW` in a row."""
+    figure, cells = grid(-(-n // PANELS_IN_A_ROW), min(PANELS_IN_A_ROW, max(n, 3)), height=2.0, sharey=True)
     axes = [axis for row in cells for axis in row]
     for unused in axes[n:]:
         unused.set_visible(False)
@@ -155,7 +155,7 @@ def _panels(n: int, unit: str) -> tuple[Figure, list[Axes]]:
 
 
 def _from_zero(axes: Sequence[Axes]) -> None:
-    """The y axis that all panels share, from 0: once all are drawn, as setting a limit ends its fitting to the data."""
+    """Let the shared y axis begin at 0. Call it last: setting a limit ends autoscaling."""
     axes[0].set_ylim(bottom=0)
 
 
@@ -163,7 +163,7 @@ def _heading(axis: Axes, title: str) -> None:
     axis.set_title(fill(title, 26), fontsize=9.0)
 
 
-def _tau_panel(axis: Axes, group: Group) -> None:
+def _tau_panel(axis: Axes, group: SeedGroup) -> None:
     x, mean, low, high = tau_series(group)
     colour = SIDE_COLOURS["image"]
     axis.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)

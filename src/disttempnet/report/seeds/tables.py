@@ -1,4 +1,4 @@
-"""The table over seeds as text for a terminal, Markdown, LaTeX (booktabs) and CSV; per cent, but raw shares in CSV."""
+"""The table over seeds for a terminal, and as Markdown, LaTeX (booktabs) and CSV; per cent, in CSV raw shares."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from rich.text import Text
 
 from disttempnet.evaluation.scores import percent
 from disttempnet.evaluation.tasks import task_title
-from disttempnet.report.seeds.groups import MARK_RULE, THIRDS, Cell, Column, Comparison
+from disttempnet.report.seeds.groups import HEAD_TO_TAIL, MARK_RULE, Cell, Column, GroupComparison
 from disttempnet.report.seeds.tau_tables import TauTable, groups_with_tau, tau_cells, tau_tables
-from disttempnet.sanitize import csv_cell, one_line
-from disttempnet.sanitize import markdown_cell as escaped
+from disttempnet.sanitize import csv_cell, markdown_cell, one_line
 
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
@@ -25,9 +24,9 @@ _DAGGER = {"near": "†"}
 
 
 def cell_text(cell: Cell | None, seeds: int, digits: int = 1) -> str:
-    """`33.5 (1.2)`: mean and standard deviation in per cent; at least two decimals where the mean is below 1 %.
+    """Return mean and standard deviation in per cent, `33.5 (1.2)`; at least two decimals for a mean below 1 %.
 
-    Where fewer than the group's `seeds` have measured it, how many: `33.5 (1.2) n=2`.
+    If fewer than `seeds` runs have measured it, their number is added: `33.5 (1.2) n=2`.
     """
     if cell is None:
         return "–"
@@ -36,8 +35,8 @@ def cell_text(cell: Cell | None, seeds: int, digits: int = 1) -> str:
     return f"{100 * cell.mean:.{digits}f}{spread}" + (f" n={cell.n}" if cell.n < seeds else "")
 
 
-def legend(comparison: Comparison) -> str:
-    """What the numbers and marks are."""
+def legend(comparison: GroupComparison) -> str:
+    """Return the caption: what numbers and marks mean."""
     if not comparison.columns:
         return "no task was evaluated: set eval.tasks"
     counts = sorted({len(group.results) for group in comparison.groups})
@@ -47,8 +46,8 @@ def legend(comparison: Comparison) -> str:
     return f"per cent, {words}" + ("; published rows are not marked" if comparison.published else "")
 
 
-def published_cells(comparison: Comparison) -> list[tuple[str, list[Cell | None]]]:
-    """Title with the numbers of its notes, and the cells, of each published row."""
+def published_cells(comparison: GroupComparison) -> list[tuple[str, list[Cell | None]]]:
+    """Return title, with the numbers of its notes, and cells of each published row."""
     notes = comparison.notes
     return [
         (
@@ -59,10 +58,12 @@ def published_cells(comparison: Comparison) -> list[tuple[str, list[Cell | None]
     ]
 
 
-def text_table(comparison: Comparison) -> Table:
-    """For a terminal: a row a group, chance last. Head, middle and tail would not fit and are left to the page."""
+def text_table(comparison: GroupComparison) -> Table:
+    """Return a table for a terminal: a row for each group, chance last. Head, middle and tail are only on the page."""
     columns = comparison.columns
-    shown = [i for i, column in enumerate(columns) if column.metric not in THIRDS] or list(range(len(columns)))[:1]
+    shown = [i for i, column in enumerate(columns) if column.metric not in HEAD_TO_TAIL] or list(range(len(columns)))[
+        :1
+    ]
     table = Table(caption=legend(comparison), caption_justify="left")
     table.add_column("", min_width=16, overflow="fold")
     table.add_column("seeds", justify="right", style="dim")
@@ -77,13 +78,15 @@ def text_table(comparison: Comparison) -> Table:
     return table
 
 
-def markdown_table(comparison: Comparison) -> str:
-    """A pipe table; the best in bold, those within reach with a dagger; below it the notes of published rows, and τ."""
-    heads = ["", "seeds", *(escaped(column.title) for column in comparison.columns)]
+def markdown_table(comparison: GroupComparison) -> str:
+    """Return a pipe table, the best in bold, near ones with a dagger; below it notes of published rows, and τ."""
+    heads = ["", "seeds", *(markdown_cell(column.title) for column in comparison.columns)]
     rows = [heads, ["---", "--:", *("--:" for _ in comparison.columns)]]
     for group, cells in comparison.rows:
         n = len(group.results)
-        rows.append([escaped(group.title), str(n), *(markdown_cell(cell, n, comparison.digits) for cell in cells)])
+        rows.append(
+            [markdown_cell(group.title), str(n), *(markdown_score(cell, n, comparison.digits) for cell in cells)]
+        )
     for title, values in published_cells(comparison):
         rows.append([title, "published", *(cell_text(cell, 0, comparison.digits) for cell in values)])
     if comparison.has_chance:
@@ -93,20 +96,20 @@ def markdown_table(comparison: Comparison) -> str:
     return f"{pipes(rows)}\n{legend(comparison)}\n{notes}{tau}"
 
 
-def markdown_cell(cell: Cell | None, seeds: int, digits: int) -> str:
-    """A cell with its mark."""
+def markdown_score(cell: Cell | None, seeds: int, digits: int) -> str:
+    """Return a cell with its mark."""
     text = cell_text(cell, seeds, digits)
     return f"**{text}**" if cell and cell.mark == "best" else text + _dagger(cell)
 
 
 def _tau_markdown(table: TauTable) -> str:
-    words = [[escaped(word) for word in row] for row in (table.head, *table.rows)]
+    words = [[markdown_cell(word) for word in row] for row in (table.head, *table.rows)]
     rows = [words[0], ["---", *["--:"] * (len(table.head) - 1)], *words[1:]]
     return f"\n{pipes(rows)}\n{table.note}\n"
 
 
 def pipes(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of a Markdown table, of words that are escaped; a second row of dashes makes the first one its head."""
+    """Return rows of escaped cells as Markdown; a second row of dashes makes the first one the head."""
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
@@ -114,8 +117,8 @@ def _tex_row(*cells: str) -> str:
     return " & ".join(cells) + " \\\\"
 
 
-def latex_table(comparison: Comparison) -> str:
-    """A booktabs tabular, and one for each table of τ; needs \\usepackage{booktabs}."""
+def latex_table(comparison: GroupComparison) -> str:
+    """Return a booktabs tabular, and one for each table of τ; needs \\usepackage{booktabs}."""
     spans = comparison.heads
     tasks = " & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_tex(heading)}}}" for heading, n in spans)
     rules, place = [], 3
@@ -161,11 +164,11 @@ def _tau_latex(table: TauTable) -> list[str]:
     ]
 
 
-def csv_table(comparison: Comparison) -> str:
-    """A line a group and metric: shares in [0, 1] as they are, std empty for one seed.
+def csv_table(comparison: GroupComparison) -> str:
+    """Return a CSV line for each group and metric: raw shares in [0, 1], std empty for one seed.
 
-    Published rows have n = 0 and the mark `published`. Below them stands τ where it differs between pairs, which is no
-    task's metric and no share: to four digits, task and chance empty.
+    Published rows have n = 0 and the mark `published`. Lines of τ follow, where it differs between pairs: four digits,
+    task and chance empty.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -1,6 +1,6 @@
-"""τ over seeds as rows of words or cells: where it ends, how it came there, how it goes with concept frequency.
+"""Tables of τ over seeds: final values, trajectory, correlation with concept frequency.
 
-Shown are groups whose τ differs between pairs.
+Only groups whose τ differs between pairs are shown.
 """
 
 from __future__ import annotations
@@ -10,37 +10,37 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disttempnet.report.seeds.groups import Cell, Comparison, Group, cell_of
+from disttempnet.report.seeds.groups import Cell, GroupComparison, SeedGroup, cell_of
 
 SIDES = ("image", "text")
-OF_PAIRS = ("mean", "min", "max", "std")  # of `Result.tau`, over the pairs of a run
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the run, at which its trajectory is told
+OF_PAIRS = ("mean", "min", "max", "std")  # of `CompactResult.tau`, over the pairs of a run
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the run, where the trajectory is sampled
 SHARE_HEADS = ("at the start", "after a quarter", "half", "three quarters", "at the end")
 
 
 class TauTable(NamedTuple):
-    """A head, rows of as many words, and what the numbers are."""
+    """A table: head, rows of equal length, and a note about the numbers."""
 
     head: list[str]
     rows: list[list[str]]
     note: str
 
 
-def groups_with_tau(comparison: Comparison) -> list[Group]:
-    """The groups whose τ differs between pairs."""
+def groups_with_tau(comparison: GroupComparison) -> list[SeedGroup]:
+    """Return the groups whose τ differs between pairs."""
     return [group for group in comparison.groups if any(result.tau_by_frequency for result in group.results)]
 
 
-def tau_tables(comparison: Comparison) -> list[TauTable]:
-    """The final τ, and the trajectory; empty where no τ differs between pairs."""
+def tau_tables(comparison: GroupComparison) -> list[TauTable]:
+    """Return tables of the final τ and of the trajectory; empty where no τ differs between pairs."""
     shown = groups_with_tau(comparison)
     if not shown:
         return []
     final = TauTable(
         ["τ at the end", "image side", "text side", "rank correlation with frequency, image", "text"],
         [[group.title, *final_tau(group), *correlations(group)] for group in shown],
-        "τ of the first task's pairs: mean ± std over the pairs, range; then Spearman's correlation with how often the "
-        "concept was trained on, mean (standard deviation) over the seeds",
+        "τ of the first task's pairs: mean ± std over the pairs, range; then Spearman's correlation with the training "
+        "frequency of the concept, mean (standard deviation) over the seeds",
     )
     trained = [group for group in shown if any(result.tau_curve for result in group.results)]
     if not trained:
@@ -54,8 +54,8 @@ def tau_tables(comparison: Comparison) -> list[TauTable]:
     return [final, trajectory]
 
 
-def final_tau(group: Group) -> list[str]:
-    """For each side: mean, least, greatest and spread of the final τ, averaged over the seeds but for the bounds."""
+def final_tau(group: SeedGroup) -> list[str]:
+    """Return for each side mean ± std and range of the final τ; mean and std are averaged over the seeds."""
     words = []
     for side in SIDES:
         known = [result.tau[side] for result in group.results if side in result.tau]
@@ -68,19 +68,20 @@ def final_tau(group: Group) -> list[str]:
     return words
 
 
-def correlations(group: Group) -> list[str]:
-    """For each side: Spearman's correlation of τ with the frequency of the concept, mean (std) over the seeds."""
+def correlations(group: SeedGroup) -> list[str]:
+    """Return for each side Spearman's correlation of τ with concept frequency, mean (std) over the seeds."""
     return [_words(cell, 2) for cell in _correlation_cells(group)]
 
 
-def tau_series(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Epochs, mean over the seeds, least and greatest τ: at every epoch that some seed logged and all have reached.
+def tau_series(group: SeedGroup) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return epochs, and mean, minimum and maximum of τ over the seeds: float arrays of equal length.
 
-    Between the epochs that a seed logged, its curve is a straight line.
+    The epochs are all that some seed logged and every seed covers; curves are interpolated linearly.
     """
     curves = [result.tau_curve for result in group.results if result.tau_curve]
     every = np.unique(np.concatenate([curve["epoch"] for curve in curves]))
-    first, last = (f(curve["epoch"][end] for curve in curves) for f, end in ((max, 0), (min, -1)))
+    first = max(curve["epoch"][0] for curve in curves)
+    last = min(curve["epoch"][-1] for curve in curves)
     x = every[(every >= first) & (every <= last)]
     mean, low, high = (
         np.array([np.interp(x, curve["epoch"], curve[key]) for curve in curves]) for key in ("mean", "min", "max")
@@ -88,16 +89,16 @@ def tau_series(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     return x, mean.mean(0), low.min(0), high.max(0)
 
 
-def trajectory_cells(group: Group) -> list[Cell]:
-    """Mean τ in the training batches after each of `SHARES` of the run; at its ends what was logged nearest to them."""
+def trajectory_cells(group: SeedGroup) -> list[Cell]:
+    """Return mean τ of the training batches at each of `SHARES` of the run; ends take the nearest logged value."""
     curves = [result.tau_curve for result in group.results if result.tau_curve]
     epochs = group.results[0].config["train"]["epochs"]
     at = [np.interp(np.array(SHARES) * epochs, curve["epoch"], curve["mean"]) for curve in curves]
     return [_cell(values) for values in zip(*at, strict=True)]
 
 
-def tau_cells(group: Group) -> Iterator[tuple[str, Cell]]:
-    """Every number of a group by name; here the bounds, too, are averaged over the seeds."""
+def tau_cells(group: SeedGroup) -> Iterator[tuple[str, Cell]]:
+    """Yield every number of a group by name; minimum and maximum are averaged over the seeds as well."""
     for side in SIDES:
         known = [result.tau[side] for result in group.results if side in result.tau]
         for name, values in zip(OF_PAIRS, zip(*known, strict=True), strict=False):
@@ -115,7 +116,7 @@ def _cell(values: Sequence[float]) -> Cell:
     return cell
 
 
-def _correlation_cells(group: Group) -> list[Cell]:
+def _correlation_cells(group: SeedGroup) -> list[Cell]:
     known = [result.tau_by_frequency["spearman"] for result in group.results if result.tau_by_frequency]
     return [_cell(values) for values in zip(*known, strict=True)]
 
