@@ -1,7 +1,7 @@
 """`disttempnet demo`: DistTempNet-v1 and plain CLIP on the embedded data, one table, one page.
 
-Same towers, same data in the same order, same seed, same number of steps; only the objective differs. An
-interrupted demo continues where it stopped.
+Towers, order of the data, seed and number of steps are the same; only the objective differs. An interrupted demo
+resumes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ CONTENDERS = {"demo": (), "demo-clip": ("name=demo-clip", 'loss={name = "clip"}'
 
 
 def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
-    """Train both runs into OUT, print the table, write OUT/demo-report.html; False where it was stopped on the way.
+    """Train both runs into OUT, print the table, write OUT/demo-report.html; return False if it was stopped.
 
     Args:
-        out: folder of run folders; None: as the overrides say, else `runs`.
+        out: folder of run folders; None = `out` of the overrides, else `runs`.
         overrides: `section.key=value`, applied to both runs.
-        fresh: remove what an earlier demo left in that folder first; otherwise it is continued.
+        fresh: remove an earlier demo in that folder first; otherwise it is resumed.
     """
     if out is not None:
         if any(override.partition("=")[0].strip() == "out" for override in overrides):
-            raise UserError("demo: --out and out=… are given; one is enough")
+            raise UserError("demo: --out and out=… are both given; give one")
         overrides = [*overrides, f"out={json.dumps(out)}"]
     configs = [load_config(CONFIG_FOLDER / "demo.toml", [*own, *overrides]) for own in CONTENDERS.values()]
     if [config.name for config in configs] != list(CONTENDERS):

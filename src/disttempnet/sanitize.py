@@ -1,4 +1,4 @@
-"""Text of data, files and users, made safe to show and to write: credentials, control characters, cells of tables."""
+"""Make text of data, files and users safe to show and write: credentials, control characters, table cells."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-# user@ or user:password@ of a URL. A password goes up to the last @ of the word: those of AWS have "/" in them. What
-# looks like a port is none, and a quotation mark that ends a string of JSON ends it.
+# user@ or user:password@ of a URL. A password goes up to the last @ of the word, since those of AWS contain "/". A port
+# is no password, and a quotation mark that ends a JSON string ends it.
 _USER = re.compile(
     r"(?<=://)(?:[^/?#\s:@\"'<>\\\[]*:(?!\d{1,5}(?:[/?#\s\"'<>,;)\]}\\]|$))(?:[^\s\"<>]|\"(?![\s,:}\]]|$)){1,1000}@"
     r"|[^/?#\s\"<>\\]+@)"
 )
-# the query of a shard's URL: each service has its own names for what is secret there
+# the query of a shard's URL: services have their own names for secrets there
 _SHARD_QUERY = re.compile(r"(?<=\.tar\?)[^\s\"'<>#]+")
 # parameters of presigned and token URLs: X-Amz-Signature, X-Goog-Credential, sig (SAS), AWSAccessKeyId, token, api_key
 _PARAMETER = re.compile(
@@ -25,7 +25,7 @@ _PARAMETER = re.compile(
     re.IGNORECASE,
 )
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-# C0 except tab and newline, DEL, C1; line and paragraph separators; what turns the direction of text; lone surrogates
+# C0 except tab and newline, DEL, C1; line and paragraph separators; bidirectional marks; lone surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -33,16 +33,18 @@ _MARKDOWN = re.compile(r"[\\|`*\[\]]")
 
 
 def redacted(text: str) -> str:
-    """The text with the credentials of its URLs replaced by ***: users and passwords, the values of parameters whose
-    names say that they are secret, and all values behind a URL of a shard (.tar?…). A placeholder, ${NAME}, holds no
-    secret and stays."""
+    """Return the text with the credentials of its URLs replaced by ***.
+
+    Credentials are users and passwords, values of parameters with secret names, and all values in the query of a shard
+    (.tar?…). A placeholder, ${NAME}, is no secret and stays.
+    """
     if "://" not in text and "=" not in text:
         return text
     return _PARAMETER.sub(_parameter, _SHARD_QUERY.sub(_shard_query, _USER.sub(_user, text)))
 
 
 def redacted_table(value: Any) -> Any:
-    """The same for every string of a nested table; tuples become lists, as in files."""
+    """Return a nested table with `redacted` applied to every string; tuples become lists, as in files."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Mapping):
@@ -51,7 +53,7 @@ def redacted_table(value: Any) -> Any:
 
 
 def _user(match: re.Match[str]) -> str:
-    first = re.match(r"[^/?#@]*@", match[0])  # what follows a placeholder, and has an @, is the path
+    first = re.match(r"[^/?#@]*@", match[0])  # an @ behind a placeholder belongs to the path
     if first is not None and _is_public(_secret(first[0])):
         return match[0]
     return f"{HIDDEN}@"
@@ -63,7 +65,7 @@ def _secret(user: str) -> str:
 
 
 def _is_public(secret: str) -> bool:
-    """Whether it is made of placeholders only, or hidden already."""
+    """Return whether it consists of placeholders only, or is hidden already."""
     return not _PLACEHOLDER.sub("", secret).replace(HIDDEN, "")
 
 
@@ -80,21 +82,21 @@ def _hidden_value(match: re.Match[str]) -> str:
 
 
 def placeholders(text: str) -> list[str]:
-    """The names in the ${NAME} of a text."""
+    """Return the names of the placeholders, ${NAME}, in a text."""
     return [match[1] for match in _PLACEHOLDER.finditer(text)]
 
 
 def from_environment(url: str) -> str:
-    """A URL with each ${NAME} replaced by the environment's variable of that name.
+    """Return a URL with each ${NAME} replaced by that environment variable.
 
     Raises:
-        KeyError: there is no such variable; its argument is the name.
+        KeyError: the variable is not set; its argument is the name.
     """
     return _PLACEHOLDER.sub(lambda match: os.environ[match[1]], url)
 
 
 def printable(text: str) -> str:
-    """The text with control characters as escapes (ESC becomes \\x1b): a terminal obeys none of it."""
+    """Return the text with control characters escaped (ESC becomes \\x1b), so that a terminal ignores them."""
     return _CONTROL.sub(_escape, text)
 
 
@@ -104,20 +106,19 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same, with line breaks as escapes too: a name or caption cannot pretend to be a line of ours."""
+    """Return `printable` text with line breaks escaped too, so that a name or caption cannot fake a line of output."""
     return printable(text).replace("\n", "\\n")
 
 
 def brief(error: object, longest: int = 500) -> str:
-    """What an exception or a text of another library says, without colours, line breaks and control characters."""
+    """Return an exception or a text of another library as one line, without colours and control characters."""
     text = _COLOUR.sub("", str(error))
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell of a CSV: text that a spreadsheet would run as a formula gets an apostrophe before it. What is a number
-    stays one, and so does text that reads as a number."""
+    """Return a cell of a CSV. Text that a spreadsheet would run as a formula gets an apostrophe; numbers stay."""
     if not isinstance(value, str) or not value.startswith(_FORMULA):
         return value
     try:
@@ -128,6 +129,6 @@ def csv_cell(value: Any) -> Any:
 
 
 def markdown_cell(text: str) -> str:
-    """Text of data and runs as a cell of a Markdown table: neither marks, nor links, nor HTML, nor another cell."""
+    """Return text as a cell of a Markdown table: marks, links, HTML and pipes are escaped."""
     words = re.sub(r"&(?=[\w#]+;)", "&amp;", one_line(text)).replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\g<0>", words)

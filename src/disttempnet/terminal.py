@@ -1,4 +1,4 @@
-"""Everything that is printed: lines and rich's displays, without credentials and without control characters of data."""
+"""The only output to the terminal: lines and displays of rich, without credentials and control characters."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ if TYPE_CHECKING:
 
 
 def take_any_text() -> None:
-    """From here on standard output and error write what their encoding lacks as \\u03c4: an ASCII terminal, or a name
-    of a file that is no UTF-8, ends no command."""
+    """Let standard output and error escape characters that their encoding lacks (τ becomes \\u03c4).
+
+    Otherwise an ASCII terminal, or a file name that is not UTF-8, would end a command.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str = "", *, error: bool = False, end: str = "\n") -> None:
-    """Print text on standard output, or standard error, at once."""
+    """Print text on standard output, or on standard error, and flush."""
     print(printable(redacted(text)), file=sys.stderr if error else sys.stdout, end=end, flush=True)
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console of rich that cleans what it shows, and neither marks numbers nor reads markup or emoji codes in it."""
+    """Return a rich console that cleans its text; highlighting, markup and emoji codes are off."""
     from rich.console import Console
     from rich.segment import Segment
 
     class Clean(Console):
-        def render_str(self, text: str, **options: Any) -> Text:  # here, too: columns are as wide as what is shown
+        def render_str(self, text: str, **options: Any) -> Text:  # cleaned here too, for the widths of columns
             return super().render_str(printable(redacted(text)), **options)
 
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

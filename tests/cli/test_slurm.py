@@ -164,11 +164,11 @@ def test_launch_of_seeds_is_an_array(cluster: Path, capsys: pytest.CaptureFixtur
         (["loss.rhoo=1"], "[loss]"),
         (["--nodes", "0"], "--nodes: must be a whole number from 1 to 100,000 (got 0)"),
         (["--time", "tomorrow"], "--time tomorrow: give minutes"),
-        (["--partition", "a\nb"], "is no name that SLURM takes"),
+        (["--partition", "a\nb"], "is not a valid SLURM name"),
         (["--seeds", "1", "1"], "--seeds 1 1: different numbers"),
         (["--seeds", "one"], "--seeds: must be a whole number from 0"),
         (["--seeds", "1", "--nodes", "4", "train.seed=3"], "one is enough"),
-        ([], "no sbatch here"),
+        ([], "sbatch was not found"),
     ],
 )
 def test_launch_refuses_in_one_line(
@@ -184,7 +184,7 @@ def test_launch_passes_on_why_sbatch_refuses(cluster: Path, capsys: pytest.Captu
     refusal = "import sys; print('sbatch: error: invalid partition', file=sys.stderr); sys.exit(1)"
     (cluster / "bin" / "sbatch").write_text(f"#!{sys.executable}\n{refusal}", encoding="utf-8")
     assert main(["launch", DEBUG]) == 2
-    assert "sbatch refuses: sbatch: error: invalid partition" in capsys.readouterr().err
+    assert "sbatch refused the script: sbatch: error: invalid partition" in capsys.readouterr().err
 
 
 def told_to_stop(script: subprocess.Popen[str], cluster: Path, written: Path, lines: int) -> str:

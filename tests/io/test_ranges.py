@@ -199,7 +199,7 @@ def test_every_flag_has_a_range_or_expands_home() -> None:
         (["data", "index", "x", "--cache-gb", "inf"], "--cache-gb: must be a number above 0 and at most 1,000,000"),
         (["launch", "debug", "--seeds", "9" * 5000], "launch: --seeds: must be a whole number from 0"),
         (["train", "debug", "--resume", ""], "--resume: must name a file or folder"),
-        (["demo", "--fresh", "--out", "x", "out=y"], "demo: --out and out=… are given; one is enough"),
+        (["demo", "--fresh", "--out", "x", "out=y"], "demo: --out and out=… are both given; give one"),
         (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
         (["data", "indx"], "unknown command 'indx'. Did you mean 'index'?"),
         (["evaluate", "x", "--precision", "fp64"], "unknown --precision 'fp64'. Did you mean 'fp32'?"),

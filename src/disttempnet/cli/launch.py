@@ -12,11 +12,11 @@ from disttempnet.terminal import say
 if TYPE_CHECKING:
     from disttempnet.config import LossConfig
 
-LAUNCH = """Writes a batch script for this run and gives it to sbatch. The config is checked first: a wrong key or
-objective, or a number of processes that cannot share the batch, costs no time in the queue.
+LAUNCH = """Writes a batch script for this run and submits it with sbatch. The config is checked first: mistakes cost no
+time in the queue.
 
-The job has a process a GPU. It continues from its last checkpoint wherever it starts again: two minutes before the time
-limit it saves and puts itself back into the queue. With --seeds it is an array, a run NAME--seed-SEED each.
+The job has one process for each GPU. Two minutes before the time limit it saves and requeues itself; it always resumes
+from its last checkpoint. With --seeds it is a job array with a run NAME--seed-SEED for each seed.
 
 examples:
   disttempnet launch configs/cc12m_vitb32_v1_corrected.toml --nodes 4 --gpus 2 --partition gpu --time 24:00:00
@@ -25,7 +25,7 @@ examples:
 
 
 def add_launch_command(commands: Any) -> None:
-    """Add the command to the command line's sub-parsers; it sets `run`."""
+    """Add the command to the sub-parsers; it sets `run`."""
     launch = commands.add_parser(
         "launch",
         help="train on a SLURM cluster: print or submit the batch script of a run",
@@ -39,7 +39,7 @@ def add_launch_command(commands: Any) -> None:
     launch.add_argument("--partition", default="", help="partition (default: the site's)")
     launch.add_argument("--account", default="", help="account (default: the site's)")
     launch.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit (default: 24:00:00)")
-    launch.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="a run a seed, as an array")
+    launch.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="one run for each seed, as a job array")
     launch.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
     launch.set_defaults(run=run_launch)
 
@@ -48,7 +48,7 @@ def run_launch(options: argparse.Namespace) -> int:
     from disttempnet.cli.slurm import Job, script, submit
     from disttempnet.config import load_config
 
-    # overrides behind --seeds are taken for seeds by argparse
+    # argparse takes overrides behind --seeds for seeds
     overrides = [*options.overrides, *(word for word in options.seeds if "=" in word)]
     seeds = [_seed(word) for word in options.seeds if "=" not in word]
     config = load_config(options.config, overrides)
@@ -56,7 +56,7 @@ def run_launch(options: argparse.Namespace) -> int:
         name=config.name,
         nodes=options.nodes,
         gpus=options.gpus,
-        cpus=config.data.workers + 2,  # the training process, its loader workers, and what the GPU's driver needs
+        cpus=config.data.workers + 2,  # loader workers, the training process, and the GPU driver
         time=options.time,
         partition=options.partition,
         account=options.account,
@@ -76,8 +76,8 @@ def _seed(word: str) -> int:
 
 
 def _refuse_wrong_loss(loss: LossConfig) -> None:
-    """Raise UserError where `[loss]` names an unknown objective or argument, or a value out of range."""
-    from disttempnet.losses import build_loss  # imports torch: after all that is refused without it
+    """Raise UserError for an unknown objective or argument in `[loss]`, or a value out of range."""
+    from disttempnet.losses import build_loss  # imports torch, so it comes after all other checks
 
     try:
         build_loss(loss.name, num_samples=1, embed_dim=8, **loss.arguments)

@@ -28,29 +28,29 @@ DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-s
 EXAMPLES = """examples:
   disttempnet demo                                        train DistTempNet-v1 and CLIP on emoji, compare, report
   disttempnet train configs/demo.toml name=mine train.epochs=20 loss.rho=3
-  disttempnet train configs/demo.toml --resume auto       continue after an interruption
+  disttempnet train configs/demo.toml --resume auto       resume after an interruption
   torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
   disttempnet launch configs/demo.toml --nodes 4 --gpus 2 --dry-run     the same as a SLURM job
-  disttempnet objectives                                  what [loss] name can be
+  disttempnet objectives                                  values of [loss] name
   disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
   disttempnet evaluate runs/demo
   disttempnet report runs/demo runs/demo-clip --out report.html
   disttempnet temperature runs/demo --gallery temperatures.html
 """
 
-COMPARE = """The file says which runs: a base config, seeds, and one table a run.
+COMPARE = """The file defines the runs: a base config, seeds, and one table for each run.
 
-  config = "demo.toml"                     the run config that all runs start from
+  config = "demo.toml"                     base config of all runs
   out = "runs/compare"                     folder of run folders, RUN--seed-S
   seeds = [1, 2, 3]                        all runs of the first seed come first
   [common]                                 config keys of every run:  train.epochs = 4
   [vary]                                   every run at each value:   data.global_batch = [32, 128, 512]
-  [runs.clip]                              one table a run; its loss replaces the base's as a whole
+  [runs.clip]                              one table for each run; its loss replaces the base's completely
   loss = { name = "clip" }
 
-All configs are checked before the first run starts. What is finished is skipped; after Ctrl-C or a kill the same
-command continues where every run stopped. At the end: the table mean (std) over seeds, OUT/report.html and
-OUT/results.jsonl (a line a run; `disttempnet report` reads it without the run folders).
+All configs are checked before the first run starts. Finished runs are skipped. After Ctrl-C or a kill the same command
+resumes every run. At the end it prints the table of mean (std) over seeds and writes OUT/report.html and
+OUT/results.jsonl (a line for each run; `disttempnet report` reads it without the run folders).
 
 examples:
   disttempnet compare configs/compare.toml --list
@@ -59,23 +59,23 @@ examples:
 """
 
 TRAIN = """Any config key can be given as section.key=value. A file with config = "BASE.toml" (a path relative to it, or
-a shipped config) holds only what differs from BASE; a loss with a name replaces BASE's as a whole.
-A path may begin with ~. What takes a string takes it as it stands: name=2024-05-01 is a name, and no date.
+a shipped config) holds only the differences to BASE; a loss with a name replaces BASE's completely.
+Paths may begin with ~. Strings need no quotes: name=2024-05-01 is a name, not a date.
 
 Keys:
 """
 
-REPORT = """The ending of --out says what is written:
+REPORT = """The ending of --out selects the report:
 
-  .html    run folders with different configs: a page about these runs in depth, the first before all;
+  .html    run folders with different configs: a page about these runs in depth, the first one leading;
            several seeds of a config, a folder of run folders, or compact results: a page about groups of seeds
   .md .tex .csv    the table over seeds: mean (standard deviation), the best in bold, those within one standard
-           deviation of it marked (csv: the raw numbers)
-  .jsonl   compact results, a line a run: enough to make all tables again without the run folders
+           deviation of it marked (csv: raw numbers)
+  .jsonl   compact results, a line for each run: enough to make all tables again without the run folders
 
-Of folders that `evaluate --data-root` wrote (or an eval_results.jsonl): the averages beside published ones, ImageNet &
-variants, retrieval, every task, and the differences of all others to the first; runs that differ in the seed are one
-row. --metrics takes TASK/METRIC and averages/datacomp, imagenet, shifts, vtab, retrieval.
+For folders that `evaluate --data-root` wrote (or an eval_results.jsonl): averages beside published ones, ImageNet &
+variants, retrieval, every task, and the differences of all others to the first; runs that differ only in the seed share
+a row. --metrics takes TASK/METRIC and averages/datacomp, imagenet, shifts, vtab, retrieval.
 
 examples:
   disttempnet report runs/demo runs/demo-clip --out report.html
@@ -84,19 +84,18 @@ examples:
   disttempnet report runs/*/evaluation evaluation/ViT-B-32-openai --out evaluation.html
 """
 
-TEMPERATURE = """Without --shards, --images or --captions: of the run's own training data.
+TEMPERATURE = """Without --shards, --images or --captions the data set is the run's training data.
 
-The table has a row a sample: id (its place in the training data, where it is from there), key, caption, tau_image,
-tau_text, log_u_image, log_u_text (the tracked normalisers of training samples), and the chosen keys of its .json. What
-a sample does not have is empty. Data sets of any size are streamed; torchrun shares the work between GPUs. In a .csv,
-text that a spreadsheet would run as a formula (it begins with = + - @) has an apostrophe before it; a .parquet has it
-as it is.
+The table has a row for each sample: id (in the training data of the run), key, caption, tau_image, tau_text,
+log_u_image, log_u_text (tracked normalisers of training samples), and the chosen keys of its .json. Missing values are
+empty. Data sets of any size are streamed; torchrun shares the work between GPUs. In a .csv, text that a spreadsheet
+would run as a formula (it begins with = + - @) gets an apostrophe before it; in a .parquet it does not.
 
-The page (--gallery) shows the lowest and highest τ with pictures, how τ is spread, how it goes with concept frequency
-and caption ambiguity, clusters, and what the network has learned; for networks with prototypes (loss.network icml24,
-dist; not mlp, the default of disttempnet-v1 and clip-network) also the prototypes among the features.
+The page (--gallery) shows the lowest and highest τ with pictures, the distribution of τ, its relation to concept
+frequency and caption ambiguity, clusters, and what the network has learned; for networks with prototypes (loss.network
+icml24, dist; not mlp, the default of disttempnet-v1 and clip-network) also the prototypes among the features.
 
-Objectives with a τ for each training sample (isogclr, fastclip-v2, clip-per-sample) know no other samples.
+Objectives with a τ for each training sample (isogclr, fastclip-v2, clip-per-sample) have none for other samples.
 
 examples:
   disttempnet temperature runs/demo --gallery temperatures.html --frequency-by subgroup
@@ -105,12 +104,11 @@ examples:
   disttempnet temperature runs/demo --captions captions.txt
 """
 
-
 JOBS = integers(1, 1024)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one line that names the nearest word."""
+    """An argparse parser whose errors are one line with the nearest known word."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
@@ -122,15 +120,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
+    """Return the parser of all commands, in the order of `disttempnet --help`."""
     parser = Parser(
         prog="disttempnet",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_demo(commands)
+    _add_train(commands)
+    _add_objectives(commands)
+    _add_compare(commands)
+    add_evaluate_command(commands)
+    add_export_command(commands)
+    _add_report(commands)
+    _add_temperature(commands)
+    add_data_commands(commands)
+    add_launch_command(commands)
+    return parser
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="train DistTempNet-v1 and CLIP on the embedded data, compare, report")
     demo.add_argument("--out", type=path_argument, metavar="FOLDER", help="folder of run folders (default: runs)")
     demo.add_argument("--fresh", action="store_true", help="remove an earlier demo in that folder and start over")
@@ -139,6 +151,8 @@ def build_parser() -> Parser:
     )
     demo.set_defaults(run=_demo)
 
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train one run from a TOML config",
@@ -151,17 +165,21 @@ def build_parser() -> Parser:
         type=path_argument,
         default="never",
         metavar="auto|CHECKPOINT",
-        help="auto: continue from the run's last checkpoint if there is one; or a checkpoint folder",
+        help="auto: resume from the last checkpoint of the run, if there is one; or a checkpoint folder",
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, e.g. optim.lr=1e-3")
     train.set_defaults(run=_train)
 
+
+def _add_objectives(commands: Any) -> None:
     objectives = commands.add_parser(
-        "objectives", help="what [loss] name can be: formula, temperature, γ, state a sample, defaults, source"
+        "objectives", help="values of [loss] name: formula, temperature, γ, state a sample, defaults, source"
     )
     objectives.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
     objectives.set_defaults(run=_objectives)
 
+
+def _add_compare(commands: Any) -> None:
     compare = commands.add_parser(
         "compare",
         help="train objectives x seeds from a grid file, compare them over seeds",
@@ -170,17 +188,16 @@ def build_parser() -> Parser:
     )
     compare.add_argument("grid", help="a TOML file, or the name of a shipped one: compare")
     compare.add_argument(
-        "--jobs", type=JOBS.parse, default=1, metavar="N", help="runs at a time, a process each (default: 1)"
+        "--jobs", type=JOBS.parse, default=1, metavar="N", help="runs at a time, each in its own process (default: 1)"
     )
-    compare.add_argument("--list", action="store_true", help="print the grid and how far each run is; train nothing")
+    compare.add_argument("--list", action="store_true", help="print the grid and the state of each run; train nothing")
     compare.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the file, or config keys of every run"
     )
     compare.set_defaults(run=_compare)
 
-    add_evaluate_command(commands)
-    add_export_command(commands)
 
+def _add_report(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="a page about runs, or tables over seeds: HTML, Markdown, LaTeX, CSV",
@@ -204,6 +221,8 @@ def build_parser() -> Parser:
     report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
     report.set_defaults(run=_report)
 
+
+def _add_temperature(commands: Any) -> None:
     temperature = commands.add_parser(
         "temperature",
         help="τ of every sample of a data set as a table, and a page about them",
@@ -213,6 +232,7 @@ def build_parser() -> Parser:
     temperature.add_argument(
         "target", type=path_argument, metavar="RUN", help="a run folder (its last checkpoint) or a checkpoint folder"
     )
+    # the data set: at most one of these
     data = temperature.add_mutually_exclusive_group()
     data.add_argument(
         "--shards", type=path_argument, metavar="SPEC", help="pairs: shards or a listing, as in data.train"
@@ -221,27 +241,28 @@ def build_parser() -> Parser:
         "--images", type=path_argument, metavar="DIR", help="images only: .jpg .jpeg .png .webp, at any depth"
     )
     data.add_argument("--captions", type=path_argument, metavar="FILE", help="captions only: one a line")
+    # the outputs
     temperature.add_argument(
         "--out", type=path_argument, metavar="FILE", help="table, .csv or .parquet (default: RUN/temperatures.csv)"
     )
     temperature.add_argument(
         "--columns", nargs="*", default=["label"], metavar="KEY", help="keys of the samples' .json (default: label)"
     )
-    temperature.add_argument("--gallery", type=path_argument, metavar="FILE.html", help="write a page as well")
+    temperature.add_argument("--gallery", type=path_argument, metavar="FILE.html", help="also write a page")
     temperature.add_argument(
-        "--frequency-by", default="label", metavar="KEY", help="key of the .json that is counted (default: label)"
+        "--frequency-by",
+        default="label",
+        metavar="KEY",
+        help="key of the .json to count by (default: label)",
     )
     temperature.add_argument(
         "--batch", type=BATCH.parse, default=256, metavar="N", help="images a forward pass (default: 256)"
     )
     temperature.set_defaults(run=_temperature, memory="lower --batch")
-    add_data_commands(commands)
-    add_launch_command(commands)
-    return parser
 
 
 def config_reference() -> str:
-    """Every config key with its default and meaning, for `train --help`."""
+    """Return every config key with its default and meaning, for `train --help`."""
     if "train" not in sys.argv:  # only this page needs the config models
         return ""
     from disttempnet.config import Config, Section
@@ -262,14 +283,14 @@ def config_reference() -> str:
 
 
 def _key_line(key: str, field: Any) -> str:
-    """A key of the config with its default, the numbers that it takes, and what it means."""
+    """Return a config key with its default, range and meaning."""
     facts = ["required" if field.is_required() else f"default {field.default!r}"]
     facts += [str(one) for one in field.metadata if isinstance(one, Range)]
     return f"  {key}  ({'; '.join(facts)})  {field.description or ''}".rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. What a user can fix ends in one line on stderr and code 2."""
+    """Run a command and return the exit code. A UserError is one line on standard error and code 2."""
     take_any_text()
     try:
         parser = build_parser()
@@ -285,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_repeated(getattr(options, "overrides", ()))
         memory = memory_named(getattr(options, "memory", "work on less at a time"))
         with warnings.catch_warnings(), memory, open_files_named():
-            open_files()  # as many as are allowed
+            open_files()  # raises the limit
             show_notices_plainly()
             return options.run(options)
     except UserError as error:
@@ -302,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsed(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; overrides may also stand behind the flags: `train demo.toml --resume auto train.epochs=2`."""
+    """Return the options. Overrides may also follow flags: `train demo.toml --resume auto train.epochs=2`."""
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
         command = f"disttempnet {options.command or ''}".rstrip()
@@ -314,7 +335,7 @@ def _parsed(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespa
 
 
 def _refuse_repeated(overrides: Sequence[str]) -> None:
-    """Raise UserError where a key is given twice, as an unquoted {0..9} pattern gives it in a shell."""
+    """Raise UserError where a key is given twice, as a shell does with an unquoted {0..9}."""
     keys = [override.partition("=")[0].strip() for override in overrides]
     for key in keys:
         if keys.count(key) > 1:
@@ -329,7 +350,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _config_to_train(options: argparse.Namespace) -> Config:
-    """A run that goes on may have values that a new one may not: the trainer compares them with its checkpoint's."""
+    """Return the config. A resumed run may keep values of an older version that are out of range today."""
     from disttempnet.config import load_config
 
     try:

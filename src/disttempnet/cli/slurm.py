@@ -1,4 +1,4 @@
-"""Batch scripts for SLURM: one template for slurm/*.sbatch and for `disttempnet launch`."""
+"""Batch scripts for SLURM, from one template: slurm/*.sbatch and `disttempnet launch`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from disttempnet.config import Config
 from disttempnet.errors import UserError
 
 SCRIPT_TEMPLATE = Path(__file__).with_name("slurm.sbatch")
-TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")  # what sbatch takes: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s
+TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")  # forms of sbatch: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s
 WORD = re.compile(r"[\w.,@+-]*")
 
 USAGE = {
@@ -31,19 +31,20 @@ USAGE = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of SLURM.
+    """Settings of a SLURM job.
 
     Attributes:
-        command: what the processes do.
-        name: of the job; with seeds, also of the runs.
-        nodes, gpus: nodes, and GPUs (so processes) of each.
-        cpus: cores a process.
-        time: limit, as sbatch takes it.
-        partition, account: empty = the site's own.
-        seeds: a run each, as an array; empty = one run.
+        command: command of the processes.
+        name: name of the job; with seeds, also prefix of the run names.
+        nodes: number of nodes.
+        gpus: GPUs of each node, a process for each.
+        cpus: cores of each process.
+        time: time limit in a form of sbatch.
+        partition, account: empty = the site's default.
+        seeds: a run for each, as a job array; empty = one run.
 
     Raises:
-        UserError: what sbatch would not take.
+        UserError: a setting that sbatch would refuse.
     """
 
     command: Literal["train", "evaluate"] = "train"
@@ -63,25 +64,26 @@ class Job:
             raise UserError(f"launch: --time {self.time}: give minutes, hours:minutes:seconds or days-hours:minutes")
         for key in ("partition", "account"):
             if not WORD.fullmatch(getattr(self, key)):
-                raise UserError(f"launch: --{key} {getattr(self, key)!r} is no name that SLURM takes")
+                raise UserError(f"launch: --{key} {getattr(self, key)!r} is not a valid SLURM name")
         if any(seed < 0 for seed in self.seeds) or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"launch: --seeds {' '.join(map(str, self.seeds))}: different numbers from 0 on")
+            raise UserError(f"launch: --seeds {' '.join(map(str, self.seeds))}: give different integers from 0 on")
 
 
 def published(command: Literal["train", "evaluate"]) -> str:
-    """The text of slurm/COMMAND.sbatch, which takes the command's arguments as its own."""
+    """Return the text of slurm/COMMAND.sbatch, which passes its arguments on to the command."""
     return _render(Job(command), USAGE[command], "${PYTHON:-python}", "")
 
 
 def script(job: Job, config_path: str, config: Config, overrides: Sequence[str]) -> str:
-    """The batch script of one training run, or of one a seed.
+    """Return the batch script of a training run, or of a run for each seed.
 
     Args:
         job: nodes, GPUs, limits.
-        config_path, overrides: as `train` takes them; `config` is what they give.
+        config_path, overrides: arguments of `train`.
+        config: the config that they give.
 
     Raises:
-        UserError: as many processes cannot share the batch, or cannot cut their part of it so small.
+        UserError: the batch cannot be divided among that many processes, or into train.accumulate chunks.
     """
     processes = job.nodes * job.gpus
     if config.data.lanes % processes:
@@ -97,25 +99,25 @@ def script(job: Job, config_path: str, config: Config, overrides: Sequence[str])
         )
     given = [override.partition("=")[0].strip() for override in overrides]
     if job.seeds and "train.seed" in given:
-        raise UserError("launch: --seeds and train.seed=… are given; one is enough")
+        raise UserError("launch: --seeds and train.seed=… are both given; give one")
     kept = [text for key, text in zip(given, overrides, strict=True) if not (job.seeds and key == "name")]
     return _render(job, "", shlex.quote(sys.executable), shlex.join([config_path, *kept]) + " ")
 
 
 def submit(text: str) -> str:
-    """Give a script to sbatch; returns what it says.
+    """Submit a script with sbatch and return its output.
 
     Raises:
-        UserError: there is no sbatch, or it refuses.
+        UserError: sbatch is missing or refuses the script.
     """
     try:
         done = subprocess.run(["sbatch"], input=text, text=True, capture_output=True)
     except FileNotFoundError:
         raise UserError(
-            "launch: no sbatch here; call it on a login node of the cluster, or print the script with --dry-run"
+            "launch: sbatch was not found; run this on a login node of the cluster, or print the script with --dry-run"
         ) from None
     if done.returncode:
-        raise UserError(f"launch: sbatch refuses: {' '.join(done.stderr.split())}")
+        raise UserError(f"launch: sbatch refused the script: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
 
 

@@ -152,7 +152,7 @@ def test_folder_that_is_no_run(tmp_path: Path, missing: str) -> None:
         ("metrics.jsonl", b'{"step": 1, "epoch": 1, "loss": "x"}\n', "line 1 is skipped: it is no line"),
         ("metrics.jsonl", b"7\n", "line 1 is skipped: it is no line of this file"),
         ("eval.jsonl", b'{"step": 1}\n', "eval.jsonl: line 1 is skipped: it is no line of this file"),
-        ("eval.jsonl", b'{"step": 1, "epoch": 1, "results": []}\n', "eval.jsonl: line 1 is passed over"),
+        ("eval.jsonl", b'{"step": 1, "epoch": 1, "results": []}\n', "eval.jsonl: line 1 is skipped"),
         ("temperatures/step-00000010.npz", b"no", "step-00000010.npz: skipped: not a file of temperatures"),
     ],
 )
