@@ -165,7 +165,7 @@ def test_launch_of_seeds_is_an_array(cluster: Path, capsys: pytest.CaptureFixtur
         (["--nodes", "0"], "--nodes: must be a whole number from 1 to 100,000 (got 0)"),
         (["--time", "tomorrow"], "--time tomorrow: give minutes"),
         (["--partition", "a\nb"], "is not a valid SLURM name"),
-        (["--seeds", "1", "1"], "--seeds 1 1: different numbers"),
+        (["--seeds", "1", "1"], "--seeds 1 1: give different integers"),
         (["--seeds", "one"], "--seeds: must be a whole number from 0"),
         (["--seeds", "1", "--nodes", "4", "train.seed=3"], "one is enough"),
         ([], "sbatch was not found"),
