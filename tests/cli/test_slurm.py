@@ -167,7 +167,7 @@ def test_launch_of_seeds_is_an_array(cluster: Path, capsys: pytest.CaptureFixtur
         (["--partition", "a\nb"], "is not a valid SLURM name"),
         (["--seeds", "1", "1"], "--seeds 1 1: give different integers"),
         (["--seeds", "one"], "--seeds: must be a whole number from 0"),
-        (["--seeds", "1", "--nodes", "4", "train.seed=3"], "one is enough"),
+        (["--seeds", "1", "--nodes", "4", "train.seed=3"], "give one"),
         ([], "sbatch was not found"),
     ],
 )
