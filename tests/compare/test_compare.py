@@ -193,7 +193,7 @@ def test_an_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert "\n" not in error
 
 
-class Shown(display.Display):
+class Shown(display.GridDisplay):
     """A display that ends a pool which waits for nothing."""
 
     ticks = 0
@@ -250,7 +250,7 @@ def test_a_signal_while_workers_start_ends_them_all(
 def test_a_run_that_fails_at_its_start_does_not_shorten_the_eta(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
-    shown = display.Display(4, 0)
+    shown = display.GridDisplay(4, 0)
     metrics: dict[str, Any] = {}
     shown.began("bad")
     now[0] = 2.0

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from disttempnet.compare.display import Display
+from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.grid import Grid, RunState, load_grid, run_state
 from disttempnet.compare.pool import GridOutcome, Pool
 from disttempnet.distributed.launcher import launched
@@ -97,7 +97,7 @@ def _train(grid: Grid, states: dict[str, RunState], jobs: int) -> GridOutcome:
     left = [config for config in grid.configs if states[config.name].kind != "done"]
     if not left:
         return GridOutcome()
-    with Display(len(grid.configs), len(grid.configs) - len(left)) as display:
+    with GridDisplay(len(grid.configs), len(grid.configs) - len(left)) as display:
         return Pool(left, jobs, _gpus(), display, grid.out / "workers.log").run()
 
 

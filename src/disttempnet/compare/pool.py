@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from disttempnet.compare.display import Display
+from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.worker import RunEnd, RunProgress, WorkerPlace, work
 from disttempnet.config import Config
 from disttempnet.io.machine import cores
@@ -51,7 +51,9 @@ class Pool:
         log: file for everything that the workers print.
     """
 
-    def __init__(self, configs: Sequence[Config], jobs: int, gpus: Sequence[str], display: Display, log: Path) -> None:
+    def __init__(
+        self, configs: Sequence[Config], jobs: int, gpus: Sequence[str], display: GridDisplay, log: Path
+    ) -> None:
         self._waiting = deque(configs)
         self._jobs, self._gpus, self._display, self._log = min(jobs, len(configs)), gpus, display, log
         self._workers: list[_Worker] = []

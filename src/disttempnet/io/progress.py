@@ -1,66 +1,115 @@
-"""How far a long command is: a bar with rate and ETA, or a line from time to time where there is no terminal."""
+"""The progress display of all commands: bars in a terminal, elsewhere a plain line from time to time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Self
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from disttempnet.terminal import console
 
-PLAIN_LINE_SECONDS = 15.0
+PLAIN_LINE_SECONDS = 15.0  # between plain lines
 
 
-class Meter:
-    """Counts on standard error, inside a `with`.
+def clock(seconds: float) -> str:
+    """Return a duration as hours:minutes:seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class ProgressDisplay:
+    """Bars with text beside them, inside a `with`. Nothing is drawn where the output is no terminal.
 
     Args:
-        what: what is being done.
-        total: how many there are to do.
-        done: how many of them were done before; they do not count for the rate.
-        active: whether to show anything.
-        sizes: the counts are bytes.
+        active: show anything; False on every rank but the main one.
+        stderr: write to standard error, else to standard output.
+        elapsed: show the time since the start beside each bar.
+        transient: remove the bars at the end.
+
+    Example:
+        >>> with ProgressDisplay() as display:
+        ...     bar = display.add("reading", total=2)
+        ...     display.update(bar, 1, "1/2")
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, active: bool = True, sizes: bool = False) -> None:
-        self.what, self.total, self.done, self._before = what, total, done, done
-        self._text: Callable[[int], str] = decimal if sizes else "{:,}".format
-        self.console = console(stderr=True, quiet=not active)
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+    def __init__(
+        self, *, active: bool = True, stderr: bool = True, elapsed: bool = False, transient: bool = False
+    ) -> None:
+        self.console = console(stderr=stderr, quiet=not active)
+        text = TextColumn("{task.fields[text]}", markup=False)
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(), text]
+        self.bars = Progress(
+            *columns,
+            *([TimeElapsedColumn()] if elapsed else []),
             console=self.console,
+            transient=transient,
             disable=not active or not self.console.is_terminal,
         )
-        self._task = self._bar.add_task(what, total=total, completed=done, count=self._count, rate="")
+        self._last_line = time.monotonic()
 
-    def __enter__(self) -> Meter:
-        self._begun = self._told = time.monotonic()
-        self._bar.start()
+    def __enter__(self) -> Self:
+        self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self.bars.stop()
+
+    def add(self, name: str, total: float | None = None, done: float = 0, text: str = "") -> TaskID:
+        """Add a bar and return its id; without a total it moves to and fro."""
+        return self.bars.add_task(name, total=total, completed=int(done), text=text)
+
+    def update(
+        self, bar: TaskID, done: float, text: str, *, name: str | None = None, total: float | None = None
+    ) -> None:
+        """Set a bar to `done` of its total, and the text beside it."""
+        self.bars.update(bar, completed=done, text=text, description=name, total=total)
+
+    def remove(self, bar: TaskID) -> None:
+        """Remove a bar."""
+        self.bars.remove_task(bar)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(text, soft_wrap=True)
+
+    def plain_line(self, text: Callable[[], str], due: bool = False) -> None:
+        """Print a line in place of the bars: every PLAIN_LINE_SECONDS, or if it is `due`; never in a terminal."""
+        now = time.monotonic()
+        if not self.console.is_terminal and (due or now - self._last_line > PLAIN_LINE_SECONDS):
+            self._last_line = now
+            self.say(text())
+
+
+class Meter(ProgressDisplay):
+    """One bar on standard error with a count, a rate and an ETA, inside a `with`.
+
+    Args:
+        what: name of the work.
+        total: number of units.
+        done: units that were done before; they do not count for the rate.
+        active: show anything.
+        sizes: units are bytes.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, active: bool = True, sizes: bool = False) -> None:
+        super().__init__(active=active)
+        self.what, self.total, self.done, self._before = what, total, done, done
+        self._number: Callable[[int], str] = decimal if sizes else "{:,}".format
+        self._begun = time.monotonic()
+        self._bar = self.add(what, total, done, self._count)
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count this many more units as done."""
         self.done += count
-        now = time.monotonic()
-        rate = (self.done - self._before) / max(now - self._begun, 1e-9)
-        shown = f"{self._text(round(rate))}/s"
-        self._bar.update(self._task, completed=self.done, count=self._count, rate=shown)
-        if not self.console.is_terminal and now - self._told > PLAIN_LINE_SECONDS:
-            self._told = now
-            eta = timedelta(seconds=round((self.total - self.done) / max(rate, 1e-9)))
-            self.console.print(f"{self.what}  {self._count}  {shown}  ETA {eta}")
+        rate = (self.done - self._before) / max(time.monotonic() - self._begun, 1e-9)
+        left = clock((self.total - self.done) / max(rate, 1e-9))
+        text = f"{self._count}  {self._number(round(rate))}/s  ETA {left}"
+        self.update(self._bar, self.done, text)
+        self.plain_line(lambda: f"{self.what}  {text}")
 
     @property
     def _count(self) -> str:
-        return f"{self._text(self.done)}/{self._text(self.total)}"
+        return f"{self._number(self.done)}/{self._number(self.total)}"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
 from disttempnet.io.files import refuse_unwritable
+from disttempnet.io.progress import Meter
 from disttempnet.report.items import CaptionFile, ImageFolder, Items, Pairs, shard_pairs, training_pairs
 from disttempnet.temperature.analysis import correlation_lines
 from disttempnet.temperature.measure import measure_temperatures, refuse_without_temperatures
@@ -25,7 +21,6 @@ from disttempnet.terminal import console
 from disttempnet.training.checkpoint import Run, load_run
 from disttempnet.training.run_folder import list_checkpoints
 
-PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
 SKIPPED_SHOWN = 20  # unreadable images that are named
 
 
@@ -72,7 +67,8 @@ def write_temperatures(
         refuse_without_temperatures(run, training=isinstance(items, Pairs) and items.training)
         statistics, rows, skipped = TemperatureStatistics(items, frequency_by) if gallery else None, 0, list[str]()
         main = distributed.is_main()
-        with open_table(out, columns) if main else nullcontext() as table, _progress(len(items), main) as advance:
+        bar = Meter("temperatures", len(items), active=main)
+        with open_table(out, columns) if main else nullcontext() as table, bar:
             for chunk in measure_temperatures(run, items, device=device, batch=batch):
                 if table is not None:
                     table.write(columns_of(chunk, columns))
@@ -80,7 +76,7 @@ def write_temperatures(
                     statistics.add(chunk)
                 rows += len(chunk.items)
                 skipped += chunk.skipped
-                advance(chunk.read)
+                bar.advance(chunk.read)
             if not rows:
                 raise UserError(f"{items.about}: none of its {len(items)} images can be decoded")
         if main:
@@ -98,40 +94,6 @@ def _open(run: Run, source: TemperatureSource) -> Items:
     if source.captions:
         return CaptionFile(source.captions)
     return shard_pairs(run, source.shards) if source.shards else training_pairs(run)
-
-
-class _Advance:
-    """Counts items; shows them on a bar, or as a line from time to time where there is no terminal."""
-
-    def __init__(self, total: int, console: Console, bar: Progress) -> None:
-        self.total, self.console, self.bar = total, console, bar
-        self.task = bar.add_task("temperatures", total=total, rate="")
-        self.done, self.begun = 0, time.monotonic()
-        self.told = self.begun
-
-    def __call__(self, items: int) -> None:
-        self.done += items
-        now = time.monotonic()
-        rate = self.done / max(now - self.begun, 1e-9)
-        self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f}/s")
-        if not self.console.is_terminal and now - self.told > PLAIN_LINE_SECONDS:
-            self.told = now
-            eta = timedelta(seconds=round((self.total - self.done) / rate))
-            self.console.print(f"temperatures  {self.done:,}/{self.total:,}  {rate:,.0f}/s  ETA {eta}")
-
-
-@contextmanager
-def _progress(total: int, active: bool) -> Iterator[_Advance]:
-    shown = console(stderr=True, quiet=not active)
-    words = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    hidden = not active or not shown.is_terminal
-    with Progress(*words, TextColumn("ETA"), TimeRemainingColumn(), console=shown, disable=hidden) as bar:
-        yield _Advance(total, shown, bar)
 
 
 def _name_skipped(skipped: Sequence[str]) -> None:
