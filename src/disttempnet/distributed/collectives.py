@@ -1,7 +1,7 @@
-"""The one file that talks to torch.distributed, but for towers that are shared out (distributed/fsdp.py).
+"""Collectives as plain functions, which are the identity in one process.
 
-Everything else sees plain functions that are the identity in one process, so world size is invisible
-to the losses, the data and the trainer. Launchers: torchrun and SLURM's srun (distributed/launcher.py).
+So world size is invisible to the losses, the data and the trainer. Only this file and fsdp.py import torch.distributed.
+launcher.py reads the variables of torchrun, mpirun and srun.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from disttempnet.distributed.launcher import Launch, gpu_of, launched
 from disttempnet.distributed.watchdog import Watch
 from disttempnet.errors import Preempted, UserError
 
-SILENCE = 1 / 5  # of the timeout, after which a rank that sends no beat counts as lost: two of ten minutes
-NEWS_SECONDS = 5.0  # that a collective's failure may come before the news of whose fault it is
+SILENCE = 1 / 5  # of the timeout: a rank without a heartbeat for so long counts as lost (two of ten minutes)
+NEWS_SECONDS = 5.0  # from a failed collective to the news which rank has failed, at most
 
-Result = TypeVar("Result")
-PIECE = 64 << 20  # bytes that are sent at a time
-_collectives = 0  # that this process has come to: the watch tells a rank that waits from one that is waited for
+_T = TypeVar("_T")
+BROADCAST_BYTES = 64 << 20  # of a file, in one message
+_collectives = 0  # entered by this process: the watchdog finds by it which rank the others wait for
 
 
 def is_active() -> bool:
@@ -48,14 +48,18 @@ def is_main() -> bool:
 
 @contextmanager
 def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
-    """Join the process group that the launcher describes and yield this rank's device.
+    """Join the process group that the launcher describes, and yield this rank's device.
 
-    One process without a launcher: no group is made. NCCL where there is a GPU for the rank, gloo otherwise. A rank
-    that fails or dies inside ends all others, each with one line that names it.
+    A single process makes no group. The backend is NCCL if the rank has a GPU, else gloo. A rank that fails or dies
+    ends all others, each with one line that names it.
+
+    Args:
+        timeout_minutes: how long a collective waits for other ranks.
 
     Raises:
         UserError: the processes do not find each other, or lose one.
     """
+    # Choose the device; a single process is done.
     launch = launched()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -64,11 +68,13 @@ def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
     if launch is None or launch.world_size == 1:
         yield device
         return
+
+    # Join the group, and watch the other ranks. At the end, leave in order or tell the others why.
     _join(launch, device, timeout_minutes)
     watch = _watch(launch, 60 * timeout_minutes)
     try:
         yield device
-    except Preempted:  # all ranks end in good order
+    except Preempted:  # all ranks end in order
         watch.leave()
         dist.destroy_process_group()
         raise
@@ -86,11 +92,12 @@ def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
 
 
 def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
+    """Join the process group; raise UserError if not all processes are met."""
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             # torchrun keeps a store of its own, which env:// finds
-            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{launch.place}",
+            init_method="env://" if launch.launcher == "torchrun" else f"tcp://{launch.endpoint}",
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -98,35 +105,35 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         )
     except RuntimeError as error:
         raise UserError(
-            f"rank {launch.rank} did not meet all {launch.world_size} processes at {launch.place} within "
+            f"rank {launch.rank} did not meet all {launch.world_size} processes at {launch.endpoint} within "
             f"{timeout_minutes:g} minutes: did all start (srun, torchrun), and is the port free and open? "
             f"({_first_line(error)})"
         ) from None
 
 
 def _watch(launch: Launch, timeout: float) -> Watch:
-    """Connect this rank with rank 0, to hear of ranks that die, are silent, or are waited for."""
+    """Connect this rank with rank 0, which reports ranks that die, hang or fall silent."""
     limits: dict[str, Any] = {"silence": timeout * SILENCE, "timeout": timeout, "progress": lambda: _collectives}
     watch = Watch(0, launch.world_size, launch.address, **limits) if launch.rank == 0 else None
     try:
-        port, token, places = gather_objects((watch.port, watch.token, watch.addresses) if watch else None)[0]
+        port, token, addresses = gather_objects((watch.port, watch.token, watch.addresses) if watch else None)[0]
         trouble = ""
         try:
             watch = watch or Watch(
-                launch.rank, launch.world_size, launch.address, port, token, addresses=places, **limits
+                launch.rank, launch.world_size, launch.address, port, token, addresses=addresses, **limits
             )
         except OSError as error:
             trouble = f"rank {launch.rank} cannot reach rank 0 at {launch.address}:{port}: {error}"
         trouble = next(filter(None, gather_objects(trouble)), "")
     except RuntimeError as error:
         raise UserError(f"rank {launch.rank} lost the other ranks at once: {_first_line(error)}") from None
-    if trouble or watch is None:  # all ranks say so, and none waits for the one that is not watched
+    if trouble or watch is None:  # on every rank: none waits for the one that is not watched
         raise UserError(trouble)
     return watch
 
 
 def _lost_others(error: BaseException, watch: Watch) -> str:
-    """What became of the others, where that is why this rank's collective failed; else empty."""
+    """Return which rank was lost if that is why a collective failed here; else empty."""
     if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return ""
     return watch.news(NEWS_SECONDS) or f"rank {rank()} lost the other ranks: {_first_line(error)}"
@@ -137,30 +144,32 @@ def _first_line(error: BaseException) -> str:
 
 
 def describe(device: torch.device, timeout_minutes: float) -> str:
-    """How many processes there are, where, and how they talk, in one line; every rank calls this."""
+    """Return a line about the processes: number, nodes, device, backend. Every rank calls this."""
     hosts = gather_objects(platform.node())
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if world_size() == 1:
         return f"one process, {kind}"
     launch, nodes = launched(), len(set(hosts))
-    where = f"{nodes} node{'s'[: nodes > 1]}" + (f" ({launch.launcher})" if launch else "")
+    where = "1 node" if nodes == 1 else f"{nodes} nodes"
+    if launch:
+        where += f" ({launch.launcher})"
     return (
         f"{world_size()} processes on {where}, {kind}, {dist.get_backend()}, timeout {timeout_minutes:g} minutes; "
         f"rank 0 is {device} on {hosts[0]}"
     )
 
 
-def _come_to_collective() -> None:
+def _count_collective() -> None:
     global _collectives
     _collectives += 1
 
 
 def all_gather(local: Tensor) -> Tensor:
-    """Rows of all ranks in rank order: [b, ...] → [K·b, ...], no gradient. Every rank passes the same shape."""
+    """Gather the rows of all ranks, in rank order: [b, ...] → [K·b, ...], no gradient; equal shapes on all ranks."""
     local = local.detach()
     if world_size() == 1:
         return local
-    _come_to_collective()
+    _count_collective()
     local = local.contiguous()
     gathered = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
@@ -169,16 +178,16 @@ def all_gather(local: Tensor) -> Tensor:
 
 
 def all_sum(local: Tensor) -> Tensor:
-    """The sum over ranks, no gradient; the input is not changed."""
+    """Return the sum over ranks, without gradient; the input is not changed."""
     total = local.detach().clone()
     if world_size() > 1:
-        _come_to_collective()
+        _count_collective()
         dist.all_reduce(total)
     return total
 
 
 def all_mean(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The means over ranks of tensors of any shapes, no gradient; one collective. Every rank passes the same shapes."""
+    """Return the means over ranks of several tensors, in one collective, no gradient; equal shapes on all ranks."""
     if world_size() == 1:
         return parts
     total = all_sum(torch.cat([part.reshape(-1) for part in parts])) / world_size()
@@ -187,31 +196,34 @@ def all_mean(parts: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest value of all ranks, on every rank."""
+    """Return the largest value of all ranks, on every rank."""
     if world_size() == 1:
         return value
-    _come_to_collective()
+    _count_collective()
     result = torch.tensor(value, device=device)
     dist.all_reduce(result, dist.ReduceOp.MAX)
     return int(result)
 
 
 def gather_objects(value: object) -> list:
-    """Small Python values of all ranks, in rank order, on every rank."""
+    """Return small Python values of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    _come_to_collective()
+    _count_collective()
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 class OtherRankFailed(UserError):
-    """What another rank raised in `together`."""
+    """Error that another rank raised in `together`."""
 
 
-def together(action: Callable[[], Result]) -> Result:
-    """Do something without collectives on every rank; where one fails, all of them raise, and none waits for it.
+def together(action: Callable[[], _T]) -> _T:
+    """Call a function on every rank; if one rank fails, all raise.
+
+    Args:
+        action: contains no collectives.
 
     Raises:
         OtherRankFailed: on the ranks that did not fail themselves.
@@ -220,7 +232,7 @@ def together(action: Callable[[], Result]) -> Result:
         return action()
     try:
         result, error = action(), None
-    except Exception as caught:  # of any kind: the others must hear of it
+    except Exception as caught:  # of any kind: the others must be told
         result, error = None, caught
     told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     for number, message in enumerate(gather_objects(None if error is None else told)):
@@ -228,14 +240,14 @@ def together(action: Callable[[], Result]) -> Result:
             raise error
         if message is not None:
             raise OtherRankFailed(f"rank {number}: {message}")
-    return result  # type: ignore[return-value]  # there is one where nothing was raised
+    return result  # type: ignore[return-value]  # set if nothing was raised
 
 
 def file_of_main(path: Path) -> Iterator[bytes]:
-    """The content of rank 0's file, piece by piece, on every rank; every rank has to take all pieces.
+    """Yield the content of rank 0's file in pieces, on every rank; every rank has to take all pieces.
 
     Raises:
-        UserError: rank 0 cannot read it. Every rank raises.
+        UserError: rank 0 cannot read it; every rank raises.
     """
     offset = 0
     while True:
@@ -244,11 +256,11 @@ def file_of_main(path: Path) -> Iterator[bytes]:
             try:
                 with path.open("rb") as file:
                     file.seek(offset)
-                    message[0] = file.read(PIECE)
+                    message[0] = file.read(BROADCAST_BYTES)
             except OSError as error:
                 message[0] = f"{path}: cannot be read: {error.strerror}"
         if world_size() > 1:
-            _come_to_collective()
+            _count_collective()
             dist.broadcast_object_list(message, src=0)
         piece = message[0]
         if isinstance(piece, str):
@@ -261,13 +273,16 @@ def file_of_main(path: Path) -> Iterator[bytes]:
 
 def barrier() -> None:
     if world_size() > 1:
-        _come_to_collective()
+        _count_collective()
         dist.barrier()
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP over all ranks. The module itself in one process, where no parameter is trained (DDP refuses that), and
-    where its parameters are shared out: those exchange gradients by themselves."""
+    """Wrap a module in DDP over all ranks.
+
+    It is returned as it is in one process, if it has no parameter to train (DDP refuses that), and if its parameters
+    are sharded: FSDP2 exchanges their gradients.
+    """
     if world_size() == 1:
         return module
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -277,13 +292,14 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-    # its forward pass begins with collectives of torch's own: buffers of rank 0, or parts of parameters
-    module.register_forward_pre_hook(lambda *_: _come_to_collective())
+    # its forward pass begins with torch's own collectives: buffers of rank 0, or shards of parameters
+    module.register_forward_pre_hook(lambda *_: _count_collective())
     return module
 
 
 def without_exchange(module: nn.Module) -> AbstractContextManager:
-    """Inside, backward passes of a module from `data_parallel` keep their gradients to this rank, and add them up.
+    """Accumulate gradients of a module from `data_parallel` on this rank, without exchange, inside a `with`.
 
-    One whose parameters are shared out exchanges all the same: whole gradients would not fit."""
+    A sharded module exchanges anyway: its full gradients would not fit.
+    """
     return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()

@@ -1,10 +1,10 @@
-"""Towers that outgrow a GPU: their parameters, gradients and moments shared out over the ranks (FSDP2).
+"""Sharded towers (FSDP2): parameters, gradients and moments are divided over the ranks, for towers that outgrow a GPU.
 
-Every parameter becomes a DTensor of which a rank holds some rows. A block's parameters are whole on every rank while
-it computes, forward and again backward, and its gradient is reduced to each rank's rows. What a rank keeps between
-steps, parameters and both moments of AdamW, is 12 bytes a parameter divided by the number of ranks.
+Every parameter becomes a DTensor of which a rank holds some rows. A block's parameters are gathered on every rank while
+it computes, forward and again backward; its gradient is reduced to each rank's rows. Between steps a rank keeps
+parameters and both moments of AdamW: 12 bytes a parameter, divided by the number of ranks.
 
-In one process nothing is shared out, and every function here is the identity.
+In one process nothing is sharded, and every function here is the identity.
 """
 
 from __future__ import annotations
@@ -25,44 +25,51 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from disttempnet import distributed
 from disttempnet.errors import UserError
 
-# all that a checkpoint's list of contents may call up when it is read, beside names of dtypes
-PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+# Everything that a checkpoint's metadata may import when it is unpickled, besides names of dtypes.
+ALLOWED_GLOBALS = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 PATHS = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}  # the second is what Python 3.13 calls it
-CONTENTS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-HOLLOW = "_hollow"  # attribute of a module that is shared out: its plain copy, without parameters
-CALLED = ("encode_image", "encode_text")  # what is called of open_clip's models, beside forward
+METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+SKELETON = "_skeleton"  # attribute of a sharded module: its plain copy, without parameters
+FORWARD_METHODS = ("encode_image", "encode_text")  # called on open_clip's models, besides forward
 
 
 def shard(module: nn.Module, device: torch.device) -> None:
-    """Share the parameters of both towers out over all ranks, in place, and move them to this rank's device.
+    """Shard the parameters of both towers over all ranks, in place, and move them to this rank's device.
 
-    Every rank holds the same parameters before. They come to the device a block at a time: no GPU ever holds all of
-    them. Scalars (open_clip's own logit scale and bias, which are not trained) stay whole.
+    All ranks hold the same parameters before. Blocks are moved to the device one by one: no GPU ever holds all of them.
+    Scalars (open_clip's own logit scale and bias, which are not trained) are not sharded.
 
     Parameters are gathered in their own precision, and autocast rounds them as in any run. Gathering in bf16
     (MixedPrecisionPolicy) would move half the bytes, but also round the gains of norms.
 
     Args:
         module: open_clip's model on the CPU, locked and prepared; its optimizers are built afterwards.
+        device: of this rank.
 
     Raises:
-        UserError: a scalar of it is trained: it has no rows to share out, and nobody would average its gradient.
+        UserError: a scalar is trained: it cannot be sharded, and its gradient would not be averaged.
     """
     if distributed.world_size() == 1:
         module.to(device)
         return
+
+    # Leave scalars out.
     scalars = {p for p in module.parameters() if p.ndim == 0}
     if trained := [name for name, p in module.named_parameters() if p in scalars and p.requires_grad]:
-        raise UserError(f"train.shard: the towers train single numbers ({trained[0]}), which cannot be shared out")
-    module.__dict__[HOLLOW] = _hollow(module)
+        raise UserError(f"train.shard: the towers train a scalar ({trained[0]}), which cannot be sharded")
+
+    # Keep a copy without parameters, then shard the blocks and what is around them, inner ones first.
+    module.__dict__[SKELETON] = _skeleton(module)
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    shared = partial(fully_shard, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
-    for part in (*blocks(module), *_rest(module)):
+    fully = partial(fully_shard, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+    for part in (*repeated_blocks(module), *_rest(module)):
         part.register_forward_hook(_own_memory)
-        shared(part)
-    for name in CALLED:
+        fully(part)
+    for name in FORWARD_METHODS:
         register_fsdp_forward_method(module, name)
-    if device.type == "cpu":  # gloo has learnt to take means late
+
+    # Older versions of gloo cannot average; sum and divide instead.
+    if device.type == "cpu":
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.set_force_sum_reduction_for_comms(True)
@@ -71,16 +78,15 @@ def shard(module: nn.Module, device: torch.device) -> None:
 
 
 def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Features that are a view of something else are copied: an operation in place on a view would lose the hook that
-    gathers the parameters for the backward pass."""
+    """Copy an output that is a view: an in-place operation on a view loses the hook that gathers parameters backward."""
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers that towers repeat, inner ones first: members of a list or sequence that are all of one class.
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks that towers repeat, inner ones first: members of a list or sequence, all of one class.
 
-    Residual blocks of transformers and of ResNets, stages and their blocks in timm's towers, layers of Hugging Face's.
-    Single operators in a row are none.
+    These are residual blocks of transformers and ResNets, stages and their blocks in timm's towers, and layers of
+    Hugging Face encoders. Sequences of single operators are not.
     """
     found = []
     for parent in module.modules():
@@ -91,53 +97,53 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _rest(module: nn.Module) -> list[nn.Module]:
-    """What is shared out beside the blocks, inner ones first: the table of tokens, each tower, the root."""
+    """Return the modules to shard besides the blocks, inner ones first: token table, each tower, the root."""
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     table = [max(tables, key=lambda part: part.num_embeddings)] if tables else []
     towers = [getattr(module, name, None) for name in ("visual", "text")]
     return [*table, *(tower for tower in towers if isinstance(tower, nn.Module)), module]
 
 
-def _hollow(module: nn.Module) -> nn.Module:
-    """A copy with parameters that have a shape only; its buffers are real."""
+def _skeleton(module: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are on the meta device; its buffers are real."""
     shapes = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, shapes)
 
 
 def full_module(module: nn.Module, device: torch.device, everywhere: bool = True) -> nn.Module | None:
-    """A plain module with all of the parameters as they are now; every rank calls this.
+    """Gather a sharded module into a plain one, with its current parameters; every rank calls this.
 
     Args:
-        module: returned itself where nothing of it is shared out.
-        device: where the copy's parameters are put, one by one.
-        everywhere: whether all ranks need it; else rank 0 alone gets it, the others None.
+        module: returned as it is if it is not sharded.
+        device: of the copy's parameters, which are moved one by one.
+        everywhere: return it on all ranks; else on rank 0 alone, and None on the others.
     """
-    if HOLLOW not in module.__dict__:
+    if SKELETON not in module.__dict__:
         return module
     state = {}
     for name, value in module.state_dict().items():
-        value = full_tensor(value)  # of all ranks, also where it is not kept
+        value = full_tensor(value)  # a collective: on all ranks, also if the result is not kept
         if everywhere or distributed.is_main():
             state[name] = value.to(device)
     if not state:
         return None
-    result: nn.Module = copy.deepcopy(module.__dict__[HOLLOW])
+    result: nn.Module = copy.deepcopy(module.__dict__[SKELETON])
     result.load_state_dict(state, assign=True)
     return result.to(device)  # buffers that no state_dict has
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All rows of a tensor that is shared out, without a gradient, on every rank; another as it is."""
+    """Gather all rows of a sharded tensor on every rank, without gradient; another is returned as it is."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
-def is_part(tensor: object) -> bool:
-    """Whether each rank holds a part of this tensor only."""
+def is_sharded(tensor: object) -> bool:
+    """Return whether each rank holds only its rows of this tensor."""
     return isinstance(tensor, DTensor)
 
 
-def as_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, equal on all ranks, shared out as a parameter is of the same shape."""
+def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a full tensor, equal on all ranks, like a parameter of the same shape; else return it as it is."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     tensor = tensor.to(parameter.device)
@@ -145,12 +151,12 @@ def as_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def save_parts(parts: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors that are shared out, each rank its part, to a folder of torch.distributed.checkpoint.
+    """Write sharded tensors to a folder of torch.distributed.checkpoint, each rank its rows.
 
-    Every rank calls this with the same names; everything is on disk afterwards, the folder's entries too.
+    Every rank calls this with the same names. Afterwards everything is flushed to disk.
 
     Raises:
-        OSError, RuntimeError, …: what the first rank met that failed. Every rank raises it.
+        OSError, RuntimeError, …: the error of the first rank that failed; every rank raises it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -164,10 +170,10 @@ def save_parts(parts: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_parts(parts: dict[str, Tensor], folder: Path) -> None:
-    """Fill tensors, whole ones or parts, from a folder that `save_parts` wrote at any world size; every rank calls it.
+    """Fill tensors, full or sharded, from a folder that `save_parts` wrote at any world size; every rank calls this.
 
     Raises:
-        UserError: the folder is not whole, or is damaged. Every rank raises.
+        UserError: the folder is incomplete or damaged; every rank raises.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -187,14 +193,14 @@ def _first_failure(error: BaseException) -> str:
 
 
 def _reader(folder: Path) -> Any:
-    """A reader that unpickles nothing of the folder's list of contents but what such a list is made of."""
+    """Return a reader that unpickles only plain metadata of a folder."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
             with (folder / ".metadata").open("rb") as file:
-                found: Metadata = _Contents(file).load()
+                found: Metadata = _Metadata(file).load()
             found.storage_meta = found.storage_meta or StorageMeta()
             found.storage_meta.load_id = self.load_id
             return found
@@ -202,8 +208,8 @@ def _reader(folder: Path) -> Any:
     return Reader(folder)
 
 
-class _Contents(pickle.Unpickler):
-    """Of classes and functions, those that describe tensors and files."""
+class _Metadata(pickle.Unpickler):
+    """Unpickler that allows only the classes and functions that describe tensors and files."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
@@ -211,12 +217,12 @@ class _Contents(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in PATHS:
             return Path
-        if (module, name) in PLAIN or module in (*CONTENTS, "torch"):  # of others not even the module is imported
+        if (module, name) in ALLOWED_GLOBALS or module in (*METADATA_MODULES, "torch"):  # other modules are not even imported
             found = super().find_class(module, name)
             if (
-                (module, name) in PLAIN
-                or (module in CONTENTS and isinstance(found, type) and found.__module__ == module)
+                (module, name) in ALLOWED_GLOBALS
+                or (module in METADATA_MODULES and isinstance(found, type) and found.__module__ == module)
                 or (module == "torch" and isinstance(found, torch.dtype))
             ):
                 return found
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a list of contents")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the metadata of a checkpoint")

@@ -1,4 +1,4 @@
-"""Which rank this process is: what torchrun, mpirun or SLURM's srun put into its environment."""
+"""Rank and world size of this process, from the variables of torchrun, mpirun or SLURM's srun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from disttempnet.errors import UserError
 from disttempnet.io.ranges import Range, integers
 
 PORT = integers(1, 65_535)
-SIZES = integers(1, 1_000_000)
+WORLD_SIZES = integers(1, 1_000_000)
 PORTS = range(10_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 
@@ -23,7 +23,7 @@ class Launch(NamedTuple):
         launcher: `torchrun`, `mpirun` or `srun`.
         rank, world_size: this process among all.
         local_rank: this process among those of its node.
-        address, port: where rank 0 is met.
+        address, port: of rank 0.
     """
 
     launcher: str
@@ -34,22 +34,22 @@ class Launch(NamedTuple):
     port: int
 
     @property
-    def place(self) -> str:
+    def endpoint(self) -> str:
         """HOST:PORT of rank 0, an IPv6 address in brackets."""
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # srun binds its tasks to cores
-ALONE = Launch("", 0, 1, 0, "", 0)  # a launcher started this process and no other
+LOCAL_WORLD_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # srun binds its tasks to cores
+ALONE = Launch("", 0, 1, 0, "", 0)  # the only process of a launcher
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """What the launcher says: torchrun, then mpirun, then SLURM's srun; None for a process that was started alone.
+    """Read the launcher's variables: torchrun, then mpirun, then SLURM's srun; None for a single process.
 
-    A variable that is set and empty counts as not set.
+    An empty variable counts as not set.
 
     Raises:
-        UserError: a launcher that says too little, or what cannot be.
+        UserError: variables are missing or contradict each other.
     """
     env = {name: value for name, value in environment.items() if value}
     for read in (_torchrun, _open_mpi, _srun, _pmi):
@@ -59,15 +59,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def local_processes(environment: Mapping[str, str] = os.environ) -> int:
-    """Processes that share this node's cores, where the launcher says so; else 1."""
+    """Return the number of processes on this node, which share its cores; 1 if the launcher does not tell."""
     env = {name: value for name, value in environment.items() if value}
-    return max(_number(env, name, SIZES) if name in env else 1 for name in LOCAL_SIZES)
+    return max(_number(env, name, WORLD_SIZES) if name in env else 1 for name in LOCAL_WORLD_SIZES)
 
 
 def _torchrun(env: Mapping[str, str]) -> Launch | None:
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return None
-    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE", SIZES) if "WORLD_SIZE" in env else 1
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE", WORLD_SIZES) if "WORLD_SIZE" in env else 1
     if "RANK" not in env or "WORLD_SIZE" not in env:
         if rank or size > 1:
             raise UserError("one of RANK and WORLD_SIZE is set, the other is not: start with torchrun, or unset it")
@@ -81,21 +81,21 @@ def _torchrun(env: Mapping[str, str]) -> Launch | None:
 
 
 def _open_mpi(env: Mapping[str, str]) -> Launch | None:
-    """Ahead of SLURM: inside a job, mpirun's processes carry the variables of the SLURM task that started them, too."""
+    """Read Open MPI's variables; before SLURM's, as mpirun inside a job passes those on, too."""
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid", "")
     world = "OMPI_COMM_WORLD_"
     return _mpi(env, f"{world}RANK", f"{world}SIZE", f"{world}LOCAL_RANK", f"{world}LOCAL_SIZE", job)
 
 
 def _pmi(env: Mapping[str, str]) -> Launch | None:
-    """MPICH and Intel MPI. Behind SLURM: srun --mpi=pmi2 sets these as well."""
+    """Read the variables of MPICH and Intel MPI; after SLURM's, as srun --mpi=pmi2 sets these as well."""
     return _mpi(env, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", env.get("PMI_JOBID", ""))
 
 
 def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str, job: str) -> Launch | None:
     if rank not in env or size not in env:
         return None
-    processes = _number(env, size, SIZES)
+    processes = _number(env, size, WORLD_SIZES)
     if processes == 1:
         return ALONE
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if _number(env, local_size) == processes else "")
@@ -109,7 +109,7 @@ def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_si
 
 
 def _srun(env: Mapping[str, str]) -> Launch | None:
-    # a command of the batch script itself is alone, however many tasks its job has: only srun numbers a step
+    # only srun sets a step: a command of the batch script itself is a single process, however many tasks the job has
     if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
         return None
     # a step may have fewer tasks than the job
@@ -127,32 +127,32 @@ def _srun(env: Mapping[str, str]) -> Launch | None:
 
 
 def _number(env: Mapping[str, str], name: str, allowed: Range | None = None) -> int:
-    """A variable's number; 0 where it is not set."""
+    """Return the number in a variable; 0 if it is not set."""
     value = env.get(name, "0")
     if not (value.isascii() and value.isdecimal()) or len(value) > 18:
-        raise UserError(f"the environment says {name}={value}, which is no number")
+        raise UserError(f"the environment has {name}={value}, which is not a number")
     try:
         return int(allowed.check(int(value))) if allowed else int(value)
     except ValueError as error:
-        raise UserError(f"the environment says {name}={value}: {error}") from None
+        raise UserError(f"the environment has {name}={value}: {error}") from None
 
 
 def _checked(launch: Launch) -> Launch:
     if launch.rank >= launch.world_size:
         raise UserError(
-            f"the environment of {launch.launcher} says rank {launch.rank} of {launch.world_size}: ranks count from 0"
+            f"the environment of {launch.launcher} has rank {launch.rank} of {launch.world_size}: ranks count from 0"
         )
     return launch
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's compact list: `node[01-04,07],login` → `node01`."""
+    """Return the first host of SLURM's compact list: `node[01-04,07],login` → `node01`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
 def gpu_of(launch: Launch | None, visible: int) -> int:
-    """The number of this process's GPU among those that it sees.
+    """Return the index of this process's GPU among the visible ones.
 
     Raises:
         UserError: more processes on this node than GPUs.
@@ -161,5 +161,5 @@ def gpu_of(launch: Launch | None, visible: int) -> int:
     if launch and launch.launcher == "srun" and visible == 1:
         return 0  # --gpus-per-task shows each task its own; NCCL refuses two processes on one
     if local >= visible:
-        raise UserError(f"local rank {local} has no GPU: {visible} are visible; start at most one process a GPU")
+        raise UserError(f"local rank {local} has no GPU: {visible} are visible; start at most one process per GPU")
     return local

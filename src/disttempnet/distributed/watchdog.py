@@ -1,15 +1,14 @@
-"""The ranks' watch over each other: a connection from every rank to rank 0, and what is no longer heard on it.
+"""Watchdog of the ranks: heartbeats over a connection from every rank to rank 0, and the news which rank has failed.
 
-Rank 0 listens, every other rank holds a connection to it. A rank that fails says so; one that is killed says nothing,
-but its connection ends. Both ends send a beat now and then, from a thread of their own, whatever the main thread is
-at: a process that is stopped, or a node that vanishes, sends none. A beat says how many collectives its main thread
-has come to, so that one which is caught in a loop is told from those that wait for it. Rank 0 passes on which rank
-ended first, and why. A collective would tell no more than that some peer is gone: gloo at once, NCCL after its timeout.
+Rank 0 listens, every other rank connects to it. A rank that fails sends the reason; the connection of a killed one
+ends. Both ends send heartbeats from a separate thread, whatever the main thread does: a suspended process or a lost node
+sends none. A heartbeat holds the number of collectives that its main thread has entered, which distinguishes a rank in
+an endless loop from those that wait for it. Rank 0 forwards which rank failed first, and why. A collective itself would
+only report that some peer is gone: gloo at once, NCCL after its timeout.
 
-The port is open to whoever reaches it until all ranks are there, then it is closed. A connection is a rank's when it
-has answered a challenge with the run's token, which itself is never sent; others are closed within seconds, are few at
-a time, and are told nothing. Messages carry a code of the token, so that nobody else can make one; they are not
-encrypted.
+The port accepts connections until all ranks have joined, then it is closed. A connection belongs to a rank once it has
+answered a challenge with the run's token, which is never sent itself. Other connections are closed within seconds, are
+limited in number, and receive nothing. Messages are authenticated with the token; they are not encrypted.
 """
 
 from __future__ import annotations
@@ -33,35 +32,35 @@ from typing import Any
 from disttempnet.sanitize import redacted
 from disttempnet.terminal import say
 
-GRACE_SECONDS = 5.0  # the main thread has to end by itself after bad news; NCCL would hold it until its timeout
+GRACE_SECONDS = 5.0  # for the main thread to end by itself after a failure; NCCL would hold it until its timeout
 CONNECT_SECONDS = 30.0
-HELLO_SECONDS = 5.0  # that a connection has to prove whose it is
-CROWDED_SECONDS = 1.0  # the same, while as many as are let in at a time wait for it
-STRANGERS = 128  # connections at a time that have not proved whose they are
+HELLO_SECONDS = 5.0  # for a connection to prove its rank
+CROWDED_SECONDS = 1.0  # the same, while as many as are accepted at a time are waiting
+STRANGERS = 128  # connections at a time that have not proved their rank
 LONGEST_REASON = 400
 LONGEST_HELLO, LONGEST_LINE = 1024, 8192  # bytes
-BEATS = 8  # in the time of silence: with one on its way and one just missed, six are missed for certain
-PATIENCE = 0.9  # of the timeout, after which the rank that others wait for is named: ahead of the collective
+BEATS = 8  # heartbeats in the time of silence: with one on its way and one just missed, six are surely missed
+STALL_SHARE = 0.9  # of the timeout: then the rank that others wait for is named, before the collective fails
 KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a node without power: noticed in a minute
 EVERYWHERE = ("0.0.0.0", "::")
-BAD_NEWS = 2  # exit code
+FAILED_EXIT = 2  # exit code
 
 
 class Watch:
-    """One rank's end of the watch. Rank 0 is made first; the others are given its port and token.
+    """One rank's end of the watchdog. Rank 0 is created first; the others need its port and token.
 
     Args:
         rank, world_size: this rank among all.
-        address: of rank 0, by which the others reach it; rank 0 listens at that address alone, or at all that the name
-            stands for, where they are its own.
+        address: of rank 0, by which the others reach it. Rank 0 listens at this address alone, or at all own addresses
+            that the name resolves to.
         port, token: of rank 0; not needed there.
-        addresses: at which rank 0 listens; tried where `address` leads this rank to none of them.
-        silence: seconds without a beat after which a rank counts as lost, at the latest.
-        timeout: seconds that a collective waits; a rank that the others wait for is named before.
-        progress: how many collectives the main thread has come to; the same sequence on every rank.
+        addresses: at which rank 0 listens; tried if `address` does not lead there.
+        silence: seconds without a heartbeat after which a rank counts as lost, at the latest.
+        timeout: seconds that a collective waits; a rank that the others wait for is named earlier.
+        progress: returns how many collectives the main thread has entered; the same sequence on every rank.
 
     Raises:
-        OSError: rank 0 cannot be reached, or who answers there does not know the token.
+        OSError: rank 0 cannot be reached, or the process that answers there does not know the token.
     """
 
     def __init__(
@@ -85,24 +84,24 @@ class Watch:
         self._sending = threading.Lock()
         self._listeners = _listen(world_size, address) if rank == 0 else []
         self._peers: dict[socket.socket, _Peer] = {}
-        self._met: set[int] = set()  # ranks that have been here; they may have left
+        self._met: set[int] = set()  # ranks that have joined; they may have left
         if rank != 0:
             self._connect([address, *addresses], port)
         self._wake, self._woken = socket.socketpair()
-        places = [listener.getsockname() for listener in self._listeners]
-        self.port: int = places[0][1] if places else port
-        self.addresses = tuple(place[0] for place in places if place[0] not in EVERYWHERE)
+        bound = [listener.getsockname() for listener in self._listeners]
+        self.port: int = bound[0][1] if bound else port
+        self.addresses = tuple(host for host, *_ in bound if host not in EVERYWHERE)
         os.register_at_fork(after_in_child=self._forget)  # a loader worker's copy would outlive the rank
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def news(self, seconds: float) -> str:
-        """Which rank has failed, and why; empty if none is heard of within the time."""
+        """Return which rank has failed, and why; empty if none does within the time."""
         self._known.wait(seconds)
         return self._news
 
     def leave(self, failure: str = "") -> None:
-        """Say goodbye: in good order, or with the reason of this rank's failure."""
+        """Leave: in order, or with the reason of this rank's failure."""
         self._leaving.set()
         message: dict[str, Any] = {"done": True}
         if failure:
@@ -117,6 +116,7 @@ class Watch:
     # ---- the thread ----
 
     def _run(self) -> None:
+        """Send heartbeats and read messages until this rank leaves or a rank fails."""
         with selectors.DefaultSelector() as selector:
             for known in (self._woken, *self._peers):
                 selector.register(known, selectors.EVENT_READ)
@@ -138,8 +138,10 @@ class Watch:
             self._spread()
 
     def _admit(self, selector: selectors.BaseSelector) -> int:
-        """Close connections that have not proved in time whose they are, and listen only while there is room for
-        more, and ranks are missing. Returns how many such connections are left."""
+        """Close connections that have not proved their rank in time; listen only while ranks are missing.
+
+        Returns the number of unproven connections that are left.
+        """
         if not self._listeners:
             return 0
         waiting = [(connection, peer) for connection, peer in self._peers.items() if peer.rank < 0]
@@ -165,7 +167,7 @@ class Watch:
     def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
         try:
             connection, _ = listener.accept()
-        except OSError:  # it is gone again, or this process may open no more files: whoever waits is asked later
+        except OSError:  # it is gone again, or this process has too many open files: try again later
             time.sleep(0.1)
             return
         peer = _Peer()
@@ -174,36 +176,38 @@ class Watch:
         _send_line(connection, {"challenge": peer.challenge})
 
     def _beat(self) -> None:
-        """Send a beat to every peer, and count those that it did not send meanwhile. Own beats are the clock: a job
-        that was suspended as a whole, and goes on, has missed none."""
+        """Send a heartbeat to every peer, and count those that each has missed.
+
+        Own heartbeats are the clock: a job that was suspended as a whole has missed none.
+        """
         self._own.at = self._progress()
         for connection, peer in self._ranks():
             self._send(connection, peer, {"at": self._own.at})
             peer.missed += 1
             if peer.missed >= BEATS and not (peer.done or self._news):
-                what = f"has not been heard for {self._silence:.0f} seconds: stopped, or its node is gone"
+                what = f"has sent no heartbeat for {self._silence:.0f} seconds: stopped, or its node is gone"
                 self._news = _named(peer, what)
         if self.rank == 0 and not self._news:
             self._news = self._waited_for()
 
     def _waited_for(self) -> str:
-        """Who has kept the others waiting in a collective that it does not come to; empty where nobody has."""
+        """Return which rank has kept the others waiting in a collective; empty if none has."""
         peers = [self._own, *(peer for _, peer in self._ranks() if not peer.done)]
         front = max(peer.at for peer in peers)
         for peer in peers:
             peer.stood = peer.stood + 1 if peer.at == peer.last_at < front else 0
             peer.last_at = peer.at
         longest = max(peers, key=lambda peer: (peer.stood, -peer.at))
-        if longest.stood * self._silence / BEATS < PATIENCE * self._timeout:
+        if longest.stood * self._silence / BEATS < STALL_SHARE * self._timeout:
             return ""
         return _named(
             longest,
-            f"has kept the others waiting for {self._timeout / 60:.3g} minutes: it is caught in an endless loop, or "
+            f"has kept the others waiting for {self._timeout / 60:.3g} minutes: it is in an endless loop, or "
             "needs a larger train.timeout_minutes",
         )
 
     def _hear(self, connection: socket.socket) -> bool:
-        """Read what a peer says; False at its end, and where it is none of ours."""
+        """Read the messages of a peer; return False at its end, or if it is not a rank of this run."""
         peer = self._peers[connection]
         try:
             received = connection.recv(4096)
@@ -219,36 +223,36 @@ class Watch:
                 continue
             message = peer.opened(line)
             if message is None:
-                self._news = self._news or _named(peer, "sends what is not its own: somebody disturbs its connection")
+                self._news = self._news or _named(peer, "sent a message that fails authentication: its connection is disturbed")
                 return False
             peer.missed = 0
             peer.at = max(peer.at, message["at"]) if isinstance(message.get("at"), int) else peer.at
             peer.done = peer.done or "done" in message
             self._news = self._news or str(message.get("failed", ""))
         if not received and peer.rank >= 0 and not (peer.done or self._news):
-            self._news = _named(peer, "ended without a word: killed, or out of memory")
+            self._news = _named(peer, "ended without a message: killed, or out of memory")
         return bool(received)
 
     def _spread(self) -> None:
-        """Rank 0 passes the news on; a main thread that does not end on it is ended."""
+        """Forward the news from rank 0; end the process if its main thread does not."""
         if self.rank == 0:
             for connection, peer in self._ranks():
                 self._send(connection, peer, {"failed": self._news})
         self._known.set()
         if not self._leaving.wait(GRACE_SECONDS):
-            with contextlib.suppress(Exception):  # nothing may keep us from ending
+            with contextlib.suppress(Exception):  # nothing may prevent the exit
                 sys.stdout.flush()
             with contextlib.suppress(Exception):
                 say(f"disttempnet: {self._news}", error=True)
-            os._exit(BAD_NEWS)
+            os._exit(FAILED_EXIT)
 
     # ---- who is who ----
 
     def _connect(self, addresses: Sequence[str], port: int) -> None:
-        """Connect to rank 0 at the first address at which it answers.
+        """Connect to rank 0 at the first address that answers.
 
         Raises:
-            OSError: it does at none; what happened at the first.
+            OSError: none does; the error at the first address.
         """
         errors: list[OSError] = []
         for address in addresses:
@@ -266,7 +270,7 @@ class Watch:
         raise errors[0]
 
     def _introduced(self, connection: socket.socket, address: str) -> _Peer:
-        """Prove to rank 0 whose connection this is, and be shown that it is rank 0."""
+        """Prove this rank to rank 0, and verify that the other end is rank 0."""
         with connection.makefile("rb", buffering=0) as lines:  # what comes after its proof is for `_hear`
             challenge = str(_parsed(lines.readline(LONGEST_HELLO)).get("challenge"))
             own = secrets.token_hex(16)
@@ -275,11 +279,11 @@ class Watch:
             _send_line(connection, hello)
             answer = str(_parsed(lines.readline(LONGEST_HELLO)).get("proof"))
         if not _same(answer, _code(self.token, "rank 0", challenge, own)):
-            raise ConnectionError("who answers there is not rank 0 of this run")
+            raise ConnectionError("the process that answers there is not rank 0 of this run")
         return _Peer(0, address, _code(self.token, "messages", challenge, own), mine=f"rank {self.rank}")
 
     def _welcome(self, connection: socket.socket, peer: _Peer, line: bytes) -> bool:
-        """Take a connection for a rank's, where the line proves it."""
+        """Accept a connection as a rank's if the line proves it."""
         hello = _parsed(line)
         rank, host, challenge = hello.get("rank"), hello.get("host"), hello.get("challenge")
         if not (type(rank) is int and 0 < rank <= self._others and isinstance(host, str)):
@@ -295,11 +299,11 @@ class Watch:
         return True
 
     def _ranks(self) -> list[tuple[socket.socket, _Peer]]:
-        """Connections of ranks, which alone are told anything."""
+        """Return the connections of ranks; no others are sent anything."""
         return [(connection, peer) for connection, peer in list(self._peers.items()) if peer.rank >= 0]
 
     def _send(self, connection: socket.socket, peer: _Peer, message: dict[str, Any]) -> None:
-        with self._sending, contextlib.suppress(OSError):  # it is gone, or dropped meanwhile: nobody to tell
+        with self._sending, contextlib.suppress(OSError):  # the peer is gone
             connection.sendall(peer.sealed(message) + b"\n")
 
     def _keep(self, connection: socket.socket, peer: _Peer) -> None:
@@ -321,12 +325,13 @@ class Watch:
 
 
 class _Peer:
-    """Whom a connection leads to, and how it stands.
+    """State of a connection to another rank.
 
     Attributes:
         rank: -1 until it is proved.
-        missed: own beats since anything was heard; at: collectives that its main thread has come to; stood: own beats
-            that it has been behind others without moving.
+        missed: own heartbeats since the last message.
+        at: collectives that its main thread has entered.
+        stood: own heartbeats for which it has been behind others without moving.
     """
 
     def __init__(self, rank: int = -1, host: str = "an unknown host", key: str = "", mine: str = "rank 0") -> None:
@@ -337,12 +342,12 @@ class _Peer:
         self._mine, self._sent, self._received = mine, 0, 0
 
     def sealed(self, message: dict[str, Any]) -> bytes:
-        """The next line to send: its code, then the message."""
+        """Return the next line to send: its authentication code, then the message."""
         body, self._sent = json.dumps(message), self._sent + 1
         return f"{_code(self.key, self._mine, self._sent, body)} {body}".encode()
 
     def opened(self, line: bytes) -> dict[str, Any] | None:
-        """The message of the next line; None where the peer did not send it."""
+        """Return the message of the next line; None if the peer did not send it."""
         self._received += 1
         code, _, body = line.decode("utf-8", "replace").partition(" ")
         if not _same(code, _code(self.key, f"rank {self.rank}", self._received, body)):
@@ -355,7 +360,7 @@ def _named(peer: _Peer, what: str) -> str:
 
 
 def _code(key: str, *parts: object) -> str:
-    """What only who has the key can say about these parts."""
+    """Return the authentication code (HMAC) of some parts."""
     return hmac.digest(key.encode(), json.dumps(parts).encode(), "sha256").hex()
 
 
@@ -364,11 +369,11 @@ def _same(one: str, other: str) -> bool:
 
 
 def _listen(world_size: int, address: str = "") -> list[socket.socket]:
-    """For one connection a rank, which on a thousand ranks are more files than a process may open by custom.
+    """Listen for a connection from each rank, at all own addresses that the name resolves to, on one port.
 
-    At all that the address stands for and that are of this machine, on one port: the others may be told only some of
-    them. At all interfaces where there are none.
+    Other ranks may resolve the name to some of them only. Without any own address it listens at all interfaces.
     """
+    # A thousand connections are more files than a process may open by default: raise the limit.
     queue = world_size + STRANGERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
@@ -379,29 +384,31 @@ def _listen(world_size: int, address: str = "") -> list[socket.socket]:
     listeners: list[socket.socket] = []
     for family, (host, _, *scope) in _interfaces(address):
         port = listeners[0].getsockname()[1] if listeners else 0
-        with contextlib.suppress(OSError):  # somebody else's, as where a router or a proxy stands before this machine
+        with contextlib.suppress(OSError):  # of another machine, such as a router or proxy before this one
             listeners.append(socket.create_server((host, port, *scope), family=family, backlog=queue))
     return listeners or [_listen_everywhere(queue)]
 
 
 def _listen_everywhere(queue: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # the kernel knows IPv6, but no interface has an address of it
+        with contextlib.suppress(OSError):  # the kernel knows IPv6, but no interface has an IPv6 address
             return socket.create_server(("", 0), family=socket.AF_INET6, backlog=queue, dualstack_ipv6=True)
     return socket.create_server(("", 0), backlog=queue)
 
 
 def _interfaces(address: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Where to listen for who is told this address. None where a machine's own name leads
-    it to itself (127.0.1.1 in many /etc/hosts): others are led elsewhere."""
+    """Yield the addresses to listen at, for ranks that are given this name.
+
+    There are none if a machine's own name leads it to itself (127.0.1.1 in many /etc/hosts): others are led elsewhere.
+    """
     try:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM) if address else []
     except OSError:
         return
     local = address == "localhost" or _loopback(address)
-    for family, _, _, _, place in found:
-        if local or not _loopback(str(place[0])):
-            yield family, place
+    for family, _, _, _, interface in found:
+        if local or not _loopback(str(interface[0])):
+            yield family, interface
 
 
 def _loopback(address: str) -> bool:
@@ -412,7 +419,7 @@ def _loopback(address: str) -> bool:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """A line's message; empty where it is none."""
+    """Return a line's message; empty if it is not one."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):

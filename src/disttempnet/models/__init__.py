@@ -1,9 +1,13 @@
 """The two towers.
 
 towers.py        by an open_clip name, from checkpoints and into checkpoints that open_clip opens
+origin.py        names → architecture and file of weights
+weights.py       files of weights → state dicts, without running code from them
+transformers_clip.py  CLIPModel folders of transformers under open_clip's names
 pretrained.py    a timm image tower, a Hugging Face text tower, from checkpoints of their own
 text.py          captions → features, short sequences cut
-locking.py       locked layers; where BatchNorm takes its statistics from
+locks.py         locked layers
+batch_norm.py    BatchNorm with the statistics of the global batch, or frozen
 architectures/   the package's own, one JSON each
 """
 

@@ -1,4 +1,4 @@
-"""Where towers come from: which architecture a name means, which file has the weights, and what goes with them.
+"""Origins of towers: names resolved to an architecture, a file of weights and the preprocessing that goes with them.
 
 A name is an architecture of open_clip or of the package, a JSON file with one, or a place that has an architecture and
 its weights: `local-dir:FOLDER` and `hf-hub:ORG/NAME`. Only the first two give towers without weights.
@@ -20,22 +20,22 @@ from disttempnet.config import flat
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.io.files import read_regular
 from disttempnet.models import transformers_clip
-from disttempnet.models.weights import SUFFIXES, listed, refusal
+from disttempnet.models.weights import WEIGHT_SUFFIXES, listed, refusal
 from disttempnet.sanitize import brief
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 HUB, FOLDER = "hf-hub:", "local-dir:"
 PLACES = (HUB, FOLDER)
-# One model under several names, as hubs have it: the first is taken.
+# Names of one and the same model, as repositories have them: the first is taken.
 STANDARD = (
     WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
 )  # fmt: skip
 OF_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
-# What trainers write beside weights: ours, accelerate's, transformers'.
+# Files that trainers write beside weights: this one, accelerate, transformers.
 NO_WEIGHTS = ("trainer.pt", "shard-*-of-*.pt", "training_args.bin", "optimizer*", "scheduler*", "r*_state*", "scaler*")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-# Keys of an architecture that two of the same weights may differ in: none changes a feature, or it is looked at apart.
+# Keys in which two architectures of the same weights may differ: they change no feature, or are checked elsewhere.
 FREE = {
     "custom_text", "init_logit_bias", "init_logit_scale", "quick_gelu", "text_cfg.context_length",
     "text_cfg.hf_model_name", "text_cfg.hf_model_pretrained", "text_cfg.hf_tokenizer_name", "vision_cfg.image_size",
@@ -45,16 +45,16 @@ FREE = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where towers come from.
+    """The origin of towers: architecture, weights, preprocessing.
 
     Attributes:
-        architecture: open_clip's `model_cfg`; empty where the weights came without one.
+        architecture: open_clip's `model_cfg`; empty if the weights came without one.
         weights: a file; None for random towers.
-        folder: on this disk, that a text encoder's config and tokenizer may lie in.
+        folder: a local folder that may hold a text encoder's config and tokenizer.
         preprocess: open_clip's `preprocess_cfg`, as far as it is known.
-        from_transformers: the architecture is from transformers' config, which says what activation the weights want.
+        from_transformers: the architecture is from transformers' config, which has the activation of the weights.
         quick_gelu: the weights were trained with QuickGELU, whatever the named architecture has.
-        notes: what a reader of scores has to know of the weights.
+        notes: facts about the weights that a reader of scores has to know.
     """
 
     architecture: Mapping[str, Any] = field(default_factory=dict)
@@ -67,32 +67,37 @@ class Origin:
 
 
 def find_origin(name: str, pretrained: str = "") -> Origin:
-    """The architecture that a name means, and the weights that go into it.
+    """Resolve a name, and the weights that go into its architecture.
 
     Args:
-        name: of an architecture, the path of a JSON file with one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+        name: an architecture, the path of a JSON file with one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
         pretrained: weights in place of a name's own: a tag of open_clip (`openai`, or `NAME/openai`), a file, a folder,
             `local-dir:FOLDER`, `hf-hub:ORG/NAME`; empty for none.
 
     Raises:
         UserError: an unknown name or tag; a place without weights, or with several; weights of another architecture.
     """
+    # Resolve both. A misspelt name is reported before a fault of the weights.
     may_be_gone = name.startswith(PLACES) or name.endswith(".json")
-    own = None if may_be_gone else _named(name)  # a misspelt name is said before what is wrong with its weights
+    own = None if may_be_gone else _named(name)
     given = _weights(pretrained.removeprefix("open_clip:"), name) if pretrained else None
     if given and given.architecture and may_be_gone and not Path(name).is_file():
-        return given  # a checkpoint stands for the place that its run began from
+        return given  # a checkpoint has the architecture of the place that its run began from
     if name.startswith(PLACES):
         return replace(_place(name), weights=given.weights) if given else _place(name)
     own = own or _named(name)
     if given is None:
         return own
-    for key, ours, theirs in _differences(own.architecture, given.architecture):
+
+    # Refuse weights of another architecture.
+    for key, wanted, found in _differences(own.architecture, given.architecture):
         place = pretrained if pretrained.startswith(PLACES) else f"{FOLDER}{given.folder}"
         raise UserError(
-            f"model '{name}' has {key} = {ours!r}, the weights in {pretrained} have {theirs!r}: give the name that "
-            f"they were trained with, or take it from there by model.name={place}"
+            f"model '{name}' has {key} = {wanted!r}, the weights in {pretrained} have {found!r}: give the name that "
+            f"they were trained with, or take the architecture from there: model.name={place}"
         )
+
+    # Take over what only the weights know: a bias, the activation.
     architecture, notes = dict(own.architecture), given.notes
     if "init_logit_bias" in given.architecture:
         architecture["init_logit_bias"] = given.architecture["init_logit_bias"]
@@ -103,16 +108,20 @@ def find_origin(name: str, pretrained: str = "") -> Origin:
 
 
 def is_random(name: str, pretrained: str) -> bool:
-    """Whether these name an architecture alone."""
+    """Return whether name and pretrained mean an architecture without weights."""
     return not pretrained and not name.startswith(PLACES)
 
 
 def read_target(target: str) -> tuple[str, str] | None:
-    """The (name, pretrained) of `load_model` that a target of `evaluate` means; None for a run or its checkpoint.
+    """Return the (name, pretrained) for `load_model` of a target of `evaluate`; None for a run or its checkpoint.
+
+    Args:
+        target: a path, `open_clip:NAME/TAG`, `open_clip:NAME/FILE`, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
 
     Raises:
-        UserError: it could mean several things, or none: how to write it.
+        UserError: the target is ambiguous or unknown; the message says how to write it.
     """
+    # Explicit forms: a place, or open_clip:NAME with a tag or a path.
     rest = target.removeprefix("open_clip:")
     explicit = rest != target
     name, _, tag = rest.partition("/")
@@ -121,16 +130,18 @@ def read_target(target: str) -> tuple[str, str] | None:
         return rest, ""
     if explicit and name in open_clip.list_models():
         return name, tag
+
+    # Paths: a run or checkpoint, a file, a folder with its architecture.
     if not explicit and ((path / "trainer.pt").is_file() or (path / "checkpoints").is_dir()):
         return None
     if path.is_file():
         return _file_target(path), ""
-    if (path / CONFIG_NAME).is_file() or (path / transformers_clip.CONFIG_NAME).is_file():
+    if (path / CONFIG_NAME).is_file() or (path / transformers_clip.HF_CONFIG_NAME).is_file():
         return f"{FOLDER}{rest}", ""
     if explicit:
         return name, tag
     if path.is_dir():
-        if any(file.suffix in SUFFIXES for file in path.iterdir()):
+        if any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir()):
             raise UserError(
                 f"{target}: no run, and no {CONFIG_NAME} says which architecture the weights in it are of: name it, as "
                 f"open_clip:NAME/{target}"
@@ -153,19 +164,19 @@ def read_target(target: str) -> tuple[str, str] | None:
 
 
 def _file_target(path: Path) -> str:
-    """The name that a file means: an architecture, or weights with their architecture beside them."""
+    """Return the name for a file: an architecture, or weights with their architecture beside them."""
     if path.suffix == ".json":
         return str(path)
     if (path.parent / CONFIG_NAME).is_file():
         return f"{FOLDER}{path}"
     raise UserError(
-        f"{path}: a file of weights says nothing of its architecture: name it, as open_clip:NAME/{path} "
+        f"{path}: a file of weights does not hold its architecture: name it, as open_clip:NAME/{path} "
         f"(open_clip:ViT-B-32/{path}), or put its {CONFIG_NAME} beside it"
     )
 
 
 def _named(name: str) -> Origin:
-    """An architecture alone."""
+    """Return an architecture without weights."""
     if name.endswith(".json"):
         path = Path(name)
         table = _json(path)
@@ -183,10 +194,10 @@ def _named(name: str) -> Origin:
 
 
 def _place(name: str) -> Origin:
-    """An architecture with its weights.
+    """Return an architecture with its weights.
 
     Raises:
-        UserError: one of the two is not there.
+        UserError: one of the two is missing.
     """
     if name.startswith(HUB):
         return _repository(name.removeprefix(HUB))
@@ -200,14 +211,14 @@ def _place(name: str) -> Origin:
     found = _folder(path)
     if not found.architecture:
         raise UserError(
-            f"{name}: has no {CONFIG_NAME} that says which architecture its weights are of: name it, as "
+            f"{name}: has no {CONFIG_NAME} with the architecture of its weights: name it, as "
             f"open_clip:NAME/{found.weights}, or in a config model.name=NAME model.pretrained={found.weights}"
         )
     return found
 
 
 def _folder(path: Path) -> Origin:
-    """What is in a folder: its weights, and their architecture where it says that."""
+    """Return the weights in a folder, with their architecture if a config has it."""
     if (path / CONFIG_NAME).is_file():
         described = _described(path / CONFIG_NAME)
         return replace(described, weights=_weights_in(path, STANDARD))
@@ -216,15 +227,15 @@ def _folder(path: Path) -> Origin:
 
 
 def _without_config(folder: Path) -> Origin:
-    """What transformers' `config.json` says in a folder without open_clip's; nothing where there is none."""
-    config = folder / transformers_clip.CONFIG_NAME
+    """Return the architecture in transformers' `config.json`, in a folder without open_clip's; else none."""
+    config = folder / transformers_clip.HF_CONFIG_NAME
     if not config.is_file() or "model_type" not in _json(config):
         return Origin(folder=folder)
-    return _of_transformers(config, folder / transformers_clip.PREPROCESS_NAME)
+    return _of_transformers(config, folder / transformers_clip.HF_PREPROCESS_NAME)
 
 
 def _described(config: Path) -> Origin:
-    """An architecture and how its pixels are prepared, from an `open_clip_config.json`."""
+    """Return architecture and preprocessing from an `open_clip_config.json`."""
     table = _json(config)
     for section in ("preprocess_cfg", "model_cfg"):
         if not isinstance(table.get(section), dict):
@@ -236,7 +247,7 @@ def _described(config: Path) -> Origin:
 
 
 def _of_transformers(config: Path, preprocess: Path | None) -> Origin:
-    """The same from the files of transformers."""
+    """Return architecture and preprocessing from the files of transformers."""
     try:
         architecture = transformers_clip.open_clip_architecture(_json(config), str(config.parent))
     except (TypeError, AttributeError, ValueError, ArithmeticError):
@@ -248,7 +259,7 @@ def _of_transformers(config: Path, preprocess: Path | None) -> Origin:
 
 
 def _weights_in(folder: Path, standard: Sequence[str]) -> Path:
-    """The file of weights in a folder: the first of the standard names that is there, else the only one.
+    """Return the file of weights in a folder: the first standard name that exists, else the only file.
 
     Raises:
         UserError: there is none, or several.
@@ -256,48 +267,48 @@ def _weights_in(folder: Path, standard: Sequence[str]) -> Path:
     for name in standard:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    found = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     found = [path for path in found if not any(map(path.match, NO_WEIGHTS))]
     if not found:
         why = "holds no weights"
         if (folder / "checkpoints").is_dir():
             why += " (a run folder? name one of its checkpoints)"
         elif (folder / CONFIG_NAME).is_file():
-            why += f"; {folder / CONFIG_NAME} as model.name means its architecture with random ones"
+            why += f"; model.name={folder / CONFIG_NAME} would build its architecture with random ones"
         raise UserError(f"{folder}: {why}")
     if len(found) > 1:
         names = listed([path.name for path in found], 8)
-        raise UserError(f"{folder}: holds several files of weights ({names}): name the one, as {found[-1]}")
+        raise UserError(f"{folder}: holds several files of weights ({names}): name one, as {found[-1]}")
     return found[0]
 
 
 def _repository(name: str) -> Origin:
-    """A repository of the Hugging Face Hub, or what its cache holds of it.
+    """Return a repository of the Hugging Face Hub, downloaded or from the cache.
 
     Raises:
-        UserError: no config or no weights there, and none to be had.
+        UserError: no config or no weights in the cache, and none to download.
     """
     config, why = _downloaded(name, CONFIG_NAME)
     if config is not None:
-        # its encoder and tokenizer, if it has some of Hugging Face, are repositories of their own
+        # a Hugging Face encoder and its tokenizer are in repositories of their own
         described, files = replace(_described(config), folder=None), (STANDARD[0], STANDARD[2])
     else:
-        config, _ = _downloaded(name, transformers_clip.CONFIG_NAME)
+        config, _ = _downloaded(name, transformers_clip.HF_CONFIG_NAME)
         if config is None:
-            raise UserError(f"{HUB}{name}: no {CONFIG_NAME} in the cache, and none to be had from the Hub ({why})")
-        preprocess, _ = _downloaded(name, transformers_clip.PREPROCESS_NAME)
+            raise UserError(f"{HUB}{name}: no {CONFIG_NAME} in the cache, and none could be downloaded from the Hub ({why})")
+        preprocess, _ = _downloaded(name, transformers_clip.HF_PREPROCESS_NAME)
         described, files = _of_transformers(config, preprocess), OF_TRANSFORMERS
     weights, why = _downloaded(name, *files)
     if weights is None:
         raise UserError(
-            f"{HUB}{name}: its weights ({' or '.join(files)}) are not in the cache, and not to be had from the Hub "
-            f"({why}); {config} as model.name means its architecture with random ones"
+            f"{HUB}{name}: its weights ({' or '.join(files)}) are not in the cache, and could not be downloaded from "
+            f"the Hub ({why}); model.name={config} would build its architecture with random ones"
         )
     return replace(described, weights=weights)
 
 
 def _downloaded(repository: str, *files: str) -> tuple[Path | None, str]:
-    """The first of the files that a repository has, and why there is none."""
+    """Return the first of the files that a repository has; else None and the reason."""
     why = ""
     for file in files:
         try:
@@ -308,7 +319,7 @@ def _downloaded(repository: str, *files: str) -> tuple[Path | None, str]:
 
 
 def _weights(pretrained: str, name: str) -> Origin:
-    """Weights that were named apart from the architecture, with what is known of them."""
+    """Return weights that were named apart from the architecture, with what is known of them."""
     if pretrained.startswith(PLACES):
         return _place(pretrained)
     path = Path(pretrained).expanduser()
@@ -324,7 +335,7 @@ def _weights(pretrained: str, name: str) -> Origin:
 
 
 def _tagged(pretrained: str, name: str) -> Origin:
-    """Weights of open_clip by their tag."""
+    """Return open_clip's weights of a tag."""
     base, slash, tag = pretrained.rpartition("/")
     if slash and base in open_clip.list_models():
         if base != name:
@@ -332,7 +343,7 @@ def _tagged(pretrained: str, name: str) -> Origin:
         pretrained = tag
     known = open_clip.get_pretrained_cfg(name, pretrained)
     if not known:
-        if "/" in pretrained or Path(pretrained).suffix in SUFFIXES:
+        if "/" in pretrained or Path(pretrained).suffix in WEIGHT_SUFFIXES:
             raise refusal(pretrained, "no such file or folder")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not tags:
@@ -341,15 +352,15 @@ def _tagged(pretrained: str, name: str) -> Origin:
     try:
         weights = Path(download_pretrained(known))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"weights '{name}/{pretrained}' cannot be had: {brief(error)}") from None
+        raise UserError(f"weights '{name}/{pretrained}' cannot be downloaded: {brief(error)}") from None
     return Origin(weights=weights, preprocess=_preprocess(known, name), quick_gelu=bool(known.get("quick_gelu")))
 
 
 def _architecture(table: Any, path: Path) -> dict[str, Any]:
-    """A `model_cfg` from a file.
+    """Return the `model_cfg` in a file's table.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not an architecture of open_clip.
     """
     kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
     if not isinstance(table, dict) or not all(isinstance(table.get(key), kind) for key, kind in kinds.items()):
@@ -358,10 +369,10 @@ def _architecture(table: Any, path: Path) -> dict[str, Any]:
 
 
 def _preprocess(table: Any, source: Path | str) -> dict[str, Any]:
-    """What of a `preprocess_cfg`, or of what open_clip knows of a tag, is asked of evaluation.
+    """Return the keys of a `preprocess_cfg`, or of open_clip's entry of a tag, that evaluation uses.
 
     Raises:
-        UserError: means or deviations that are not three numbers.
+        UserError: mean or std is not three numbers.
     """
     found = {key: table[key] for key in PREPROCESSING if key in table} if isinstance(table, dict) else {}
     for key in ("mean", "std"):
@@ -372,14 +383,14 @@ def _preprocess(table: Any, source: Path | str) -> dict[str, Any]:
 
 
 def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Keys that two architectures both have, with the values, where these differ and must not."""
-    ours, theirs = flat(dict(own)), flat(dict(other))
-    both = [key for key in ours if key in theirs and key not in FREE]
-    return [(key, ours[key], theirs[key]) for key in both if ours[key] != theirs[key]]
+    """Return (key, own value, other value) for each key that two architectures share and that must not differ."""
+    one, two = flat(dict(own)), flat(dict(other))
+    both = [key for key in one if key in two and key not in FREE]
+    return [(key, one[key], two[key]) for key in both if one[key] != two[key]]
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file; empty where it holds something else.
+    """Return the table in a JSON file; empty if it holds something else.
 
     Raises:
         UserError: it cannot be read.

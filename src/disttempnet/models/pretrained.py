@@ -1,10 +1,10 @@
-"""Towers that begin from checkpoints of their own: an image tower of timm, a text tower of Hugging Face.
+"""Towers with pretrained weights of their own: an image tower of timm, a text tower of Hugging Face.
 
 open_clip joins them (CustomTextCLIP, TimmModel, HFTextEncoder) and projects both to one width. It cannot build
-DistilBERT by itself: its table does not list it, and it passes every encoder an argument that only some know. Here the
-encoder is made from its config and put in place.
+DistilBERT: its table does not list it, and it passes every encoder an argument that only some accept. Here the encoder
+is built from its own config and put into open_clip's text tower.
 
-A Hugging Face SOURCE is a folder (config.json, tokenizer files, weights) or a name of the hub.
+A Hugging Face SOURCE is a folder (config.json, tokenizer files, weights) or a name on the Hub.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from disttempnet.errors import UserError
-from disttempnet.models.weights import SUFFIXES, listed, misfit, read_weights, refuse_other_files, without_prefix
+from disttempnet.models.weights import WEIGHT_SUFFIXES, listed, misfit, read_weights, refuse_other_files, without_prefix
 
-HF_CONFIG_NAME = "config.json"
 NO_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 arch_dict["distilbert"] = {
@@ -43,24 +42,26 @@ arch_dict["distilbert"] = {
 
 
 def has_hf_text(architecture: dict[str, Any]) -> bool:
-    """Whether open_clip's `model_cfg` asks for a text tower of Hugging Face."""
+    """Return whether open_clip's `model_cfg` has a Hugging Face text tower."""
     return bool(architecture.get("text_cfg", {}).get("hf_model_name"))
 
 
 def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: bool) -> CustomTextCLIP:
-    """Towers of an architecture with a Hugging Face text tower; random but for that tower's encoder.
+    """Build the towers of an architecture with a Hugging Face text tower.
+
+    Dropout is switched off: its masks would depend on the rows that a rank holds, so that the loss would depend on the
+    world size.
 
     Args:
         architecture: open_clip's `model_cfg`.
-        source: where the encoder's config, which decides its kind and size, and its weights lie.
-        with_weights: take the weights too; the projection is random in any case.
-
-    Dropout is off: its masks would depend on which rows a rank holds, so that world size would show in the loss.
+        source: folder or Hub name of the encoder's config, which decides its kind and size, and of its weights.
+        with_weights: load the weights too. The projection to [b, D] is always random.
 
     Raises:
-        UserError: transformers is not installed, or the encoder is of no kind that open_clip knows.
-        OSError, ValueError, RuntimeError: what transformers raises on a source that it cannot read.
+        UserError: transformers is not installed, or the encoder is of a kind that open_clip does not know.
+        OSError, ValueError, RuntimeError: raised by transformers for a source that it cannot read.
     """
+    # Read the encoder's config, and switch its dropout off.
     transformers = import_transformers()
     refuse_unreadable(source)
     with _code_named(source):
@@ -70,14 +71,16 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
     for name in NO_DROPOUT:
         if hasattr(config, name):
             setattr(config, name, 0.0)
+
+    # Build the image tower. CustomTextCLIP always builds a text tower too: the smallest one, to be replaced.
     wanted = copy.deepcopy(architecture)
     wanted.pop("custom_text", None)
     text_cfg = wanted["text_cfg"]
-    pooled = text_cfg.get("hf_pooler_type") == "cls_pooler"
     wanted["vision_cfg"]["timm_model_pretrained"] = False
-    # CustomTextCLIP builds a text tower in any case: the smallest, until ours takes its place
     wanted["text_cfg"] = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
     module = CustomTextCLIP(**wanted)
+
+    # Build the text tower: encoder, pooling, projection to [b, D].
     module.text = HFTextEncoder(
         source,
         output_dim=wanted["embed_dim"],
@@ -85,29 +88,32 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
         pooler_type=text_cfg.get("hf_pooler_type"),
         proj_type=text_cfg.get("hf_proj_type", "linear"),
     )
+    module.context_length, module.vocab_size = text_cfg["context_length"], config.vocab_size
+
+    # Load the encoder's weights; drop parts that open_clip does not use, as DDP refuses parameters without gradient.
+    pooled = text_cfg.get("hf_pooler_type") == "cls_pooler"
     if with_weights:
         module.text.transformer = _encoder(transformers, source, config, pooled)
     if getattr(config, "is_encoder_decoder", False):
         module.text.transformer = module.text.transformer.encoder
     if not pooled and hasattr(module.text.transformer, "pooler"):
-        module.text.transformer.pooler = None  # nothing would reach it, and data parallel wants no idle parameter
-    module.context_length, module.vocab_size = text_cfg["context_length"], config.vocab_size
+        module.text.transformer.pooler = None
     return module
 
 
 def refuse_unreadable(source: str) -> None:
-    """Raise UserError where a folder has a file of weights that is none: a Git LFS pointer, a web page, code."""
+    """Raise UserError if a file of weights in a folder is something else: a Git LFS pointer, a web page, code."""
     folder = Path(source)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix == ".safetensors":
             refuse_other_files(path)
         elif path.match("pytorch_model*.bin"):
-            read_weights(path)  # all of a pickle can be wrong
+            read_weights(path)  # a pickle must be read to its end
 
 
 @contextmanager
 def _code_named(source: str) -> Iterator[None]:
-    """Say that a source brings code of its own, which transformers would run if it were asked to."""
+    """Refuse a source that needs its own code, which transformers would only run with trust_remote_code."""
     try:
         yield
     except ValueError as error:
@@ -115,12 +121,12 @@ def _code_named(source: str) -> Iterator[None]:
             raise
         raise UserError(
             f"{source}: needs code of its own (auto_map in its config or tokenizer), which is not run; encoders of "
-            f"these kinds need none: {', '.join(arch_dict)}"
+            f"these kinds do not: {', '.join(arch_dict)}"
         ) from None
 
 
 def _encoder(transformers: ModuleType, source: str, config: Any, pooled: bool) -> nn.Module:
-    """The encoder with its weights; transformers draws at random what a file lacks, which is refused here."""
+    """Return the encoder with its weights. Missing weights, which transformers would draw at random, are refused."""
     encoder, found = transformers.AutoModel.from_pretrained(
         source, config=config, trust_remote_code=False, output_loading_info=True
     )
@@ -135,9 +141,13 @@ def _encoder(transformers: ModuleType, source: str, config: Any, pooled: bool) -
 
 
 def hf_tokenizer(source: str, module: CustomTextCLIP) -> HFTokenizer:
-    """Captions → int64 tokens [b, L], padded to the architecture's context length L and truncated to it.
+    """Return the tokenizer of a Hugging Face text tower: captions → int64 tokens [b, L].
 
-    The text tower's attention mask is `tokens != pad`, so both must mean the same by padding.
+    Tokens are padded and truncated to the architecture's context length L. The text tower's attention mask is
+    `tokens != pad`, so tokenizer and model must pad with the same token.
+
+    Raises:
+        UserError: they do not.
     """
     import_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism; it warns of forks
@@ -156,30 +166,33 @@ def save_hf_text(module: CustomTextCLIP, tokenizer: Any, folder: Path) -> None:
 
 
 def load_image_tower(module: nn.Module, source: str) -> dict[str, Any]:
-    """Give the timm image tower of a model weights of its own; the projection stays as it is.
+    """Load pretrained weights into the timm image tower of a model; its projection is unchanged.
 
     Args:
         module: open_clip's model, changed in place.
-        source: a file of weights (.safetensors, .pth), timm's or torchvision's, or a name that timm can download
+        source: a file of weights (.safetensors, .pth) of timm or torchvision, or a name that timm can download
             (`resnet50.tv_in1k`). A classifier in it is left out.
 
     Returns:
-        `mean` and `std` that the weights want pixels normalised with, as timm knows them.
+        `mean` and `std` of the pixels that the weights expect, as timm knows them.
 
     Raises:
         UserError: no timm tower, no such file, or weights of another architecture.
     """
+    # Read the weights, from a file or through timm.
     trunk = getattr(module.visual, "trunk", None)
     if trunk is None:
         raise UserError("model.image_pretrained is for timm image towers; this model takes model.pretrained")
     own = trunk.state_dict()
-    if Path(source).suffix in SUFFIXES or Path(source).is_file():
+    if Path(source).suffix in WEIGHT_SUFFIXES or Path(source).is_file():
         if not Path(source).exists():
             raise UserError(f"model.image_pretrained: {source}: no such file")
         weights, known = without_prefix(source, read_weights(source, prefer_ema=True), own), trunk.pretrained_cfg
     else:
         whole = timm.create_model(source, pretrained=True)
         weights, known = whole.state_dict(), whole.pretrained_cfg
+
+    # Leave the classifier out, and load the rest.
     heads = known.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     weights = {key: value for key, value in weights.items() if not key.startswith(tuple(f"{h}." for h in heads))}
@@ -192,7 +205,7 @@ def load_image_tower(module: nn.Module, source: str) -> dict[str, Any]:
 
 
 def import_transformers() -> ModuleType:
-    """The library, silent; UserError where it is not installed."""
+    """Import transformers without its progress bars; raise UserError if it is not installed."""
     try:
         import transformers
     except ImportError:

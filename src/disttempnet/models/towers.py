@@ -1,10 +1,11 @@
-"""The two towers, through open_clip: by name, from its checkpoints and into checkpoints that it opens.
+"""The two towers, through open_clip: built by name, loaded from its checkpoints, saved as checkpoints that it opens.
 
-Own architectures are JSON files in models/, in open_clip's format. A saved model is a folder with
-`open_clip_config.json` and `open_clip_model.safetensors`: `open_clip.create_model_and_transforms("local-dir:FOLDER")`
-opens it, and so does `pretrained=FOLDER/open_clip_model.safetensors` where open_clip knows the architecture. With a
-Hugging Face text tower the folder also holds that tower's config and tokenizer, and `load_model` opens it, offline.
-Which architecture and which file a name means is models/origin.py's, how a file is read models/weights.py's.
+The package's own architectures are JSON files in architectures/, in open_clip's format. A saved model is a folder with
+`open_clip_config.json` and `open_clip_model.safetensors`. `open_clip.create_model_and_transforms("local-dir:FOLDER")`
+opens it; so does `pretrained=FOLDER/open_clip_model.safetensors` if open_clip knows the architecture. With a Hugging
+Face text tower the folder also holds that tower's config and tokenizer, and `load_model` opens it offline.
+
+origin.py resolves names, weights.py reads files.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ MODEL_FOLDER = Path(__file__).with_name("architectures")
 
 
 def _allow_torchvision_without_native_ops() -> None:
-    """Let torchvision's Python part load where its compiled part cannot.
+    """Let torchvision's Python part load if its compiled part cannot.
 
-    The wheels that package registries carry for Linux are built for CUDA; beside a CPU-only torch their library
-    does not load and `import torchvision` fails at registering two operators that this project never calls.
-    Declaring these two is enough for everything used here (open_clip, timm, transforms).
+    torchvision's wheels for Linux are built for CUDA. With a CPU-only torch their library does not load, and
+    `import torchvision` fails as it registers two operators that this project never calls. Declaring these two is
+    enough for open_clip, timm and the transforms.
     """
     spec = importlib.util.find_spec("torchvision")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -48,7 +49,7 @@ def _allow_torchvision_without_native_ops() -> None:
                 _STUBS.append(stubs)
 
 
-_STUBS: list[torch.library.Library] = []  # an operator lives as long as the library object that declared it
+_STUBS: list[torch.library.Library] = []  # an operator lives as long as the library that declares it
 _allow_torchvision_without_native_ops()
 
 import open_clip  # noqa: E402
@@ -72,10 +73,11 @@ PREPROCESS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DAT
 
 
 class Resizing(NamedTuple):
-    """How evaluation makes the towers' square of an image; what open_clip's `preprocess_cfg` says of it.
+    """Resizing of an image to the towers' square in evaluation, as in open_clip's `preprocess_cfg`.
 
     Attributes:
-        mode: `shortest` side to that of the square, and its centre; `longest` side, on black; `squash`, both sides.
+        mode: `shortest` scales the shorter side and crops the centre, `longest` scales the longer side and pads with
+            black, `squash` scales both.
         interpolation: `bicubic` or `bilinear`.
     """
 
@@ -86,21 +88,22 @@ class Resizing(NamedTuple):
 AS_CLIP = Resizing()
 TEXT_POSITIONS = ("positional_embedding", "text.positional_embedding")
 IMAGE_POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
-OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights in OpenAI's own files
+OPENAI = {"input_resolution", "context_length", "vocab_size"}  # keys beside the weights in OpenAI's own files
 
 
 @dataclass(frozen=True)
 class Towers:
-    """An image and a text tower with what is needed to feed them.
+    """An image and a text tower, with tokenizer and preprocessing.
 
     Attributes:
+        name: as given to `load_model`.
         module: open_clip's model: `encode_image(pixels [b, 3, s, s])` and `encode_text(tokens [b, L])`.
         tokenizer: list of captions → int64 tokens [b, L].
         architecture: open_clip's `model_cfg`, as written into `open_clip_config.json`.
         image_size: side of the square input in pixels.
         mean, std: per channel, of pixels scaled to [0, 1].
-        resizing: how an image becomes that square; many published weights want another than CLIP's own.
-        notes: what was taken from the weights or done to them, in words: a reader of scores has to know it.
+        resizing: to that square; many published weights expect another one than CLIP's.
+        notes: changes to the architecture or the weights that a reader of scores has to know, in words.
     """
 
     name: str
@@ -126,32 +129,38 @@ def load_model(
     text_pretrained: str = "",
     resize_positions: bool = False,
 ) -> Towers:
-    """Build towers by name, randomly initialised or from weights.
+    """Build towers by name, randomly initialised or with pretrained weights.
 
     Args:
-        name: an open_clip architecture (`ViT-B-32`), one of the package's own, or the path of a JSON file with one:
-            random towers, unless `pretrained` gives them weights. `hf-hub:ORG/NAME` and `local-dir:FOLDER` bring their
-            weights with them.
-        pretrained: weights of both towers: an open_clip tag, the path of a file (.safetensors, .pt), a folder that
-            save_model, open_clip or transformers (CLIPModel) wrote, `hf-hub:…` or `local-dir:…`. What says how pixels
-            are normalised is taken along.
-        image_pretrained: weights of a timm image tower alone, and the normalisation that goes with them: a file, or
-            a name that timm knows.
-        text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, or a name of the hub.
-        resize_positions: take weights of another image size, with their position embeddings interpolated.
+        name: an open_clip architecture (`ViT-B-32`), one of the package's own, or the path of a JSON file with one.
+            These are random unless `pretrained` is given. `hf-hub:ORG/NAME` and `local-dir:FOLDER` have weights.
+        pretrained: weights of both towers: an open_clip tag, the path of a file (.safetensors, .pt), a folder written
+            by save_model, open_clip or transformers (CLIPModel), `hf-hub:…` or `local-dir:…`. Their preprocessing is
+            taken over.
+        image_pretrained: weights of a timm image tower alone, with their normalisation: a file, or a name in timm.
+        text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, or a name on the Hub.
+        resize_positions: accept weights of another image size, and interpolate their position embeddings.
 
     Raises:
-        UserError: unknown name or tag, missing or unfitting weights, a damaged `open_clip_config.json`.
+        UserError: unknown name or tag, missing weights or weights that do not fit, a damaged `open_clip_config.json`.
+
+    Example:
+        >>> towers = load_model("ViT-B-32", "openai")
+        >>> features = encode_texts(towers, towers.tokenizer(["a photo of a cat"]))  # [1, 512]
     """
+    # Silence libraries that warn about random weights, which may be intended here.
     silenced, root = logging.root.manager.disable, logging.getLogger()
     handlers = list(root.handlers)
-    logging.disable(logging.WARNING)  # libraries warn about random weights, which is what is asked for here
+    logging.disable(logging.WARNING)
     try:
+        # Resolve the names to an architecture and a file, and read the file.
         origin = find_origin(name, pretrained)
         state, changes = _state(origin)
         architecture = {**origin.architecture, **changes}
+
+        # Build random towers, then fill them with the weights of both, or of the image tower.
         module, tokenizer = _build(name, architecture, origin, text_pretrained)
-        notes = [*origin.notes, *(["QuickGELU, as OpenAI's weights want it"] if "quick_gelu" in changes else [])]
+        notes = [*origin.notes, *(["QuickGELU, as OpenAI's weights expect"] if "quick_gelu" in changes else [])]
         if origin.weights is not None:
             notes += _fill(module, name, origin.weights, state, resize_positions)
         own = parts.load_image_tower(module, image_pretrained) if image_pretrained else {}
@@ -162,8 +171,11 @@ def load_model(
     finally:
         logging.disable(silenced)
         root.handlers[:] = handlers
+
+    # Let the text tower take trimmed tokens, and settle the preprocessing: CLIP's own unless the weights have another.
     accept_trimmed(module)
     preprocess = {**PREPROCESS, **origin.preprocess, **own}
+    mode, interpolation = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
     size = module.visual.image_size
     return Towers(
         name=name,
@@ -173,24 +185,25 @@ def load_model(
         image_size=int(size if isinstance(size, int) else size[0]),
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
-        resizing=Resizing(
-            str(preprocess.get("resize_mode", "shortest")), str(preprocess.get("interpolation", "bicubic"))
-        ),
+        resizing=Resizing(str(mode), str(interpolation)),
         notes=tuple(notes),
     )
 
 
 def _state(origin: Origin) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of an origin's file, and what it alone says of the architecture: a bias, OpenAI's activation."""
+    """Return the state dict of an origin's file, and the changes to the architecture that follow from it.
+
+    These are a logit bias, and QuickGELU for OpenAI's own files.
+    """
     if origin.weights is None or origin.weights.suffix == ".npz":
         return {}, {}
     state, changes = read_weights(origin.weights), dict[str, Any]()
-    if transformers_clip.has_its_names(state):
+    if transformers_clip.is_clip_model_state(state):
         if not origin.from_transformers:
             raise refusal(
                 origin.weights,
                 "it has the names of transformers' CLIPModel: name its folder, whose "
-                f"{transformers_clip.CONFIG_NAME} says which activation it was trained with",
+                f"{transformers_clip.HF_CONFIG_NAME} has the activation that it was trained with",
             )
         state = transformers_clip.open_clip_state(state)
     biases = [value for key, value in state.items() if key.split(".")[-1] == "logit_bias"]
@@ -202,14 +215,14 @@ def _state(origin: Origin) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _build(name: str, architecture: dict, origin: Origin, text_pretrained: str) -> tuple[open_clip.CLIP, Tokenizer]:
-    """The module, random but for the encoder of `text_pretrained`, and its tokenizer."""
+    """Return a module, random except for the encoder of `text_pretrained`, and its tokenizer."""
     if parts.has_hf_text(architecture):
-        beside = origin.folder if origin.folder and (origin.folder / parts.HF_CONFIG_NAME).is_file() else None
+        beside = origin.folder if origin.folder and (origin.folder / transformers_clip.HF_CONFIG_NAME).is_file() else None
         source = text_pretrained or str(beside or architecture["text_cfg"]["hf_model_name"])
         module = parts.build_with_hf_text(architecture, source, with_weights=bool(text_pretrained))
         return module, parts.hf_tokenizer(source, module)
     if text_pretrained:
-        raise UserError(f"model '{name}' has no Hugging Face text tower that model.text_pretrained could be for")
+        raise UserError(f"model '{name}' has no Hugging Face text tower, which model.text_pretrained is for")
     wanted = deepcopy(architecture)
     wanted["vision_cfg"].pop("timm_model_pretrained", None)
     kind = open_clip.CustomTextCLIP if wanted.pop("custom_text", False) else open_clip.CLIP
@@ -221,7 +234,7 @@ def _build(name: str, architecture: dict, origin: Origin, text_pretrained: str) 
 
 
 def _tokenizer(name: str, text_cfg: dict, folder: Path | None) -> Tokenizer:
-    """Captions → tokens, for a text tower of open_clip's own."""
+    """Return the tokenizer of one of open_clip's own text towers: captions → int64 tokens [b, L]."""
     if text_cfg.get("hf_tokenizer_name"):
         parts.import_transformers()
         return HFTokenizer(
@@ -237,11 +250,13 @@ def _tokenizer(name: str, text_cfg: dict, folder: Path | None) -> Tokenizer:
 
 
 def _fill(module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor], resize: bool) -> list[str]:
-    """Give a module the weights of a file, in place; returns what was done to them.
+    """Load the weights of a file into a module, in place; returns notes on changes to them.
 
     Args:
-        state: of the file, in open_clip's names or nearly so; empty for the arrays of big_vision.
-        resize: whether image positions are interpolated to another number of them.
+        module: the towers.
+        name, path: for messages.
+        state: of the file, in open_clip's names or older variants; empty for the arrays of big_vision.
+        resize: interpolate image positions to another number of them.
 
     Raises:
         UserError: they are of another model.
@@ -262,12 +277,12 @@ def _fill(module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor
 def _fill_from_big_vision(module: open_clip.CLIP, name: str, path: Path) -> None:
     try:
         load_big_vision_weights(module, str(path))
-    except Exception as error:  # its arrays are looked up one by one, in whatever model this is
+    except Exception as error:  # open_clip looks its arrays up one by one, whatever the model
         raise refusal(path, f"not big_vision's weights of {name}: {brief(error)}") from None
 
 
 def _as_open_clip(module: open_clip.CLIP, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names and shapes that this module's text tower and logit scale have; older files have others."""
+    """Return a state dict in this module's names and shapes; older files have others for text tower and scale."""
     state = dict(convert_state_dict(module, state))
     own = module.state_dict()
     if "positional_embedding" in state and "positional_embedding" not in own:
@@ -284,8 +299,10 @@ def _as_open_clip(module: open_clip.CLIP, state: dict[str, Tensor]) -> dict[str,
 
 
 def _refuse_stretched_positions(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """open_clip fits the text positions of a file to a model with more or fewer of them by interpolation: captions
-    lie at other places then, and scores are wrong without a word."""
+    """Raise UserError if weights have another number of text positions.
+
+    open_clip would interpolate them: captions would lie at other positions, and scores would be wrong in silence.
+    """
     for key in TEXT_POSITIONS:
         if key in own and len(state[key]) != len(own[key]):
             raise UserError(
@@ -297,7 +314,7 @@ def _refuse_stretched_positions(path: Path, state: dict[str, Tensor], own: dict[
 def _fit_image_positions(
     module: open_clip.CLIP, path: Path, state: dict[str, Tensor], own: dict[str, Tensor], resize: bool
 ) -> list[str]:
-    """Interpolate the image positions of weights of another image size, in place, where that is asked for."""
+    """Interpolate the image positions of weights of another image size, in place; refuse them without `resize`."""
     key = next((key for key in IMAGE_POSITIONS if key in own), None)
     if key is None or state[key].shape == own[key].shape:
         return []
@@ -305,7 +322,7 @@ def _fit_image_positions(
     what = f"weights '{path}' are of another image size: {before} image positions, the model has {now}"
     if not resize:
         raise UserError(
-            f"{what}: name the architecture of their size, or have them interpolated by model.resize_positions=true "
+            f"{what}: name the architecture of their size, or interpolate them with model.resize_positions=true "
             "(evaluate: --resize-positions)"
         )
     if key == IMAGE_POSITIONS[0]:
@@ -322,12 +339,14 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
     """Write the towers as a folder that open_clip opens.
 
     Args:
+        towers: to save.
         folder: an existing folder; files of the same name are replaced.
-        logit_scale: the inverse temperature exp(·) that open_clip's zero-shot code multiplies similarities with.
-        logit_bias: what it adds to them then (SigLIP); None leaves the towers' own, which most have not.
+        logit_scale: open_clip's zero-shot code multiplies similarities by it: one over τ.
+        logit_bias: added to them (SigLIP); None keeps the towers' own, if they have one.
     """
     from safetensors.torch import save_file
 
+    # Write the weights, with scale and bias of the objective.
     weights = {key: value.detach().cpu().contiguous() for key, value in towers.module.state_dict().items()}
     weights["logit_scale"] = torch.tensor(logit_scale).log().to(weights["logit_scale"].dtype)
     architecture = towers.architecture
@@ -335,6 +354,8 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
         weights["logit_bias"] = torch.full_like(weights["logit_scale"], logit_bias)
         architecture = {**architecture, "init_logit_bias": logit_bias}
     save_file(weights, folder / WEIGHTS_NAME)
+
+    # Write what is needed to open them: the text tower's own files, architecture and preprocessing.
     if parts.has_hf_text(architecture):
         parts.save_hf_text(towers.module, towers.tokenizer, folder)
     config = {
@@ -350,10 +371,15 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
 
 
 def encode_images(towers: Towers, pixels: Tensor, normalize: bool = True) -> Tensor:
-    """uint8 pixels [b, 3, s, s] → features [b, D], unit if normalize; pixels are scaled on their device.
+    """Embed images: pixels [b, 3, s, s] → features [b, D].
+
+    Args:
+        towers: on the device of the pixels.
+        pixels: uint8, 0 to 255; they are scaled and normalised here.
+        normalize: return unit features.
 
     Raises:
-        ValueError: pixels of another type: floats are scaled or normalised already, as a rule, and would be so again.
+        ValueError: pixels of another type; floats are usually scaled already.
     """
     if pixels.dtype != torch.uint8:
         raise ValueError(
@@ -367,10 +393,10 @@ def encode_images(towers: Towers, pixels: Tensor, normalize: bool = True) -> Ten
 
 @functools.cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, 3, 1, 1] on a device; kept, since the host waits for a GPU with every number that it sends there."""
+    """Return [1, 3, 1, 1] on a device; cached, as each transfer to a GPU makes the host wait."""
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def encode_texts(towers: Towers, tokens: Tensor, normalize: bool = True) -> Tensor:
-    """int64 tokens [b, L], trimmed or not (models/text.py) → features [b, D], unit if normalize."""
+    """Embed texts: int64 tokens [b, L], trimmed or not (text.py) → features [b, D], unit if `normalize`."""
     return towers.module.encode_text(tokens, normalize=normalize)

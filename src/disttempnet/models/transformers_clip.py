@@ -1,4 +1,4 @@
-"""A CLIP in the folder of the library transformers, as open_clip has it: the same towers under other names."""
+"""CLIPModel folders of the library transformers: the same towers under open_clip's names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from disttempnet.errors import UserError
 
-CONFIG_NAME = "config.json"
-PREPROCESS_NAME = "preprocessor_config.json"
+HF_CONFIG_NAME = "config.json"
+HF_PREPROCESS_NAME = "preprocessor_config.json"
 VOCABULARY = 49408  # of CLIP's own tokenizer, which captions are encoded with here
 TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
@@ -24,7 +24,7 @@ VISION = {
 }  # fmt: skip
 COMMON = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-NAMES = (
+PARAMETER_NAMES = (  # pattern in transformers' names → open_clip's
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
     (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
@@ -43,31 +43,37 @@ NAMES = (
 
 
 def open_clip_architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """open_clip's `model_cfg` of the model that transformers' `config.json` describes.
+    """Return open_clip's `model_cfg` for the model that transformers' `config.json` describes.
 
     Args:
-        config: what that file holds; keys that it lacks have the values of CLIP ViT-B/32, as transformers has it.
+        config: content of that file; missing keys have the values of CLIP ViT-B/32, as in transformers.
         source: named in errors.
 
     Raises:
-        UserError: a model that is no CLIP of OpenAI's form.
+        UserError: not a CLIP of OpenAI's form.
     """
+    # Only CLIPModel has the same computation in open_clip.
     kind = config.get("model_type")
     if kind != "clip" or config.get("architectures", ["CLIPModel"]) != ["CLIPModel"]:
         what = ", ".join(map(str, config.get("architectures") or [])) or f"kind {kind!r}"
         raise UserError(
-            f"{source}: holds {what} of transformers; of these CLIPModel alone is read. For SigLIP and others take "
+            f"{source}: holds {what} of transformers; only CLIPModel is supported. For SigLIP and others use "
             "open_clip's own weights: open_clip:NAME/TAG, or a repository with an open_clip_config.json"
         )
-    vision, text = ({**d, **COMMON, **config.get(k, {})} for d, k in ((VISION, "vision_config"), (TEXT, "text_config")))
+
+    # Refuse activations, norms and vocabularies that open_clip's CLIP cannot have.
+    vision = {**VISION, **COMMON, **config.get("vision_config", {})}
+    text = {**TEXT, **COMMON, **config.get("text_config", {})}
     acts = {vision["hidden_act"], text["hidden_act"]}
     for wrong, why in (
         (len(acts) > 1 or not acts <= {"quick_gelu", "gelu"}, f"activations {sorted(acts)}, not quick_gelu or gelu"),
-        ({vision["layer_norm_eps"], text["layer_norm_eps"]} != {1e-5}, "another layer_norm_eps than 1e-5"),
+        ({vision["layer_norm_eps"], text["layer_norm_eps"]} != {1e-5}, "a layer_norm_eps other than 1e-5"),
         (text["vocab_size"] != VOCABULARY, f"a vocabulary of {text['vocab_size']}: its tokenizer is not CLIP's"),
     ):
         if wrong:
             raise UserError(f"{source}: a CLIPModel of transformers with {why}; open_clip has no such architecture")
+
+    # Translate the sizes.
     return {
         "embed_dim": int(config.get("projection_dim", 512)),
         "quick_gelu": acts == {"quick_gelu"},
@@ -95,14 +101,14 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_clip_preprocess(config: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's `preprocess_cfg` from transformers' `preprocessor_config.json`; keys that it lacks stay out."""
+    """Return open_clip's `preprocess_cfg` from transformers' `preprocessor_config.json`; missing keys stay out."""
     found = {"mean": config.get("image_mean"), "std": config.get("image_std")}
     found["interpolation"] = RESAMPLING.get(config.get("resample", 3), "bicubic")
     return {key: value for key, value in found.items() if value}
 
 
 def open_clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a CLIPModel under open_clip's names; what is none of its keeps its own."""
+    """Return the state dict of a CLIPModel under open_clip's names; other keys keep theirs."""
     found: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.endswith("position_ids"):  # a counter that older versions saved
@@ -110,9 +116,11 @@ def open_clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key in ("visual_projection.weight", "text_projection.weight"):
             found["visual.proj" if key.startswith("visual") else "text_projection"] = value.T
             continue
-        for pattern, name in NAMES:
+        for pattern, name in PARAMETER_NAMES:
             key = re.sub(pattern, name, key)
         found[key] = value
+
+    # open_clip keeps the projections of queries, keys and values as one matrix [3·D, D].
     for key in [key for key in found if ".self_attn.q_proj." in key]:
         parts = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
         if all(part in found for part in parts):
@@ -121,6 +129,6 @@ def open_clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def has_its_names(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is that of a CLIPModel."""
+def is_clip_model_state(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict is that of a CLIPModel."""
     return "vision_model.embeddings.class_embedding" in state

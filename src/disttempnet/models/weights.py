@@ -1,8 +1,8 @@
-"""Files of weights: what kind of file one is, its state dict, and whether that fits a model.
+"""Files of weights: their kind, their state dict, and whether it fits a model.
 
-Nothing in a file is executed. A pickle may name tensors and plain containers, as torch's `weights_only=True` has it,
-and records that people keep beside weights (RECORDS): of those nothing is made, an inert object stands for each. A
-file that names anything else is refused.
+Nothing in a file is executed. A pickle may name tensors and plain containers, as with torch's `weights_only=True`, and
+the records that trainers keep beside weights (RECORDS), which an inert object replaces. A file that names anything else
+is refused.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from torch import Tensor
 from disttempnet.errors import UserError
 from disttempnet.sanitize import brief
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".npz")
-RECORDS = {  # packages whose objects stand beside weights: arguments, scores, dates, paths, settings of a trainer
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".npz")
+RECORDS = {  # packages whose objects trainers keep beside weights: arguments, scores, dates, paths, settings
     "accelerate", "argparse", "datetime", "lightning", "lightning_fabric", "numpy", "omegaconf",
     "pathlib", "pytorch_lightning", "transformers", "typing",
 }  # fmt: skip
-PLAIN = ("bool", "dict", "float", "frozenset", "int", "list", "range", "slice", "str", "tuple")  # types by name
+BUILTIN_TYPES = ("bool", "dict", "float", "frozenset", "int", "list", "range", "slice", "str", "tuple")
 NESTED = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "weights")
 NESTED_EMA = ("state_dict_ema", "model_ema")
-DEEPEST = 4  # dicts within each other
-# What torch.compile, FSDP, activation checkpointing and Fabric put into the names of parameters, at any depth.
+DEEPEST = 4  # levels of nested dicts
+# Prefixes that torch.compile, FSDP, activation checkpointing and Fabric add to parameter names, at any depth.
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-NAMED = 3  # keys that a message lists
+LISTED_KEYS = 3  # in a message
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # alone in the first pickle of a file of torch.save before 1.6
 OLD_PICKLES = 4  # in such a file: that one, version, machine, content
 
 
 def read_weights(path: str | Path, prefer_ema: bool = False) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU.
+    """Return the state dict in a file, on the CPU.
 
     Args:
-        path: of safetensors or torch.save, whatever its name ends in; the state dict itself, or a dict that holds it
-            under one of NESTED (a trainer's checkpoint).
-        prefer_ema: take the moving average where a file has both, as timm does.
+        path: a file of safetensors or torch.save, whatever its suffix; it holds the state dict itself, or a dict with
+            it under one of NESTED (a trainer's checkpoint).
+        prefer_ema: take the moving average if a file has both, as timm does.
 
     Raises:
-        UserError: in one line what the file is, if not that.
+        UserError: another kind of file, or a damaged one; one line says which.
     """
     path = Path(path)
     refuse_other_files(path)
@@ -63,12 +63,12 @@ def read_weights(path: str | Path, prefer_ema: bool = False) -> dict[str, Tensor
 
 
 def refusal(path: str | Path, why: str) -> UserError:
-    """The error that every file of weights which cannot be loaded ends in."""
+    """Return the error for a file of weights that cannot be loaded."""
     return UserError(f"weights '{path}' cannot be loaded: {why}")
 
 
 def refuse_other_files(path: Path) -> None:
-    """Raise UserError where the first bytes of a file say that it holds no weights.
+    """Refuse a file whose first bytes show that it holds no weights.
 
     Raises:
         UserError: no such file; an empty one, a Git LFS pointer, a web page, an archive, TorchScript, …
@@ -85,14 +85,14 @@ def refuse_other_files(path: Path) -> None:
 
 
 def _other_kind(path: Path, head: bytes) -> str:
-    """What a file is that holds no weights of PyTorch, and what to do; empty where it may hold some."""
+    """Return the kind of a file that holds no PyTorch weights, and the advice; empty if it may hold some."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "it is empty (0 bytes): copy or download it again"
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer in place of the weights: get them with `git lfs pull`"
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "it is a web page (HTML), which a download gave in place of the weights: download it again"
+        return "it is a web page (HTML), which a download returned in place of the weights: download it again"
     for begin, kind in (
         (b"\x89HDF", "HDF5 (Keras, TensorFlow)"),
         (b"GGUF", "GGUF"),
@@ -100,7 +100,7 @@ def _other_kind(path: Path, head: bytes) -> str:
         (b"\x1f\x8b", "gzip: unpack it"),
     ):
         if head.startswith(begin):
-            return f"it is a file of another kind, {kind}; safetensors and files of torch.save are read"
+            return f"it is a file of another kind, {kind}; only safetensors and files of torch.save are supported"
     if head[257:262] == b"ustar":
         return "it is a tar archive: unpack it, and name the file of weights in it"
     if head.startswith(b"PK\x03\x04"):
@@ -122,25 +122,25 @@ def _other_zip(path: Path) -> str:
         return "it is cut off or damaged: copy or download it again"
     if any(name.endswith("/constants.pkl") for name in names):
         return (
-            "it is TorchScript, a program with its weights, and is not run: save these alone by "
+            "it is TorchScript, a program with its weights, and is not run: save the weights alone by "
             "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pt')"
         )
     if any(name.endswith("data.pkl") for name in names):
         return ""
     if names and all(name.endswith(".npy") for name in names):
-        return "it is an archive of NumPy arrays; only big_vision's SigLIP is read from those"
+        return "it is an archive of NumPy arrays; of those only big_vision's SigLIP is supported"
     return "it is a zip archive that torch.save did not write: unpack it"
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Eight bytes of length, then JSON; however short the file then is."""
+    """Return whether a file begins like safetensors: eight bytes of length, then JSON. It may be cut off."""
     with path.open("rb") as file:
         head = file.read(9)
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
 class _Inert:
-    """Stands for any object, or function, of RECORDS in a file: takes whatever that is made from, and keeps nothing."""
+    """Inert replacement of an object or function of RECORDS: accepts any arguments, keeps nothing."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -157,21 +157,24 @@ class _Entries:
 
 
 def _unpickled(path: Path) -> Any:
-    """What torch.save wrote, with nothing made but tensors and containers.
+    """Return the content of a file of torch.save, restricted to tensors and containers.
 
     Raises:
         UserError: another file, a damaged one, or objects of other kinds in it.
     """
+    # List what the pickle refers to, without building it, and replace records by inert objects.
     try:
         named, protocol = _globals(path)
-    except Exception as error:  # foreign bytes: the parsers of Python raise what they like on them
+    except Exception as error:  # foreign bytes: Python's parsers raise all kinds of errors on them
         raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({brief(error)})") from None
     inert: list[Any] = [(_Inert, name) for name in named if name.partition(".")[0] in RECORDS]
-    inert += [(_Entries, "collections.defaultdict"), *((_Inert, f"builtins.{name}") for name in PLAIN)]
+    inert += [(_Entries, "collections.defaultdict"), *((_Inert, f"builtins.{name}") for name in BUILTIN_TYPES)]
+
+    # Load with weights_only=True; name the reason if it is refused.
     with torch.serialization.safe_globals(inert), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of old formats and pickle protocols: they load, or do not
+        warnings.simplefilter("ignore")  # of old formats and pickle protocols: they load or fail anyway
         try:
-            with path.open("rb") as file:  # of a path torch would go by the name, and take it for safetensors
+            with path.open("rb") as file:  # torch would take a path *.safetensors for that format
                 return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
@@ -179,7 +182,7 @@ def _unpickled(path: Path) -> Any:
             if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise refusal(
                     path,
-                    f"it holds objects of Python, such as {found[1]}, which could run code and are not read: save the "
+                    f"it holds Python objects, such as {found[1]}, which could run code and are refused: save the "
                     "weights alone, by torch.save(model.state_dict(), FILE)",
                 ) from None
             if "Unsupported operand" in str(error) and protocol not in (2, 3):  # those that weights_only reads
@@ -193,9 +196,9 @@ def _unpickled(path: Path) -> Any:
 
 
 def _globals(path: Path) -> tuple[set[str], int]:
-    """MODULE.NAME of all that the pickle of a file refers to, and the pickle's protocol; nothing is made of them.
+    """Return MODULE.NAME of all that the pickle of a file refers to, and its protocol; nothing is built.
 
-    Names that protocol 4 and later put on the stack are not looked for: weights_only refuses such a pickle whole.
+    Names that protocol 4 and later put on the stack are not listed: weights_only refuses such pickles.
     """
     named, protocol = set(), 0
     for code, argument in _opcodes(path):
@@ -206,7 +209,7 @@ def _globals(path: Path) -> tuple[set[str], int]:
 
 
 def _opcodes(path: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
-    """What the pickle of a file of torch.save consists of, with the arguments."""
+    """Yield the opcodes in the pickle of a file of torch.save, with their arguments."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -223,7 +226,7 @@ def _opcodes(path: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
 
 
 def _state_dict(path: Path, content: Any, nested: Iterable[str]) -> dict[str, Tensor]:
-    """The state dict in what a file holds.
+    """Return the state dict in the content of a file.
 
     Raises:
         UserError: there is none, or more than one.
@@ -251,17 +254,19 @@ def _has_tensors(value: Any) -> bool:
 
 
 def without_prefix(path: str | Path, state: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
-    """A state dict with the names that a model knows, without what wrappers put before or into them.
+    """Return a state dict under the names of a model, without the prefixes of wrappers.
 
-    The prefix is that behind which most of the wanted keys stand; what stands elsewhere is no part of the model then.
+    The prefix is the one before most of the wanted keys; keys without it are dropped, as they are not the model's.
 
     Args:
         path: named in errors.
+        state: of a file.
         wanted: keys of the model.
 
     Raises:
-        UserError: the model is there more than once.
+        UserError: the file holds the model more than once.
     """
+    # Count, for each prefix, how many wanted keys follow it.
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
     wanted = set(wanted)
     found: Counter[str] = Counter()
@@ -270,6 +275,8 @@ def without_prefix(path: str | Path, state: Mapping[str, Tensor], wanted: Iterab
         found.update(
             "".join(f"{part}." for part in parts[:cut]) for cut in range(len(parts)) if ".".join(parts[cut:]) in wanted
         )
+
+    # Take the prefix of most; none if fewer than half of the keys are found, as then it is another model.
     most = max(found.values(), default=0)
     prefixes = [prefix for prefix, count in found.items() if count == most]
     if 2 * most <= len(wanted) or "" in prefixes:
@@ -279,35 +286,36 @@ def without_prefix(path: str | Path, state: Mapping[str, Tensor], wanted: Iterab
     return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
 
 
-def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], apart_from: Collection[str] = ()) -> str:
-    """In words why a state dict is not that of a model; empty if it is.
+def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], any_shape: Collection[str] = ()) -> str:
+    """Return in words why a state dict does not fit a model; empty if it does.
 
     Args:
-        own: the state dict of the model; the counters of its BatchNorm may be missing.
-        apart_from: keys whose shapes may differ.
+        state: of a file.
+        own: the state dict of the model; the counters of its BatchNorm may be missing in the file.
+        any_shape: keys whose shapes may differ.
     """
-    lacking = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    strange = [key for key in state if key not in own]
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in own]
     shapes = [
         f"{key} of {_shape(value)} (the model: {_shape(own[key])})"
         for key, value in state.items()
-        if key in own and value.shape != own[key].shape and key not in apart_from
+        if key in own and value.shape != own[key].shape and key not in any_shape
     ]
-    whole = [
+    integers = [
         key
         for key, value in state.items()
         if key in own and own[key].is_floating_point() and not value.is_floating_point()
     ]
-    said = [("lacks", lacking), ("has", strange), ("other shapes:", shapes), ("quantised to integers:", whole)]
-    return "; ".join(f"{verb} {listed(found)}" for verb, found in said if found)
+    faults = [("lacks", missing), ("has", unknown), ("other shapes:", shapes), ("quantised to integers:", integers)]
+    return "; ".join(f"{verb} {listed(keys)}" for verb, keys in faults if keys)
 
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "one number"
 
 
-def listed(names: Iterable[Any], most: int = NAMED) -> str:
-    """The first names, and how many more there are."""
+def listed(names: Iterable[Any], most: int = LISTED_KEYS) -> str:
+    """Return the first names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(brief(name, 100) for name in names[:most]) + more

@@ -1,23 +1,22 @@
-"""Checkpoints that are whole or absent, and that continue at any world size.
+"""Atomic checkpoints, which continue at any world size.
 
     RUN/checkpoints/step-00000042/
         open_clip_model.safetensors, open_clip_config.json     the towers; open_clip opens the folder
         trainer.pt                                             objective, optimizers, position, config, data digest
-        shard-00000-of-00002.pt                                a rank's part of the per-sample state, and its RNG
-        moments/                                               of optimizers, where towers are shared out (train.shard)
+        shard-00000-of-00002.pt                                one rank's part of the per-sample state, and its RNG
+        moments/                                               of the optimizers, if towers are sharded (train.shard)
         files.json                                             size and CRC-32 of each of them
     RUN/checkpoints/best.json                                  {"step": 42, "mean_recall": …}
 
-A folder gets its name when every file in it is on disk (atomic_folder.py): a killed writer
-    leaves only `.writing-…`, which the
-next start removes. A resumed run examines the files. They are read with `weights_only=True`, the list of what is in
-moments/ no less strictly.
+A folder gets its name when all its files are on disk (atomic_folder.py). A killed writer leaves only `.writing-…`,
+which the next start removes. A resumed run verifies the files first. They are read with `weights_only=True`, and the
+metadata of moments/ just as strictly.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.config import Config, config_from_table, public_table
+from disttempnet.config.identity import MAY_CHANGE_ON_RESUME, config_differences, value_at
 from disttempnet.distributed import fsdp
 from disttempnet.errors import UserError, notice
 from disttempnet.losses import Objective
@@ -44,24 +44,16 @@ from disttempnet.training.run_folder import (
     write_best,
 )
 
-FORMAT = 1
-# What trainer.pt and a shard must hold; of the counts the least.
-TRAINER: dict[str, type] = {
+CHECKPOINT_FORMAT = 1
+# Types of what trainer.pt and a rank's file must hold; the smallest value of each count.
+TRAINER_KEYS: dict[str, type] = {
     "step": int, "world_size": int, "num_samples": int, "index_digest": str, "config": dict, "objective": dict,
     "optimizers": list, "logit_scale": Tensor, "best": dict, "skipped": dict, "warmup_steps": int,
 }  # fmt: skip
-SHARD: dict[str, type] = {"state": dict, "rng": Tensor}
-COUNTS = {"step": 0, "world_size": 1, "num_samples": 1, "warmup_steps": 0}
-MAY_LACK = {"skipped", "warmup_steps"}  # older ones have none
+RANK_KEYS: dict[str, type] = {"state": dict, "rng": Tensor}
+SMALLEST_COUNTS = {"step": 0, "world_size": 1, "num_samples": 1, "warmup_steps": 0}
+OPTIONAL_KEYS = {"skipped", "warmup_steps"}  # older checkpoints have none
 MOMENTS = "moments"
-# Keys that the result does not depend on, but for rounding: runs that differ in them only are the same run.
-NOT_PART_OF_THE_RESULT = {
-    "name", "out", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.timeout_minutes", "train.compile", "train.accumulate", "train.shard", "eval.batch", "eval.data_root",
-    "data.index",  # of runs before sources had indexes of their own
-}  # fmt: skip
-# What may also differ between the interrupted and the resumed run: the data may have moved (its digest is compared).
-MAY_CHANGE = NOT_PART_OF_THE_RESULT | {"data.train", "train.stop_after_steps", "eval"}
 
 
 class TrainState(NamedTuple):
@@ -70,8 +62,8 @@ class TrainState(NamedTuple):
     Attributes:
         step: steps done.
         best: step and score of the best checkpoint; empty before the first evaluation.
-        skipped: reason → int64 ids of the samples that could not be read so far; of earlier versions, their number.
-        warmup_steps: of the learning rate of this run; None: not settled yet.
+        skipped: reason → int64 ids of the samples that could not be read so far; in older versions, their number.
+        warmup_steps: of this run's learning rate; None = not fixed yet.
     """
 
     step: int = 0
@@ -93,61 +85,83 @@ def save_checkpoint(
     state: TrainState,
     keep: int,
 ) -> Path:
-    """Write a checkpoint from all ranks at once; it appears whole, or not at all.
+    """Write an atomic checkpoint from all ranks, then remove old ones.
 
-    Only then older ones than the last `keep` go, but for the best; and later ones: of a course that was given up.
+    The last `keep` checkpoints and the best one stay. Later ones are removed: they belong to a course that was given up.
+
+    Args:
+        run: the run folder.
+        towers, loss, optimizers: what is trained, as the trainer holds it.
+        config, index_digest: identity of the run and of its data, compared when it is resumed.
+        logit_scale, logit_bias: for open_clip, which reads the towers from here.
+        state: position of the run.
+        keep: number of checkpoints to keep, this one included.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
         UserError: no room on the disk; every rank raises.
     """
-    step, best, skipped, warmup_steps = state
-    target = checkpoint_folder(run) / f"step-{step:08d}"
+    target = checkpoint_folder(run) / f"step-{state.step:08d}"
+
+    # Collect what this rank writes: its rows of the per-sample state [N / K], and its parts of sharded moments.
     own, shared = _split(loss)
     optimizer_states, moments = _split_moments(optimizers)
+
+    # Gather sharded towers into one plain module on rank 0. Other ranks get None.
     module = fsdp.full_module(towers.module, torch.device("cpu"), everywhere=False)
 
-    def write(writing: Path) -> list[Path]:
-        if moments:  # first: in it every rank fails, or none
-            fsdp.save_parts(moments, writing / MOMENTS)
-        shard = writing / _shard_name(distributed.rank(), distributed.world_size())
-        torch.save({"state": own, **_generators()}, shard)
-        written = [shard, *(writing / MOMENTS).glob(f"__{distributed.rank()}_*")]
-        if module is None or not distributed.is_main():
-            return written
-        save_model(replace(towers, module=module), writing, logit_scale, logit_bias)
-        trainer = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": distributed.world_size(),
-            "objective": shared,
-            "optimizers": optimizer_states,
-            "config": public_table(config),
-            "index_digest": index_digest,
-            "num_samples": _num_samples(loss),
-            "logit_scale": towers.module.logit_scale.detach().cpu(),
-            "best": dict(best),
-            "skipped": dict(skipped),
-            "warmup_steps": config.optim.warmup_steps if warmup_steps is None else warmup_steps,
-        }
-        torch.save(trainer, writing / "trainer.pt")
-        written += (writing / MOMENTS).glob(".metadata")
-        return written + [one for one in writing.iterdir() if one.is_file() and not one.name.startswith("shard-")]
+    # Describe the run for trainer.pt.
+    warmup_steps = config.optim.warmup_steps if state.warmup_steps is None else state.warmup_steps
+    trainer = {
+        "format": CHECKPOINT_FORMAT,
+        "step": state.step,
+        "world_size": distributed.world_size(),
+        "objective": shared,
+        "optimizers": optimizer_states,
+        "config": public_table(config),
+        "index_digest": index_digest,
+        "num_samples": _num_samples(loss),
+        "logit_scale": towers.module.logit_scale.detach().cpu(),
+        "best": dict(state.best),
+        "skipped": dict(state.skipped),
+        "warmup_steps": warmup_steps,
+    }
 
-    def make_room() -> None:
-        if not distributed.is_main():
-            return
-        write_best(run, best)
-        found = list_checkpoints(run)  # once: what it misses is not removed
-        earlier = [one.name for one in found if one.name < target.name]
-        kept = {target.name, *earlier[max(0, len(earlier) - keep + 1) :]}
-        kept |= {f"step-{int(best['step']):08d}"} if best else set()
-        for other in found:
-            if other.name not in kept:
-                atomic_folder.remove(other)
+    def write(folder: Path) -> list[Path]:
+        # Every rank writes its own file; moments come first, as in them every rank fails or none does.
+        if moments:
+            fsdp.save_parts(moments, folder / MOMENTS)
+        rank_file = folder / _rank_file(distributed.rank(), distributed.world_size())
+        torch.save({"state": own, **_generators()}, rank_file)
+        written = [rank_file, *(folder / MOMENTS).glob(f"__{distributed.rank()}_*")]
 
-    atomic_folder.write_whole(target, write)
-    distributed.together(make_room)
+        # Rank 0 adds the towers, trainer.pt and the metadata of the moments.
+        if module is not None and distributed.is_main():
+            save_model(replace(towers, module=module), folder, logit_scale, logit_bias)
+            torch.save(trainer, folder / "trainer.pt")
+            written += (folder / MOMENTS).glob(".metadata")
+            written += [one for one in folder.iterdir() if one.is_file() and not one.name.startswith("shard-")]
+        return written
+
+    atomic_folder.write_folder(target, write)
+    distributed.together(lambda: _remove_others(run, target, state.best, keep))
     return target
+
+
+def _remove_others(run: Path, target: Path, best: Mapping[str, float], keep: int) -> None:
+    """Name the best checkpoint, and remove those that are neither it, nor `target`, nor among the last to keep."""
+    if not distributed.is_main():
+        return
+    write_best(run, best)
+    found = list_checkpoints(run)  # listed once: what a slow file system does not show yet is not removed
+    earlier = [one.name for one in found if one.name < target.name]
+    kept = {target.name, *earlier[max(0, len(earlier) - keep + 1) :]}
+    kept |= {f"step-{int(best['step']):08d}"} if best else set()
+    for other in found:
+        if other.name not in kept:
+            atomic_folder.remove_folder(other)
 
 
 def load_checkpoint(
@@ -159,23 +173,29 @@ def load_checkpoint(
     config: Config,
     index_digest: str,
 ) -> TrainState:
-    """Restore everything in place, re-dealing per-sample state and what is shared out of towers to this world size.
+    """Restore a run in place; per-sample state and sharded moments are resharded to this world size.
 
     Args:
+        checkpoint: its folder.
         towers: opened from this checkpoint by `load_model`: they have its weights.
+        loss, optimizers: built as for a new run.
+        config, index_digest: must be those of the checkpoint, except for MAY_CHANGE_ON_RESUME.
+
+    Returns:
+        The position of the run.
 
     Raises:
         UserError: another data set, another config, or a file that cannot be read.
     """
     trainer = _read(checkpoint / "trainer.pt")
-    _same_run(checkpoint, trainer, config, index_digest)
+    _refuse_other_run(checkpoint, trainer, config, index_digest)
     with torch.no_grad(), _misfit_named(checkpoint / "trainer.pt"):
         towers.module.logit_scale.copy_(trainer["logit_scale"])
-    shard = _restore_objective(checkpoint, trainer, loss)
+    own = _restore_objective(checkpoint, trainer, loss)
     _restore_optimizers(checkpoint, trainer["optimizers"], optimizers)
-    if shard is not None:
-        _restore_generators(shard)
-    # older ones have neither; their warm-up was as the config says, however short the run
+    if own is not None:
+        _restore_generators(own)
+    # older checkpoints have neither key; their warm-up was as in the config, however short the run
     warmup_steps = trainer.get("warmup_steps", config.optim.warmup_steps)
     return TrainState(trainer["step"], trainer["best"], trainer.get("skipped", {}), warmup_steps)
 
@@ -184,7 +204,13 @@ def load_checkpoint(
 class Run:
     """A trained run, opened for evaluation, temperatures or further training.
 
-    `index_digest` names the training samples that ids and per-sample state belong to.
+    Attributes:
+        folder: of the run.
+        config: as it was trained with.
+        towers, loss: in evaluation mode, on the CPU.
+        step: of the checkpoint.
+        num_samples: N of the training data.
+        index_digest: identity of the training data that ids and per-sample state belong to.
     """
 
     folder: Path
@@ -199,10 +225,17 @@ class Run:
 def load_run(path: str | Path) -> Run:
     """Open a run folder (its best checkpoint, else its last) or one checkpoint folder; no data set is needed.
 
-    In a process group all ranks call this: they share the examination of the files.
+    In a process group all ranks call this: they verify the files together.
+
+    Args:
+        path: `runs/NAME`, or `runs/NAME/checkpoints/step-…`.
 
     Raises:
         UserError: no run, no checkpoint, a damaged or an unreadable file, by name.
+
+    Example:
+        >>> run = disttempnet.load_run("runs/NAME")
+        >>> features = disttempnet.encode_texts(run.towers, run.towers.tokenizer(["a photo of a cat"]))
     """
     path = Path(path)
     checkpoint = path if (path / "trainer.pt").is_file() else chosen_checkpoint(path)
@@ -210,7 +243,7 @@ def load_run(path: str | Path) -> Run:
     trainer = _read(checkpoint / "trainer.pt")
     config = _config_of(checkpoint, trainer)
     for fault in values_out_of_bounds(config).values():
-        notice(f"{checkpoint}: {fault}: taken as it was trained with")
+        notice(f"{checkpoint}: {fault}: kept, as it was trained with this value")
     towers = load_model(config.model.name, str(checkpoint))
     loss = build_objective(config, trainer["num_samples"], towers.embed_dim, bounds=False)
     _restore_objective(checkpoint, trainer, loss)
@@ -221,7 +254,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def _split(loss: Objective) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The objective's state_dict as (this rank's per-sample part, what all ranks share)."""
+    """Split the objective's state_dict into this rank's per-sample rows, and what is equal on all ranks."""
     sharded = tuple(f"{name}." for name, module in loss.named_modules() if isinstance(module, SampleState))
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
@@ -235,42 +268,45 @@ def _num_samples(loss: Objective) -> int:
 
 
 def _generators() -> dict[str, torch.Tensor]:
-    """States of the random generators that towers draw from (dropout, dropped patches)."""
+    """Return the states of the random generators that towers draw from (dropout, dropped patches)."""
     states = {"rng": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda_rng"] = torch.cuda.get_rng_state()
     return states
 
 
-def _restore_generators(shard: dict[str, Any]) -> None:
-    torch.set_rng_state(shard["rng"])
-    if "cuda_rng" in shard and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(shard["cuda_rng"])
+def _restore_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["rng"])
+    if "cuda_rng" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda_rng"])
 
 
 def _restore_objective(checkpoint: Path, trainer: dict[str, Any], loss: Objective) -> dict[str, Any] | None:
-    """Load the objective; its shards are taken as they are or re-dealt. Returns this rank's shard, if it is one."""
+    """Load the objective, resharding its per-sample state to this world size.
+
+    Returns this rank's file if the world size is the same; else None.
+    """
     old, rank, world_size = trainer["world_size"], distributed.rank(), distributed.world_size()
-    shards = [_read(checkpoint / _shard_name(r, old)) for r in reshard_sources(old, rank, world_size)]
+    files = [_read(checkpoint / _rank_file(number, old)) for number in reshard_sources(old, rank, world_size)]
     state = trainer["objective"]
     with _misfit_named(checkpoint):
-        for shard in shards:
-            state = state | named_by_rank(shard["state"])
+        for content in files:
+            state = state | named_by_rank(content["state"])
         loss.load_state_dict(state)
-    return shards[0] if old == world_size else None
+    return files[0] if old == world_size else None
 
 
 def _split_moments(optimizers: list[torch.optim.Optimizer]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """State dicts of the optimizers with None for what is shared out, and that by `OPTIMIZER.PARAMETER.NAME`.
+    """Return state dicts of the optimizers with None for sharded moments, and those by `OPTIMIZER.PARAMETER.NAME`.
 
-    Parameters count as in the optimizer, whether shared out or not: a run may go on in the other way.
+    Parameters are numbered as in the optimizer, sharded or not: a run may continue with or without train.shard.
     """
     states: list[dict[str, Any]] = []
     moments: dict[str, torch.Tensor] = {}
     for number, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         for index, entries in state["state"].items():
-            parts = {name: value for name, value in entries.items() if fsdp.is_part(value)}
+            parts = {name: value for name, value in entries.items() if fsdp.is_sharded(value)}
             moments |= {f"{number}.{index}.{name}": value for name, value in parts.items()}
             state["state"][index] = entries | dict.fromkeys(parts)
         states.append(state)
@@ -280,7 +316,8 @@ def _split_moments(optimizers: list[torch.optim.Optimizer]) -> tuple[list[dict[s
 def _restore_optimizers(
     checkpoint: Path, states: list[dict[str, Any]], optimizers: list[torch.optim.Optimizer]
 ) -> None:
-    """Load what `_split_moments` gave into optimizers whose parameters are shared out as they are now."""
+    """Load what `_split_moments` returned, whether the optimizers' parameters were or are sharded."""
+    # Put the moments into the state dicts; sharded ones are zeros here, to be filled from moments/.
     moments: dict[str, torch.Tensor] = {}
     with _misfit_named(checkpoint / "trainer.pt"):
         for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
@@ -292,38 +329,42 @@ def _restore_optimizers(
                         continue
                     if not isinstance(value, Tensor) or value.shape not in (torch.Size(), parameters[index].shape):
                         raise TypeError(f"{name} of parameter {index} is no tensor of its shape")
-                    entries[name] = fsdp.as_parameter(value, parameters[index])
+                    entries[name] = fsdp.sharded_like(value, parameters[index])
+
+    # Fill them: torch.distributed.checkpoint reads each rank's rows, from files of any world size.
     if moments:
         fsdp.load_parts(moments, checkpoint / MOMENTS)
+
+    # Hand the state dicts to the optimizers.
     with _misfit_named(checkpoint / "trainer.pt"):
         for optimizer, state in zip(optimizers, states, strict=True):
             # groups are those of the config, which is the same; the learning rate is set at every step
             optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _same_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_digest: str) -> None:
+def _refuse_other_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_digest: str) -> None:
+    """Raise UserError if the checkpoint belongs to another data set or config."""
     if trainer["index_digest"] != index_digest:
         raise UserError(
             f"{checkpoint}: was trained on another data set (index {trainer['index_digest'][:12]}, "
-            f"{trainer['num_samples']} samples; now {index_digest[:12]}): per-sample state cannot be applied to it. "
-            "Give back the old data, or start a new run with another name"
+            f"{trainer['num_samples']} samples; now {index_digest[:12]}): its per-sample state does not apply. "
+            "Restore the old data, or start a new run with another name"
         )
     old = _config_of(checkpoint, trainer)
-    for key, was, now in differences(public_table(old), public_table(config), MAY_CHANGE):
+    for key, was, now in config_differences(public_table(old), public_table(config), MAY_CHANGE_ON_RESUME):
         raise UserError(
-            f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
+            f"{checkpoint}: {key} was {was!r} and is now {now!r}: resume with the old value, "
             "or start a new run with another name"
         )
 
 
 def _config_of(checkpoint: Path, trainer: dict[str, Any]) -> Config:
-    """Its types are checked alone; keys that it lacks have their defaults."""
+    """Return the config of a checkpoint. Only its types are checked; missing keys have their defaults."""
     return config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config", bounds=False)
 
 
 def refuse_out_of_bounds(config: Config, checkpoint: Path | None) -> None:
-    """Raise UserError where a config has values that no run may have, but for those of the run that goes on from this
-    checkpoint: they are told of."""
+    """Raise UserError if a config has a value out of range; one that the checkpoint already has is kept, with a notice."""
     faults = values_out_of_bounds(config)
     if not faults:
         return
@@ -332,55 +373,40 @@ def refuse_out_of_bounds(config: Config, checkpoint: Path | None) -> None:
     old = public_table(_config_of(checkpoint, _read(checkpoint / "trainer.pt")))
     new = public_table(config)
     for key, fault in faults.items():
-        if _value_at(old, key) != _value_at(new, key):
+        if value_at(old, key) != value_at(new, key):
             raise UserError(fault)
-        notice(f"{checkpoint}: {fault}: taken as the run began with it")
+        notice(f"{checkpoint}: {fault}: kept, as the run began with this value")
 
 
-def _value_at(table: dict[str, Any], key: str) -> Any:
-    value: Any = table
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def differences(
-    old: dict[str, Any], new: dict[str, Any], but: Collection[str] = (), prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
-    """(section.key, old value, new value) of all that two configs as tables differ in, but for the keys in `but`."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        name, was, now = prefix + key, old.get(key), new.get(key)
-        if name in but:
-            continue
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += differences(was, now, but, name + ".")
-        elif was != now:
-            found.append((name, was, now))
-    return found
-
-
-def _shard_name(rank: int, world_size: int) -> str:
+def _rank_file(rank: int, world_size: int) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}.pt"
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read trainer.pt or a rank's file, and check its keys.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
+    """
+    # Read it; nothing but tensors and plain containers is unpickled.
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; the checkpoint is not whole") from None
+        raise UserError(f"{path}: missing; the checkpoint is incomplete") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0][:160]}") from None
+
+    # Check the format, then the type of each key, and that counts are not too small.
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not the state of a checkpoint")
-    if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path}: checkpoint format {content['format']}, this version reads {FORMAT}")
-    for key, kind in (TRAINER if path.name == "trainer.pt" else SHARD).items():
-        if key in MAY_LACK and key not in content:
+    if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}")
+    for key, kind in (TRAINER_KEYS if path.name == "trainer.pt" else RANK_KEYS).items():
+        if key in OPTIONAL_KEYS and key not in content:
             continue
         value: Any = content.get(key)
-        few = key in COUNTS and isinstance(value, int) and value < COUNTS[key]
-        if few or not isinstance(value, kind) or isinstance(value, bool):
+        too_small = key in SMALLEST_COUNTS and isinstance(value, int) and value < SMALLEST_COUNTS[key]
+        if too_small or not isinstance(value, kind) or isinstance(value, bool):
             shown = repr(value)[:40] if isinstance(value, (int, str)) else f"of type {type(value).__name__}"
             raise UserError(f"{path}: not the state of a checkpoint: its {key} is {shown}")
     return content
@@ -388,8 +414,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _misfit_named(path: Path) -> Iterator[None]:
-    """Turn what loading a state says of odd content into one line. Nothing else may be inside: a fault of the program
-    must not hide here."""
+    """Turn an error of loading a state that does not fit into a UserError of one line.
+
+    Only the loading itself may stand inside: bugs must not be hidden here.
+    """
     try:
         yield
     except torch.OutOfMemoryError:

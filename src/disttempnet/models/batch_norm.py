@@ -1,23 +1,18 @@
-"""What of the towers is trained: locked layers, and where BatchNorm takes its statistics from.
+"""BatchNorm that does not depend on the world size.
 
-World size must not change the loss, but BatchNorm makes a row's feature depend on the other rows that it is normalised
-with: a rank's own would be others at another world size. Two ways keep the rule. `global`, the default, takes the
-statistics of the global batch: in one process that is what BatchNorm does anyway, with several the ranks exchange
-means and variances in every layer, forward and backward. (torch's SyncBatchNorm does the same on GPUs only; this one
-also runs, and is tested, on CPUs.) `frozen` keeps the statistics that the weights came with: no exchange, but towers
-that are trained far from where they began may want them to follow. Locked layers keep theirs in any case.
+BatchNorm makes a row's feature depend on the other rows that it is normalised with, and a rank holds other rows at
+another world size. Two ways keep the loss the same. `global`, the default, takes the statistics of the global batch: in
+one process BatchNorm does that anyway; several ranks exchange means and variances in every layer, forward and backward.
+(torch's SyncBatchNorm does the same on GPUs only; this one also runs on CPUs.) `frozen` keeps the statistics of the
+pretrained weights: no exchange, but they do not follow when the towers move far. Locked layers always keep theirs.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.hf_model import HFTextEncoder
-from open_clip.timm_model import TimmModel
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,22 +22,23 @@ from disttempnet.errors import UserError
 from disttempnet.losses.objective import compute_dtype
 
 
-def prepare_towers(module: open_clip.CLIP, config: ModelConfig, chunks: int = 1) -> None:
-    """Lock what `[model]` locks, in place, and settle the statistics of every BatchNorm.
+def prepare_batch_norm(module: nn.Module, config: ModelConfig, chunks: int = 1) -> None:
+    """Fix which statistics every BatchNorm takes, in place; layers are locked before.
+
+    Args:
+        module: the towers.
+        config: `[model]`; its `batch_norm` is `global` or `frozen`.
+        chunks: of a batch (train.accumulate).
 
     Raises:
         UserError: a kind of BatchNorm that cannot take the statistics of all ranks, or of a batch in several chunks.
     """
-    if config.lock_image:
-        lock_image_tower(module, config.unlocked_image_groups)
-    if config.lock_text:
-        lock_text_tower(module, config.unlocked_text_layers)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, _BatchNorm):
                 continue
             if config.batch_norm == "frozen" or not any(p.requires_grad for p in child.parameters()):
-                child.register_forward_pre_hook(_hold)
+                child.register_forward_pre_hook(_keep_statistics)
             elif chunks > 1:
                 raise UserError(
                     f"train.accumulate = {chunks}, but {config.name} has BatchNorm, and a chunk's statistics are not "
@@ -52,44 +48,16 @@ def prepare_towers(module: open_clip.CLIP, config: ModelConfig, chunks: int = 1)
                 setattr(parent, name, GlobalBatchNorm(child))
 
 
-def lock_image_tower(module: open_clip.CLIP, unlocked_groups: int = 0) -> None:
-    """Train no parameter of the image tower but those of its last layer groups (LiT, arXiv 2111.07991).
-
-    A projection that was laid on a timm tower is trained in any case. The groups are timm's and open_clip's.
-    """
-    if not isinstance(module.visual, TimmModel):
-        module.lock_image_tower(unlocked_groups=unlocked_groups)
-        return
-    trunk = module.visual.trunk
-    groups = group_parameters(trunk, trunk.group_matcher())
-    for group in sorted(groups)[: max(0, len(groups) - unlocked_groups)]:
-        for name in groups[group]:
-            trunk.get_parameter(name).requires_grad_(False)
-
-
-def lock_text_tower(module: open_clip.CLIP, unlocked_layers: int = 0) -> None:
-    """Train no parameter of the text tower but those of its last layers; a projection on an encoder of Hugging Face
-    is trained in any case."""
-    text = getattr(module, "text", None)
-    if not isinstance(text, HFTextEncoder):
-        module.lock_text_tower(unlocked_layers=unlocked_layers)
-        return
-    text.transformer.requires_grad_(False)
-    layers = max((m for m in text.transformer.modules() if isinstance(m, nn.ModuleList)), key=len)
-    for layer in list(layers)[max(0, len(layers) - unlocked_layers) :]:
-        layer.requires_grad_(True)
-
-
-def _hold(module: nn.Module, _: Any) -> None:
-    """Statistics stay as they are, whichever mode the towers are put in."""
+def _keep_statistics(module: nn.Module, _: Any) -> None:
+    """Keep the statistics, whichever mode the towers are put in."""
     module.training = False
 
 
 class GlobalBatchNorm(nn.Module):
     """A BatchNorm of images that normalises with the statistics of the global batch, of all ranks, in training.
 
-    Takes over the parameters and statistics of the one that it replaces, and its place in the state_dict. timm's
-    BatchNormAct2d, which applies an activation afterwards, is taken too.
+    It takes over the parameters, statistics and state_dict names of the one that it replaces. timm's BatchNormAct2d,
+    which applies an activation afterwards, is supported too.
     """
 
     def __init__(self, replaced: _BatchNorm) -> None:
@@ -124,9 +92,9 @@ class GlobalBatchNorm(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """(x − mean) / √(variance + ε) · weight + bias, with mean and variance [C] over all ranks' rows and places.
+    """(x − mean) / √(variance + ε) · weight + bias, with mean and variance [C] over all ranks' rows and positions.
 
-    Every rank holds as many rows. The gradient of a parameter is this rank's share: DDP takes the mean over ranks.
+    Every rank holds the same number of rows. The gradient of a parameter is this rank's share: DDP takes the mean over ranks.
     """
 
     @staticmethod
