@@ -37,7 +37,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"pool"},
     ],
     "config": [
-        {"toml"},
+        {"identity", "toml"},
         {"schema"},
     ],
     "data": [
@@ -122,8 +122,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"network"},
     ],
     "models": [
-        {"locking", "text", "transformers_clip", "weights"},
-        {"origin", "pretrained"},
+        {"batch_norm", "text", "transformers_clip", "weights"},
+        {"locks", "origin", "pretrained"},
         {"towers"},
     ],
     "report": [

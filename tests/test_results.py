@@ -14,8 +14,8 @@ import pytest
 
 from disttempnet.compare.grid import Grid, load_grid
 from disttempnet.config import CONFIG_FOLDER, defaults, flat
+from disttempnet.config.identity import NO_EFFECT_ON_RESULT
 from disttempnet.report.compact import CompactResult, read_results
-from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -50,8 +50,8 @@ def grid_of(results: Path) -> Grid:
 
 def what_it_depends_on(config: dict[str, Any]) -> dict[str, Any]:
     """Its keys but for those that the result does not depend on; those that an old config lacks have their defaults."""
-    table = {key: value for key, value in flat(config).items() if key not in NOT_PART_OF_THE_RESULT}
-    return {**{key: value for key, value in defaults().items() if key not in NOT_PART_OF_THE_RESULT}, **table}
+    table = {key: value for key, value in flat(config).items() if key not in NO_EFFECT_ON_RESULT}
+    return {**{key: value for key, value in defaults().items() if key not in NO_EFFECT_ON_RESULT}, **table}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -52,8 +52,8 @@ def test_srun_tells_where_a_task_stands() -> None:
     assert 10_000 <= high.port < 30_000
     given = environment | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "999"}
     assert launched(given) == Launch("srun", 5, 8, 1, "10.0.0.1", 999)
-    assert Launch("srun", 5, 8, 1, "10.0.0.1", 999).place == "10.0.0.1:999"
-    assert Launch("srun", 5, 8, 1, "fd00::7", 999).place == "[fd00::7]:999"
+    assert Launch("srun", 5, 8, 1, "10.0.0.1", 999).endpoint == "10.0.0.1:999"
+    assert Launch("srun", 5, 8, 1, "fd00::7", 999).endpoint == "[fd00::7]:999"
 
 
 def test_a_step_may_be_smaller_than_its_job() -> None:
@@ -72,7 +72,7 @@ def test_torchrun_comes_before_slurm() -> None:
         launched({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(UserError, match="start with srun"):
         launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"})
-    with pytest.raises(UserError, match="WORLD_SIZE=two, which is no number"):
+    with pytest.raises(UserError, match="WORLD_SIZE=two, which is not a number"):
         launched(torchrun | {"WORLD_SIZE": "two"})
 
 
@@ -138,11 +138,11 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a
     ("changes", "message"),
     [
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 to 1,000,000"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1, which is no number"),
-        ({"WORLD_SIZE": "9" * 5000}, "which is no number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1, which is not a number"),
+        ({"WORLD_SIZE": "9" * 5000}, "which is not a number"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be a whole number from 1 to 65,535"),
         ({"MASTER_PORT": "0"}, "MASTER_PORT=0: must be"),
-        ({"RANK": "2"}, "the environment of torchrun says rank 2 of 2: ranks count from 0"),
+        ({"RANK": "2"}, "the environment of torchrun has rank 2 of 2: ranks count from 0"),
         ({"RANK": ""}, "one of RANK and WORLD_SIZE is set, the other is not"),
         ({"WORLD_SIZE": ""}, "one of RANK and WORLD_SIZE is set, the other is not"),
         ({"MASTER_ADDR": ""}, "start with torchrun"),
@@ -211,7 +211,7 @@ def dies_in_step_3(culprit: int, how: str, arguments: list[str]) -> int:
 
 
 REASONS = {
-    "killed": "ended without a word: killed, or out of memory",
+    "killed": "ended without a message: killed, or out of memory",
     "raises": "failed: ValueError: boom",
     "user": "failed: the disk is full",
 }
@@ -277,7 +277,7 @@ def test_a_rank_in_an_endless_loop_is_named_and_not_the_one_that_waits(tmp_path:
     for end in ends:
         line = end.printed.splitlines()[-1]
         assert line.startswith("disttempnet: rank 1 on ")
-        assert "has kept the others waiting for 0.3 minutes: it is caught in an endless loop" in line
+        assert "has kept the others waiting for 0.3 minutes: it is in an endless loop" in line
 
 
 def never_comes(arguments: list[str]) -> int:

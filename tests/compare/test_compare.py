@@ -189,7 +189,7 @@ def test_an_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     path = write(tmp_path, out=str(tmp_path / "grid.toml" / "out"))
     assert main(["compare", str(path)]) == 2
     error = capsys.readouterr().err.strip()
-    assert "grid.toml is no folder" in error
+    assert "grid.toml is not a folder" in error
     assert "\n" not in error
 
 

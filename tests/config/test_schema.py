@@ -133,7 +133,7 @@ def test_a_file_holds_what_differs_from_the_config_it_names(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("config = 'loop.toml'", r"one.toml: its config leads back to it"),
+        ("config = 'loop.toml'", r"one.toml: its base configs form a circle"),
         ("config = 'nope.toml'", r"one.toml: config: .*nope.toml: no such file"),
         ("config = 3", r"one.toml: config must name a file, got 3"),
         ("config = 'debug.toml'\n[optim]\nrate = 1", r"one.toml: unknown key 'optim.rate'"),

@@ -51,7 +51,7 @@ def test_ranks_of_a_node_share_the_room(room: Callable[[int], None], monkeypatch
     with pytest.raises(UserError, match=r"16\.0 MB are free for this process"):
         fit_prefetch(4, 10 * MB, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
-    with pytest.raises(UserError, match=r"^the environment says LOCAL_WORLD_SIZE=0: must be a whole number from 1"):
+    with pytest.raises(UserError, match=r"^the environment has LOCAL_WORLD_SIZE=0: must be a whole number from 1"):
         fit_prefetch(4, 10 * MB, 1)
 
 

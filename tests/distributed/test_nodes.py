@@ -109,7 +109,7 @@ def test_a_node_that_fails_ends_the_other(nodes: list[str], tmp_path: Path) -> N
         for process in both:
             process.kill()
     assert all(process.returncode for process in both)
-    assert any("ended without a word: killed" in text for text in printed), printed
+    assert any("ended without a message: killed" in text for text in printed), printed
 
 
 def kill_workers(torchrun: int) -> None:

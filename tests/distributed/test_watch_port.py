@@ -98,7 +98,7 @@ def test_a_rank_that_falls_silent_is_told_to_the_others(main_watch: Watch) -> No
     other = Watch(2, 3, HERE, main_watch.port, main_watch.token)
     with Rank(main_watch, 1, "node07"):
         pass
-    assert other.news(SOON) == "rank 1 on node07 ended without a word: killed, or out of memory"
+    assert other.news(SOON) == "rank 1 on node07 ended without a message: killed, or out of memory"
     assert main_watch.news(SOON) == other.news(0)
     other.leave()
 
@@ -168,7 +168,7 @@ def test_a_forked_process_keeps_no_connection_open(main_watch: Watch) -> None:
     try:
         for connection in list(rank._peers):
             connection.close()  # as the kernel does when the rank is killed
-        assert "ended without a word" in main_watch.news(SOON)
+        assert "ended without a message" in main_watch.news(SOON)
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
@@ -340,7 +340,9 @@ def test_a_line_that_the_rank_did_not_send_is_noticed(how: str, main_watch: Watc
             rank.send({"at": 1})
         else:
             rank.say(f"{code(rank.key, 'rank 1', 1, json.dumps({'at': 1}))} {body}".encode())
-        assert main_watch.news(SOON) == ("rank 1 on node07 sends what is not its own: somebody disturbs its connection")
+        assert main_watch.news(SOON) == (
+            "rank 1 on node07 sent a message that fails authentication: its connection is disturbed"
+        )
 
 
 @pytest.mark.parametrize(

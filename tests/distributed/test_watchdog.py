@@ -28,7 +28,7 @@ def test_a_silent_rank_is_lost_within_the_time_that_is_promised() -> None:
         news = watch.news(SOON)
         seconds = time.monotonic() - began
         watch.leave()
-        assert news == "rank 1 on node02 has not been heard for 2 seconds: stopped, or its node is gone"
+        assert news == "rank 1 on node02 has sent no heartbeat for 2 seconds: stopped, or its node is gone"
         assert SILENCE * 6 / 8 < seconds < SILENCE + 0.5, "no more than was promised, on a busy machine"
         heard = [line.partition(b" ")[2] for line in rank.lines]
         assert heard.count(b'{"at": 0}\n') >= BEATS - 1, "its own beats"
@@ -67,7 +67,7 @@ def test_who_keeps_the_others_waiting_is_named(own: int, other: int, blamed: str
     assert news.startswith(blamed) if blamed else news == ""
     if blamed:
         assert news.endswith(
-            " has kept the others waiting for 0.0333 minutes: it is caught in an endless loop, or needs a larger "
+            " has kept the others waiting for 0.0333 minutes: it is in an endless loop, or needs a larger "
             "train.timeout_minutes"
         )
         assert 0.85 * timeout < seconds < timeout + 0.5

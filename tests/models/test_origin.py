@@ -208,7 +208,7 @@ def test_openais_own_file(towers: Towers, tmp_path: Path) -> None:
     state = {key: value.half() for key, value in towers.module.state_dict().items()}
     torch.save(state | {key: torch.tensor(value) for key, value in numbers.items()}, tmp_path / "openai.pt")
     found = load_model(NAME, str(tmp_path / "openai.pt"))
-    assert found.notes == ("QuickGELU, as OpenAI's weights want it",)
+    assert found.notes == ("QuickGELU, as OpenAI's weights expect",)
     torch.testing.assert_close(image_features(found), image_features(quick(towers)), rtol=0.02, atol=0.02)
 
 

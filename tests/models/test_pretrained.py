@@ -219,13 +219,13 @@ class Touches:
 def test_weights_of_a_tower_run_no_code(made: Made, tmp_path: Path) -> None:
     state, touched = load_file(made.image), tmp_path / "touched"
     torch.save({"state_dict": state, "args": Touches(touched)}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w.pth' cannot be loaded: it holds objects of Python, such as io.open, "):
+    with pytest.raises(UserError, match=r"w.pth' cannot be loaded: it holds Python objects, such as io.open, "):
         load_model(made.name, image_pretrained=str(tmp_path / "w.pth"), text_pretrained=str(made.text))
     folder = Path(shutil.copytree(made.text, tmp_path / "text"))
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(state | {"args": Touches(touched)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin' cannot be loaded: it holds objects of Python"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin' cannot be loaded: it holds Python objects"):
         load_model(made.name, text_pretrained=str(folder))
     assert not touched.exists()
     torch.save(state, folder / "pytorch_model.bin")

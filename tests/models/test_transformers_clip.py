@@ -102,11 +102,11 @@ def test_plain_gelu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "siglip", "architectures": ["SiglipModel"]}, "SiglipModel of transformers; of these CLIPModel"),
+        ({"model_type": "siglip", "architectures": ["SiglipModel"]}, "SiglipModel of transformers; only CLIPModel"),
         ({"architectures": ["CLIPTextModel"]}, "CLIPTextModel of transformers"),
         ({"text_config": {"vocab_size": 99}}, "vocabulary of 99: its tokenizer is not CLIP's"),
         ({"text_config": {"hidden_act": "relu"}}, r"activations \['quick_gelu', 'relu'\]"),
-        ({"vision_config": {"layer_norm_eps": 1e-6}}, "another layer_norm_eps"),
+        ({"vision_config": {"layer_norm_eps": 1e-6}}, "a layer_norm_eps other"),
     ],
 )
 def test_what_is_not_read(change: dict, message: str, folder: Path, theirs: Any, tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_code_in_a_file_is_not_run(how: str, zipped: bool, state: dict[str, Tens
         torch.save(content, file, _use_new_zipfile_serialization=zipped)
         message = refused(file)
         assert not made.exists()
-        assert "objects of Python, such as " in message
+        assert "Python objects, such as " in message
     with file.open("rb") as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.load(opened, weights_only=False)

@@ -29,7 +29,7 @@ def two_files(folder: Path) -> list[Path]:
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A folder that was written whole."""
-    atomic_folder.write_whole(tmp_path / "step", two_files)
+    atomic_folder.write_folder(tmp_path / "step", two_files)
     return tmp_path / "step"
 
 
@@ -48,9 +48,9 @@ def change(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [
-        (lambda folder: (folder / "a.bin").unlink(), "a.bin is gone"),
+        (lambda folder: (folder / "a.bin").unlink(), "a.bin is missing"),
         (lambda folder: os.truncate(folder / "a.bin", 64), "a.bin has 64 bytes of 100"),
-        (lambda folder: change(folder / "a.bin"), "a.bin is not what was written"),
+        (lambda folder: change(folder / "a.bin"), "a.bin has changed"),
         (lambda folder: os.truncate(folder / "files.json", 9), "files.json cannot be used (JSONDecodeError)"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_folder_of_the_same_name_is_replaced(target: Path) -> None:
         (folder / "c.bin").write_bytes(b"c")
         return [folder / "c.bin"]
 
-    atomic_folder.write_whole(target, other)
+    atomic_folder.write_folder(target, other)
     assert sorted(p.name for p in target.iterdir()) == ["c.bin", "files.json"]
     assert [p.name for p in target.parent.iterdir()] == ["step"]
 
@@ -79,10 +79,10 @@ def test_a_folder_of_the_same_name_is_replaced(target: Path) -> None:
 def test_what_is_removed_loses_its_name_first(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda *_, **__: None)  # as killed there, or as NFS keeps a file in use
-        atomic_folder.remove(target)
+        atomic_folder.remove_folder(target)
         assert not target.exists()
         (left,) = target.parent.iterdir()
-    atomic_folder.remove(target)
+    atomic_folder.remove_folder(target)
     (target.parent / ".writing-step-00000001-abc").mkdir()
     (target.parent / ".writing-best.json-17").touch()
     assert left.exists()
@@ -107,9 +107,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(save: object, tmp_path: Path
         save({"a": torch.zeros(200_000)}, folder / "large")  # type: ignore[operator]
         return [folder / "large"]
 
-    reason = r"step: cannot be written: .*; [\d,.]+ MB are free there. --resume auto goes on from the last checkpoint$"
+    reason = (
+        r"step: cannot be written: .*; [\d,.]+ MB are free there. --resume auto continues from the last checkpoint$"
+    )
     with small_files(300_000), pytest.raises(UserError, match=reason):
-        atomic_folder.write_whole(tmp_path / "step", large)
+        atomic_folder.write_folder(tmp_path / "step", large)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +120,7 @@ def test_a_fault_of_the_program_stays_loud(tmp_path: Path) -> None:
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        atomic_folder.write_whole(tmp_path / "step", broken)
+        atomic_folder.write_folder(tmp_path / "step", broken)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,7 +143,7 @@ def one_rank_has_no_room(folder: str) -> tuple[str, list[str]]:
         return [path]
 
     try:
-        atomic_folder.write_whole(Path(folder) / "step", write)
+        atomic_folder.write_folder(Path(folder) / "step", write)
     except UserError as error:
         distributed.barrier()
         return str(error), os.listdir(folder)
@@ -163,7 +165,7 @@ def shared_folder(folder: str, spoil: str) -> list[str]:
         return [path]
 
     target = Path(folder) / "step"
-    atomic_folder.write_whole(target, write)
+    atomic_folder.write_folder(target, write)
     found = [atomic_folder.damage(target)]
     distributed.barrier()
     if distributed.is_main() and spoil:
@@ -173,7 +175,7 @@ def shared_folder(folder: str, spoil: str) -> list[str]:
 
 
 def test_every_rank_learns_of_damage_that_one_finds(gloo: Pools, tmp_path: Path) -> None:
-    assert gloo(2, shared_folder, str(tmp_path), "1.bin") == [["", "1.bin is not what was written"]] * 2
+    assert gloo(2, shared_folder, str(tmp_path), "1.bin") == [["", "1.bin has changed"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_what_torch_says_of_a_full_disk_is_one_line(words: str, tmp_path: Path) 
         raise RuntimeError(words)
 
     with pytest.raises(UserError, match="step: cannot be written: a file could not be written to its end"):
-        atomic_folder.write_whole(tmp_path / "step", write)
+        atomic_folder.write_folder(tmp_path / "step", write)
     assert not [*tmp_path.iterdir()]
 
 
@@ -193,4 +195,4 @@ def test_other_errors_of_torch_stay_loud(tmp_path: Path) -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        atomic_folder.write_whole(tmp_path / "step", write)
+        atomic_folder.write_folder(tmp_path / "step", write)

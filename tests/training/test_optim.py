@@ -18,7 +18,7 @@ from disttempnet.errors import UserNotice
 from disttempnet.losses import build_loss
 from disttempnet.models import load_model
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.optim import build_optimizers, learning_rate, temperature_learning_rate, within
+from disttempnet.training.optim import build_optimizers, learning_rate, shortened_warmup, temperature_learning_rate
 from disttempnet.training.run_folder import list_checkpoints
 
 
@@ -34,9 +34,9 @@ def test_warm_up_then_cosine() -> None:
 
 def test_a_warm_up_that_fills_the_run_is_a_tenth_of_it() -> None:
     config = OptimConfig(lr=1.0, warmup_steps=40)
-    assert within(config, 41) == config
-    assert [within(config, steps).warmup_steps for steps in (40, 16, 9, 1)] == [4, 1, 1, 1]
-    assert within(OptimConfig(lr=1.0), 1).warmup_steps == 0
+    assert shortened_warmup(config, 41) == config
+    assert [shortened_warmup(config, steps).warmup_steps for steps in (40, 16, 9, 1)] == [4, 1, 1, 1]
+    assert shortened_warmup(OptimConfig(lr=1.0), 1).warmup_steps == 0
 
 
 def test_a_small_data_set_is_learned_and_the_warm_up_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +96,7 @@ def test_a_run_with_values_that_no_new_one_may_have_is_opened_and_goes_on(
     same = ["optim.lr_end=2e-3", "loss.rho=-1.0"]
     command += ["train.stop_after_steps=2", "--resume", "auto"]
     assert main([*command, *same]) == 0
-    assert "lr_end 0.002 is above lr 0.001: the cosine falls; set optim.lr_end too: taken as" in capsys.readouterr().err
+    assert "lr_end 0.002 is above lr 0.001: set optim.lr_end too: kept, as" in capsys.readouterr().err
     assert rates(run) == pytest.approx([0.2e-3, 0.4e-3])
     # what is not that run's own is refused as ever: in it, and in a new one
     for wrong, said in {

@@ -74,18 +74,18 @@ def test_what_cannot_be_written_is_found_before_any_work(tmp_path: Path, monkeyp
     (tmp_path / "file").touch()
     long = tmp_path / ("n" * 300)
     for folder, why in [
-        (tmp_path / "file", f"{tmp_path}/file is no folder"),
-        (tmp_path / "file" / "run", f"{tmp_path}/file is no folder"),
+        (tmp_path / "file", f"{tmp_path}/file is not a folder"),
+        (tmp_path / "file" / "run", f"{tmp_path}/file is not a folder"),
         (long / "run", "File name too long"),
         (Path("/proc/runs/run"), "No such file or directory"),
     ]:
-        with pytest.raises(UserError, match=f"{re.escape(str(folder))}: cannot be written: {why}; give another place"):
+        with pytest.raises(UserError, match=f"{re.escape(str(folder))}: cannot be written: {why}; choose"):
             run_folder.refuse_unwritable_folder(folder)
     run_folder.refuse_unwritable_folder(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
     monkeypatch.setattr(trainer, "open_training_data", lambda *_: pytest.fail("data are opened"))
     monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("towers are loaded"))
-    with pytest.raises(UserError, match="file is no folder"):
+    with pytest.raises(UserError, match="file is not a folder"):
         train(load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}/file"]))
 
 
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_not_opened(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # one bit of the last weight, which safetensors would not notice
     weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"step-00000001: damaged: open_clip_model.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"step-00000001: damaged: open_clip_model.safetensors has changed"):
         load_run(tmp_path / "debug")
     with pytest.raises(UserError, match="damaged"):
         weights_folder(str(tmp_path / "debug"))

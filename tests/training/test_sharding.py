@@ -309,7 +309,7 @@ def test_a_full_disk_while_moments_are_written_is_the_same_line(
     """As for a run under DDP: of the checkpoint, not of the hidden folder, and on every rank."""
     for told, left in gloo(2, no_room, str(tmp_path), who, most):
         assert told.startswith(f"{tmp_path / 'debug' / 'checkpoints' / 'step-00000003'}: cannot be written: ")
-        assert told.endswith(" MB are free there. --resume auto goes on from the last checkpoint")
+        assert told.endswith(" MB are free there. --resume auto continues from the last checkpoint")
         assert "inline_container" not in told
         assert left == ["best.json", "step-00000002"]
 
@@ -327,7 +327,7 @@ def interrupted(folder: str, fault: type[BaseException]) -> str:
         if distributed.rank() == 1:
             patched.setattr(FileSystemWriter, "write_data", write_data)
         try:
-            atomic_folder.write_whole(Path(folder) / "step", lambda to: fsdp.save_parts(parts, to / "m") or [])
+            atomic_folder.write_folder(Path(folder) / "step", lambda to: fsdp.save_parts(parts, to / "m") or [])
         except BaseException as error:
             return repr(error)
     return ""
@@ -433,7 +433,7 @@ def trained_scalar() -> str:
 def test_trained_scalars_are_refused(gloo: Pools) -> None:
     """As of timm's NFNets: FSDP2 takes none, and left alone they would become other ones on every rank."""
     assert gloo(2, trained_scalar) == [
-        "train.shard: the towers train single numbers (gain), which cannot be shared out"
+        "train.shard: the towers train a scalar (gain), which cannot be sharded"
     ] * 2  # fmt: skip
 
 
@@ -461,7 +461,7 @@ def pieces(name: str) -> tuple[int, list[int]]:
     with torch.device("meta"):
         module = open_clip.create_model(name, device="meta")
     module.logit_scale = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
-    count = len(fsdp.blocks(module))
+    count = len(fsdp.repeated_blocks(module))
     fsdp.shard(module, CPU)
     sizes, counted = [], set()
     for part in reversed([m for m in module.modules() if isinstance(m, FSDPModule)]):  # inner ones first
@@ -485,7 +485,7 @@ def test_larger_models_come_by_name_and_in_small_pieces(name: str, blocks: int, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train={epochs=1, shard=true, freeze='towers'}", "shard is for towers that are trained"),
+        ("train={epochs=1, shard=true, freeze='towers'}", "shard is for trained towers"),
         ("train={epochs=1, shard=true, compile=true}", "shard and compile do not go together"),
     ],
 )

@@ -337,11 +337,11 @@ def test_an_unfinished_checkpoint_is_removed_and_a_damaged_one_passed_over(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # nothing but a checksum shows this
     weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"step-00000020: damaged: open_clip_model.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"step-00000020: damaged: open_clip_model.safetensors has changed"):
         train(debug(tmp_path), resume=str(weights.parent))
     assert train(debug(tmp_path), resume="auto")
     printed = capsys.readouterr().err
-    assert "step-00000020 is damaged and passed over: open_clip_model.safetensors is not what was written" in printed
+    assert "step-00000020 is damaged and skipped: open_clip_model.safetensors has changed" in printed
     assert "from step 10" in printed
     assert not any(folder.exists() for folder in left)
     same_ending(run, straight)
@@ -353,7 +353,9 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(straight: Path,
     shutil.copytree(straight, run)
     for folder in list_checkpoints(run):
         os.truncate(folder / "trainer.pt", 100)
-    with pytest.raises(UserError, match=r"no checkpoint of it is whole: step-00000020 is damaged .* step-00000010 is"):
+    with pytest.raises(
+        UserError, match=r"all its checkpoints are damaged: step-00000020 is damaged .* step-00000010 is"
+    ):
         train(debug(tmp_path), resume="auto")
 
 

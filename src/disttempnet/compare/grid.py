@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 
 from disttempnet.config import (
     Config,
-    Place,
+    PathOrName,
     Section,
     config_from_table,
     explain,
@@ -36,11 +36,11 @@ from disttempnet.config import (
     load_config,
     public_table,
 )
-from disttempnet.config.toml import apply_override, base_path, find_config, merge, read_run, read_table
+from disttempnet.config.identity import NO_EFFECT_ON_RESULT, config_differences
+from disttempnet.config.toml import apply_override, base_path, find_config, merge, read_run_table, read_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tasks import find_task
 from disttempnet.io.ranges import SEEDS
-from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT, differences
 from disttempnet.training.model import resolved
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.run_info import read_facts
@@ -52,8 +52,8 @@ SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the fil
 class GridFile(Section):
     """The keys of a comparison's file."""
 
-    config: Place
-    out: Place = "runs/compare"
+    config: PathOrName
+    out: PathOrName = "runs/compare"
     seeds: tuple[Annotated[int, SEEDS], ...] = Field(min_length=1)
     common: dict[str, Any] = Field(default_factory=dict)
     vary: dict[str, Any] = Field(default_factory=dict)
@@ -115,7 +115,7 @@ def run_state(config: Config) -> RunState:
         was = load_config(folder / "config.toml", bounds=False)
     except UserError as error:
         return RunState("differs", str(error))
-    for key, old, new in differences(public_table(was), public_table(config), NOT_PART_OF_THE_RESULT):
+    for key, old, new in config_differences(public_table(was), public_table(config), NO_EFFECT_ON_RESULT):
         return RunState("differs", f"{folder}: {key} was {old!r} and is {new!r} now: give another out, or remove it")
     if "finished" in read_facts(folder):
         return RunState("done")
@@ -126,7 +126,7 @@ def run_state(config: Config) -> RunState:
 
 
 def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:
-    base = read_run(base_path(path, file.config))
+    base = read_run_table(base_path(path, file.config))
     config_from_table(base, file.config)  # errors of the base name the base
     common, vary = _nested(file.common), flat(_nested(file.vary))
     _refuse_set_by_grid(f"{path}: common", flat(common))

@@ -1,7 +1,8 @@
 """Configuration of a run.
 
-schema.py   every key: its type, range, default and meaning
-toml.py     plain tables of TOML files: base files, section.key=value overrides
+schema.py     every key: its type, range, default and meaning
+toml.py       plain tables of TOML files: base files, section.key=value overrides
+identity.py   the keys that make two runs different
 """
 
 from disttempnet.config.schema import (
@@ -12,7 +13,7 @@ from disttempnet.config.schema import (
     LossConfig,
     ModelConfig,
     OptimConfig,
-    Place,
+    PathOrName,
     Section,
     SourceConfig,
     TrainConfig,
@@ -35,7 +36,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
-    "Place",
+    "PathOrName",
     "Section",
     "SourceConfig",
     "TrainConfig",

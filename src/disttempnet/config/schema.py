@@ -1,7 +1,7 @@
-"""Typed configuration of a run: what its TOML file may say (config/toml.py reads it), strictly checked.
+"""Typed configuration of a run: the keys of its TOML file (read by toml.py), strictly validated.
 
-Unknown keys and wrong types are refused with the file, the key and the nearest known name. The arguments in
-`[loss]` belong to the objective it names: `disttempnet.losses` checks them.
+Unknown keys and wrong types are refused with the file, the key and the nearest known name. The arguments in `[loss]`
+belong to the objective that it names: `disttempnet.losses` checks them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from disttempnet.config.toml import CONFIG_FOLDER as CONFIG_FOLDER
-from disttempnet.config.toml import apply_override, read_run
+from disttempnet.config.toml import apply_override, read_run_table
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.io.paths import Home, expand_home
 from disttempnet.io.ranges import BATCH, GIGABYTES, SAMPLES, SEEDS, TYPES_ALONE, WORKERS, Range, bounded, integers
 from disttempnet.sanitize import redacted, redacted_table
 
-Place = Annotated[str, Home()]  # a path, or a name that may be one
-PlaceOrNone = Annotated[str, Home(empty=True)]  # where nothing has a meaning
+PathOrName = Annotated[str, Home()]  # `~` is expanded
+OptionalPath = Annotated[str, Home(empty=True)]  # may be empty
 STEPS = integers(0, 10**12)
-VALIDATION = Range(0, 0.5)  # share of the samples
-SHOWN = 60  # characters of a wrong value
+VALIDATION_SHARE = Range(0, 0.5)  # share of the samples
+SHOWN_CHARACTERS = 60  # of a wrong value
 
 
 class Section(BaseModel):
@@ -44,24 +44,24 @@ class Section(BaseModel):
 
 
 class SourceConfig(Section):
-    """One place that training samples come from."""
+    """One source of training samples."""
 
-    path: Place = Field(description="as data.train")
+    path: PathOrName = Field(description="as data.train")
     weight: Annotated[float, Range(0, 1000, above=True)] = Field(
         1.0,
         description="how often an epoch reads each of its samples, on average, with one crop and caption an epoch",
     )
-    index: PlaceOrNone = Field("", description="file where the index is written; empty = beside the data")
+    index: OptionalPath = Field("", description="file where the index is written; empty = beside the data")
     caption_key: str = Field(
         "",
         description="key of a sample's .json, or of a listing's rows, that holds its caption or captions; empty = "
         ".txt, and in rows one of caption, captions, title, text",
     )
-    cache: PlaceOrNone = Field("", description="remote shards: folder that they are kept in; empty = the user's cache")
+    cache: OptionalPath = Field("", description="remote shards: folder that they are kept in; empty = the user's cache")
     cache_gb: Annotated[float, GIGABYTES] = Field(
         100.0, description="remote shards: gigabytes that they may take in the cache, those of all sources"
     )
-    images: PlaceOrNone = Field(
+    images: OptionalPath = Field(
         "", description="listings: folder of relative paths; empty = the listing's or the one above"
     )
     image_key: str = Field("", description="listings: key or column of the image; empty = image, filepath, path, …")
@@ -71,7 +71,7 @@ class SourceConfig(Section):
 
 
 def _source(item: Any, name: str, info: ValidationInfo) -> SourceConfig:
-    """Raises ValueError: the first fault, in one line."""
+    """Validate one source; raise ValueError with its first fault in one line."""
     if not isinstance(item, (dict, SourceConfig)):
         raise ValueError(f"{name} must be a table, {{path = …}} (got {item!r})")
     try:
@@ -81,7 +81,7 @@ def _source(item: Any, name: str, info: ValidationInfo) -> SourceConfig:
 
 
 class DataConfig(Section):
-    """Where samples come from, in which order, and how images are augmented."""
+    """Training data: sources, order, batches, augmentation."""
 
     train: str | tuple[SourceConfig, ...] = Field(
         description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
@@ -112,15 +112,15 @@ class DataConfig(Section):
     workers: Annotated[int, WORKERS] = Field(2, description="loader processes a rank; 0 loads in the training process")
     validation: float | str = Field(
         0.0,
-        description=f"what the task validation is measured on: a share of the samples ({VALIDATION}), chosen by hash "
-        "and never trained on; or a source of its own, as data.train or as a task (captions:FILE); 0 = nothing",
+        description=f"data of the task validation: a share of the samples ({VALIDATION_SHARE}), chosen by hash, never "
+        "trained on; or another source, as data.train or as a task (captions:FILE); 0 = none",
     )
     limit: Annotated[int, SAMPLES] = Field(0, description="use only the first this many readable samples; 0 = all")
 
     @field_validator("train", mode="before")
     @classmethod
     def _sources_one_by_one(cls, train: Any, info: ValidationInfo) -> Any:
-        """Check each source by itself: a fault in one would be told as one of both kinds that `train` may be."""
+        """Validate each source by itself: pydantic would report a fault for both types that `train` may have."""
         if isinstance(train, str) and train:
             if not all(part.strip() for part in train.split("::")):
                 raise ValueError(f"names an empty source beside '::': leave it out (got {train!r})")
@@ -133,25 +133,25 @@ class DataConfig(Section):
     @classmethod
     def _a_share_or_a_source(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, str):
-            return VALIDATION.validated(given, info)
+            return VALIDATION_SHARE.validated(given, info)
         if not given.strip():
-            raise ValueError(f"must be a share {VALIDATION}, or name a source")
+            raise ValueError(f"must be a share {VALIDATION_SHARE}, or name a source")
         try:
             share = float(given)  # as on a command line
         except ValueError:
             return expand_home(given)
-        return VALIDATION.validated(share, info)
+        return VALIDATION_SHARE.validated(share, info)
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """What `train` names, as a list; `A::B` is open_clip's way to name two."""
+        """The sources that `train` names; `A::B` is open_clip's notation for two."""
         if isinstance(self.train, str):
             return tuple(SourceConfig(path=path) for path in self.train.split("::"))
         return self.train
 
     @property
     def about(self) -> str:
-        """What `train` names, in words."""
+        """The sources that `train` names, as text without credentials."""
         return redacted(", ".join(source.path for source in self.sources))
 
     @model_validator(mode="after")
@@ -164,43 +164,45 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The towers, and what they start from."""
+    """The towers, and their initial weights."""
 
-    name: Place = Field(
-        description="an open_clip architecture, one of the package's own, a JSON file with one, or a place with its "
+    name: PathOrName = Field(
+        description="an open_clip architecture, one of the package's own, a JSON file with one, or one with its "
         "weights: hf-hub:ORG/NAME, local-dir:FOLDER"
     )
-    pretrained: PlaceOrNone = Field(
+    pretrained: OptionalPath = Field(
         "",
-        description="what to start from: an open_clip tag, a file of weights, a checkpoint folder, a run folder (its "
+        description="initial weights: an open_clip tag, a file of weights, a checkpoint folder, a run folder (its "
         "best checkpoint), hf-hub:ORG/NAME or local-dir:FOLDER; empty = random",
     )
-    image_pretrained: PlaceOrNone = Field(
+    image_pretrained: OptionalPath = Field(
         "", description="weights of a timm image tower alone: a file, or a name (resnet50.tv_in1k) to download"
     )
-    text_pretrained: PlaceOrNone = Field(
+    text_pretrained: OptionalPath = Field(
         "", description="weights of a Hugging Face text tower alone: a folder, or a name (distilbert-base-uncased)"
     )
     resize_positions: StrictBool = Field(
         False,
-        description="take weights of another image size all the same: interpolate their position embeddings",
+        description="accept weights of another image size, and interpolate their position embeddings",
     )
-    lock_image: StrictBool = Field(False, description="keep the image tower as it is, but for a projection laid on it")
+    lock_image: StrictBool = Field(
+        False, description="train nothing of the image tower except a projection on top of it"
+    )
     unlocked_image_groups: Annotated[int, integers(0, 1000)] = Field(
         0, description="last groups of layers of a locked image tower that are trained"
     )
-    lock_text: StrictBool = Field(False, description="keep the text tower as it is, but for a projection laid on it")
+    lock_text: StrictBool = Field(False, description="train nothing of the text tower except a projection on top of it")
     unlocked_text_layers: Annotated[int, integers(0, 1000)] = Field(
         0, description="last layers of a locked text tower that are trained"
     )
     batch_norm: Literal["global", "frozen"] = Field(
         "global",
-        description="global: BatchNorm takes the statistics of the global batch, whatever the world size; "
-        "frozen: those of the weights it starts from",
+        description="global: BatchNorm takes the statistics of the global batch, at any world size; "
+        "frozen: those of the initial weights",
     )
 
     @model_validator(mode="after")
-    def _weights_of_one_place(self) -> ModelConfig:
+    def _one_origin_of_weights(self) -> ModelConfig:
         if self.pretrained and (self.image_pretrained or self.text_pretrained):
             raise ValueError("give pretrained (both towers), or image_pretrained and text_pretrained, not all")
         if self.resize_positions and not self.pretrained:
@@ -239,7 +241,7 @@ class OptimConfig(Section):
     beta2: Annotated[float, Range(0, 1, below=True)] = 0.98
     eps: Annotated[float, Range(0, 1, above=True)] = 1e-6
     warmup_steps: Annotated[int, STEPS] = Field(
-        0, description="steps over which the rate rises to lr; a warm-up that the run does not outlast is shortened"
+        0, description="steps over which the rate rises to lr; shortened if it is as long as the run or longer"
     )
     lr_end: Annotated[float, Range(0, 10)] = Field(0.0, description="where the cosine ends; at most lr")
     grad_clip: Annotated[float, Range(0, 10**6)] = Field(
@@ -249,16 +251,16 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _falls(self, info: ValidationInfo) -> OptimConfig:
         if bounded(info) and self.lr_end > self.lr:
-            raise ValueError(f"lr_end {self.lr_end:g} is above lr {self.lr:g}: the cosine falls; set optim.lr_end too")
+            raise ValueError(f"lr_end {self.lr_end:g} is above lr {self.lr:g}: set optim.lr_end too")
         return self
 
 
 class TrainConfig(Section):
-    """How long, how precise, what is trained, what is saved when."""
+    """Training: length, precision, memory, checkpoints."""
 
     epochs: Annotated[int, integers(1, 10**6)]
     freeze: Literal["", "towers"] = Field(
-        "", description="towers: keep those of model.pretrained as they are and train the temperature only"
+        "", description="towers: freeze those of model.pretrained and train the temperature only"
     )
     seed: Annotated[int, SEEDS] = 2024
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
@@ -270,12 +272,12 @@ class TrainConfig(Section):
     )
     shard: StrictBool = Field(
         False,
-        description="share parameters, gradients and moments of the towers out over the processes (FSDP2), for towers "
-        "that outgrow a GPU: less memory, half as much communication again",
+        description="shard parameters, gradients and moments of the towers over the processes (FSDP2), for towers that "
+        "outgrow a GPU: less memory, 1.5 times the communication",
     )
     log_every: Annotated[int, integers(1, 10**6)] = Field(10, description="steps between lines of metrics.jsonl")
     checkpoint_every: Annotated[int, STEPS] = Field(0, description="steps between checkpoints; 0 = once an epoch")
-    keep: Annotated[int, integers(1, 10**6)] = Field(2, description="how many of the latest checkpoints stay")
+    keep: Annotated[int, integers(1, 10**6)] = Field(2, description="how many of the latest checkpoints to keep")
     stop_after_steps: Annotated[int, STEPS] = Field(
         0, description="end early at this step, schedules unchanged; 0 = full length"
     )
@@ -284,21 +286,21 @@ class TrainConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _shares_out_what_is_trained(self) -> TrainConfig:
+    def _shards_trained_towers(self) -> TrainConfig:
         if self.shard and self.freeze:
-            raise ValueError(f'shard is for towers that are trained: leave it out beside freeze = "{self.freeze}"')
+            raise ValueError(f'shard is for trained towers: leave it out with freeze = "{self.freeze}"')
         if self.shard and self.compile:
             raise ValueError("shard and compile do not go together: leave one of them out")
         return self
 
 
 class EvalConfig(Section):
-    """What is measured during and after training."""
+    """Evaluation during and after training."""
 
-    tasks: tuple[Place, ...] = Field(
+    tasks: tuple[PathOrName, ...] = Field(
         (), description="rows of evaluation/tasks.toml, or folder:PATH, shards:SPEC, captions:FILE"
     )
-    data_root: PlaceOrNone = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
+    data_root: OptionalPath = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
     every_epochs: Annotated[int, integers(1, 10**6)] = 1
     batch: Annotated[int, BATCH] = Field(256, description="images a forward pass")
 
@@ -307,7 +309,7 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field(description="name of the run; its folder is OUT/name")
-    out: Place = Field("runs", description="folder of run folders")
+    out: PathOrName = Field("runs", description="folder of run folders")
     data: DataConfig
     model: ModelConfig
     loss: LossConfig
@@ -328,16 +330,23 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), bounds: bool = True) -> Config:
-    """Read a TOML file and apply `section.key=value` overrides (values in TOML; a bare word is a string).
-    A bare name that is no file may be that of a shipped config, with or without .toml.
+    """Read a TOML file and apply overrides.
 
-    An override of `loss.name` takes the file's whole [loss] out: its arguments belong to the objective it names.
-    `bounds` as for `config_from_table`.
+    An override of `loss.name` removes the file's whole [loss]: its arguments belong to the objective that it names.
+
+    Args:
+        path: a file, or the name of a shipped config, with or without .toml.
+        overrides: `section.key=value`, with values in TOML; a bare word is a string.
+        bounds: as for `config_from_table`.
 
     Raises:
-        UserError: one line that names the file, the key, and what is known.
+        UserError: one line that names the file, the key, and the known names.
+
+    Example:
+        >>> load_config("emoji", ["train.epochs=2", "loss.name=clip"]).train.epochs
+        2
     """
-    table = read_run(path)
+    table = read_run_table(path)
     if any(override.partition("=")[0].strip() == "loss.name" for override in overrides):
         table["loss"] = {}
     for override in overrides:
@@ -346,7 +355,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), bounds: bool = 
 
 
 def is_text(key: str) -> bool:
-    """Whether a dotted key takes a string: on the command line `name=2024-05-01` is that string, and no date."""
+    """Return whether a dotted key takes a string: then `name=2024-05-01` on the command line is not a date."""
     kind: Any = Config
     for part in key.split("."):
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)) or part not in kind.model_fields:
@@ -356,10 +365,16 @@ def is_text(key: str) -> bool:
 
 
 def config_from_table(table: dict[str, Any], source: str, bounds: bool = True) -> Config:
-    """Validate a plain table; `source` names it in errors.
+    """Validate a plain table.
 
-    Without `bounds` only types and names of keys are checked: a run of an older version may hold values that this one
-    allows in no new run (see `out_of_bounds`).
+    Args:
+        table: sections and keys.
+        source: named in errors.
+        bounds: check ranges too. False for a run of an older version, which may have values that new runs may not have
+            (see `out_of_bounds`).
+
+    Raises:
+        UserError: an unknown key, a wrong type, a value out of range.
     """
     try:
         return Config.model_validate(table, context=None if bounds else TYPES_ALONE)
@@ -368,18 +383,18 @@ def config_from_table(table: dict[str, Any], source: str, bounds: bool = True) -
 
 
 def out_of_bounds(config: Config) -> dict[str, str]:
-    """Dotted key or section → what is wrong with its value, of a config that was read without `bounds`."""
+    """Return dotted key or section → the fault of its value, for a config that was read without `bounds`."""
     try:
         Config.model_validate(config.model_dump())
     except ValidationError as error:
-        return {".".join(map(str, fault["loc"])): _told(fault) for fault in error.errors()}
+        return {".".join(map(str, fault["loc"])): _message(fault) for fault in error.errors()}
     return {}
 
 
 def public_table(config: Config) -> dict[str, Any]:
-    """The config as a plain table, without the credentials of its URLs: what is kept, shown and compared of a run.
+    """Return the config as a plain table, without the credentials of its URLs, to be saved, shown and compared.
 
-    `load_config` and `config_from_table` take it back to an equal config, except for these.
+    `config_from_table` turns it back into an equal config, except for the credentials.
     """
     table: dict[str, Any] = redacted_table(config.model_dump())
     return table
@@ -406,7 +421,7 @@ def _toml(value: Any) -> str:
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one table of dotted keys."""
+    """Flatten nested tables into one table of dotted keys."""
     result: dict[str, Any] = {}
     for key, value in table.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -414,7 +429,7 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def defaults() -> dict[str, Any]:
-    """Dotted key → default, of every key that has one; those of an objective's arguments are not known here."""
+    """Return dotted key → default, for every key that has one; not for an objective's arguments."""
     result: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
         kind = field.annotation
@@ -426,7 +441,7 @@ def defaults() -> dict[str, Any]:
     return result
 
 
-_KINDS = {  # pydantic's kinds of faults, in the words of a TOML file
+_MESSAGES = {  # pydantic's kinds of faults, in the words of a TOML file
     "string_type": "must be a string, in quotes",
     "bool_type": "must be true or false",
     "tuple_type": 'must be a list, ["…", "…"]',
@@ -436,7 +451,7 @@ _KINDS = {  # pydantic's kinds of faults, in the words of a TOML file
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault in one line, an unknown key before all: it names the nearest one that `model` knows."""
+    """Return the first fault in one line; an unknown key comes first, with the nearest one that `model` knows."""
     faults = error.errors()
     first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     where = ".".join(str(part) for part in first["loc"])
@@ -447,18 +462,18 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return unknown_name("key", where, [".".join([*map(str, first["loc"][:-1]), k]) for k in section.model_fields])
     if first["type"] == "missing":
         return f"key '{where}' is missing"
-    return _told(first)
+    return _message(first)
 
 
-def _told(fault: Any) -> str:
+def _message(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
-    message = _KINDS.get(fault["type"], fault["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+    message = _MESSAGES.get(fault["type"], fault["msg"]).removeprefix("Value error, ").replace("Input should", "must")
     return (
         f"[{where}] {message}" if fault["type"] == "value_error" else f"key '{where}': {message} {got(fault['input'])}"
     )
 
 
 def got(value: Any) -> str:
-    """What was found in place of something else, for the end of a line."""
+    """Return `(got …)` for the end of a message, with the wrong value."""
     shown = str(value) if isinstance(value, (datetime.date, datetime.time)) else repr(value)
-    return f"(got {shown if len(shown) <= SHOWN else shown[:SHOWN] + '…'})"
+    return f"(got {shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + '…'})"

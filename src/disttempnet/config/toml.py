@@ -1,6 +1,6 @@
-"""The plain table of a run's TOML file: laid over the file that it names, with `section.key=value` overrides.
+"""TOML files of runs as plain tables: base files, `section.key=value` overrides, and writing.
 
-What the keys mean is in config/schema.py.
+schema.py defines the keys.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that a command's argument means: itself, or else a config of that name, with or without .toml, that the
-    package ships."""
+    """Return the file that a command's argument names: a path, or a shipped config, with or without .toml."""
     path = _at_home(str(name))
     shipped = CONFIG_FOLDER / f"{path.name.removesuffix('.toml')}.toml"
     bare = str(name) == path.name and not path.is_file()
     return shipped if bare and shipped.is_file() else path
 
 
-def read_run(path: str | Path) -> dict[str, Any]:
-    """The plain table of a run's TOML file, laid over that of the file which its key `config` names, if it has one.
+def read_run_table(path: str | Path) -> dict[str, Any]:
+    """Return the plain table of a run's TOML file, laid over its base: the file that its key `config` names.
 
-    Later wins, key by key. One section is special, as arguments belong to an objective: where `loss.name` is given,
-    nothing of the other file's `loss` is left. A bare name may be that of a shipped config.
+    The file wins over its base, key by key. `loss` is special, as its arguments belong to an objective: with a
+    `loss.name` the base's whole `loss` is replaced.
+
+    Args:
+        path: a file, or the name of a shipped config.
 
     Raises:
         UserError: one line that names the file.
@@ -45,7 +47,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
     seen: set[Path] = set()
     while True:
         if path.resolve() in seen:
-            raise UserError(f"{path}: its config leads back to it")
+            raise UserError(f"{path}: its base configs form a circle")
         seen.add(path.resolve())
         table = read_table(path)
         tables.append(table)
@@ -69,10 +71,10 @@ def _at_home(path: str) -> Path:
 
 
 def base_path(path: Path, config: str) -> Path:
-    """The file that `config` in another file means: relative to that file, or a config that the package ships.
+    """Return the file that `config` in another file names: relative to that file, or a shipped config.
 
     Raises:
-        UserError: there is none.
+        UserError: no such file.
     """
     config = str(_at_home(config))
     for folder in (path.parent, CONFIG_FOLDER):
@@ -82,7 +84,7 @@ def base_path(path: Path, config: str) -> Path:
 
 
 def lay_over(table: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Lay `changes` over a run's table in place, key by key; a `loss.name` in them replaces the whole `loss`."""
+    """Merge `changes` into a run's table in place, key by key; a `loss.name` in them replaces the whole `loss`."""
     loss = changes.get("loss")
     if isinstance(loss, dict) and "name" in loss:
         table.pop("loss", None)
@@ -90,7 +92,7 @@ def lay_over(table: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Lay `changes` over `table`, key by key, in place."""
+    """Merge `changes` into `table` in place, key by key."""
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(table.get(key), dict):
             merge(table[key], value)
@@ -100,14 +102,14 @@ def merge(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
-    """The plain table of a TOML file.
+    """Return the plain table of a TOML file.
 
     Raises:
         UserError: one line that names the file.
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:  # Windows' editors begin with a byte-order mark
+        with path.open(encoding="utf-8-sig") as file:  # editors on Windows write a byte-order mark
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise UserError(f"{path}: over {LARGEST:,} characters: no config file")
@@ -124,9 +126,15 @@ def read_table(path: str | Path) -> dict[str, Any]:
 
 
 def apply_override(table: dict[str, Any], override: str, is_text: Callable[[str], bool]) -> None:
-    """Set the key that `section.key=value` names in a plain table; the value is TOML, a bare word a string.
+    """Set the key that `section.key=value` names in a plain table.
 
-    Where `is_text(key)`, what TOML reads as a number, a date or a truth value is a string as well.
+    Args:
+        table: changed in place.
+        override: its value is TOML; a bare word is a string.
+        is_text: returns whether a key takes a string; then a number, a date or a boolean is a string as well.
+
+    Raises:
+        UserError: not of this form.
     """
     if not override.isascii() and any("\ud800" <= letter <= "\udfff" for letter in override):
         raise UserError(f"override {override!r} is not UTF-8 text")

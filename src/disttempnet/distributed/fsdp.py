@@ -78,7 +78,7 @@ def shard(module: nn.Module, device: torch.device) -> None:
 
 
 def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Copy an output that is a view: an in-place operation on a view loses the hook that gathers parameters backward."""
+    """Copy an output that is a view: an in-place operation would lose the hook that gathers parameters."""
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
@@ -217,7 +217,10 @@ class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in PATHS:
             return Path
-        if (module, name) in ALLOWED_GLOBALS or module in (*METADATA_MODULES, "torch"):  # other modules are not even imported
+        if (module, name) in ALLOWED_GLOBALS or module in (
+            *METADATA_MODULES,
+            "torch",
+        ):  # other modules are not even imported
             found = super().find_class(module, name)
             if (
                 (module, name) in ALLOWED_GLOBALS

@@ -39,7 +39,11 @@ class Launch(NamedTuple):
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
-LOCAL_WORLD_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # srun binds its tasks to cores
+LOCAL_WORLD_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+)  # srun binds its tasks to cores
 ALONE = Launch("", 0, 1, 0, "", 0)  # the only process of a launcher
 
 

@@ -1,10 +1,10 @@
 """Watchdog of the ranks: heartbeats over a connection from every rank to rank 0, and the news which rank has failed.
 
 Rank 0 listens, every other rank connects to it. A rank that fails sends the reason; the connection of a killed one
-ends. Both ends send heartbeats from a separate thread, whatever the main thread does: a suspended process or a lost node
-sends none. A heartbeat holds the number of collectives that its main thread has entered, which distinguishes a rank in
-an endless loop from those that wait for it. Rank 0 forwards which rank failed first, and why. A collective itself would
-only report that some peer is gone: gloo at once, NCCL after its timeout.
+ends. Both ends send heartbeats from a separate thread, whatever the main thread does: a suspended process or a lost
+node sends none. A heartbeat holds the number of collectives that its main thread has entered, which distinguishes a
+rank in an endless loop from those that wait for it. Rank 0 forwards which rank failed first, and why. A collective
+itself would only report that some peer is gone: gloo at once, NCCL after its timeout.
 
 The port accepts connections until all ranks have joined, then it is closed. A connection belongs to a rank once it has
 answered a challenge with the run's token, which is never sent itself. Other connections are closed within seconds, are
@@ -223,7 +223,9 @@ class Watch:
                 continue
             message = peer.opened(line)
             if message is None:
-                self._news = self._news or _named(peer, "sent a message that fails authentication: its connection is disturbed")
+                self._news = self._news or _named(
+                    peer, "sent a message that fails authentication: its connection is disturbed"
+                )
                 return False
             peer.missed = 0
             peer.at = max(peer.at, message["at"]) if isinstance(message.get("at"), int) else peer.at

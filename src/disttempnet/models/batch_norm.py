@@ -94,7 +94,7 @@ class GlobalBatchNorm(nn.Module):
 class _Normalise(torch.autograd.Function):
     """(x − mean) / √(variance + ε) · weight + bias, with mean and variance [C] over all ranks' rows and positions.
 
-    Every rank holds the same number of rows. The gradient of a parameter is this rank's share: DDP takes the mean over ranks.
+    Every rank holds the same number of rows. The gradient of a parameter is this rank's share: DDP averages it.
     """
 
     @staticmethod

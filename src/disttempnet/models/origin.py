@@ -295,7 +295,9 @@ def _repository(name: str) -> Origin:
     else:
         config, _ = _downloaded(name, transformers_clip.HF_CONFIG_NAME)
         if config is None:
-            raise UserError(f"{HUB}{name}: no {CONFIG_NAME} in the cache, and none could be downloaded from the Hub ({why})")
+            raise UserError(
+                f"{HUB}{name}: no {CONFIG_NAME} in the cache, and none could be downloaded from the Hub ({why})"
+            )
         preprocess, _ = _downloaded(name, transformers_clip.HF_PREPROCESS_NAME)
         described, files = _of_transformers(config, preprocess), OF_TRANSFORMERS
     weights, why = _downloaded(name, *files)

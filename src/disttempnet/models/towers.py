@@ -217,7 +217,9 @@ def _state(origin: Origin) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _build(name: str, architecture: dict, origin: Origin, text_pretrained: str) -> tuple[open_clip.CLIP, Tokenizer]:
     """Return a module, random except for the encoder of `text_pretrained`, and its tokenizer."""
     if parts.has_hf_text(architecture):
-        beside = origin.folder if origin.folder and (origin.folder / transformers_clip.HF_CONFIG_NAME).is_file() else None
+        beside = (
+            origin.folder if origin.folder and (origin.folder / transformers_clip.HF_CONFIG_NAME).is_file() else None
+        )
         source = text_pretrained or str(beside or architecture["text_cfg"]["hf_model_name"])
         module = parts.build_with_hf_text(architecture, source, with_weights=bool(text_pretrained))
         return module, parts.hf_tokenizer(source, module)

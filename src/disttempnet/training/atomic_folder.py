@@ -1,7 +1,7 @@
-"""Folders that all ranks write together and that are whole or absent, whenever a rank ends and whatever the disk does.
+"""Atomic folders, which all ranks write together, and which survive killed ranks and full disks.
 
-The files are written under a hidden name, flushed to the disk and listed with their sizes and checksums in
-`files.json`; only then the folder gets its name. What is removed loses its name first. A listed folder can be examined
+The files are written to a hidden folder, flushed to disk and listed with their sizes and checksums in `files.json`.
+Only then the folder gets its name. A folder that is removed loses its name first. The listing allows verification
 later: a file that was cut off, changed or lost is named.
 """
 
@@ -24,45 +24,49 @@ from disttempnet.io.files import WRITING, follow_umask, write_atomically
 
 LISTING = "files.json"
 REMOVING = ".removing-"
-PIECE = 8 << 20  # bytes that are read at a time
-TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")  # all that torch.save says of it, by where it strikes
+CHECKSUM_BYTES = 8 << 20  # read at a time
+TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")  # torch.save's messages
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_whole(target: Path, write: Callable[[Path], list[Path]]) -> None:
-    """Make a folder from all ranks at once; one that has its name is replaced.
+def write_folder(target: Path, write: Callable[[Path], list[Path]]) -> None:
+    """Write a folder from all ranks, atomically; an existing one is replaced.
 
     Args:
         target: the folder.
         write: called on every rank with the folder to write to; returns the files that this rank wrote.
 
     Raises:
-        UserError: a rank could not write; every rank raises, and nothing is left of it.
+        UserError: a rank could not write; every rank raises, and nothing is left behind.
     """
-    # a name of its own: what a rank of an earlier start may still write must not end up in here
+    # The name is unique: a rank of an earlier start that still writes must not write in here.
     folder = target.with_name(f"{WRITING}{target.name}-{distributed.gather_objects(uuid.uuid4().hex[:8])[0]}")
     main = distributed.is_main()
 
     def begin() -> None:
+        # Rank 0 makes the hidden folder.
         if main:
             folder.mkdir(parents=True)
 
     def own_files() -> dict[str, tuple[int, int]]:
+        # Every rank writes its files, flushes them to disk and returns name → (size, checksum).
         files = write(folder)
         for file in files:
             follow_umask(file)
-        for place in (*files, *{file.parent for file in files}, folder):
-            _to_disk(place)
+        for path in (*files, *{file.parent for file in files}, folder):
+            _to_disk(path)
         return {file.relative_to(folder).as_posix(): _size_and_sum(file) for file in files}
 
     def publish() -> None:
+        # Rank 0 writes the listing, then gives the folder its name.
         if main:
             write_atomically(folder / LISTING, json.dumps(listing, indent=1) + "\n")
             _to_disk(folder)
-            remove(target)
+            remove_folder(target)
             os.rename(folder, target)
             _to_disk(target.parent)
 
+    # The steps one after the other; each ends on all ranks before the next begins.
     try:
         with _unwritable_named(target):
             distributed.together(begin)
@@ -71,21 +75,21 @@ def write_whole(target: Path, write: Callable[[Path], list[Path]]) -> None:
             distributed.together(publish)
     except BaseException:
         if main:
-            shutil.rmtree(folder, ignore_errors=True)  # the room is needed
+            shutil.rmtree(folder, ignore_errors=True)  # frees the disk
         raise
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder that may be there. Its name goes first, so that no half of it is taken for a whole."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it exists. It is renamed first, so that no partly removed one keeps its name."""
     if not folder.exists():
         return
     gone = folder.with_name(f"{REMOVING}{folder.name}-{uuid.uuid4().hex[:8]}")
     os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)  # NFS keeps files that somebody reads: `remove_leftovers` finds them
+    shutil.rmtree(gone, ignore_errors=True)  # NFS keeps open files: `remove_leftovers` removes them
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what ranks that were killed have left in a folder: files and folders that they wrote or removed."""
+    """Remove files and folders that killed ranks were writing or removing in a folder."""
     for left in [*parent.glob(f"{WRITING}*"), *parent.glob(f"{REMOVING}*")]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -94,10 +98,10 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a folder of `write_whole`; empty if nothing.
+    """Verify a folder of `write_folder`; return its first fault, or an empty text.
 
-    One without a listing is examined by what its files say of themselves, and a notice says so: older ones have none.
-    The ranks share the reading, and all learn the same.
+    Older folders have no listing: their files are verified by their own formats alone, with a notice. The ranks read
+    different files, and all return the same.
     """
     found = ""
     try:
@@ -106,11 +110,11 @@ def damage(folder: Path) -> str:
             size, checksum = listing[name]
             path = folder / name
             if not path.is_file():
-                found = f"{name} is gone"
+                found = f"{name} is missing"
             elif path.stat().st_size != size:
                 found = f"{name} has {path.stat().st_size:,} bytes of {size:,}"
             elif _size_and_sum(path)[1] != checksum:
-                found = f"{name} is not what was written"
+                found = f"{name} has changed"
     except FileNotFoundError:
         found = _damage_without_listing(folder)
     except OSError as error:
@@ -121,20 +125,22 @@ def damage(folder: Path) -> str:
 
 
 def _damage_without_listing(folder: Path) -> str:
-    """What a file of the folder says is wrong with it: tensors that end early, a checksum inside that does not fit,
-    no JSON. What is gone, and a changed byte of the towers, cannot be seen without a listing."""
+    """Verify files by their own formats: tensors that end early, checksums inside archives, JSON.
+
+    A missing file, or a changed byte of the towers, cannot be found without a listing.
+    """
     if not folder.is_dir():
-        return f"{folder.name} is gone"
+        return f"{folder.name} is missing"
     if distributed.is_main():
         notice(
-            f"{folder}: has no {LISTING}, so sizes and checksums cannot be compared: only what its files say of "
-            "themselves is (checkpoints of early versions have none)"
+            f"{folder}: has no {LISTING}, so sizes and checksums cannot be compared: its files are verified by their "
+            "own formats alone (checkpoints of early versions have none)"
         )
     for path in sorted(folder.iterdir())[distributed.rank() :: distributed.world_size()]:
         try:
-            fault = INSIDE[path.suffix](path) if path.suffix in INSIDE and path.is_file() else ""
+            fault = FORMAT_CHECKS[path.suffix](path) if path.suffix in FORMAT_CHECKS and path.is_file() else ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile):
-            fault = "is not a file of its kind"
+            fault = "is damaged"
         if fault:
             return f"{path.name} {fault}"
     return ""
@@ -152,7 +158,7 @@ def _inside_tensors(path: Path) -> str:
 
 def _inside_archive(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
-        return "is not what was written" if archive.testzip() else ""
+        return "has changed" if archive.testzip() else ""
 
 
 def _inside_json(path: Path) -> str:
@@ -160,7 +166,7 @@ def _inside_json(path: Path) -> str:
     return ""
 
 
-INSIDE: dict[str, Callable[[Path], str]] = {
+FORMAT_CHECKS: dict[str, Callable[[Path], str]] = {
     ".safetensors": _inside_tensors,
     ".pt": _inside_archive,
     ".json": _inside_json,
@@ -169,11 +175,7 @@ INSIDE: dict[str, Callable[[Path], str]] = {
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Tell in one line of a disk that took no more of what a run writes beside its checkpoints.
-
-    Raises:
-        UserError: instead of the OSError.
-    """
+    """Turn the OSError of a full disk into a UserError of one line, for files besides checkpoints."""
     try:
         yield
     except OSError as error:
@@ -201,13 +203,13 @@ def _full(path: Path, why: str) -> str:
         free = f"{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
     except OSError as error:
         free = str(error.strerror)
-    return f"{path}: cannot be written: {why}; {free}. --resume auto goes on from the last checkpoint"
+    return f"{path}: cannot be written: {why}; {free}. --resume auto continues from the last checkpoint"
 
 
 def _size_and_sum(path: Path) -> tuple[int, int]:
     checksum = size = 0
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
+        while piece := file.read(CHECKSUM_BYTES):
             checksum, size = zlib.crc32(piece, checksum), size + len(piece)
     return size, checksum
 

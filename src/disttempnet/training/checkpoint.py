@@ -87,7 +87,7 @@ def save_checkpoint(
 ) -> Path:
     """Write an atomic checkpoint from all ranks, then remove old ones.
 
-    The last `keep` checkpoints and the best one stay. Later ones are removed: they belong to a course that was given up.
+    The last `keep` checkpoints and the best one stay. Later ones, of a course that was given up, are removed.
 
     Args:
         run: the run folder.
@@ -353,7 +353,7 @@ def _refuse_other_run(checkpoint: Path, trainer: dict[str, Any], config: Config,
     old = _config_of(checkpoint, trainer)
     for key, was, now in config_differences(public_table(old), public_table(config), MAY_CHANGE_ON_RESUME):
         raise UserError(
-            f"{checkpoint}: {key} was {was!r} and is now {now!r}: resume with the old value, "
+            f"{checkpoint}: {key} was {was!r} and is {now!r} now: resume with the old value, "
             "or start a new run with another name"
         )
 
@@ -364,7 +364,7 @@ def _config_of(checkpoint: Path, trainer: dict[str, Any]) -> Config:
 
 
 def refuse_out_of_bounds(config: Config, checkpoint: Path | None) -> None:
-    """Raise UserError if a config has a value out of range; one that the checkpoint already has is kept, with a notice."""
+    """Raise UserError if a config has a value out of range, unless the checkpoint has it too: then give a notice."""
     faults = values_out_of_bounds(config)
     if not faults:
         return

@@ -1,15 +1,15 @@
-"""The gradient of a step: of a rank's rows at once, or in chunks that add up to exactly the same.
+"""Gradient of a step: of all rows of a rank at once, or in chunks with the same result.
 
-A contrastive loss looks at all rows together, so plain accumulation over small batches is another objective. Chunks
-keep the batch (gradient caching, arXiv 2101.06983):
+A contrastive loss compares all rows with each other, so plain accumulation over small batches is another objective.
+Chunks keep the batch (gradient caching, arXiv 2101.06983):
 
-    1  embed every chunk, keeping no graph
-    2  the objective, once, on all embeddings: value, per-sample state, the gradient of its own parameters, and that of
-       every embedding
-    3  embed every chunk again, with its graph and the same random numbers, and lead the gradient of its embeddings back
+    1  embed every chunk without a graph
+    2  compute the objective once on all embeddings: its value, per-sample state, the gradients of its own parameters
+       and of every embedding
+    3  embed every chunk again, with its graph and the same random numbers, and backpropagate its embeddings' gradient
 
-Memory is that of one chunk's graph; the price is a second forward pass of the towers. What the towers do to a row must
-not depend on the other rows (no BatchNorm with the batch's statistics).
+Memory is that of one chunk's graph; the price is a second forward pass of the towers. The embedding of a row must not
+depend on other rows (no BatchNorm with the batch's statistics).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class WholeBatch:
     """The gradient of this rank's rows in one pass; called with images, tokens and ids."""
 
     def __init__(self, model: ContrastiveModel, device: torch.device) -> None:
-        # towers exchange their gradients in their own way: they may be sharded; the objective averages its own itself
+        # DDP or FSDP2 averages the towers' gradients; the objective averages its own
         self.model = ContrastiveModel(distributed.data_parallel(model.encoder, device), model.contrast)
 
     def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
         output: LossOutput = self.model(images, tokens, ids)
-        if output.total.requires_grad:  # frozen towers and a τ for every sample: the objective has written its table
+        if output.total.requires_grad:  # not with frozen towers and per-sample τ: the objective has updated its table
             output.total.backward()
         return output
 
@@ -46,14 +46,15 @@ class InChunks:
     Args:
         model: encoder and objective.
         device: of this rank.
-        chunks: how many; of as many rows each, but for one.
+        chunks: how many, of equal size up to one row.
     """
 
     def __init__(self, model: ContrastiveModel, device: torch.device, chunks: int) -> None:
         self.model, self.device, self.chunks = model, device, chunks
-        self.encoder = distributed.data_parallel(model.encoder, device)  # the objective exchanges its own gradients
+        self.encoder = distributed.data_parallel(model.encoder, device)  # the objective averages its own gradients
 
     def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
+        # Embed every chunk without a graph, and remember the random state at its start.
         parts = list(zip(images.tensor_split(self.chunks), tokens.tensor_split(self.chunks), strict=True))
         starts: list[RandomState] = []
         embeddings = []
@@ -61,25 +62,30 @@ class InChunks:
             for part in parts:
                 starts.append(_random_state(self.device))
                 embeddings.append(self.model.encoder(*part))
+
+        # The objective on all embeddings [b, D]: its value, and the gradient of every embedding.
         trained = any(p.requires_grad for p in self.model.encoder.parameters())
         image, text = (torch.cat(side).requires_grad_(trained) for side in zip(*embeddings, strict=True))
         output: LossOutput = self.model.contrast(image, text, ids)
         if output.total.requires_grad:
             output.total.backward()
+
+        # Embed every chunk again, and backpropagate into the towers.
         if trained:
-            self._lead_back(parts, starts, image.grad, text.grad)
+            self._backpropagate(parts, starts, image.grad, text.grad)
         return output
 
-    def _lead_back(
+    def _backpropagate(
         self,
         parts: list[tuple[Tensor, Tensor]],
         starts: list[RandomState],
         image_gradient: Tensor | None,
         text_gradient: Tensor | None,
     ) -> None:
-        """Every chunk's embeddings once more, and their gradient to the towers; the last chunk sums over ranks.
+        """Embed every chunk again and backpropagate its gradient; the last chunk averages over ranks.
 
-        Towers that are shared out sum in every chunk: until then a rank would hold the whole gradient."""
+        Sharded towers average in every chunk: otherwise a rank would hold the full gradient.
+        """
         assert image_gradient is not None
         assert text_gradient is not None
         gradients = zip(image_gradient.tensor_split(self.chunks), text_gradient.tensor_split(self.chunks), strict=True)
@@ -88,8 +94,8 @@ class InChunks:
                 _set_random_state(start, self.device)
                 with nullcontext() if number == len(parts) else distributed.without_exchange(self.encoder):
                     sides = zip(self.encoder(*part), wanted, strict=True)
-                    learning = [(side, gradient) for side, gradient in sides if side.requires_grad]  # not a locked one
-                    torch.autograd.backward([side for side, _ in learning], [gradient for _, gradient in learning])
+                    learned = [(side, gradient) for side, gradient in sides if side.requires_grad]  # not a locked one
+                    torch.autograd.backward([side for side, _ in learned], [gradient for _, gradient in learned])
 
 
 def _random_state(device: torch.device) -> RandomState:

@@ -1,4 +1,4 @@
-"""A run ends at a loss or gradient that is not finite, and says at which samples."""
+"""Check for NaN and infinity: a run ends at such a loss or gradient, and names the samples."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _Step(NamedTuple):
     arrived: torch.cuda.Event | None
 
 
-class FiniteCheck:
-    """Looks at every step one step later, so that a GPU is never waited for.
+class NanCheck:
+    """Check of every step, one step later, so that the host never waits for a GPU.
 
-    On a GPU the answer is asked for when the step is queued, and is copied to the host as soon as it is there; a
-    question of now would wait for all that has been queued since.
+    On a GPU the answer is queued with the step, and copied to the host when it is there. Asking for it later would wait
+    for everything queued since.
 
     Args:
         folder: of the run.
@@ -39,7 +39,14 @@ class FiniteCheck:
         self._last: _Step | None = None
 
     def note(self, step: int, output: LossOutput, norm: Tensor, ids: Tensor) -> None:
-        """A step's number (from 1), loss, gradient norm (0-d) and sample ids [b], to be looked at by `look`."""
+        """Remember a step for `look`.
+
+        Args:
+            step: its number, from 1.
+            output: its loss.
+            norm: gradient norm, 0-d.
+            ids: of its samples [b].
+        """
         finite = torch.isfinite(output.total.detach()) & torch.isfinite(norm)
         arrived = None
         if finite.is_cuda:
@@ -49,7 +56,7 @@ class FiniteCheck:
         self._last = _Step(step, output, norm, ids, finite, arrived)
 
     def look(self) -> None:
-        """Raise UserError where the step noted last is not finite; its terms and ids are in a file then."""
+        """Raise UserError if the last noted step is not finite; its terms and ids are written to a file."""
         if self._last is None:
             return
         step, output, norm, ids, finite, arrived = self._last

@@ -1,4 +1,4 @@
-"""Facts of a run: for run.json, where it comes from and on what data and machine it ran; for the console, its plan."""
+"""Provenance of a run for run.json (versions, data, machine), and its plan for the console."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from disttempnet.losses import OBJECTIVES
 from disttempnet.models import Towers
 from disttempnet.sanitize import redacted
 
-PROBLEMS = 20  # lines that say what of the data is left out
+PROBLEM_LINES = 20  # about samples that are left out
 
 
 class Clock:
-    """The time of day at the start, carried on by a monotonic clock: it never goes back."""
+    """Clock that never goes back: the time of day at the start plus a monotonic clock."""
 
     def __init__(self) -> None:
         self._start, self._begun = datetime.datetime.now(datetime.UTC), time.monotonic()
 
     def now(self) -> str:
-        """UTC, to the second, in ISO 8601."""
+        """Return UTC to the second in ISO 8601."""
         passed = datetime.timedelta(seconds=time.monotonic() - self._begun)
         return (self._start + passed).isoformat(timespec="seconds")
 
@@ -49,10 +49,15 @@ def write_facts(
     started: str = "",
     finished: str = "",
 ) -> None:
-    """Write run.json, at the start and at the end of a run, with the time of either. Only rank 0 calls this."""
+    """Write run.json at the start or at the end of a run. Only rank 0 calls this.
+
+    Args:
+        config, device, data, towers: of the run.
+        started, finished: the time now, at the start or at the end.
+    """
     path = config.folder / "run.json"
     known = read_facts(config.folder)
-    known.pop("finished", None)  # of an earlier, shorter goal
+    known.pop("finished", None)  # of an earlier start with fewer steps
     objective = OBJECTIVES[config.loss.name]
     facts = {
         **known,
@@ -67,14 +72,16 @@ def write_facts(
         "model_notes": list(towers.notes),
     }
     if started:
-        facts.setdefault("started", started)  # kept where a run goes on
+        facts.setdefault("started", started)  # kept if a run is resumed
     if finished:
-        facts["finished"] = max(finished, str(facts.get("started", "")))  # the clock may have been set back in a pause
+        facts["finished"] = max(
+            finished, str(facts.get("started", ""))
+        )  # the clock may have been set back between two starts
     write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """What run.json says; facts that are damaged are passed over with a notice, and are not there."""
+    """Read run.json; damaged values are passed over with a notice, and missing in the result."""
     path = run / "run.json"
     facts = read_object(path)
     for key, is_one in FACTS.items():
@@ -115,7 +122,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
 
 
 def plan_line(config: Config, data: TrainingData, step: int) -> str:
-    """What is ahead, in one line."""
+    """Return the plan of a run in one line: samples, epochs, steps, batch."""
     batch, ranks = config.data.global_batch, distributed.world_size()
     share = f" = {ranks} × {batch // ranks}" if ranks > 1 else ""
     begun = f", from step {step}" if step else ""
@@ -126,22 +133,25 @@ def plan_line(config: Config, data: TrainingData, step: int) -> str:
 
 
 def data_facts(source: Source) -> dict[str, Any]:
-    """What run.json says of the training data: samples, how many are usable, how they were read where that had to be
-    found out, and a line for each reason of those that are not usable."""
+    """Return facts about the training data for run.json.
+
+    These are: samples, usable samples, a line for each reason why samples are left out, and notes on how the data was
+    read if that had to be guessed.
+    """
     lines = source.problems().splitlines()
-    if len(lines) > PROBLEMS:  # every damaged shard has one
-        lines[PROBLEMS:] = [f"and {len(lines) - PROBLEMS:,} lines more: disttempnet data index shows all"]
+    if len(lines) > PROBLEM_LINES:  # every damaged shard has a line
+        lines[PROBLEM_LINES:] = [f"and {len(lines) - PROBLEM_LINES:,} lines more: disttempnet data index shows all"]
     facts = {"samples": len(source), "usable": int(source.usable_counts.sum()), "left_out": lines}
     return facts | ({"read": notes} if (notes := source.notes()) else {})
 
 
 def about_data(facts: Mapping[str, Any]) -> list[str]:
-    """The same as lines for the console."""
+    """Return the facts of `data_facts` as lines for the console."""
     return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts.get("read", ()), *facts["left_out"]]
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, git revision and command: what is needed to run the same thing again."""
+    """Return versions, git revision and command, as needed to repeat a run."""
     versions = {"python": platform.python_version()}
     for package in ("disttempnet", "torch", "torchvision", "open_clip_torch", "timm", "numpy"):
         try:
@@ -156,7 +166,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_revision() -> str:
-    """The revision of the checkout that the package runs from, with + where it was changed; empty when installed."""
+    """Return the git revision that the package runs from, with + if it was changed; empty if it is installed."""
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parents[3])}
     try:

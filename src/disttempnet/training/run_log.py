@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar, metrics.jsonl, eval.jsonl, TensorBoard, run.json."""
+"""Logs of a run: progress bar, metrics.jsonl, eval.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from disttempnet.data import Skip
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.io.files import read_json_lines, write_atomically
+from disttempnet.io.progress import PLAIN_LINE_SECONDS
 from disttempnet.terminal import console
 
 Report = Callable[[int, int, Mapping[str, float]], None]
-PLAIN_LINE_SECONDS = 15.0  # between lines where the output is no terminal
-NAMED_SKIPPED = 20  # unreadable samples of a run that get a line of their own
-WORRYING_SHARES = (0.01, 0.1, 0.5)  # of unreadable samples: said when they are reached, not at the end of an epoch
-WORTH_A_WORD = 0.1  # of a step's time spent waiting for data: then the progress line says so
+NAMED_SKIPPED = 20  # unreadable samples that are named one by one
+WARNING_SHARES = (0.01, 0.1, 0.5)  # of unreadable samples: reported at once, not at the end of an epoch
+SLOW_DATA_SHARE = 0.1  # of a step's time spent waiting for data: shown in the progress line
 
 
 class RunLog:
@@ -32,11 +32,11 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        steps: steps in all.
+        steps: of the whole run.
         start: step to continue from; later lines of an interrupted run are cut off.
         active: whether this rank writes.
-        report: takes the place of the progress bar and of all lines on the console: called with (step, steps,
-            metrics) at the start and at each logged step.
+        report: replaces the progress bar and all lines on the console: called with (step, steps, metrics) at the start
+            and at each logged step.
     """
 
     def __init__(self, folder: Path, steps: int, start: int, active: bool, report: Report | None = None) -> None:
@@ -68,12 +68,12 @@ class RunLog:
             report(start, steps, {})
 
     def say(self, text: str) -> None:
-        """One line above the progress bar."""
+        """Print a line above the progress bar."""
         if self.active:
             self.console.print(text, soft_wrap=True)
 
     def step(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Append a line to metrics.jsonl and show it."""
+        """Append a line to metrics.jsonl, and update the progress."""
         if not self.active:
             return
         line = {"step": step, "epoch": round(epoch, 4), **metrics}
@@ -112,19 +112,19 @@ class RunLog:
 
 
 class Skipped:
-    """Samples that could not be read, of all ranks, since the run began: each is counted once, the first are named.
+    """Count of unreadable samples of all ranks since the run began: each counts once, the first are named.
 
     Args:
         samples: N of the source.
         readable: how many of them an epoch may read.
-        found: what a checkpoint has kept, reason → int64 ids. (Those of earlier versions kept numbers of draws, not
-            samples: these are passed over.)
+        found: from a checkpoint, reason → int64 ids. Older checkpoints have numbers of draws in place of ids, which are
+            ignored.
     """
 
     def __init__(self, samples: int, readable: int, found: Mapping[str, Tensor | int] | None = None) -> None:
         self.readable, self.total = readable, 0
         self._reasons: list[str] = []
-        self._codes = np.zeros(samples, np.uint8)  # place of the reason in the list, from 1; 0 = nothing is known
+        self._codes = np.zeros(samples, np.uint8)  # 1 + index of the reason in the list; 0 = readable so far
         for reason, ids in (found or {}).items():
             if isinstance(ids, Tensor):
                 self._codes[ids.numpy()] = self._code(reason)
@@ -136,8 +136,10 @@ class Skipped:
         return min(self._reasons.index(reason) + 1, 255)
 
     def add(self, skips: Iterable[Skip]) -> Iterator[str]:
-        """Count by reason, without its details (`reason: detail`), and yield a line for each of the first 20, and one
-        whenever the share has become one to be worried about."""
+        """Count skipped samples by reason, without its details (`reason: detail`).
+
+        Yields a line for each of the first 20, and a summary whenever the share reaches one of WARNING_SHARES.
+        """
         for skip in skips:
             if self._codes[skip.id]:
                 continue
@@ -146,12 +148,12 @@ class Skipped:
             if self.total <= NAMED_SKIPPED:
                 yield f"skipped {skip.name}: {skip.reason}"
             if self.total > NAMED_SKIPPED and self.total in [
-                math.ceil(share * self.readable) for share in WORRYING_SHARES
+                math.ceil(share * self.readable) for share in WARNING_SHARES
             ]:
                 yield self.summary()
 
     def by_reason(self) -> dict[str, Tensor]:
-        """Ids, for a checkpoint."""
+        """Return reason → int64 ids, for a checkpoint."""
         return {
             reason: torch.from_numpy(np.flatnonzero(self._codes == code))
             for code, reason in enumerate(self._reasons, 1)
@@ -172,13 +174,13 @@ def _summary(metrics: Mapping[str, float]) -> str:
     if "gamma" in metrics:
         parts.append(f"γ {metrics['gamma']:.2f}")
     waiting = metrics["data_wait"] / metrics["step_seconds"]
-    if waiting > WORTH_A_WORD:
+    if waiting > SLOW_DATA_SHARE:
         parts.append(f"waits for data {waiting:.0%}")
     return "  ".join(parts)
 
 
 def check_step(line: Mapping[str, Any]) -> None:
-    """Raise ValueError, TypeError or KeyError for what is no line of metrics.jsonl: a step, an epoch, numbers."""
+    """Raise ValueError, TypeError or KeyError unless this is a line of metrics.jsonl: a step, an epoch, numbers."""
     if type(line["step"]) is not int or not _is_number(line["epoch"]):
         raise ValueError
     if not all(value is None or _is_number(value) for value in line.values()):
@@ -186,7 +188,7 @@ def check_step(line: Mapping[str, Any]) -> None:
 
 
 def check_evaluation(line: Mapping[str, Any]) -> None:
-    """The same for eval.jsonl: a step, an epoch, scores of tasks."""
+    """Raise ValueError, TypeError or KeyError unless this is a line of eval.jsonl: a step, an epoch, scores."""
     check_step({key: line[key] for key in ("step", "epoch")})
     for scores in from_record(line).values():
         check_step({"step": 0, "epoch": 0, **scores.metrics})
@@ -201,7 +203,7 @@ def _is_number(value: object) -> bool:
 
 
 def _cut_after(path: Path, step: int, check: Callable[[dict[str, Any]], None]) -> None:
-    """Drop lines past `step`, which the resumed run writes again, a half-written last one, and damaged ones."""
+    """Drop damaged lines, a half-written last one, and those after `step`, which the resumed run writes again."""
     if path.is_file():
         kept = [text for text, line in read_json_lines(path, check) if line["step"] <= step]
         write_atomically(path, "".join(f"{text}\n" for text in kept))

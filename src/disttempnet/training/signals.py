@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves, and ends in good order."""
+"""Signals that stop a run after a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ STOPPING = {
     signal.SIGHUP: TERMINATED,
     signal.SIGUSR1: Preempted.code,
 }
-LONGEST_WAIT = 10.0  # seconds of training until a signal to one rank is known to all
+LONGEST_WAIT = 10.0  # seconds of training until all ranks know of a signal to one
 
 
 def stop_signals(wanted: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Those of the signals that are to be answered: not SIGHUP where nohup has it ignored."""
+    """Return the signals to handle: all but SIGHUP if nohup has it ignored."""
     return [one for one in wanted if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
 
 class Terminal:
-    """Where standard output and error went to a terminal, as long as it is there: one that is closed (SIGHUP) refuses
-    whatever is written, and the run would end of that before it has saved."""
+    """Standard output and error, if they are a terminal.
+
+    A closed terminal (SIGHUP) refuses all output, which would end the run before it has saved.
+    """
 
     def __init__(self) -> None:
         self._streams = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def leave_if_closed(self) -> None:
+        """Send output to /dev/null if the terminal was closed."""
         for stream in self._streams:
             if not os.isatty(stream):
                 null = os.open(os.devnull, os.O_WRONLY)
@@ -41,15 +44,15 @@ class Terminal:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and an orderly end; a second SIGINT interrupts at once.
+    """Handler of SIGTERM, SIGINT, SIGHUP and SIGUSR1, which stop a run after a checkpoint.
 
-    One of several ranks that ends by an exception keeps these handlers: its process ends soon.
+    A second SIGINT interrupts at once. A rank that ends by an exception keeps these handlers: its process ends soon.
 
     Args:
-        codes: the signals that are answered, and the exit code that each asks for.
+        codes: signal → exit code.
 
     Attributes:
-        code: exit code that is asked for; 0 = go on.
+        code: exit code of the signal that was received; 0 = continue.
     """
 
     def __init__(self, codes: Mapping[signal.Signals, int] = MappingProxyType(STOPPING)) -> None:
@@ -65,7 +68,7 @@ class StopSignal:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and kind is not Preempted and distributed.world_size() > 1:
-            return  # torchrun sends SIGTERM to all when one rank is gone: this one has yet to say which
+            return  # torchrun sends SIGTERM to all when one rank is gone: this one has yet to report which
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -32,7 +32,7 @@ from disttempnet.io.files import write_atomically
 from disttempnet.io.machine import memory_named
 from disttempnet.losses import LossOutput
 from disttempnet.models import Towers, load_model
-from disttempnet.models.locking import prepare_towers
+from disttempnet.models.locks import prepare_towers
 from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
@@ -46,7 +46,7 @@ from disttempnet.training.model import (
     refuse_without_compiler,
     resolved,
 )
-from disttempnet.training.nan_check import FiniteCheck
+from disttempnet.training.nan_check import NanCheck
 from disttempnet.training.signals import LONGEST_WAIT, StopSignal
 
 MEMORY = (
@@ -121,7 +121,7 @@ class Trainer:
         if found is not None:
             state = checkpoint.load_checkpoint(found, **self._restorable())
         self.step, self.best = state.step, dict(state.best)
-        self.optim = optim.within(config.optim, self.total_steps)
+        self.optim = optim.shortened_warmup(config.optim, self.total_steps)
         if state.warmup_steps is not None:
             self.optim = config.optim.model_copy(update={"warmup_steps": state.warmup_steps})
         usable = int(self.data.source.usable_counts.sum())
@@ -138,7 +138,7 @@ class Trainer:
         # Start the bookkeeping of the loop.
         self._unnamed: list[Skip] = []
         self._clock = run_info.Clock()
-        self._finite, self._norm = FiniteCheck(self.folder), torch.tensor(math.nan)
+        self._finite, self._norm = NanCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
 

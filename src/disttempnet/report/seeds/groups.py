@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disttempnet.config import defaults, flat
+from disttempnet.config.identity import NO_EFFECT_ON_RESULT
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.results.averages import average_title, counted_tags
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.report.compact import CompactResult
-from disttempnet.training.checkpoint import NOT_PART_OF_THE_RESULT
 
 AVERAGES = "averages"  # stands for a task; its metrics are the tags of averages
 HEAD_TO_TAIL = ("acc1_head", "acc1_middle", "acc1_tail")
@@ -249,7 +249,7 @@ def _titles(firsts: Sequence[CompactResult]) -> list[tuple[str, str]]:
 
 def _key(config: dict[str, Any], without_batch: bool = False) -> str:
     """Return the keys that affect the result, except the seed, as text. Keys that an old config lacks are defaults."""
-    left_out = {*NOT_PART_OF_THE_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
+    left_out = {*NO_EFFECT_ON_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
     table = defaults() | flat(config)
     return json.dumps({key: value for key, value in table.items() if key not in left_out}, sort_keys=True)
 

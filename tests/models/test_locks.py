@@ -10,7 +10,8 @@ from disttempnet import distributed
 from disttempnet.config import CONFIG_FOLDER, ModelConfig, load_config
 from disttempnet.errors import UserError
 from disttempnet.models import Towers, encode_images, load_model
-from disttempnet.models.locking import GlobalBatchNorm, prepare_towers
+from disttempnet.models.batch_norm import GlobalBatchNorm
+from disttempnet.models.locks import prepare_towers
 from tests import parts
 from tests.gloo import Pools
 
