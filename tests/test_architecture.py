@@ -42,6 +42,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "data": [
         {"builtin", "headers", "images", "source", "workers"},
+        {"icons"},
         {"augment", "epoch_plan", "held_out", "mixture", "shards"},
         {"listings", "loader"},
         {"open", "tools"},
@@ -49,6 +50,12 @@ FLOORS: dict[str, list[set[str]]] = {
     "data/builtin": [
         {"cache"},
         {"emoji", "scenes"},
+    ],
+    "data/icons": [
+        {"release"},
+        {"built", "draw", "package", "splits"},
+        {"write"},
+        {"build"},
     ],
     "data/listings": [
         {"encodings", "fields"},
@@ -89,6 +96,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"cifar", "class_names", "retrieval"},
         {"classification", "image_folder"},
         {"own"},
+        {"built"},
         {"open"},
         {"convert"},
     ],

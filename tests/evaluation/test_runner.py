@@ -208,7 +208,8 @@ def test_unknown_task_names_the_nearest() -> None:
 
 
 def test_shipped_tasks_have_the_promised_sizes() -> None:
-    sizes = {name: load_task(task) for name, task in all_tasks().items() if not task.below_root}
+    ship = {name: task for name, task in all_tasks().items() if not task.below_root and not task.is_built}
+    sizes = {name: load_task(task) for name, task in ship.items()}
     assert {name: (len(data.samples), len(data.class_names)) for name, data in sizes.items()} == {
         "emoji-renderings": (1172, 1914),
         "emoji-concepts": (332, 83),

@@ -172,7 +172,7 @@ def _without_root(options: argparse.Namespace, chosen: list[str], validation: bo
         held_out = validation_data(config.data) if config is not None and validation else None
         if validation and held_out is None:
             find_task(VALIDATION_TASK)
-        ship = [name for name, task in all_tasks().items() if not task.below_root]
+        ship = [name for name, task in all_tasks().items() if not task.below_root and not task.is_built]
         tasks: list[str | TaskData] = [*(names or ([] if held_out else ship)), *([held_out] if held_out else [])]
         opened.towers.module.to(device)
         with TaskProgress() as progress:

@@ -85,9 +85,10 @@ class DataConfig(Section):
 
     train: str | tuple[SourceConfig, ...] = Field(
         description="training shards: a folder of .tar files, a brace pattern (cc12m/{00000..01242}.tar), "
-        "embedded:emoji/train for the data set that ships with the package, or generated:scenes/train for a "
-        "synthetic one with a long tail; a listing (.json, .jsonl, .csv, .tsv, .txt, .token, .parquet) or a folder of "
-        "images with captions beside them; or a list of sources, [{path = …, weight = …}, …]",
+        "embedded:emoji/train for the data set that ships with the package, generated:scenes/train for a "
+        "synthetic one with a long tail, or built:icons/train for the one that `disttempnet data icons` builds; a "
+        "listing (.json, .jsonl, .csv, .tsv, .txt, .token, .parquet) or a folder of images with captions beside them; "
+        "or a list of sources, [{path = …, weight = …}, …]",
     )
     transform: Literal["open_clip", "tempnet", "emoji"] = Field(
         "open_clip",

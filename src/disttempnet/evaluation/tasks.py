@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from disttempnet.config import Section
+from disttempnet.data.icons.built import BUILT
 from disttempnet.data.images import MAX_BYTES, UnreadableImage, decode
 from disttempnet.data.shards.names import resolve_shards
 from disttempnet.errors import UserError, unknown_name
@@ -51,6 +52,8 @@ class Task(Section):
     tags: tuple[str, ...]
     frequency_from: str = ""
     frequency_by: str = "label"
+    frequency_bounds: tuple[int, ...] = ()
+    label_key: str = "label"
     main: str = ""
     size: int = 0
     classes: int = 0
@@ -63,6 +66,11 @@ class Task(Section):
     def below_root(self) -> bool:
         """Whether its data lies below a data root."""
         return not self.data
+
+    @property
+    def is_built(self) -> bool:
+        """Whether a command has to build its data first."""
+        return self.data.startswith(BUILT)
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class TaskData:
         heads: classifiers that its images are put before; as a rule one, of retrieval none.
         labels: of each sample, the index of its class in the first head; empty where there are no classes.
         frequency: of each sample, how many training samples share its value of `frequency_by`; and
-        third: 0 head, 1 middle, 2 tail. Both are empty where the task names no `frequency_from`.
+        third: 0 head, 1 middle, 2 tail. Both are empty where frequencies are not known.
         metadata: int64 [n, columns], what else is known of each sample; empty where nothing is.
         puzzles: of `winogavil`.
         broken: what could not be used at all, by name and reason: it counts as missing.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
+from disttempnet.data.icons.built import local_path
 from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.data.listings.index import (
     ROW_REASONS,
@@ -170,7 +171,7 @@ def is_listing(source: SourceConfig) -> bool:
     Raises:
         UserError: it is none, but has settings that only these have, or is a file of another kind.
     """
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
         return True
     if os.path.isdir(path) and ".tar" not in (suffixes := _suffixes_in(path)):
@@ -200,7 +201,7 @@ def _has_folders_of(folder: Path) -> bool:
 
 def layout_of(source: SourceConfig) -> Layout:
     """How the data of a source lies on disk. Raises UserError: it is not there, or a setting does not fit it."""
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     if path.suffix.lower() in TABLE_SUFFIXES:
         return TableLayout(path, source.image_key, source.caption_key)
     if path.suffix.lower() != ".parquet" and not path.is_dir():

@@ -16,7 +16,9 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+from disttempnet.data.icons.built import BUILT, built_split
 from disttempnet.errors import UserError
+from disttempnet.evaluation.datasets.built import built_data
 from disttempnet.evaluation.datasets.classification import labelled_data
 from disttempnet.evaluation.datasets.own import own_data
 from disttempnet.evaluation.datasets.retrieval import RAW_PROTOCOLS, captioned_data, winogavil_data
@@ -45,6 +47,8 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
     """
     if task.data.startswith(OWN):
         return own_data(task)
+    if task.is_built:
+        return built_data(task, root)
     if not task.below_root:
         return embedded_data(task)
     if root is None:
@@ -103,9 +107,14 @@ def download_folder(task: Task, root: Path) -> Path:
     return root / task.source.rpartition("/")[2]
 
 
-def is_there(task: Task, root: Path) -> bool:
-    """Whether a task's data is below a data root, or needs none."""
-    return not task.below_root or find_data(task, root) is not None
+def is_there(task: Task, root: Path | None = None) -> bool:
+    """Whether a task's data is below a data root, is built, or needs neither."""
+    if task.is_built:
+        try:
+            return built_split(task.data.removeprefix(BUILT), root).is_dir()
+        except UserError:
+            return False
+    return not task.below_root or (root is not None and find_data(task, root) is not None)
 
 
 def how_to_evaluate(tars: Path, images: int) -> str:

@@ -114,7 +114,8 @@ def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
     missing = []
     for task in tasks:
         found = find_data(task, root) if root is not None and task.below_root else None
-        elsewhere = "(your own)" if task.name.startswith(OWN) else "(ships with the package)"
+        ships = "(disttempnet data icons)" if task.is_built else "(ships with the package)"
+        elsewhere = "(your own)" if task.name.startswith(OWN) else ships
         where = found.name if found else "–" if task.below_root else elsewhere
         rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
         missing += [task] if task.below_root and not found else []
