@@ -20,6 +20,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"losses"},
         {"models"},
         {"data"},
+        {"features"},
         {"evaluation"},
         {"training"},
         {"report"},
@@ -106,6 +107,11 @@ FLOORS: dict[str, list[set[str]]] = {
         {"summary", "tables"},
         {"export", "file"},
     ],
+    "features": [
+        {"store"},
+        {"build"},
+        {"batches"},
+    ],
     "io": [
         {"files", "jobs", "machine", "paths", "progress", "ranges"},
     ],
@@ -133,6 +139,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"batch_norm", "text", "transformers_clip", "weights"},
         {"locks", "origin", "pretrained"},
         {"towers"},
+        {"trunk"},
     ],
     "report": [
         {"bins", "items", "read"},

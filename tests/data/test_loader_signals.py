@@ -12,18 +12,18 @@ from multiprocessing.synchronize import Event
 import pytest
 from torch.utils.data import DataLoader
 
-from disttempnet.data.loader import _start_worker, batches_of
+from disttempnet.data.loader import batches_of, start_worker
 
 
 def work(ready: Event) -> None:
-    _start_worker(0)
+    start_worker(0)
     ready.set()
     time.sleep(300)
 
 
 def start_slowly(number: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # from another process than the trainer
-    _start_worker(number)
+    start_worker(number)
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system cannot tell who sent a signal")

@@ -90,10 +90,15 @@ class DataConfig(Section):
         "listing (.json, .jsonl, .csv, .tsv, .txt, .token, .parquet) or a folder of images with captions beside them; "
         "or a list of sources, [{path = …, weight = …}, …]",
     )
-    transform: Literal["open_clip", "tempnet", "emoji"] = Field(
+    transform: Literal["open_clip", "tempnet", "emoji", "evaluation"] = Field(
         "open_clip",
         description="open_clip: random crop of 90-100 %; tempnet: crop of 50-100 %, flip, RandAugment(2, 7); "
-        "emoji: crop of 60-100 %, no flip (arrows have a direction)",
+        "emoji: crop of 60-100 %, no flip (arrows have a direction); evaluation: none, what evaluation sees",
+    )
+    views: Annotated[int, integers(0, 1000)] = Field(
+        0,
+        description="train.cache_features: how many augmented views of each image are cached, epoch e reads view "
+        "e mod this; 0 = the evaluation transform",
     )
     draft: StrictBool = Field(
         False,
@@ -276,6 +281,17 @@ class TrainConfig(Section):
         description="shard parameters, gradients and moments of the towers over the processes (FSDP2), for towers that "
         "outgrow a GPU: less memory, 1.5 times the communication",
     )
+    cache_features: StrictBool = Field(
+        False,
+        description="compute the features of locked towers (model.lock_image, model.lock_text, freeze) once, and read "
+        "them from disk at every step",
+    )
+    cache_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="cached features: float16 takes half the disk, and rounds to 3 digits"
+    )
+    cache_folder: OptionalPath = Field(
+        "", description="cached features: folder that they are kept in; empty = the user's cache"
+    )
     log_every: Annotated[int, integers(1, 10**6)] = Field(10, description="steps between lines of metrics.jsonl")
     checkpoint_every: Annotated[int, STEPS] = Field(0, description="steps between checkpoints; 0 = once an epoch")
     keep: Annotated[int, integers(1, 10**6)] = Field(2, description="how many of the latest checkpoints to keep")
@@ -292,6 +308,8 @@ class TrainConfig(Section):
             raise ValueError(f'shard is for trained towers: leave it out with freeze = "{self.freeze}"')
         if self.shard and self.compile:
             raise ValueError("shard and compile do not go together: leave one of them out")
+        if self.shard and self.cache_features:
+            raise ValueError("shard and cache_features do not go together: leave one of them out")
         return self
 
 
@@ -317,6 +335,30 @@ class Config(Section):
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
+
+    @property
+    def cached_sides(self) -> tuple[str, ...]:
+        """Whose features are cached: of `image` and `text` the towers that are locked as a whole."""
+        model, frozen = self.model, self.train.freeze == "towers"
+        locked = {
+            "image": frozen or (model.lock_image and not model.unlocked_image_groups),
+            "text": frozen or (model.lock_text and not model.unlocked_text_layers),
+        }
+        return tuple(side for side, whole in locked.items() if whole) if self.train.cache_features else ()
+
+    @model_validator(mode="after")
+    def _caches_what_is_locked(self) -> Config:
+        sides = self.cached_sides
+        if self.train.cache_features and not sides:
+            raise ValueError(
+                "train.cache_features is for towers that are locked as a whole: set model.lock_image or "
+                'model.lock_text (without unlocked layers), or train.freeze = "towers"'
+            )
+        if self.data.views and "image" not in sides:
+            raise ValueError("data.views is for a cached image tower: set train.cache_features and model.lock_image")
+        if self.data.views and self.data.transform == "evaluation":
+            raise ValueError("data.views has no use with data.transform = 'evaluation', where all views are alike")
+        return self
 
     @field_validator("name")
     @classmethod

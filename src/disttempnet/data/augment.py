@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from disttempnet.data.images import SCALES, EncodedImage
+from disttempnet.data.images import SCALES, EncodedImage, decode
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.models import AS_CLIP, Resizing  # first: it makes torchvision importable beside a CPU-only torch
 
@@ -172,13 +172,25 @@ class SeededTransform:
             torch.default_generator.set_state(state)
 
 
-def train_transform(name: str, image_size: int, draft: bool = False) -> TrainTransform:
+class EvaluationTransform:
+    """What evaluation sees of an image: nothing is random."""
+
+    def __init__(self, image_size: int, resizing: Resizing) -> None:
+        self.transform = eval_transform(image_size, resizing)
+
+    def __call__(self, data: bytes, seed: int) -> Tensor:
+        """Encoded bytes → uint8 [3, s, s]. Raises UnreadableImage."""
+        return self.transform(decode(data))
+
+
+def train_transform(name: str, image_size: int, draft: bool = False, resizing: Resizing = AS_CLIP) -> TrainTransform:
     """The augmentation that a config names, to squares of image_size pixels: (encoded bytes, seed) → uint8 [3, s, s].
 
     Args:
-        name: `open_clip`, `tempnet` or `emoji`.
+        name: `open_clip`, `tempnet`, `emoji`, or `evaluation`: none.
         image_size: side of the square.
-        draft: decode JPEGs at the smallest scale that still covers the crop; not for `emoji`.
+        draft: decode JPEGs at the smallest scale that still covers the crop; not for `emoji` and `evaluation`.
+        resizing: of `evaluation`.
 
     Raises:
         UserError: unknown name, or draft where it has no effect.
@@ -190,11 +202,12 @@ def train_transform(name: str, image_size: int, draft: bool = False) -> TrainTra
             v2.RandomResizedCrop((image_size, image_size), scale=(0.6, 1.0), ratio=(0.9, 1.1), interpolation=BICUBIC),
             v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
         ),
+        "evaluation": lambda: EvaluationTransform(image_size, resizing),
     }
     if name not in known:
         raise UserError(unknown_name("transform", name, known))
-    if draft and name == "emoji":
-        raise UserError("data.draft has no effect with data.transform = 'emoji'; leave it out")
+    if draft and name in ("emoji", "evaluation"):
+        raise UserError(f"data.draft has no effect with data.transform = '{name}'; leave it out")
     return known[name]()
 
 

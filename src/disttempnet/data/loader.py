@@ -100,14 +100,19 @@ class PairDataset(Dataset[Sample]):
         """
         epoch, sample = key
         captions = self.source.captions(sample)
-        pixels = self.transform(self.source.image_bytes(sample), self._draw(epoch, sample))
-        chosen = self._draw(epoch, sample, b"caption") % len(captions) if len(captions) > 1 else 0
-        return Sample(pixels, captions[chosen], sample, ())
+        pixels = self.transform(self.source.image_bytes(sample), random_bits(self.seed, epoch, sample))
+        return Sample(pixels, captions[chosen_caption(self.seed, epoch, sample, len(captions))], sample, ())
 
-    def _draw(self, epoch: int, sample: int, purpose: bytes = b"") -> int:
-        """56 bits that look random, others for every purpose."""
-        text = f"{self.seed} {epoch} {sample}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=7, person=purpose).digest())
+
+def chosen_caption(seed: int, epoch: int, sample: int, captions: int) -> int:
+    """Which of a sample's captions an epoch reads."""
+    return random_bits(seed, epoch, sample, b"caption") % captions if captions > 1 else 0
+
+
+def random_bits(seed: int, epoch: int, sample: int, purpose: bytes = b"") -> int:
+    """56 bits that look random, others for every purpose."""
+    text = f"{seed} {epoch} {sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7, person=purpose).digest())
 
 
 class PlannedSamples(Dataset[Sample]):
@@ -158,7 +163,7 @@ class Collate:
         )
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Leave signals to the trainer, who needs no dead workers while it saves: a Ctrl-C, one to the process group, and
     those that SLURM sends to every process of a job. SIGTERM from the trainer itself ends the worker: Python's exit
     would wait for it otherwise."""
@@ -180,7 +185,7 @@ def _end_with_the_trainer(trainer: int) -> None:
 
 def batches_of(loader: DataLoader) -> Iterator[Batch]:
     """The batches of an iteration. Workers that are started for it do not die of a SIGTERM that comes ahead of
-    `_start_worker`, nor of one that a thread of theirs from before it would take: they inherit that it is blocked."""
+    `start_worker`, nor of one that a thread of theirs from before it would take: they inherit that it is blocked."""
     if not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -223,6 +228,6 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # the loader draws a seed an epoch: not from the trainer's generator
     )

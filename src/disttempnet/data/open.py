@@ -24,7 +24,7 @@ from disttempnet.data.source import Source
 from disttempnet.data.workers import fit_prefetch
 from disttempnet.errors import UserError
 from disttempnet.models import Towers
-from disttempnet.models.text import trimming
+from disttempnet.models.text import Tokenizer, Trim, trimming
 
 TEXT_BYTES = 1024  # of a sample's tokens and id, about
 
@@ -114,11 +114,26 @@ def open_training_data(
     source = open_training_source(config)
     plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
     plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
-    dataset = PairDataset(source, train_transform(config.transform, towers.image_size, config.draft), seed)
+    transform = train_transform(config.transform, towers.image_size, config.draft, towers.resizing)
+    dataset = PairDataset(source, transform, seed)
     sampler = PlanSampler(plan, rank, world_size)
-    trim = trimming(towers.module)
-    batch_bytes = config.global_batch // world_size * (3 * towers.image_size**2 + TEXT_BYTES)
-    prefetch = fit_prefetch(PREFETCH, batch_bytes, config.workers)
-    pin = torch.cuda.is_available()
-    loader = make_loader(dataset, sampler, towers.tokenizer, config.workers, pin, trim, prefetch)
+    loader = open_loader(config, dataset, sampler, towers.tokenizer, trimming(towers.module), towers.image_size)
     return TrainingData(source, plan, dataset, sampler, loader)
+
+
+def open_loader(
+    config: DataConfig,
+    dataset: PairDataset,
+    sampler: PlanSampler,
+    tokenizer: Tokenizer,
+    trim: Trim | None,
+    image_size: int,
+) -> DataLoader:
+    """The loader of one rank, with as many batches ready as shared memory has room for.
+
+    Args:
+        image_size: side of the images in pixels; 0 = batches hold none.
+    """
+    batch_bytes = config.global_batch // sampler.world_size * (3 * image_size**2 + TEXT_BYTES)
+    prefetch = fit_prefetch(PREFETCH, batch_bytes, config.workers)
+    return make_loader(dataset, sampler, tokenizer, config.workers, torch.cuda.is_available(), trim, prefetch)

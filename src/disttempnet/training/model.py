@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from disttempnet.config import Config, LossConfig, out_of_bounds
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss, rebuild_loss
 from disttempnet.models import Towers, encode_images, encode_texts, is_random
+from disttempnet.models.trunk import SIDES, Trunk
 
 
 class DualEncoder(nn.Module):
@@ -32,6 +33,33 @@ class DualEncoder(nn.Module):
         with autocast_to(self.autocast, images), torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             image = encode_images(self._towers, images, normalize=False)
             return image, encode_texts(self._towers, tokens, normalize=False)
+
+
+class CachedEncoder(nn.Module):
+    """Towers of which locked trunks have run already: features [b, F] in place of what a trunk takes → embeddings.
+
+    Args:
+        towers: both.
+        trunks: side → the trunk whose features are given; the other side is run in full.
+        autocast: as of `DualEncoder`.
+    """
+
+    def __init__(self, towers: Towers, trunks: Mapping[str, Trunk], autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.autocast, self._towers = autocast, towers
+        self.heads = nn.ModuleDict({side: trunk.head for side, trunk in trunks.items()})
+        # only what is run is a part of this module: data parallel watches over no trunk
+        self.module = None if len(trunks) == len(SIDES) else towers.module
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast_to(self.autocast, images):
+            return self._side("image", images, encode_images), self._side("text", texts, encode_texts)
+
+    def _side(self, side: str, inputs: Tensor, encode: Callable[..., Tensor]) -> Tensor:
+        if side in self.heads:
+            embeddings: Tensor = self.heads[side](inputs)
+            return embeddings
+        return encode(self._towers, inputs, normalize=False)
 
 
 class Contrast(nn.Module):

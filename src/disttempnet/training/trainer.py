@@ -28,6 +28,7 @@ from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import TaskData, task_title
 from disttempnet.evaluation.validation import validation_data
+from disttempnet.features.batches import CachedData, with_cached_features
 from disttempnet.io.files import write_atomically
 from disttempnet.io.machine import memory_named
 from disttempnet.losses import LossOutput
@@ -36,6 +37,7 @@ from disttempnet.models.locks import prepare_towers
 from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
+    CachedEncoder,
     Contrast,
     ContrastiveModel,
     DualEncoder,
@@ -110,6 +112,7 @@ class Trainer:
         # Build the objective with its per-sample state [N], and the optimizers.
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim, bounds=False).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
+        self._clipped = [p for p in (self.loss if self.frozen else self.towers.module).parameters() if p.requires_grad]
 
         # Count the steps.
         self.steps_per_epoch = self.data.plan.steps
@@ -127,10 +130,15 @@ class Trainer:
         usable = int(self.data.source.usable_counts.sum())
         self.skipped = run_log.Skipped(len(self.data.source), min(usable, config.data.limit or usable), state.skipped)
 
+        # Compute the features of locked towers, or find them on disk: batches hold them from here on.
+        encoder: nn.Module = DualEncoder(self.towers, self._autocast(), self.frozen)
+        if config.train.cache_features:
+            self.data, trunks = with_cached_features(config, self.data, self.towers, device, self._autocast())
+            encoder = CachedEncoder(self.towers, trunks, self._autocast())
+
         # Wrap towers and objective into the model whose gradient a step takes, at once or in chunks.
         if config.train.compile:
             compile_towers(self.towers)
-        encoder = DualEncoder(self.towers, self._autocast(), self.frozen)
         model = ContrastiveModel(encoder, Contrast(self.loss, self._autocast()))
         chunks = config.train.accumulate
         self.gradients = WholeBatch(model, device) if chunks == 1 else InChunks(model, device, chunks)
@@ -219,6 +227,8 @@ class Trainer:
         yield from self._passed_over
         yield from self.towers.notes
         yield run_info.plan_line(self.config, self.data, self.step)
+        if isinstance(self.data, CachedData):
+            yield self.data.describe()
         yield from run_info.about_data(run_info.data_facts(self.data.source))
         if self.optim != self.config.optim:
             yield (
@@ -287,9 +297,8 @@ class Trainer:
 
         # Forward and backward; the gradient norm is the towers', or the objective's where they are frozen.
         output = self.gradients(batch.images, batch.tokens, batch.ids)
-        trained = [*(self.loss if self.frozen else self.towers.module).parameters()]
         limit = self.config.optim.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(trained, limit) if trained else output.total.new_zeros(())
+        norm = nn.utils.clip_grad_norm_(self._clipped, limit) if self._clipped else output.total.new_zeros(())
         self._norm = fsdp.full_tensor(norm)
 
         # Check the step before for NaN, so that a GPU is not waited for, and update.

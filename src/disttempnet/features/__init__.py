@@ -1,0 +1,6 @@
+"""Features of locked towers, computed once and read ever after.
+
+store.py     shards of features on disk: written atomically, verified, memory-mapped
+build.py     samples → shards, over ranks, processes and loader workers; resumable
+batches.py   a run's batches, with features in place of what a locked tower would take
+"""

@@ -1,0 +1,276 @@
+"""Features of the samples of a source, in memory-mapped shards on disk.
+
+    FOLDER/SIDE-0123456789abcdef/       named after the digest of all that the features depend on
+        about.json                      that, in full, with width, dtype and samples a shard
+        shard-00000.safetensors         features [rows, F]; texts: first [n + 1], where a sample's rows begin
+
+A shard holds consecutive sample ids. It appears complete or not at all, so a build that was killed goes on with the
+next missing one. Its header has a CRC-32 of everything behind it, and the reason for each unreadable sample.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from disttempnet import distributed
+from disttempnet.errors import UserError
+from disttempnet.io.files import atomic, write_atomically
+
+FORMAT = 1
+ABOUT = "about.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+LEAST_ROWS, MOST_ROWS, SHARDS = 512, 16384, 64  # samples a shard: a build that is killed loses one, a batch reads many
+PIECE = 8 << 20  # bytes that are read at a time
+READERS = 4  # threads that verify
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+Choose = Callable[[int, int], int]  # (sample id, its number of captions) → which of them
+
+
+class Shard(NamedTuple):
+    """Memory-mapped features [rows, F], and where each sample's rows begin [n + 1]; None: a row a sample."""
+
+    features: Tensor
+    first: Tensor | None
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Features by sample id.
+
+    Attributes:
+        folder: where the shards are.
+        facts: all that the features depend on: plain values.
+        samples: N of the source.
+        width: F.
+        dtype: `float32` or `float16`, on disk; features are handed out in float32.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    samples: int
+    width: int
+    dtype: str
+
+    @property
+    def rows(self) -> int:
+        """Samples a shard: a power of two, the same for every build of the same source."""
+        wanted = max(LEAST_ROWS, min(MOST_ROWS, self.samples // SHARDS))
+        return 1 << (wanted - 1).bit_length()
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+    def ids(self, number: int) -> range:
+        """Sample ids of a shard."""
+        return range(number * self.rows, min((number + 1) * self.rows, self.samples))
+
+    def shards(self, end: int | None = None) -> range:
+        """Numbers of the shards that hold the ids below `end`; of all, where that is None."""
+        return range(-(-(self.samples if end is None else end) // self.rows))
+
+    # writing
+
+    def create(self) -> None:
+        """Make the folder; one that is there must be of the same features."""
+        about = {"format": FORMAT, "samples": self.samples, "width": self.width, "dtype": self.dtype}
+        about |= {"rows": self.rows, "facts": dict(self.facts)}
+        path = self.folder / ABOUT
+        with unwritable_named(self.folder):
+            if not path.is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(about, indent=1) + "\n")
+            try:
+                found = json.loads(path.read_bytes())
+            except ValueError:
+                found = None
+        if found != json.loads(json.dumps(about)):
+            raise UserError(f"{path}: is not what was written: remove {self.folder}, its features are embedded anew")
+
+    def write(self, number: int, features: Tensor, first: Tensor | None, unreadable: Mapping[int, str]) -> None:
+        """Write one shard, complete or not at all.
+
+        Args:
+            features: [rows, F] of any floating type.
+            first: int64 [n + 1], of texts.
+            unreadable: sample id → why it has no features.
+
+        Raises:
+            UserError: the disk takes no more, or float16 does not hold the features.
+        """
+        kept = features.to(DTYPES[self.dtype]).contiguous()
+        if not kept.isfinite().all():
+            why = "the tower gives features that are not finite"
+            if features.isfinite().all():
+                why = 'its features are too large for float16: set train.cache_dtype = "float32"'
+            raise UserError(f"{self.path(number)}: not written: {why}")
+        tensors = {"features": kept} | ({} if first is None else {"first": first})
+        reasons = json.dumps({str(sample): why for sample, why in unreadable.items()})
+        # the same tensors give the same bytes: their checksum can stand in the header before them
+        header, data = _parts(save(tensors))
+        checksum = _checksum(header, reasons, zlib.crc32(data))
+        content = save(tensors, metadata={"unreadable": reasons, "crc32": str(checksum)})
+        with unwritable_named(self.path(number)), atomic(self.path(number)) as temporary:
+            temporary.write_bytes(content)
+
+    # reading
+
+    def verify(self, end: int | None = None) -> None:
+        """Read all shards of the ids below `end` once; the ranks share the reading, and all raise.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        mine = self.shards(end)[distributed.rank() :: distributed.world_size()]
+
+        def read() -> dict[int, str]:
+            with ThreadPoolExecutor(READERS) as pool:
+                return {sample: why for reasons in pool.map(self._verified, mine) for sample, why in reasons.items()}
+
+        for reasons in distributed.gather_objects(distributed.together(read)):
+            self._unreadable.update(reasons)
+
+    @cached_property
+    def _unreadable(self) -> dict[int, str]:
+        return {}
+
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """Sample id → why it has no features, of the shards that were verified."""
+        return self._unreadable
+
+    def _verified(self, number: int) -> dict[int, str]:
+        """The unreadable samples of a shard, after every byte of it was compared with its checksum."""
+        path = self.path(number)
+        again = f"remove it, and it is embedded anew ({self.folder})"
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                checksum = 0
+                while piece := file.read(PIECE):
+                    checksum = zlib.crc32(piece, checksum)
+            metadata = header.pop("__metadata__")
+            whole = str(_checksum(header, metadata["unreadable"], checksum)) == metadata["crc32"]
+            whole &= header["features"]["shape"][1] == self.width
+            reasons = {int(sample): str(why) for sample, why in json.loads(metadata["unreadable"]).items()}
+        except FileNotFoundError:
+            raise UserError(f"{path}: is gone: the next start embeds it anew") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError):
+            raise UserError(f"{path}: damaged: {again}") from None
+        if not whole:
+            raise UserError(f"{path}: damaged: it is not what was written: {again}")
+        return reasons
+
+    def read(self, ids: NDArray[np.int64], choose: Choose | None = None) -> Tensor:
+        """Features of samples, float32 [b, F], in the order of `ids`.
+
+        Args:
+            ids: sample ids.
+            choose: which of the captions, where a sample has several; None takes the first.
+        """
+        result = torch.empty(len(ids), self.width)
+        # samples of one shard are read together: positions [b], ordered by shard
+        numbers = ids // self.rows
+        order = np.argsort(numbers, kind="stable")
+        ends = np.flatnonzero(np.diff(numbers[order])) + 1
+        for begin, end in pairwise([0, *ends.tolist(), len(ids)]):
+            places = order[begin:end]
+            number = int(numbers[places[0]])
+            local = torch.from_numpy(ids[places] - number * self.rows)
+            shard = self._shard(number)
+            rows = local if shard.first is None else self._rows(shard.first, local, ids[places], choose)
+            result[torch.from_numpy(places)] = shard.features[rows].float()
+        return result
+
+    @staticmethod
+    def _rows(first: Tensor, local: Tensor, ids: NDArray[np.int64], choose: Choose | None) -> Tensor:
+        """Rows of a shard [n], of one caption of each sample."""
+        rows, counts = first[local], first[local + 1] - first[local]
+        if choose is not None:
+            for place in (counts > 1).nonzero().flatten().tolist():
+                rows[place] += choose(int(ids[place]), int(counts[place]))
+        return rows
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._open.get(number)
+        if shard is None:
+            try:
+                tensors = load_file(self.path(number))  # memory-mapped; the file is closed again
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.path(number)}: cannot be read: {error}") from None
+            shard = self._open[number] = Shard(tensors["features"], tensors.get("first"))
+        return shard
+
+    @cached_property
+    def _open(self) -> dict[int, Shard]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
+
+
+def store_in(parent: Path, facts: Mapping[str, Any], samples: int, width: int, dtype: str) -> FeatureStore:
+    """The store of these features below a folder; it may not be there yet.
+
+    Args:
+        facts: all that the features depend on, with `side`.
+    """
+    key = json.dumps([facts, samples, width, dtype, FORMAT], sort_keys=True)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    return FeatureStore(parent / f"{facts['side']}-{digest}", facts, samples, width, dtype)
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    """Header and data of a safetensors file."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
+
+
+def _checksum(header: Mapping[str, Any], reasons: str, data: int) -> int:
+    """CRC-32 of a shard: of its data, its unreadable samples, and where its tensors lie."""
+    tensors = json.dumps({name: header[name] for name in sorted(header)}, sort_keys=True)
+    return zlib.crc32(tensors.encode(), zlib.crc32(reasons.encode(), data))
+
+
+def refuse_small_disk(folder: Path, needed: int, about: str) -> None:
+    """Raise UserError where a folder's disk has no room for so many bytes of features."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {about} take {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free there: free some, "
+            'set train.cache_dtype = "float16", or name another folder with train.cache_folder'
+        )
+
+
+@contextmanager
+def unwritable_named(path: Path) -> Iterator[None]:
+    """Inside, an OSError ends in a UserError that says what could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        advice = "name another folder with train.cache_folder"
+        if error.errno in DISK_IS_FULL:
+            advice = f"free some room (finished shards are kept), or {advice}"
+        raise UserError(f"{path}: features cannot be written: {error.strerror}: {advice}") from None

@@ -1,0 +1,188 @@
+"""Builds of features: resumed after a kill, shared by processes, refused where they cannot be kept."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from disttempnet.config import Config
+from disttempnet.errors import UserError
+from disttempnet.features import store as stores
+from disttempnet.features.batches import CachedData
+from disttempnet.features.store import FeatureStore
+from disttempnet.models.locks import prepare_towers
+from disttempnet.models.trunk import trunk_of
+from disttempnet.training.trainer import Trainer
+from tests.features.locked import Towers, write_towers
+from tests.gloo import Pools
+
+ALL = ("train.cache_features=true", "data.limit=1900")  # four shards of 512 a side
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
+    return write_towers(tmp_path_factory.mktemp("towers"))
+
+
+def built(config: Config) -> tuple[FeatureStore, FeatureStore]:
+    data = Trainer(config, torch.device("cpu")).data
+    assert isinstance(data, CachedData)
+    assert data.texts
+    return data.images[0], data.texts
+
+
+@pytest.fixture(scope="module")
+def whole(towers: Towers, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, FeatureStore]:
+    """Features of all samples, built once in one go."""
+    return built(towers.config(tmp_path_factory.mktemp("whole"), *ALL))
+
+
+def contents(store: FeatureStore) -> dict[str, list[float]]:
+    """Features by shard; the order of a header's words is no matter."""
+    return {path.name: load_file(path)["features"].flatten().tolist() for path in store.folder.glob("shard-*")}
+
+
+def start(config: Config) -> None:
+    torch.set_num_threads(1)
+    Trainer(config, torch.device("cpu"))
+
+
+def test_a_build_that_was_killed_goes_on(
+    towers: Towers, whole: tuple[FeatureStore, FeatureStore], tmp_path: Path
+) -> None:
+    config = towers.config(tmp_path, *ALL, f"train.cache_folder={tmp_path / 'features'}", "data.workers=1")
+    process = multiprocessing.get_context("spawn").Process(target=start, args=(config,))
+    process.start()
+    folder = tmp_path / "features" / whole[0].folder.name
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("shard-*"))) < 1 and time.monotonic() < deadline and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert 1 <= len(list(folder.glob("shard-*"))) < 4
+    (folder / ".writing-shard-00003.safetensors-0123").write_bytes(b"left behind")
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    images, texts = built(config)
+    assert images.folder == folder
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was finished is not made again"
+    assert contents(images) == contents(whole[0])
+    assert contents(texts) == contents(whole[1])
+    assert not list(folder.glob(".writing-*"))
+
+
+def test_ranks_share_the_work(
+    towers: Towers, whole: tuple[FeatureStore, FeatureStore], tmp_path: Path, gloo: Pools
+) -> None:
+    cache = f"train.cache_folder={tmp_path / 'features'}"
+    for images, texts in gloo(2, built, towers.config(tmp_path, *ALL, cache)):
+        assert contents(images) == contents(whole[0])
+        assert contents(texts) == contents(whole[1])
+
+
+def test_other_weights_have_another_store(towers: Towers) -> None:
+    given = towers.config(Path("unused"), *ALL)
+    trainer = Trainer(given, torch.device("cpu"))
+    assert isinstance(trainer.data, CachedData)
+    for side in ("image", "text"):
+        trunk = trunk_of(trainer.towers, side)
+        before = trunk.facts()
+        weights = trunk._weights_digest()
+        with torch.no_grad():
+            next(trunk.head.parameters()).add_(1.0)
+        assert trunk.facts() == before, "the head is no part of it"
+        name, parameter = next(
+            (n, p)
+            for n, p in trainer.towers.module.named_parameters()
+            if n.startswith("visual.trunk" if side == "image" else "text.transformer")
+        )
+        with torch.no_grad():
+            parameter.view(-1)[0] += 1e-3
+        assert trunk._weights_digest() != weights, name
+
+
+def test_a_full_disk_is_one_line(towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = towers.config(tmp_path, *ALL, f"train.cache_folder={tmp_path / 'features'}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"features of 1,9\d\d samples take 0\.00 GB and 0\.00 GB are free"):
+        Trainer(config, torch.device("cpu"))
+    monkeypatch.undo()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stores, "atomic", full)
+    with pytest.raises(UserError, match=r"shard-00000.*cannot be written: No space left on device: free some room"):
+        Trainer(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "header"])
+def test_a_damaged_shard_is_named(
+    damage: str, towers: Towers, whole: tuple[FeatureStore, FeatureStore], tmp_path: Path
+) -> None:
+    cache = tmp_path / "features"
+    shutil.copytree(towers.cache, cache)
+    path = cache / whole[1].folder.name / "shard-00003.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[:-100])
+    elif damage == "changed":
+        content[-50] ^= 1
+        path.write_bytes(content)
+    elif damage == "header":
+        content[20] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    config = towers.config(tmp_path, *ALL, f"train.cache_folder={cache}")
+    if damage == "gone":  # as in a build that was killed
+        assert contents(built(config)[1]) == contents(whole[1])
+        return
+    with pytest.raises(UserError, match=rf"{path}: damaged"):
+        Trainer(config, torch.device("cpu"))
+
+
+def test_features_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, {"side": "image"}, 4, 2, "float16")
+    with pytest.raises(UserError, match="too large for float16"):
+        store.write(0, torch.full((4, 2), 1e5), None, {})
+    with pytest.raises(UserError, match="not finite"):
+        store.write(0, torch.full((4, 2), torch.nan), None, {})
+
+
+def test_rows_are_those_of_the_samples(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, {"side": "text"}, 1200, 3, "float32")
+    store.create()
+    generator = torch.Generator().manual_seed(0)
+    features, firsts = {}, {}
+    for number in store.shards():
+        counts = torch.randint(1, 4, (len(store.ids(number)),), generator=generator)
+        first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        features[number], firsts[number] = torch.randn(int(first[-1]), 3, generator=generator), first
+        store.write(number, features[number], first, {5: "why"} if number == 0 else {})
+    store.verify()
+    assert store.unreadable == {5: "why"}
+    ids = torch.randint(0, 1200, (64,), generator=generator)
+    found = store.read(ids.numpy(), lambda sample, count: sample % count)
+    for row, sample in zip(found, ids.tolist(), strict=True):
+        number, place = divmod(sample, store.rows)
+        begin, end = firsts[number][place : place + 2].tolist()
+        assert torch.equal(row, features[number][begin + sample % (end - begin)])
+
+
+def test_a_trained_tower_is_not_cached(towers: Towers) -> None:
+    trainer = Trainer(towers.config(Path("unused"), *ALL), torch.device("cpu"))
+    config = trainer.config.model.model_copy(update={"unlocked_image_groups": 1})
+    trainer.towers.module.requires_grad_(True)
+    prepare_towers(trainer.towers.module, config)
+    with pytest.raises(UserError, match=r"image tower cannot be cached: visual\.trunk"):
+        trunk_of(trainer.towers, "image")
+    assert trunk_of(trainer.towers, "text").head_name == "proj"
