@@ -142,7 +142,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"trunk"},
     ],
     "report": [
-        {"bins", "items", "read"},
+        {"bins", "items", "page", "read"},
         {"compact", "runs"},
         {"seeds"},
         {"evaluations"},

@@ -113,7 +113,7 @@ def _gpus() -> list[str]:
 def _report(folders: Sequence[Path], out: Path) -> None:
     """Print the table over seeds; write OUT/results.jsonl and OUT/report.html."""
     from disttempnet.report.compact import read_results, write_compact
-    from disttempnet.report.runs.page import publish
+    from disttempnet.report.page import publish
     from disttempnet.report.seeds.groups import compare_groups
     from disttempnet.report.seeds.page import comparison_page
     from disttempnet.report.seeds.tables import text_table

@@ -5,6 +5,7 @@ read.py        run folders
 compact.py     compact results: one JSON line a run
 bins.py        τ against another number of the items, in bins
 items.py       pairs, images and captions whose τ is computed
+page.py        shared parts of pages: templates, provenance, differences
 runs/          the page about single runs
 seeds/         tables and the page over groups of seeds
 evaluations/   tables and the page over the 38 tasks, beside published rows

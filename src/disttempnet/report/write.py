@@ -10,7 +10,8 @@ from disttempnet.io.files import refuse_unwritable
 from disttempnet.report.compact import CompactResult, read_results, write_compact
 from disttempnet.report.evaluations.compare import holds_evaluations, read_evaluations
 from disttempnet.report.evaluations.page import evaluation_report
-from disttempnet.report.runs.page import build_report, publish
+from disttempnet.report.page import publish
+from disttempnet.report.runs.page import build_report
 from disttempnet.report.seeds.groups import by_config, compare_groups
 from disttempnet.report.seeds.page import comparison_page
 from disttempnet.report.seeds.tables import csv_table, latex_table, markdown_table

@@ -11,8 +11,8 @@ import numpy as np
 from disttempnet.data.images import UnreadableImage
 from disttempnet.losses import OBJECTIVES
 from disttempnet.report.bins import binned, spearman
+from disttempnet.report.page import open_template, publish
 from disttempnet.report.runs.examples import picture
-from disttempnet.report.runs.page import open_template, publish
 from disttempnet.report.runs.plots import scatter_chart
 from disttempnet.temperature import analysis, plots
 from disttempnet.temperature.analysis import Parameter

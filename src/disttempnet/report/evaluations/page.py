@@ -17,7 +17,7 @@ from disttempnet.report.evaluations.compare import (
     sections,
     warnings,
 )
-from disttempnet.report.runs.page import open_template
+from disttempnet.report.page import UNKNOWN, open_template
 from disttempnet.report.runs.plots import RUN_COLOURS
 from disttempnet.report.seeds.groups import AVERAGES, GroupComparison, SeedGroup
 from disttempnet.report.seeds.tables import (
@@ -64,23 +64,24 @@ def _markdown(
 ) -> str:
     parts = [f"## {heading}\n\n{markdown_table(table)}" for heading, table in tables]
     if tasks is not None:
-        heads = ["task", "metric", *(markdown_cell(group.title) for group in tasks.groups)]
-        rows = [heads, ["---", "---", *("--:" for _ in tasks.groups)]]
+        # every task: a column for each group
+        head = ["task", "metric", *(markdown_cell(group.title) for group in tasks.groups)]
+        rows = []
         for column, cells in tasks.by_column:
             of_groups = zip(tasks.groups, cells, strict=True)
-            words = [markdown_score(cell, len(group.results), DIGITS) for group, cell in of_groups]
-            rows.append([markdown_cell(task_title(column.task)), markdown_cell(column.head), *words])
-        parts.append(f"## Tasks\n\n{pipes(rows)}\n{legend(tasks)}\n")
+            scores = [markdown_score(cell, len(group.results), DIGITS) for group, cell in of_groups]
+            rows.append([markdown_cell(task_title(column.task)), markdown_cell(column.head), *scores])
+        parts.append(f"## Tasks\n\n{pipes(head, rows, texts=2)}\n{legend(tasks)}\n")
+
+        # differences of every other group to the first
         for base, other, found in _differences(every, tasks):
-            rows = [
-                ["", markdown_cell(base.title), markdown_cell(other.title), "difference"],
-                ["---", "--:", "--:", "--:"],
-            ]
+            head = ["", markdown_cell(base.title), markdown_cell(other.title), "difference"]
+            rows = []
             for one in found:
                 first, second, change = _difference_words(one, base, other)
                 rows.append([markdown_cell(one.column.title), first, second, f"**{change}**" if one.clear else change])
             heading = f"{markdown_cell(other.title)} − {markdown_cell(base.title)}"
-            parts.append(f"## {heading}\n\n{pipes(rows)}\npoints of a percentage; {_rule()}\n")
+            parts.append(f"## {heading}\n\n{pipes(head, rows)}\npercentage points; {_rule()}\n")
     lines = warnings(every)
     if lines:
         parts.append("## What to know\n\n" + "".join(f"- {markdown_cell(line)}\n" for line in lines))
@@ -120,7 +121,7 @@ def _page(
         not_shown=[group.title for group in groups[MOST_CHARTED:]],
         chart_of_tasks=plots.task_chart(shown, parts) if tasks else "",
         differences=[_difference_part(*pair) for pair in (_differences(every, tasks) if tasks else []) if pair[2]],
-        provenance=_provenance(every),
+        provenance=_evaluation_rows(every),
     )
 
 
@@ -131,17 +132,17 @@ def _difference_part(
     return base.title, other.title, plots.difference_chart(found), rows
 
 
-def _provenance(every: Sequence[EvaluatedModel]) -> list[list[str]]:
+def _evaluation_rows(every: Sequence[EvaluatedModel]) -> list[list[str]]:
     """Return a row for each evaluation: folder, model, weights' hash, precision, quirks, tasks, time, versions."""
     rows = []
     for one in every:
         subject = one.subject
         seconds = f"{one.result.seconds or 0:,.0f} s"
         counts = f"{sum(record.counts for record in one.records.values())} of {len(one.records)}"
-        known = ["–"] * 5
+        known = [UNKNOWN] * 5
         if subject is not None:
             versions = ", ".join(f"{name} {number}" for name, number in subject.versions.items())
             known = [subject.title, subject.checkpoint[:12], subject.precision, subject.compat, versions]
-        model, checkpoint, precision, compat, versions = (word or "–" for word in known)
+        model, checkpoint, precision, compat, versions = (word or UNKNOWN for word in known)
         rows.append([str(one.result.config["out"]), model, checkpoint, precision, compat, counts, seconds, versions])
     return rows

@@ -9,19 +9,17 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from disttempnet.config import Config, dump_config, flat, public_table
+from disttempnet.config import dump_config, public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation import tasks as readers
 from disttempnet.evaluation.datasets.open import is_there
-from disttempnet.evaluation.scores import BETTER_RULE, compare, metric_title, percent, tasks_of
+from disttempnet.evaluation.scores import BETTER_RULE, compare, tasks_of
 from disttempnet.evaluation.tasks import task_title
-from disttempnet.io.files import write_output
 from disttempnet.losses import OBJECTIVES
+from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance, publish
 from disttempnet.report.read import RunRecord, distinct_titles, read_run
 from disttempnet.report.runs import examples, plots
-from disttempnet.sanitize import redacted
 from disttempnet.training.checkpoint import Run
 
 
@@ -43,37 +41,17 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
         raise UserError("no run folder was given")
     titles = distinct_titles(runs)
     models = [examples.open_model(run) for run in runs]
-    page = open_template("page.html").render(
+    page = open_template("runs.html").render(
         runs=[_run_facts(i, run, title) for i, (run, title) in enumerate(zip(runs, titles, strict=True))],
         **_results(runs, titles),
         **_charts(runs, titles),
         galleries=_galleries(runs, titles, models),
         examples=_examples(runs, titles, models),
         provenance=_provenance(runs),
-        differences=_differences([run.config for run in runs]),
+        differences=differing_keys([public_table(run.config) for run in runs], ("name", "out")),
         configs=[dump_config(run.config) for run in runs],
     )
     return publish(out, page)
-
-
-def publish(out: Path, text: str) -> Path:
-    """Write a file of a report, without the credentials that runs of earlier versions may have kept.
-
-    Raises:
-        UserError: it cannot be written; nothing is left of it.
-    """
-    write_output(out, redacted(text))
-    return out
-
-
-def open_template(name: str) -> Template:
-    """A page of this folder, with the filters that write numbers."""
-    loader = FileSystemLoader(Path(__file__).parents[1] / "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
-    return environment.get_template(name)
 
 
 def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
@@ -195,49 +173,31 @@ def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence
 
 def _provenance(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Return what is needed to repeat the runs: (name, a value for each run)."""
-
-    def row(name: str, values: Sequence[object]) -> tuple[str, list[str]]:
-        return name, ["–" if value in (None, "") else str(value) for value in values]
-
     facts = [run.facts for run in runs]
-    rows = [
-        row("objective", [fact["objective"]["formula"] for fact in facts]),
-        row("towers", [run.config.model.name for run in runs]),
-        row("start", [run.config.model.pretrained or "random weights" for run in runs]),
-        row("parameters", [f"{fact['parameters']:,}" if "parameters" in fact else "" for fact in facts]),
-        row("training data", [run.config.data.about for run in runs]),
-        row("training samples", [f"{fact['num_samples']:,}" if "num_samples" in fact else "" for fact in facts]),
-        row("data index (sha256)", [fact.get("index_digest") for fact in facts]),
-        row("global batch", [f"{run.config.data.global_batch:,}" for run in runs]),
-        row("processes", [fact.get("world_size") for fact in facts]),
-        row("device", [fact.get("device") for fact in facts]),
-        row("seed", [run.config.train.seed for run in runs]),
-        row("steps", [f"{run.steps[-1]['step']:,}" if run.steps else "0" for run in runs]),
-        row("samples/s (median)", [_median(run, "samples_per_second", "{:,.0f}") for run in runs]),
-        row("duration", [_duration(fact) for fact in facts]),
-        row("git revision", [fact.get("git") for fact in facts]),
-        row("command", [fact.get("command") for fact in facts]),
-    ]
-    packages = dict.fromkeys(package for fact in facts for package in fact.get("versions", {}))
-    return rows + [row(package, [fact.get("versions", {}).get(package) for fact in facts]) for package in packages]
+    rows = {
+        "objective": [str(fact["objective"]["formula"]) for fact in facts],
+        "towers": [run.config.model.name for run in runs],
+        "start": [run.config.model.pretrained or "random weights" for run in runs],
+        "parameters": [f"{fact['parameters']:,}" if "parameters" in fact else UNKNOWN for fact in facts],
+        "training data": [run.config.data.about for run in runs],
+        "global batch": [f"{run.config.data.global_batch:,}" for run in runs],
+        "seed": [str(run.config.train.seed) for run in runs],
+        "steps": [f"{run.steps[-1]['step']:,}" if run.steps else "0" for run in runs],
+        "samples/s (median)": [_median(run, "samples_per_second", "{:,.0f}") for run in runs],
+        "duration": [_duration(fact) for fact in facts],
+        "command": [str(fact.get("command") or UNKNOWN) for fact in facts],
+    }
+    return list((rows | provenance(facts)).items())
 
 
 def _median(run: RunRecord, key: str, form: str) -> str:
     values = run.series(key)[1]
-    return form.format(median(values)) if len(values) else ""
+    return form.format(median(values)) if len(values) else UNKNOWN
 
 
 def _duration(facts: dict[str, Any]) -> str:
     """Return the time from the first start to the end, pauses included."""
     if "started" not in facts or "finished" not in facts:
-        return ""
+        return UNKNOWN
     seconds = (datetime.fromisoformat(facts["finished"]) - datetime.fromisoformat(facts["started"])).total_seconds()
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
-    """Config keys whose values differ between the runs; the name aside."""
-    tables = [flat(public_table(config)) for config in configs]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys if key not in ("name", "out")]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]

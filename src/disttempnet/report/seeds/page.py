@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from disttempnet.config import flat
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.report.compact import CompactResult
-from disttempnet.report.runs.page import open_template
+from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance
 from disttempnet.report.seeds import plots
 from disttempnet.report.seeds.groups import Column, GroupComparison, SeedGroup, families
 from disttempnet.report.seeds.tables import cell_text, legend, published_cells
@@ -23,7 +21,7 @@ def comparison_page(comparison: GroupComparison) -> str:
     with_tau = [group for group in groups if any(result.tau_curve for result in group.results)]
     with_frequency = groups_with_tau(comparison)
     same_batch = families(groups)
-    return open_template("comparison.html").render(
+    return open_template("seeds.html").render(
         title=_title(groups),
         groups=groups,
         table=comparison,
@@ -45,13 +43,9 @@ def comparison_page(comparison: GroupComparison) -> str:
         frequency=plots.frequency_chart(with_frequency) if with_frequency else "",
         frequency_rows=[(group.title, *correlations(group)) for group in with_frequency],
         tau_rows=[(group.title, *final_tau(group)) for group in groups],
-        differences=_differences(groups),
+        differences=differing_keys([g.results[0].config for g in groups], ("name", "out", "train.seed")),
         provenance=_provenance([result for group in groups for result in group.results]),
     )
-
-
-def _tasks(comparison: GroupComparison) -> list[str]:
-    return list(dict.fromkeys(column.task for column in comparison.columns))
 
 
 def _headlines(comparison: GroupComparison) -> list[tuple[Column, float | None]]:
@@ -69,33 +63,15 @@ def _title(groups: Sequence[SeedGroup]) -> str:
     return f"{what}, {number} seed{'s' if seeds != [1] else ''} each"
 
 
-def _differences(groups: Sequence[SeedGroup]) -> list[tuple[str, list[str]]]:
-    """Config keys whose values differ between the groups."""
-    tables = [flat(group.results[0].config) for group in groups]
-    keys = dict.fromkeys(key for table in tables for key in table if key not in ("name", "out", "train.seed"))
-    rows = [(key, [str(table.get(key, "–")) for table in tables]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
 def _provenance(results: Sequence[CompactResult]) -> list[tuple[str, str]]:
     """Return how the runs were made as (name, value); several values where runs differ."""
-
-    def values(name: str) -> str:
-        found = dict.fromkeys(str(result.facts.get(name) or "–") for result in results)
-        return ", ".join(found)
-
     seconds = [result.seconds for result in results if result.seconds is not None]
-    versions = dict.fromkeys(json.dumps(result.facts.get("versions", {}), sort_keys=True) for result in results)
-    return [
-        ("runs", str(len(results))),
-        ("seeds", ", ".join(map(str, sorted({result.seed for result in results})))),
-        ("training data", ", ".join(dict.fromkeys(str(result.config["data"]["train"]) for result in results))),
-        ("training samples", values("num_samples")),
-        ("data index (sha256)", values("index_digest")),
-        ("towers", ", ".join(dict.fromkeys(str(result.config["model"]["name"]) for result in results))),
-        ("device", values("device")),
-        ("processes a run", values("world_size")),
-        ("git revision", values("git")),
-        ("run time in all", f"{sum(seconds) / 60:.1f} min, pauses included" if seconds else "–"),
-        ("versions", "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(one).items()) for one in versions)),
-    ]
+    rows: dict[str, list[str]] = {
+        "runs": [str(len(results))],
+        "seeds": [str(seed) for seed in sorted({result.seed for result in results})],
+        "training data": [str(result.config["data"]["train"]) for result in results],
+        "towers": [str(result.config["model"]["name"]) for result in results],
+        "run time in total": [f"{sum(seconds) / 60:.1f} min, pauses included" if seconds else UNKNOWN],
+    }
+    rows |= provenance([result.facts for result in results])
+    return [(name, ", ".join(dict.fromkeys(values))) for name, values in rows.items()]

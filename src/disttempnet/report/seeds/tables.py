@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -46,12 +48,14 @@ def legend(comparison: GroupComparison) -> str:
     return f"per cent, {words}" + ("; published rows are not marked" if comparison.published else "")
 
 
-def published_cells(comparison: GroupComparison) -> list[tuple[str, list[Cell | None]]]:
-    """Return title, with the numbers of its notes, and cells of each published row."""
+def published_cells(
+    comparison: GroupComparison, escape: Callable[[str], str] = str
+) -> list[tuple[str, list[Cell | None]]]:
+    """Return the escaped title, with the numbers of its notes, and the cells of each published row."""
     notes = comparison.notes
     return [
         (
-            f"{row.title} [{', '.join(str(notes.index(note) + 1) for note in row.notes)}]",
+            f"{escape(row.title)} [{', '.join(str(notes.index(note) + 1) for note in row.notes)}]",
             [row.values.get(column) for column in comparison.columns],
         )
         for row in comparison.published
@@ -78,90 +82,86 @@ def text_table(comparison: GroupComparison) -> Table:
     return table
 
 
+class _Style(NamedTuple):
+    """A text format: how text is escaped, and how a marked score and the word "published" are written."""
+
+    escape: Callable[[str], str]
+    score: Callable[[Cell | None, int, int], str]
+    published: str
+
+
+def _sections(comparison: GroupComparison, style: _Style) -> list[list[list[str]]]:
+    """Return the rows of the table as escaped text: groups, published rows, chance; without empty sections."""
+    escape, digits = style.escape, comparison.digits
+    groups = [
+        [escape(group.title), str(len(group.results)), *(style.score(c, len(group.results), digits) for c in cells)]
+        for group, cells in comparison.rows
+    ]
+    published = [
+        [title, style.published, *(escape(cell_text(c, 0, digits)) for c in cells)]
+        for title, cells in published_cells(comparison, escape)
+    ]
+    chance = [["chance", "", *(escape(percent(value)) for value in comparison.chance)]]
+    return [rows for rows in (groups, published, chance if comparison.has_chance else []) if rows]
+
+
 def markdown_table(comparison: GroupComparison) -> str:
     """Return a pipe table, the best in bold, near ones with a dagger; below it notes of published rows, and τ."""
-    heads = ["", "seeds", *(markdown_cell(column.title) for column in comparison.columns)]
-    rows = [heads, ["---", "--:", *("--:" for _ in comparison.columns)]]
-    for group, cells in comparison.rows:
-        n = len(group.results)
-        rows.append(
-            [markdown_cell(group.title), str(n), *(markdown_score(cell, n, comparison.digits) for cell in cells)]
-        )
-    for title, values in published_cells(comparison):
-        rows.append([title, "published", *(cell_text(cell, 0, comparison.digits) for cell in values)])
-    if comparison.has_chance:
-        rows.append(["chance", "", *(percent(value) for value in comparison.chance)])
+    head = ["", "seeds", *(markdown_cell(column.title) for column in comparison.columns)]
+    sections = _sections(comparison, _Style(markdown_cell, markdown_score, "published"))
     notes = "".join(f"\n[{number}] {note}\n" for number, note in enumerate(comparison.notes, 1))
     tau = "".join(_tau_markdown(table) for table in tau_tables(comparison))
-    return f"{pipes(rows)}\n{legend(comparison)}\n{notes}{tau}"
+    return f"{pipes(head, chain(*sections))}\n{legend(comparison)}\n{notes}{tau}"
 
 
 def markdown_score(cell: Cell | None, seeds: int, digits: int) -> str:
-    """Return a cell with its mark."""
+    """Return a cell with its mark, as Markdown."""
     text = cell_text(cell, seeds, digits)
     return f"**{text}**" if cell and cell.mark == "best" else text + _dagger(cell)
 
 
+def pipes(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Return a Markdown table of escaped cells; the first `texts` columns are left-aligned, the others right."""
+    rules = ["---"] * texts + ["--:"] * (len(head) - texts)
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rules, *rows))
+
+
 def _tau_markdown(table: TauTable) -> str:
-    words = [[markdown_cell(word) for word in row] for row in (table.head, *table.rows)]
-    rows = [words[0], ["---", *["--:"] * (len(table.head) - 1)], *words[1:]]
-    return f"\n{pipes(rows)}\n{table.note}\n"
-
-
-def pipes(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of escaped cells as Markdown; a second row of dashes makes the first one the head."""
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
-
-
-def _tex_row(*cells: str) -> str:
-    return " & ".join(cells) + " \\\\"
+    head, *rows = ([markdown_cell(word) for word in row] for row in (table.head, *table.rows))
+    return f"\n{pipes(head, rows)}\n{table.note}\n"
 
 
 def latex_table(comparison: GroupComparison) -> str:
     """Return a booktabs tabular, and one for each table of τ; needs \\usepackage{booktabs}."""
-    spans = comparison.heads
-    tasks = " & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_tex(heading)}}}" for heading, n in spans)
-    rules, place = [], 3
-    for _, n in spans:
-        rules.append(f"\\cmidrule(lr){{{place}-{place + n - 1}}}")
-        place += n
+    # head: titles of tasks with rules below them, then headings of columns
+    head = [_tex_row(["", "seeds", *(_tex(column.head) for column in comparison.columns)])]
+    if comparison.has_heads:
+        titles = [f"\\multicolumn{{{n}}}{{c}}{{{_tex(title)}}}" for title, n in comparison.heads]
+        ends = list(accumulate((n for _, n in comparison.heads), initial=2))
+        rules = [f"\\cmidrule(lr){{{first + 1}-{last}}}" for first, last in pairwise(ends)]
+        head = [_tex_row(["", "", *titles]), " ".join(rules), *head]
+
     lines = [
         f"% {legend(comparison)}".replace("†", "dagger"),
         *(f"% [{number}] {one_line(note)}" for number, note in enumerate(comparison.notes, 1)),
-        f"\\begin{{tabular}}{{lr{'r' * len(comparison.columns)}}}",
-        "\\toprule",
-        *([f" & & {tasks} \\\\", " ".join(rules)] if comparison.has_heads else []),
-        _tex_row("", "seeds", *(_tex(column.head) for column in comparison.columns)),
-        "\\midrule",
+        *_tabular(head, _sections(comparison, _Style(_tex, _tex_score, "pub.")), 1 + len(comparison.columns)),
     ]
-    for group, cells in comparison.rows:
-        n = len(group.results)
-        lines.append(_tex_row(_tex(group.title), str(n), *(_tex_cell(cell, n, comparison.digits) for cell in cells)))
-    if comparison.published:
-        lines.append("\\midrule")
-    for title, values in published_cells(comparison):
-        words = (_tex(cell_text(cell, 0, comparison.digits)) for cell in values)
-        lines.append(_tex_row(_tex(title), "pub.", *words))
-    if comparison.has_chance:
-        lines += ["\\midrule", _tex_row("chance", "", *(_tex(percent(value)) for value in comparison.chance))]
-    lines += ["\\bottomrule", "\\end{tabular}"]
     for table in tau_tables(comparison):
-        lines += ["", *_tau_latex(table)]
+        first, *rows = ([_tex(word) for word in row] for row in (table.head, *table.rows))
+        lines += ["", f"% {table.note}", *_tabular([_tex_row(first)], [rows], len(first) - 1)]
     return "\n".join(lines) + "\n"
 
 
-def _tau_latex(table: TauTable) -> list[str]:
-    head, *rows = (" & ".join(_tex(word) for word in row) + " \\\\" for row in (table.head, *table.rows))
-    return [
-        f"% {table.note}",
-        f"\\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
-        "\\toprule",
-        head,
-        "\\midrule",
-        *rows,
-        "\\bottomrule",
-        "\\end{tabular}",
-    ]
+def _tabular(head: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], numbers: int) -> list[str]:
+    """Return the lines of a booktabs tabular: a column of text and `numbers` right-aligned ones, a rule a section."""
+    lines = [f"\\begin{{tabular}}{{l{'r' * numbers}}}", "\\toprule", *head]
+    for rows in sections:
+        lines += ["\\midrule", *(_tex_row(row) for row in rows)]
+    return [*lines, "\\bottomrule", "\\end{tabular}"]
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + " \\\\"
 
 
 def csv_table(comparison: GroupComparison) -> str:
@@ -211,7 +211,7 @@ def _dagger(cell: Cell | None) -> str:
     return _DAGGER.get(cell.mark, "") if cell else ""
 
 
-def _tex_cell(cell: Cell | None, seeds: int, digits: int) -> str:
+def _tex_score(cell: Cell | None, seeds: int, digits: int) -> str:
     text = _tex(cell_text(cell, seeds, digits))
     if cell and cell.mark == "best":
         return f"\\textbf{{{text}}}"
