@@ -1,8 +1,9 @@
-"""Checkpoints whose bookkeeping was dicts of numbers, before it became tensors, are opened and gone on with.
+"""Checkpoints of earlier formats are opened, and runs continue from them.
 
-tests/fixtures/checkpoints_of_dicts.tar.xz holds, for each of OBJECTIVE-PROCESSES, what version 0.1.0 saved after step 8
-of 12 (trainer.pt, shard-*.pt) and the losses of all 12 steps (losses.json). The towers, small and frozen, are made anew
-from a seed.
+Two archives in tests/fixtures/: in checkpoints_of_dicts.tar.xz the bookkeeping of per-sample state is dicts of numbers
+(the first 0.1.0), in checkpoints_of_tensors.tar.xz it is tensors (shortly before `warmup_steps` was saved). Each holds,
+for OBJECTIVE-PROCESSES, what was saved after step 8 of 12 (trainer.pt, shard-*.pt) and the losses of all 12 steps
+(losses.json). The towers, small and frozen, are built from a seed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from disttempnet.training.trainer import Trainer
 from tests.gloo import Pools
 from tests.training.test_trainer import GOLDEN_TOLERANCE, losses
 
-ARCHIVE = Path(__file__).parents[1] / "fixtures" / "checkpoints_of_dicts.tar.xz"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FORMATS = ("checkpoints_of_dicts", "checkpoints_of_tensors")
 STEP, END = 8, 12
 ARCHITECTURE = {
     "embed_dim": 8,
@@ -50,9 +51,9 @@ def config(name: str) -> Config:
     return load_config(CONFIG_FOLDER / "debug.toml", own)
 
 
-def unpack(folder: Path, case: str) -> Path:
+def unpack(folder: Path, form: str, case: str) -> Path:
     """A run folder `out/OBJECTIVE` with the old checkpoint, and the towers that it was trained with."""
-    with tarfile.open(ARCHIVE) as archive:
+    with tarfile.open(FIXTURES / f"{form}.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     towers = folder / "towers"
     towers.mkdir()
@@ -64,9 +65,7 @@ def unpack(folder: Path, case: str) -> Path:
         save_model(load_model("towers/open_clip_config.json"), towers, logit_scale=10.0)
     run = folder / "out" / case.partition("-")[0]
     shutil.copytree(towers, run / "checkpoints" / f"step-{STEP:08d}")
-    shutil.copytree(
-        folder / "checkpoints_of_dicts" / case, run / "checkpoints" / f"step-{STEP:08d}", dirs_exist_ok=True
-    )
+    shutil.copytree(folder / form / case, run / "checkpoints" / f"step-{STEP:08d}", dirs_exist_ok=True)
     return run
 
 
@@ -92,14 +91,22 @@ def go_on(folder: str, name: str) -> dict[str, Tensor]:
 
 
 def saved(run: Path, processes: int) -> list[dict[str, Tensor]]:
+    """Each rank's tables by name; in the later format their names end in `:RANK-of-PROCESSES`."""
     folder = run / "checkpoints" / f"step-{STEP:08d}"
     names = [f"shard-{rank:05d}-of-{processes:05d}.pt" for rank in range(processes)]
-    return [torch.load(folder / name, weights_only=True)["state"] for name in names]
+    states = [torch.load(folder / name, weights_only=True)["state"] for name in names]
+    return [{key.partition(":")[0]: value for key, value in state.items()} for state in states]
 
 
+def expected_losses(folder: Path, form: str, case: str) -> dict[int, float]:
+    table = json.loads((folder / form / case / "losses.json").read_text(encoding="utf-8"))
+    return {step: table[str(step)] for step in range(STEP + 1, END + 1)}
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("case", ["isogclr-1", "isogclr-2", "sogclr-1"])
-def test_one_process_goes_on(case: str, tmp_path: Path) -> None:
-    run = unpack(tmp_path, case)
+def test_one_process_goes_on(form: str, case: str, tmp_path: Path) -> None:
+    run = unpack(tmp_path, form, case)
     name, _, processes = case.partition("-")
     shards = saved(run, int(processes))
     for key, values in go_on(str(tmp_path), name).items():
@@ -107,17 +114,14 @@ def test_one_process_goes_on(case: str, tmp_path: Path) -> None:
             own = values[:, rank :: len(shards)]
             assert torch.equal(own, shard[key][:, : own.shape[1]]), key
             assert len(own.unique()) > 20, "something was learnt"
-    expected = json.loads((tmp_path / "checkpoints_of_dicts" / case / "losses.json").read_text(encoding="utf-8"))
-    assert losses(run) == pytest.approx({step: expected[str(step)] for step in (9, 10, 11, 12)}, rel=GOLDEN_TOLERANCE)
+    assert losses(run) == pytest.approx(expected_losses(tmp_path, form, case), rel=GOLDEN_TOLERANCE)
 
 
-def test_two_processes_go_on(gloo: Pools, tmp_path: Path) -> None:
-    run = unpack(tmp_path, "tempnet-2")
+@pytest.mark.parametrize("form", FORMATS)
+def test_two_processes_go_on(form: str, gloo: Pools, tmp_path: Path) -> None:
+    run = unpack(tmp_path, form, "tempnet-2")
     shards = saved(run, 2)
     for shard, loaded in zip(shards, gloo(2, go_on, str(tmp_path), "tempnet"), strict=True):
         assert loaded.keys() == {"state.log_u"}
         assert torch.equal(loaded["state.log_u"], shard["state.log_u"])
-    expected = json.loads((tmp_path / "checkpoints_of_dicts/tempnet-2/losses.json").read_text(encoding="utf-8"))
-    actual = losses(run)
-    np.testing.assert_allclose([*actual.values()], [expected[str(step)] for step in actual], rtol=GOLDEN_TOLERANCE)
-    assert len(actual) == END - STEP
+    assert losses(run) == pytest.approx(expected_losses(tmp_path, form, "tempnet-2"), rel=GOLDEN_TOLERANCE)
