@@ -23,6 +23,23 @@ def test_shipped_configs_load_and_survive_a_round_trip(path: Path, tmp_path: Pat
     assert load_config(tmp_path / "again.toml") == config
 
 
+def test_any_text_and_number_survives_a_round_trip(tmp_path: Path) -> None:
+    """Quotes, backslashes, line breaks, DEL (which TOML wants escaped and JSON does not), sources, lists, 1e-300."""
+    config = load_config(
+        CONFIG_FOLDER / "debug.toml",
+        [
+            r'data.train=[{path="a \"b\" \\ \u007F\n\t é 猫.csv", weight=2.5}, {path="c", join_rows=false}]',
+            'eval.tasks=["folder:/x, y", "z"]', "optim.eps=1e-300", "train.seed=9223372036854775807",
+            'loss={name="clip", tau=0.05}',
+        ],
+    )  # fmt: skip
+    text = dump_config(config)
+    (tmp_path / "again.toml").write_text(text, encoding="utf-8")
+    assert load_config(tmp_path / "again.toml") == config
+    assert config.data.sources[0].path == 'a "b" \\ \x7f\n\t é 猫.csv'
+    assert '[loss]\nname = "clip"\ntau = 0.05\n' in text
+
+
 def test_overrides_are_toml_values_or_bare_words() -> None:
     config = load_config(DEBUG, ["optim.lr=2e-4", "name=other", "loss={name='clip'}", "eval.tasks=['emoji-concepts']"])
     assert (config.optim.lr, config.name, config.loss.name) == (2e-4, "other", "clip")

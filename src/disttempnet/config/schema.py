@@ -7,12 +7,12 @@ belong to the objective that it names: `disttempnet.losses` checks them.
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import tomli_w
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -444,23 +444,8 @@ def public_table(config: Config) -> dict[str, Any]:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as TOML. See `public_table`."""
-    table = public_table(config)
-    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    for key, section in table.items():
-        if isinstance(section, dict):
-            lines += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in section.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, (bool, str)):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)
+    """Return the resolved config as TOML. See `public_table`."""
+    return tomli_w.dumps(public_table(config))
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TOML files of runs as plain tables: base files, `section.key=value` overrides, and writing.
+"""TOML files of runs as plain tables: base files, `section.key=value` overrides.
 
 schema.py defines the keys.
 """

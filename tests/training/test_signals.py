@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from disttempnet import distributed
-from disttempnet.compare.display import Display
+from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.pool import Pool
 from disttempnet.errors import Preempted
 from disttempnet.training.signals import STOPPING, StopSignal
@@ -68,7 +68,7 @@ def test_a_closed_terminal_asks_for_the_end_unless_nohup_ignores_it(monkeypatch:
 def test_a_second_hangup_kills_no_run_of_a_comparison(tmp_path: Path) -> None:
     """The shell and the kernel both send one."""
     stopped: list[str] = []
-    with Display(1, 0) as display:
+    with GridDisplay(1, 0) as display:
         pool = Pool([], 1, [], display, tmp_path / "workers.log")
         process = SimpleNamespace(
             is_alive=lambda: True, terminate=lambda: stopped.append("asked"), kill=lambda: stopped.append("killed")
