@@ -51,10 +51,18 @@ class ProgressDisplay:
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.bars.start()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to draw; `with` does it."""
+        self.bars.start()
+
+    def stop(self) -> None:
+        """Leave the terminal as it was; `with` does it."""
         self.bars.stop()
 
     def add(self, name: str, total: float | None = None, done: float = 0, text: str = "") -> TaskID:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import time
@@ -12,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from disttempnet.data import Skip
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.io.files import read_json_lines, write_atomically
-from disttempnet.io.progress import PLAIN_LINE_SECONDS
-from disttempnet.terminal import console
+from disttempnet.io.progress import ProgressDisplay, clock
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 NAMED_SKIPPED = 20  # unreadable samples that are named one by one
@@ -41,7 +38,7 @@ class RunLog:
 
     def __init__(self, folder: Path, steps: int, start: int, active: bool, report: Report | None = None) -> None:
         self.active, self.folder, self.steps, self._report = active, folder, steps, report
-        self.console = console(stderr=True, quiet=not active or report is not None)
+        self._display = ProgressDisplay(active=active and report is None, elapsed=True)
         if not active:
             return
         for name, check in LOGS.items():
@@ -50,27 +47,16 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.console,
-            disable=report is not None or not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task(folder.name, total=steps, completed=start, state="")
-        self._progress.start()
-        self._begun, self._start, self._last_line = time.monotonic(), start, 0.0
+        self._bar = self._display.add(folder.name, steps, start, f"{start}/{steps}")
+        self._display.start()
+        self._begun, self._start, self._first = time.monotonic(), start, True
         if report is not None:
             report(start, steps, {})
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
-            self.console.print(text, soft_wrap=True)
+            self._display.say(text)
 
     def step(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, and update the progress."""
@@ -84,14 +70,11 @@ class RunLog:
         if self._report is not None:
             self._report(step, self.steps, metrics)
             return
-        state = _summary(metrics)
-        self._progress.update(self._task, completed=step, state=state)
-        now = time.monotonic()
-        if not self.console.is_terminal and (now - self._last_line > PLAIN_LINE_SECONDS or step == self.steps):
-            self._last_line = now
-            remaining = (now - self._begun) / max(1, step - self._start) * (self.steps - step)
-            eta = datetime.timedelta(seconds=round(remaining))
-            self.say(f"{self.folder.name}  step {step}/{self.steps}  {state}  ETA {eta}")
+        seconds_a_step = (time.monotonic() - self._begun) / max(1, step - self._start)
+        text = f"{step}/{self.steps}  {_summary(metrics)}  ETA {clock(seconds_a_step * (self.steps - step))}"
+        self._display.update(self._bar, step, text)
+        self._display.plain_line(lambda: f"{self.folder.name}  step {text}", due=self._first or step == self.steps)
+        self._first = False
 
     def evaluation(self, step: int, epoch: float, results: Mapping[str, Scores]) -> None:
         """Append a line to eval.jsonl."""
@@ -106,7 +89,7 @@ class RunLog:
 
     def close(self) -> None:
         if self.active:
-            self._progress.stop()
+            self._display.stop()
             self._metrics.close()
             self._board.close()
 
