@@ -237,7 +237,7 @@ def rank_step(x: Tensor, y: Tensor, ids: Tensor, kernel: bool) -> Callable[[], A
     everyone = tuple(rounded(side, kernel) for side in (x, y))
     rows = len(x) // RANKS
     local = tuple(side[:rows] for side in everyone)
-    pairs = BatchPairs(*local, *everyone, own=0, ids=ids, kernel=kernel)
+    pairs = BatchPairs(*local, *everyone, first_row=0, ids=ids, kernel=kernel)
     positive, all_positive = ((a.float() * b.float()).sum(1) for a, b in (local, everyone))
     n = x.new_full((len(x),), len(x) - 1.0)
     taus, tau, log_u = x.new_full((2, rows), 0.05), x.new_full((len(x),), 0.05), x.new_zeros(len(x))

@@ -354,7 +354,7 @@ def test_what_is_not_finite_in_a_file_starts_anew() -> None:
     """Runs of older versions that met a NaN kept it."""
     state = visited(9).state_dict()
     state["tau"][1, 3] = torch.nan
-    with pytest.warns(UserWarning, match="tau: 1 values that were saved are not finite: they start anew"):
+    with pytest.warns(UserWarning, match="tau: 1 saved values are not finite: they start again"):
         (loaded := visited(9)).load_state_dict(state)
     expected = visited(9)
     expected.local("tau")[1, 3] = 0.5
@@ -382,7 +382,7 @@ def test_states_whose_bookkeeping_was_a_dict(gloo: Pools) -> None:
     close(one.state_dict(), visited(9).state_dict(), rtol=0, atol=0)
     for state in gloo(2, load_own_shard_of_before):
         close(state, visited(9).state_dict(), rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match=r"tau: holds the part of rank 1 of 2 alone, and rank 0 of 1 needs"):
+    with pytest.raises(RuntimeError, match=r"tau: holds only the shard of rank 1 of 2, and rank 0 of 1 needs"):
         one.load_state_dict(as_before(1, 2))
 
 

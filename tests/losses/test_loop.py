@@ -486,7 +486,7 @@ def test_ids_of_any_kind(name: str, kind) -> None:
 @pytest.mark.parametrize("ids", [[0.0] * B, torch.zeros(B), [True] * B, torch.zeros(B, 1).long(), [1, 2], "abc"])
 def test_what_is_no_id_is_refused_in_one_line(ids: object) -> None:
     x, y = pairs(B)
-    with pytest.raises(ValueError, match=rf"ids must be whole numbers \[{B}\], got ") as caught:
+    with pytest.raises(ValueError, match=rf"ids must be integers of shape \[{B}\], got ") as caught:
         make(EVERY["sogclr"])(Features.unit(x, y), ids)
     assert "\n" not in str(caught.value)
 
@@ -554,7 +554,7 @@ def test_features_of_another_width_are_refused() -> None:
         make(EVERY["disttempnet-v1"])(Features.unit(x, y), torch.arange(B))
 
 
-ROWS = "every rank needs as many rows, got 4, 3 of ranks 0 to 1"
+ROWS = "every rank needs the same number of rows, got 4, 3 of ranks 0 to 1"
 
 
 def refusal(recipe: dict, what: str) -> tuple[str, float]:

@@ -115,14 +115,12 @@ SHARDED = {**CONSTANT, "shard_state": True}
 def test_a_shard_alone_is_refused(gloo) -> None:
     """Ranks hold different samples then; the message names both sizes, and what to do."""
     states = [saved for _, saved in gloo(2, run_saved, SHARDED, stream(2), 1)]
-    with pytest.raises(
-        RuntimeError, match=r"rank 0 of 2 alone, and rank 0 of 1 needs that of rank 1 of 2.*gather_state"
-    ):
+    with pytest.raises(RuntimeError, match=r"rank 0 of 2, and rank 0 of 1 needs that of rank 1 of 2.*gather_state"):
         make(CONSTANT).load_state_dict(states[0])
     # two samples or one, on one rank or two: the shapes agree and do not help
     single = make(CONSTANT, num_samples=1)
     states = [saved for _, saved in gloo(2, saved_state, 1)]
-    with pytest.raises(RuntimeError, match=r"rank 1 of 2 alone, and rank 0 of 1"):
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2, and rank 0 of 1"):
         single.load_state_dict(states[1])
 
 
@@ -142,7 +140,7 @@ def test_a_shard_of_another_rank_is_refused(gloo) -> None:
     states = [saved for _, saved in gloo(2, run_saved, SHARDED, stream(2), 1)]
     for rank, message in enumerate(gloo(2, load_from_other_rank, states)):
         assert (
-            f"holds the part of rank {1 - rank} of 2 alone, and rank {rank} of 2 needs that of rank {rank}" in message
+            f"holds only the shard of rank {1 - rank} of 2, and rank {rank} of 2 needs that of rank {rank}" in message
         )
 
 

@@ -1,22 +1,21 @@
-"""The contrastive objectives with one estimator: tracked normalisers or the batch alone, any temperature.
+"""Contrastive objectives with one estimator: tracked normalisers or the batch alone, any temperature.
 
     minimise over towers and temperature   F = c · mean_i [ ω(τ1_i) (log E_j exp(d1_ij / τ1_i) + ρ)
                                                          + ω(τ2_i) (log E_j exp(d2_ij / τ2_i) + ρ) ],   c = ½
 
     d1_ij = x_i·y_j − x_i·y_i  (anchor image i)      d2_ij = y_i·x_j − x_i·y_i  (anchor text i)
 
-ω(τ) = τ in the robust form (SogCLR, iSogCLR, TempNet, FastCLIP-v1 to v3), 1 in CLIP and FastCLIP-v0. The mean E_j runs
-over the whole data set. It is followed by one number a sample and side, u_i, across the epochs:
+ω(τ) = τ in the robust form (SogCLR, iSogCLR, TempNet, FastCLIP-v1 to v3), 1 in CLIP and FastCLIP-v0. The mean E_j is
+over the whole data set. A moving average u_i a sample and side tracks it across the epochs:
 log u ← log((1−γ) u + γ g) with g the mean over the batch's negatives (SogCLR, arXiv 2202.12387, alg. 1; robust form
 with ρ and learned τ: RGCL, arXiv 2305.11965, and TempNet, arXiv 2404.04575). Everything is kept as a logarithm.
-Without γ nothing is tracked and E_j runs over the batch, the pair itself included: cross-entropy, CLIP.
+Without γ nothing is tracked and E_j is over the batch, the pair itself included: cross-entropy, CLIP.
 
 Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
-No collective runs in the backward pass: with the weights p detached, the gradient with respect to this rank's rows
-needs this rank's rows × all columns and five gathered numbers a sample, seven where τ is learned. The mean of the
-parameter gradients over ranks (what DDP takes) is the gradient of the estimator above, for the towers and the
-temperatures alike.
+The backward pass has no collective: with the weights p detached, the gradient of this rank's rows needs this rank's
+rows × all columns and five gathered numbers a sample, seven where τ is learned. The mean of the parameter gradients
+over ranks (what DDP takes) is the gradient of the estimator above, for towers and temperatures.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,14 +44,13 @@ from disttempnet.losses.objective import (
     exact_arithmetic,
     int64_ids,
     tau_metrics,
-    with_later_gradient,
 )
-from disttempnet.losses.own_parameters import with_own_gradient
+from disttempnet.losses.own_parameters import refuse_second_gradient, with_own_gradient
 from disttempnet.losses.sample_state import NEVER, SampleState, log_mean_over_equal_ids, log_moving_average
 from disttempnet.losses.schedule import Gamma
 from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature
 
-C = 0.5  # both sides of a pair are averaged
+C = 0.5  # weight of a side: image and text anchors are averaged
 RHO_SHARE = 0.3  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
 STALENESS_LIMIT = 5.0  # on the part of the τ gradient that comes from an old u
 
@@ -61,22 +58,77 @@ TauGradient = Literal["fcco", "batch"]
 TAU_GRADIENTS: tuple[str, ...] = ("fcco", "batch")
 
 
+class FeatureGradientInputs(NamedTuple):
+    """Tensors from which the backward pass computes the feature gradient.
+
+    Attributes:
+        all_image, all_text: features of all ranks [B, D]; None where the local rows are the global batch.
+        ids: int64 [B]; None where every column counts.
+        anchors: weights of image and text anchors [2, B].
+        positive_weight: r, weight of the positive pair [b].
+        similarities: blocks of similarities that were kept, or none.
+    """
+
+    all_image: Tensor | None
+    all_text: Tensor | None
+    ids: Tensor | None
+    anchors: Anchors
+    positive_weight: Tensor
+    similarities: list[Tensor]
+
+
 class GlobalContrastiveLoss(Objective):
-    """The estimator × a temperature × a schedule of γ: most objectives are rows of this family.
+    """Estimator × temperature × schedule of γ; most objectives are rows of this family. `build_loss` builds them.
+
+    ½ mean_i Σ_sides ω(τ_i) (log E_j exp(d_ij / τ_i) + ρ), with the mean E_j over the data set tracked by u_i.
 
     Args:
         context: gives N.
         temperature: gives τ of every anchor, and learns it.
         gamma: the inner learning rate as a function of the epoch. None: no past and no state; every column counts,
-            also the pair itself and equal ids, as in CLIP's cross-entropy.
-        robust: whether ω(τ) = τ, else 1.
+            including the pair itself and equal ids, as in CLIP's cross-entropy.
+        robust: ω(τ) = τ if true, else 1.
         rho: ρ of the robust form, where τ is learned; 0 = 0.3 · log(B − 1), with B the global batch.
-        tau_gradient: `fcco`: h = log u + ρ − Σ_j p_ij d_ij / τ, with u as tracked; what an old u adds to it is
-            clamped to ±5, so that it is exact where u is fresh (γ = 1) and bounded elsewhere.
-            `batch`: h = ρ − KL(softmax of the batch ‖ uniform), bounded by itself.
-            With ω = 1 it is −Σ_j p_ij d_ij / τ² and its batch's own form.
+        tau_gradient: form of the gradient with respect to τ.
+            `fcco`: h = log u + ρ − Σ_j p_ij d_ij / τ, with u as tracked. The part that an old u adds is clamped to ±5,
+            so that h is exact where u is fresh (γ = 1) and bounded elsewhere.
+            `batch`: h = ρ − KL(softmax of the batch ‖ uniform), which is bounded.
+            With ω = 1, h is −Σ_j p_ij d_ij / τ², of the tracked u or of the batch.
 
     State: log u [2, N] in `state`; the temperature's parameters; step and epoch. All in `state_dict()`.
+
+    Shape:
+        features: this rank's rows [b, D], as many on every rank. ids: int64 [b]. total: 0-d.
+
+    Example:
+        >>> from disttempnet import Features, build_loss
+        >>> from torch.nn.functional import normalize
+        >>> image, text = (normalize(torch.randn(8, 16), dim=1).requires_grad_() for _ in range(2))
+        >>> loss = build_loss("sogclr", num_samples=100, embed_dim=16, temperature=0.1, gamma=0.8)
+        >>> loss.set_epoch(0)
+        >>> out = loss(Features.unit(image, text), ids=torch.arange(8))
+        >>> out.total.backward()
+        >>> image.grad.shape, sorted(out.metrics)[:4]
+        (torch.Size([8, 16]), ['gamma', 'log_u/image_mean', 'log_u/text_mean', 'loss'])
+
+        At a first visit u is the batch's own g, so that value and gradient are those of this plain form:
+
+        >>> def plain(image, text, tau):
+        ...     total = 0.0
+        ...     for similarity in (image @ text.T, text @ image.T):
+        ...         d = similarity - similarity.diagonal()[:, None]  # [B, B], row i is the anchor
+        ...         negatives = d[~torch.eye(len(d), dtype=torch.bool)].view(len(d), -1)  # [B, B - 1]
+        ...         g = (negatives / tau).exp().mean(dim=1)
+        ...         total += 0.5 * (tau * g.log()).mean()
+        ...     return total
+        >>> expected = plain(image, text, tau=0.1)
+        >>> torch.allclose(out.total, expected, atol=1e-5)
+        True
+        >>> torch.allclose(image.grad, torch.autograd.grad(expected, image)[0], atol=1e-5)
+        True
+
+    Reference:
+        SogCLR arXiv 2202.12387; iSogCLR 2305.11965; TempNet 2404.04575; FastCLIP 2407.01445; CLIP 2103.00020.
     """
 
     def __init__(
@@ -102,13 +154,13 @@ class GlobalContrastiveLoss(Objective):
         self.epoch = 0.0
         self.num_samples = context.num_samples
         self._warned = False
-        self._epoch_settled = False  # somebody tells it, or it was said that nobody does
-        self._rows_untold = 0  # of the global batches seen until then
+        self._epoch_settled = False  # set_epoch was called, or a warning said that it was not
+        self._rows_unsettled = 0  # rows of the global batches before that
 
     def set_epoch(self, epoch: float) -> None:
-        """Tell the schedules of γ and τ where training is; call it at the start of every epoch.
+        """Set the epoch of the schedules of γ and τ; call it at the start of every epoch.
 
-        From then on the objective no longer counts `steps_per_epoch` itself.
+        After the first call the objective no longer counts `steps_per_epoch` itself.
         """
         self._epoch_settled = True
         self._begin_epoch(epoch)
@@ -116,7 +168,7 @@ class GlobalContrastiveLoss(Objective):
     def _begin_epoch(self, epoch: float) -> None:
         if not epoch >= 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
-        if epoch != self.epoch:  # a resumed run says again where it is: that begins no epoch
+        if epoch != self.epoch:  # a resumed run sets the same epoch again: that begins none
             self.temperature.set_epoch(epoch)
         self.epoch = float(epoch)
 
@@ -131,18 +183,22 @@ class GlobalContrastiveLoss(Objective):
         return self.rate_at(self.epoch)
 
     def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
-        """One step of the estimator.
+        """Compute one step of the estimator.
 
         Args:
             features: this rank's rows [b, D], any floating dtype.
-            ids: [b], the samples' numbers in [0, N). Equal ids are no negatives of each other, where γ is given. In
-                evaluation they may be left out, and may be any numbers.
+            ids: [b], sample ids in [0, N). Equal ids are no negatives of each other, where γ is given. In evaluation
+                they may be left out, and may be any integers.
 
         Returns:
             total: c · mean_i ω(τ_i) (log u_i + ρ) over the global batch, both sides; the same on every rank. In
                 evaluation u is the batch's own g.
             metrics: loss, gamma, and mean, min, max, std of tau, mean of log_u and of the τ gradient, both sides;
-                rows_not_finite, of either side, that kept their state for that reason since the process began.
+                rows_not_finite: rows of either side that kept their state because a new value was not finite, since
+                the process began.
+
+        Raises:
+            ValueError, IndexError: see `checked`.
         """
         ids = self.checked(features, ids)
         kernel = use_kernel(features.image_embedding)
@@ -150,68 +206,82 @@ class GlobalContrastiveLoss(Objective):
             return self._step(features.image, features.text, ids, kernel)
 
     def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
-        dtype, b = compute_dtype(image), len(image)
+        dtype, b, learns = compute_dtype(image), len(image), self.temperature.learns
         if self.training:
             self._follow_epoch(b * distributed.world_size())
+
+        # features and ids: x, y [b, D] of this rank; all_image, all_text [B, D] and all_ids [B] of all ranks
         sent = rounded(image, kernel), rounded(text, kernel)
         all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
         all_ids = distributed.all_gather(ids)
         x, y = (side.to(dtype) for side in sent)
         rho = self._resolve_rho(len(all_ids))
 
+        # temperatures of this rank's anchors: tau1, tau2 [b]
         batch = AnchorBatch(x, y, all_image, all_text, all_ids, self.step)
         tau1, tau2 = self.temperature(batch)
-        counted = all_ids if self.gamma is not None else None
-        pairs, negatives = BatchPairs.of((x, y), (all_image, all_text), counted, kernel)
+        local_tau = torch.stack([tau1.detach(), tau2.detach()])  # [2, b]
+
+        # statistics of this rank's anchors over all columns: ℓ and m, each [b] a side; n of all anchors [B]
+        counted_ids = all_ids if self.gamma is not None else None
+        pairs, negatives = BatchPairs.of((x, y), (all_image, all_text), counted_ids, kernel)
         positive = (x * y).sum(1)
-        taus = torch.stack([tau1.detach(), tau2.detach()])
-        sides, kept = anchor_statistics(
-            pairs,
-            positive,
-            taus,
-            negatives[batch.mine],
-            moments=self.temperature.learns,
-            keep=torch.is_grad_enabled() and (image.requires_grad or text.requires_grad),
+        keep = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
+        sides, similarities = anchor_statistics(
+            pairs, positive, local_tau, negatives[pairs.local], moments=learns, keep=keep
         )
-        local = [positive, *taus, *(side.log_mean for side in sides)]
-        local += [side.mean_exponent for side in sides] if self.temperature.learns else []
+
+        # the same of all anchors: s_ii [B]; τ, ℓ and, where τ is learned, m, each [2, B]
+        local = [positive, *local_tau, *(side.log_mean for side in sides)]
+        if learns:
+            local += [side.mean_exponent for side in sides]
         gathered = distributed.all_gather(torch.stack(local, dim=1)).T
         all_positive, tau, log_g, moment = gathered[0], gathered[1:3], gathered[3:5], gathered[5:]
 
-        log_u = self._track(all_ids, log_g)
+        # normalisers log u, weights ω and the gradient h of τ [2, B]; the value, 0-d
+        has_negatives = negatives > 0
+        log_u = self._track(all_ids, log_g, pairs.distinct)
         weight = tau if self.robust else torch.ones_like(tau)
-        h = self._tau_gradient(rho, tau, log_u, log_g, moment, negatives) if self.temperature.learns else None
-        value = C * torch.where(negatives > 0, weight * (log_u + rho), 0.0).sum(0).mean()
+        h = self._tau_gradient(rho, tau, log_u, log_g, moment, has_negatives) if learns else None
+        value = C * torch.where(has_negatives, weight * (log_u + rho), 0.0).sum(0).mean()
         if self.gamma is None:
             value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
 
-        # the weight of column j in an anchor's gradient is ω/τ · p_ij
-        anchors = [Anchors.of(tau[i], all_positive, log_u[i] - (weight / tau)[i].log(), negatives) for i in (0, 1)]
-        # r_i = Σ_j ω/τ (p1_ij + p2_ij): the pull of the positive pair, in closed form from the row statistics
-        r = torch.where(negatives > 0, (log_g - log_u).exp() * weight / tau, 0.0).sum(0)[batch.mine]
-        others = (None, None) if pairs.whole else (all_image, all_text)
-        gradient = partial(_feature_gradient, own=pairs.own, distinct=pairs.distinct, kernel=kernel)
-        total = with_later_gradient(
-            value, image, text, gradient, *others, pairs.ids, *anchors[0], *anchors[1], r, *kept
+        # gradient of the features: column j has the weight ω/τ · p_ij, the positive pair
+        # r_i = Σ_j ω/τ (p1_ij + p2_ij) [b], in closed form from the statistics
+        share = weight / tau
+        r = torch.where(has_negatives, (log_g - log_u).exp() * share, 0.0).sum(0)[pairs.local]
+        inputs = FeatureGradientInputs(
+            all_image=None if pairs.single_rank else all_image,
+            all_text=None if pairs.single_rank else all_text,
+            ids=pairs.ids,
+            anchors=Anchors.of(tau, all_positive, log_u - share.log(), negatives),
+            positive_weight=r,
+            similarities=similarities,
         )
+        total = _WithFeatureGradient.apply(value, image, text, inputs, pairs.first_row, pairs.distinct, kernel)
+        assert isinstance(total, Tensor)
+
+        # gradient of τ: parameters through the graph of tau1, tau2; per-sample τ in its table
         if h is not None and (tau1.requires_grad or tau2.requires_grad):
-            total = with_own_gradient(total, C / b * (h[0, batch.mine] @ tau1 + h[1, batch.mine] @ tau2), self)
+            term = C / b * (h[0, pairs.local] @ tau1 + h[1, pairs.local] @ tau2)
+            total = with_own_gradient(total, term, self)
         if self.training:
             if h is not None:
-                self.temperature.learn(all_ids, h, negatives > 0)
+                self.temperature.learn(all_ids, h, has_negatives)
             self.step += 1
         return LossOutput(total, self._metrics(value, tau, log_u, h))
 
     def _follow_epoch(self, batch: int) -> None:
-        """Begin the epoch of this step where nobody tells; say once that it is not known where it matters."""
+        """Begin the epoch of this step where `set_epoch` is not called; warn once if a schedule needs it."""
         if self._epoch_settled:
             return
         if self.steps_per_epoch:
             self._begin_epoch(self.step // self.steps_per_epoch)
             return
-        self._rows_untold += batch
+        self._rows_unsettled += batch
         scheduled = (self.gamma is not None and self.gamma.changes) or self.temperature.changes
-        if scheduled and self._rows_untold > self.num_samples + batch:
+        if scheduled and self._rows_unsettled > self.num_samples + batch:
             self._epoch_settled = True
             self._notice(
                 f"more than the {self.num_samples} samples of an epoch have passed and set_epoch was never called: "
@@ -219,21 +289,22 @@ class GlobalContrastiveLoss(Objective):
                 "loss.set_epoch(epoch) at the start of every epoch, or build_loss(…, steps_per_epoch=len(loader))"
             )
 
-    def _notice(self, what: str) -> None:
+    def _notice(self, message: str) -> None:
         if distributed.is_main():
-            warnings.warn(what, UserNotice, stacklevel=7)  # whoever called the module
+            warnings.warn(message, UserNotice, stacklevel=7)  # the line that called the module
 
-    def _track(self, ids: Tensor, log_g: Tensor) -> Tensor:
-        """New log u [2, B] from the old and the batch's log g [2, B]; written by the owners when training.
+    def _track(self, ids: Tensor, log_g: Tensor, distinct: bool) -> Tensor:
+        """Return new log u [2, B] from the tracked ones and the batch's log g [2, B]; store it when training.
 
         First visit: log u = log g. Later: logaddexp(log(1−γ) + log u, log γ + log g). Equal ids share the mean of
-        their g and are written once. A sample whose rows have no negatives keeps what it had, and so does one whose
-        new log u is not finite: the value and gradient of this step are not, those of later steps are. In evaluation
-        log u is log g: whose ids they are is not known.
+        their g and are written once. A row without negatives keeps its log u. So does a row whose new log u is not
+        finite: the value and gradient of this step are not finite, those of later steps are. In evaluation log u is
+        log g, because ids may belong to other samples.
         """
         if self.gamma is None or self.state is None:
             return log_g
-        log_g = log_mean_over_equal_ids(ids, log_g)
+        if not distinct:
+            log_g = log_mean_over_equal_ids(ids, log_g)
         if not self.training:
             return log_g
         new = log_moving_average(self.state.read(ids).to(log_g.dtype), log_g, self.gamma(self.epoch))
@@ -241,10 +312,10 @@ class GlobalContrastiveLoss(Objective):
         return new
 
     def _tau_gradient(
-        self, rho: float, tau: Tensor, log_u: Tensor, log_g: Tensor, moment: Tensor, negatives: Tensor
+        self, rho: float, tau: Tensor, log_u: Tensor, log_g: Tensor, moment: Tensor, has_negatives: Tensor
     ) -> Tensor:
-        """h = ∂F_i/∂τ_i [2, B]; 0 for a row without negatives."""
-        stale_moment = torch.expm1(log_g - log_u) * moment  # what an old u adds to Σ_j p_ij d_ij / τ
+        """Return h = ∂F_i/∂τ_i [2, B]; 0 for a row without negatives."""
+        stale_moment = torch.expm1(log_g - log_u) * moment  # part of Σ_j p_ij d_ij / τ that an old u adds
         if self.robust:
             h, staleness = rho + log_g - moment, (log_u - log_g) - stale_moment  # ρ − KL(softmax ‖ uniform)
         else:
@@ -253,25 +324,28 @@ class GlobalContrastiveLoss(Objective):
             h = h + staleness.clamp(-STALENESS_LIMIT, STALENESS_LIMIT)
         if not self.robust:
             h = h / tau
-        return torch.where(negatives > 0, h, 0.0)
+        return torch.where(has_negatives, h, 0.0)
 
     def _metrics(self, value: Tensor, tau: Tensor, log_u: Tensor, h: Tensor | None) -> dict[str, Tensor]:
         metrics = {"loss": value, **tau_metrics(tau)}
         if self.gamma is not None:
-            metrics["gamma"] = value.new_full((), self.gamma(self.epoch))  # filled there: no transfer to a GPU
-        for side, name in enumerate(("image", "text")):
-            if self.gamma is not None:
-                visited = log_u[side].masked_fill(log_u[side] == NEVER, math.nan)
-                metrics[f"log_u/{name}_mean"] = visited.nanmean().nan_to_num()
-            if h is not None:
-                metrics[f"tau_gradient/{name}_mean"] = h[side].mean()
+            metrics["gamma"] = value.new_full((), self.gamma(self.epoch))  # filled on the device: no transfer
+            visited = log_u.abs() < math.inf
+            mean = torch.where(visited, log_u, 0.0).sum(1) / visited.sum(1).clamp(min=1)
+            metrics["log_u/image_mean"], metrics["log_u/text_mean"] = mean
+        if h is not None:
+            metrics["tau_gradient/image_mean"], metrics["tau_gradient/text_mean"] = h.mean(1)
+
+        # a row may have kept its old values in both tables
         tables = [table for table in (self.state, getattr(self.temperature, "state", None)) if table is not None]
-        if tables:  # a row may be left as it was in both
+        if len(tables) == 1:
+            metrics["rows_not_finite"] = tables[0].rows_not_finite.clone()
+        elif tables:
             metrics["rows_not_finite"] = torch.stack([table.rows_not_finite for table in tables]).amax()
-        return {name: value.detach() for name, value in metrics.items()}
+        return metrics
 
     def _resolve_rho(self, batch: int) -> float:
-        """ρ at this global batch; warns once where τ has no optimum at it."""
+        """Return ρ at this global batch; warn once where τ has no optimum at it."""
         limit = math.log(max(batch - 1, 1))
         if not (self.robust and self.temperature.learns):
             return 0.0
@@ -302,28 +376,47 @@ class GlobalContrastiveLoss(Objective):
         self.step = round(step)
 
 
-def _feature_gradient(
-    upstream: Tensor,
-    image: Tensor,
-    text: Tensor,
-    all_image: Tensor | None,
-    all_text: Tensor | None,
-    ids: Tensor | None,
-    slope1: Tensor,
-    offset1: Tensor,
-    slope2: Tensor,
-    offset2: Tensor,
-    r: Tensor,
-    *kept: Tensor,
-    own: int,
-    distinct: bool,
-    kernel: bool,
-) -> tuple[Tensor, Tensor]:
-    """(c/b) (M·Y − r⊙y) and (c/b) (Mᵀ·X − r⊙x), M = A + Cᵀ, times `upstream`; all_… None: the local rows are all."""
-    x, y = (rounded(side, kernel).to(r.dtype) for side in (image, text))
-    pairs = BatchPairs(
-        x, y, x if all_image is None else all_image, y if all_text is None else all_text, own, ids, distinct, kernel
-    )
-    gradients = feature_gradients(pairs, Anchors(slope1, offset1), Anchors(slope2, offset2), r, list(kept))
-    scale = upstream * (C / len(x))
-    return gradients[0].mul_(scale), gradients[1].mul_(scale)
+class _WithFeatureGradient(torch.autograd.Function):
+    """Identity of a value, whose feature gradient is computed in the backward pass: memory for it is taken only there.
+
+    Tensors go through `save_for_backward`, so that autograd frees them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        image: Tensor,
+        text: Tensor,
+        inputs: FeatureGradientInputs,
+        first_row: int,
+        distinct: bool,
+        kernel: bool,
+    ) -> Tensor:
+        ctx.first_row, ctx.distinct, ctx.kernel = first_row, distinct, kernel
+        *fixed, anchors, positive_weight, similarities = inputs
+        ctx.save_for_backward(image, text, *fixed, *anchors, positive_weight, *similarities)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Return (c/b) (M·Y − r⊙y) and (c/b) (Mᵀ·X − r⊙x) with M = A + Cᵀ, each [b, D], times `upstream`."""
+        refuse_second_gradient()
+        image, text, all_image, all_text, ids, slope, offset, r, *similarities = ctx.saved_tensors
+        with exact_arithmetic(image.device):
+            x, y = (rounded(side, ctx.kernel).to(r.dtype) for side in (image, text))
+            pairs = BatchPairs(
+                x,
+                y,
+                x if all_image is None else all_image,
+                y if all_text is None else all_text,
+                ctx.first_row,
+                ids,
+                ctx.distinct,
+                ctx.kernel,
+            )
+            image_anchors, text_anchors = Anchors(slope[0], offset[0]), Anchors(slope[1], offset[1])
+            image_gradient, text_gradient = feature_gradients(pairs, image_anchors, text_anchors, r, similarities)
+            scale = upstream * (C / len(x))
+            image_gradient, text_gradient = image_gradient.mul_(scale), text_gradient.mul_(scale)
+        return None, image_gradient.to(image.dtype), text_gradient.to(text.dtype), None, None, None, None

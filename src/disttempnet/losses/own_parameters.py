@@ -1,15 +1,15 @@
-"""An objective's own parameters (a learned τ, a bias, a temperature network) in whatever loop trains them.
+"""Parameters of an objective (a learned τ, a bias, a temperature network), in whatever loop trains them.
 
 Gradient: the mean over ranks, taken in the forward pass, so that the parameters stay equal on all ranks whatever wraps
-the model, and whether or not the objective is wrapped as well (a mean of equal gradients is that gradient).
+the model, and whether or not the objective is wrapped as well: a mean of equal gradients is that gradient.
 
-Rate: the optimizer's step asks the objective, and again after each call of a closure, where the gradients may come
-from. A temperature that waits is left out of the step, as if it had no gradient, and gathers no moments; one whose rate
-changes over the epochs has the learning rate of its group scaled for the length of the step. So schedulers, scalers and
-saved optimizers see plain groups, and a loop that was given `parameter_groups()` has nothing to remember.
+Rate: hooks of torch.optim ask the objective for its rate before the optimizer's step, and again after each call of a
+closure, which may compute the gradients. A temperature that waits is left out of the step, as if it had no gradient,
+and gathers no moments. Where the rate changes over the epochs, the learning rate of its group is scaled for the length
+of the step. Schedulers, scalers and saved optimizers therefore see plain groups, and the loop has nothing to remember.
 
-Forgotten: parameters that have gradients and stay where they are, since no optimizer that steps holds them or since
-their learning rate has been 0 from the start, are named once.
+Warnings, once each: parameters that have gradients but never move, because no optimizer that steps holds them or their
+learning rate has been 0 from the start; and parameters that share a group with others where that changes τ.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from disttempnet import distributed
 from disttempnet.errors import UserNotice
 
-STEPS_UNTIL_FORGOTTEN = 10  # optimizer steps in a row without the parameters until they count as forgotten
+STEPS_UNTIL_FORGOTTEN = 10  # optimizer steps in a row that leave the parameters where they are
 ParameterGroup = dict[str, Any]
 NO_SECOND_GRADIENT = (
     "the losses' gradient is a formula that cannot be differentiated again: call backward without create_graph=True "
@@ -36,28 +36,35 @@ NO_SECOND_GRADIENT = (
 
 
 class Learner(nn.Module):
-    """A module whose parameters are learned from a gradient that it computes itself."""
+    """Module that computes the gradient of its own parameters."""
 
     @property
     def own_rate(self) -> float:
-        """Learning rate of its own; 0 = that of the towers."""
+        """Learning rate of its parameters; 0 = that of the towers."""
         return 0.0
 
     def rate_at(self, epoch: float) -> float:
-        """`own_rate` in that epoch; 0 = the parameters wait."""
+        """Return `own_rate` in that epoch; 0 = the parameters wait."""
         return self.own_rate
 
     def current_rate(self) -> float:
-        """`rate_at` this point of training."""
+        """Return `rate_at` the current epoch."""
         return self.own_rate
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What an optimizer is given of this module: [{"params", "weight_decay": 0, "lr"}], or nothing.
+        """Return groups for an optimizer: one without weight decay, or none where nothing is learned.
 
-        `lr` stands there for a temperature with a rate of its own, else the optimizer's own default applies. How that
-        rate changes over the epochs happens inside the optimizer's step.
+        The group has an `lr` where the temperature has a rate of its own, else the optimizer's default applies. Changes
+        of that rate over the epochs happen inside the optimizer's step.
 
-            torch.optim.AdamW([{"params": model.parameters()}, *loss.parameter_groups()], lr=1e-3, weight_decay=0.1)
+        Example:
+            >>> from disttempnet import build_loss
+            >>> model = torch.nn.Linear(4, 4)
+            >>> loss = build_loss("fastclip-v3", num_samples=100, embed_dim=4)
+            >>> groups = [{"params": model.parameters()}, *loss.parameter_groups()]
+            >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+            >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+            [(0.001, 0.1), (0.0002, 0.0)]
         """
         _watch(self)  # the first forward pass may be inside the first step
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -68,9 +75,9 @@ class Learner(nn.Module):
 
 
 def with_own_gradient(value: Tensor, term: Tensor, learner: Learner) -> Tensor:
-    """`value`, with the mean over ranks of the term's gradient with respect to the learner's parameters.
+    """Return `value` with the mean over ranks of the term's gradient with respect to the learner's parameters.
 
-    Every rank calls this; it has a collective. The graph of `term` is freed.
+    A collective: every rank calls it. The graph of `term` is freed.
     """
     parameters = [p for p in learner.parameters() if p.requires_grad]
     gradients = distributed.all_mean(torch.autograd.grad(term, parameters))
@@ -81,6 +88,8 @@ def with_own_gradient(value: Tensor, term: Tensor, learner: Learner) -> Tensor:
 
 
 class _WithOwnGradient(torch.autograd.Function):
+    """Identity of a value that adds given gradients of parameters."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, learner: ref[Learner], count: int, *tensors: Tensor) -> Tensor:
         ctx.learner = learner
@@ -107,18 +116,22 @@ def refuse_second_gradient() -> None:
 
 @dataclass
 class _Watch:
+    """Record of what optimizer steps did to a learner's parameters."""
+
     has_gradient: bool = False  # since a step was last counted
     missed: int = 0  # steps in a row that left the parameters where they were
     trained: bool = False  # a step has moved them
-    forgotten: bool = False  # it was said that nothing moves them
-    shared: bool = False  # it was said that their group is not theirs alone
+    warned_forgotten: bool = False
+    warned_shared: bool = False
 
 
 @dataclass
 class _Scaled:
+    """Group whose learning rate is scaled for a step; rates are numbers, or tensors."""
+
     group: ParameterGroup
-    plain: Any  # learning rates: numbers, or tensors
-    given: Any
+    plain: Any
+    scaled: Any
 
 
 _watched: WeakKeyDictionary[Learner, _Watch] = WeakKeyDictionary()
@@ -152,7 +165,7 @@ def _prepared_after(closure: Callable[..., Any], optimizer: torch.optim.Optimize
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:
-    """Leave what waits out of the step under way and scale the rates of the rest; a second time changes nothing."""
+    """Take gradients of waiting parameters out of this step and scale the rates of the others. Idempotent."""
     for learner in list(_watched):
         rate = learner.current_rate()
         if rate == learner.own_rate:
@@ -168,7 +181,7 @@ def _prepare(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _held(learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[set[int], list[ParameterGroup]]:
-    """The learner's parameters, by identity, and the optimizer's groups that hold any of them."""
+    """Return the learner's parameters, by identity, and the optimizer's groups that hold any of them."""
     own = {id(p) for p in learner.parameters()}
     return own, [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
 
@@ -178,13 +191,13 @@ def _is_shared(group: ParameterGroup, own: set[int]) -> bool:
 
 
 def _scale(optimizer: torch.optim.Optimizer, group: ParameterGroup, own_rate: float, rate: float) -> None:
-    # the very object, which is no look at a device: scaled in this step already, or by the step of an optimizer around
-    # this one, which has handed its rate on (ZeroRedundancyOptimizer)
-    if any(group["lr"] is scaled.given for step in _scaled.values() for scaled in step):
+    # already scaled in this step, or by an outer optimizer that passed its rate on (ZeroRedundancyOptimizer); identity
+    # is compared, because reading a rate on a GPU would make the host wait
+    if any(group["lr"] is scaled.scaled for step in _scaled.values() for scaled in step):
         return
     scaled = _Scaled(group, group["lr"], group["lr"] / own_rate * rate)
     _scaled.setdefault(optimizer, []).append(scaled)
-    group["lr"] = scaled.given
+    group["lr"] = scaled.scaled
 
 
 def _restore(optimizer: torch.optim.Optimizer) -> None:
@@ -196,16 +209,16 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _restore(optimizer)
     for learner, watch in list(_watched.items()):
         own, groups = _held(learner, optimizer)
-        if not watch.shared:
-            watch.shared = _name_shared(groups, own, learner.own_rate)
-        if not watch.forgotten:
-            _count(watch, groups, waits=learner.current_rate() == 0 < learner.own_rate)
+        if not watch.warned_shared:
+            watch.warned_shared = _warn_if_shared(groups, own, learner.own_rate)
+        if not watch.warned_forgotten:
+            _count_step(watch, groups, waits=learner.current_rate() == 0 < learner.own_rate)
 
 
-def _count(watch: _Watch, groups: list[ParameterGroup], waits: bool) -> None:
-    """Count a step that left the parameters where they were, and say so once.
+def _count_step(watch: _Watch, groups: list[ParameterGroup], waits: bool) -> None:
+    """Count a step that left the parameters where they were; warn once after several in a row.
 
-    A rate of 0 is a fault only where it has never been another: it may also be the end of a schedule.
+    A rate of 0 counts only where it was never another: it may also be the end of a schedule.
     """
     moves = any(not _is_zero(group.get("lr")) for group in groups)
     if moves or (groups and (waits or watch.trained)):
@@ -216,25 +229,25 @@ def _count(watch: _Watch, groups: list[ParameterGroup], waits: bool) -> None:
     watch.missed += watch.has_gradient
     watch.has_gradient = False  # the next optimizer may be the one that holds the parameters
     if watch.missed == STEPS_UNTIL_FORGOTTEN:
-        watch.forgotten = True
+        watch.warned_forgotten = True
         why = (
             f"its learning rate was 0 in the last {STEPS_UNTIL_FORGOTTEN} steps"
             if groups
             else f"none of the optimizers that made the last {STEPS_UNTIL_FORGOTTEN} steps holds its parameters"
         )
-        _say(
+        _warn(
             f"the loss learns its temperature, but {why}, and τ stays where it is: give an optimizer "
             "*loss.parameter_groups() beside the model's parameters (or loss.requires_grad_(False) to keep τ)"
         )
 
 
 def _is_zero(rate: Any) -> bool:
-    """Of a learning rate; one on a GPU is not looked at, since the host would wait."""
+    """Return True for a learning rate of 0; one on a GPU is not read, because the host would wait."""
     return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
 
 
-def _name_shared(groups: list[ParameterGroup], own: set[int], own_rate: float) -> bool:
-    """Say where the parameters are trained as others are and should not be; whether that was said."""
+def _warn_if_shared(groups: list[ParameterGroup], own: set[int], own_rate: float) -> bool:
+    """Warn where a group is shared and its rate or weight decay is not what τ needs; True if warned."""
     for group in groups:
         decay = float(group.get("weight_decay", 0))
         if not _is_shared(group, own) or not (own_rate or decay):
@@ -244,18 +257,18 @@ def _name_shared(groups: list[ParameterGroup], own: set[int], own_rate: float) -
             fault += f" a group with other parameters at {group.get('lr')}"
         else:
             fault = f"shares a group with other parameters, whose weight decay of {decay:g} moves τ as well"
-        _say(
+        _warn(
             f"the loss's temperature {fault}: give the optimizer *loss.parameter_groups() in place of loss.parameters()"
         )
         return True
     return False
 
 
-def _say(what: str) -> None:
+def _warn(message: str) -> None:
     if distributed.is_main():
-        warnings.warn(what, UserNotice, stacklevel=2)
+        warnings.warn(message, UserNotice, stacklevel=2)
 
 
-# at import: where the first forward pass is inside a step's closure, that step is one of these already
+# registered at import: the first forward pass may be inside a step's closure, and that step needs the hooks
 register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

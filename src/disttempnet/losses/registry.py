@@ -1,7 +1,7 @@
-"""The one list of objectives: name → what it minimises, where it comes from, and how it is built.
+"""List of objectives: name → formula, source, arguments and how it is built.
 
-To add an objective, add a row to `OBJECTIVES` (and a file, where it is no member of the family); numbers that it alone
-takes get a row of `ARGUMENT_RANGES`.
+To add an objective, add a row to `OBJECTIVES`, and a file if it is no member of the family. Numbers that it alone takes
+get a row of `ARGUMENT_RANGES`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from disttempnet.losses.temperature.scalar import (
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """A row of the list.
+    """Row of the list.
 
     Attributes:
-        title: the objective's written name.
-        formula: what it minimises, in the symbols of docs/objectives.md.
-        temperature, gamma: kinds, in words.
+        title: written name.
+        formula: the minimised function, in the symbols of docs/objectives.md.
+        temperature, gamma: kind of temperature and of γ.
         source: paper.
         arguments: its own arguments and their defaults.
-        build: takes an ObjectiveContext and the arguments.
-        note: what a reader of the defaults should know besides; may be empty.
+        build: function of an ObjectiveContext and the arguments.
+        note: remark on the defaults; may be empty.
     """
 
     title: str
@@ -57,13 +57,13 @@ class ObjectiveSpec:
     note: str = ""
 
     def bytes_a_sample(self) -> int:
-        """Of per-sample state in float32, where every rank holds all of it."""
+        """Return the bytes of state a sample in float32, where every rank holds all of it."""
         objective = self.build(ObjectiveContext(num_samples=1, embed_dim=8), **self.arguments)
         return sum(m.bytes_a_sample for m in objective.modules() if isinstance(m, SampleState))
 
 
 def _own(part: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments that a part leaves to the user, and their defaults."""
+    """Return the arguments of a part that have defaults: argument → default."""
     parameters = inspect.signature(part).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
@@ -79,11 +79,16 @@ def _family(
     note: str = "",
     **defaults: Any,
 ) -> ObjectiveSpec:
-    """A row of the family: one estimator × a temperature × a schedule of γ. `defaults` are the published values."""
+    """Build a row of the family: the estimator × a temperature × a schedule of γ. `defaults` are published values."""
+    # arguments of the three parts, and their defaults
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
     if not robust:
         of_temperature.pop("rho", None)  # there is no ρ; the network `dist` divides by its own default
-    of_loss = ["rho"] * (robust and temperature.learns) + ["tau_gradient"] * (gamma is not None and temperature.learns)
+    of_loss = []
+    if temperature.learns and robust:
+        of_loss.append("rho")
+    if temperature.learns and gamma is not None:
+        of_loss.append("tau_gradient")
     own = _own(GlobalContrastiveLoss)
     arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}
     assert defaults.keys() <= arguments.keys()
@@ -98,6 +103,7 @@ def _family(
             **{name: given[name] for name in of_loss},
         )
 
+    # the row's text
     expectation = "log E_j exp(d_ij/τ)" if gamma else "log Σ_{j in batch} exp(d_ij/τ)"
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
@@ -110,7 +116,7 @@ def _family(
 def _minibatch(
     title: str, loss: type[Objective], formula: str, source: str, *, temperature: str = "–", gamma: str = "–"
 ) -> ObjectiveSpec:
-    """A row that is no member of the family: its arguments and their published values stand in its signature."""
+    """Build a row outside the family: its arguments and their published values are in the signature of its class."""
     return ObjectiveSpec(title, formula, temperature, gamma, source, _own(loss), loss)
 
 
@@ -129,7 +135,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         temperature=0.07, tau_lr=1e-3,
     ),
     "clip-network": _family(
-        "CLIP, τ by a network", NetworkTemperature, None, "arXiv 2103.00020, 2404.04575; the pairing is ours",
+        "CLIP, τ by a network", NetworkTemperature, None, "arXiv 2103.00020, 2404.04575; the combination is new here",
         robust=False, **_MLP, tau_lr=1e-3,
     ),
     "sogclr": _family("SogCLR", ConstantTemperature, ConstantGamma, "arXiv 2202.12387"),
@@ -206,14 +212,17 @@ _SIZES = {
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's own."""
+    """Return a scalar of numpy or torch as a Python number."""
     scalar = isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.ndim == 0)
     return value.item() if scalar else value
 
 
 def _checked(what: str, default: Any, value: Any, allowed: Range | None) -> Any:
-    """The value, as its range gives it. Raise ValueError unless it is of its default's kind: a number in its range, a
-    truth value, a string."""
+    """Return the value in its range's type.
+
+    Raises:
+        ValueError: it is not of its default's kind: a number in its range, a boolean, a string.
+    """
     if allowed is not None:
         try:
             number = allowed.check(value)
@@ -236,27 +245,42 @@ def build_loss(
     shard_state: bool = False,
     **arguments: Any,
 ) -> Objective:
-    """Build an objective by name.
+    """Build an objective by name, after torch.distributed is initialised.
 
     Args:
         name: a key of `OBJECTIVES`.
         num_samples: N, the size of the data set; sample ids lie in [0, N).
         embed_dim: D, width of the features.
-        seed: of the temperature network's start and dropout, and of `shuffle`; the same on every rank.
-        steps_per_epoch: calls of the loss in training after which the next epoch begins, such as len(loader); 0 = you
-            call `set_epoch(epoch)` at the start of every epoch.
-        shard_state: whether each rank holds the per-sample state of the samples that it owns alone, N / K of them. Else
-            every rank holds all of it, and `state_dict()` is right whichever rank saves it; `gather_state` makes one
-            of a sharded state.
+        seed: of the temperature network's initial weights and dropout, and of `shuffle`; the same on every rank.
+        steps_per_epoch: calls of the loss in training that make an epoch, such as len(loader); 0 = you call
+            `set_epoch(epoch)` at the start of every epoch.
+        shard_state: true: each rank holds the per-sample state of its own N / K samples, and `gather_state` collects
+            it. False: every rank holds all of it, and any rank may save `state_dict()`.
         arguments: the objective's own; see `OBJECTIVES[name].arguments`.
 
     Returns:
-        A module called as `loss(Features.of(image_embeddings, text_embeddings), ids)` with this rank's rows; build it
-        after torch.distributed is initialised, and give your optimizer `loss.parameter_groups()`. It has
-        `set_epoch(epoch)` and `temperatures(image, text)`.
+        A module called as `loss(Features.of(image_embeddings, text_embeddings), ids)` with this rank's rows. Give your
+        optimizer `loss.parameter_groups()`. It has `set_epoch(epoch)` and `temperatures(image, text)`.
 
     Raises:
         ValueError: unknown name or argument (the message lists what exists), or a value out of range.
+
+    Example:
+        >>> from disttempnet import Features, build_loss
+        >>> loss = build_loss("disttempnet-v1", num_samples=1000, embed_dim=16)
+        >>> tower = torch.nn.Linear(32, 16)  # in place of both towers
+        >>> groups = [{"params": tower.parameters()}, *loss.parameter_groups()]
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+        >>> images, texts, ids = torch.randn(8, 32), torch.randn(8, 32), torch.arange(8)
+        >>> for epoch in range(2):
+        ...     loss.set_epoch(epoch)
+        ...     out = loss(Features.of(tower(images), tower(texts)), ids)
+        ...     optimizer.zero_grad()
+        ...     out.total.backward()
+        ...     optimizer.step()
+        >>> build_loss("siglib", num_samples=1000, embed_dim=16)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: unknown objective 'siglib'. Did you mean 'siglip'? Known: ...
     """
     sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": steps_per_epoch}
     return _build(name, sizes, shard_state, arguments, bounds=True)
@@ -265,7 +289,7 @@ def build_loss(
 def rebuild_loss(
     name: str, *, num_samples: int, embed_dim: int, seed: int, shard_state: bool, arguments: dict[str, Any]
 ) -> Objective:
-    """`build_loss` for the state of an older run: an argument has to be of its kind, and may lie outside its range.
+    """Build the objective of an older run, whose arguments may lie outside their ranges but not be of another kind.
 
     Raises:
         ValueError: unknown name or argument, a value of another kind, or one that the objective cannot work with.
@@ -279,6 +303,8 @@ def _build(
 ) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(unknown_name("objective", name, OBJECTIVES))
+
+    # arguments and sizes, each of its default's kind and in its range
     spec = OBJECTIVES[name]
     for argument, value in arguments.items():
         if argument not in spec.arguments:
@@ -289,6 +315,8 @@ def _build(
         arguments[argument] = _checked(f"objective {name}: {argument}", default, _plain(value), allowed)
     for size, value in sizes.items():
         sizes[size] = _checked(f"objective {name}: {size}", 0, _plain(value), _SIZES[size])
+
+    # the objective; its parts compare arguments between ranks (CyCLIP's CLIP does)
     try:
         objective = spec.build(
             ObjectiveContext(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state),
@@ -296,7 +324,7 @@ def _build(
         )
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
-    for part in objective.modules():  # CyCLIP's CLIP is the one that compares between ranks
+    for part in objective.modules():
         if isinstance(part, Objective):
             part.steps_per_epoch = sizes["steps_per_epoch"]
             part.arguments = f"{name} {sizes} {arguments} shard_state={shard_state}"
@@ -305,9 +333,9 @@ def _build(
 
 
 def _mark_for_accelerate(objective: Objective) -> None:
-    """Let `Accelerator.prepare` pass an objective without parameters as it is.
+    """Let `Accelerator.prepare` pass an objective without parameters unchanged.
 
-    On CPUs it wraps every module in DDP, which refuses those that have nothing to exchange; on GPUs it looks first.
+    On CPUs it wraps every module in DDP, which refuses modules without parameters; on GPUs it checks first.
     """
     if not torch.cuda.is_available() and not any(p.requires_grad for p in objective.parameters()):
         objective._is_accelerate_prepared = True

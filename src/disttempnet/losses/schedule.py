@@ -1,4 +1,4 @@
-"""The inner learning rate γ: how much of a sample's tracked normaliser is replaced at each visit."""
+"""Schedules of the inner learning rate γ: the share of a sample's tracked normaliser that a visit replaces."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConstantGamma:
-    """γ(e) = gamma. γ = 1 forgets the past: the mini-batch objective (SogCLR, arXiv 2202.12387)."""
+    """Constant γ(e) = gamma (SogCLR, arXiv 2202.12387); γ = 1 forgets the past: the mini-batch objective.
+
+    Example:
+        >>> ConstantGamma(0.8)(epoch=3)
+        0.8
+    """
 
     gamma: float = 0.8
 
     @property
     def changes(self) -> bool:
-        """Whether the epoch matters."""
+        """True where γ depends on the epoch."""
         return False
 
     def __post_init__(self) -> None:
@@ -26,14 +31,26 @@ class ConstantGamma:
 
 @dataclass(frozen=True)
 class CosineGamma:
-    """γ(e) = ½ (1 + cos(π e / E)) (1 − γ_min) + γ_min for e < E, then γ_min (FastCLIP, arXiv 2407.01445, eq. 6)."""
+    """Cosine decay from 1 to γ_min over E epochs (FastCLIP, arXiv 2407.01445, eq. 6).
+
+    γ(e) = ½ (1 + cos(π e / E)) (1 − γ_min) + γ_min for e < E, then γ_min
+
+    Args:
+        gamma_min: γ_min, in (0, 1].
+        gamma_decay_epochs: E.
+
+    Example:
+        >>> gamma = CosineGamma(gamma_min=0.2, gamma_decay_epochs=10)
+        >>> [round(gamma(epoch), 2) for epoch in (0, 5, 10, 20)]
+        [1.0, 0.6, 0.2, 0.2]
+    """
 
     gamma_min: float = 0.8
     gamma_decay_epochs: float = 20.0
 
     @property
     def changes(self) -> bool:
-        """Whether the epoch matters."""
+        """True where γ depends on the epoch."""
         return self.gamma_min < 1
 
     def __post_init__(self) -> None:

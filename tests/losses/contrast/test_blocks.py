@@ -31,7 +31,7 @@ def contrast(ids: Tensor | None, own: slice, dtype: torch.dtype = torch.float64)
     """Local rows `own` of 23, and n of every row."""
     x, y = (side.to(dtype) for side in pairs(ROWS))
     whole, negatives = BatchPairs.of((x, y), (x, y), ids, kernel=False)
-    return whole._replace(image=x[own], text=y[own], own=own.start), negatives
+    return whole._replace(image=x[own], text=y[own], first_row=own.start), negatives
 
 
 def anchors_of(seed: int) -> Anchors:
@@ -44,7 +44,7 @@ def anchors_of(seed: int) -> Anchors:
 @pytest.mark.parametrize("own", [slice(0, ROWS), slice(0, 7), slice(14, ROWS)], ids=str)
 @pytest.mark.parametrize("size", [(4, 5), (1, 23), (30, 3), (512, 1024)], ids=str)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
-def test_statistics_and_pulls(
+def test_statistics_and_gradients(
     monkeypatch: pytest.MonkeyPatch, ids: Tensor | None, size: tuple[int, int], own: slice, keep: bool
 ) -> None:
     monkeypatch.setitem(blocks.BLOCKS, "cpu", size)

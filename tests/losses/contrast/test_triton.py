@@ -61,7 +61,7 @@ def contrast(ids: Tensor | None, own: slice, width: int = WIDTH) -> tuple[BatchP
     """The same rounded features for the kernels in float32, for the plain path in float64; and n of every row."""
     x, y = (side.bfloat16().double() for side in pairs(ROWS, width=width))
     exact, negatives = BatchPairs.of((x, y), (x, y), ids, kernel=False)
-    exact = exact._replace(image=x[own], text=y[own], own=own.start)
+    exact = exact._replace(image=x[own], text=y[own], first_row=own.start)
     low = BatchPairs(x[own].float(), y[own].float(), x.float(), y.float(), own.start, ids, kernel=True)
     return low, exact, negatives
 
@@ -69,7 +69,7 @@ def contrast(ids: Tensor | None, own: slice, width: int = WIDTH) -> tuple[BatchP
 @interpreted
 @pytest.mark.parametrize("own", [slice(0, ROWS), slice(11, 30)], ids=str)
 @pytest.mark.parametrize("case", ["every column counts", "repeated"])
-def test_statistics_and_pulls(kernels: ModuleType, case: str, own: slice) -> None:
+def test_statistics_and_gradients(kernels: ModuleType, case: str, own: slice) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 15, (ROWS,), generator=generator) if case == "repeated" else None
     low, exact, negatives = contrast(ids, own)
@@ -170,12 +170,12 @@ pointers = {"rows": "*bf16", "columns": "*bf16", "row_ids": "*i64", "column_ids"
 blocks = {"EXCLUDE": True, "NOTHING": p.EXCLUDED, "ROWS": p.ROWS, "COLUMNS": p.COLUMNS, "DEPTH": p.DEPTH}
 kernels = {
     p._statistics_kernel: (blocks, {}),
-    p._pull_kernel: ({**blocks, "WIDTH": p.GRADIENT_WIDTH}, {"num_warps": 8, "num_stages": 2}),
+    p._gradient_kernel: ({**blocks, "WIDTH": p.GRADIENT_WIDTH}, {"num_warps": 8, "num_stages": 2}),
 }
 for capability, limit in ((80, 163 * 1024), (89, 99 * 1024), (90, 227 * 1024)):
     for kernel, (constants, options) in kernels.items():
         kinds = {name: pointers.get(name, "*fp32") for name in kernel.arg_names}
-        sizes = [name for name in kernel.arg_names if name in ("b", "B", "D", "share", "own")]
+        sizes = [name for name in kernel.arg_names if name in ("b", "B", "D", "share", "first_row")]
         kinds |= {name: "i32" for name in sizes} | {name: "constexpr" for name in constants}
         source = ASTSource(kernel, kinds, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

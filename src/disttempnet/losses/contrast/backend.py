@@ -1,4 +1,4 @@
-"""Which implementation contrasts: blocks of torch on any device, or Triton kernels on an NVIDIA GPU."""
+"""Choice of the implementation that contrasts: blocks of torch on any device, or Triton kernels on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KERNEL_SETTING = "DISTTEMPNET_KERNEL"  # environment: auto, torch, triton
 
 
 def use_kernel(embeddings: Tensor) -> bool:
-    """Whether the GPU kernels of triton.py compute this step: DISTTEMPNET_KERNEL says auto, torch or triton.
+    """Return True where the Triton kernels compute this step, as DISTTEMPNET_KERNEL chooses: auto, torch or triton.
 
-    auto: on a GPU that can run them, where the run is in half precision anyway (autocast, or half embeddings): the
-    kernels round features to bf16. Call it before autocast is switched off.
+    auto: on a GPU that can run them, where the run is in half precision already (autocast, or half embeddings),
+    because the kernels round features to bf16. Call it before autocast is switched off.
 
     Raises:
         UserError: an unknown setting, or triton where it cannot run.
@@ -38,7 +38,7 @@ def use_kernel(embeddings: Tensor) -> bool:
 
 
 def _unusable(embeddings: Tensor) -> str:
-    """Why the kernels cannot run here; empty where they can."""
+    """Return the reason why the kernels cannot run here; empty where they can."""
     if not _triton_installed():
         return "triton is not installed"
     from disttempnet.losses.contrast import triton
@@ -54,13 +54,13 @@ def _triton_installed() -> bool:
 def anchor_statistics(
     pairs: BatchPairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
 ) -> tuple[list[Statistics], list[Tensor]]:
-    """Statistics of this rank's image and text anchors, and what `feature_gradients` may use again.
+    """Return statistics of this rank's image and text anchors, and similarities for `feature_gradients` to reuse.
 
     Args:
         positive, negatives: s_ii and n_i [b].
-        taus: [2, b], of image and text anchors; [1, b] where only those of images are wanted.
+        taus: [2, b], of image and text anchors; [1, b] where only image anchors are wanted.
         moments: whether m is wanted.
-        keep: whether a gradient will be asked for.
+        keep: whether a gradient will be computed.
 
     A row without negatives has ℓ = −inf, m = 0.
     """
@@ -70,38 +70,38 @@ def anchor_statistics(
 
     sides = [blocks.RunningStatistics(tau, moments) for tau in taus]
     features = (pairs.image, pairs.all_text), (pairs.text, pairs.all_image)
-    for side, (rows, others) in zip(sides, features, strict=False):
-        side.largest, side.total, side.moment = triton.row_statistics(rows, others, side.slope, pairs)
+    for side, (rows, columns) in zip(sides, features, strict=False):
+        side.largest, side.total, side.moment = triton.row_statistics(rows, columns, side.slope, pairs)
     return [side.result(positive, negatives) for side in sides], []
 
 
 def feature_gradients(
-    pairs: BatchPairs, image: Anchors, text: Anchors, own_weight: Tensor, kept: list[Tensor]
+    pairs: BatchPairs, image: Anchors, text: Anchors, positive_weight: Tensor, similarities: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Σ_j (p_ij + p'_ji) column_j − own_weight_i · partner_i of every local row, of images and of texts, each [b, D].
+    """Return Σ_j (p_ij + p'_ji) column_j − positive_weight_i · partner_i of local images and texts, each [b, D].
 
     p_ij is the weight that anchor i (a local row) gives to column j; p'_ji the weight that anchor j of the other
     modality, on whichever rank, gives to row i. Both come from the same similarity s_ij.
 
     Args:
         image, text: anchors of the global batch [B].
-        own_weight: [b], what the positive pair weighs.
-        kept: from `statistics`.
+        positive_weight: weight of the positive pair [b].
+        similarities: from `anchor_statistics`.
     """
-    if pairs.kernel and pairs.ids is None:  # the pair's own weight nearly cancels: not through bf16
-        own_weight = own_weight - _own_weight(pairs, image) - _own_weight(pairs, text)
-    gradients = pairs.text * -own_weight[:, None], pairs.image * -own_weight[:, None]
+    if pairs.kernel and pairs.ids is None:  # the pair's own weight nearly cancels: bf16 would lose it
+        positive_weight = positive_weight - _own_weight(pairs, image) - _own_weight(pairs, text)
+    gradients = pairs.text * -positive_weight[:, None], pairs.image * -positive_weight[:, None]
     if not pairs.kernel:
-        blocks.add_block_gradients(pairs, image, text, *gradients, kept)
+        blocks.add_block_gradients(pairs, image, text, *gradients, similarities)
         return gradients
     from disttempnet.losses.contrast import triton
 
-    triton.add_kernel_gradients(pairs.image, pairs.all_text, image.rows(pairs.mine), text, pairs, gradients[0])
-    triton.add_kernel_gradients(pairs.text, pairs.all_image, text.rows(pairs.mine), image, pairs, gradients[1])
+    triton.add_kernel_gradients(pairs.image, pairs.all_text, image.rows(pairs.local), text, pairs, gradients[0])
+    triton.add_kernel_gradients(pairs.text, pairs.all_image, text.rows(pairs.local), image, pairs, gradients[1])
     return gradients
 
 
 def _own_weight(pairs: BatchPairs, anchors: Anchors) -> Tensor:
-    """p_ii of this rank's anchors [b]."""
-    own = anchors.rows(pairs.mine)
+    """Return p_ii of this rank's anchors [b]."""
+    own = anchors.rows(pairs.local)
     return ((pairs.image * pairs.text).sum(1) * own.slope + own.offset).exp()

@@ -1,11 +1,10 @@
 """Contrast in blocks, on any device: statistics of the anchors and the closed-form feature gradient.
 
-Only blocks of the b × B similarities exist at a time, so memory grows with the batch, not with its square; where all of
-them fit into `KEPT_BYTES` they are kept for the gradient. Nothing here is differentiated: the gradient is a formula.
+Only blocks of the b × B similarities exist at a time, so memory grows with the batch and not with its square. Where all
+of them fit into `KEPT_BYTES` they are kept for the gradient. Autograd records nothing here: the gradient is a formula.
 
-Where this rank's rows are all rows (one process), the columns are the other side's anchors, and both sides share one
-block: 8·B²·D FLOP a step, 6·B²·D with kept similarities. Else each side has blocks of its own: 12·b·B·D FLOP a rank,
-8·b·B·D with kept ones.
+With one rank the columns are the other side's anchors, and both sides share one block: 8·B²·D FLOP a step, 6·B²·D with
+kept similarities. With more ranks each side has blocks of its own: 12·b·B·D FLOP a rank, 8·b·B·D with kept ones.
 """
 
 from __future__ import annotations
@@ -24,18 +23,25 @@ KEPT_BYTES = 64 << 20  # of similarities that are kept for the gradient rather t
 def block_statistics(
     pairs: BatchPairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
 ) -> tuple[list[Statistics], list[Tensor]]:
-    """As backend.anchor_statistics."""
+    """Implement `backend.anchor_statistics`."""
     sides = [RunningStatistics(tau, moments) for tau in taus]
-    kept: list[Tensor] = []
-    size = pairs.image.element_size() * len(pairs.image) * len(pairs.all_image) * (1 if pairs.whole else 2)
-    keep = keep and size <= KEPT_BYTES
     scratch = [_block_memory(pairs) for _ in range(1 + moments)]
-    for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, [], kept if keep else None):
+
+    # similarities are kept where the matrix, or both of them, fit
+    kept: list[Tensor] = []
+    matrices = 1 if pairs.single_rank else 2
+    size = matrices * pairs.image.element_size() * len(pairs.image) * len(pairs.all_image)
+    keep_in = kept if keep and size <= KEPT_BYTES else None
+
+    # blocks of images × texts: rows are image anchors, and with one rank columns are text anchors
+    for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, [], keep_in):
         sides[0].add(s, 1, r, scratch)
-        if pairs.whole and len(sides) == 2:
+        if pairs.single_rank and len(sides) == 2:
             sides[1].add(s, 0, c, scratch)
-    if not pairs.whole and len(sides) == 2:
-        for r, _, s in _similarities(pairs.text, pairs.all_image, pairs, [], kept if keep else None):
+
+    # with more ranks, blocks of texts × images for the text anchors
+    if not pairs.single_rank and len(sides) == 2:
+        for r, _, s in _similarities(pairs.text, pairs.all_image, pairs, [], keep_in):
             sides[1].add(s, 1, r, scratch)
     return [side.result(positive, negatives) for side in sides], kept
 
@@ -45,21 +51,21 @@ def add_block_gradients(
 ) -> None:
     """Add Σ_j (p_ij + p'_ji) column_j of every local row to both sides' gradients [b, D]."""
     scratch = [_block_memory(pairs) for _ in range(2)]
-    half = len(kept) // (1 if pairs.whole else 2)
-    own = image.rows(pairs.mine)
+    half = len(kept) // (1 if pairs.single_rank else 2)
+    own = image.rows(pairs.local)
     for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, kept[:half], None):
         weight = _weights(s, own.rows(r), text.rows(c), scratch)
         image_gradient[r].addmm_(weight, pairs.all_text[c])
-        if pairs.whole:
+        if pairs.single_rank:
             text_gradient[c].addmm_(weight.T, pairs.all_image[r])
-    if not pairs.whole:
-        own = text.rows(pairs.mine)
+    if not pairs.single_rank:
+        own = text.rows(pairs.local)
         for r, c, s in _similarities(pairs.text, pairs.all_image, pairs, kept[half:], None):
             text_gradient[r].addmm_(_weights(s, own.rows(r), image.rows(c), scratch), pairs.all_image[c])
 
 
 def block_slices(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of the rows and of the columns that cover all pairs, row after row."""
+    """Yield slices of the rows and of the columns that cover all pairs, row after row."""
     high, wide = BLOCKS.get(rows.device.type, BLOCKS["cuda"])
     for top in range(0, len(rows), high):
         for left in range(0, len(columns), wide):
@@ -67,15 +73,20 @@ def block_slices(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]
 
 
 def _block_memory(pairs: BatchPairs) -> Tensor:
+    """Return memory for the largest block, uninitialised."""
     high, wide = BLOCKS.get(pairs.image.device.type, BLOCKS["cuda"])
     return pairs.image.new_empty(min(high, len(pairs.image)) * min(wide, len(pairs.all_image)))
 
 
 def _similarities(
-    rows: Tensor, columns: Tensor, pairs: BatchPairs, kept: list[Tensor], keep: list[Tensor] | None
+    rows: Tensor, columns: Tensor, pairs: BatchPairs, kept: list[Tensor], keep_in: list[Tensor] | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of s, excluded pairs at EXCLUDED; read from `kept`, or appended to `keep`, or all in the same memory."""
-    memory = None if kept or keep is not None else _block_memory(pairs)
+    """Yield blocks of s with their rows and columns; excluded pairs are at EXCLUDED.
+
+    Blocks are read from `kept` where there are any, else computed: into memory of their own and appended to `keep_in`,
+    or all into the same memory.
+    """
+    memory = None if kept or keep_in is not None else _block_memory(pairs)
     for number, (r, c) in enumerate(block_slices(rows, columns)):
         if kept:
             yield r, c, kept[number]
@@ -83,11 +94,11 @@ def _similarities(
         out = None if memory is None else _shaped(memory, r, c)
         s = torch.mm(rows[r], columns[c].T, out=out)
         if pairs.ids is not None and pairs.distinct:
-            s.diagonal(pairs.own + r.start - c.start).fill_(EXCLUDED)
+            s.diagonal(pairs.first_row + r.start - c.start).fill_(EXCLUDED)
         elif pairs.ids is not None:
-            s.masked_fill_(pairs.ids[pairs.mine][r, None] == pairs.ids[c], EXCLUDED)
-        if keep is not None:
-            keep.append(s)
+            s.masked_fill_(pairs.ids[pairs.local][r, None] == pairs.ids[c], EXCLUDED)
+        if keep_in is not None:
+            keep_in.append(s)
         yield r, c, s
 
 
@@ -97,11 +108,11 @@ def _shaped(memory: Tensor, r: slice, c: slice) -> Tensor:
 
 
 def _weights(s: Tensor, rows: Anchors, columns: Anchors, scratch: list[Tensor]) -> Tensor:
-    """p_ij + p'_ji of a block; two passes and an exp2 each."""
-    mine, theirs = (memory[: s.numel()].view(s.shape) for memory in scratch)
-    torch.mul(s, LOG2E * rows.slope[:, None], out=mine).add_(LOG2E * rows.offset[:, None]).exp2_()
-    torch.mul(s, LOG2E * columns.slope, out=theirs).add_(LOG2E * columns.offset).exp2_()
-    return mine.add_(theirs)
+    """Return p_ij + p'_ji of a block, in scratch memory: two passes and an exp2 each."""
+    by_row, by_column = (memory[: s.numel()].view(s.shape) for memory in scratch)
+    torch.mul(s, LOG2E * rows.slope[:, None], out=by_row).add_(LOG2E * rows.offset[:, None]).exp2_()
+    torch.mul(s, LOG2E * columns.slope, out=by_column).add_(LOG2E * columns.offset).exp2_()
+    return by_row.add_(by_column)
 
 
 class RunningStatistics:
@@ -113,7 +124,8 @@ class RunningStatistics:
         self.total, self.moment = torch.zeros_like(tau), torch.zeros_like(tau)
 
     def add(self, s: Tensor, dim: int, piece: slice, scratch: list[Tensor]) -> None:
-        """A block of s whose anchors are the given piece; they are summed over dimension `dim`."""
+        """Add a block of s for the anchors of a piece, summed over dimension `dim`."""
+        # sums so far are rescaled to the new maximum
         before, slope, total = self.largest[piece], self.slope[piece], self.total[piece]
         largest = torch.maximum(before, s.amax(dim))
         step = (before - largest) * slope
@@ -129,6 +141,7 @@ class RunningStatistics:
         self.largest[piece] = largest
 
     def result(self, positive: Tensor, negatives: Tensor) -> Statistics:
+        """Return ℓ and m from s_ii and n; −inf and 0 for anchors without negatives."""
         alone, ahead = negatives == 0, (self.largest - positive) / self.tau
         log_mean = ahead + self.total.log() - negatives.log()
         mean = ahead + self.moment / self.total / LOG2E if self.moments else torch.zeros_like(ahead)

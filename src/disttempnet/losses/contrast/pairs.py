@@ -1,4 +1,4 @@
-"""What is contrasted: this rank's rows with all columns, and the weights and statistics of anchors.
+"""Pairs of a batch, and the weights and statistics of their anchors.
 
 Shapes: b local rows, B global columns, D width. A row i is an anchor (an image, or a text) whose exponents are
 e_ij = (s_ij − s_ii) / τ_i, with the similarity s_ij = row_i · column_j.
@@ -15,47 +15,60 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.losses.sample_state import multiplicity
 
-EXCLUDED = -1e20  # similarity of what does not count: its exp is 0, and 0 · −1e20 is 0 where 0 · −inf would be NaN
+EXCLUDED = -1e20  # similarity of an excluded pair: its exp is 0, and 0 · −1e20 is 0 where 0 · −inf would be NaN
 LOG2E = math.log2(math.e)  # exponents are in base 2: torch's exp2 takes a third of the time of its exp on a CPU
 
 
 class Statistics(NamedTuple):
-    """Of anchors [b]: ℓ_i = log mean_j exp(e_ij) over the negatives, m_i = Σ_j softmax_ij e_ij (0 where not asked)."""
+    """Statistics of anchors [b] over their negatives j.
+
+    Attributes:
+        log_mean: ℓ_i = log mean_j exp(e_ij).
+        mean_exponent: m_i = Σ_j softmax_ij e_ij; 0 where it was not requested.
+    """
 
     log_mean: Tensor
     mean_exponent: Tensor
 
 
 class Anchors(NamedTuple):
-    """Weights of anchors as p = exp(s · slope + offset): slope 1/τ, offset −s_ii/τ − log u − log n; both [rows]."""
+    """Weights of anchors in the form p = exp(s · slope + offset).
+
+    Attributes:
+        slope: 1/τ, [rows]; with `of`, [2, rows] holds image and text anchors.
+        offset: −s_ii/τ − log u − log n, of the same shape.
+    """
 
     slope: Tensor
     offset: Tensor
 
     @classmethod
     def of(cls, tau: Tensor, positive: Tensor, log_u: Tensor, negatives: Tensor) -> Anchors:
+        """Build from τ, s_ii, log u and n, which broadcast; anchors without negatives get weight 0."""
         offset = -positive / tau - log_u - negatives.log()
         return cls(1 / tau, torch.where(negatives > 0, offset, EXCLUDED))
 
     def rows(self, piece: slice) -> Anchors:
+        """Return the anchors of some rows."""
         return Anchors(self.slope[piece], self.offset[piece])
 
 
 class BatchPairs(NamedTuple):
-    """What is contrasted: this rank's unit features [b, D] with those of all ranks [B, D], of one dtype.
+    """Unit features of this rank [b, D] and of all ranks [B, D], of one dtype, and the pairs that count.
 
     Attributes:
-        own: place of the first local row among all.
-        ids: int64 [B], of all. Columns whose id equals the row's are no negatives and are left out; None: all count.
-        distinct: ids are known to differ, so that only the pair itself is left out; False is always right.
-        kernel: whether the GPU kernels compute (`backend.use_kernel`).
+        first_row: index of the first local row in the global batch.
+        ids: int64 [B], of the global batch. Columns whose id equals the row's are no negatives and are left out;
+            None: all columns count.
+        distinct: ids are known to differ, so that only the pair itself is left out. False is always correct.
+        kernel: whether the Triton kernels compute (`backend.use_kernel`).
     """
 
     image: Tensor
     text: Tensor
     all_image: Tensor
     all_text: Tensor
-    own: int = 0
+    first_row: int = 0
     ids: Tensor | None = None
     distinct: bool = False
     kernel: bool = False
@@ -64,27 +77,27 @@ class BatchPairs(NamedTuple):
     def of(
         cls, local: tuple[Tensor, Tensor], everyone: tuple[Tensor, Tensor], ids: Tensor | None, kernel: bool
     ) -> tuple[BatchPairs, Tensor]:
-        """Pairs of this rank's (image, text) and all ranks' features, and n of every row of the batch [B]."""
-        size, own = len(everyone[0]), distributed.rank() * len(local[0])
+        """Return the pairs of this rank's and all ranks' (image, text), and n of every row of the global batch [B]."""
+        size, first_row = len(everyone[0]), distributed.rank() * len(local[0])
         columns = everyone[0].new_full((size,), size)
         if ids is None:
-            return cls(*local, *everyone, own, kernel=kernel), columns
+            return cls(*local, *everyone, first_row, kernel=kernel), columns
         times = multiplicity(ids)
-        # on a GPU the look would cost a synchronisation a step
+        # on a GPU this check would cost a synchronisation a step
         distinct = ids.device.type == "cpu" and bool((times == 1).all())
-        return cls(*local, *everyone, own, ids, distinct, kernel), columns - times
+        return cls(*local, *everyone, first_row, ids, distinct, kernel), columns - times
 
     @property
-    def mine(self) -> slice:
-        """This rank's rows among all."""
-        return slice(self.own, self.own + len(self.image))
+    def local(self) -> slice:
+        """This rank's rows of the global batch."""
+        return slice(self.first_row, self.first_row + len(self.image))
 
     @property
-    def whole(self) -> bool:
-        """Whether the local rows are all rows."""
+    def single_rank(self) -> bool:
+        """True where the local rows are the global batch."""
         return len(self.image) == len(self.all_image)
 
 
 def rounded(features: Tensor, kernel: bool) -> Tensor:
-    """The features that are contrasted, no gradient: as they are, or as the kernels see them, in bf16."""
+    """Return detached features as they are contrasted: unchanged, or in bf16 where the kernels compute."""
     return features.detach().bfloat16() if kernel else features.detach()

@@ -1,14 +1,14 @@
-"""The contrast of blocks.py as two Triton kernels for NVIDIA GPUs: row statistics, and the pull of the negatives.
+"""The contrast of blocks.py as two Triton kernels for NVIDIA GPUs: row statistics, and the gradient from the negatives.
 
 Each program owns some rows and a share of the columns (`split`), forms blocks of similarities in registers and writes
-only sums: nothing of size b × B exists. No atomics: the same input gives the same bits. Both sides of a pair are asked
-one after the other, 12·b·B·D FLOP a step.
+only sums: nothing of size b × B exists. No atomics: the same input gives the same bits. Image and text anchors are
+computed one after the other, 12·b·B·D FLOP a step.
 
 Numerics: features are rounded to bf16 (8 bits of mantissa) before anything is computed. Of the rounded features the
 products are exact and summed in float32, and everything that divides by τ, exp2 and all sums over columns are float32,
 so the statistics are those of blocks.py to float32 accuracy. In the gradient the weights p_ij + p'_ji are rounded to
-bf16 once more before they meet the columns, a relative error of at most 2⁻⁹ a weight, summed in float32. Rounding the
-features moves a similarity of D = 512 by about 1e-4: tests/losses/contrast/test_triton.py measures what that does to ℓ.
+bf16 before they multiply the columns, a relative error of at most 2⁻⁹ a weight, summed in float32. Rounding the
+features moves a similarity of D = 512 by about 1e-4: tests/losses/contrast/test_triton.py measures the effect on ℓ.
 
 Shapes: b local rows, B columns, D width, S splits of the columns.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, BatchPairs
 
 ROWS, COLUMNS, DEPTH = 64, 64, 64  # of a block of similarities; DEPTH: share of D that a product takes at a time
-GRADIENT_WIDTH = 512  # of D whose sums one program keeps in registers; wider features are shared out
+GRADIENT_WIDTH = 512  # of D whose sums one program keeps in registers; wider features are split over programs
 MOST_SPLITS = 16
 FIRST_WITH_BF16 = (8, 0)  # compute capability
 PROGRAMS_A_PROCESSOR = 2
@@ -38,7 +38,7 @@ def _similarities(
     EXCLUDE: tl.constexpr, NOTHING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of s in float32; columns behind the last one, and those of the row's id, at NOTHING."""
+    """Return a block of s in float32; columns behind the last one, and those of the row's id, are NOTHING."""
     s = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
@@ -59,7 +59,7 @@ def _statistics_kernel(
     EXCLUDE: tl.constexpr, NOTHING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Largest s, Σ exp2(e) and Σ exp2(e) e with e = (s − largest) · slope, of the columns [split · share, + share)."""
+    """Store largest s, Σ exp2(e), Σ exp2(e) e over columns [split · share, + share), with e = (s − largest) · slope."""
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     split = tl.program_id(1)
     slope = tl.load(slopes + r, mask=r < b, other=1.0)
@@ -84,22 +84,22 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _pull_kernel(
+def _gradient_kernel(
     rows, columns, row_ids, column_ids, row_slopes, row_offsets, column_slopes, column_offsets, out, b, B, D, share,
-    own,
+    first_row,
     EXCLUDE: tl.constexpr, NOTHING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j (exp2(s · row slope + row offset) + exp2(s · column slope + column offset)) column_j, WIDTH entries of it.
+    """Store WIDTH entries of Σ_j (exp2(s · row slope + row offset) + exp2(s · column slope + column offset)) column_j.
 
-    The column of the row's own pair, own + r, is left out.
+    The column of the row's own pair, first_row + r, is left out.
     """
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     split = tl.program_id(1)
     w = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     row_slope = tl.load(row_slopes + r, mask=r < b, other=0.0)
     row_offset = tl.load(row_offsets + r, mask=r < b, other=0.0)
-    pulled = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    gradient = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for start in range(split * share, tl.minimum(B, (split + 1) * share), COLUMNS):
         c = (start + tl.arange(0, COLUMNS)).to(tl.int64)
         s = _similarities(rows, columns, row_ids, column_ids, r, c, b, B, D, EXCLUDE, NOTHING, ROWS, COLUMNS, DEPTH)
@@ -107,15 +107,15 @@ def _pull_kernel(
         column_offset = tl.load(column_offsets + c, mask=c < B, other=0.0)
         weight = tl.exp2(s * row_slope[:, None] + row_offset[:, None])
         weight += tl.exp2(s * column_slope[None, :] + column_offset[None, :])
-        weight = tl.where((s == NOTHING) | (c[None, :] == own + r[:, None]), 0.0, weight)
+        weight = tl.where((s == NOTHING) | (c[None, :] == first_row + r[:, None]), 0.0, weight)
         y = tl.load(columns + c[:, None] * D + w[None, :], mask=(c < B)[:, None] & (w < D)[None, :], other=0.0)
-        pulled = tl.dot(weight.to(tl.bfloat16).to(y.dtype), y, pulled)
+        gradient = tl.dot(weight.to(tl.bfloat16).to(y.dtype), y, gradient)
     place = out + (split * b + r)[:, None] * D + w[None, :]
-    tl.store(place, pulled, mask=(r < b)[:, None] & (w < D)[None, :])
+    tl.store(place, gradient, mask=(r < b)[:, None] & (w < D)[None, :])
 
 
 def unusable(features: Tensor) -> str:
-    """Why the kernels cannot compute with these features; empty where they can."""
+    """Return the reason why the kernels cannot compute with these features; empty where they can."""
     if features.dtype == torch.float64:
         return "the kernels compute in float32, the features are float64"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -130,10 +130,15 @@ def unusable(features: Tensor) -> str:
 
 
 def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest s, Σ exp2(e), Σ exp2(e) e of every row, e = (s − largest) · slope; rows [b, D], slope [b] → each [b]."""
+    """Return largest s, Σ exp2(e), Σ exp2(e) e of every row, each [b], with e = (s − largest) · slope.
+
+    Args:
+        rows, columns: features [b, D] of one modality and [B, D] of the other.
+        slope: log2(e)/τ [b].
+    """
     grid, share, splits = _grid(rows, columns)
     sums = [slope.new_empty(splits, len(rows)) for _ in range(3)]
-    with torch.cuda.device_of(rows):  # Triton starts kernels on the current GPU, whichever has the tensors
+    with torch.cuda.device_of(rows):  # Triton starts kernels on the current GPU, wherever the tensors are
         _statistics_kernel[grid](
             *_operands(rows, columns, pairs), slope.contiguous(), *sums, *_sizes(rows, columns), share,
             EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
@@ -155,8 +160,8 @@ def add_kernel_gradients(
     out = result.new_empty(splits, *rows.shape)
     anchors = [(LOG2E * part).contiguous() for part in (*row_anchors, *column_anchors)]
     with torch.cuda.device_of(rows):
-        _pull_kernel[(blocks, splits, triton.cdiv(D, width))](
-            *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.own,
+        _gradient_kernel[(blocks, splits, triton.cdiv(D, width))](
+            *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.first_row,
             EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
             WIDTH=max(width, 16), num_warps=8, num_stages=2,
         )  # fmt: skip
@@ -164,7 +169,10 @@ def add_kernel_gradients(
 
 
 def _grid(rows: Tensor, columns: Tensor) -> tuple[tuple[int, int], int, int]:
-    """(blocks of rows, splits), columns a split (a multiple of COLUMNS), splits: enough programs to fill the device."""
+    """Return (blocks of rows, splits), columns a split (a multiple of COLUMNS), and splits.
+
+    There are enough programs to fill the device.
+    """
     processors = torch.cuda.get_device_properties(rows.device).multi_processor_count if rows.is_cuda else 1
     blocks, wide = triton.cdiv(len(rows), ROWS), triton.cdiv(len(columns), COLUMNS)
     wanted = triton.cdiv(PROGRAMS_A_PROCESSOR * processors, blocks)
@@ -174,11 +182,11 @@ def _grid(rows: Tensor, columns: Tensor) -> tuple[tuple[int, int], int, int]:
 
 
 def _operands(rows: Tensor, columns: Tensor, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features in bf16, and the ids of rows and columns (anything where all columns count)."""
+    """Return features in bf16, and ids of rows and columns (empty where all columns count)."""
     ids = pairs.ids if pairs.ids is not None else torch.empty(0, dtype=torch.int64, device=rows.device)
-    mine = ids[pairs.mine] if pairs.ids is not None else ids
+    mine = ids[pairs.local] if pairs.ids is not None else ids
     features = [side.bfloat16().contiguous() for side in (rows, columns)]
-    if not rows.is_cuda:  # Triton's interpreter multiplies bf16 as if they were integers: the same numbers in float32
+    if not rows.is_cuda:  # Triton's interpreter multiplies bf16 as integers: pass the same numbers in float32
         features = [side.float() for side in features]
     return features[0], features[1], mine.contiguous(), ids.contiguous()
 

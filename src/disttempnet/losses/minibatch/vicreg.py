@@ -1,4 +1,4 @@
-"""VICReg: pairs agree, every dimension varies, no two dimensions say the same (arXiv 2105.04906).
+"""VICReg: pairs agree, every dimension varies, dimensions are uncorrelated (arXiv 2105.04906).
 
     minimise   λ (1/BD) Σ_i ‖x_i − y_i‖² + μ ½ [ v(X) + v(Y) ] + ν [ c(X) + c(Y) ]
 
@@ -28,14 +28,42 @@ EPSILON = 1e-4  # under the root of the variance
 
 
 class VicRegLoss(Objective):
-    """Variance, invariance, covariance of the global batch.
+    """Variance, invariance and covariance of the global batch; no negatives, no temperature.
+
+    λ (1/BD) Σ_i ‖x_i − y_i‖² + μ ½ [v(X) + v(Y)] + ν [c(X) + c(Y)]
+
+    v(Z) = (1/D) Σ_d max(0, 1 − √(C_dd + ε)),   c(Z) = (1/D) Σ_{d≠e} C_de²,   C = covariance of Z over the batch
+
+    A global batch of one row has variance and covariance 0: only the invariance term has a gradient.
 
     Args:
-        context: not needed.
+        context: not used.
         invariance, variance, covariance: λ, μ, ν.
 
-    A global batch of one row has no spread: its variance and covariance count as 0, and only the pair is pulled
-    together.
+    Shape:
+        features: this rank's embeddings [b, D] before normalising, as many on every rank. ids are not needed.
+        total: 0-d.
+
+    Example:
+        >>> from disttempnet import Features, build_loss
+        >>> def plain(image, text):
+        ...     total = 25 * (image - text).square().mean()
+        ...     for z in (image, text):
+        ...         cov = z.T.cov()  # [D, D]
+        ...         total += 25 / 2 * (1 - (cov.diagonal() + 1e-4).sqrt()).relu().mean()
+        ...         total += (cov - cov.diagonal().diag()).square().sum() / len(cov)
+        ...     return total
+        >>> image, text = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
+        >>> loss = build_loss("vicreg", num_samples=100, embed_dim=4)
+        >>> total, expected = loss(Features.of(image, text)).total, plain(image, text)
+        >>> torch.allclose(total, expected, rtol=1e-4)
+        True
+        >>> gradient, wanted = (torch.autograd.grad(value, image)[0] for value in (total, expected))
+        >>> torch.allclose(gradient, wanted, atol=1e-4)
+        True
+
+    Reference:
+        VICReg: variance-invariance-covariance regularization, arXiv 2105.04906.
     """
 
     def __init__(
@@ -49,33 +77,39 @@ class VicRegLoss(Objective):
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
-        """This rank's embeddings [b, D]. Metrics: loss, and the three terms without their weights."""
+        """Return the loss; metrics: loss, and the three terms without their weights."""
         ids = self.checked(features, ids)
         with exact_arithmetic(features.image.device):
             return self._step(features.image_embedding, features.text_embedding)
 
     def _step(self, image: Tensor, text: Tensor) -> LossOutput:
+        # embeddings of this rank, centred with the mean of the global batch: [2, b, D]
         dtype, (b, width) = compute_dtype(image), image.shape
         batch = b * distributed.world_size()
         both = torch.stack([image.detach(), text.detach()]).to(dtype)
         gap = both[0] - both[1]
         *sums, gaps = distributed.all_sum(torch.stack([*both.sum(1), gap.square().sum(0)]))
         centred = both - torch.stack(sums)[:, None] / batch
+
+        # covariances [2, D, D] and standard deviations [2, D] of the global batch
         freedom = max(batch - 1, 1)
-        cov = distributed.all_sum(centred.mT @ centred) / freedom  # [2, D, D]
-        spread = (cov.diagonal(dim1=1, dim2=2) + EPSILON).sqrt()  # [2, D]
+        cov = distributed.all_sum(centred.mT @ centred) / freedom
+        spread = (cov.diagonal(dim1=1, dim2=2) + EPSILON).sqrt()
         off_diagonal = cov - torch.diag_embed(cov.diagonal(dim1=1, dim2=2))
 
+        # the three terms, 0-d
         invariance = gaps.sum() / (batch * width)
         variance = (1 - spread).relu().mean()  # over both sides: ½ of each
         covariance = off_diagonal.square().sum() / width
         value = self.invariance * invariance + self.variance * variance + self.covariance * covariance
 
-        # ∂value/∂C. Through C the gradient of a centred row is 2 Z̄ (∂C) / (B − 1). What goes through the mean is the
-        # mean of that over the rows of the batch, and 0: the rows of Z̄ sum to 0.
+        # ∂value/∂C [2, D, D]. Through C the gradient of a centred row is 2 Z̄ (∂C) / (B − 1). Through the mean it is the
+        # mean of that over the rows of the batch, which is 0: the rows of Z̄ sum to 0.
         by_variance = torch.where(spread < 1, -self.variance / (4 * width * spread), 0.0)
         by_cov = 2 * self.covariance / width * off_diagonal + torch.diag_embed(by_variance)
-        ranks = batch // b  # the mean over ranks is taken of what must be the sum
+
+        # gradient of the embeddings [2, b, D]; it must be summed over ranks, and DDP takes the mean
+        ranks = batch // b
         gradient = 2 * ranks / freedom * (centred @ by_cov)
         pair = 2 * self.invariance / (b * width) * gap
         total = with_gradient(value, image, text, gradient[0] + pair, gradient[1] - pair)

@@ -1,4 +1,4 @@
-"""Temperatures: where τ of every anchor comes from, and how it is learned.
+"""Temperatures: τ of every anchor, constant or learned.
 
 scalar.py    constant · one, learnable · per sample
 network.py   predicted from the anchor's feature by a network (icml24, dist, mlp)

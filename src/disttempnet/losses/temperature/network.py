@@ -1,4 +1,4 @@
-"""Temperature networks: τ of every anchor from its own feature (TempNet, arXiv 2404.04575).
+"""Temperature networks: τ of every anchor predicted from its own feature (TempNet, arXiv 2404.04575).
 
 Shapes: b local rows, B global rows, D width, M prototypes.
 """
@@ -24,26 +24,35 @@ CHUNK_ROWS = 256
 
 
 class NetworkTemperature(Temperature):
-    """One network for images, one for texts, trained by an Adam of their own without weight decay.
+    """Temperature networks, one for images and one for texts, trained by their own Adam without weight decay.
 
     Args:
-        context: gives D, and the seed of the start and of the dropout masks.
-        network: `icml24` and `dist` are the published forms, `mlp` a plain one that tells samples apart better.
+        context: gives D, and the seed of the initial weights and of the dropout masks.
+        network: `icml24` and `dist` are the published forms; `mlp` is a plain one that distinguishes samples better.
         prototypes: M of the published forms; hidden units of the mlp.
         tau_min, tau_max: open bounds of τ.
         rho: ρ of the robust objective; only the `dist` form divides by it (in `clip-network` by the default here).
         dropout: share of the hidden (mlp: input) units that are dropped in training.
-        feature_scale: what the unit features are multiplied by; 0 = √D, which gives entries of unit size. At 1, as
-            published, the hidden layer hardly varies between samples, and neither does τ.
-        shuffle: an ablation: in training every anchor gets the τ of another, random pair of the batch. What that
-            costs is what the temperatures being one's own is worth.
+        feature_scale: factor on the unit features; 0 = √D, which gives entries of unit size. At 1, as published, the
+            hidden layer hardly varies between samples, and neither does τ.
+        shuffle: ablation: in training every anchor gets the τ of another, random pair of the batch. The drop measures
+            what per-sample temperatures are worth.
         tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch after the first.
-        tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved all similarities are
-            alike, the robust objective's best τ lies below tau_min, and a network that follows it there hardly comes
-            back.
+        tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved, all similarities are
+            alike and the robust objective's best τ is below tau_min; a network that follows it there hardly returns.
 
-    Dropout masks are drawn for the global batch from (seed, step, side) and sliced, so that they belong to a place
-    in the global batch and world size changes nothing.
+    Dropout masks are drawn for the global batch from (seed, step, side) and sliced: a mask belongs to a row of the
+    global batch, so that world size changes nothing.
+
+    Example:
+        >>> network = NetworkTemperature(ObjectiveContext(num_samples=100, embed_dim=8), network="mlp", tau_max=0.2)
+        >>> image, text = torch.randn(3, 8), torch.randn(3, 8)
+        >>> tau = network.predict(image, text, ids=None)
+        >>> tau.shape, bool(((tau > 0.005) & (tau < 0.2)).all())
+        (torch.Size([2, 3]), True)
+
+    Reference:
+        To cool or not to cool? Temperature network meets large foundation models via DRO, arXiv 2404.04575.
     """
 
     kind = "network"
@@ -99,7 +108,7 @@ class NetworkTemperature(Temperature):
         return self.tau_start_epoch > 0 or self.tau_lr_decay < 1
 
     def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
-        """τ of the local rows, image side and text side, each [b], differentiable in the networks only."""
+        """Return τ of the local rows, image side and text side, each [b]; differentiable in the networks only."""
         image, text = batch.image, batch.text
         if self.training:
             self._start_prototypes(batch)
@@ -112,7 +121,7 @@ class NetworkTemperature(Temperature):
         )
 
     def _in_chunks(self, network: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-        """τ [b]. Of large batches only a chunk's activations live at a time: the backward pass computes them again."""
+        """Return τ [b]; of large batches activations live in chunks, and are recomputed in the backward pass."""
         if len(x) <= KEPT_ROWS:
             return self._tau(network, x, mask)
         learned = [p for p in network.parameters() if p.requires_grad]
@@ -132,11 +141,11 @@ class NetworkTemperature(Temperature):
 
     @torch.no_grad()
     def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
-        """τ [2, n] without dropout, of features [n, D]."""
+        """Return τ [2, n] of features [n, D], without dropout."""
         return torch.stack([self.image(self._scaled(image), None), self.text(self._scaled(text), None)])
 
     def _mask(self, batch: AnchorBatch, side: int) -> Tensor | None:
-        """Which units of the local rows stay, bool [b, D]."""
+        """Return the units of the local rows that dropout keeps, bool [b, D]; None without dropout."""
         if not self.training or self.dropout == 0:
             return None
         seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 62)
@@ -145,26 +154,24 @@ class NetworkTemperature(Temperature):
         for rows in kept.split(CHUNK_ROWS):
             # float32 draws whatever the features' type: the same mask at every precision
             torch.ge(torch.rand(rows.shape, generator=generator, device=rows.device), self.dropout, out=rows)
-        return kept[batch.mine]
+        return kept[batch.local]
 
     def _others(self, batch: AnchorBatch) -> Tensor:
-        """Rows of the global batch that stand in for this rank's under `shuffle`: a random permutation."""
+        """Return the rows of the global batch that replace this rank's under `shuffle`: a random permutation."""
         device = batch.image.device
-        seed = (self.seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # a stream apart from the masks'
+        seed = (self.seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # another stream than the masks'
         generator = torch.Generator(device).manual_seed(seed)
-        return torch.randperm(len(batch.all_image), generator=generator, device=device)[batch.mine]
+        return torch.randperm(len(batch.all_image), generator=generator, device=device)[batch.local]
 
     @torch.no_grad()
     def _start_prototypes(self, batch: AnchorBatch) -> None:
-        """Fill prototypes with the first features seen, of the other modality: they stand for an anchor's negatives.
+        """Fill prototypes with the first features of the other modality: they represent an anchor's negatives.
 
         The first min(M, B) come from the first global batch, the rest from the following ones: M and B are
-        independent, and the rows are the same at every world size. A row that is not finite leaves a random one.
+        independent, and the rows are the same at every world size. A row that is not finite keeps its random start.
         """
-        start, count = (
-            self.prototypes_started,
-            min(self.prototypes_wanted - self.prototypes_started, len(batch.all_image)),
-        )
+        start = self.prototypes_started
+        count = min(self.prototypes_wanted - start, len(batch.all_image))
         if count == 0:
             return
         for network, other in ((self.image, batch.all_text), (self.text, batch.all_image)):
@@ -181,8 +188,10 @@ class NetworkTemperature(Temperature):
 
 
 class _Recomputed(torch.autograd.Function):
-    """tau(x, mask) in chunks of rows, whose activations the backward pass computes again. Leaner than torch's own
-    checkpoint, which imports its compiler at the first call: 70 MiB."""
+    """tau(x, mask) in chunks of rows, whose activations are recomputed in the backward pass.
+
+    torch.utils.checkpoint imports torch's compiler at its first call, which takes 70 MiB.
+    """
 
     @staticmethod
     def forward(ctx: Any, tau: Callable[..., Tensor], x: Tensor, mask: Tensor | None, *parameters: Tensor) -> Tensor:
@@ -208,7 +217,7 @@ def _chunks(x: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]
 
 
 class _BoundedNetwork(nn.Module):
-    """One modality's network: features [b, D] → τ [b] in (τ_min, τ_max)."""
+    """Network of one modality: features [b, D] → τ [b] in (τ_min, τ_max)."""
 
     starts_from_features = False
 
@@ -217,12 +226,12 @@ class _BoundedNetwork(nn.Module):
         self.tau_min, self.tau_max = tau_min, tau_max
 
     def bounded(self, o: Tensor) -> Tensor:
-        """A smooth map onto (τ_min, τ_max): no hard clamp, which would block the gradient of the whole network."""
+        """Map o smoothly onto (τ_min, τ_max); a hard clamp would stop the gradient of the whole network."""
         return (self.tau_max - self.tau_min) * o.sigmoid() + self.tau_min
 
 
 class _PrototypeNetwork(_BoundedNetwork):
-    """What both published forms share: f = dropout(σ(Linear(x))), q = f · normalize(P)ᵀ, w = softmax(q / e^scaler)."""
+    """Part of both published forms: f = dropout(σ(Linear(x))), q = f · normalize(P)ᵀ, w = softmax(q / e^scaler)."""
 
     starts_from_features = True
 
@@ -231,14 +240,14 @@ class _PrototypeNetwork(_BoundedNetwork):
     ) -> None:
         super().__init__(tau_min, tau_max)
         self.rho = rho
-        bound = 1 / math.sqrt(embed_dim)  # torch's own start of a Linear, drawn from our generator
+        bound = 1 / math.sqrt(embed_dim)  # torch's initialisation of a Linear, drawn from the given generator
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim).uniform_(-bound, bound, generator=generator))
         self.bias = nn.Parameter(torch.empty(embed_dim).uniform_(-bound, bound, generator=generator))
         self.prototypes = nn.Parameter(torch.randn(prototypes, embed_dim, generator=generator))
         self.scaler = nn.Parameter(torch.tensor(math.log(0.01)))
 
     def attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [b, D] → (w, σ(q)), each [b, M]. Parameters are used in x's dtype, so that float64 stays float64."""
+        """Return (w, σ(q)), each [b, M], of x [b, D]; in x's dtype, so that float64 stays float64."""
         dtype = x.dtype
         hidden = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)).sigmoid()
         if mask is not None:
@@ -248,7 +257,7 @@ class _PrototypeNetwork(_BoundedNetwork):
 
 
 class IcmlNetwork(_PrototypeNetwork):
-    """τ = (τ_max − τ_min) σ(o) + τ_min with o = Linear_{M→1}((w − 1/M) ⊙ σ(q)) (arXiv 2404.04575, section 4)."""
+    """Published form (arXiv 2404.04575, section 4): τ = (τ_max − τ_min) σ(v·((w − 1/M) ⊙ σ(q)) + c) + τ_min."""
 
     def __init__(
         self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
@@ -264,10 +273,10 @@ class IcmlNetwork(_PrototypeNetwork):
 
 
 class DistNetwork(_PrototypeNetwork):
-    """The form of the first multi-node code: τ = (Linear_1(w ⊙ σ(q)) − Linear_2(σ(q) / M)) / ρ.
+    """Form of the first multi-node code: τ = (Linear_1(w ⊙ σ(q)) − Linear_2(σ(q) / M)) / ρ.
 
-    There τ was clamped at .001 with no upper bound. Here the same value passes through a sigmoid whose slope is 1
-    in the middle of (τ_min, τ_max): close to it inside, and the gradient never ends.
+    That code clamped τ at .001, without an upper bound. Here the value passes through a sigmoid of slope 1 in the
+    middle of (τ_min, τ_max): nearly the same inside, and the gradient never vanishes.
     """
 
     starts_from_features = False
@@ -276,7 +285,7 @@ class DistNetwork(_PrototypeNetwork):
         self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
     ) -> None:
         if not rho:
-            raise ValueError("network dist divides by rho: give it a number other than 0")
+            raise ValueError("network dist divides by rho: use a number other than 0")
         super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
         self.out_weight_1 = nn.Parameter(torch.ones(prototypes))
         self.out_weight_2 = nn.Parameter(torch.ones(prototypes))
@@ -289,7 +298,7 @@ class DistNetwork(_PrototypeNetwork):
 
 
 class MlpNetwork(_BoundedNetwork):
-    """τ from two layers: o = v · gelu(W x + a) + c. Starts with v = 0: every τ in the middle of its range."""
+    """Two layers: o = v · gelu(W x + a) + c. v starts at 0, so that every τ starts in the middle of its range."""
 
     def __init__(
         self, embed_dim: int, hidden: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator

@@ -1,8 +1,8 @@
-"""Temperatures: where τ of every anchor comes from, and how it is learned.
+"""Temperatures without a network: constant, learnable, per sample.
 
     Constant      one τ, never changed                               SogCLR, FastCLIP-v1
     Learnable     one τ, a parameter                                 CLIP, FastCLIP-v0, FastCLIP-v3
-    PerSample     one τ a training sample and side, in a table       iSogCLR, FastCLIP-v2
+    PerSample     a τ for every training sample and side, in a table iSogCLR, FastCLIP-v2
     Network       predicted from the anchor's feature                TempNet, DistTempNet     (network.py)
 
 Shapes: b local rows, B global rows, D width, N samples.
@@ -23,7 +23,14 @@ from disttempnet.losses.sample_state import SampleState, mean_over_equal_ids
 
 
 class AnchorBatch(NamedTuple):
-    """Detached unit features of this rank [b, D] and of all ranks [B, D] in rank order, all ids [B], and the step."""
+    """Batch that a temperature sees.
+
+    Attributes:
+        image, text: detached unit features of this rank [b, D].
+        all_image, all_text: those of all ranks in rank order [B, D].
+        all_ids: int64 [B].
+        step: training step.
+    """
 
     image: Tensor
     text: Tensor
@@ -33,20 +40,19 @@ class AnchorBatch(NamedTuple):
     step: int
 
     @property
-    def mine(self) -> slice:
-        """This rank's rows among all."""
+    def local(self) -> slice:
+        """This rank's rows of the global batch."""
         start = distributed.rank() * len(self.image)
         return slice(start, start + len(self.image))
 
 
 class Temperature(nn.Module):
-    """What the contrastive objectives ask of a temperature.
+    """Base class of temperatures: τ of every anchor of a batch.
 
     Attributes:
-        kind: in words, for lists.
-        learns: whether τ is learned; the objective then computes its gradient.
-        tau_lr: learning rate of an optimizer of its own; 0 = it has no parameters, or they are trained with the
-            towers and at their rate.
+        kind: name for lists.
+        learns: true where τ is learned; the objective then computes its gradient.
+        tau_lr: learning rate of its own parameters; 0 = it has none, or they are trained at the towers' rate.
     """
 
     kind = ""
@@ -54,38 +60,41 @@ class Temperature(nn.Module):
     tau_lr = 0.0
 
     def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
-        """τ of this rank's image and text anchors, each [b]; differentiable in the parameters."""
+        """Return τ of this rank's image and text anchors, each [b]; differentiable in the parameters."""
         raise NotImplementedError
 
     def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor) -> None:
-        """∂F_i/∂τ_i [2, B] of the global batch, for temperatures that are no parameters.
+        """Move temperatures that are no parameters along their gradient.
 
-        counted: bool [B], False for a row that had no negatives and so says nothing.
+        Args:
+            ids: int64 [B], of the global batch.
+            gradient: h = ∂F_i/∂τ_i [2, B].
+            counted: bool [B], false for rows without negatives, whose τ stays.
         """
 
     def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor | None:
-        """τ [2, n] of pairs from unit features [n, D] or sample ids [n]; None where it takes ids and there are none."""
+        """Return τ [2, n] of pairs from unit features [n, D] or ids [n]; None where ids are needed and not given."""
         raise NotImplementedError
 
     def tracked(self) -> Tensor | None:
-        """τ [2, n] of the seen training samples that this rank keeps; None where τ is not kept a sample."""
+        """Return τ [2, n] of the visited training samples that this rank holds; None where τ is not per-sample."""
         return None
 
     def learning_rate(self, epoch: float) -> float:
-        """Of the parameters, where it is their own; 0 = they wait."""
+        """Return the rate of its own parameters in an epoch; 0 = they wait."""
         return self.tau_lr
 
     @property
     def changes(self) -> bool:
-        """Whether `learning_rate` depends on the epoch."""
+        """True where `learning_rate` depends on the epoch."""
         return False
 
     def set_epoch(self, epoch: float) -> None:
-        """Called when an epoch begins."""
+        """Begin an epoch."""
 
 
 def check_bounds(tau_min: float, tau_max: float, temperature: float | None = None) -> None:
-    """Raise ValueError unless 0 < tau_min < tau_max, with the temperature, where one is given, between them."""
+    """Raise ValueError unless 0 < tau_min < tau_max, and tau_min <= temperature <= tau_max where one is given."""
     if not 0 < tau_min < tau_max:
         raise ValueError(f"need 0 < tau_min < tau_max, got tau_min {tau_min} and tau_max {tau_max}")
     if temperature is not None and not tau_min <= temperature <= tau_max:
@@ -99,11 +108,17 @@ def check_start(tau: float) -> None:
 
 
 class ConstantTemperature(Temperature):
-    """One τ for every sample and both sides.
+    """Constant τ for every sample and both sides (SogCLR, arXiv 2202.12387).
 
     Args:
-        context: not needed.
+        context: not used.
         temperature: τ.
+
+    Example:
+        >>> temperature = ConstantTemperature(ObjectiveContext(num_samples=100, embed_dim=4), temperature=0.05)
+        >>> temperature.predict(torch.ones(3, 4), torch.ones(3, 4), ids=None)  # [2, n]
+        tensor([[0.0500, 0.0500, 0.0500],
+                [0.0500, 0.0500, 0.0500]])
     """
 
     kind = "constant"
@@ -123,15 +138,20 @@ class ConstantTemperature(Temperature):
 
 
 class LearnableTemperature(Temperature):
-    """One τ = exp(−logit_scale), a parameter, brought back into its bounds before every step.
+    """Learnable τ = exp(−logit_scale), one parameter, clamped to its bounds before every step (CLIP, arXiv 2103.00020).
 
     Args:
-        context: not needed.
-        temperature: where τ starts.
+        context: not used.
+        temperature: τ at the start.
         tau_min, tau_max: bounds; (.01, 1) are CLIP's logit scale in [1, 100].
         tau_lr: learning rate of an Adam of its own; 0 = trained with the towers, at their rate.
-        tau_threshold: tau_lr is a third in epochs that begin with τ below this (FastCLIP-v3, arXiv 2407.01445);
+        tau_threshold: tau_lr is divided by 3 in epochs that begin with τ below this (FastCLIP-v3, arXiv 2407.01445);
             0 = never.
+
+    Example:
+        >>> temperature = LearnableTemperature(ObjectiveContext(num_samples=100, embed_dim=4), temperature=0.07)
+        >>> round(1 / temperature.logit_scale.exp().item(), 4)
+        0.07
     """
 
     kind = "one, learnable"
@@ -168,7 +188,7 @@ class LearnableTemperature(Temperature):
         return (-self.logit_scale.clamp(*self.bounds).to(image.dtype)).exp().expand(2, len(image))
 
     def set_epoch(self, epoch: float) -> None:
-        # once an epoch, not every step as published: reading a number from a GPU would make every step wait
+        # once an epoch, not every step as published: reading a number from a GPU would make every step wait for it
         self.slowed = math.exp(-float(self.logit_scale.detach())) < self.tau_threshold
 
     def learning_rate(self, epoch: float) -> float:
@@ -195,22 +215,32 @@ _COLUMNS: dict[str, dict[str, float]] = {
 
 
 class PerSampleTemperature(Temperature):
-    """τ_i of every training sample and side, learned from its own gradient each time the sample comes.
+    """Per-sample τ of every training sample and side, moved along its own gradient h at each visit of the sample.
 
     `momentum` (iSogCLR, arXiv 2305.11965): m ← β m + (1 − β) h, τ ← τ − η m.
     `adam` (FastCLIP-v2, arXiv 2407.01445): Adam with the visits of the sample as its step count.
-    Both bring τ back into its bounds.
+    Both clamp τ to its bounds.
 
     Args:
         context: gives N.
-        temperature: where every τ starts.
+        temperature: τ of every sample at the start.
         tau_min, tau_max: bounds.
         tau_lr: η.
         tau_optimizer: `momentum` or `adam`.
-        tau_beta: β of `momentum`, β1 of `adam`: the share of the past that stays.
+        tau_beta: β of `momentum`, β1 of `adam`.
         tau_beta2: β2 of `adam`.
 
-    State: τ and what the optimizer keeps, in a table. A row whose gradient is not finite keeps both.
+    State: τ and the optimizer's moments, in a table. A row whose gradient is not finite keeps both.
+
+    Example:
+        >>> context = ObjectiveContext(num_samples=100, embed_dim=4)
+        >>> temperature = PerSampleTemperature(context, temperature=0.03, tau_lr=0.01)
+        >>> features, ids = torch.ones(2, 4), torch.tensor([7, 9])
+        >>> tau = temperature(AnchorBatch(features, features, features, features, ids, step=0))
+        >>> temperature.learn(ids, gradient=torch.ones(2, 2), counted=torch.tensor([True, True]))
+        >>> temperature.predict(features, features, ids)  # one step of Adam from .03
+        tensor([[0.0200, 0.0200],
+                [0.0200, 0.0200]])
     """
 
     kind = "per sample"
@@ -239,20 +269,20 @@ class PerSampleTemperature(Temperature):
         self.optimizer, self.betas = tau_optimizer, (tau_beta, tau_beta2)
         columns = {"tau": temperature, **_COLUMNS[tau_optimizer]}
         self.state = SampleState(context.num_samples, columns, context.shard_state)
-        self._rows: Tensor | None = None  # the table's rows of the batch under way: one all-reduce a step
+        self._rows: Tensor | None = None  # the table's rows of the current batch: one all-reduce a step
 
     def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
         if not self.training:
             image, text = self._typical().to(batch.image.dtype).expand(2, len(batch.image))
             return image, text
         self._rows = self.state.read(batch.all_ids).to(batch.image.dtype)
-        image, text = self._rows[:2, batch.mine]
+        image, text = self._rows[:2, batch.local]
         return image, text
 
     def _typical(self) -> Tensor:
-        """The mean of the τ that were learned, over all ranks [2, 1]; where they start before any was.
+        """Return the mean of the learned τ over all ranks [2, 1]; the start value before any was learned.
 
-        It is what pairs outside the training set are evaluated with. The host does not wait for the device.
+        Pairs outside the training set are evaluated with it. The host does not wait for the device.
         """
         seen = self._seen()
         tau = torch.where(seen, self.state.local("tau"), 0.0)
@@ -262,9 +292,12 @@ class PerSampleTemperature(Temperature):
 
     @torch.no_grad()
     def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor) -> None:
+        # rows of the batch before this step: τ [2, B] and the moments, each [2, B]
         assert self._rows is not None, "learn follows forward"
         gradient = mean_over_equal_ids(ids, gradient)
         tau, *moments = self._rows.unflatten(0, (-1, 2))
+
+        # moments and the step of τ [2, B]
         if self.optimizer == "momentum":
             beta = self.betas[0]
             moments = [beta * moments[0] + (1 - beta) * gradient]
@@ -276,6 +309,8 @@ class PerSampleTemperature(Temperature):
             second = beta2 * moments[1] + (1 - beta2) * gradient.square()
             moments = [first, second, visits]
             step = first / (1 - beta1**visits) / ((second / (1 - beta2**visits)).sqrt() + 1e-8)
+
+        # rows without negatives keep their values
         tau = (tau - self.rate * step).clamp(self.tau_min, self.tau_max)
         self.state.write(ids, torch.where(counted, torch.cat([tau, *moments]), self._rows))
 
