@@ -73,6 +73,11 @@ def pairs(rows: int, seed: int = 0, width: int = D, noise: float = 0.5) -> tuple
     return F.normalize(x, dim=1), F.normalize(y, dim=1)
 
 
+def leaves(batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+    """Copies of x and y that require gradients."""
+    return batch.x.clone().requires_grad_(), batch.y.clone().requires_grad_()
+
+
 def unique_batch(seed: int = 0, epoch: int = 0, rows: int = B) -> GlobalBatch:
     generator = torch.Generator().manual_seed(1000 + seed)
     return GlobalBatch(*pairs(rows, seed), torch.randperm(max(N, rows), generator=generator)[:rows], epoch)
@@ -168,6 +173,10 @@ def as_launched() -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def values(loss: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in loss.parameters()]
 
 
 def descend(loss: nn.Module, rate: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import disttempnet
 import disttempnet.losses
 from disttempnet import OBJECTIVES, Features, build_loss
 from disttempnet.config import CONFIG_FOLDER
-from tests.losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch
+from tests.losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch, values
 
 NAMES = (
     "clip",
@@ -272,3 +273,38 @@ def test_wrong_batches_are_refused(name: str, broken: str) -> None:
         ids = ids.float()
     with pytest.raises(ValueError, match=r"features|ids"):
         build_loss(name, num_samples=N, embed_dim=D)(Features.unit(x, y), ids)
+
+
+# ---- scalars of numpy and torch ----
+
+
+def test_scalars_of_numpy_are_numbers() -> None:
+    plain = build_loss("disttempnet-v1", num_samples=N, embed_dim=D, seed=3, tau_max=0.25, prototypes=7, shuffle=True)
+    numpy = build_loss(
+        "disttempnet-v1", num_samples=np.int64(N), embed_dim=np.int32(D), seed=np.uint8(3), tau_max=np.float32(0.25),
+        prototypes=np.int16(7), shuffle=np.True_, steps_per_epoch=np.int64(0),
+    )  # fmt: skip
+    assert plain.arguments == numpy.arguments
+    torch.testing.assert_close(values(numpy), values(plain), rtol=0, atol=0)
+
+
+def test_scalars_of_torch_are_numbers() -> None:
+    plain = build_loss("sogclr", num_samples=N, embed_dim=D, gamma=0.5)
+    torchs = build_loss("sogclr", num_samples=torch.tensor(N), embed_dim=torch.tensor(D), gamma=torch.tensor(0.5))
+    assert plain.arguments == torchs.arguments
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("num_samples", torch.tensor([9])),
+        ("num_samples", torch.tensor(9.5)),
+        ("num_samples", torch.tensor(True)),
+        ("steps_per_epoch", -1),
+        ("steps_per_epoch", 2.5),
+        ("num_samples", "9"),
+    ],
+)
+def test_sizes_are_whole_numbers(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"objective clip: {argument}"):
+        build_loss("clip", **{"num_samples": N, "embed_dim": D, argument: value})
