@@ -34,10 +34,10 @@ from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradi
 from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
 from disttempnet.losses.objective import (
     Features,
+    IdsLike,
     LossOutput,
     Objective,
     ObjectiveContext,
-    SampleIds,
     as_numbers,
     as_tensor,
     compute_dtype,
@@ -182,7 +182,7 @@ class GlobalContrastiveLoss(Objective):
     def current_rate(self) -> float:
         return self.rate_at(self.epoch)
 
-    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Compute one step of the estimator.
 
         Args:
@@ -359,7 +359,7 @@ class GlobalContrastiveLoss(Objective):
         return self.rho or RHO_SHARE * limit
 
     @torch.no_grad()
-    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor | None:
+    def temperatures(self, image: Tensor, text: Tensor, ids: IdsLike | None = None) -> Tensor | None:
         ids = None if ids is None else int64_ids(ids, len(image)).to(image.device)
         with exact_arithmetic(image.device):
             dtype = compute_dtype(image)

@@ -17,7 +17,7 @@ from disttempnet import distributed
 from disttempnet.losses.own_parameters import Learner, refuse_second_gradient
 from disttempnet.losses.sample_state import SampleState
 
-SampleIds = Tensor | np.ndarray | Sequence[int]  # integers of any width, on any device
+IdsLike = Tensor | np.ndarray | Sequence[int]  # integers of any width, on any device
 INTEGER_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
@@ -104,7 +104,7 @@ class Objective(Learner):
     def set_epoch(self, epoch: float) -> None:
         """Begin an epoch; objectives with schedules override it."""
 
-    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Return loss and metrics of this rank's rows [b, D] and their sample ids [b]; `checked` says what is refused.
 
         Evaluation (`eval()`) uses nothing of training samples: normalisers are the batch's own, a per-sample τ is the
@@ -112,7 +112,7 @@ class Objective(Learner):
         """
         raise NotImplementedError
 
-    def checked(self, features: Features, ids: SampleIds | None) -> Tensor:
+    def checked(self, features: Features, ids: IdsLike | None) -> Tensor:
         """Check the batch on all ranks and return the ids as int64 [b] on the features' device.
 
         Raises:
@@ -135,7 +135,7 @@ class Objective(Learner):
             self._check_equal_on_all_ranks()
         return result
 
-    def _checked_alone(self, features: Features, ids: SampleIds | None) -> Tensor:
+    def _checked_alone(self, features: Features, ids: IdsLike | None) -> Tensor:
         """Check this rank's batch; see `checked`."""
         image, text = features.image, features.text
         if image.ndim != 2 or image.shape != text.shape:
@@ -234,7 +234,7 @@ class Objective(Learner):
         super()._load_from_state_dict(*args, **kwargs)
         self._verified, self._state_loaded = False, True  # the next step compares
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor | None:
+    def temperatures(self, image: Tensor, text: Tensor, ids: IdsLike | None = None) -> Tensor | None:
         """Return τ of image and text anchors [2, n] as in evaluation, without gradient.
 
         Args:
@@ -301,7 +301,7 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def int64_ids(ids: SampleIds, rows: int) -> Tensor:
+def int64_ids(ids: IdsLike, rows: int) -> Tensor:
     """Return the ids of a batch as int64 [rows], on the device where they are.
 
     Raises:

@@ -47,9 +47,9 @@ def _similarities(
         s = tl.dot(x, tl.trans(y), s)
     counted = (c < B)[None, :] & (r < b)[:, None]
     if EXCLUDE:
-        mine = tl.load(row_ids + r, mask=r < b, other=0)
-        theirs = tl.load(column_ids + c, mask=c < B, other=0)
-        counted = counted & (mine[:, None] != theirs[None, :])
+        own = tl.load(row_ids + r, mask=r < b, other=0)
+        other = tl.load(column_ids + c, mask=c < B, other=0)
+        counted = counted & (own[:, None] != other[None, :])
     return tl.where(counted, s, NOTHING)
 
 
@@ -184,11 +184,11 @@ def _grid(rows: Tensor, columns: Tensor) -> tuple[tuple[int, int], int, int]:
 def _operands(rows: Tensor, columns: Tensor, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return features in bf16, and ids of rows and columns (empty where all columns count)."""
     ids = pairs.ids if pairs.ids is not None else torch.empty(0, dtype=torch.int64, device=rows.device)
-    mine = ids[pairs.local] if pairs.ids is not None else ids
+    row_ids = ids[pairs.local] if pairs.ids is not None else ids
     features = [side.bfloat16().contiguous() for side in (rows, columns)]
     if not rows.is_cuda:  # Triton's interpreter multiplies bf16 as integers: pass the same numbers in float32
         features = [side.float() for side in features]
-    return features[0], features[1], mine.contiguous(), ids.contiguous()
+    return features[0], features[1], row_ids.contiguous(), ids.contiguous()
 
 
 def _sizes(rows: Tensor, columns: Tensor) -> tuple[int, int, int]:

@@ -20,10 +20,10 @@ from disttempnet import distributed
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.objective import (
     Features,
+    IdsLike,
     LossOutput,
     Objective,
     ObjectiveContext,
-    SampleIds,
     compute_dtype,
     exact_arithmetic,
     with_gradient,
@@ -88,7 +88,7 @@ class CyClipLoss(Objective):
     def set_epoch(self, epoch: float) -> None:
         self.clip.set_epoch(epoch)
 
-    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Return the loss; metrics: CLIP's, and in_modal and cross_modal without their weights; `loss` is the sum."""
         clip = self.clip(features, ids)
         with exact_arithmetic(features.image.device):
@@ -118,5 +118,5 @@ class CyClipLoss(Objective):
         by_m = both * (m @ pp) + difference * (p @ mp)
         return with_gradient(value, image, text, by_p + by_m, by_p - by_m), in_modal, cross_modal
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor | None:
+    def temperatures(self, image: Tensor, text: Tensor, ids: IdsLike | None = None) -> Tensor | None:
         return self.clip.temperatures(image, text, ids)

@@ -20,10 +20,10 @@ from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradi
 from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
 from disttempnet.losses.objective import (
     Features,
+    IdsLike,
     LossOutput,
     Objective,
     ObjectiveContext,
-    SampleIds,
     compute_dtype,
     exact_arithmetic,
     tau_metrics,
@@ -87,7 +87,7 @@ class OnlineClrLoss(Objective):
         self.register_buffer("log_u", torch.full((2,), NEVER, dtype=torch.float64))
         self.register_buffer("rows_not_finite", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Return the loss; metrics: loss, log_u of both states, rows_not_finite, and mean, min, max, std of τn."""
         ids = self.checked(features, ids)
         kernel = use_kernel(features.image_embedding)
@@ -143,5 +143,5 @@ class OnlineClrLoss(Objective):
         metrics["rows_not_finite"] = self.rows_not_finite.clone()
         return LossOutput(total, metrics)
 
-    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor:
+    def temperatures(self, image: Tensor, text: Tensor, ids: IdsLike | None = None) -> Tensor:
         return image.new_full((2, len(image)), self.tau, dtype=compute_dtype(image))

@@ -15,10 +15,10 @@ from disttempnet import distributed
 from disttempnet.losses.contrast.blocks import block_slices
 from disttempnet.losses.objective import (
     Features,
+    IdsLike,
     LossOutput,
     Objective,
     ObjectiveContext,
-    SampleIds,
     compute_dtype,
     exact_arithmetic,
     tau_metrics,
@@ -70,7 +70,7 @@ class SigLipLoss(Objective):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
-    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Return the loss; metrics: loss, logit_bias, and mean, min, max, std of τ."""
         ids = self.checked(features, ids)
         with exact_arithmetic(features.image.device):
@@ -98,7 +98,7 @@ class SigLipLoss(Objective):
         return LossOutput(total, {"loss": value, "logit_bias": bias.detach().clone(), **tau_metrics(tau)})
 
     @torch.no_grad()
-    def temperatures(self, image: Tensor, text: Tensor, ids: SampleIds | None = None) -> Tensor:
+    def temperatures(self, image: Tensor, text: Tensor, ids: IdsLike | None = None) -> Tensor:
         return (-self.logit_scale.to(compute_dtype(image))).exp().expand(2, len(image))
 
 

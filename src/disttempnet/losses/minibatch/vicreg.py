@@ -15,10 +15,10 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.losses.objective import (
     Features,
+    IdsLike,
     LossOutput,
     Objective,
     ObjectiveContext,
-    SampleIds,
     compute_dtype,
     exact_arithmetic,
     with_gradient,
@@ -76,7 +76,7 @@ class VicRegLoss(Objective):
             )
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
-    def forward(self, features: Features, ids: SampleIds | None = None) -> LossOutput:
+    def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Return the loss; metrics: loss, and the three terms without their weights."""
         ids = self.checked(features, ids)
         with exact_arithmetic(features.image.device):
