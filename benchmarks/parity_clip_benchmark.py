@@ -52,12 +52,18 @@ def ours(root: Path, out: Path, towers: Any) -> dict[str, dict[str, float | None
     """Metrics by task."""
     import torch
 
-    from disttempnet.evaluation.suite import Suite
+    from disttempnet.evaluation.evaluator import Evaluator
+    from disttempnet.evaluation.outputs import ResultsFolder
+    from disttempnet.evaluation.results.summary import Subject
     from disttempnet.evaluation.tasks import all_tasks
 
     tasks = [task for task in all_tasks().values() if task.below_root]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        records = Suite(root, out).run(towers, tasks, torch.device("cpu"))
+        sink = ResultsFolder(out, root, tasks, Subject("towers"), torch.device("cpu"))
+        todo = sink.unfinished()
+        with sink:
+            Evaluator(towers, torch.device("cpu")).run(todo, sink.load, sink, sink.progress)
+    records = sink.done.values()
     wrong = {record.key: record.error for record in records if record.error}
     if wrong:
         raise SystemExit(f"tasks failed: {wrong}")

@@ -89,9 +89,10 @@ FLOORS: dict[str, list[set[str]]] = {
         {"tasks"},
         {"loader", "protocols"},
         {"class_features", "datasets"},
-        {"results", "score", "validation"},
-        {"progress", "runner"},
-        {"suite"},
+        {"embed", "progress", "results", "score", "validation"},
+        {"evaluator"},
+        {"outputs"},
+        {"command"},
     ],
     "evaluation/datasets": [
         {"cifar", "class_names", "retrieval"},

@@ -15,8 +15,8 @@ import torch
 from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.evaluation.encoder import FeatureEncoder
+from disttempnet.evaluation.evaluator import Evaluator
 from disttempnet.evaluation.results.summary import read_subject
-from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import Task, find_task
 from disttempnet.models import load_model, save_model
 from disttempnet.training.trainer import train
@@ -173,14 +173,14 @@ def test_a_stop_leaves_a_summary_of_what_there_is(here: Path, capsys: pytest.Cap
     write_cifar(here / "root")
     write_wds(here / "root", "sun397", labelled(CIFAR, ("red", "green")), classes=("red", "green"), templates=["{c}"])
     (here / "root" / "sizes.toml").write_text("cifar10 = 2\nsun397 = 2\n")
-    one = Suite._one
+    one = Evaluator._evaluate
 
-    def stopped(self: Suite, task: Task, *rest: object) -> object:
+    def stopped(self: Evaluator, task: Task, *rest: object) -> object:
         if task.name == "cifar10":
             raise KeyboardInterrupt
         return one(self, task, *rest)  # type: ignore[arg-type]
 
-    with mock.patch.object(Suite, "_one", stopped):
+    with mock.patch.object(Evaluator, "_evaluate", stopped):
         assert main(["evaluate", MODEL, "--data-root", "root", "--out", "out"]) == 130
     assert json.loads((here / "out" / "summary.json").read_text())["averages"]["datacomp"]["coverage"] == "1/38"
     assert main(["evaluate", MODEL, "--data-root", "root", "--out", "out"]) == 0
@@ -329,7 +329,7 @@ def test_a_run_and_its_evaluation_in_training(here: Path, capsys: pytest.Capture
     with mock.patch("os.access", side_effect=lambda path, mode: "small" not in str(path)):  # a colleague's run
         capsys.readouterr()
         assert main(["evaluate", "runs/small", "--tasks", "folder:photos"]) == 0
-        assert "runs/small cannot be written to: the results are in the current folder" in capsys.readouterr().out
+        assert "runs/small cannot be written to: results go to the current folder" in capsys.readouterr().out
         assert main(["evaluate", "runs/small", "--data-root", "root", "--tasks", "cifar10"]) == 0
         assert "runs/small cannot be written to: results go to the current folder" in capsys.readouterr().out
     step = found[0].parent.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +16,10 @@ from torch.nn.functional import normalize
 
 from disttempnet.evaluation import evaluate
 from disttempnet.evaluation import tasks as readers
+from disttempnet.evaluation.evaluator import Evaluator
+from disttempnet.evaluation.outputs import ResultsFolder
+from disttempnet.evaluation.results.records import TaskRecord
+from disttempnet.evaluation.results.summary import Subject
 from disttempnet.evaluation.tasks import Task
 from disttempnet.models import Towers
 from tests.evaluation.colours import COLOURS, MeaningTowers, tokenize_meaning
@@ -91,6 +95,25 @@ def toy_task(folder: Path, **fields: object) -> Task:
 def unit_rows(n: int, d: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(n, d, generator=generator), dim=-1)
+
+
+def evaluate_into(
+    out: Path,
+    root: Path,
+    tasks: Sequence[Task],
+    *,
+    compat: str = "",
+    batch: int = 256,
+    workers: int = 0,
+    stopped: Callable[[], object] = bool,
+) -> dict[str, TaskRecord]:
+    """Records of the tasks that are below a data root, in the order of the tasks; every rank calls this."""
+    cpu, towers = torch.device("cpu"), meaning_towers()
+    sink = ResultsFolder(out, root, tasks, Subject("meaning", compat=compat), cpu, batch, stopped)
+    todo = sink.unfinished()
+    with sink:
+        Evaluator(towers, cpu, batch=batch, workers=workers).run(todo, sink.load, sink, sink.progress)
+    return {task.name: sink.done[task.name] for task in tasks if task.name in sink.done}
 
 
 def evaluate_toy(folder: Path) -> dict[str, object]:

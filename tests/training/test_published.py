@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from disttempnet.config import CONFIG_FOLDER, flat, load_config
-from disttempnet.evaluation.runner import embed_captions
+from disttempnet.evaluation.embed import embed_captions
 from disttempnet.losses import OBJECTIVES
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.model import build_objective, resolved

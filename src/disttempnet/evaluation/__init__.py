@@ -1,16 +1,18 @@
 """Zero-shot evaluation: tasks are rows of tasks.toml, protocols are code.
 
 tasks.py            the rows of tasks.toml, and samples
-suite.py            the 40 tasks, resumable, over ranks;  runner.py: in training, with features;  progress.py
+evaluator.py        towers on tasks, over ranks;  outputs.py: results in files;  command.py: the command;  progress.py
 encoder.py          images and texts → features;  class_features.py: class texts, cached;  loader.py: decoded ahead
-score.py            one pass over the images;  protocols.py metrics.py scores.py: what is made of it
+score.py            one pass over the images;  protocols.py metrics.py scores.py: from features to scores
+embed.py            features of samples and captions that belong to no task
 validation.py       samples of a run's own data that it was not trained on
 tars.py             the walk through a task's tar
 datasets/           the layouts that people have;  results/: records, averages, tables, exports
 """
 
+from disttempnet.evaluation.embed import embed_captions, embed_samples
+from disttempnet.evaluation.evaluator import TaskResult, evaluate
 from disttempnet.evaluation.results.tables import results_table
-from disttempnet.evaluation.runner import TaskResult, embed_captions, embed_samples, evaluate
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 
 __all__ = [

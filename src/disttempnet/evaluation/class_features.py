@@ -39,8 +39,18 @@ class ClassFeatures:
         self.embedded = 0  # prompts that were run through the tower
         self._known: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
-    def features(self, head: Head, encoder: FeatureEncoder, progress: ProgressCallback | None = None) -> Tensor:
-        """A classifier, unit rows [C, D] on the encoder's device; every rank calls this and gets the same."""
+    def features(
+        self,
+        head: Head,
+        encoder: FeatureEncoder,
+        progress: ProgressCallback | None = None,
+        wanted: dict[str, Tensor | None] | None = None,
+    ) -> Tensor:
+        """Return a classifier, unit rows [C, D] on the encoder's device; every rank calls this and gets the same.
+
+        Args:
+            wanted: texts whose features [D] are filled in where they are embedded here as prompts.
+        """
         if head.templates not in self._known:  # one rank's files decide: others may see them later
             read = self._read(head.templates) if distributed.is_main() else {}
             self._known[head.templates] = distributed.gather_objects(read)[0]
@@ -49,21 +59,23 @@ class ClassFeatures:
         step = max(1, PROMPTS_AT_ONCE // len(head.templates))
         for start in range(0, len(missing), step):
             names = missing[start : start + step]
-            rows = self._embed(names, head.templates, encoder, progress)
+            texts = prompts(names, head.templates)
+            table = self._embed(texts, encoder, progress)
+            if wanted:
+                wanted |= {text: table[i] for i, text in enumerate(texts) if text in wanted}
+            rows = classifier(table, len(head.templates))
             known |= dict(zip(names, rows.cpu(), strict=True))
             if self.folder is not None and distributed.is_main():  # at once: a stop loses one piece of the work
                 self._write(head.templates, known)
         return torch.stack([known[name] for name in head.names]).to(encoder.device)
 
-    def _embed(
-        self, names: Sequence[str], templates: Sequence[str], encoder: FeatureEncoder, progress: ProgressCallback | None
-    ) -> Tensor:
-        texts = prompts(names, templates)
+    def _embed(self, texts: Sequence[str], encoder: FeatureEncoder, progress: ProgressCallback | None) -> Tensor:
+        """Return unit features [t, D] of prompts. Raises UserError where they are not finite."""
         self.embedded += len(texts)
         table = distributed.all_sum(distributed.together(lambda: encoder.texts(texts, progress)))
         if not table.isfinite().all():
             raise UserError("the text tower gives features that are not finite")
-        return classifier(table, len(templates))
+        return table
 
     def _path(self, templates: Sequence[str]) -> Path | None:
         digest = hashlib.blake2b(json.dumps(templates).encode(), digest_size=12).hexdigest()

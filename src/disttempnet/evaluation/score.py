@@ -52,10 +52,19 @@ def task_texts(data: TaskData) -> list[str]:
 def embed_task_texts(
     data: TaskData, encoder: FeatureEncoder, known: ClassFeatures, progress: ProgressCallback | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """All that a task says in words: its classifiers [C, D], and the features [t, D] of `task_texts`."""
-    heads = [known.features(head, encoder, progress) for head in data.heads]
+    """Return all that a task says in words: class features [C, D] of each head, and features [t, D] of `task_texts`.
+
+    A caption that is also a prompt of a class is embedded once.
+    """
     texts = task_texts(data)
-    return heads, distributed.all_sum(distributed.together(lambda: encoder.texts(texts, progress)))
+    found: dict[str, Tensor | None] = dict.fromkeys(texts)
+    heads = [known.features(head, encoder, progress, found) for head in data.heads]
+    rest = [text for text, row in found.items() if row is None]
+    table = distributed.all_sum(distributed.together(lambda: encoder.texts(rest, progress)))
+    if len(rest) == len(texts):
+        return heads, table
+    found |= dict(zip(rest, table, strict=True))
+    return heads, torch.stack([row for row in found.values() if row is not None])
 
 
 def score_task(

@@ -24,7 +24,7 @@ from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.distributed import fsdp
 from disttempnet.errors import Preempted, UserError
-from disttempnet.evaluation.runner import TaskResult, evaluate, load_tasks
+from disttempnet.evaluation.evaluator import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import TaskData, task_title
 from disttempnet.evaluation.validation import validation_data

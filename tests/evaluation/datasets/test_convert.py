@@ -9,18 +9,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 
 from disttempnet.cli.main import main
 from disttempnet.evaluation.datasets import convert as converting
 from disttempnet.evaluation.datasets.open import find_data, load_task
 from disttempnet.evaluation.results.records import TaskRecord
-from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import find_task
 from tests.evaluation.dataroot import CAPTIONED, EXPECTED, WINOGAVIL
 from tests.evaluation.datasets.test_image_folder import write_pickle
 from tests.evaluation.formats import CORRUPT, picture, write_captioned_csv, write_csv, write_winogavil_csv
-from tests.evaluation.toy import meaning_towers
+from tests.evaluation.toy import evaluate_into
 
 FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
 COCO = "retrieval/mscoco_2014_5k_test_image_text_retrieval"
@@ -34,7 +32,7 @@ def raw_coco(folder: Path, rows: list = CAPTIONED) -> Path:
 
 def score(root: Path, key: str, size: int) -> TaskRecord:
     (root / "sizes.toml").write_text(f'"{key}" = {size}\n')
-    (record,) = Suite(root, root / "out").run(meaning_towers(), [find_task(key)], torch.device("cpu"))
+    (record,) = evaluate_into(root / "out", root, [find_task(key)]).values()
     (root / "out" / "eval_results.jsonl").unlink()
     return record
 

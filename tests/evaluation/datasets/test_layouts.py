@@ -14,7 +14,7 @@ from PIL import Image
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
 from disttempnet.evaluation.datasets.open import MissingData, find_data, folder_names, load_task
-from disttempnet.evaluation.runner import load_tasks
+from disttempnet.evaluation.evaluator import load_tasks
 from disttempnet.evaluation.tasks import all_tasks, choose_tasks, find_task
 from tests.evaluation.colours import COLOURS
 from tests.evaluation.formats import labelled, npy, picture, write_captioned_csv, write_csv, write_tar, write_wds

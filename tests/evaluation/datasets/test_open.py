@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from disttempnet.evaluation.results.records import TaskRecord
-from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import Task, all_tasks
 from tests.evaluation.dataroot import EXPECTED, SAMPLES, write_data_root
-from tests.evaluation.toy import meaning_towers
+from tests.evaluation.toy import evaluate_into
 from tests.gloo import Pools
 
 ONE_OF_EACH = [
@@ -35,8 +33,7 @@ def tasks_below_root() -> list[Task]:
 def evaluate_root(root: Path, out: Path, names: list[str] | None = None, **how: object) -> dict[str, TaskRecord]:
     """Records by task; every rank calls this."""
     tasks = [task for task in tasks_below_root() if names is None or task.name in names]
-    records = Suite(root, out, **how).run(meaning_towers(), tasks, torch.device("cpu"))  # type: ignore[arg-type]
-    return {record.key: record for record in records}
+    return evaluate_into(out, root, tasks, **how)  # type: ignore[arg-type]
 
 
 def numbers(root: Path, out: Path, names: list[str] | None = None, **how: object) -> dict[str, tuple]:

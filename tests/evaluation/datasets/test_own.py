@@ -20,10 +20,9 @@ from disttempnet.evaluation import evaluate
 from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.metrics import WeightedHits, clustered_error, mean_per_class_error
 from disttempnet.evaluation.scores import Scores
-from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import TaskData, choose_tasks, find_task, task_title
 from tests.evaluation.formats import picture, write_tar
-from tests.evaluation.toy import meaning_towers
+from tests.evaluation.toy import evaluate_into, meaning_towers
 
 # what an image shows, its captions, its label; "red" belongs to two images, and the last has a wrong caption
 ROWS = [
@@ -233,10 +232,9 @@ def test_titles_are_short_and_do_not_depend_on_where_one_is(tmp_path: Path, monk
         assert task_title(name) == title
 
 
-def test_the_suite_takes_them_too(tmp_path: Path) -> None:
+def test_a_folder_of_results_takes_them_too(tmp_path: Path) -> None:
     names = [f"shards:{write_shards(tmp_path / 'tars')}?label=species", f"captions:{write_listing(tmp_path / 'x')}"]
-    suite = Suite(tmp_path, tmp_path / "out", workers=0)
-    records = suite.run(meaning_towers(), choose_tasks(names), torch.device("cpu"))
+    records = list(evaluate_into(tmp_path / "out", tmp_path, choose_tasks(names)).values())
     assert [(record.error, record.main_metric_name, record.samples) for record in records] == [
         ("", "mean_recall", 4)
     ] * 2

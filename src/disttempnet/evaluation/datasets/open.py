@@ -107,7 +107,7 @@ def download_folder(task: Task, root: Path) -> Path:
     return root / task.source.rpartition("/")[2]
 
 
-def is_there(task: Task, root: Path | None = None) -> bool:
+def has_data(task: Task, root: Path | None = None) -> bool:
     """Whether a task's data is below a data root, is built, or needs neither."""
     if task.is_built:
         try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from disttempnet.errors import UserError
-from disttempnet.evaluation import TaskResult, embed_samples, evaluate, runner
+from disttempnet.evaluation import TaskResult, embed_samples, evaluate, evaluator
 from disttempnet.evaluation import tasks as readers
 from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.protocols import Measured, TaskFeatures, classifier, prompts, retrieval
@@ -85,10 +85,10 @@ def test_batch_size_and_evaluating_twice_change_nothing(tmp_path: Path, monkeypa
 
 def test_pixels_beyond_the_cache_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(tmp_path / "0.tar", TRUE)
-    monkeypatch.setattr(runner, "PIXEL_CACHE_BYTES", 0)
-    cached = len(runner._pixels)
+    monkeypatch.setattr(evaluator, "PIXEL_CACHE_BYTES", 0)
+    cached = len(evaluator._pixels)
     assert run(tmp_path, monkeypatch).metrics["acc1"] == 1.0
-    assert len(runner._pixels) == cached
+    assert len(evaluator._pixels) == cached
 
 
 def with_frequencies(folder: Path, trained: dict[str, int], rows: list[tuple[str, str, str]]) -> dict[str, object]:
@@ -275,9 +275,9 @@ def test_another_cache_folder_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> N
         read.append(os.environ["DISTTEMPNET_CACHE"])
         return data
 
-    monkeypatch.setattr(runner, "load_task", load)
+    monkeypatch.setattr(evaluator, "load_task", load)
     for name in ("/first", "/second", "/second"):
         monkeypatch.setenv("DISTTEMPNET_CACHE", name)
-        assert runner.load_tasks(["scenes"], None) == [data]
+        assert evaluator.load_tasks(["scenes"], None) == [data]
     assert read == ["/first", "/second"]
-    runner._loaded.cache_clear()
+    evaluator._loaded.cache_clear()

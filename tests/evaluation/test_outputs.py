@@ -18,7 +18,6 @@ from disttempnet.evaluation.class_features import ClassFeatures
 from disttempnet.evaluation.encoder import FeatureEncoder, checkpoint_hash, make_encoder
 from disttempnet.evaluation.loader import Decoder, DecodeRequest, ImageBatch
 from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records
-from disttempnet.evaluation.suite import Suite
 from disttempnet.evaluation.tasks import Head, find_task
 from tests.evaluation.colours import COLOURS
 from tests.evaluation.formats import (
@@ -30,7 +29,7 @@ from tests.evaluation.formats import (
     write_tar,
     write_wds,
 )
-from tests.evaluation.toy import meaning_towers
+from tests.evaluation.toy import evaluate_into, meaning_towers
 from tests.gloo import Pools
 
 SIX = tuple(COLOURS)
@@ -49,9 +48,7 @@ def sizes(root: Path, **of_task: int) -> None:
 
 
 def run(root: Path, *keys: str, **how: object) -> dict[str, TaskRecord]:
-    suite = Suite(root, root / "out", **how)  # type: ignore[arg-type]
-    records = suite.run(meaning_towers(), [find_task(key) for key in keys], torch.device("cpu"))
-    return {record.key: record for record in records}
+    return evaluate_into(root / "out", root, [find_task(key) for key in keys], **how)
 
 
 def test_another_number_of_samples_than_the_task_has(tmp_path: Path) -> None:
@@ -295,7 +292,7 @@ def test_longest_task_first(tmp_path: Path) -> None:
 def test_a_stream_that_ends_early_is_no_success(tmp_path: Path) -> None:
     write(tmp_path, DTD)
     with (
-        mock.patch("disttempnet.evaluation.suite.decoded", return_value=iter(())),
+        mock.patch("disttempnet.evaluation.evaluator.decoded", return_value=iter(())),
         pytest.raises(UserError, match="decoding stopped before Describable Textures"),
     ):
         run(tmp_path, DTD)
@@ -352,9 +349,8 @@ def run_on_copies_that_differ(root: Path) -> list[str]:
     from disttempnet import distributed
 
     mine = root / str(distributed.rank())
-    suite = Suite(mine, root / "out")
-    records = suite.run(meaning_towers(), [find_task(DTD), find_task(FLOWERS)], torch.device("cpu"))
-    return [record.error for record in records]
+    records = evaluate_into(root / "out", mine, [find_task(DTD), find_task(FLOWERS)])
+    return [records[key].error for key in (DTD, FLOWERS)]
 
 
 def test_ranks_that_see_different_data_do_not_wait_for_each_other(tmp_path: Path, gloo: Pools) -> None:

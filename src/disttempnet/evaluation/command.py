@@ -1,0 +1,224 @@
+"""`disttempnet evaluate`: an opened model, what it is evaluated on, and where its results go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from disttempnet import distributed
+from disttempnet.config import Config, public_table
+from disttempnet.data.builtin.cache import cache_folder
+from disttempnet.errors import Preempted, UserError
+from disttempnet.evaluation.class_features import ClassFeatures
+from disttempnet.evaluation.datasets.open import has_data
+from disttempnet.evaluation.encoder import checkpoint_hash, make_encoder
+from disttempnet.evaluation.evaluator import Evaluator
+from disttempnet.evaluation.outputs import ResultsFile, ResultsFolder, ResultsOutput
+from disttempnet.evaluation.results.file import default_place
+from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject
+from disttempnet.evaluation.tasks import VALIDATION_TASK, Task, TaskData, all_tasks, find_task
+from disttempnet.evaluation.validation import validation_data
+from disttempnet.io.files import refuse_unwritable
+from disttempnet.io.machine import cores
+from disttempnet.models import Towers
+from disttempnet.terminal import say
+
+WORKERS_OF_A_GPU = 16  # at most
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """Towers, and what is known of them.
+
+    Attributes:
+        title: for a reader; model, pretrained: names of the towers and of their weights.
+        folder: that results go below, by `name`.
+        config: of a run; objective, step: from its run.json and its checkpoint.
+        versions: package → version.
+        notes: what a reader of scores has to know of the weights.
+    """
+
+    towers: Towers
+    title: str
+    model: str
+    pretrained: str
+    folder: Path
+    name: str
+    config: Config | None = None
+    objective: Mapping[str, str] | None = None
+    step: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Tasks that are wanted, and how they are evaluated.
+
+    Attributes:
+        tasks: none = with a data root all that lie below one; else those of the run's config, or all that ship.
+        validation: whether the task `validation` of a run is wanted as well.
+        root: the data root; results are a folder then, else one JSON file.
+        out: that folder or file; None = a place beside the run.
+        precision: "" = bf16 on a GPU, else fp32; without a data root always fp32.
+        compat: "" or one of `datasets.open.COMPATIBLE`.
+        workers: decoding processes of each rank with a data root; None = a GPU's share of the cores, else threads.
+    """
+
+    tasks: Sequence[Task] = ()
+    validation: bool = False
+    root: Path | None = None
+    out: Path | None = None
+    precision: str = ""
+    compat: str = ""
+    batch: int = 256
+    workers: int | None = None
+
+    @property
+    def below_root(self) -> Sequence[Task]:
+        """Tasks of an evaluation with a data root."""
+        return self.tasks or [task for task in all_tasks().values() if task.below_root]
+
+
+def check_request(request: EvaluationRequest) -> None:
+    """Raise UserError where nothing is to be evaluated, or `out` cannot be written: before the model is loaded."""
+    root, out = request.root, request.out
+    if root is not None and not any(has_data(task, root) for task in request.below_root):
+        others = sorted(path.name for path in root.glob("wds_*"))
+        there = f"; {others[0]} is no folder of theirs" if others else ""
+        count = len(request.below_root)
+        raise UserError(f"--data-root {root}: holds none of the {count} tasks (--list says where to get them){there}")
+    if out is not None:
+        refuse_unwritable(out / SUMMARY_FILE if root is not None else out)
+
+
+def run_evaluation(model: EvaluatedModel, request: EvaluationRequest, stopped: Callable[[], object] = bool) -> int:
+    """Evaluate, write the results and print them; returns the exit code.
+
+    Args:
+        stopped: asked after every batch; see `ResultsOutput`.
+
+    Raises:
+        UserError: unknown or missing data, results that cannot be written or are of another model.
+        Preempted: a rank was told to stop.
+    """
+    with distributed.session(timeout_minutes=60.0) as device:
+        # Where results go: rank 0 decides, and says why not, with its exit code; a launcher ends the others then.
+        output = _folder_output if request.root is not None else _file_output
+        sink = output(model, request, device, stopped)
+        try:
+            distributed.together(lambda: sink.claim() if distributed.is_main() else None)
+        except distributed.OtherRankFailed:
+            return 0
+
+        # Tasks, longest first; then the evaluator, which hands each result to the sink.
+        tasks = sink.unfinished()
+        model.towers.module.to(device)
+        evaluator = _evaluator(model, request, device, sink.subject)
+        try:
+            with sink:
+                evaluator.run(tasks, sink.load, sink, sink.progress)
+        except Preempted:
+            if distributed.is_main():
+                say(sink.after_stop)
+            raise
+        if not distributed.is_main():
+            return 0  # else a launcher might end rank 0 before its table is printed
+        sink.show(model.title)
+    return int(sink.failed)
+
+
+def _evaluator(model: EvaluatedModel, request: EvaluationRequest, device: torch.device, subject: Subject) -> Evaluator:
+    """Return the evaluator; with a data root class features are kept on disk, by weights and precision of the texts."""
+    if request.root is None:
+        return Evaluator(model.towers, device, batch=request.batch)
+    text_dtype = make_encoder(model.towers, device, subject.precision, False, 1).text_dtype
+    kept = f"{subject.checkpoint}-{str(text_dtype or 'torch.float32').removeprefix('torch.')}"
+    known = ClassFeatures(cache_folder() / "text" / kept)
+    workers = _default_workers(device) if request.workers is None else request.workers
+    return Evaluator(model.towers, device, subject.precision, request.batch, workers, known)
+
+
+def _default_workers(device: torch.device) -> int:
+    """Return decoding processes for each rank: with a GPU its share of the cores, without one none: threads do it."""
+    if device.type != "cuda":
+        return 0
+    from disttempnet.distributed.launcher import local_processes
+
+    return max(1, min(WORKERS_OF_A_GPU, cores() // local_processes() - 1))
+
+
+def _folder_output(
+    model: EvaluatedModel, request: EvaluationRequest, device: torch.device, stopped: Callable[[], object]
+) -> ResultsOutput:
+    """Return the sink of an evaluation below a data root."""
+    run = {}
+    if model.config is not None:
+        table = public_table(model.config)
+        run = {"name": model.config.name, "config": table, "objective": model.objective, "step": model.step}
+    subject = Subject(
+        model=model.model,
+        pretrained=model.pretrained,
+        checkpoint=checkpoint_hash(model.towers),
+        precision=request.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        compat=request.compat,
+        versions=model.versions,
+        parameters=sum(parameter.numel() for parameter in model.towers.module.parameters()),
+        run=run,
+        notes=model.notes,
+    )
+    folder = request.out or _default_folder(model)
+    refuse_unwritable(folder / SUMMARY_FILE)
+    assert request.root is not None
+    return ResultsFolder(folder, request.root, request.below_root, subject, device, request.batch, stopped)
+
+
+def _default_folder(model: EvaluatedModel) -> Path:
+    """Return RUN/evaluation/STEP; of a run that cannot be written to, such as a colleague's, a folder here."""
+    folder = model.folder / "evaluation" / model.name
+    try:
+        refuse_unwritable(folder / SUMMARY_FILE)
+    except UserError:
+        if model.config is None:
+            raise
+        _say_elsewhere(model)
+        return Path("evaluation") / f"{model.config.name}-{model.name}"
+    return folder
+
+
+def _say_elsewhere(model: EvaluatedModel) -> None:
+    if distributed.is_main():
+        say(f"{model.folder} cannot be written to: results go to the current folder")
+
+
+def _file_output(
+    model: EvaluatedModel, request: EvaluationRequest, device: torch.device, stopped: Callable[[], object]
+) -> ResultsOutput:
+    """Return the sink of an evaluation on data that ships, is your own, or is named by the run's config."""
+    config = model.config
+    subject = Subject(model.title, checkpoint=checkpoint_hash(model.towers), notes=model.notes)
+    out = request.out
+    if config is not None and out is None:
+        out = default_place(model.folder, config.name, model.name, subject)
+        if model.folder not in out.parents:
+            _say_elsewhere(model)
+    root = config.eval.data_root if config is not None else ""
+    data_root = Path(root) if root else None
+    return ResultsFile(out, lambda: _tasks(config, request), data_root, subject, device, request.batch, stopped)
+
+
+def _tasks(config: Config | None, request: EvaluationRequest) -> list[str | TaskData]:
+    """Return the tasks of an evaluation without a data root; every rank calls this."""
+    names: list[str | TaskData] = [task.name for task in request.tasks]
+    validation = request.validation
+    if config is not None and not names and not validation:
+        names, validation = list(config.eval.tasks), bool(config.data.validation)
+    held_out = validation_data(config.data) if config is not None and validation else None
+    if validation and held_out is None:
+        find_task(VALIDATION_TASK)  # raises: there is none
+    if held_out is not None:
+        return [*names, held_out]
+    return names or [name for name, task in all_tasks().items() if not task.below_root and not task.is_built]
