@@ -262,7 +262,7 @@ def test_an_own_task_needs_a_path(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("folder", "shards", "captions"):
         for rest in ("", " ", "?label=x"):
             assert main(["evaluate", MODEL, "--tasks", f"{kind}:{rest}"]) == 2
-            why = f"task '{kind}:{rest}': of which data? {kind}:PATH"
+            why = f"task '{kind}:{rest}': lacks its path: {kind}:PATH"
             assert capsys.readouterr().err == f"disttempnet: {why}\n"
 
 

@@ -123,7 +123,7 @@ def test_samples_without_label_image_or_number(tmp_path: Path) -> None:
     assert record.corrupt == (
         "0.tar/s0000000: no label",
         "0.tar/s0000001: no image",
-        "0.tar/s0000002: its label is 'two', no number",
+        "0.tar/s0000002: its label is 'two', not a number",
     )
     assert record.samples == 3
 

@@ -26,9 +26,9 @@ def test_place_rate_time_left_and_average(monkeypatch: pytest.MonkeyPatch) -> No
     shown.advance("images", 1, 4)
     now[0] = 5.0
     shown.advance("images", 3, 4)  # two batches in five seconds; three quarters of 20 parts of 50 are done in five
-    task = shown._line.tasks[0]
+    task = shown.bars.tasks[0]
     assert task.description == f"2/3 {tasks[1].display}"
-    assert task.fields["state"] == "40 images/s  ETA 0:00:12  average of 1/3 20.00"
+    assert task.fields["text"] == "40 images/s  ETA 0:00:12  average of 1/3 20.00"
     now[0] = 8.0
     shown.finish(tasks[1], 0.5, f"{tasks[1].main} 50.00")  # 20 of 50 parts in eight seconds
     line = shown.console.file.getvalue()  # type: ignore[attr-defined]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from disttempnet.evaluation.metrics import Prediction, predict
 from disttempnet.evaluation.protocols import PROTOCOLS, Measured, TaskFeatures, classifier, cue_prompt
 from disttempnet.evaluation.scores import Scores
-from disttempnet.evaluation.tasks import Puzzle
+from disttempnet.evaluation.tasks import Puzzle, all_tasks
 
+COLUMNS = {task.protocols[0]: task.metadata for task in all_tasks().values()}
 FACE_SIZES = {"race": 7, "gender": 2, "age": 9, "toxic": 21}
 
 
@@ -132,7 +133,7 @@ def test_worst_group(case, data, which) -> None:
     hits = [label in ranking(row)[:k] for row, label in zip(similarities, labels, strict=True)]
     expected = plain_classification(*case) | plain_groups(name, hits, groups, column)
     expected[f"{name}_wg"] = worst(expected, f"{name}_{column}:")
-    metadata = {key: np.array(groups) for key in PROTOCOLS[protocol].columns}
+    metadata = {key: np.array(groups) for key in COLUMNS[protocol]}
     measured = Measured((prediction(similarities, labels),), torch.tensor(labels), classes, metadata)
     assert same(scores_of(protocol, measured), expected)
 

@@ -169,10 +169,21 @@ def test_a_source_of_its_own(photos: Path, tmp_path: Path) -> None:
         assert data.samples[0].image().size == (8, 8)
     trained = open_source((SourceConfig(path=str(photos / "photos")),), progress=False)
     same = config_of(photos, tmp_path, f"data.validation={json.dumps(str(photos / 'photos'))}").data
-    with pytest.raises(UserError, match="is what is trained on: name other samples, or a share of these"):
+    with pytest.raises(UserError, match="is also trained on: name other samples, or a share of these"):
         validation_data(same, trained)
+    with pytest.raises(UserError, match="is also trained on"):
+        validation_data(same)  # `evaluate RUN`, where the training source is not opened
     with pytest.raises(UserError, match="no such"):
         validation_data(config_of(photos, tmp_path, "data.validation=nowhere/x.csv").data)
+
+
+def test_training_data_that_is_not_here_is_noted(photos: Path, tmp_path: Path) -> None:
+    """A run may be evaluated on another machine than it was trained on."""
+    for spec in (photos / "list.csv", f"captions:{photos / 'list.csv'}"):
+        data = validation_data(config_of(photos, tmp_path, f"data.validation={quoted(spec)}", "data.train=gone").data)
+        assert data is not None
+        assert len(data.samples) == IMAGES
+        assert data.notes[-1] == "gone is not here: not checked whether its samples are those of validation"
 
 
 def quoted(value: object) -> str:
@@ -199,7 +210,7 @@ def test_what_is_trained_on_is_refused_in_any_form(photos: Path, tmp_path: Path)
         (quoted(both), f"shards:{one}"),
     ):
         config = config_of(photos, tmp_path, f"data.validation={quoted(given)}", f"data.train={train_on}").data
-        with pytest.raises(UserError, match=r"is what is trained on: name other samples, or a share of these$"):
+        with pytest.raises(UserError, match=r"is also trained on: name other samples, or a share of these$"):
             validation_data(config, open_training_source(config, progress=False))
     others = config_of(photos, tmp_path, f"data.train={quoted(listing)}", f'data.validation="shards:{one}"').data
     data = validation_data(others, open_training_source(others, progress=False))
@@ -212,5 +223,5 @@ def test_a_copy_of_a_part_of_what_is_trained_on_is_refused(photos: Path, tmp_pat
     copy.write_bytes(listing.read_bytes())
     words = [f"data.train={quoted(f'{listing}::{turned}')}", f"data.validation={quoted(copy)}"]
     config = config_of(photos, tmp_path, *words).data
-    with pytest.raises(UserError, match=r"copy\.csv' is what is trained on"):
+    with pytest.raises(UserError, match=r"copy\.csv' is also trained on"):
         validation_data(config, open_training_source(config, progress=False))

@@ -17,12 +17,12 @@ from disttempnet.terminal import say
 if TYPE_CHECKING:
     from disttempnet.evaluation.command import EvaluatedModel
 
-EVALUATE = """Without --data-root: the tasks whose data ships with the package, or that the run's config names.
+EVALUATE = """Without --data-root: the tasks that the run's config names, or those whose data ships with the package.
 
-With --data-root DIR: DataComp's tasks, as far as their data is below DIR (--list says which are, and where to get
-them). Each finished task is a line of OUT/eval_results.jsonl; the same command goes on after a stop (SIGUSR1, as SLURM
-sends it ahead of a time limit: exit code 138). What is missing is reported, what fails is reported and makes the exit
-code 1; neither ends the run.
+With --data-root DIR: DataComp's tasks whose data is below DIR. --list prints which are, and where to get the others.
+Each finished task is a line of OUT/eval_results.jsonl. After a stop, run the same command again: it goes on with the
+tasks that are left. (SIGUSR1, which SLURM sends ahead of a time limit, gives exit code 138.) Missing tasks are
+reported. Failed tasks are reported and make the exit code 1. Neither ends the run.
 
 examples:
   disttempnet evaluate runs/mine
@@ -50,7 +50,7 @@ def add_evaluate_command(commands: Any) -> None:
     evaluate.add_argument(
         "--resize-positions",
         action="store_true",
-        help="take weights of another image size than the architecture's: interpolate their position embeddings",
+        help="load weights of another image size: interpolate their position embeddings",
     )
     evaluate.add_argument(
         "--tasks",
@@ -58,7 +58,7 @@ def add_evaluate_command(commands: Any) -> None:
         type=path_argument,
         default=(),
         metavar="TASK",
-        help="rows of tasks.toml; or data of one's own: folder:PATH, shards:SPEC, captions:FILE, each with "
+        help="rows of tasks.toml; or your own data: folder:PATH, shards:SPEC, captions:FILE, each with "
         "?label=KEY for zero-shot (docs/evaluation.md)",
     )
     evaluate.add_argument(
@@ -67,18 +67,18 @@ def add_evaluate_command(commands: Any) -> None:
     evaluate.add_argument(
         "--data-root", type=path_argument, metavar="DIR", help="folder of the data of DataComp's tasks"
     )
-    evaluate.add_argument("--list", action="store_true", help="print the tasks, and which are there; evaluate nothing")
+    evaluate.add_argument("--list", action="store_true", help="print the tasks and which of them are there, then exit")
     evaluate.add_argument(
         "--precision",
         choices=("fp32", "bf16", "datacomp"),
-        help="with --data-root: fp32; bf16 autocast; or texts in half and images in full precision, as DataComp "
+        help="with --data-root: fp32; bf16 (autocast); or datacomp (texts in half precision, images in fp32) "
         "(default: bf16 on a GPU, else fp32)",
     )
     evaluate.add_argument(
         "--compat",
         choices=("datacomp-1.4",),
         default="",
-        help="with --data-root: read class names as the CLIP_benchmark 1.4 that DataComp pins, without blank ones",
+        help="with --data-root: drop blank class names, as CLIP_benchmark 1.4, which DataComp pins, does",
     )
     evaluate.add_argument(
         "--workers", type=WORKERS.parse, metavar="N", help="with --data-root: decoding processes of each rank"
@@ -91,13 +91,13 @@ def add_evaluate_command(commands: Any) -> None:
         type=path_argument,
         metavar="PATH",
         help="with --data-root a folder (default: RUN/evaluation/STEP, or evaluation/NAME), else a JSON file "
-        "(default: RUN/results.json, or of a run that cannot be written evaluation/RUN-STEP.json)",
+        "(default: RUN/results.json; evaluation/RUN-STEP.json if the run is read-only)",
     )
     evaluate.set_defaults(run=_evaluate, memory="lower --batch")
 
 
 def _words(given: Sequence[str]) -> list[str]:
-    """`a,b c` as well as `a b c`; a comma in data of one's own (folder:PATH) belongs to its path."""
+    """Return words that are separated by spaces or commas; a comma after `folder:` and the like belongs to the path."""
     from disttempnet.evaluation.tasks import OWN
 
     own = "|".join(OWN)
@@ -154,7 +154,9 @@ def _open(target: str, resize_positions: bool) -> EvaluatedModel:
     if named := read_target(target):
         return _open_named(target, *named, resize_positions)
     if resize_positions:
-        raise UserError("--resize-positions is for weights of others: the towers of a run have the size of its config")
+        raise UserError(
+            "--resize-positions is for named weights: the towers of a run have the image size of its config"
+        )
     from disttempnet.evaluation.command import EvaluatedModel
     from disttempnet.losses import OBJECTIVES
     from disttempnet.training.checkpoint import load_run

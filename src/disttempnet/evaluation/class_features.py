@@ -1,7 +1,7 @@
-"""Class features that are embedded once: in memory over all tasks, and on disk over all runs with the same towers.
+"""Class features, embedded once: kept in memory over all tasks, and on disk over all evaluations of the same towers.
 
-ImageNet and its variants have 288,000 prompts between them, most of them the same: what counts is the templates and the
-name of the class.
+ImageNet and its variants have 288,000 prompts between them, most of them equal. A class is known by its templates and
+its name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ClassFeatures:
     """Features of classes by templates and name.
 
     Args:
-        folder: where they are kept, of one model in one precision; None = in memory only.
+        folder: keeps those of one model in one precision; None = in memory only.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -92,7 +92,7 @@ class ClassFeatures:
                 return {}
             return dict(zip(json.loads(facts["names"]), rows, strict=True))
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-            return {}  # damaged: it is made again
+            return {}  # damaged: embed them again
 
     def _write(self, templates: Sequence[str], known: dict[str, Tensor]) -> None:
         path = self._path(templates)

@@ -1,6 +1,6 @@
-"""Pixels and texts → unit features, in a chosen precision, the work dealt to the ranks.
+"""Pixels and texts → unit features, in a chosen precision, with the batches sharded over the ranks.
 
-Batches, not rows, are dealt: every batch is the same at any world size, and so are the numbers, to the last bit on
+Batches, not rows, are sharded: every batch is the same at any world size, and so are the numbers, to the last bit on
 like devices. A rank fills its rows of a table of zeros, and the sum over ranks is the whole table.
 """
 
@@ -75,7 +75,7 @@ class FeatureEncoder:
 
 
 def make_encoder(towers: Towers, device: torch.device, precision: str, matching: bool, batch: int) -> FeatureEncoder:
-    """An encoder of one of `PRECISIONS`.
+    """Return an encoder of one of `PRECISIONS`.
 
     Args:
         precision: `fp32`; `bf16`, everything under autocast; `datacomp`, as DataComp's evaluation computes: texts
@@ -92,7 +92,7 @@ def make_encoder(towers: Towers, device: torch.device, precision: str, matching:
 
 
 def checkpoint_hash(towers: Towers) -> str:
-    """Hex digest of all that features depend on: architecture, how images are resized and normalised, weights."""
+    """Return a hex digest of what features depend on: architecture, resizing and normalisation of images, weights."""
     digest = hashlib.blake2b(digest_size=16)
     facts = [towers.architecture, towers.image_size, towers.mean, towers.std, towers.resizing]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -104,14 +104,14 @@ def checkpoint_hash(towers: Towers) -> str:
 
 
 def batches_of_this_rank(n: int, batch: int) -> list[range]:
-    """Rows of each batch that is this rank's."""
+    """Return the rows of each batch that is this rank's."""
     starts = range(distributed.rank() * batch, n, distributed.world_size() * batch)
     return [range(start, min(start + batch, n)) for start in starts]
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no batch statistics inside; every submodule's own mode comes back after."""
+    """Turn off gradients, dropout and batch statistics inside; every submodule's own mode is restored after."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -1,7 +1,7 @@
 """Samples → batches of pixels, decoded by threads of this process or by worker processes.
 
-What is to be decoded comes as a stream of requests, which may run over many tasks: workers stay busy across the end of
-one, and need know nothing of shards, for a request says in which file and at which byte each image lies.
+Work comes as a stream of requests, which may run over many tasks: workers stay busy across the end of one. A request
+gives file and byte range of each image, so workers need no shards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AHEAD = 2  # batches that are decoded before they are asked for, by each worker
 
 
 class DecodeRequest(NamedTuple):
-    """Samples of the task of that number, from the place `start` on."""
+    """Consecutive samples to decode: of the task of that number, from the place `start` on."""
 
     task: int
     start: int
@@ -50,7 +50,7 @@ class ImageBatch(NamedTuple):
 
     @property
     def rows(self) -> slice:
-        """Their places in the task."""
+        """Places of the samples in the task."""
         return slice(self.start, self.start + len(self.valid))
 
 
@@ -65,7 +65,7 @@ class Decoder(Dataset):
         return self.stack(request, [self.decode(sample) for sample in request.samples])
 
     def decode(self, sample: EvaluationSample) -> Tensor | str:
-        """Pixels, or why there are none."""
+        """Return pixels, or the reason why there are none."""
         try:
             return self.transform(sample.image())
         except UnreadableImage as error:
@@ -84,17 +84,18 @@ class Decoder(Dataset):
 
 
 def decoded(requests: Iterable[DecodeRequest], towers: Towers, workers: int = 0) -> Iterator[ImageBatch]:
-    """Batches in the order of the requests.
+    """Yield batches in the order of the requests.
 
     Args:
         requests: iterated a few batches ahead of what is given out.
-        towers: say how large their square is, and how it is made.
+        towers: their image size and resizing.
         workers: processes that decode; 0 = threads of this one. Where one dies, threads take over, with a warning.
     """
     decoder = Decoder(towers.image_size, towers.resizing)
     if not workers:
         yield from _by_threads(requests, decoder)
         return
+    # Worker processes take requests; those that are begun and not answered yet are remembered.
     requests, begun = iter(requests), deque[DecodeRequest]()
     loader = DataLoader(
         decoder,
@@ -131,8 +132,8 @@ def _noted(requests: Iterator[DecodeRequest], begun: deque[DecodeRequest]) -> It
 
 
 def _without_signal(loader: DataLoader) -> Iterator[ImageBatch]:
-    """An iterator that finds out itself, within seconds, that a worker has died: the handler of torch would raise
-    wherever this process is just then."""
+    """Return an iterator that notices a dead worker itself, within seconds: torch's signal handler would raise at any
+    line of this process."""
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread():
@@ -153,7 +154,7 @@ def _by_threads(requests: Iterable[DecodeRequest], decoder: Decoder) -> Iterator
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C and SLURM's SIGUSR1 are the main process's to answer; decoding needs one thread a worker."""
+    """Leave Ctrl-C and SLURM's SIGUSR1 to the main process; decode in one thread a worker."""
     os.setpgrp()
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

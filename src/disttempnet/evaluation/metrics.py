@@ -1,4 +1,4 @@
-"""Ranking metrics with their exact chance levels, and what is made of predictions by class and by group.
+"""Ranking metrics with their exact chance levels, and metrics by class and by group.
 
 Ranking comes from one number a query: the place of its best-placed right answer among all candidates. Accuracy is the
 case of one right answer a query (its class).
@@ -22,7 +22,7 @@ TILE = 512  # queries scored at once: bounds memory to TILE × n similarities
 
 
 def first_hit(queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor) -> Tensor:
-    """Place of each query's best-placed right answer, 0 = top.
+    """Return the place of each query's best-placed right answer, 0 = top.
 
     Args:
         queries: finite features [q, D].
@@ -50,7 +50,7 @@ def first_hit(queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_o
 
 
 class Prediction(NamedTuple):
-    """What zero-shot classification says of n images, int64 [n] each.
+    """Predictions of zero-shot classification for n images, int64 [n] each.
 
     Attributes:
         first: the most similar class.
@@ -62,7 +62,7 @@ class Prediction(NamedTuple):
 
 
 def predict(images: Tensor, classes: Tensor, labels: Tensor) -> Prediction:
-    """Images [n, D] before classes [C, D].
+    """Classify images [n, D] among classes [C, D].
 
     Args:
         labels: int64 [n] on the device of `images`; a label that is no class is never hit.
@@ -77,12 +77,12 @@ def predict(images: Tensor, classes: Tensor, labels: Tensor) -> Prediction:
 
 
 def recall_at(places: Tensor, k: int) -> float:
-    """Share of queries with a right answer among their first k."""
+    """Return the share of queries with a right answer among their first k."""
     return (places < k).double().mean().item()
 
 
 def recall_chance(right_answers: Tensor, candidates: int, k: int) -> float:
-    """Expected recall@k of a uniformly random order: the mean of 1 − C(n−m, k) / C(n, k).
+    """Return the expected recall@k of a uniformly random order: the mean of 1 − C(n−m, k) / C(n, k).
 
     Args:
         right_answers: int64 [q], m of each query.
@@ -98,7 +98,7 @@ class WeightedHits(NamedTuple):
     """Shares of queries that count towards one metric with a weight.
 
     Attributes:
-        hits: float64 [q], of each query whether, or how often, it was answered right.
+        hits: float64 [q], how often each query was answered right.
         cluster: int64 [q], the image that a query belongs to.
         weight: of the mean of the hits in the metric.
     """
@@ -109,7 +109,7 @@ class WeightedHits(NamedTuple):
 
 
 def clustered_error(parts: Sequence[WeightedHits], clusters: int) -> float | None:
-    """Standard error of a weighted sum of means, over the draw of images: queries of one image are no two draws.
+    """Return the standard error of a weighted sum of means, over the draw of images: an image's queries are one draw.
 
     A mean is a ratio of sums over images, so an image adds the sum of its queries' distances from the mean, over the
     number of queries. None of a single image.
@@ -124,7 +124,7 @@ def clustered_error(parts: Sequence[WeightedHits], clusters: int) -> float | Non
 
 
 def mean_per_class_error(places: Tensor, labels: Tensor) -> float | None:
-    """Standard error of `mean_per_class_recall`, a mean of independent shares. None where a class has one image."""
+    """Return the standard error of `mean_per_class_recall`, of independent shares; None where a class has one image."""
     _, group, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
     if (counts < 2).any():
         return None
@@ -133,14 +133,14 @@ def mean_per_class_error(places: Tensor, labels: Tensor) -> float | None:
 
 
 def mean_per_class_recall(places: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy of each class that occurs in `labels` [q], averaged over these classes."""
+    """Return the top-1 accuracy of each class that occurs in `labels` [q], averaged over these classes."""
     _, group, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
     hits = torch.bincount(group, weights=(places.cpu() == 0).double())
     return (hits / counts).mean().item()
 
 
 def macro_scores(first: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[float, float]:
-    """(F1, recall) of each class that occurs in `labels`, averaged over these classes.
+    """Return (F1, recall) of each class that occurs in `labels`, averaged over these classes.
 
     Args:
         first: predicted classes [n]; labels: the true ones [n].
@@ -154,18 +154,18 @@ def macro_scores(first: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[f
 
 
 class GroupMeans(NamedTuple):
-    """Mean and size of each group, as dicts by what the group is called; an empty group's mean is None."""
+    """Mean and size of each group, by its name; an empty group's mean is None."""
 
     means: dict[str, float | None]
     counts: dict[str, int]
 
     def worst(self, but: Sequence[str] = ()) -> float | None:
-        """The lowest mean of the groups that are not empty and not named; None if there are none."""
+        """Return the lowest mean of all groups except empty ones and those of `but`; None if there are none."""
         return min((mean for name, mean in self.means.items() if mean is not None and name not in but), default=None)
 
 
 def group_means(hits: NDArray[np.bool_], columns: dict[str, NDArray[np.int64]]) -> GroupMeans:
-    """The share of hits [n] in every combination of group numbers, empty ones too.
+    """Return the share of hits [n] in every combination of group numbers, empty ones too.
 
     Args:
         columns: name → the number of each sample's group [n]; there are as many groups as the largest number says.
@@ -184,5 +184,5 @@ def group_means(hits: NDArray[np.bool_], columns: dict[str, NDArray[np.int64]]) 
 
 
 def jaccard(chosen: set[int], right: set[int]) -> float:
-    """Size of the intersection over size of the union."""
+    """Return the size of the intersection over the size of the union."""
     return len(chosen & right) / len(chosen | right)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
-
-from rich.progress import BarColumn, Progress, TextColumn
 
 from disttempnet import distributed
 from disttempnet.evaluation.tasks import Task
-from disttempnet.terminal import console
+from disttempnet.io.progress import ProgressDisplay, clock
 
 
-class EvaluationProgress:
+class EvaluationProgress(ProgressDisplay):
     """Live line in a terminal and, if wanted, a line a finished task; on rank 0, inside a `with`.
 
     Args:
@@ -26,9 +23,9 @@ class EvaluationProgress:
     def __init__(
         self, tasks: Sequence[Task], finished: Mapping[str, float | None], batch: int, lines: bool = True
     ) -> None:
-        self.console = console()
+        super().__init__(active=distributed.is_main(), stderr=False, transient=True)
         self.values = dict(finished)
-        self._lines = lines and distributed.is_main()
+        self._lines = lines
         self._total = len(tasks)
         self._averaged = sum(bool(task.main) for task in tasks)
         self._cost = {task.name: task.seconds or 1.0 for task in tasks}
@@ -37,17 +34,7 @@ class EvaluationProgress:
         self._batch = batch * distributed.world_size()
         self._task: Task | None = None
         self._rate = ""
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[state]}"))
-        hidden = not distributed.is_main() or not self.console.is_terminal
-        self._line = Progress(*columns, console=self.console, transient=True, disable=hidden)
-        self._bar = self._line.add_task("", state="", total=1.0)
-
-    def __enter__(self) -> EvaluationProgress:
-        self._line.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._line.stop()
+        self._bar = self.add("", total=1.0)
 
     def begin(self, task: Task) -> None:
         """Show the task that is at work now."""
@@ -73,14 +60,13 @@ class EvaluationProgress:
         self._done += self._cost[task.name]
         if self._lines:
             how = "  ".join(filter(None, [self._rate, self._ahead(0.0)]))
-            line = f"{len(self.values)}/{self._total}  {task.display}: {result}  ({how})"
-            self.console.print(line, soft_wrap=True)
+            self.say(f"{len(self.values)}/{self._total}  {task.display}: {result}  ({how})")
 
     def _show(self, part: float) -> None:
         if self._task is None:
             return
         name = f"{min(len(self.values) + 1, self._total)}/{self._total} {self._task.display}"
-        self._line.update(self._bar, description=name, completed=part, state=f"{self._rate}  {self._ahead(part)}")
+        self.update(self._bar, part, f"{self._rate}  {self._ahead(part)}", name=name)
 
     def _ahead(self, part: float) -> str:
         """Return the time left and the average so far; `part` of the task at work is done."""
@@ -88,7 +74,7 @@ class EvaluationProgress:
         words = []
         if cost:
             seconds = (time.monotonic() - self._begun) / cost * max(0.0, self._to_do - cost)
-            words.append(f"ETA {timedelta(seconds=round(seconds))}")
+            words.append(f"ETA {clock(seconds)}")
         counted = [value for value in self.values.values() if value is not None]
         if counted:
             words.append(f"average of {len(counted)}/{self._averaged} {100 * sum(counted) / len(counted):.2f}")

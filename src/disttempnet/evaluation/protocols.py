@@ -1,7 +1,7 @@
-"""How predictions and features become scores; tasks.toml names the protocols of a task.
+"""Protocols: predictions and features → scores; tasks.toml names the protocols of a task.
 
 Every protocol is a function of what was measured, the same whether one process measured it or many. Metrics have the
-names that DataComp and CLIP_benchmark give them, but for `retrieval`, which knows captions that several images share.
+names that DataComp and CLIP_benchmark give them, except `retrieval`, where several images may share a caption.
 
 Legend: n images, t captions, C classes, T templates, D width; every feature row has unit norm.
 """
@@ -39,7 +39,7 @@ from disttempnet.evaluation.tasks import Puzzle
 RECALL_KS = (1, 5, 10)
 FREQUENCY_THIRDS = ("head", "middle", "tail")
 FMOW_OTHER = "region:5"  # Asia, Europe, Africa, Americas, Oceania, Other
-RACE_OF_BINARY_0 = 1  # the class of the race classifier that race_binary sets apart from all others
+RACE_OF_BINARY_0 = 1  # the class of the race classifier that race_binary separates from all others
 CRIME, NONHUMAN = range(18, 21), range(14, 18)  # classes of the `toxic` classifier
 
 
@@ -62,7 +62,7 @@ class TaskFeatures:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that protocols score; what a task has no use for is empty.
+    """Input of protocols; what a task has no use for is empty.
 
     Attributes:
         predictions: of each classifier of the task, for n images.
@@ -84,7 +84,7 @@ class Measured:
 
 
 def prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every template of every class, class after class: C·T prompts."""
+    """Return every template of every class, class after class: C·T prompts."""
     return [template.replace("{c}", name) for name in class_names for template in templates]
 
 
@@ -94,7 +94,7 @@ def classifier(prompt_features: Tensor, templates: int) -> Tensor:
 
 
 def cue_prompt(cue: str) -> str:
-    """What WinoGAViL asks for a cue: "An apple", "A big fish"."""
+    """Return WinoGAViL's prompt for a cue: "An apple", "A big fish"."""
     cue = cue.lower()
     return f"{'An' if cue[:1] in tuple('aeiou') else 'A'} {cue}"
 
@@ -118,7 +118,7 @@ def classification(task: Measured, scores: Scores) -> None:
 
 
 def _error(places: Tensor, k: int) -> float | None:
-    """Standard error of `recall_at`, of one query an image."""
+    """Return the standard error of `recall_at`, of one query an image."""
     return clustered_error([WeightedHits(places < k, torch.arange(len(places)))], len(places))
 
 
@@ -136,7 +136,7 @@ def by_group(task: Measured, scores: Scores, *, name: str, column: str, k: int =
     """Classification, and the share of images with their class among the first k in each group and in the worst.
 
     Args:
-        name: what the metric is called: NAME_COLUMN:0, NAME_COLUMN:1, …, NAME_avg, NAME_wg.
+        name: of the metric: NAME_COLUMN:0, NAME_COLUMN:1, …, NAME_avg, NAME_wg.
         column: of the metadata, the number of an image's group.
     """
     classification(task, scores)
@@ -146,8 +146,8 @@ def by_group(task: Measured, scores: Scores, *, name: str, column: str, k: int =
 def fmow(task: Measured, scores: Scores) -> None:
     """Classification by year and by region; the worst region.
 
-    acc_worst_region counts the region "Other", as DataComp's code does, although it is meant not to: with a handful of
-    images it decides alone, often at zero. acc_worst_region_no_other leaves it out.
+    acc_worst_region counts the region "Other", as DataComp's code does, although it means to skip it. With a handful of
+    images this region alone often decides, at zero. acc_worst_region_no_other leaves it out.
     """
     classification(task, scores)
     hits = task.predictions[0].place.cpu().numpy() < 1
@@ -159,7 +159,7 @@ def fmow(task: Measured, scores: Scores) -> None:
 def faces(task: Measured, scores: Scores) -> None:
     """Race, gender and age by binary race, gender by race and gender, crime and non-human labels by race.
 
-    Race is right where "of the class that race_binary sets apart or not" is.
+    Race is right where the prediction agrees with race_binary.
     """
     race, gender, age, toxic = (prediction.first.cpu().numpy() for prediction in task.predictions)
     known = task.metadata
@@ -208,7 +208,7 @@ class Recall(NamedTuple):
 
 
 def _recalls(task: Measured, scores: Scores, names: dict[str, str]) -> list[Recall]:
-    """Add recall@k of the ways in `names`, by the names that they are to have."""
+    """Add recall@k of the ways in `names`, under these names."""
     features = _features(task)
     recalls = []
     ways = {
@@ -230,7 +230,7 @@ def _recalls(task: Measured, scores: Scores, names: dict[str, str]) -> list[Reca
 
 
 def _first_image(features: TaskFeatures) -> Tensor:
-    """int64 [t]: the image that each text belongs to, of several the first."""
+    """Return int64 [t], the image that each text belongs to, of several the first."""
     last = torch.full((len(features.texts),), len(features.images), dtype=torch.int64)
     return last.scatter_reduce(0, features.text_of, features.image_of, "amin")
 
@@ -261,33 +261,31 @@ def winogavil(task: Measured, scores: Scores) -> None:
 
 
 def _features(task: Measured) -> TaskFeatures:
-    assert task.features is not None, "the runner keeps the features of tasks that are scored by them"
+    assert task.features is not None, "score_task keeps the features of matching protocols"
     return task.features
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to score, and what it wants.
+    """Way to score, and what it needs.
 
     Attributes:
         score: adds its metrics to a task's scores.
-        columns: names of the first columns of a sample's metadata.
         matching: images are compared with texts of their own, whose features are kept, and not only with classes.
     """
 
     score: Callable[[Measured, Scores], None]
-    columns: tuple[str, ...] = ()
     matching: bool = False
 
 
 PROTOCOLS: dict[str, Protocol] = {
     "classification": Protocol(classification),
     "iwildcam": Protocol(iwildcam),
-    "camelyon17": Protocol(partial(by_group, name="acc", column="slide"), ("hospital", "slide")),
-    "fmow": Protocol(fmow, ("region", "year")),
-    "dollar_street": Protocol(partial(by_group, name="acc_top5", column="income_ds", k=5), ("income_ds",)),
-    "geode": Protocol(partial(by_group, name="acc", column="region"), ("region",)),
-    "faces": Protocol(faces, ("age", "gender", "race", "race_binary")),
+    "camelyon17": Protocol(partial(by_group, name="acc", column="slide")),
+    "fmow": Protocol(fmow),
+    "dollar_street": Protocol(partial(by_group, name="acc_top5", column="income_ds", k=5)),
+    "geode": Protocol(partial(by_group, name="acc", column="region")),
+    "faces": Protocol(faces),
     "retrieval": Protocol(retrieval, matching=True),
     "caption_retrieval": Protocol(caption_retrieval, matching=True),
     "winogavil": Protocol(winogavil, matching=True),

@@ -1,7 +1,7 @@
 """One pass over a task's images, on one process or many, and its scores; nothing is random.
 
-Of images that are only told apart into classes no more is kept than the predicted class and the place of the true one;
-of those that are compared with texts of their own, the features.
+Of images that are classified, the predicted class and the place of the true one are kept. Of images that are compared
+with texts of their own, the features are kept.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from disttempnet.evaluation.tasks import Puzzle, TaskData
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """What `score_task` found.
+    """Scores of a task, and what they were computed from.
 
     Attributes:
-        measured: what was scored.
-        scores: its metrics; `corrupt` names the images that could not be decoded.
-        kept: places in the task's samples of those that could.
-        reasons: why the others could not.
+        measured: input of the protocols.
+        scores: the metrics; `corrupt` names the images that could not be decoded.
+        kept: places in the task's samples of those that could be decoded.
+        reasons: for each of the others, why not.
     """
 
     measured: Measured
@@ -43,7 +43,7 @@ class ScoredTask:
 
 
 def task_texts(data: TaskData) -> list[str]:
-    """The texts that a task's images are compared with, each once: captions, and prompts of cues."""
+    """Return the texts that a task's images are compared with, each once: captions, and prompts of cues."""
     if data.puzzles:
         return list(dict.fromkeys(cue_prompt(puzzle.cue) for puzzle in data.puzzles))
     return list(dict.fromkeys(caption for sample in data.samples for caption in sample.captions))
@@ -75,7 +75,7 @@ def score_task(
     words: Tensor,
     progress: ProgressCallback | None = None,
 ) -> ScoredTask:
-    """One pass over a task's images, and its scores.
+    """Score a task in one pass over its images.
 
     Every rank calls this with its own batches and gets the same.
 
@@ -89,6 +89,8 @@ def score_task(
     Raises:
         UserError: no readable image, features that are not finite.
     """
+    # Tables over the n samples, filled by all ranks: state, first class and place of the true one of each head [2, n],
+    # and features [n, D] of tasks that compare images with texts of their own.
     n, name = len(data.samples), data.task.name
     matching = any(PROTOCOLS[protocol].matching for protocol in data.task.protocols)
     labels = torch.tensor(data.labels or [0] * n, dtype=torch.int64, device=encoder.device)
@@ -97,6 +99,7 @@ def score_task(
     features = torch.zeros(n if matching else 0, encoder.width, device=encoder.device)
 
     def one_pass() -> list[tuple[int, str]]:
+        """Fill this rank's rows; return place and reason of unreadable samples."""
         mine, unreadable = len(batches_of_this_rank(n, encoder.batch)), []
         for number, batch in enumerate((batch for batch in batches if len(batch.valid)), 1):
             images, rows = encoder.images(batch.pixels), batch.rows
@@ -113,15 +116,18 @@ def score_task(
                 progress(name, number, mine)
         return unreadable
 
+    # The sums over ranks are the complete tables.
     unreadable = sorted(chain.from_iterable(distributed.gather_objects(distributed.together(one_pass))))
     seen, places = distributed.all_sum(seen), distributed.all_sum(places)
     if matching:
         features = distributed.all_sum(features)
+    # Nothing can be scored without a readable image, or with features that are not finite.
     if not (seen == 1).any():
         first = next(iter(data.broken), "") or next((f"{data.samples[i].key}: {why}" for i, why in unreadable), "")
         raise UserError(f"task '{name}': none of its {n + len(data.broken)} samples can be read; {first or 'no data'}")
     if not words.isfinite().all() or not all(head.isfinite().all() for head in heads):
         raise UserError(f"task '{name}': the towers give features that are not finite")
+    # Protocols score what could be read.
     kept = (seen == 1).nonzero().flatten()
     measured = _measured(data, kept, labels, places, features, words, [head.shape[0] for head in heads])
     if data.puzzles and not measured.puzzles:
@@ -136,9 +142,8 @@ def score_task(
 def _measured(
     data: TaskData, kept: Tensor, labels: Tensor, places: Tensor, features: Tensor, words: Tensor, classes: list[int]
 ) -> Measured:
-    """What protocols score, of the readable images only."""
+    """Return the input of protocols, of the readable images only."""
     on_host = kept.cpu().numpy()
-    columns = PROTOCOLS[data.task.protocols[0]].columns
     third = values_of_kept(data.third, kept)
     lost = [name for i, name in enumerate(FREQUENCY_THIRDS) if data.third and not (third == i).any()]
     if lost:
@@ -149,14 +154,14 @@ def _measured(
         predictions=tuple(Prediction(first[kept], place[kept]) for first, place in places),
         labels=labels[kept],
         classes=classes[0] if classes else 0,
-        metadata={name: data.metadata[on_host, i] for i, name in enumerate(columns)},
+        metadata={name: data.metadata[on_host, i] for i, name in enumerate(data.task.metadata)},
         third=third,
         **_matching(data, on_host.tolist(), features[kept], words) if len(features) else {},
     )
 
 
 def _matching(data: TaskData, kept: list[int], images: Tensor, words: Tensor) -> dict[str, Any]:
-    """Images and the texts that belong to them, of the readable images only: `features`, and `puzzles` if there are."""
+    """Return features of the readable images and of the texts that belong to them, and `puzzles` if there are any."""
     row = {text: i for i, text in enumerate(task_texts(data))}
     if data.puzzles:
         place = {old: new for new, old in enumerate(kept)}
@@ -180,6 +185,6 @@ def _matching(data: TaskData, kept: list[int], images: Tensor, words: Tensor) ->
 
 
 def values_of_kept(values: Sequence[int], kept: Tensor) -> Tensor:
-    """The readable images' values as int64, on the device of `kept`; of no values, none."""
+    """Return the readable images' values as int64, on the device of `kept`; of no values, none."""
     every = torch.tensor(values, dtype=torch.int64, device=kept.device)
     return every[kept] if len(values) else every

@@ -19,8 +19,8 @@ class Scores:
         trials: how many queries each metric is a share of.
         samples: how many images were scored.
         corrupt: keys of images that could not be decoded and are left out.
-        undefined: metrics that this task has no value of: accuracy in an empty group, the first five of four classes.
-        notes: what else a reader of the numbers has to know.
+        undefined: metrics without a value here: accuracy in an empty group, top-5 of four classes.
+        notes: for the reader of the numbers.
         errors: standard error of a metric, over the draw of images; not of every metric.
     """
 
@@ -49,12 +49,12 @@ class Scores:
 
     @property
     def headline(self) -> float:
-        """The one number of a task: mean recall where captions are shared, else its first metric."""
+        """Headline of a task: mean recall where captions are shared, else its first metric."""
         return self.metrics.get("mean_recall", next(iter(self.metrics.values())))
 
 
 def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:
-    """Scores by task as plain values for a line of eval.jsonl, which also holds `step` and `epoch`."""
+    """Return scores by task as plain values for a line of eval.jsonl, which also holds `step` and `epoch`."""
     return {
         "results": {task: scores.metrics for task, scores in results.items()},
         "chance": {task: scores.chance for task, scores in results.items()},
@@ -67,7 +67,7 @@ def to_record(results: Mapping[str, Scores]) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> dict[str, Scores]:
-    """The inverse of `to_record`; trials that a record lacks are taken to be the samples."""
+    """Return scores by task of what `to_record` gave; trials that a record lacks are taken to be the samples."""
     results = {}
     for task, metrics in record["results"].items():
         samples = int(record["samples"][task])
@@ -94,12 +94,12 @@ class MetricRow(NamedTuple):
 
 
 def tasks_of(runs: Sequence[Mapping[str, Scores]]) -> list[str]:
-    """The tasks that at least one run was measured on, in their order."""
+    """Return the tasks that at least one run was evaluated on, in their order."""
     return list(dict.fromkeys(task for results in runs for task in results))
 
 
 def compare(runs: Sequence[Mapping[str, Scores]], task: str) -> list[MetricRow]:
-    """Each metric of a task, in the order in which the runs report them, and its clear winner if any."""
+    """Return each metric of a task, in the order in which the runs report them, and its clear winner if any."""
     scores = [run.get(task, Scores()) for run in runs]
     rows = []
     for metric in dict.fromkeys(key for one in scores for key in one.metrics):
@@ -111,7 +111,7 @@ def compare(runs: Sequence[Mapping[str, Scores]], task: str) -> list[MetricRow]:
 
 
 def clearly_best(values: Sequence[float | None], trials: int) -> int | None:
-    """Index of the value ahead of all others beyond the noise of the sample, or None.
+    """Return the index of the value ahead of all others beyond the noise of the sample, or None.
 
     Args:
         values: shares in [0, 1], each of the same `trials` queries; None where a run lacks the metric.
@@ -128,14 +128,14 @@ def clearly_best(values: Sequence[float | None], trials: int) -> int | None:
 
 
 def percent(value: float | None) -> str:
-    """A share as per cent; two decimals below 1 %, where chance levels are."""
+    """Return a share as per cent, with two decimals below 1 %, where chance levels are."""
     if value is None:
         return "–"
     return f"{100 * value:.2f}" if value < 0.01 else f"{100 * value:.1f}"
 
 
 def metric_title(key: str) -> str:
-    """`image_to_text_recall@5` → `image → text R@5`; unknown keys stay as they are."""
+    """Return a metric's title: `image_to_text_recall@5` → `image → text R@5`; unknown keys stay as they are."""
     titles = {
         "acc1": "zero-shot top-1",
         "acc5": "zero-shot top-5",

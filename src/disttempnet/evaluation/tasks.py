@@ -31,7 +31,7 @@ from disttempnet.evaluation.tars import Span, image_of, read_tar
 from disttempnet.io.files import open_regular, read_regular
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
-FOLDER = "folder:"  # what names of tasks begin with that are no rows but data of one's own: own.py
+FOLDER = "folder:"  # begins the name of a task that is your own data, no row of tasks.toml: datasets/own.py
 SHARDS, CAPTIONS = "shards:", "captions:"
 OWN = (FOLDER, SHARDS, CAPTIONS)
 VALIDATION_TASK = "validation"  # of a run's own data: validation.py
@@ -55,6 +55,7 @@ class Task(Section):
     frequency_bounds: tuple[int, ...] = ()
     label_key: str = "label"
     main: str = ""
+    metadata: tuple[str, ...] = ()
     size: int = 0
     classes: int = 0
     prompts: int = 0
@@ -64,12 +65,12 @@ class Task(Section):
 
     @property
     def below_root(self) -> bool:
-        """Whether its data lies below a data root."""
+        """True where its data lies below a data root."""
         return not self.data
 
     @property
     def is_built(self) -> bool:
-        """Whether a command has to build its data first."""
+        """True where a command has to build its data first."""
         return self.data.startswith(BUILT)
 
 
@@ -82,7 +83,7 @@ class EvaluationSample:
         shard, offset, size: where the bytes of its image lie; size −1 is all of a file.
         captions: one or more.
         label: name of its class; empty where the shard gives none.
-        facts: all that its JSON says.
+        facts: content of its JSON.
         plain: decode it as other evaluators do; see `decode`.
     """
 
@@ -96,7 +97,7 @@ class EvaluationSample:
     plain: bool = False
 
     def image(self) -> Image.Image:
-        """The decoded RGB image; UnreadableImage where its bytes are none. Raises OSError where it cannot be read."""
+        """Decode the RGB image. Raises UnreadableImage where the bytes are none, OSError where they cannot be read."""
         if self.size > MAX_BYTES:
             raise UnreadableImage(f"over {MAX_BYTES:,} bytes")
         if self.size < 0:
@@ -109,7 +110,7 @@ class EvaluationSample:
 
 
 def sample_of(name: str, file: Path, image: Span, captions: tuple[str, ...] = ()) -> EvaluationSample:
-    """A sample of a published data set."""
+    """Return a sample of a published data set."""
     return EvaluationSample(name, file, image.offset, image.size, captions, "", plain=True)
 
 
@@ -130,19 +131,19 @@ class Puzzle(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task measures on.
+    """Data of a task.
 
     Attributes:
         samples: n images.
-        heads: classifiers that its images are put before; as a rule one, of retrieval none.
+        heads: classifiers of its images; as a rule one, none for retrieval.
         labels: of each sample, the index of its class in the first head; empty where there are no classes.
         frequency: of each sample, how many training samples share its value of `frequency_by`; and
         third: 0 head, 1 middle, 2 tail. Both are empty where frequencies are not known.
-        metadata: int64 [n, columns], what else is known of each sample; empty where nothing is.
+        metadata: int64 [n, columns], numbers of each sample under the names of the task's `metadata`.
         puzzles: of `winogavil`.
-        broken: what could not be used at all, by name and reason: it counts as missing.
-        notes: what else a reader of the result has to know.
-        size: how many samples there have to be; 0 = not known.
+        broken: name and reason of what could not be used; it counts as missing.
+        notes: for the reader of the result.
+        size: expected number of samples; 0 = not known.
     """
 
     task: Task
@@ -159,19 +160,19 @@ class TaskData:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """C names of the first head, in order."""
+        """Names of the C classes of the first head, in order."""
         return self.heads[0].names if self.heads else ()
 
 
 @cache
 def all_tasks() -> dict[str, Task]:
-    """Every row of tasks.toml by name, in its order."""
+    """Return every row of tasks.toml by name, in its order."""
     rows = tomllib.loads(TASKS_FILE.read_text(encoding="utf-8"))
     return {name: Task.model_validate({"name": name, **row}) for name, row in rows.items()}
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or data of one's own (`OWN`); UserError lists those that exist."""
+    """Return the task of that name, or your own data as a task (`OWN`). Raises UserError with those that exist."""
     if name.startswith(FOLDER):
         return Task(name=name, display=_own_title(name), data=name, protocols=("classification",), main="acc1", tags=())
     if name.startswith(OWN):
@@ -179,7 +180,7 @@ def find_task(name: str) -> Task:
             name=name, display=_own_title(name), data=name, protocols=("retrieval",), main="mean_recall", tags=()
         )
     if name == VALIDATION_TASK:
-        raise UserError(f"task '{name}' is of a run whose config has data.validation, and of no other data")
+        raise UserError(f"task '{name}' needs a run whose config has data.validation")
     tasks = all_tasks()
     if name not in tasks:
         raise UserError(unknown_name("task", name, tasks))
@@ -187,23 +188,23 @@ def find_task(name: str) -> Task:
 
 
 def own_path(name: str) -> str:
-    """The path, file or spec in the name of a task of one's own. Raises UserError: there is none."""
+    """Return the path, file or spec in the name of a task of your own data. Raises UserError where there is none."""
     kind, _, rest = name.partition(":")
     path = OPTIONS_START.split(rest)[0]
     if not path.strip() or "\0" in path:
-        raise UserError(f"task '{name}': of which data? {kind}:PATH")
+        raise UserError(f"task '{name}': lacks its path: {kind}:PATH")
     return path
 
 
 def _own_title(name: str) -> str:
-    """The last part of its path; of a file that may be called captions.csv anywhere, of a pattern, the last two."""
+    """Return the last part of the path; the last two of a file or pattern, as any file may be called captions.csv."""
     path = Path(os.path.abspath(Path(own_path(name)).expanduser()))
     parts = (path.parent.name, path.name) if path.suffix and not os.path.isdir(path) else (path.name,)
     return "/".join(filter(None, parts)) or name
 
 
 def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Task]:
-    """Tasks by name, and all rows that carry one of the tags, each once; UserError names what does not exist."""
+    """Return tasks by name, and all rows with one of the tags, each once. Raises UserError where one does not exist."""
     known = dict.fromkeys(tag for task in all_tasks().values() for tag in task.tags)
     for tag in tags:
         if tag not in known:
@@ -214,7 +215,7 @@ def choose_tasks(names: Sequence[str] = (), tags: Sequence[str] = ()) -> list[Ta
 
 
 def task_title(name: str) -> str:
-    """A task's heading in tables; the name itself of one that is not known here."""
+    """Return a task's heading in tables; an unknown task's name."""
     if name == VALIDATION_TASK:
         return "Validation"
     return find_task(name).display if name in all_tasks() or name.startswith(OWN) else name
@@ -234,7 +235,7 @@ def embedded_data(task: Task) -> TaskData:
     index = {name: i for i, name in enumerate(class_names)}
     for sample in samples:
         if not sample.label or sample.label not in index:
-            what = f"label '{sample.label}' is no class name" if sample.label else "no label"
+            what = f"label '{sample.label}' is not a class name" if sample.label else "no label"
             raise UserError(f"task '{task.name}': sample {sample.key}: {what}")
     frequency, third = _frequencies(task, samples) if task.frequency_from else ((), ())
     heads = (Head(class_names, task.templates),)
@@ -242,7 +243,7 @@ def embedded_data(task: Task) -> TaskData:
 
 
 def _frequencies(task: Task, samples: Sequence[EvaluationSample]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Training frequency of each sample's group, and its third, as the head of tasks.toml defines them."""
+    """Return the training frequency of each sample's group, and its third, as the head of tasks.toml defines them."""
 
     def group(sample: EvaluationSample) -> str:
         if task.frequency_by not in sample.facts:
@@ -261,7 +262,7 @@ def _frequencies(task: Task, samples: Sequence[EvaluationSample]) -> tuple[tuple
 
 
 def read_samples(data: str) -> tuple[EvaluationSample, ...]:
-    """All samples of the shards that `data` names, by shard and by place in it."""
+    """Return all samples of the shards that `data` names, by shard and by place in it."""
     shards = resolve_shards(data)
     if shards.remote:
         raise UserError(f"{data}: evaluation reads shards of this machine only; copy them")

@@ -31,14 +31,14 @@ from disttempnet.evaluation.tasks import (
 
 
 def validation_data(config: DataConfig, trained: Source | None = None) -> TaskData | None:
-    """What a run's data.validation names; None where it names nothing. Every rank calls this.
+    """Read the data that a run's data.validation names; None where it names nothing. Every rank calls this.
 
     Args:
         config: the run's [data].
-        trained: what it is trained on, where that is open already.
+        trained: the training source, where that is open already.
 
     Raises:
-        UserError: it cannot be read, is trained on, or holds nothing to measure on.
+        UserError: it cannot be read, is trained on, or has no usable samples.
     """
     given = config.validation
     if not given:
@@ -51,23 +51,24 @@ def validation_data(config: DataConfig, trained: Source | None = None) -> TaskDa
 
 
 def _of_a_source(spec: str, sources: Sequence[SourceConfig], trained: Source | None) -> TaskData:
+    """Read validation data that is a source of its own. Raises UserError where it is trained on, too."""
     if spec.startswith(OWN):
         data = distributed.together(lambda: own_data(find_task(spec)))
-        if trained is not None:
-            distributed.together(lambda: _refuse_trained(spec, _own_places(spec, data), sources))
+        notes = distributed.together(lambda: _refuse_trained(spec, _own_places(spec, data), sources))
         named = {"name": VALIDATION_TASK, "display": task_title(VALIDATION_TASK)}
-        return replace(data, task=data.task.model_copy(update=named))
+        return replace(data, task=data.task.model_copy(update=named), notes=(*data.notes, *notes))
     given = SourceConfig(path=spec)
-    if trained is not None:
-        distributed.together(lambda: _refuse_trained(spec, places_of(given), sources))
+    notes = distributed.together(lambda: _refuse_trained(spec, places_of(given), sources))
     source = open_source((given,))
     if trained is not None and source.digest in trained.digests:  # a copy, or remote
         raise UserError(_is_trained(spec, spec))
-    return _retrieval(source, source.usable.tolist(), source.digest, source.problems().splitlines())
+    data = _retrieval(source, source.usable.tolist(), source.digest, source.problems().splitlines())
+    return replace(data, notes=notes)
 
 
 def _own_places(spec: str, data: TaskData) -> set[Path]:
-    """Where samples of one's own are: of folders of classes the folders that hold images, for others may lie beside."""
+    """Return where samples of your own data are: for folders of classes the folders with images, as others may lie
+    beside them."""
     path = own_path(spec)
     if not spec.startswith(FOLDER):
         return places_of(SourceConfig(path=path))
@@ -76,20 +77,30 @@ def _own_places(spec: str, data: TaskData) -> set[Path]:
     return {place.resolve() for place in {shard if shard == where else shard.parent for shard in shards}}
 
 
-def _refuse_trained(spec: str, places: set[Path], sources: Sequence[SourceConfig]) -> None:
-    """Raise UserError where one of the places is trained on, or is a folder inside or around one that is."""
-    trained = set().union(*map(places_of, sources))
+def _refuse_trained(spec: str, places: set[Path], sources: Sequence[SourceConfig]) -> tuple[str, ...]:
+    """Raise UserError where one of the places is trained on, or is a folder inside or around one that is.
+
+    Returns:
+        Notes on training sources that are not on this machine, as a run may be evaluated elsewhere.
+    """
+    trained, notes = set[Path](), list[str]()
+    for source in sources:
+        try:
+            trained |= places_of(source)
+        except UserError:
+            notes.append(f"{source.path} is not here: not checked whether its samples are those of validation")
     folders = {place for place in trained if place.is_dir()}
     for place in sorted(places):
         around = folders & {*place.parents} if place.is_dir() else set()
         inside = {folder for folder in folders if place in folder.parents}
         if place in trained or around or inside:
             raise UserError(_is_trained(spec, place))
+    return tuple(notes)
 
 
 def _is_trained(spec: str, place: Path | str) -> str:
     where = f": {place}" if str(place) != spec else ""
-    return f"data.validation = '{spec}'{where} is what is trained on: name other samples, or a share of these"
+    return f"data.validation = '{spec}'{where} is also trained on: name other samples, or a share of these"
 
 
 def _retrieval(source: Source, ids: Sequence[int], digest: str, problems: Sequence[str]) -> TaskData:
@@ -114,7 +125,7 @@ def _retrieval(source: Source, ids: Sequence[int], digest: str, problems: Sequen
             image = partial(source.image_bytes, i)
             samples.append(ReadSample(source.name(i), Path(source.where), 0, 0, captions, "", read=image))
         if not samples:
-            raise UserError(f"data.validation: nothing to measure on; {next(iter(broken), 'no samples')}")
+            raise UserError(f"data.validation: no usable samples; {next(iter(broken), 'no samples')}")
         return TaskData(task, tuple(samples), broken=tuple(broken))
 
     return distributed.together(read)

@@ -1,4 +1,4 @@
-"""What τ goes with: concept frequency, caption ambiguity, clusters; and what the temperature itself has learned.
+"""Correlations of τ with concept frequency and caption ambiguity, clusters, and learned parameters.
 
 Shapes: n items, m embedded ones, D width, k clusters, M prototypes.
 """
@@ -19,7 +19,7 @@ CLUSTERS = 12
 
 
 def correlation_lines(statistics: TemperatureStatistics) -> list[str]:
-    """Spearman's rank correlations of τ with concept frequency and caption ambiguity, over all items, a line each."""
+    """Return a line each on Spearman's rank correlation of τ with concept frequency and caption ambiguity."""
     ambiguity, meaning = statistics.ambiguity()
     lines = []
     for name, values in (
@@ -44,7 +44,7 @@ class Cluster(NamedTuple):
 
 
 def clusters(statistics: TemperatureStatistics) -> list[Cluster]:
-    """k-means of the embedded features (of images where there are any), by the median τ of their own side."""
+    """Return k-means clusters of the embedded features (of images where there are any), by their median τ."""
     side = statistics.sides[0]
     features = statistics.features(side)
     assigned, centres = k_means(features, min(CLUSTERS, len(features) // 10))
@@ -61,7 +61,7 @@ def clusters(statistics: TemperatureStatistics) -> list[Cluster]:
 
 
 def k_means(features: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
-    """(cluster of each row, int64 [m]; centres [k, D]): k-means++ with a fixed seed, then Lloyd's rounds to rest."""
+    """Return (cluster of each row, int64 [m]; centres [k, D]): k-means++ with a fixed seed, then Lloyd's iterations."""
     k = max(k, 1)
     generator = torch.Generator().manual_seed(0)
     centres = features[torch.randint(len(features), (1,), generator=generator)]
@@ -99,7 +99,7 @@ class Projection(NamedTuple):
 
 
 def projections(statistics: TemperatureStatistics, loss: nn.Module) -> dict[str, Projection]:
-    """Side → its network's prototypes among the features; empty where there is no network with prototypes."""
+    """Return side → its network's prototypes among the features; empty where there is no network with prototypes."""
     learned, found = parameters(loss), {}
     for side in statistics.sides:
         own = [p for p in learned.get(side, []) if p.name == "prototypes"]
@@ -119,7 +119,7 @@ def projections(statistics: TemperatureStatistics, loss: nn.Module) -> dict[str,
 
 
 def principal_axes(rows: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """rows [m, D] → their coordinates on the first two principal axes [m, 2], and the variance shares of these."""
+    """Return coordinates [m, 2] of rows [m, D] on their first two principal axes, and the variance shares of these."""
     centred = rows.double() - rows.double().mean(0)
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(rows))
     axes = axes[:, [-1, -2]]
@@ -129,7 +129,7 @@ def principal_axes(rows: Tensor) -> tuple[Tensor, tuple[float, float]]:
 
 
 class Parameter(NamedTuple):
-    """One learned tensor: its name, what it is in words where that helps, and its values."""
+    """One learned tensor: its name, a note where that helps, and its values."""
 
     name: str
     note: str
@@ -151,7 +151,7 @@ _NOTES = {
 
 
 def parameters(loss: nn.Module) -> dict[str, list[Parameter]]:
-    """Side (or `both`, where they share them) → what an objective has learned."""
+    """Return side (or `both`, where they share them) → parameters that an objective has learned."""
     found: dict[str, list[Parameter]] = {}
     for name, tensor in loss.named_parameters():
         *folders, own = name.split(".")

@@ -25,7 +25,7 @@ SKIPPED_SHOWN = 20  # unreadable images that are named
 
 
 class TemperatureSource(NamedTuple):
-    """Which data set: at most one of these; none means the run's own training data."""
+    """Data set to measure on: at most one of these; none means the run's own training data."""
 
     shards: str = ""
     images: str = ""
@@ -42,7 +42,7 @@ def write_temperatures(
     frequency_by: str = "label",
     batch: int = 256,
 ) -> int:
-    """Write a row an item to `out`, and the page to `gallery`; returns the number of rows.
+    """Write a row an item to `out`, and the page to `gallery`; return the number of rows.
 
     Args:
         target: a run folder (its last checkpoint) or a checkpoint folder.
@@ -53,11 +53,14 @@ def write_temperatures(
     Raises:
         UserError: no run, no τ, no data, or a table or page that cannot be written.
     """
+    # Whatever can fail is tried before the work.
     check_table(out, columns)
     for path in (out, gallery):
         if path is not None:
             refuse_unwritable(path)
+
     with distributed.session() as device:
+        # The run and its items. Objectives with τ of training samples only fit no other items.
         checkpoints = list_checkpoints(Path(target))
         run = load_run(checkpoints[-1] if checkpoints else target)
         run.towers.module.to(device)
@@ -65,10 +68,13 @@ def write_temperatures(
         refuse_without_temperatures(run, training=not any(source) or bool(source.shards))
         items = _open(run, source)
         refuse_without_temperatures(run, training=isinstance(items, Pairs) and items.training)
-        statistics, rows, skipped = TemperatureStatistics(items, frequency_by) if gallery else None, 0, list[str]()
+
+        # Chunk by chunk into the table and the statistics: all ranks measure, rank 0 writes.
         main = distributed.is_main()
-        bar = Meter("temperatures", len(items), active=main)
-        with open_table(out, columns) if main else nullcontext() as table, bar:
+        statistics = TemperatureStatistics(items, frequency_by) if gallery else None
+        rows, skipped = 0, list[str]()
+        meter = Meter("temperatures", len(items), active=main)
+        with open_table(out, columns) if main else nullcontext() as table, meter:
             for chunk in measure_temperatures(run, items, device=device, batch=batch):
                 if table is not None:
                     table.write(columns_of(chunk, columns))
@@ -76,9 +82,11 @@ def write_temperatures(
                     statistics.add(chunk)
                 rows += len(chunk.items)
                 skipped += chunk.skipped
-                bar.advance(chunk.read)
+                meter.advance(chunk.read)
             if not rows:
                 raise UserError(f"{items.about}: none of its {len(items)} images can be decoded")
+
+        # The page, and its correlations in the terminal.
         if main:
             _name_skipped(skipped)
             if statistics is not None and gallery is not None:

@@ -1,4 +1,4 @@
-"""Items → features → τ and log u, in chunks: no more than a few batches of images are in memory at a time."""
+"""Items → features → τ and log u, in chunks of a few batches, which bounds memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from disttempnet.losses.sample_state import SampleState
 from disttempnet.report.items import Item, Items
 from disttempnet.training.checkpoint import Run
 
-BATCHES_PER_CHUNK = 2  # a chunk and rank
+BATCHES_PER_CHUNK = 2  # of each rank
 
 
 class TemperatureChunk(NamedTuple):
@@ -42,7 +42,7 @@ class TemperatureChunk(NamedTuple):
 
 
 def refuse_without_temperatures(run: Run, training: bool) -> None:
-    """Raise UserError where the objective has no τ, or has one for training samples only and these are others."""
+    """Raise UserError where the objective has no τ, or τ of training samples only and these are others."""
     one = torch.nn.functional.normalize(torch.ones(1, run.towers.embed_dim), dim=1).to(_device_of(run))
     if run.loss.temperatures(one, one) is not None:
         return
@@ -57,7 +57,7 @@ def refuse_without_temperatures(run: Run, training: bool) -> None:
 
 
 def measure_temperatures(run: Run, items: Items, *, device: torch.device, batch: int) -> Iterator[TemperatureChunk]:
-    """τ of all items; every rank calls this and gets the same chunks.
+    """Yield τ of all items; every rank calls this and gets the same chunks.
 
     Args:
         run: opened, its modules on `device`.
@@ -68,6 +68,7 @@ def measure_temperatures(run: Run, items: Items, *, device: torch.device, batch:
     """
     step = batch * BATCHES_PER_CHUNK * distributed.world_size()
     for start in range(0, len(items), step):
+        # Unit features [n, D] of a few batches; unreadable images drop out.
         positions = np.arange(start, min(start + step, len(items)))
         read = items.read(positions)
         if "image" in items.sides:
@@ -82,12 +83,13 @@ def measure_temperatures(run: Run, items: Items, *, device: torch.device, batch:
             raise UserError(f"{run.folder}: the towers give features that are not finite")
         if "text" not in items.sides:
             text = image
+        # τ of each side [2, n], and log u [2, n] of training samples.
         features = {"image": image, "text": text}
         tau, log_u = np.full((2, 2, len(kept)), np.nan, dtype=np.float32)
         if kept:
             ids = _ids(kept, device)
             temperatures = run.loss.temperatures(image, text, ids)
-            assert temperatures is not None, "refused before"
+            assert temperatures is not None, "see refuse_without_temperatures"
             for i, side in enumerate(features):
                 if side in items.sides:
                     tau[i] = temperatures[i].float().cpu().numpy()
@@ -97,7 +99,7 @@ def measure_temperatures(run: Run, items: Items, *, device: torch.device, batch:
 
 
 def log_u_of(run: Run, ids: Tensor) -> np.ndarray:
-    """log u [2, n] of training samples; NaN where the objective keeps none, or has not seen the sample."""
+    """Return log u [2, n] of training samples; NaN where the objective keeps none, or has not seen the sample."""
     state = getattr(run.loss, "state", None)
     if not isinstance(state, SampleState) or "log_u" not in state.columns:
         return np.full((2, len(ids)), np.nan, dtype=np.float32)

@@ -26,7 +26,7 @@ SAME = 1e-6  # a smaller range of τ is one temperature
 
 
 class ShownItem(NamedTuple):
-    """An item as shown: a picture (empty for captions), its words, its τ (NaN where that side is absent)."""
+    """Item as shown: a picture (empty for captions), its words, its τ (NaN where that side is absent)."""
 
     picture: str
     caption: str
@@ -103,7 +103,7 @@ def _tiles(statistics: TemperatureStatistics, rows: Sequence[int] | np.ndarray) 
         if "image" in statistics.sides:
             try:
                 shown = picture(item)
-            except UnreadableImage:  # deleted since it was measured
+            except UnreadableImage:  # deleted in the meantime
                 continue
         tiles.append(ShownItem(shown, item.captions[0] or item.key, image, text))
     return tiles

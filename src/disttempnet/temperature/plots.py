@@ -17,7 +17,7 @@ SIDE_STYLES = {"image": "-", "text": "--"}
 
 @styled
 def distribution_chart(tau: Mapping[str, np.ndarray]) -> str:
-    """How τ is spread: a histogram, and all values in order."""
+    """Draw the distribution of τ: a histogram, and all values in order."""
     figure, axes = grid(1, 2, height=3.0)
     values = np.concatenate(list(tau.values()))
     edges = np.linspace(values.min(), values.max() + 1e-12, 61).tolist()
@@ -35,7 +35,7 @@ def distribution_chart(tau: Mapping[str, np.ndarray]) -> str:
 
 @styled
 def binned_chart(bins: Binned, what: str) -> str:
-    """τ against a number: a faint point a sample, median and quartiles a bin."""
+    """Draw τ against a number: a faint point a sample, median and quartiles a bin."""
     figure, axes = grid(1, len(bins.tau), height=3.2, sharey=True)
     jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(bins.of_item))
     shown = evenly_spread(len(bins.of_item), POINTS)
@@ -59,7 +59,7 @@ def binned_chart(bins: Binned, what: str) -> str:
 
 @styled
 def cluster_chart(found: Sequence[Cluster]) -> str:
-    """τ in each cluster: a box from quartile to quartile, whiskers from 5 to 95 %."""
+    """Draw τ in each cluster: a box from quartile to quartile, whiskers from 5 to 95 %."""
     sides = list(found[0].tau)
     figure, axes = grid(1, len(sides), height=0.8 + 0.3 * len(found), sharey=True)
     for axis, side in zip(axes[0], sides, strict=True):
@@ -87,7 +87,7 @@ def cluster_chart(found: Sequence[Cluster]) -> str:
 
 @styled
 def projection_chart(found: Mapping[str, Projection]) -> str:
-    """Features coloured by τ, with the prototypes among them, on two principal axes."""
+    """Draw features coloured by τ, with the prototypes among them, on two principal axes."""
     figure, axes = grid(1, len(found), height=4.6, width=PAGE_WIDTH if len(found) > 1 else PAGE_WIDTH / 2)
     for axis, (side, projection) in zip(axes[0], found.items(), strict=True):
         shown = evenly_spread(len(projection.anchors), POINTS)
@@ -114,7 +114,7 @@ def projection_chart(found: Mapping[str, Projection]) -> str:
 
 @styled
 def parameter_chart(found: Mapping[str, Sequence[Parameter]]) -> str:
-    """A histogram of each learned tensor, both sides in one panel."""
+    """Draw a histogram of each learned tensor, both sides in one panel."""
     names = list(dict.fromkeys(p.name for of_side in found.values() for p in of_side if p.values.size > 1))
     columns = min(4, len(names))
     figure, cells = grid(-(-len(names) // columns), columns, height=2.4)

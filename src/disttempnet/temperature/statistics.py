@@ -1,4 +1,4 @@
-"""What the page remembers of a data set: about 40 bytes a sample, and the features of an even share of them."""
+"""Statistics of a data set for the page: about 40 bytes a sample, and the features of an even share of them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TemperatureStatistics:
             self._features.setdefault(side, []).append(rows.cpu()[mask])
 
     def column(self, name: str) -> np.ndarray:
-        """[n]: position, image and text (τ), log_u_image, log_u_text, caption (hash), ambiguity, embedded."""
+        """Return a column [n]: position, image, text (τ), log_u_image or _text, caption (hash), ambiguity, embedded."""
         parts = self._columns[name]
         if len(parts) > 1:
             self._columns[name] = [np.concatenate(parts)]
@@ -78,21 +78,21 @@ class TemperatureStatistics:
         return sum(map(len, self._columns.get("position", [])))
 
     def features(self, side: str) -> Tensor:
-        """Unit rows [m, D] of the embedded ones, in order."""
+        """Return unit rows [m, D] of the embedded items, in order."""
         return torch.cat(self._features[side])
 
     def embedded(self, name: str) -> np.ndarray:
-        """[m]: a column at the embedded ones."""
+        """Return a column [m] of the embedded items."""
         return self.column(name)[self.column("embedded")]
 
     def frequency(self) -> np.ndarray:
-        """float [n]: how many items share an item's value of the fact `frequency_by`; NaN where it has none."""
+        """Return float [n]: how many items share an item's value of the fact `frequency_by`; NaN where it has none."""
         codes = self.column("fact:" + self.frequency_by)
         counts = np.bincount(codes[codes >= 0], minlength=1).astype(float)
         return np.where(codes >= 0, counts[codes], np.nan)
 
     def ambiguity(self) -> tuple[np.ndarray, str]:
-        """float [n] and what it is: the .json's own `ambiguity`, else how many labels share the exact caption."""
+        """Return float [n] and its meaning: the .json's `ambiguity`, else how many labels share the exact caption."""
         given = self.column("ambiguity")
         if np.isfinite(given).any():
             return given.astype(float), "the `ambiguity` that the data set gives"
@@ -105,7 +105,7 @@ class TemperatureStatistics:
         return values, "how many labels share the exact caption"
 
     def extremes(self, side: str, most: int) -> dict[str, list[int]]:
-        """`lowest` and `highest` → rows of the most extreme τ first; on the text side each caption stands once."""
+        """Return `lowest` and `highest` → rows, the most extreme τ first; on the text side each caption once."""
         order = np.argsort(self.column(side), kind="stable")
         return {"lowest": self._distinct(side, order, most), "highest": self._distinct(side, order[::-1], most)}
 
@@ -121,7 +121,7 @@ class TemperatureStatistics:
         return rows
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[Item]:
-        """The items of these rows, with captions and images."""
+        """Read the items of these rows, with captions and images."""
         return self.items.read(self.column("position")[list(rows)])
 
 

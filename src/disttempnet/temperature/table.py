@@ -1,4 +1,4 @@
-"""Rows of temperatures → CSV, or Parquet where pyarrow is installed. A file appears when it is whole."""
+"""Rows of temperatures → CSV, or Parquet where pyarrow is installed. The file is written atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TemperatureTable(Protocol):
 
 
 def columns_of(chunk: TemperatureChunk, facts: Sequence[str]) -> dict[str, list[Any]]:
-    """The rows of a chunk as columns: `TABLE_COLUMNS`, then the facts, as text (JSON where they are no text)."""
+    """Return the rows of a chunk as columns: `TABLE_COLUMNS`, then the facts, as text (JSON where they are not)."""
     columns: dict[str, list[Any]] = {
         "id": [item.id for item in chunk.items],
         "key": [item.key for item in chunk.items],
@@ -37,12 +37,12 @@ def columns_of(chunk: TemperatureChunk, facts: Sequence[str]) -> dict[str, list[
 
 
 def fact_text(value: Any) -> str | None:
-    """A value of a sample's .json as text; None stays None."""
+    """Return a value of a sample's .json as text; None stays None."""
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def check_table(path: Path, facts: Sequence[str]) -> None:
-    """Raise UserError where `open_table` could not write such a table: learnt before hours of work, not after."""
+    """Raise UserError where `open_table` could not write such a table: before hours of work, not after."""
     for name in facts:
         if name in TABLE_COLUMNS:
             raise UserError(f"--columns {name}: the table has a column of that name already")
@@ -59,7 +59,7 @@ def check_table(path: Path, facts: Sequence[str]) -> None:
 
 @contextmanager
 def open_table(path: Path, facts: Sequence[str]) -> Iterator[TemperatureTable]:
-    """A table to write to; it takes its name when the block ends without an error."""
+    """Open a table to write to; the file is renamed into place when the block ends without an error."""
     with unwritable_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = _parquet if path.suffix == ".parquet" else _csv
@@ -97,5 +97,5 @@ def _parquet(path: Path, names: Sequence[str]) -> Iterator[TemperatureTable]:
 
 
 def _seven_digits(value: float | None) -> str | None:
-    """Enough for a float32, without the digits that its binary form invents."""
+    """Format a float32 with the digits that it has."""
     return None if value is None else f"{value:.7g}"

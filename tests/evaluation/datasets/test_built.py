@@ -7,7 +7,7 @@ import pytest
 
 from disttempnet.data.icons.build import build_icons
 from disttempnet.errors import UserError
-from disttempnet.evaluation.datasets.open import is_there, load_task
+from disttempnet.evaluation.datasets.open import has_data, load_task
 from disttempnet.evaluation.tasks import find_task
 from tests.data.icons.scenario import release, write_package
 
@@ -52,7 +52,7 @@ def test_bounds_belong_to_the_rarer_group(root: Path) -> None:
 def test_unbuilt_is_one_line_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path))
     task = find_task("icons-artists")
-    assert not is_there(task)
+    assert not has_data(task)
     with pytest.raises(UserError, match="`disttempnet data icons` builds them once"):
         load_task(task)
 

@@ -141,14 +141,14 @@ def test_line_breaks_in_captions(tmp_path: Path) -> None:
     [
         (COCO, "nowhere", "nowhere: no such folder"),
         (COCO, "raw", "an empty caption, which the tars cannot hold"),
-        (COCO, "folder:raw", "needs more than images and classes"),
+        (COCO, "folder:raw", "needs more than the images and classes"),
         (FLICKR, "none", "none: neither test/*.tar nor a CSV"),
-        (FLICKR, "bare", "nothing of it can be used; a.jpg: no such image"),
-        ("vtab/dtd", "raw", "has no raw form but images in folders of classes: give folder:raw"),
-        ("emoji-concepts", "raw", "does not lie below a data root"),
+        (FLICKR, "bare", "none of it can be used; a.jpg: no such image"),
+        ("vtab/dtd", "raw", "has one raw form, images in folders of classes: give folder:raw"),
+        ("emoji-concepts", "raw", "has no data below a data root"),
         ("vtab/dtdd", "raw", "Did you mean 'vtab/dtd'"),
         (WINO, "there", "there: holds tars already"),
-        (WINO, "raw", "wds_misc-winogavil_test: is there already; delete it"),
+        (WINO, "raw", "wds_misc-winogavil_test: exists already; delete it"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -190,7 +190,7 @@ def test_what_reads_back_otherwise_is_not_kept(tmp_path: Path) -> None:
     words = converting._one_line
     with (
         mock.patch.object(converting, "_one_line", lambda text, sample: words(text, sample).upper()),
-        pytest.raises(RuntimeError, match="reads as something else"),
+        pytest.raises(RuntimeError, match="the written task differs from its source"),
     ):
         convert(COCO, raw, tmp_path)
     assert find_data(find_task(COCO), tmp_path) is None

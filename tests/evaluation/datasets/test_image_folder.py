@@ -151,10 +151,10 @@ def test_folders_of_synsets_are_named_as_imagenet_names_them(tmp_path: Path) -> 
     assert data.class_names == ("Black footed Albatross", "7", "n00000001", "tench", "goldfish", "Chihuahua")
     assert data.notes == (
         "2 synsets take ImageNet's class names: n01440764 = tench, n01443537 = goldfish",
-        "1 synsets are none of ImageNet-1k's 1,000 and no class names: n00000001: name them in classnames.txt",
-        "numbers before class names are left out: 001.Black_footed_Albatross = Black footed Albatross, "
+        "1 synsets are not in ImageNet-1k and make no class names: n00000001: name them in classnames.txt",
+        "numbers before class names are removed: 001.Black_footed_Albatross = Black footed Albatross, "
         "n02085620-Chihuahua = Chihuahua",
-        "1 classes have numbers for names, which say nothing to a text tower: 7: name them in classnames.txt",
+        "1 classes are named by numbers, which mean nothing to a text tower: 7: name them in classnames.txt",
     )
 
 
@@ -168,7 +168,7 @@ def test_splits_are_no_classes(tmp_path: Path) -> None:
     assert [sample.key for sample in data.samples] == ["val/blue/val.jpg", "val/red/val.jpg"]
     assert data.notes == ("val/ is evaluated, of the splits test, train, val",)
     put(tmp_path / "other" / "train" / "red" / "0.jpg")
-    with pytest.raises(UserError, match=r"holds the splits train, none to evaluate on: to take one, name it: folder:"):
+    with pytest.raises(UserError, match=r"holds the splits train, none of them to evaluate on; name one: folder:"):
         loaded(tmp_path / "other")
     for name in ("train", "plane"):
         put(tmp_path / "vehicles" / name / "0.jpg")
@@ -178,7 +178,7 @@ def test_splits_are_no_classes(tmp_path: Path) -> None:
 def test_one_folder_is_no_class(tmp_path: Path) -> None:
     put(tmp_path / "images" / "red" / "0.jpg")
     put(tmp_path / "images" / "blue" / "0.jpg")
-    with pytest.raises(UserError, match="all images lie in one folder, 'images', and one class makes no task"):
+    with pytest.raises(UserError, match="all images are in one folder, 'images', and a task needs two classes"):
         loaded(tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path) -> None:
     assert found == {".ipynb_checkpoints", "__MACOSX", "cat/.ipynb_checkpoints", "dog/._0.jpg"}
     assert empty == "left out, without images: owl"
     assert outside == "left out, in no folder of a class: 1 images (loose.png)"
-    assert others == "left out, no images that are read: 1 .heic, 1 without suffix"
+    assert others == "left out, not images that can be read: 1 .heic, 1 without suffix"
 
 
 def test_images_of_all_formats_that_are_decoded(tmp_path: Path) -> None:
@@ -271,10 +271,10 @@ def write_cifar(
         (PLANES.reshape(3, -1), ""),
         (PLANES, ""),
         (ROWS.copy(), ""),
-        (np.ascontiguousarray(ROWS).reshape(3, -1), "each image's colours stand side by side"),
+        (np.ascontiguousarray(ROWS).reshape(3, -1), "read as interleaved RGB pixels"),
         (PLANES.reshape(3, -1).astype(np.int64), ""),
         (PLANES.astype(np.float32), ""),
-        (PLANES.reshape(3, -1).astype(np.float64) / 255, "pixels from 0 to 1 are taken as shares of 255"),
+        (PLANES.reshape(3, -1).astype(np.float64) / 255, "pixels from 0 to 1 are multiplied by 255"),
         (PLANES.reshape(3, -1).tolist(), ""),
         (list(PLANES), ""),
     ],
@@ -304,18 +304,18 @@ def test_numbers_and_keys_of_other_kinds(tmp_path: Path) -> None:
     [
         (PLANES, [0, 1], r"labels of shape \[2\] for 3 images"),
         (PLANES, np.eye(3), r"labels of shape \[3, 3\] for 3 images"),
-        (PLANES, [1, 2, 2], "labels run from 1 to 2, but there are 2 class names: they count from 1, subtract it"),
+        (PLANES, [1, 2, 2], "labels run from 1 to 2, but there are 2 class names: they count from 1; subtract 1"),
         (PLANES, [0, 1, 5], "labels run from 0 to 5, but there are 2 class names"),
         (PLANES, [0, -1, 1], "labels run from -1 to 1"),
-        (PLANES, [0, 0.5, 1], "its labels are no integers"),
-        (PLANES, ["red", "red", "blue"], "its labels are no integers"),
+        (PLANES, [0, 0.5, 1], "its labels are not integers"),
+        (PLANES, ["red", "red", "blue"], "its labels are not integers"),
         (PLANES[:, :1], [0, 1, 1], r"its data is \[3, 1, 32, 32\], not \[n, 3072\]"),
         (PLANES.reshape(3, -1)[:, :3000], [0, 1, 1], r"its data is \[3, 3000\], not \[n, 3072\]"),
         (PLANES.astype(np.float32) / 127.5 - 1, [0, 1, 1], "its pixels run from -1 to 1: not 0 to 255, nor 0 to 1"),
-        (PLANES // 255, [0, 1, 1], "its pixels are all 0 or 1: floats of 0 to 1 that were cut to integers"),
+        (PLANES // 255, [0, 1, 1], "its pixels are all 0 or 1: floats from 0 to 1 that were truncated to integers"),
         (np.full((3, 3072), np.nan), [0, 1, 1], "its pixels run from nan to nan"),
-        ([[1, 2], [3]], [0, 1], "its images are not of one size"),
-        ("pixels", [0], "its data is no array of pixels"),
+        ([[1, 2], [3]], [0, 1], "its images differ in size"),
+        ("pixels", [0], "its data is not an array of pixels"),
     ],
 )
 def test_cifar_that_cannot_be_right(data: Any, labels: Any, message: str, tmp_path: Path) -> None:
@@ -349,13 +349,13 @@ def test_digits_inside_class_names_stay() -> None:
 def test_numbers_before_names_stay_where_they_tell_classes_apart() -> None:
     names, notes = names_of(["2011_Audi_A4", "2012_Audi_A4", "001.Albatross"])
     assert names == ["2011 Audi A4", "2012 Audi A4", "Albatross"]
-    assert notes == ["numbers before class names are left out: 001.Albatross = Albatross"]
+    assert notes == ["numbers before class names are removed: 001.Albatross = Albatross"]
 
 
 def test_equal_class_names_are_told_of() -> None:
     assert names_of(["a_b", "a b", "c"]) == (
         ["a b", "a b", "c"],
-        ["classes of equal names, which no prompt tells apart: 'a b' 2 times"],
+        ["classes with equal names, which no prompt can distinguish: 'a b' 2 times"],
     )
 
 
@@ -363,7 +363,7 @@ def test_equal_class_names_are_told_of() -> None:
 def test_cifar_names_that_are_none(names: Any, tmp_path: Path) -> None:
     write_cifar(tmp_path, PLANES)
     (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    with pytest.raises(UserError, match=r"batches\.meta: its 'label_names' is no list of class names$"):
+    with pytest.raises(UserError, match=r"batches\.meta: its 'label_names' is not a list of class names$"):
         loaded(tmp_path)
 
 
@@ -382,4 +382,4 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     data = loaded(tmp_path)
     assert data.class_names == ("blue", "pale red")
     assert len(data.samples) == 4
-    assert data.notes == ("left out, links that lead nowhere: green, round, blue/self",)
+    assert data.notes == ("left out, dead links: green, round, blue/self",)

@@ -125,10 +125,10 @@ def test_lines_about_faces(names: list[str], templates: list[str], message: str,
     [
         (None, "no metadata"),
         (np.array([1]), "metadata of 1 columns, 2 needed: region, year"),
-        (np.array([-1, 3]), "metadata is no row of group numbers"),
-        (np.array([np.nan, 3]), "metadata is no row of group numbers"),
-        (np.array([2**40, 3]), "metadata is no row of group numbers"),
-        (np.array(["1", "3"]), "its metadata is no row of numbers, but <U1"),
+        (np.array([-1, 3]), "metadata is not a row of group numbers"),
+        (np.array([np.nan, 3]), "metadata is not a row of group numbers"),
+        (np.array([2**40, 3]), "metadata is not a row of group numbers"),
+        (np.array(["1", "3"]), "its metadata is not a row of numbers but <U1"),
         (b"", "its metadata cannot be read: No data left in file"),
         (b"\x93NUMPY\x01\x00junk", "its metadata cannot be read: "),
     ],
@@ -174,7 +174,7 @@ def test_raw_captions_that_are_no_list(raw: str, tmp_path: Path) -> None:
     folder = tmp_path / "mscoco_2014_5k_test_image_text_retrieval"
     folder.mkdir()
     write_csv(folder / "x.csv", [{"filename": "a.jpg", "raw": raw}])
-    with pytest.raises(UserError, match="in its CSV is no list of texts"):
+    with pytest.raises(UserError, match="in its CSV is not a list of strings"):
         load_task(find_task(COCO), tmp_path)
 
 
@@ -208,7 +208,7 @@ def test_a_row_that_is_cut_off(tmp_path: Path) -> None:
     folder = tmp_path / "mscoco_2014_5k_test_image_text_retrieval"
     folder.mkdir()
     (folder / "x.csv").write_text("filename,raw\na.jpg\n")
-    with pytest.raises(UserError, match="in its CSV is no list of texts"):
+    with pytest.raises(UserError, match="in its CSV is not a list of strings"):
         load_task(find_task(COCO), tmp_path)
 
 

@@ -129,8 +129,7 @@ def test_labels_that_make_no_classes(tmp_path: Path) -> None:
     assert loaded(half).notes == ("1 of 2 samples have no label: no zero-shot",)
     numbers = tars("numbers", [{"cls": b"1"}, {"cls": b"0"}])
     assert loaded(numbers).notes == (
-        f"labels are numbers, and there is no {tmp_path}/numbers/classnames.txt to say what they are called: "
-        "no zero-shot",
+        f"labels are numbers, and {tmp_path}/numbers/classnames.txt with their names is missing: no zero-shot",
     )
     (tmp_path / "numbers" / "classnames.txt").write_text("red\nblue\ngreen\n\n")
     assert loaded(numbers).class_names == ("red", "blue", "green")
@@ -202,14 +201,14 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
         (f"shards:{tmp_path}/none", "no such folder"),
         (f"shards:{tmp_path}/{{0..3}}.tar", "no such shard"),
         (f"folder:{tmp_path}/none", "no such folder"),
-        (f"folder:{tmp_path}?label=x", "no captions beside its images, for which label would be"),
+        (f"folder:{tmp_path}?label=x", "no captions beside its images, which label need"),
         (f"folder:{tmp_path}?labels=x", r"unknown option 'labels'\. Did you mean 'label'"),
         (f"captions:{listing}", r"name the folder of images after the file's: \?images=FOLDER"),
         ("shards:s3://bucket/{0..3}.tar", "evaluation reads shards of this machine only"),
         (f"folder:{'x' * 300}", "cannot be read: File name too long"),
         (f"captions:{'x' * 300}.csv", "cannot be read: File name too long"),
         (f"folder:{tmp_path}/loop", "no such folder"),
-        ("folder:a\0b", "of which data"),
+        ("folder:a\0b", "lacks its path"),
     ):
         with pytest.raises(UserError, match=rf"^task '.*': .*{why}") as raised:
             loaded(name)
@@ -287,5 +286,5 @@ def test_whole_floats_are_labels(tmp_path: Path) -> None:
     for path in (listing, table):
         data = loaded(f"captions:{path}?label=label")
         assert (data.labels, data.class_names) == ((0, 1, 1), ("red", "blue"))
-    with pytest.raises(UserError, match=r"'weight' holds no classes: 0\.5 is no string or whole number$"):
+    with pytest.raises(UserError, match=r"'weight' holds no classes: 0\.5 is not a string or a whole number$"):
         loaded(f"captions:{listing}?label=weight")

@@ -1,7 +1,7 @@
 """Results that version 0.1.0 wrote before there were hashes and standard errors: they open, and are added to.
 
-Made at 6e82a2e: `evaluate open_clip:demo-vit-32` with `--data-root root --tasks cifar10 vtab/dtd --out folder`, and with
-`--tasks folder:photos emoji-concepts --out results.json`.
+Made at 6e82a2e by `evaluate open_clip:demo-vit-32`, with `--data-root root --tasks cifar10 vtab/dtd --out folder`, and
+with `--tasks folder:photos emoji-concepts --out results.json`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ test_batch, batches.meta      cifar-10-batches-py: `data` and `labels`; `label_n
 test, meta                    cifar-100-python: `data` and `fine_labels`; `fine_label_names`
 
 Pixels may be planes (as published) or rows of colours, integers of 0 to 255 or floats of 0 to 1; what they are is
-found out and said. What could be read in two ways, or fits no class, is refused.
+detected and noted. What could be read in two ways, or fits no class, is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PixelSample(EvaluationSample):
 
 @dataclass(frozen=True)
 class Cifar:
-    """A test batch: samples, the class of each, the classes' names, what a reader has to know."""
+    """A test batch: samples, the class of each, the names of the classes, notes for the reader."""
 
     samples: tuple[PixelSample, ...]
     labels: tuple[int, ...]
@@ -52,12 +52,12 @@ class Cifar:
 
 
 def batch_of(folder: Path) -> str:
-    """The file of the test batch that a folder holds; empty where it holds none."""
+    """Return the name of a folder's test batch; empty where it has none."""
     return next((name for name in TEST_BATCHES if (folder / name).is_file()), "")
 
 
 def read_cifar(folder: Path) -> Cifar:
-    """The test batch of a folder. Raises UserError: it is not there, damaged, or not what CIFAR has."""
+    """Read the test batch of a folder. Raises UserError where it is missing, damaged or not CIFAR."""
     batch = batch_of(folder)
     meta, labels_key, names_key = TEST_BATCHES[batch]
     content = _unpickled(folder / batch)
@@ -82,18 +82,18 @@ def _names(given: Any, key: str, path: Path) -> list[str]:
         given = given.tolist()
     names = given if isinstance(given, list | tuple) else ()
     if not names or not all(isinstance(name, str | bytes) for name in names):
-        raise UserError(f"{path}: its '{key}' is no list of class names")
+        raise UserError(f"{path}: its '{key}' is not a list of class names")
     return [_text(name) for name in names]
 
 
 def _pixels(data: Any, path: Path) -> tuple[NDArray[np.uint8], list[str]]:
-    """uint8 [n, height, width, 3] of what CIFAR's `data` may be."""
+    """Return CIFAR's `data`, in any of its forms, as uint8 [n, height, width, 3], and notes."""
     try:
         array = np.asarray(data)
     except ValueError:
-        raise UserError(f"{path}: its images are not of one size") from None
+        raise UserError(f"{path}: its images differ in size") from None
     if array.dtype.kind not in "iuf" or not array.size:
-        raise UserError(f"{path}: its data is no array of pixels, but {array.dtype} {list(array.shape)}")
+        raise UserError(f"{path}: its data is not an array of pixels but {array.dtype} {list(array.shape)}")
     array, notes = _bytes_of(array, path)
     if array.ndim == 4 and array.shape[1] == CHANNELS:
         return array.transpose(0, 2, 3, 1), notes
@@ -107,24 +107,24 @@ def _pixels(data: Any, path: Path) -> tuple[NDArray[np.uint8], list[str]]:
     planes = array.reshape(-1, CHANNELS, CIFAR_SIZE, CIFAR_SIZE).transpose(0, 2, 3, 1)
     rows = array.reshape(-1, CIFAR_SIZE, CIFAR_SIZE, CHANNELS)
     if _roughness(rows) < SMOOTHER * _roughness(planes):
-        return rows, [*notes, "each image's colours stand side by side, not in planes as CIFAR's: read so"]
+        return rows, [*notes, "read as interleaved RGB pixels, not as CIFAR's colour planes"]
     return planes, notes
 
 
 def _bytes_of(array: NDArray[Any], path: Path) -> tuple[NDArray[np.uint8], list[str]]:
-    """The same pixels as bytes. Raises UserError: they are of another range."""
+    """Return pixels as bytes, and notes. Raises UserError where their range is neither 0 to 255 nor 0 to 1."""
     low, high = float(array.min()), float(array.max())  # NaN where any is
     if not (low >= 0 and high <= 255):
         raise UserError(f"{path}: its pixels run from {low:g} to {high:g}: not 0 to 255, nor 0 to 1")
     if high > 1 or low == high == 0:
         return np.rint(array).astype(np.uint8), []
     if array.dtype.kind == "f":
-        return np.rint(array * 255).astype(np.uint8), ["pixels from 0 to 1 are taken as shares of 255"]
-    raise UserError(f"{path}: its pixels are all 0 or 1: floats of 0 to 1 that were cut to integers")
+        return np.rint(array * 255).astype(np.uint8), ["pixels from 0 to 1 are multiplied by 255"]
+    raise UserError(f"{path}: its pixels are all 0 or 1: floats from 0 to 1 that were truncated to integers")
 
 
 def _roughness(images: NDArray[np.uint8]) -> float:
-    """Mean difference of neighbours, of the first thousand images [n, height, width, 3]."""
+    """Return the mean difference of neighbouring pixels of the first thousand images [n, height, width, 3]."""
     some = images[:1000].astype(np.float32)
     return float(np.abs(np.diff(some, axis=1)).mean() + np.abs(np.diff(some, axis=2)).mean())
 
@@ -137,10 +137,10 @@ def _labels(given: Any, images: int, names: Sequence[str], path: Path) -> list[i
     if labels.ndim != 1 or len(labels) != images:
         raise UserError(f"{path}: labels of shape {list(labels.shape)} for {images} images")
     if labels.dtype.kind not in "iuf" or not (labels == np.rint(labels)).all():
-        raise UserError(f"{path}: its labels are no integers")
+        raise UserError(f"{path}: its labels are not integers")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= len(names):
-        what = ": they count from 1, subtract it" if low == 1 and high == len(names) else ""
+        what = ": they count from 1; subtract 1" if low == 1 and high == len(names) else ""
         raise UserError(f"{path}: labels run from {low} to {high}, but there are {len(names)} class names{what}")
     return [int(label) for label in labels]
 
@@ -150,7 +150,7 @@ def _text(value: Any) -> str:
 
 
 def _latin_1(text: str, encoding: str) -> bytes:
-    """What pickles of bytes in protocol 2 call."""
+    """Encode text as Latin-1: pickles of bytes in protocol 2 call this."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"it encodes as {encoding}")
     return text.encode("latin-1")
@@ -169,7 +169,7 @@ ALLOWED = {
 
 
 class _OnlyArrays(pickle.Unpickler):
-    """A pickle may call anything; these may call what is in `ALLOWED`."""
+    """Unpickler that may call nothing but what is in `ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = ALLOWED.get((module.partition(".")[0], name))

@@ -28,7 +28,7 @@ BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_
 
 
 def read_lines(path: Path) -> tuple[list[str], list[str]]:
-    """Stripped lines of a text file, blank ones too, and what a reader has to know of its encoding.
+    """Return the stripped lines of a text file, blank ones too, and notes on its encoding.
 
     Raises:
         UserError: it cannot be read.
@@ -45,13 +45,13 @@ def read_lines(path: Path) -> tuple[list[str], list[str]]:
 
 
 def without_trailing_blanks(lines: Sequence[str]) -> list[str]:
-    """The lines up to the last that is not blank."""
+    """Return the lines up to the last that is not blank."""
     last = max((number for number, line in enumerate(lines, 1) if line), default=0)
     return list(lines[:last])
 
 
 def templates_of(path: Path) -> list[str]:
-    """Templates, a line each, of a file that may be missing. Raises UserError: one has no place for the name."""
+    """Return templates, a line each, of a file that may be missing. Raises UserError where one has no {c}."""
     templates = [line for line in read_lines(path)[0] if line] if path.is_file() else []
     for template in templates:
         if "{c}" not in template:
@@ -60,10 +60,10 @@ def templates_of(path: Path) -> list[str]:
 
 
 def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Class names for keys, the names of folders or labels as they stand in data; and what a reader has to know.
+    """Return class names for keys (names of folders, or labels of samples), and notes.
 
-    A synset becomes ImageNet's name of it; a number or synset before a name goes, unless that makes two names equal;
-    _ becomes a space.
+    A synset becomes ImageNet's name of it. A number or synset before a name is removed, unless that makes two names
+    equal. _ becomes a space.
     """
     imagenet = imagenet_names() if any(SYNSET.fullmatch(key) for key in keys) else {}
     bare = [key[match.end() :] if (match := NUMBER_PREFIX.match(key)) else key for key in keys]
@@ -75,23 +75,23 @@ def names_of(keys: Sequence[str]) -> tuple[list[str], list[str]]:
         notes.append(f"{len(known)} synsets take ImageNet's class names: {first_few(known)}")
     if unknown := [key for key in keys if SYNSET.fullmatch(key) and key not in imagenet]:
         notes.append(
-            f"{len(unknown)} synsets are none of ImageNet-1k's 1,000 and no class names: {first_few(unknown)}: "
+            f"{len(unknown)} synsets are not in ImageNet-1k and make no class names: {first_few(unknown)}: "
             "name them in classnames.txt"
         )
     if stripped := [f"{key} = {_spaced(name)}" for key, name in zip(keys, kept, strict=True) if key != name]:
-        notes.append(f"numbers before class names are left out: {first_few(stripped)}")
+        notes.append(f"numbers before class names are removed: {first_few(stripped)}")
     if numbers := [key for key in keys if key.strip().isdecimal()]:
         notes.append(
-            f"{len(numbers)} classes have numbers for names, which say nothing to a text tower: {first_few(numbers)}: "
+            f"{len(numbers)} classes are named by numbers, which mean nothing to a text tower: {first_few(numbers)}: "
             "name them in classnames.txt"
         )
     return names, notes + about_equal(names)
 
 
 def about_equal(names: Sequence[str]) -> list[str]:
-    """What a reader has to know of classes that a text tower cannot tell apart."""
+    """Return notes on classes with equal names."""
     equal = [f"'{name}' {count} times" for name, count in Counter(names).items() if count > 1]
-    return [f"classes of equal names, which no prompt tells apart: {first_few(equal)}"] if equal else []
+    return [f"classes with equal names, which no prompt can distinguish: {first_few(equal)}"] if equal else []
 
 
 def _spaced(name: str) -> str:
@@ -100,7 +100,7 @@ def _spaced(name: str) -> str:
 
 @cache
 def imagenet_names() -> dict[str, str]:
-    """Synset → class name of ImageNet-1k's 1,000 classes, in the order of their labels."""
+    """Return synset → class name of ImageNet-1k's 1,000 classes, in the order of their labels."""
     from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
@@ -108,5 +108,5 @@ def imagenet_names() -> dict[str, str]:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first few of them."""
+    """Return the first few names in one line."""
     return ", ".join(map(one_line, names[:NAMES_SHOWN])) + (", …" if len(names) > NAMES_SHOWN else "")

@@ -10,18 +10,16 @@ import numpy as np
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.class_names import read_lines, without_trailing_blanks
-from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.tars import Span, image_of, members_of, task_tars
 from disttempnet.evaluation.tasks import EvaluationSample, Head, Task, TaskData, sample_of
 
-MOST_GROUPS = 1_000_000  # a table is made of as many as the largest number says
+MOST_GROUPS = 1_000_000  # the largest group number sizes a table
 FACES = ("race", "gender", "age", "toxic")
 
 
 def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
-    """A classification task: its tars, class names and templates."""
+    """Read a classification task: its tars, class names and templates."""
     heads, about_words = _heads(task, folder, compat)
-    columns = PROTOCOLS[task.protocols[0]].columns
     faces = task.protocols == ("faces",)
     samples: list[EvaluationSample] = []
     labels: list[int] = []
@@ -29,22 +27,24 @@ def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
     broken: list[str] = []
     shards, notes = task_tars(folder / "test")
     notes += about_words
+    # Each sample's image, label and first columns of metadata; what lacks one is named in `broken`.
     for name, shard, members in members_of(shards, broken):
         image = image_of(members)
         try:
             if image is None:
                 raise ValueError("no image")
             label = 0 if faces else _label(members)
-            row = _metadata(members, columns)
+            row = _metadata(members, task.metadata)
         except ValueError as error:
             broken.append(f"{name}: {error}")
             continue
-        # what CLIP_benchmark 1.4 has no class for can be no hit; otherwise names and labels do not belong together
+        # CLIP_benchmark 1.4 has no class for some labels: never a hit; else names and labels do not belong together
         if label >= len(heads[0].names) and not compat:
             raise UserError(f"{folder}: sample {name}: label {label}, but {len(heads[0].names)} class names")
         samples.append(sample_of(name, shard, image))
         labels.append(label)
         rows.append(row)
+    # Other numbers of classes or templates than those published are noted.
     if task.classes and len(heads[0].names) != task.classes:
         notes.append(f"{len(heads[0].names)} class names, the task has {task.classes}")
     if task.prompts and len(heads[0].templates) != task.prompts:
@@ -54,14 +54,14 @@ def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
         tuple(samples),
         heads,
         () if faces else tuple(labels),
-        metadata=np.array(rows, dtype=np.int64).reshape(len(rows), len(columns)),
+        metadata=np.array(rows, dtype=np.int64).reshape(len(rows), len(task.metadata)),
         broken=tuple(broken),
         notes=tuple(notes),
     )
 
 
 def _heads(task: Task, folder: Path, compat: str) -> tuple[tuple[Head, ...], list[str]]:
-    """Classifiers, and what a reader has to know of the files that they are read from."""
+    """Return classifiers, and notes on the files that they are read from."""
     names, notes = _lines(folder / "classnames.txt", blanks=not compat)
     templates, more = _lines(folder / "zeroshot_classification_templates.txt", blanks=not compat)
     notes += more
@@ -86,8 +86,8 @@ def _heads(task: Task, folder: Path, compat: str) -> tuple[tuple[Head, ...], lis
 
 
 def _lines(path: Path, blanks: bool) -> tuple[list[str], list[str]]:
-    """Stripped lines of a text file, and notes; a blank line is a class name too (CLEVR's fourth), unless `blanks` is
-    off."""
+    """Return stripped lines of a text file, and notes. A blank line is a class name too (CLEVR's fourth), unless
+    `blanks` is off."""
     lines, notes = read_lines(path)
     lines = [line for line in lines if line or blanks]
     if not lines:
@@ -98,12 +98,12 @@ def _lines(path: Path, blanks: bool) -> tuple[list[str], list[str]]:
 def _label(members: Mapping[str, Span]) -> int:
     text = (members["cls"].content or b"").decode("ascii", "replace").strip() if "cls" in members else ""
     if not text.isdecimal():
-        raise ValueError(f"its label is '{text}', no number" if text else "no label")
+        raise ValueError(f"its label is '{text}', not a number" if text else "no label")
     return int(text)
 
 
 def _metadata(members: Mapping[str, Span], columns: Sequence[str]) -> list[int]:
-    """The first columns of a sample's .npy, as many as the protocol has names for."""
+    """Return the first columns of a sample's .npy, as many as the task has names for."""
     if not columns:
         return []
     if "npy" not in members:
@@ -115,8 +115,8 @@ def _metadata(members: Mapping[str, Span], columns: Sequence[str]) -> list[int]:
     if len(row) < len(columns):
         raise ValueError(f"metadata of {len(row)} columns, {len(columns)} needed: {', '.join(columns)}")
     if row.dtype.kind not in "biuf":
-        raise ValueError(f"its metadata is no row of numbers, but {row.dtype}")
+        raise ValueError(f"its metadata is not a row of numbers but {row.dtype}")
     values = row[: len(columns)].astype(np.float64)
     if not np.isfinite(values).all() or (values < 0).any() or (values > MOST_GROUPS).any():
-        raise ValueError(f"metadata is no row of group numbers: {values.tolist()}")
+        raise ValueError(f"metadata is not a row of group numbers: {values.tolist()}")
     return [int(value) for value in values]

@@ -1,7 +1,7 @@
 """Raw folders of a task → the task's tars below a data root, so that a cluster reads few large files.
 
 Image bytes are copied as they are, so that the numbers are those of the raw folder. The new folder is made beside its
-place, read back and compared with what it was made from, and takes its name at the end: it is whole or not there.
+place, read back, compared with its source and renamed at the end: the write is atomic.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGE_HEAD_BYTES = 4096  # tell an image's format
 
 
 class Converted(NamedTuple):
-    """What was written: the task's folder, tars, images, their bytes; and what of the source is in none of them."""
+    """Counts of a written task: its folder, tars, images, their bytes; and what of the source is in none of them."""
 
     folder: Path
     shards: int
@@ -56,14 +56,16 @@ def convert(task: Task, source: str, root: Path, per_shard: int, progress: bool 
     Raises:
         UserError: the source is of another form, the task's folder is there already, or it cannot be written.
     """
+    # What cannot be written is refused before anything is.
     if per_shard < 1:
         raise UserError(f"--samples-per-shard {per_shard}: a tar holds at least one image")
     target = root / folder_names(task)[0]
     if target.exists():
-        raise UserError(f"{target}: is there already; delete it to write it anew")
+        raise UserError(f"{target}: exists already; delete it to write it again")
     data = _read(task, source)
     if not data.samples:
-        raise UserError(f"{source}: nothing of it can be used; {next(iter(data.broken), 'it is empty')}")
+        raise UserError(f"{source}: none of it can be used; {next(iter(data.broken), 'it is empty')}")
+    # Written under another name, compared with its source, then renamed.
     part = root / f".{target.name}.part"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -86,10 +88,10 @@ def convert(task: Task, source: str, root: Path, per_shard: int, progress: bool 
 
 def _read(task: Task, source: str) -> TaskData:
     if not task.below_root:
-        raise UserError(f"task '{task.name}' does not lie below a data root: there is nothing to convert")
+        raise UserError(f"task '{task.name}' has no data below a data root, so nothing to convert")
     if source.startswith(FOLDER):
         if task.protocols != ("classification",):
-            raise UserError(f"task '{task.name}' needs more than images and classes, which is what {FOLDER} has")
+            raise UserError(f"task '{task.name}' needs more than the images and classes of {FOLDER}")
         path = Path(own_path(source)).expanduser()
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
@@ -100,12 +102,12 @@ def _read(task: Task, source: str) -> TaskData:
     if has_tars(folder):
         raise UserError(f"{folder}: holds tars already; put it, or a link to it, below the data root")
     if task.protocols not in RAW_PROTOCOLS:
-        raise UserError(f"task '{task.name}' has no raw form but images in folders of classes: give {FOLDER}{source}")
+        raise UserError(f"task '{task.name}' has one raw form, images in folders of classes: give {FOLDER}{source}")
     return read_folder(task, folder)
 
 
 def _write(data: TaskData, folder: Path, per_shard: int, progress: bool) -> tuple[int, int]:
-    """All files of the task; gives how many tars there are and their bytes."""
+    """Write all files of the task; return the number of tars and their bytes."""
     (folder / "test").mkdir(parents=True)
     starts, size = range(0, len(data.samples), per_shard), 0
     with Meter(f"writing {data.task.display}", len(data.samples), active=progress) as meter:
@@ -130,7 +132,7 @@ def _write(data: TaskData, folder: Path, per_shard: int, progress: bool) -> tupl
 
 @contextmanager
 def _on_disk(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when it is closed."""
+    """Open a new file that is synced to the disk when it is closed."""
     with path.open("wb") as file:
         yield file
         file.flush()
@@ -142,11 +144,11 @@ def _key(place: int) -> str:
 
 
 def _members(data: TaskData, place: int) -> Iterator[tuple[str, bytes]]:
-    """(suffix, content) of a sample's files."""
+    """Yield (suffix, content) of a sample's files."""
     sample = data.samples[place]
     content = _image_bytes(sample)
     suffix = image_header(content[:IMAGE_HEAD_BYTES])[0]
-    yield "jpg" if suffix == UNKNOWN else suffix, content  # what it is not either was called so by its source
+    yield "jpg" if suffix == UNKNOWN else suffix, content  # an unknown format keeps a suffix that readers accept
     if data.labels:
         yield "cls", str(data.labels[place]).encode()
     if sample.captions:
@@ -154,7 +156,7 @@ def _members(data: TaskData, place: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _image_bytes(sample: EvaluationSample) -> bytes:
-    """The file as it is; pixels in memory as PNG, which keeps them."""
+    """Return the file as it is; pixels in memory as PNG, which is lossless."""
     if not isinstance(sample, PixelSample):
         return read_regular(sample.shard, MAX_BYTES)
     file = io.BytesIO()
@@ -163,7 +165,7 @@ def _image_bytes(sample: EvaluationSample) -> bytes:
 
 
 def _one_line(caption: str, sample: EvaluationSample) -> str:
-    """Captions stand a line each, so a line break in one becomes a space, as it is to the tokenizers."""
+    """Return a caption in one line: captions stand a line each, and to tokenizers a line break is a space."""
     text = " ".join(caption.splitlines())
     if not text.strip():
         raise UserError(f"{sample.key}: an empty caption, which the tars cannot hold")
@@ -171,7 +173,7 @@ def _one_line(caption: str, sample: EvaluationSample) -> str:
 
 
 def _words(data: TaskData) -> dict[str, list[str]]:
-    """File name → lines, of the files beside the tars. The last says where each image is from."""
+    """Return file name → lines of the files beside the tars; sources.tsv names the source of each image."""
     sources = [f"{_key(place)}\t{sample.key}" for place, sample in enumerate(data.samples)]
     files = {"sources.tsv": sources}
     for head in data.heads:
@@ -189,7 +191,7 @@ def _words(data: TaskData) -> dict[str, list[str]]:
 
 
 def _refuse_other(data: TaskData, written: TaskData, target: Path) -> None:
-    """Raise where what was written does not read as what it was made from."""
+    """Raise RuntimeError where the written task does not read as its source."""
 
     def facts(one: TaskData) -> Sequence[object]:
         captions = [tuple(" ".join(text.splitlines()) for text in sample.captions) for sample in one.samples]
@@ -197,5 +199,5 @@ def _refuse_other(data: TaskData, written: TaskData, target: Path) -> None:
 
     if written.broken or facts(written) != facts(data):
         raise RuntimeError(
-            f"{target}: what was written reads as something else: {written.broken[:1] or data.task.name}"
+            f"{target}: the written task differs from its source: {written.broken[:1] or data.task.name}"
         )

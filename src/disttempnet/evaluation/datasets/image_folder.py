@@ -1,11 +1,11 @@
-"""Images of one's own in folders of classes as a task, `folder:PATH`; or CIFAR as its authors publish it for Python.
+"""Images in folders of classes as a task, `folder:PATH`; or CIFAR as its authors publish it for Python.
 
 PATH/CLASS/…/*.jpg, …         classes in the order of their folders' names, as torchvision has them
 PATH/classnames.txt           optional: a name a line, in that order; else the folders' names, of synsets ImageNet's
 PATH/templates.txt            optional: a template a line, {c} = the name; else "a photo of a {c}."
 PATH/test_batch, …            see cifar.py
 
-What is in the folder and not taken is said: hidden and empty folders, files that are no images.
+Whatever is left out is named: hidden and empty folders, files that are not images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SPLIT_FOLDERS = frozenset({*EVALUATED, "train", "training"})
 
 @dataclass
 class FolderScan:
-    """What a look through folders finds: images; hidden folders and images; links to nothing; other files by suffix."""
+    """Contents of folders: images; hidden folders and images; dead links; counts of other files by suffix."""
 
     images: list[Path] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
@@ -47,8 +47,7 @@ class FolderScan:
 
 @dataclass
 class ClassFolders:
-    """Samples with the number of their class; keys: what the classes are called where they lie; empty: folders that
-    are no classes, for want of images."""
+    """Samples with the number of their class; keys: names of the classes' folders; empty: folders without images."""
 
     samples: list[EvaluationSample] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -77,9 +76,10 @@ def folder_data(task: Task, folder: Path) -> TaskData:
 
 
 def _class_names(folder: Path, found: ClassFolders) -> tuple[list[str], list[str]]:
-    """Of classnames.txt, a line a class; where some folders are without images, a line a folder will do.
+    """Return class names and notes, from classnames.txt where there is one.
 
-    A blank line may be a name; blank lines that are too many are none.
+    It has a line a class or, where some folders have no images, a line a folder. A blank line may be a name; surplus
+    blank lines at the end are not.
     """
     path = folder / "classnames.txt"
     if not path.is_file():
@@ -113,7 +113,7 @@ def _class_folders(folder: Path) -> ClassFolders:
     outside = [file.name for file in top.iterdir() if is_image(file.name, DECODED_SUFFIXES) and os.path.isfile(file)]
     _refuse_no_classes(top, found.keys, outside, every)
     notes += [f"left out, hidden: {first_few(every.hidden)}"] if every.hidden else []
-    notes += [f"left out, links that lead nowhere: {first_few(every.dead)}"] if every.dead else []
+    notes += [f"left out, dead links: {first_few(every.dead)}"] if every.dead else []
     notes += [f"left out, without images: {first_few(found.empty)}"] if found.empty else []
     notes += (
         [f"left out, in no folder of a class: {len(outside):,} images ({first_few(sorted(outside))})"]
@@ -122,7 +122,7 @@ def _class_folders(folder: Path) -> ClassFolders:
     )
     if every.others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(every.others.items()))
-        notes.append(f"left out, no images that are read: {kinds}")
+        notes.append(f"left out, not images that can be read: {kinds}")
     return found
 
 
@@ -134,13 +134,13 @@ def _refuse_no_classes(folder: Path, classes: Sequence[str], outside: Sequence[s
     if not classes:
         raise UserError(f"{folder}: no images in folders of classes ({', '.join(sorted(DECODED_SUFFIXES))}){there}")
     raise UserError(
-        f"{folder}: all images lie in one folder, '{classes[0]}', and one class makes no task: name the folder whose "
-        "folders are the classes"
+        f"{folder}: all images are in one folder, '{classes[0]}', and a task needs two classes: name the folder "
+        "whose folders are the classes"
     )
 
 
 def _split_of(folder: Path) -> tuple[Path, list[str]]:
-    """Where the folders of classes are: of a folder that holds splits (train/, val/, test/), in one of them."""
+    """Return the folder that holds the folders of classes, and notes: of splits (train/, val/, test/) the best one."""
     inside = {path.name.lower(): path for path in _folders_in(folder, FolderScan())}
     if not inside or not inside.keys() <= SPLIT_FOLDERS:
         return folder, []
@@ -148,9 +148,7 @@ def _split_of(folder: Path) -> tuple[Path, list[str]]:
     for split in EVALUATED:
         if split in inside and any(_holds_images(path) for path in _folders_in(inside[split], FolderScan())):
             return inside[split], [f"{inside[split].name}/ is evaluated, of the splits {names}"]
-    raise UserError(
-        f"{folder}: holds the splits {names}, none to evaluate on: to take one, name it: {FOLDER}{folder}/…"
-    )
+    raise UserError(f"{folder}: holds the splits {names}, none of them to evaluate on; name one: {FOLDER}{folder}/…")
 
 
 def _folders_in(folder: Path, seen: FolderScan) -> list[Path]:
@@ -168,7 +166,7 @@ def _folders_in(folder: Path, seen: FolderScan) -> list[Path]:
 
 
 def _look(folder: Path, seen: FolderScan, above: tuple[tuple[int, int], ...], inside: str = "") -> None:
-    """All files below a folder; links are followed, but for those that lead back."""
+    """Scan all files below a folder; links are followed, except those that lead back."""
     status = folder.stat()
     here = status.st_dev, status.st_ino
     if here in above:
@@ -196,7 +194,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _is_dead(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a link to nothing, or to itself."""
+    """Return whether an entry is a dead link, or a link to itself."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 

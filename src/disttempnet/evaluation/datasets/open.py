@@ -34,7 +34,7 @@ class MissingData(UserError):
 
 
 def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskData:
-    """What a task measures on.
+    """Read the data of a task.
 
     Args:
         task: a row of tasks.toml.
@@ -42,8 +42,8 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
         compat: "" or one of `COMPATIBLE`.
 
     Raises:
-        MissingData: nothing of it is there.
-        UserError: it cannot be read, or is not what the task says.
+        MissingData: it is not below the data root.
+        UserError: it cannot be read, or does not fit the task.
     """
     if task.data.startswith(OWN):
         return own_data(task)
@@ -66,7 +66,7 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
 
 
 def read_folder(task: Task, folder: Path, compat: str = "") -> TaskData:
-    """What a folder holds of a task of the data root, in any layout; UserError where that cannot be read."""
+    """Read a task's folder in any layout. Raises UserError where it cannot be read."""
     if task.protocols == ("winogavil",):
         return winogavil_data(task, folder)
     if task.protocols == ("caption_retrieval",):
@@ -75,7 +75,7 @@ def read_folder(task: Task, folder: Path, compat: str = "") -> TaskData:
 
 
 def folder_names(task: Task) -> list[str]:
-    """Folders below a data root that a task may lie in, in the order in which they are tried."""
+    """Return names of folders that a task may lie in, in the order in which they are tried."""
     key = task.name.replace("/", "-")
     names = [f"wds_{key}_test", f"wds_{key.removeprefix('fairness-')}_test", task.source.rpartition("/")[2], *task.also]
     names += [name.removesuffix("_test") for name in names if name.startswith("wds_")]  # as CLIP_benchmark calls them
@@ -83,7 +83,7 @@ def folder_names(task: Task) -> list[str]:
 
 
 def find_data(task: Task, root: Path) -> Path | None:
-    """A task's folder below a data root: the first that holds tars, or the CSV of raw data; None where none does."""
+    """Return a task's folder below a data root, the first with tars or the CSV of raw data; None where none has."""
     raw = task.protocols in RAW_PROTOCOLS
     folders = (root / name for name in folder_names(task))
     return next((folder for folder in folders if has_tars(folder) or (raw and any(folder.glob("*.csv")))), None)
@@ -94,7 +94,7 @@ def _patterns(task: Task) -> list[str]:
 
 
 def where_to_get(task: Task, root: Path) -> str:
-    """The data set's page; for raw data also what has to be done with it."""
+    """Return the data set's page; for raw data also where to unzip it."""
     page = f"huggingface.co/datasets/{task.source}"
     if task.protocols not in RAW_PROTOCOLS:
         return page
@@ -103,12 +103,12 @@ def where_to_get(task: Task, root: Path) -> str:
 
 
 def download_folder(task: Task, root: Path) -> Path:
-    """Where a download of the task's source goes: DataComp's name for its tars, or the name of the raw set."""
+    """Return the folder for a download of the task: DataComp's name for its tars, or the name of the raw set."""
     return root / task.source.rpartition("/")[2]
 
 
 def has_data(task: Task, root: Path | None = None) -> bool:
-    """Whether a task's data is below a data root, is built, or needs neither."""
+    """Return whether a task's data is below a data root, is built, or needs neither."""
     if task.is_built:
         try:
             return built_split(task.data.removeprefix(BUILT), root).is_dir()
@@ -118,11 +118,11 @@ def has_data(task: Task, root: Path | None = None) -> bool:
 
 
 def how_to_evaluate(tars: Path, images: int) -> str:
-    """What to do with tars of images and captions: where they have to lie, or the command where they do.
+    """Return the command that evaluates retrieval on tars of images and captions.
 
     Args:
         tars: their folder, as an absolute path.
-        images: how many they hold; other than the task has needs a word in sizes.toml.
+        images: how many they hold; another number than the task has needs a line in sizes.toml.
     """
     tasks = [task for task in all_tasks().values() if task.protocols == ("caption_retrieval",)]
     root, name = tars.parent.parent, tars.parent.name
@@ -132,12 +132,12 @@ def how_to_evaluate(tars: Path, images: int) -> str:
         return f"evaluate retrieval on it: {command}"
     command = shlex.join(["disttempnet", "evaluate", "RUN", "--data-root", str(root), "--tasks", task.name])
     if sizes_of(root).get(task.name, task.size) != images:
-        command += f'\n  (the task has {task.size:,} images: say "{task.name}" = {images} in {root / "sizes.toml"})'
+        command += f'\n  (the task has {task.size:,} images: write "{task.name}" = {images} into {root / "sizes.toml"})'
     return f"evaluate retrieval on it: {command}"
 
 
 def sizes_of(root: Path) -> dict[str, int]:
-    """Sizes by task that a data root claims for itself: of one that holds parts of the tasks."""
+    """Return sizes by task of a data root's sizes.toml, for roots that hold parts of tasks."""
     path = root / "sizes.toml"
     try:
         sizes = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -145,5 +145,5 @@ def sizes_of(root: Path) -> dict[str, int]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise UserError(f"{path}: '{name}' is no number of samples: {size!r}")
+            raise UserError(f"{path}: '{name}' is not a number of samples: {size!r}")
     return sizes

@@ -1,6 +1,6 @@
-"""Data of one's own as a task: retrieval and, where samples have labels, zero-shot classification.
+"""Your own data as a task: retrieval and, where samples have labels, zero-shot classification.
 
-folder:PATH        images with captions beside them (x.jpg, x.txt); else folders of classes, or CIFAR: see folders.py
+folder:PATH        images with captions beside them (x.jpg, x.txt); else as image_folder.py has it
 shards:SPEC        webdataset shards of this machine: KEY.jpg, KEY.txt (a caption a line), KEY.json, KEY.cls
 captions:FILE      a listing of images and captions, as data.train takes it
 …?label=KEY        options after the path, joined by &: keys of label and caption; of a listing, the key of the image
@@ -86,10 +86,10 @@ class OwnSamples(NamedTuple):
 
 
 def own_data(task: Task) -> TaskData:
-    """Read what a task of one's own names.
+    """Read the data that a task names.
 
     Raises:
-        UserError: it is not there, cannot be read, or holds nothing to measure on.
+        UserError: it is missing, cannot be read, or has no usable samples.
     """
     path, options = _parts(task.name)
     try:
@@ -105,7 +105,7 @@ def own_data(task: Task) -> TaskData:
         if not batch_of(where) and _holds_captions(where, options):
             return _with_labels(task, _listing(where, options), where, options)
         if options:
-            raise UserError(f"no captions beside its images, for which {'&'.join(options)} would be")
+            raise UserError(f"no captions beside its images, which {'&'.join(options)} need")
         return folder_data(task, where)
     except OSError as error:
         raise UserError(f"task '{task.name}': cannot be read: {error.strerror}") from None
@@ -117,7 +117,7 @@ def own_data(task: Task) -> TaskData:
 
 
 def _parts(name: str) -> tuple[str, dict[str, str]]:
-    """Path and options of a task's name."""
+    """Return path and options of a task's name."""
     path = own_path(name)
     given = name.partition(":")[2][len(path) + 1 :]
     options = dict(part.partition("=")[::2] for part in given.split("&") if part)
@@ -128,13 +128,13 @@ def _parts(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _beside(spec: str) -> Path:
-    """Where words beside shards are looked for."""
+    """Return the folder of classnames.txt and templates.txt beside shards."""
     path = Path(spec.partition("{")[0]).expanduser()
     return path if path.is_dir() else path.parent
 
 
 def _holds_captions(folder: Path, options: Mapping[str, str]) -> bool:
-    """Whether most of the first images have captions beside them."""
+    """Return whether most of the first images have captions beside them."""
     rows = FolderLayout(folder, options.get("caption", ""))
     first = [fields or {} for fields, _ in islice(rows.rows(), LOOKED_AT)]
     return 2 * sum(rows.caption_key in fields for fields in first) > len(first)
@@ -206,21 +206,21 @@ def _text(span: Span) -> str:
 
 
 def _label(value: Any) -> str:
-    """A class as a string; empty where there is none that could be one. Tables with gaps give whole numbers as 0.0."""
+    """Return a class as a string; empty where the value is none. Tables with gaps have whole numbers as 0.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
 def _with_labels(task: Task, own: OwnSamples, beside: Path, options: Mapping[str, str]) -> TaskData:
-    """The task, with classification where samples have labels."""
+    """Return the task's data, with classification where samples have labels."""
     asked = options.get("label", "")
     samples, broken = own.samples, [*own.broken]
     labels = own.labels
     if asked and not any(labels):
         if odd := [sample.facts[asked] for sample in samples if sample.facts.get(asked) is not None]:
             raise UserError(
-                f"'{asked}' holds no classes: {printable(repr(odd[0])[:LONGEST])} is no string or whole number"
+                f"'{asked}' holds no classes: {printable(repr(odd[0])[:LONGEST])} is not a string or a whole number"
             )
         keys = ", ".join(sorted({key for sample in samples[:LOOKED_AT] for key in sample.facts}))
         raise UserError(f"no sample has '{asked}'; there are {keys or 'no other fields'}")
@@ -229,7 +229,7 @@ def _with_labels(task: Task, own: OwnSamples, beside: Path, options: Mapping[str
         samples = [sample for sample, label in zip(samples, labels, strict=True) if label]
         labels = [label for label in labels if label]
     if not samples:
-        raise UserError(f"nothing to measure on; {next(iter(broken), 'no samples')}")
+        raise UserError(f"no usable samples; {next(iter(broken), 'no samples')}")
     task = task.model_copy(update={"protocols": ("retrieval",), "main": "mean_recall"})
     data = TaskData(task, tuple(samples), broken=tuple(broken), notes=tuple(own.notes))
     names, numbers, notes = _classes(labels, beside)
@@ -244,7 +244,7 @@ def _with_labels(task: Task, own: OwnSamples, beside: Path, options: Mapping[str
 
 
 def _classes(labels: Sequence[str], beside: Path) -> tuple[list[str], list[int], list[str]]:
-    """Class names, the number of each sample's class, notes; no names where the labels make no classes."""
+    """Return class names, the class of each sample, notes; no names where the labels make no classes."""
     known = [label for label in labels if label]
     if not known:
         return [], [], []
@@ -253,7 +253,7 @@ def _classes(labels: Sequence[str], beside: Path) -> tuple[list[str], list[int],
     path, notes = beside / "classnames.txt", list[str]()
     if all(map(WHOLE_NUMBER.fullmatch, labels)):
         if not path.is_file():
-            return [], [], [f"labels are numbers, and there is no {path} to say what they are called: no zero-shot"]
+            return [], [], [f"labels are numbers, and {path} with their names is missing: no zero-shot"]
         lines, notes = read_lines(path)
         names, numbers = without_trailing_blanks(lines), [int(label.partition(".")[0]) for label in labels]
         if max(numbers) >= len(names):

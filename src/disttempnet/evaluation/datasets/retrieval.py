@@ -1,6 +1,6 @@
 """Retrieval and WinoGAViL data: CLIP_benchmark's tars of images and captions, or the published CSV and images.
 
-Both are read as they are; converting.py writes the second as tars.
+Both are read as they are; convert.py writes the second as tars.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from disttempnet.data.shards.names import IMAGE_SUFFIXES
+from disttempnet.data.shards.names import is_image
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tars import Span, has_tars, image_of, members_of, task_tars
 from disttempnet.evaluation.tasks import EvaluationSample, Puzzle, Task, TaskData, sample_of
@@ -23,7 +23,7 @@ WHOLE_FILE = Span(0, -1, None)  # an image that is a file of its own
 
 
 def captioned_data(task: Task, folder: Path) -> TaskData:
-    """A retrieval task: CLIP_benchmark's tars of images and captions, or the published CSV and images."""
+    """Read a retrieval task: CLIP_benchmark's tars of images and captions, or the published CSV and images."""
     broken: list[str] = []
     notes: list[str] = []
     samples = []
@@ -49,7 +49,7 @@ def captioned_data(task: Task, folder: Path) -> TaskData:
 
 
 def winogavil_data(task: Task, folder: Path) -> TaskData:
-    """WinoGAViL: a pool of images by name, and puzzles about some of them."""
+    """Read WinoGAViL: a pool of images by name, and puzzles about some of them."""
     broken: list[str] = []
     notes: list[str] = []
     pool: dict[str, EvaluationSample] = {}
@@ -80,16 +80,16 @@ def winogavil_data(task: Task, folder: Path) -> TaskData:
 
 
 def _files_below(folder: Path) -> dict[str, Path]:
-    """File name → path, of all in the folders of a folder, however they were unzipped; of one name the first."""
+    """Return file name → path of all images below a folder, however they were unzipped; of equal names the first."""
     names: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.*")):
-        if path.suffix[1:].lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+        if is_image(path.name) and not path.name.startswith("."):
             names.setdefault(path.name, path)
     return names
 
 
 def _csv_rows(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of the folder's one CSV with these columns."""
+    """Read the rows of the folder's one CSV with these columns."""
     for path in sorted(folder.glob("*.csv")):
         try:
             with os.fdopen(open_regular(path), encoding="utf-8", newline="") as file:
@@ -102,7 +102,7 @@ def _csv_rows(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _list(text: str, folder: Path) -> list[str]:
-    """A cell that holds a list, in JSON or as Python prints it."""
+    """Parse a cell that holds a list, in JSON or as Python prints it."""
     try:
         try:
             value = json.loads(text)
@@ -111,7 +111,7 @@ def _list(text: str, folder: Path) -> list[str]:
     except (ValueError, SyntaxError):
         value = None
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{folder}: '{text[:60]}' in its CSV is no list of texts")
+        raise UserError(f"{folder}: '{text[:60]}' in its CSV is not a list of strings")
     return value
 
 

@@ -1,7 +1,7 @@
 """Averages over groups of tasks: plain means of main metrics, each with how many of its tasks it covers.
 
-An average is one only where every task of its group ran complete. Else the mean over those that did is called partial,
-and every task that is left out is named with the reason: a mean over fewer tasks is another quantity.
+An average needs every task of its group, complete. A mean over fewer tasks is another quantity: it is called partial,
+and every task that is left out is named with the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GROUPS = {
     "retrieval": "Retrieval",
 }
 NOT_RUN = "not run"
-TASKS_SHOWN = 10  # tasks that were not run are named up to so many
+TASKS_SHOWN = 10  # most tasks that were not run, and most notes, that are named
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Average:
 
     @property
     def lacking(self) -> list[str]:
-        """What is left out: a task that went wrong in words of its own, those that were not run together."""
+        """Return lines about tasks that are left out: one for each that went wrong, one for all that were not run."""
         titles = {key: task_title(key) for key in self.left_out}
         words = [f"{titles[key]} {reason}" for key, reason in self.left_out.items() if reason != NOT_RUN]
         absent = [titles[key] for key, reason in self.left_out.items() if reason == NOT_RUN]
@@ -73,12 +73,12 @@ class Average:
 
 
 def average_title(tag: str, of: int) -> str:
-    """The heading of a complete average over `of` tasks."""
+    """Return the heading of a complete average over `of` tasks."""
     return GROUPS[tag].format(of=of)
 
 
 def averages(records: Mapping[str, TaskRecord], tags: Mapping[str, Sequence[str]]) -> dict[str, Average]:
-    """The averages by tag.
+    """Return the averages by tag.
 
     Args:
         records: by key.
@@ -89,7 +89,7 @@ def averages(records: Mapping[str, TaskRecord], tags: Mapping[str, Sequence[str]
 
 
 def why_not(record: TaskRecord | None) -> str:
-    """Why a task with a main metric stands in no average; empty where it may."""
+    """Return the reason why a task with a main metric is in no average; empty where it may be."""
     if record is None:
         return NOT_RUN
     if record.failed:
@@ -108,5 +108,5 @@ def _average(tag: str, keys: Sequence[str], records: Mapping[str, TaskRecord]) -
 
 
 def counted_tags() -> dict[str, tuple[str, ...]]:
-    """Key → tags of every task of tasks.toml that has a main metric: what averages are taken over."""
+    """Return key → tags of every task of tasks.toml that has a main metric: what averages are taken over."""
     return {name: task.tags for name, task in all_tasks().items() if task.main}

@@ -1,6 +1,6 @@
-"""Results in the forms that other programs read: CLIP_benchmark's JSON files, open_clip's CSV of results.
+"""Results in the formats of other programs: CLIP_benchmark's JSON files, open_clip's CSV of results.
 
-A task that failed or is incomplete is in neither: those forms have no place to say so.
+Tasks that failed or are incomplete are in neither: those formats cannot express it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class ModelResults(NamedTuple):
 
 
 def read_model_results(folder: Path) -> ModelResults:
-    """The results of a folder.
+    """Read the results of a folder.
 
     Raises:
-        UserError: it is no folder of results, or one of its files is damaged.
+        UserError: it is not a folder of results, or one of its files is damaged.
     """
     subject, records = read_subject(folder), read_records(folder / RESULTS_FILE)
     if subject is None or not records:
@@ -43,12 +43,12 @@ def read_model_results(folder: Path) -> ModelResults:
 
 
 def left_out(evaluated: ModelResults) -> list[str]:
-    """What no export holds, in a line each."""
+    """Return a line for each task that no export holds."""
     return [f"{r.dataset} {why_not(r)}" for r in evaluated.records.values() if r.error or not r.complete]
 
 
 def clip_benchmark_files(evaluated: ModelResults) -> dict[str, str]:
-    """File name → text of one file a task, as `clip_benchmark build` collects them; shares in [0, 1]."""
+    """Return file name → text of one file a task, as `clip_benchmark build` collects them; shares in [0, 1]."""
     model, pretrained = evaluated.subject.model, evaluated.subject.pretrained
     files = {}
     for key, record in evaluated.records.items():
@@ -69,7 +69,7 @@ def clip_benchmark_files(evaluated: ModelResults) -> dict[str, str]:
 
 
 def openclip_csv(every: Sequence[ModelResults], tags: Mapping[str, Sequence[str]], titles: Mapping[str, str]) -> str:
-    """The CSV of open_clip's docs/openclip_results.csv: a row a model, shares with four digits.
+    """Return the CSV of open_clip's docs/openclip_results.csv: a row a model, shares with four digits.
 
     Args:
         tags: key → tags, of every task that has a main metric.
@@ -98,7 +98,7 @@ def _digits(value: float | None) -> str:
 
 
 def _kind(record: TaskRecord) -> str:
-    """CLIP_benchmark's name of a task's kind; WinoGAViL, which it does not have, keeps its own."""
+    """Return CLIP_benchmark's name of a task's kind; WinoGAViL, which it lacks, keeps its own."""
     if any("retrieval_recall" in name for name in record.metrics):
         return "zeroshot_retrieval"
     return "winogavil" if any("jaccard" in name for name in record.metrics) else "zeroshot_classification"

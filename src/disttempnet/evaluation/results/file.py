@@ -23,10 +23,10 @@ def refuse_other(path: Path, subject: Subject) -> None:
 
 
 def default_place(run: Path, name: str, step: str, subject: Subject) -> Path:
-    """Where a run's results go unless it is said.
+    """Return the default file of a run's results.
 
-    RUN/results.json; where that is of another checkpoint RUN/results-STEP.json; where the run cannot be written to (it
-    may be a colleague's) evaluation/NAME-STEP.json.
+    RUN/results.json; RUN/results-STEP.json where that is of another checkpoint; evaluation/NAME-STEP.json where the run
+    cannot be written to, such as a colleague's.
 
     Raises:
         UserError: none of them can be written, or is of this checkpoint.
@@ -51,13 +51,13 @@ def write_results(path: Path, subject: Subject, results: Mapping[str, Scores]) -
 
 
 def _holds(path: Path) -> bool:
-    """Whether there is a file that results would be added to; /dev/stdout is none, wherever it leads."""
+    """Return whether there is a file that results would be added to; /dev/stdout is none, wherever it leads."""
     return path.is_file() and not is_device(path)
 
 
 def _known(path: Path, subject: Subject) -> dict[str, Scores] | None:
-    """Scores of the same checkpoint; None where the file holds something else. Files of before there was a hash are
-    told apart by their titles."""
+    """Return scores of the same checkpoint; None where the file holds something else. Old files without a hash are
+    distinguished by their titles."""
     table = _read(path)
     same = table.get("checkpoint", subject.checkpoint) == subject.checkpoint and table.get("model") == subject.title
     try:
@@ -77,5 +77,5 @@ def _read(path: Path) -> dict[str, Any]:
 def _of_what(path: Path) -> str:
     table = _read(path)
     if not {"model", "results"} <= table.keys():
-        return "no results of an evaluation"
+        return "something other than results of an evaluation"
     return f"the results of {table['model']}" + (", of other weights" if "checkpoint" in table else "")

@@ -1,8 +1,8 @@
 """One record a finished task, and eval_results.jsonl: a line a record, in the form that DataComp's scripts read.
 
 Form of a line: {"key": "vtab/dtd", "dataset": "Describable Textures", "metrics": {"acc1": …, "main_metric": …}, …}; the
-keys after `metrics` are ours. Other programs know nothing of `complete`, so the main metric of an incomplete task is
-null in the file: whoever averages the lines leaves it out. Its value still stands under its own name.
+keys after `metrics` are new here. Other programs do not read `complete`, so the main metric of an
+incomplete task is null in the file, and their averages skip it. Its value still stands under its own name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAIN = "main_metric"
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What became of a task.
+    """Result of a task.
 
     Attributes:
         key: name of the task, `vtab/dtd`.
@@ -36,8 +36,8 @@ class TaskRecord:
         corrupt: names of samples that could not be read.
         seconds: how long the task took.
         complete: whether all of it was seen, and no error ended it.
-        error: what went wrong, in a line; empty where nothing did.
-        notes: what else a reader of the number has to know: another number of tars than their list says, for one.
+        error: one line; empty where nothing went wrong.
+        notes: for the reader of the number, such as another number of tars than their list says.
     """
 
     key: str
@@ -55,28 +55,28 @@ class TaskRecord:
 
     @property
     def value(self) -> float | None:
-        """The main metric; None where the task has none or failed."""
+        """Main metric; None where the task has none or failed."""
         value = self.metrics.get(MAIN)
         return None if value is None or math.isnan(value) else value
 
     @property
     def failed(self) -> bool:
-        """Whether an error ended it before it had any numbers."""
+        """True where an error ended the task before it had any numbers."""
         return bool(self.error) and all(value is None for value in self.metrics.values())
 
     @property
     def counts(self) -> bool:
-        """Whether it may stand in an average."""
+        """True where the task may be in an average."""
         return self.complete and not self.error and self.value is not None
 
 
 def read_records(path: Path) -> dict[str, TaskRecord]:
-    """The records of a file by key, the last of each; of a file that does not exist, none.
+    """Read the records of a file by key, the last of each; a file that does not exist has none.
 
     Files of DataComp's own evaluator are read too. A last line that a killed process left half-written is ignored.
 
     Raises:
-        UserError: the file cannot be read, or a line is no record.
+        UserError: the file cannot be read, or a line is not a record.
     """
     try:
         lines = read_regular(path).decode("utf-8").splitlines() if path.exists() else []
@@ -120,7 +120,7 @@ def append_record(path: Path, record: TaskRecord) -> None:
 def write_records(path: Path, records: Iterable[TaskRecord]) -> None:
     """Write the file; its folder is made.
 
-    It is replaced as a whole, so that a reader or a kill at any moment finds it before or after, never between.
+    The write is atomic: a reader, or a kill at any moment, finds the old or the new file.
     """
     lines = [json.dumps(_to_line(record), ensure_ascii=False, allow_nan=False) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)

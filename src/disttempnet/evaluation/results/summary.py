@@ -1,4 +1,4 @@
-"""summary.json beside eval_results.jsonl: what was evaluated, how, and the averages.
+"""summary.json beside eval_results.jsonl: the model, how it was evaluated, and the averages.
 
 The file is written from the records and can be written again from them at any time; nothing reads its averages back.
 """
@@ -21,19 +21,19 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated, and how.
+    """Model that was evaluated, and how.
 
     Attributes:
         model: name of the towers, `ViT-B-32`.
         pretrained: name of the weights: open_clip's tag, or `RUN @ step 100`.
         checkpoint: hash of the weights; empty where unknown.
         precision: `fp32`, `bf16` or `datacomp`.
-        compat: which older program's quirks were kept; empty for none.
+        compat: older program whose quirks were kept; empty for none.
         versions: package → version.
         parameters: of both towers; 0 where unknown.
         run: of a run its `name`, `config` (resolved, a plain table), `objective` (as in run.json) and `step`; empty for
             other models. Runs whose configs differ in the seed alone are one group of a report.
-        notes: what was taken from the weights or done to them, in words (`Towers.notes`).
+        notes: on what was taken from the weights or done to them (`Towers.notes`).
     """
 
     model: str
@@ -89,7 +89,7 @@ def write_summary(
 
 
 def read_subject(folder: Path) -> Subject | None:
-    """What FOLDER/summary.json says was evaluated; None where there is no such file.
+    """Read the subject of FOLDER/summary.json; None where there is no such file.
 
     Raises:
         UserError: the file is damaged.
@@ -100,15 +100,15 @@ def read_subject(folder: Path) -> Subject | None:
     try:
         table = json.loads(read_regular(path).decode("utf-8"))
         subject = Subject(**{f.name: table[f.name] for f in fields(Subject) if f.name in table})
-        if not _is_whole(subject):
+        if not _has_right_types(subject):
             raise ValueError
     except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: damaged, not the summary of an evaluation") from None
     return replace(subject, notes=tuple(subject.notes))
 
 
-def _is_whole(subject: Subject) -> bool:
-    """Whether what a file gave is of the types that a subject has."""
+def _has_right_types(subject: Subject) -> bool:
+    """Return whether attributes that were read from a file have the right types."""
     words = (subject.model, subject.pretrained, subject.checkpoint, subject.precision, subject.compat)
     return (
         all(isinstance(word, str) for word in words)

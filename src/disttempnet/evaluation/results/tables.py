@@ -21,7 +21,7 @@ LOOKED_FOR = 3  # missing tasks whose folders are named
 
 
 def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
-    """Every metric of every task in per cent, chance beside it, the runs as columns; of one run with standard errors.
+    """Return a table of every metric of every task in per cent, with chance and a column a run; of one run with errors.
 
     Args:
         results_by_run: name of the run → name of the task → its scores.
@@ -48,7 +48,7 @@ def results_table(results_by_run: Mapping[str, Mapping[str, Scores]]) -> Table:
 
 
 def notes(records: Mapping[str, TaskRecord]) -> list[str]:
-    """What a reader of the numbers has to know, the first of them in words."""
+    """Return notes for the reader of the numbers: the first few, and how many more there are."""
     words = [f"{record.dataset}: {note}" for record in records.values() for note in record.notes]
     more = len(words) - TASKS_SHOWN
     return [*words[:TASKS_SHOWN], *([f"and {more} more notes in the lines of results"] if more > 0 else [])]
@@ -68,7 +68,7 @@ def _caption(results_by_run: Mapping[str, Mapping[str, Scores]]) -> str | None:
 
 
 def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[str, Sequence[str]]) -> Table:
-    """A row a task: its main metric in per cent, samples, seconds, what is wrong; then the averages.
+    """Return a table with a row a task: its main metric in per cent, samples, seconds, state; then the averages.
 
     Args:
         title: of the model.
@@ -81,6 +81,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
     for head in ("task", "metric", "%", "± s.e.", "n", "s", ""):
         number = head in ("%", "± s.e.", "n", "s")
         table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    # A row a task.
     for record in records.values():
         wrong = bool(record.error or not record.complete or (record.key in tags and why_not(record)))
         table.add_row(
@@ -92,6 +93,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
             f"{record.seconds:,.1f}" if record.seconds < 100 else f"{record.seconds:,.0f}",
             Text("failed" if record.failed else "incomplete", "red") if wrong else Text("ok", "green"),
         )
+    # A row an average that has any of its tasks; what lacks for the average over all is in the caption.
     table.add_section()
     every = averages(records, tags)
     for average in every.values():
@@ -109,7 +111,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
 
 
 def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
-    """Lines: what each task is, in which folder of the data root it lies, and how to get what is not there."""
+    """Return lines about tasks: size, main metric, folder below the data root, and how to get what is missing."""
     rows = [("task", "samples", "main metric", "below the data root", "huggingface.co/datasets/")]
     missing = []
     for task in tasks:

@@ -13,7 +13,7 @@ import numpy as np
 from disttempnet.config import dump_config, public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation import tasks as readers
-from disttempnet.evaluation.datasets.open import is_there
+from disttempnet.evaluation.datasets.open import has_data
 from disttempnet.evaluation.scores import BETTER_RULE, compare, tasks_of
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.losses import OBJECTIVES
@@ -146,7 +146,7 @@ def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence
     """Return zero-shot and retrieval examples on the tasks that all runs with a checkpoint share."""
     opened = [(title, model) for title, model in zip(titles, models, strict=True) if model is not None]
     all_tasks = readers.all_tasks()  # examples need captions and local data
-    known = [task for task in tasks_of([run.final for run in runs]) if task in all_tasks and is_there(all_tasks[task])]
+    known = [task for task in tasks_of([run.final for run in runs]) if task in all_tasks and has_data(all_tasks[task])]
     shared = [task for task in known if all(task in model.config.eval.tasks for _, model in opened)]
     if not opened or not shared:
         return {"titles": [], "steps": [], "tasks": []}
