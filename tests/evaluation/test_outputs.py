@@ -73,7 +73,7 @@ def test_a_part_that_says_so_is_whole_and_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("x", "cannot be read"), ('"vtab/dtd" = "6"', "'vtab/dtd' is no number")]
+    ("text", "message"), [("x", "cannot be read"), ('"vtab/dtd" = "6"', "'vtab/dtd' is not a number")]
 )
 def test_sizes_that_are_none(text: str, message: str, tmp_path: Path) -> None:
     write(tmp_path, DTD)

@@ -15,7 +15,7 @@ from disttempnet.io.ranges import BATCH, WORKERS
 from disttempnet.terminal import say
 
 if TYPE_CHECKING:
-    from disttempnet.evaluation.command import EvaluatedModel
+    from disttempnet.evaluation.command import OpenedModel
 
 EVALUATE = """Without --data-root: the tasks that the run's config names, or those whose data ships with the package.
 
@@ -147,7 +147,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         return run_evaluation(model, request, lambda: stop.code)
 
 
-def _open(target: str, resize_positions: bool) -> EvaluatedModel:
+def _open(target: str, resize_positions: bool) -> OpenedModel:
     """Return the towers of a run, a checkpoint or an open_clip model, with what is known of them."""
     from disttempnet.models import read_target
 
@@ -157,7 +157,7 @@ def _open(target: str, resize_positions: bool) -> EvaluatedModel:
         raise UserError(
             "--resize-positions is for named weights: the towers of a run have the image size of its config"
         )
-    from disttempnet.evaluation.command import EvaluatedModel
+    from disttempnet.evaluation.command import OpenedModel
     from disttempnet.losses import OBJECTIVES
     from disttempnet.training.checkpoint import load_run
     from disttempnet.training.run_info import provenance
@@ -165,7 +165,7 @@ def _open(target: str, resize_positions: bool) -> EvaluatedModel:
     run = load_run(target)
     spec = OBJECTIVES[run.config.loss.name]
     title = f"{run.config.name} @ step {run.step}"
-    return EvaluatedModel(
+    return OpenedModel(
         towers=run.towers,
         title=title,
         model=run.config.model.name,
@@ -180,11 +180,11 @@ def _open(target: str, resize_positions: bool) -> EvaluatedModel:
     )
 
 
-def _open_named(target: str, model: str, pretrained: str, resize_positions: bool) -> EvaluatedModel:
+def _open_named(target: str, model: str, pretrained: str, resize_positions: bool) -> OpenedModel:
     """Return towers that were not trained by a run."""
     import torch
 
-    from disttempnet.evaluation.command import EvaluatedModel
+    from disttempnet.evaluation.command import OpenedModel
     from disttempnet.models import is_random, load_model
     from disttempnet.training.run_info import provenance
 
@@ -193,4 +193,4 @@ def _open_named(target: str, model: str, pretrained: str, resize_positions: bool
     notes = (*towers.notes, *((f"random weights: {target} names none",) if is_random(model, pretrained) else ()))
     name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
     versions = provenance()["versions"]
-    return EvaluatedModel(towers, target, model, pretrained, Path(), name, versions=versions, notes=notes)
+    return OpenedModel(towers, target, model, pretrained, Path(), name, versions=versions, notes=notes)

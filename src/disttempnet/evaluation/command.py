@@ -30,7 +30,7 @@ WORKERS_OF_A_GPU = 16  # at most
 
 
 @dataclass(frozen=True)
-class EvaluatedModel:
+class OpenedModel:
     """Towers, and what is known of them.
 
     Attributes:
@@ -95,7 +95,7 @@ def check_request(request: EvaluationRequest) -> None:
         refuse_unwritable(out / SUMMARY_FILE if root is not None else out)
 
 
-def run_evaluation(model: EvaluatedModel, request: EvaluationRequest, stopped: Callable[[], object] = bool) -> int:
+def run_evaluation(model: OpenedModel, request: EvaluationRequest, stopped: Callable[[], object] = bool) -> int:
     """Evaluate, write the results and print them; returns the exit code.
 
     Args:
@@ -131,7 +131,7 @@ def run_evaluation(model: EvaluatedModel, request: EvaluationRequest, stopped: C
     return int(sink.failed)
 
 
-def _evaluator(model: EvaluatedModel, request: EvaluationRequest, device: torch.device, subject: Subject) -> Evaluator:
+def _evaluator(model: OpenedModel, request: EvaluationRequest, device: torch.device, subject: Subject) -> Evaluator:
     """Return the evaluator; with a data root class features are kept on disk, by weights and precision of the texts."""
     if request.root is None:
         return Evaluator(model.towers, device, batch=request.batch)
@@ -152,7 +152,7 @@ def _default_workers(device: torch.device) -> int:
 
 
 def _folder_output(
-    model: EvaluatedModel, request: EvaluationRequest, device: torch.device, stopped: Callable[[], object]
+    model: OpenedModel, request: EvaluationRequest, device: torch.device, stopped: Callable[[], object]
 ) -> ResultsOutput:
     """Return the sink of an evaluation below a data root."""
     run = {}
@@ -176,7 +176,7 @@ def _folder_output(
     return ResultsFolder(folder, request.root, request.below_root, subject, device, request.batch, stopped)
 
 
-def _default_folder(model: EvaluatedModel) -> Path:
+def _default_folder(model: OpenedModel) -> Path:
     """Return RUN/evaluation/STEP; of a run that cannot be written to, such as a colleague's, a folder here."""
     folder = model.folder / "evaluation" / model.name
     try:
@@ -189,13 +189,13 @@ def _default_folder(model: EvaluatedModel) -> Path:
     return folder
 
 
-def _say_elsewhere(model: EvaluatedModel) -> None:
+def _say_elsewhere(model: OpenedModel) -> None:
     if distributed.is_main():
         say(f"{model.folder} cannot be written to: results go to the current folder")
 
 
 def _file_output(
-    model: EvaluatedModel, request: EvaluationRequest, device: torch.device, stopped: Callable[[], object]
+    model: OpenedModel, request: EvaluationRequest, device: torch.device, stopped: Callable[[], object]
 ) -> ResultsOutput:
     """Return the sink of an evaluation on data that ships, is your own, or is named by the run's config."""
     config = model.config
