@@ -253,7 +253,7 @@ def test_a_network_without_prototypes_says_so(tmp_path: Path) -> None:
     assert "clusters" in page.ids
     assert "parameters" in page.ids
     assert "prototypes" not in page.ids
-    assert "Prototypes among the features are not shown: this run's temperature has none." in page.text
+    assert "Prototypes among the features are not shown: the temperature of this run has none." in page.text
 
 
 @pytest.mark.parametrize(

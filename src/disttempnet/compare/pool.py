@@ -17,6 +17,7 @@ from typing import Any
 from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.worker import RunEnd, RunProgress, WorkerPlace, work
 from disttempnet.config import Config
+from disttempnet.io.jobs import exit_reason
 from disttempnet.io.machine import cores
 from disttempnet.training.signals import Terminal, stop_signals
 
@@ -143,9 +144,8 @@ class Pool:
         if self._signals:
             self._ended(worker, RunEnd("stopped"))
             return
-        code = worker.process.exitcode or 0
-        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        reason = f"its process ended unexpectedly ({why}); what it had saved is kept, see {self._log}"
+        why = exit_reason(worker.process)
+        reason = f"its process ended unexpectedly ({why}); its checkpoints are kept, see {self._log}"
         self._ended(worker, RunEnd("failed", reason))
         if self._waiting:
             self._deal(self._start(worker.place.number))

@@ -111,10 +111,8 @@ class _Pool:
     def _death(self, connection: Connection, task: Any) -> str:
         process = self._processes[connection]
         process.join()
-        code = process.exitcode or 0
-        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        hint = " (out of memory? use fewer --workers)" if code == -signal.SIGKILL else ""
-        return f"a worker process died while it worked on {task}: {why}{hint}"
+        hint = " (out of memory? use fewer --workers)" if process.exitcode == -signal.SIGKILL else ""
+        return f"a worker process died while it worked on {task}: {exit_reason(process)}{hint}"
 
     def close(self) -> None:
         for connection, process in self._processes.items():
@@ -152,6 +150,12 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
+
+
+def exit_reason(process: BaseProcess) -> str:
+    """Return the signal that ended a process, or its exit code."""
+    code = process.exitcode or 0
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 @contextmanager

@@ -104,7 +104,9 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
 def refuse_unreadable(source: str) -> None:
     """Raise UserError if a file of weights in a folder is something else: a Git LFS pointer, a web page, code."""
     folder = Path(source)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             refuse_other_files(path)
         elif path.match("pytorch_model*.bin"):

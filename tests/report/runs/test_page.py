@@ -285,7 +285,7 @@ def test_the_page_says_what_moves_the_temperature(tmp_path: Path, toy_run: Path,
     page = page_of([toy_run], tmp_path / "page.html")
     assert ("by a fixed amount, ρ nats" in page.text) == robust
     assert ("In a cross-entropy, τ falls" in page.text) == (not robust)
-    assert "learns to guess it from the embedding alone" in page.text
+    assert "learns to predict it from the embedding alone" in page.text
 
 
 def test_gallery_orders_by_temperature(toy_run: Path) -> None:

@@ -134,7 +134,9 @@ def frequency_panel(axis: Axes, group: SeedGroup) -> None:
     """Draw one group of `frequency_chart`; concepts without training samples are at 0, left of 1."""
     for result in group.results:
         curve = result.tau_by_frequency
-        for side in ("image", "text") if curve else ():
+        if not curve:
+            continue
+        for side in ("image", "text"):
             axis.plot(
                 curve["frequency"], curve[side], color=SIDE_COLOURS[side], linewidth=1.1, marker="o", markersize=2.5
             )
