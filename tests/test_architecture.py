@@ -138,7 +138,8 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "models": [
         {"batch_norm", "text", "transformers_clip", "weights"},
-        {"locks", "origin", "pretrained"},
+        {"efficientnet", "locks", "origin"},
+        {"pretrained"},
         {"towers"},
         {"trunk"},
     ],

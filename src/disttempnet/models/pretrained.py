@@ -25,6 +25,7 @@ from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from disttempnet.errors import UserError
+from disttempnet.models.efficientnet import with_timm_names
 from disttempnet.models.weights import WEIGHT_SUFFIXES, listed, misfit, read_weights, refuse_other_files, without_prefix
 
 NO_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -189,7 +190,9 @@ def load_image_tower(module: nn.Module, source: str) -> dict[str, Any]:
     if Path(source).suffix in WEIGHT_SUFFIXES or Path(source).is_file():
         if not Path(source).exists():
             raise UserError(f"model.image_pretrained: {source}: no such file")
-        weights, known = without_prefix(source, read_weights(source, prefer_ema=True), own), trunk.pretrained_cfg
+        known = trunk.pretrained_cfg
+        weights = with_timm_names(source, known["architecture"], read_weights(source, prefer_ema=True), own)
+        weights = without_prefix(source, weights, own)
     else:
         whole = timm.create_model(source, pretrained=True)
         weights, known = whole.state_dict(), whole.pretrained_cfg
