@@ -325,4 +325,4 @@ def test_training_data_that_is_gone_is_said(tmp_path: Path, toy_run: Path) -> No
     for shard in (tmp_path / "train").iterdir():
         shard.unlink()
     page = page_of([toy_run], tmp_path / "page.html")
-    assert "The training data cannot be read here:" in page.text
+    assert "The training data cannot be read:" in page.text
