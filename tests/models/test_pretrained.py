@@ -250,7 +250,7 @@ def test_code_of_a_text_folder_is_not_run_nor_asked_for(
     assert not asked
     assert not touched.exists()
     if where == "config.json":
-        with pytest.raises(UserError, match=r"needs code of its own .* is not run; encoders of these kinds need none"):
+        with pytest.raises(UserError, match=r"needs code of its own .* is not run; encoders of these kinds do not"):
             load_model(made.name, text_pretrained=str(folder))
 
 

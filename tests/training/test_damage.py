@@ -47,7 +47,7 @@ def test_a_damaged_best_json_gives_the_last_checkpoint(junk: str, run: Path) -> 
     best.write_text('{"step": 2, "mean_recall": 0.5}')
     assert chosen_checkpoint(run).name == "step-00000002"
     best.write_bytes({"another type": b'{"step": "two"}', "gone": b'{"step": 40}'}.get(junk) or JUNK.get(junk, b""))
-    with pytest.warns(UserNotice, match=r"best.json: passed over: "):
+    with pytest.warns(UserNotice, match=r"best.json: skipped: "):
         assert chosen_checkpoint(run).name == "step-00000003"
 
 
@@ -68,10 +68,10 @@ def test_a_run_with_damaged_logs_goes_on_and_names_their_lines(
     assert steps == [1, 3, 4]
     assert (run / "eval.jsonl").read_bytes() == b""
     assert set(json.loads((run / "run.json").read_text())) >= {"objective", "started", "versions"}
-    assert f"{run / 'run.json'}: passed over" in printed
+    assert f"{run / 'run.json'}: skipped" in printed
     if junk != "empty":
-        assert f"{run / 'metrics.jsonl'}: line 2 is passed over" in printed
-        assert f"{run / 'eval.jsonl'}: line 1 is passed over" in printed
+        assert f"{run / 'metrics.jsonl'}: line 2 is skipped" in printed
+        assert f"{run / 'eval.jsonl'}: line 1 is skipped" in printed
     assert "Traceback" not in printed
 
 

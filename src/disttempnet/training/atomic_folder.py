@@ -140,7 +140,7 @@ def _damage_without_listing(folder: Path) -> str:
         try:
             fault = FORMAT_CHECKS[path.suffix](path) if path.suffix in FORMAT_CHECKS and path.is_file() else ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile):
-            fault = "is damaged"
+            fault = "is not a valid file"
         if fault:
             return f"{path.name} {fault}"
     return ""

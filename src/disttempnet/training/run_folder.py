@@ -68,7 +68,7 @@ def _best_of(run: Path, checkpoints: Sequence[Path]) -> Path:
         return checkpoints[-1]
     named = [one for one in checkpoints if type(best["step"]) is int and one.name == f"step-{best['step']:08d}"]
     if not named:
-        notice(f"{path}: passed over: there is no checkpoint of step {best['step']!r}; {checkpoints[-1].name} is used")
+        notice(f"{path}: skipped: there is no checkpoint of step {best['step']!r}; {checkpoints[-1].name} is used")
     return (named or checkpoints)[-1]
 
 

@@ -81,12 +81,12 @@ def write_facts(
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """Read run.json; damaged values are passed over with a notice, and missing in the result."""
+    """Read run.json; damaged values are skipped with a notice, and missing in the result."""
     path = run / "run.json"
     facts = read_object(path)
     for key, is_one in FACTS.items():
         if key in facts and not is_one(facts[key]):
-            notice(f"{path}: passed over: {key} is {json.dumps(facts[key], ensure_ascii=False)[:40]}")
+            notice(f"{path}: skipped: {key} is {json.dumps(facts[key], ensure_ascii=False)[:40]}")
             del facts[key]
     return facts
 
