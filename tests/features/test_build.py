@@ -151,7 +151,7 @@ def test_a_damaged_shard_is_named(
 
 
 def test_features_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, {"side": "image"}, 4, 2, "float16")
+    store = FeatureStore(tmp_path, {"side": "image"}, 4, 2, "float16", 512)
     with pytest.raises(UserError, match="too large for float16"):
         store.write(0, torch.full((4, 2), 1e5), None, {})
     with pytest.raises(UserError, match="not finite"):
@@ -159,7 +159,7 @@ def test_features_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None
 
 
 def test_rows_are_those_of_the_samples(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, {"side": "text"}, 1200, 3, "float32")
+    store = FeatureStore(tmp_path, {"side": "text"}, 1200, 3, "float32", 512)
     store.create()
     generator = torch.Generator().manual_seed(0)
     features, firsts = {}, {}

@@ -38,7 +38,7 @@ from disttempnet.io.files import atomic, write_atomically
 FORMAT = 1
 ABOUT = "about.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-LEAST_ROWS, MOST_ROWS, SHARDS = 512, 16384, 64  # samples a shard: a build that is killed loses one, a batch reads many
+LEAST_ROWS, MOST_ROWS, SHARDS = 512, 16384, 32  # samples a shard: a build that is killed loses one, a batch reads many
 PIECE = 8 << 20  # bytes that are read at a time
 READERS = 4  # threads that verify
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -49,8 +49,8 @@ Choose = Callable[[int, int], int]  # (sample id, its number of captions) → wh
 class Shard(NamedTuple):
     """Memory-mapped features [rows, F], and where each sample's rows begin [n + 1]; None: a row a sample."""
 
-    features: Tensor
-    first: Tensor | None
+    features: NDArray[Any]
+    first: NDArray[np.int64] | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class FeatureStore:
         samples: N of the source.
         width: F.
         dtype: `float32` or `float16`, on disk; features are handed out in float32.
+        rows: samples a shard.
     """
 
     folder: Path
@@ -70,12 +71,7 @@ class FeatureStore:
     samples: int
     width: int
     dtype: str
-
-    @property
-    def rows(self) -> int:
-        """Samples a shard: a power of two, the same for every build of the same source."""
-        wanted = max(LEAST_ROWS, min(MOST_ROWS, self.samples // SHARDS))
-        return 1 << (wanted - 1).bit_length()
+    rows: int
 
     def path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
@@ -189,26 +185,28 @@ class FeatureStore:
             ids: sample ids.
             choose: which of the captions, where a sample has several; None takes the first.
         """
-        result = torch.empty(len(ids), self.width)
         # samples of one shard are read together: positions [b], ordered by shard
-        numbers = ids // self.rows
+        numbers, local = np.divmod(ids, self.rows)
         order = np.argsort(numbers, kind="stable")
         ends = np.flatnonzero(np.diff(numbers[order])) + 1
+        result = np.empty((len(ids), self.width), dtype=self.dtype)
         for begin, end in pairwise([0, *ends.tolist(), len(ids)]):
             places = order[begin:end]
-            number = int(numbers[places[0]])
-            local = torch.from_numpy(ids[places] - number * self.rows)
-            shard = self._shard(number)
-            rows = local if shard.first is None else self._rows(shard.first, local, ids[places], choose)
-            result[torch.from_numpy(places)] = shard.features[rows].float()
-        return result
+            shard = self._shard(int(numbers[places[0]]))
+            rows = local[places]
+            if shard.first is not None:
+                rows = self._caption_rows(shard.first, rows, ids[places], choose)
+            result[places] = shard.features[rows]
+        return torch.from_numpy(result).float()
 
     @staticmethod
-    def _rows(first: Tensor, local: Tensor, ids: NDArray[np.int64], choose: Choose | None) -> Tensor:
+    def _caption_rows(
+        first: NDArray[np.int64], local: NDArray[np.int64], ids: NDArray[np.int64], choose: Choose | None
+    ) -> NDArray[np.int64]:
         """Rows of a shard [n], of one caption of each sample."""
         rows, counts = first[local], first[local + 1] - first[local]
         if choose is not None:
-            for place in (counts > 1).nonzero().flatten().tolist():
+            for place in np.flatnonzero(counts > 1).tolist():
                 rows[place] += choose(int(ids[place]), int(counts[place]))
         return rows
 
@@ -219,7 +217,10 @@ class FeatureStore:
                 tensors = load_file(self.path(number))  # memory-mapped; the file is closed again
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{self.path(number)}: cannot be read: {error}") from None
-            shard = self._open[number] = Shard(tensors["features"], tensors.get("first"))
+            first = tensors["first"].numpy() if "first" in tensors else None
+            if first is not None and np.array_equal(first, np.arange(len(first))):
+                first = None  # one caption each
+            shard = self._open[number] = Shard(tensors["features"].numpy(), first)
         return shard
 
     @cached_property
@@ -238,7 +239,12 @@ def store_in(parent: Path, facts: Mapping[str, Any], samples: int, width: int, d
     """
     key = json.dumps([facts, samples, width, dtype, FORMAT], sort_keys=True)
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-    return FeatureStore(parent / f"{facts['side']}-{digest}", facts, samples, width, dtype)
+    folder = parent / f"{facts['side']}-{digest}"
+    try:  # one that is there stays as it was begun
+        rows = int(json.loads((folder / ABOUT).read_bytes())["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        rows = 1 << (max(LEAST_ROWS, min(MOST_ROWS, samples // SHARDS)) - 1).bit_length()
+    return FeatureStore(folder, facts, samples, width, dtype, max(1, rows))
 
 
 def _parts(content: bytes) -> tuple[dict[str, Any], memoryview]:
