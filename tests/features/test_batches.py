@@ -12,6 +12,7 @@ from disttempnet.config import CONFIG_FOLDER, Config, load_config
 from disttempnet.errors import UserError
 from disttempnet.features.batches import CachedData
 from disttempnet.models import load_model, save_model
+from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer, train
 from tests.data.pictures import encoded, gradient
@@ -151,6 +152,20 @@ def test_a_finished_run_is_a_whole_model(towers: Towers, tmp_path: Path) -> None
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{checkpoint}")
     given = load_model("demo-vit-32", str(start)).module.state_dict()
     assert all(torch.equal(value, given[key]) for key, value in model.state_dict().items() if key != "logit_scale")
+
+
+def test_heads_may_be_mlps(towers: Towers, tmp_path: Path) -> None:
+    given = [CACHED, "model.head=mlp", "train.stop_after_steps=3"]
+    assert train(towers.config(tmp_path, *given))
+    assert train(towers.config(tmp_path, *given[:2], "train.stop_after_steps=5"), resume="auto")
+    weights = final_weights(tmp_path / "debug")
+    shapes = {name: tuple(value.shape) for name, value in weights.items() if "head" in name or "text.proj" in name}
+    assert shapes["visual.head.mlp.fc1.weight"] == (32, 96)
+    assert shapes["text.proj.0.weight"] == (24, 32)
+    opened = load_run(tmp_path / "debug").towers.module.state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in weights.items())
+    with pytest.raises(UserError, match=r"model.head = 'mlp' is for towers of timm and Hugging Face"):
+        load_model("demo-vit-32", head="mlp")
 
 
 @pytest.mark.parametrize(

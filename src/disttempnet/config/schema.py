@@ -191,6 +191,11 @@ class ModelConfig(Section):
         False,
         description="accept weights of another image size, and interpolate their position embeddings",
     )
+    head: Literal["", "linear", "mlp"] = Field(
+        "",
+        description="projection on timm and Hugging Face towers: linear, or mlp with a hidden layer; empty = as the "
+        "architecture says",
+    )
     lock_image: StrictBool = Field(
         False, description="train nothing of the image tower except a projection on top of it"
     )

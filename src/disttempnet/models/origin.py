@@ -66,13 +66,30 @@ class Origin:
     notes: tuple[str, ...] = ()
 
 
-def find_origin(name: str, pretrained: str = "") -> Origin:
+def with_head(architecture: Mapping[str, Any], head: str, name: str) -> dict[str, Any]:
+    """Return an architecture whose timm and Hugging Face towers have this head; as it is where `head` is empty.
+
+    Raises:
+        UserError: neither tower is one of these.
+    """
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in architecture.items()}
+    sides = {"vision_cfg": ("timm_model_name", "timm_proj"), "text_cfg": ("hf_model_name", "hf_proj_type")}
+    found = [cfg for cfg, (kind, _) in sides.items() if result.get(cfg, {}).get(kind)]
+    if head and not found:
+        raise UserError(f"model.head = '{head}' is for towers of timm and Hugging Face, which '{name}' does not have")
+    for cfg in found if head else ():
+        result[cfg][sides[cfg][1]] = head
+    return result
+
+
+def find_origin(name: str, pretrained: str = "", head: str = "") -> Origin:
     """Resolve a name, and the weights that go into its architecture.
 
     Args:
         name: an architecture, the path of a JSON file with one, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
         pretrained: weights in place of a name's own: a tag of open_clip (`openai`, or `NAME/openai`), a file, a folder,
             `local-dir:FOLDER`, `hf-hub:ORG/NAME`; empty for none.
+        head: of timm and Hugging Face towers, `linear` or `mlp`; empty = the architecture's own.
 
     Raises:
         UserError: an unknown name or tag; a place without weights, or with several; weights of another architecture.
@@ -84,8 +101,11 @@ def find_origin(name: str, pretrained: str = "") -> Origin:
     if given and given.architecture and may_be_gone and not Path(name).is_file():
         return given  # a checkpoint has the architecture of the place that its run began from
     if name.startswith(PLACES):
-        return replace(_place(name), weights=given.weights) if given else _place(name)
+        own = _place(name)
+        own = replace(own, architecture=with_head(own.architecture, head, name))
+        return replace(own, weights=given.weights) if given else own
     own = own or _named(name)
+    own = replace(own, architecture=with_head(own.architecture, head, name))
     if given is None:
         return own
 

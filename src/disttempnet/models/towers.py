@@ -128,6 +128,7 @@ def load_model(
     image_pretrained: str = "",
     text_pretrained: str = "",
     resize_positions: bool = False,
+    head: str = "",
 ) -> Towers:
     """Build towers by name, randomly initialised or with pretrained weights.
 
@@ -140,6 +141,7 @@ def load_model(
         image_pretrained: weights of a timm image tower alone, with their normalisation: a file, or a name in timm.
         text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, or a name on the Hub.
         resize_positions: accept weights of another image size, and interpolate their position embeddings.
+        head: projection on timm and Hugging Face towers, `linear` or `mlp`; empty = the architecture's own.
 
     Raises:
         UserError: unknown name or tag, missing weights or weights that do not fit, a damaged `open_clip_config.json`.
@@ -154,7 +156,7 @@ def load_model(
     logging.disable(logging.WARNING)
     try:
         # Resolve the names to an architecture and a file, and read the file.
-        origin = find_origin(name, pretrained)
+        origin = find_origin(name, pretrained, head)
         state, changes = _state(origin)
         architecture = {**origin.architecture, **changes}
 

@@ -244,7 +244,7 @@ def load_run(path: str | Path) -> Run:
     config = _config_of(checkpoint, trainer)
     for fault in values_out_of_bounds(config).values():
         notice(f"{checkpoint}: {fault}: kept, as it was trained with this value")
-    towers = load_model(config.model.name, str(checkpoint))
+    towers = load_model(config.model.name, str(checkpoint), head=config.model.head)
     loss = build_objective(config, trainer["num_samples"], towers.embed_dim, bounds=False)
     _restore_objective(checkpoint, trainer, loss)
     towers.module.eval()

@@ -158,13 +158,14 @@ class Trainer:
         """Return the towers of the checkpoint `found`, which also says how pixels are normalised; else of `[model]`."""
         wanted = self.config.model
         if found is not None:
-            return load_model(wanted.name, str(found))
+            return load_model(wanted.name, str(found), head=wanted.head)
         return load_model(
             wanted.name,
             pretrained,
             image_pretrained=wanted.image_pretrained,
             text_pretrained=wanted.text_pretrained,
             resize_positions=wanted.resize_positions,
+            head=wanted.head,
         )
 
     def _prepare_towers(self) -> None:
