@@ -307,7 +307,7 @@ class GlobalContrastiveLoss(Objective):
             log_g = log_mean_over_equal_ids(ids, log_g)
         if not self.training:
             return log_g
-        new = log_moving_average(self.state.read(ids).to(log_g.dtype), log_g, self.gamma(self.epoch))
+        new = log_moving_average(self.state.read(ids, checked=True).to(log_g.dtype), log_g, self.gamma(self.epoch))
         self.state.write(ids, new)
         return new
 

@@ -24,23 +24,24 @@ def block_statistics(
     pairs: BatchPairs, positive: Tensor, taus: Tensor, negatives: Tensor, *, moments: bool, keep: bool
 ) -> tuple[list[Statistics], list[Tensor]]:
     """Implement `backend.anchor_statistics`."""
+    single_rank = pairs.single_rank
     sides = [RunningStatistics(tau, moments) for tau in taus]
     scratch = [_block_memory(pairs) for _ in range(1 + moments)]
 
     # similarities are kept where the matrix, or both of them, fit
     kept: list[Tensor] = []
-    matrices = 1 if pairs.single_rank else 2
+    matrices = 1 if single_rank else 2
     size = matrices * pairs.image.element_size() * len(pairs.image) * len(pairs.all_image)
     keep_in = kept if keep and size <= KEPT_BYTES else None
 
     # blocks of images × texts: rows are image anchors, and with one rank columns are text anchors
     for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, [], keep_in):
         sides[0].add(s, 1, r, scratch)
-        if pairs.single_rank and len(sides) == 2:
+        if single_rank and len(sides) == 2:
             sides[1].add(s, 0, c, scratch)
 
     # with more ranks, blocks of texts × images for the text anchors
-    if not pairs.single_rank and len(sides) == 2:
+    if not single_rank and len(sides) == 2:
         for r, _, s in _similarities(pairs.text, pairs.all_image, pairs, [], keep_in):
             sides[1].add(s, 1, r, scratch)
     return [side.result(positive, negatives) for side in sides], kept
@@ -50,15 +51,16 @@ def add_block_gradients(
     pairs: BatchPairs, image: Anchors, text: Anchors, image_gradient: Tensor, text_gradient: Tensor, kept: list[Tensor]
 ) -> None:
     """Add Σ_j (p_ij + p'_ji) column_j of every local row to both sides' gradients [b, D]."""
+    single_rank = pairs.single_rank
     scratch = [_block_memory(pairs) for _ in range(2)]
-    half = len(kept) // (1 if pairs.single_rank else 2)
+    half = len(kept) // (1 if single_rank else 2)
     own = image.rows(pairs.local)
     for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, kept[:half], None):
         weight = _weights(s, own.rows(r), text.rows(c), scratch)
         image_gradient[r].addmm_(weight, pairs.all_text[c])
-        if pairs.single_rank:
+        if single_rank:
             text_gradient[c].addmm_(weight.T, pairs.all_image[r])
-    if not pairs.single_rank:
+    if not single_rank:
         own = text.rows(pairs.local)
         for r, c, s in _similarities(pairs.text, pairs.all_image, pairs, kept[half:], None):
             text_gradient[r].addmm_(_weights(s, own.rows(r), image.rows(c), scratch), pairs.all_image[c])

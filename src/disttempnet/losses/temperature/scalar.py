@@ -275,7 +275,7 @@ class PerSampleTemperature(Temperature):
         if not self.training:
             image, text = self._typical().to(batch.image.dtype).expand(2, len(batch.image))
             return image, text
-        self._rows = self.state.read(batch.all_ids).to(batch.image.dtype)
+        self._rows = self.state.read(batch.all_ids, checked=True).to(batch.image.dtype)
         image, text = self._rows[:2, batch.local]
         return image, text
 
