@@ -95,7 +95,7 @@ def words_of(key: str, classes: int, prompts: int) -> tuple[list[str], list[str]
     if "face" in key:
         names = [f"{kind}:{kind} number {i}" for kind, n in FACES.items() for i in range(n)]
         return names, [f"{kind}:a photo of a {{c}}" for kind in FACES]
-    names = [f"kind {i} of {key.rpartition('/')[2]}" for i in range(classes)]  # told apart in the first few tokens
+    names = [f"kind {i} of {key.rpartition('/')[2]}" for i in range(classes)]  # they differ in the first few tokens
     return names, eighty[:prompts] if prompts <= 80 else eighty
 
 

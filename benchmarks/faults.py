@@ -1,7 +1,7 @@
 """Small runs that are killed, stopped, broken and starved at random moments, restarted, and compared bit for bit.
 
     python benchmarks/faults.py --count 60 --out benchmarks/results/faults.json
-    python benchmarks/faults.py --count 20 --shard                                 # towers shared out: train.shard
+    python benchmarks/faults.py --count 20 --shard                                 # sharded towers: train.shard
 
 A trial is a run of 30 steps with a checkpoint every three and a loader worker a process: alone, as two gloo processes
 that know each other by SLURM's variables, or as two under torchrun. Its seed draws the kind of fault, how often (once
@@ -55,7 +55,7 @@ MOST_STARTS = 8
 
 
 class Trial:
-    """What one seed draws, and what came of it."""
+    """A trial: the faults that one seed draws, and their outcome."""
 
     def __init__(self, seed: int, only: Sequence[str], launchers: Mapping[str, int]) -> None:
         self.draw = random.Random(seed)
@@ -188,7 +188,7 @@ def told_in_a_line(run: Run, fault: dict[str, Any]) -> str:
     return ""
 
 
-def census(run: Run, undisturbed: dict[int, str]) -> tuple[list[int], list[int]]:
+def saved_checkpoints(run: Run, undisturbed: dict[int, str]) -> tuple[list[int], list[int]]:
     """Steps of the checkpoints there are: (equal to the undisturbed run's, all others)."""
     whole = {step: digest(folder) for step, folder in run.checkpoints().items()}
     return [s for s in whole if whole[s] == undisturbed[s]], [s for s in whole if whole[s] != undisturbed[s]]
@@ -210,13 +210,13 @@ def play(trial: Trial, home: Path, undisturbed: dict[str, Any], overrides: Seque
                     break
                 trial.wrong.append(f"ended without a fault: {run.codes()} {run.printed()[-1][-600:]}")
                 return
-            good, bad = census(run, reference["digests"])
+            good, bad = saved_checkpoints(run, reference["digests"])
             amiss = told_in_a_line(run, fault)
             trial.wrong += [f"checkpoints {bad} are not whole"] * bool(bad) + [f"{fault}: {amiss}"] * bool(amiss)
             done = fault | {"seconds": round(seconds, 2), "codes": run.codes(), "corrupt": len(bad)}
             if fault["kind"] == "damage":
                 done["damaged"] = damage(run, fault)
-                good, _ = census(run, reference["digests"])
+                good, _ = saved_checkpoints(run, reference["digests"])
             (run.out / "ballast").unlink(missing_ok=True)
             expected = max(good, default=0)
             last = max(logged, default=0)

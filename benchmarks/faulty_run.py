@@ -209,7 +209,7 @@ def digest(checkpoint: Path) -> str:
 
 
 def _moments(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a run whose towers are shared out."""
+    """Return the digest of a run with sharded towers."""
     contents = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.zeros(one.size) for name, one in contents.items()}  # type: ignore[union-attr]
     fsdp.load_parts(tensors, folder)

@@ -100,7 +100,7 @@ def open_clip_step(module: open_clip.CLIP, images: Tensor, tokens: Tensor) -> St
 
 
 def timing(name: str, pairs: int, rounds: int) -> dict[str, Any]:
-    """Seconds of CPU a step, and how many times as fast as open_clip's ours is."""
+    """Return CPU seconds a step, and the speed-up over open_clip's step."""
     torch.manual_seed(0)
     trimmed, whole, theirs = load_model(name), load_model(name), open_clip.create_model(name)
     for module in (trimmed.module, whole.module, theirs):
@@ -136,7 +136,7 @@ def timing(name: str, pairs: int, rounds: int) -> dict[str, Any]:
 
 
 def compared(theirs: list[float], ours: list[float]) -> dict[str, float]:
-    """Seconds of ours, and how many times as long theirs took."""
+    """Return our CPU seconds, and the ratio of theirs to ours."""
     ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
     return {
         "cpu_s": round(statistics.median(ours), 2),

@@ -1,8 +1,8 @@
 """Fill the tables of docs/results.md from the compact results beside it: `fill_results.py [--check]`.
 
 A table stands between `<!-- disttempnet report FILE.jsonl … -->`, the command that makes it (with --out table.md), and
-`<!-- end -->`. So no number there is typed by hand. --check changes nothing and fails where a table is not what its
-command gives; a test calls it.
+`<!-- end -->`, so no number is typed by hand. --check changes nothing and fails where a table differs from the output
+of its command; a test calls it.
 """
 
 import re
@@ -19,7 +19,7 @@ TABLE = re.compile(r"(<!-- disttempnet (report [^\n]*) -->\n).*?(<!-- end -->)",
 
 
 def table(command: str) -> str:
-    """What the command writes; its paths are relative to the top of the repository."""
+    """Return the output of a command; its paths are relative to the top of the repository."""
     words = [str(ROOT / word) if word.endswith(".jsonl") else word for word in shlex.split(command)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "table.md")
@@ -29,7 +29,7 @@ def table(command: str) -> str:
 
 
 def filled(text: str) -> str:
-    """The page with every table made anew."""
+    """Return the page with every table made again."""
     return TABLE.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", text)
 
 
@@ -38,6 +38,6 @@ if __name__ == "__main__":
     after = filled(before)
     if "--check" in sys.argv[1:]:
         if before != after:
-            raise SystemExit(f"{PAGE}: a table is not what its command gives; run tools/fill_results.py")
+            raise SystemExit(f"{PAGE}: a table differs from the output of its command; run tools/fill_results.py")
     else:
         PAGE.write_text(after, encoding="utf-8")

@@ -1,10 +1,9 @@
 """Pack folders of webdataset tars into the zip that the package ships: `pack_emoji.py SOURCE_FOLDER OUT.zip`.
 
-SOURCE_FOLDER holds one folder a split, each with .tar shards of images, .txt and .json members. In the zip every
-shard becomes two entries, and `disttempnet.data.builtin.emoji` turns them back into the same tar: SPLIT/NAME.images,
-the image bytes one after another (stored: they are compressed already), and SPLIT/NAME.jsonl, one line a member
-in tar order: [name, text] or, for an image, [name, number of bytes] (LZMA). The same input gives the same bytes:
-order and times are fixed.
+SOURCE_FOLDER holds a folder for each split, with .tar shards of images, .txt and .json members. Every shard becomes two
+entries of the zip: SPLIT/NAME.images, the concatenated image bytes (stored, as they are compressed already), and
+SPLIT/NAME.jsonl (LZMA), one line for each member in tar order: [name, text] or, for an image, [name, number of bytes].
+`disttempnet.data.builtin.emoji` restores the same tar. The same input gives the same bytes: order and times are fixed.
 """
 
 import argparse
@@ -17,7 +16,7 @@ TEXT_SUFFIXES = (".txt", ".json")
 
 
 def pack_shard(path: Path) -> tuple[bytes, bytes]:
-    """One tar → (image bytes, member lines)."""
+    """Return (image bytes, member lines) of a tar."""
     images: list[bytes] = []
     lines: list[tuple[str, str | int]] = []
     with tarfile.open(path) as shard:
