@@ -1,4 +1,4 @@
-"""The command line, heavy imports only inside a command.
+"""The command line; heavy imports only inside a command.
 
 main.py       demo · train · objectives · compare · report · temperature
 data.py       data index · shard · verify · preview · download;  task.py: data task
