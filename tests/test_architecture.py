@@ -29,7 +29,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"__main__"},
     ],
     "cli": [
-        {"evaluate", "export", "slurm", "task"},
+        {"embed", "evaluate", "export", "slurm", "task"},
         {"data", "launch"},
         {"main"},
     ],
@@ -111,7 +111,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "features": [
         {"store"},
         {"build"},
-        {"batches"},
+        {"batches", "export"},
     ],
     "io": [
         {"files", "jobs", "machine", "paths", "progress", "ranges"},

@@ -126,11 +126,14 @@ def test_views_come_in_turn(towers: Towers, tmp_path: Path) -> None:
 def test_samples_that_cannot_be_read_are_replaced_as_without_a_cache(towers: Towers, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
+    rows = []
     for number in range(96):
         broken = number in (3, 40, 41, 77)
         (folder / f"{number:03d}.png").write_bytes(b"no image" if broken else encoded(gradient(40 + number), "PNG"))
-        (folder / f"{number:03d}.txt").write_text(f"a {number} red cat\n" + "two dogs\n" * (number % 3), "utf-8")
-    given = [f"data.train={folder}", "data.limit=0", "train.stop_after_steps=6"]
+        texts = [f"a {number} red cat", *("two dogs", "an apple")[: number % 3]]
+        rows.append(json.dumps({"image": f"{number:03d}.png", "captions": texts}))
+    (folder / "list.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+    given = [f"data.train={folder / 'list.jsonl'}", "data.limit=0", "train.stop_after_steps=6"]
     assert train(towers.config(tmp_path / "uncached", *given))
     assert train(towers.config(tmp_path / "cached", CACHED, *given))
     found, wanted = (tmp_path / name / "debug" for name in ("cached", "uncached"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from disttempnet.cli.data import add_data_commands
+from disttempnet.cli.embed import add_embed_command
 from disttempnet.cli.evaluate import add_evaluate_command
 from disttempnet.cli.export import add_export_command
 from disttempnet.cli.launch import add_launch_command
@@ -134,6 +135,7 @@ def build_parser() -> Parser:
     _add_objectives(commands)
     _add_compare(commands)
     add_evaluate_command(commands)
+    add_embed_command(commands)
     add_export_command(commands)
     _add_report(commands)
     _add_temperature(commands)

@@ -237,14 +237,18 @@ def store_in(parent: Path, facts: Mapping[str, Any], samples: int, width: int, d
     Args:
         facts: all that the features depend on, with `side`.
     """
-    key = json.dumps([facts, samples, width, dtype, FORMAT], sort_keys=True)
-    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    digest = features_digest([facts, samples, width, dtype, FORMAT])
     folder = parent / f"{facts['side']}-{digest}"
     try:  # one that is there stays as it was begun
         rows = int(json.loads((folder / ABOUT).read_bytes())["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         rows = 1 << (max(LEAST_ROWS, min(MOST_ROWS, samples // SHARDS)) - 1).bit_length()
     return FeatureStore(folder, facts, samples, width, dtype, max(1, rows))
+
+
+def features_digest(facts: Any) -> str:
+    """Hex digest of plain values."""
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _parts(content: bytes) -> tuple[dict[str, Any], memoryview]:

@@ -1,0 +1,184 @@
+"""Features of a data set as files for one's own use, of the embeddings of both towers.
+
+    OUT/about.json                    what the features are of: weights, tokenizer, transform, index; their digest
+    OUT/features-00000.safetensors    ids int64 [n], image [n, D], text [t, D], text_ids int64 [t]; its metadata has
+                                      names, captions (JSON) and the digest
+    OUT/features-00000.parquet        or: columns id, name, captions, image, text; the digest is in its metadata
+
+Rows have norm 1. Samples that cannot be read are left out. While it works, OUT/.parts holds what is done: a command
+that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from disttempnet import distributed
+from disttempnet.data.augment import train_transform
+from disttempnet.data.source import OK
+from disttempnet.errors import UserError
+from disttempnet.features.build import Build, build, width_of
+from disttempnet.features.store import DTYPES, FeatureStore, features_digest, store_in
+from disttempnet.io.files import atomic, unwritable_named, write_output
+from disttempnet.models import Towers
+from disttempnet.models.trunk import SIDES, trunk_of
+
+PARTS = ".parts"
+ABOUT = "about.json"
+FORMATS = ("safetensors", "parquet")
+
+
+class Rows(NamedTuple):
+    """Some samples: ids, names and captions of each, image [n, D] and text [t, D], caption after caption."""
+
+    ids: list[int]
+    names: list[str]
+    captions: list[tuple[str, ...]]
+    image: Tensor
+    text: Tensor
+
+
+def refuse_format(kind: str) -> None:
+    """Raise UserError where files of this format cannot be written: learnt before hours of work."""
+    if kind == "parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "Parquet needs pyarrow: pip install 'disttempnet[parquet]', or --format safetensors"
+            ) from None
+
+
+def embed_source(towers: Towers, how: Build, out: Path, kind: str = "safetensors", dtype: str = "float32") -> int:
+    """Write the embeddings of all samples of a source; every rank calls this.
+
+    Args:
+        towers: on the device of `how`.
+        how: source, device, sizes.
+        out: folder of the files; one of other features is refused.
+        kind: one of `FORMATS`.
+        dtype: `float32` or `float16`.
+
+    Returns:
+        How many samples were written.
+
+    Raises:
+        UserError: no room on the disk, files of other features, or data that cannot be read.
+    """
+    towers.module.requires_grad_(False)  # nothing is trained: the trunk is all of a tower
+    precision = str(how.autocast or torch.float32).removeprefix("torch.")
+    trunks = {side: trunk_of(towers, side) for side in SIDES}
+    facts = {
+        side: trunk.facts() | {"index": how.source.digest, "precision": precision} for side, trunk in trunks.items()
+    }
+    facts["image"]["transform"] = {"name": "evaluation"}
+    about: dict[str, Any] = {"features": facts, "dtype": dtype, "format": kind}
+    digest = features_digest(about)
+    about |= {"digest": digest, "width": towers.embed_dim, "source": how.source.where}
+    distributed.together(lambda: _refuse_other(out / ABOUT, digest))
+
+    # run both towers over the samples; what is done is found again
+    stores: dict[str, FeatureStore] = {}
+    for side, trunk in trunks.items():
+        stores[side] = store_in(out / PARTS, facts[side], len(how.source), width_of(trunk, how), "float32")
+        images = side == "image"
+        transform = train_transform("evaluation", towers.image_size, resizing=towers.resizing) if images else None
+        build(stores[side], trunk, how, transform)
+
+    def write() -> int:
+        if not distributed.is_main():
+            return 0
+        count = 0
+        for number in stores["image"].shards(how.end):
+            rows = _rows(how, stores["image"], stores["text"], number)
+            path = out / f"features-{number:05d}.{kind}"
+            with unwritable_named(path), atomic(path) as temporary:
+                (_write_parquet if kind == "parquet" else _write_safetensors)(temporary, rows, digest, DTYPES[dtype])
+            count += len(rows.ids)
+        write_output(out / ABOUT, json.dumps(about | {"samples": count}, indent=1, ensure_ascii=False) + "\n")
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+        return count
+
+    return int(distributed.gather_objects(distributed.together(write))[0])
+
+
+def _refuse_other(path: Path, digest: str) -> None:
+    """Raise UserError where a folder holds other features: files of two models must not lie side by side."""
+    try:
+        found = json.loads(path.read_bytes()).get("digest")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found != digest:
+        raise UserError(f"{path.parent}: holds features of another model, source or format: give another --out")
+
+
+def _rows(how: Build, images: FeatureStore, texts: FeatureStore, number: int) -> Rows:
+    """The readable samples of a shard, with unit features."""
+    source = how.source
+    usable = source.status[images.ids(number).start : images.ids(number).stop] == OK
+    unreadable = images.unreadable.keys() | texts.unreadable.keys()
+    ids = [images.ids(number).start + int(place) for place in np.flatnonzero(usable)]
+    ids = [sample for sample in ids if sample not in unreadable]
+    captions = [source.captions(sample) for sample in ids]
+    # a sample's captions are consecutive rows: [t] ids, and which of its captions each is
+    repeated = np.array([sample for sample, own in zip(ids, captions, strict=True) for _ in own], dtype=np.int64)
+    which = iter([place for own in captions for place in range(len(own)) if len(own) > 1])
+    order = np.array(ids, dtype=np.int64)
+    return Rows(
+        ids,
+        [source.name(sample) for sample in ids],
+        captions,
+        normalize(images.read(order), dim=1) if ids else torch.zeros(0, images.width),
+        normalize(texts.read(repeated, lambda *_: next(which)), dim=1) if ids else torch.zeros(0, texts.width),
+    )
+
+
+def _text_ids(rows: Rows) -> Iterator[int]:
+    for sample, captions in zip(rows.ids, rows.captions, strict=True):
+        yield from (sample for _ in captions)
+
+
+def _write_safetensors(path: Path, rows: Rows, digest: str, dtype: torch.dtype) -> None:
+    tensors = {
+        "ids": torch.tensor(rows.ids, dtype=torch.int64),
+        "image": rows.image.to(dtype),
+        "text": rows.text.to(dtype),
+        "text_ids": torch.tensor(list(_text_ids(rows)), dtype=torch.int64),
+    }
+    texts = {"names": json.dumps(rows.names), "captions": json.dumps(rows.captions, ensure_ascii=False)}
+    save_file(tensors, path, metadata=texts | {"digest": digest})
+
+
+def _write_parquet(path: Path, rows: Rows, digest: str, dtype: torch.dtype) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    counts = [len(own) for own in rows.captions]
+    number = pyarrow.float16() if dtype is torch.float16 else pyarrow.float32()
+
+    def vectors(features: Tensor) -> Any:
+        flat = pyarrow.array(features.to(dtype).flatten().numpy(), type=number)
+        return pyarrow.FixedSizeListArray.from_arrays(flat, features.shape[1])
+
+    ends = np.cumsum([0, *counts], dtype=np.int32)
+    columns = {
+        "id": pyarrow.array(rows.ids, type=pyarrow.int64()),
+        "name": pyarrow.array(rows.names, type=pyarrow.string()),
+        "captions": pyarrow.array([list(own) for own in rows.captions], type=pyarrow.list_(pyarrow.string())),
+        "image": vectors(rows.image),
+        "text": pyarrow.ListArray.from_arrays(pyarrow.array(ends), vectors(rows.text)),
+    }
+    table = pyarrow.table(columns).replace_schema_metadata({"digest": digest})
+    pyarrow.parquet.write_table(table, path)
