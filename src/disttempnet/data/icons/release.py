@@ -60,5 +60,5 @@ RELEASE = Release(
         "val_concepts": Count(10_780, 300, 177),
     },
     rows="3c58155dbb628c73c66d83ce6bd8cc2ebc3b1fc7b7ba3c51fdc5a9f87751d46c",
-    pixels="",
+    pixels="96fa1978ffc2d2cff79ae2b9f97b29aaff45f1963ee75c2d71ec5dc02fc899fa",
 )
