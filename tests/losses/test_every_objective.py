@@ -148,7 +148,7 @@ def test_state_dict_goes_through_a_weights_only_file(recipe: dict, tmp_path) -> 
     assert_same_steps([step(other, batch)], [step(loss, batch)], tolerance=0)
 
 
-def continue_redealt(recipe: dict, states: list[dict], batches: list[GlobalBatch]) -> list[StepResult]:
+def continue_resharded(recipe: dict, states: list[dict], batches: list[GlobalBatch]) -> list[StepResult]:
     """Go on at this world size from the states of all old ranks."""
     loss = make(recipe)
     loss.load_state_dict({key: value for state in states for key, value in state.items()})
@@ -168,9 +168,9 @@ def test_training_goes_on_at_another_world_size(gloo, recipe: dict, old: int, ne
     recipe = {**recipe, "shard_state": True}
     states = [saved for _, saved in gloo(old, run_saved, recipe, batches[:cut], cut)]
     if new == 1:
-        actual = continue_redealt(recipe, states, batches[cut:])
+        actual = continue_resharded(recipe, states, batches[cut:])
     else:
-        actual = joined(gloo(new, continue_redealt, recipe, states, batches[cut:]))
+        actual = joined(gloo(new, continue_resharded, recipe, states, batches[cut:]))
     assert_same_steps(actual, expected)
 
 

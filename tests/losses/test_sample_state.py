@@ -178,7 +178,7 @@ def test_data_parallel_does_not_broadcast_the_table(gloo) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(num_samples=st.integers(1, 40), old=st.integers(1, 7), new=st.integers(1, 7))
-def test_redeal_gives_every_rank_what_it_owns(num_samples: int, old: int, new: int) -> None:
+def test_reshard_gives_every_rank_what_it_owns(num_samples: int, old: int, new: int) -> None:
     for rank in range(new):
         read = {old_rank: shard(num_samples, old_rank, old) for old_rank in reshard_sources(old, rank, new)}
         close(reshard(read, old, num_samples, rank, new), shard(num_samples, rank, new), rtol=0, atol=0)
