@@ -76,11 +76,11 @@ def test_what_a_user_can_fix_is_one_line(
 @pytest.mark.filterwarnings("default")
 def test_what_a_user_should_know_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = warnings.showwarning
-    more = ["loss.rho=4", "eval.tasks=[]", "train.stop_after_steps=1", f"out={tmp_path}"]  # log(32 − 1) = 3.43
+    more = ["loss.rho=6", "eval.tasks=[]", "train.stop_after_steps=1", f"out={tmp_path}"]  # log(320 − 1) = 5.77
     assert main(["train", DEBUG, *more]) == 0
     printed = capsys.readouterr().err
-    (line,) = [line for line in printed.splitlines() if "rho = 4" in line]
-    assert line.startswith("warning: rho = 4 is not below log(B − 1) = 3.43 at a global batch of 32: ")
+    (line,) = [line for line in printed.splitlines() if "rho = 6" in line]
+    assert line.startswith("warning: rho = 6 is not below log(N − 1) = ")
     assert "UserNotice" not in printed
     assert warnings.showwarning is before, "a program that calls main keeps its own way"
 

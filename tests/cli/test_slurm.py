@@ -46,7 +46,7 @@ def test_the_files_are_what_the_template_gives(command: str) -> None:
 
 
 def test_examples_name_the_corrected_config_where_there_is_one() -> None:
-    """The published values push every τ to its lower bound."""
+    """The published ρ keeps every τ near its lower bound."""
     named = re.findall(r"configs/(\w+\.toml)", "".join([LAUNCH, published("train"), published("evaluate")]))
     assert len(named) > 2
     for name in named:

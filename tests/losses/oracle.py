@@ -11,8 +11,8 @@ side 1 = text anchors, τ [2, B], u the running estimate of g, γ its learning r
     value = c · mean_i τ_i (log u_i + ρ), both sides summed
     ∂x, ∂y  = (c/B) Σ_i Σ_j p_ij ∇d_ij                              (weights constant; τ_i · 1/τ_i cancels)
     ∂τ_i    = (c/B) h_i,   batch: h = ρ − KL(softmax_j d_ij/τ_i ‖ uniform)
-                           fcco:  h = log u_i + ρ − Σ_j p_ij d_ij/τ_i, of which only the part that staleness of u adds
-                                  to the batch's h is clamped to ±5
+                           fcco:  h = log u_i + ρ − Σ_j p_ij d_ij/τ_i; with a limit, only the part that staleness of u
+                                  adds to the batch's h is clamped to ± the limit
 
 Not robust: without the leading τ_i and without ρ, so that p gets a factor 1/τ_i and τ_i h is −Σ_j p_ij d_ij/τ_i,
 clamped alike. Without γ (CLIP): every column counts, also i itself, nothing is kept, and g is a sum.
@@ -50,6 +50,7 @@ class Twin:
     rho: float = 0.0
     tau_gradient: str = "fcco"
     robust: bool = True
+    limit: float = math.inf
     u: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
 
     def log_u(self, ids: list[int]) -> Tensor:
@@ -96,7 +97,7 @@ class Twin:
                 fresh, full = (self.rho - kl, math.log(u_i) + self.rho - mean_d) if self.robust else (-batch_d, -mean_d)
                 h[side, i] = fresh
                 if self.tau_gradient == "fcco":
-                    h[side, i] += min(5.0, max(-5.0, float(full - fresh)))
+                    h[side, i] += min(self.limit, max(-self.limit, float(full - fresh)))
                 if not self.robust:
                     h[side, i] /= t
         return Step(value, grads[0], grads[1], C / B * h, self.log_u(ids), h)

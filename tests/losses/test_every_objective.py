@@ -35,12 +35,6 @@ from tests.losses.scenario import (
 )
 
 close = torch.testing.assert_close
-pytestmark = pytest.mark.filterwarnings("ignore:rho:UserWarning")  # batches of one and two rows
-
-
-def arguments_for_tiny_batches(recipe: dict) -> dict:
-    """ρ = 0, which stands for a share of log(B − 1), where there is a ρ: a warning is an error on the ranks."""
-    return {**recipe, "rho": 0.0} if "rho" in recipe else recipe
 
 
 # ---- world size ----
@@ -60,7 +54,6 @@ def test_world_size_is_invisible(gloo, recipe: dict, world_size: int) -> None:
 @every_objective
 def test_one_row_a_rank(gloo, recipe: dict, rows: int, world_size: int) -> None:
     """Four ranks with a row each, and the smallest contrast there is."""
-    recipe = arguments_for_tiny_batches(recipe)
     batches = [batch.first(rows) for batch in stream(4, seed=1)]
     assert_same_steps(joined(gloo(world_size, run, recipe, batches)), run(recipe, batches))
 

@@ -78,7 +78,15 @@ PUBLISHED = {  # temperature, γ, values
     "isogclr": (
         PER_SAMPLE,
         "constant",
-        {"temperature": 0.01, **BOUNDED, "rho": 8, "tau_lr": 0.03, "tau_beta": 0.5, "tau_optimizer": "momentum"},
+        {
+            "temperature": 0.01,
+            **BOUNDED,
+            "rho": 8,
+            "tau_lr": 0.03,
+            "tau_beta": 0.5,
+            "tau_optimizer": "momentum",
+            "tau_gradient_limit": 5,
+        },
     ),
     "tempnet": (NETWORK_KIND, "constant", {"gamma": 0.8, "rho": 7, **BOUNDED, "dropout": 0.5}),
     "disttempnet": (NETWORK_KIND, "constant", {"gamma": 0.8, **BOUNDED}),
@@ -100,6 +108,7 @@ PUBLISHED = {  # temperature, γ, values
             "rho": 7,
             "tau_lr": 0.0133,
             "tau_optimizer": "adam",
+            "tau_gradient_limit": 5,
         },
     ),
     "fastclip-v3": (ONE, "cosine", {**COSINE, "rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03, "temperature": 0.07}),
@@ -124,6 +133,8 @@ def test_published_defaults(name: str) -> None:
     assert ("rho" in row.arguments) == (name.removesuffix("-constant-gamma") in with_rho)
     assert row.title
     assert row.source.startswith("arXiv ")
+    clamped = name in ("isogclr", "fastclip-v2")  # in their codes alone
+    assert bool(row.arguments.get("tau_gradient_limit")) == clamped
     loss = build_loss(name, num_samples=N, embed_dim=D)
     assert row.bytes_a_sample() == BYTES_A_SAMPLE.get(name, 8 if hasattr(loss, "state") and gamma != "–" else 0)
 

@@ -40,6 +40,7 @@ EVERY = {
     "loss.dropout": 0.5,
     "loss.feature_scale": 1.0,
     "loss.tau_gradient": "fcco",
+    "loss.tau_gradient_limit": 0.0,
     "optim.lr": 8e-4,
     "optim.lr_end": 1e-5,
     "optim.warmup_steps": 20 * 100,
@@ -68,6 +69,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "train.epochs": 30,
     },
 }
+WITH_TWIN = ("cc12m_vitb32_v1", "dfn12m_vitb32_v1", "cc3m_rn50_distilbert")
 CORRECTED = {"rho": 0.0, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 1e-4}
 
 
@@ -75,7 +77,6 @@ def table(name: str) -> dict[str, Any]:
     return flat(resolved(load_config(CONFIG_FOLDER / f"{name}.toml")).model_dump())
 
 
-@pytest.mark.filterwarnings("ignore:.*rho:UserWarning")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_numbers_are_the_published_ones(name: str) -> None:
     found = table(name)
@@ -88,7 +89,7 @@ def test_cc3m_is_read_as_the_published_code_lays_it_out() -> None:
     assert source.images == "/data/cc3m"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", WITH_TWIN)
 def test_a_corrected_twin_differs_in_its_temperature_only(name: str) -> None:
     found, published = table(f"{name}_corrected"), table(name)
     differing = {key for key in found | published if found.get(key) != published.get(key)}
@@ -99,7 +100,7 @@ def test_a_corrected_twin_differs_in_its_temperature_only(name: str) -> None:
     }, "our defaults"
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *(f"{name}_corrected" for name in PUBLISHED)])
+@pytest.mark.parametrize("name", [*PUBLISHED, *(f"{name}_corrected" for name in WITH_TWIN)])
 def test_every_objective_builds(name: str) -> None:
     config = load_config(CONFIG_FOLDER / f"{name}.toml")
     assert build_objective(config, 10, 16).temperatures(torch.eye(2, 16), torch.eye(2, 16)) is not None

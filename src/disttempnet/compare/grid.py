@@ -41,7 +41,7 @@ from disttempnet.config.toml import apply_override, base_path, find_config, merg
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tasks import find_task
 from disttempnet.io.ranges import SEEDS
-from disttempnet.training.model import resolved
+from disttempnet.training.model import as_trained, resolved
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.run_info import read_facts
 
@@ -112,7 +112,7 @@ def run_state(config: Config) -> RunState:
     if not (folder / "config.toml").is_file():
         return RunState("new")
     try:
-        was = load_config(folder / "config.toml", bounds=False)
+        was = as_trained(load_config(folder / "config.toml", bounds=False))
     except UserError as error:
         return RunState("differs", str(error))
     for key, old, new in config_differences(public_table(was), public_table(config), NO_EFFECT_ON_RESULT):

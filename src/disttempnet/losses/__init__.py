@@ -16,7 +16,14 @@ from __future__ import annotations
 
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
 from disttempnet.losses.objective import Features, LossOutput, Objective
-from disttempnet.losses.registry import ARGUMENT_RANGES, OBJECTIVES, ObjectiveSpec, build_loss, rebuild_loss
+from disttempnet.losses.registry import (
+    ARGUMENT_RANGES,
+    OBJECTIVES,
+    ObjectiveSpec,
+    build_loss,
+    rebuild_loss,
+    with_later_arguments,
+)
 from disttempnet.losses.sample_state import gather_state
 
 __all__ = [
@@ -30,4 +37,5 @@ __all__ = [
     "build_loss",
     "gather_state",
     "rebuild_loss",
+    "with_later_arguments",
 ]

@@ -52,7 +52,6 @@ from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature
 
 C = 0.5  # weight of a side: image and text anchors are averaged
 RHO_SHARE = 0.3  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
-STALENESS_LIMIT = 5.0  # on the part of the τ gradient that comes from an old u
 
 TauGradient = Literal["fcco", "batch"]
 TAU_GRADIENTS: tuple[str, ...] = ("fcco", "batch")
@@ -90,10 +89,11 @@ class GlobalContrastiveLoss(Objective):
         robust: ω(τ) = τ if true, else 1.
         rho: ρ of the robust form, where τ is learned; 0 = 0.3 · log(B − 1), with B the global batch.
         tau_gradient: form of the gradient with respect to τ.
-            `fcco`: h = log u + ρ − Σ_j p_ij d_ij / τ, with u as tracked. The part that an old u adds is clamped to ±5,
-            so that h is exact where u is fresh (γ = 1) and bounded elsewhere.
+            `fcco`: h = log u + ρ − Σ_j p_ij d_ij / τ, with u as tracked.
             `batch`: h = ρ − KL(softmax of the batch ‖ uniform), which is bounded.
             With ω = 1, h is −Σ_j p_ij d_ij / τ², of the tracked u or of the batch.
+        tau_gradient_limit: largest amount that an old u adds to the h of `fcco`, or takes from it (with ω = 1: τ h);
+            0 = none. Where u is fresh (γ = 1) h is exact at any limit.
 
     State: log u [2, N] in `state`; the temperature's parameters; step and epoch. All in `state_dict()`.
 
@@ -140,13 +140,17 @@ class GlobalContrastiveLoss(Objective):
         robust: bool = True,
         rho: float = 0.0,
         tau_gradient: TauGradient = "fcco",
+        tau_gradient_limit: float = 0.0,
     ) -> None:
         super().__init__()
         if tau_gradient not in TAU_GRADIENTS:
             raise ValueError(f"unknown tau_gradient '{tau_gradient}'; known: {', '.join(TAU_GRADIENTS)}")
+        if tau_gradient_limit < 0:
+            raise ValueError(f"tau_gradient_limit must not be negative, got {tau_gradient_limit}")
         self.temperature = temperature
         self.gamma = gamma
-        self.robust, self.rho, self.tau_gradient = robust, rho, tau_gradient
+        self.robust, self.rho = robust, rho
+        self.tau_gradient, self.tau_gradient_limit = tau_gradient, tau_gradient_limit
         self.state = None
         if gamma is not None:
             self.state = SampleState(context.num_samples, {"log_u": NEVER}, context.shard_state)
@@ -321,7 +325,8 @@ class GlobalContrastiveLoss(Objective):
         else:
             h, staleness = -moment, -stale_moment
         if self.tau_gradient == "fcco":
-            h = h + staleness.clamp(-STALENESS_LIMIT, STALENESS_LIMIT)
+            limit = self.tau_gradient_limit or math.inf
+            h = h + staleness.clamp(-limit, limit)
         if not self.robust:
             h = h / tau
         return torch.where(has_negatives, h, 0.0)
@@ -345,18 +350,27 @@ class GlobalContrastiveLoss(Objective):
         return metrics
 
     def _resolve_rho(self, batch: int) -> float:
-        """Return ρ at this global batch; warn once where τ has no optimum at it."""
-        limit = math.log(max(batch - 1, 1))
+        """Return ρ at this global batch; warn once where τ has no optimum at it.
+
+        The optimum has KL(weights ‖ uniform) = ρ. The KL is at most log(B − 1) over the batch, log(N − 1) over the data
+        set, which a tracked u stands for.
+        """
         if not (self.robust and self.temperature.learns):
             return 0.0
-        if self.rho and self.rho >= limit and not self._warned:
-            self._notice(
-                f"rho = {self.rho:g} is not below log(B − 1) = {limit:.3g} at a global batch of {batch}: the "
-                "gradient of the temperature is then never negative and every τ falls to its lower bound; "
-                f"choose rho < {limit:.3g}, or 0 for {RHO_SHARE:g} · log(B − 1)"
-            )
+        rho = self.rho or RHO_SHARE * math.log(max(batch - 1, 1))
+        if self._warned:
+            return rho
         self._warned = True
-        return self.rho or RHO_SHARE * limit
+        remembers = self.gamma is not None and self.gamma.remembers and self.tau_gradient == "fcco"
+        count, symbol = (self.num_samples, "N") if remembers else (batch, "B")
+        limit = math.log(max(count - 1, 1))
+        if self.rho and self.rho >= limit:
+            of = f"{count:,} samples" if remembers else f"a global batch of {count:,}, without memory of earlier ones"
+            self._notice(
+                f"rho = {self.rho:g} is not below log({symbol} − 1) = {limit:.3g} of {of}: the gradient of the "
+                f"temperature is then never negative and every τ falls to its lower bound; choose rho < {limit:.3g}"
+            )
+        return rho
 
     @torch.no_grad()
     def temperatures(self, image: Tensor, text: Tensor, ids: IdsLike | None = None) -> Tensor | None:

@@ -88,7 +88,7 @@ def _family(
     if temperature.learns and robust:
         of_loss.append("rho")
     if temperature.learns and gamma is not None:
-        of_loss.append("tau_gradient")
+        of_loss += ["tau_gradient", "tau_gradient_limit"]
     own = _own(GlobalContrastiveLoss)
     arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}
     assert defaults.keys() <= arguments.keys()
@@ -141,7 +141,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "sogclr": _family("SogCLR", ConstantTemperature, ConstantGamma, "arXiv 2202.12387"),
     "isogclr": _family(
         "iSogCLR", PerSampleTemperature, ConstantGamma, "arXiv 2305.11965",
-        rho=8.0, tau_lr=0.03, tau_beta=0.5, **_ISOGCLR,
+        rho=8.0, tau_lr=0.03, tau_beta=0.5, tau_gradient_limit=5.0, **_ISOGCLR,
     ),
     "tempnet": _family("TempNet", NetworkTemperature, ConstantGamma, "arXiv 2404.04575", rho=7.0),
     "disttempnet": _family(
@@ -160,7 +160,8 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         "FastCLIP-v1", ConstantTemperature, CosineGamma, "arXiv 2407.01445", temperature=0.03, **_FASTCLIP
     ),
     "fastclip-v2": _family(
-        "FastCLIP-v2", PerSampleTemperature, CosineGamma, "arXiv 2407.01445", rho=7.0, **_FASTCLIP
+        "FastCLIP-v2", PerSampleTemperature, CosineGamma, "arXiv 2407.01445",
+        rho=7.0, tau_gradient_limit=5.0, **_FASTCLIP,
     ),
     "fastclip-v3": _family(
         "FastCLIP-v3", LearnableTemperature, CosineGamma, "arXiv 2407.01445", **_V3, **_FASTCLIP
@@ -198,11 +199,15 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "gamma_decay_epochs": Range(0, 10**6, above=True),
     "tau_start_epoch": integers(0, 10**6),
     "rho": Range(0, 100),
+    "tau_gradient_limit": Range(0, 10**6),
     "dropout": Range(0, 1, below=True),
     "feature_scale": Range(0, 10**4),
     "prototypes": integers(1, 2**20),
     "bias": Range(-1000, 1000),
 }
+# Arguments that came after runs had been saved without them: the value that those runs were trained with.
+LATER_ARGUMENTS: dict[str, Any] = {"tau_gradient_limit": 5.0}
+
 _SIZES = {
     "num_samples": integers(1, 10**12),
     "embed_dim": integers(1, 65_536),
@@ -296,6 +301,17 @@ def rebuild_loss(
     """
     sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": 0}
     return _build(name, sizes, shard_state, dict(arguments), bounds=False)
+
+
+def with_later_arguments(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a saved run, with those that its version did not have yet, as it was trained.
+
+    Args:
+        name: the objective's; an unknown one has no later arguments.
+        arguments: all that the run was saved with.
+    """
+    known = OBJECTIVES[name].arguments if name in OBJECTIVES else {}
+    return {key: value for key, value in LATER_ARGUMENTS.items() if key in known} | arguments
 
 
 def _build(

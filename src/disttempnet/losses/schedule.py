@@ -22,6 +22,11 @@ class ConstantGamma:
         """True where γ depends on the epoch."""
         return False
 
+    @property
+    def remembers(self) -> bool:
+        """True where γ is ever below 1."""
+        return self.gamma < 1
+
     def __post_init__(self) -> None:
         _check("gamma", self.gamma)
 
@@ -51,6 +56,11 @@ class CosineGamma:
     @property
     def changes(self) -> bool:
         """True where γ depends on the epoch."""
+        return self.gamma_min < 1
+
+    @property
+    def remembers(self) -> bool:
+        """True where γ is ever below 1."""
         return self.gamma_min < 1
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, named_by_rank, reshard_sources
 from disttempnet.models import Towers, load_model, save_model
 from disttempnet.training import atomic_folder
-from disttempnet.training.model import build_objective, values_out_of_bounds
+from disttempnet.training.model import as_trained, build_objective, continued, values_out_of_bounds
 from disttempnet.training.run_folder import (
     checkpoint_folder,
     chosen_checkpoint,
@@ -359,8 +359,17 @@ def _refuse_other_run(checkpoint: Path, trainer: dict[str, Any], config: Config,
 
 
 def _config_of(checkpoint: Path, trainer: dict[str, Any]) -> Config:
-    """Return the config of a checkpoint. Only its types are checked; missing keys have their defaults."""
+    """Return the config of a checkpoint as it was trained. Only its types are checked."""
+    return as_trained(_saved_config(checkpoint, trainer))
+
+
+def _saved_config(checkpoint: Path, trainer: dict[str, Any]) -> Config:
     return config_from_table(trainer["config"], f"{checkpoint / 'trainer.pt'}: config", bounds=False)
+
+
+def continued_from(checkpoint: Path, config: Config) -> Config:
+    """Return a run's config, in which defaults that changed since its checkpoint was begun are those of then."""
+    return continued(config, _saved_config(checkpoint, _read(checkpoint / "trainer.pt", mapped=True)))
 
 
 def refuse_out_of_bounds(config: Config, checkpoint: Path | None) -> None:
@@ -382,15 +391,15 @@ def _rank_file(rank: int, world_size: int) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}.pt"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read trainer.pt or a rank's file, and check its keys.
+def _read(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """Read trainer.pt or a rank's file, and check its keys; where `mapped`, tensors stay on the disk until used.
 
     Raises:
         UserError: it is missing, damaged, or of another format.
     """
     # Read it; nothing but tensors and plain containers is unpickled.
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint is incomplete") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:

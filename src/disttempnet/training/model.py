@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from disttempnet.config import Config, LossConfig, out_of_bounds
 from disttempnet.errors import UserError, unknown_name
-from disttempnet.losses import OBJECTIVES, Features, LossOutput, Objective, build_loss, rebuild_loss
+from disttempnet.losses import (
+    OBJECTIVES,
+    Features,
+    LossOutput,
+    Objective,
+    build_loss,
+    rebuild_loss,
+    with_later_arguments,
+)
 from disttempnet.models import Towers, encode_images, encode_texts, is_random
 from disttempnet.models.trunk import SIDES, Trunk
 
@@ -129,6 +137,26 @@ def resolved(config: Config, bounds: bool = True) -> Config:
     """
     build_objective(config, 1, 8, bounds)
     arguments = {**OBJECTIVES[config.loss.name].arguments, **config.loss.arguments}
+    return config.model_copy(update={"loss": LossConfig(name=config.loss.name, **arguments)})
+
+
+def as_trained(config: Config) -> Config:
+    """Return the resolved config of a saved run with the arguments that its version had no name for."""
+    arguments = with_later_arguments(config.loss.name, config.loss.arguments)
+    return config.model_copy(update={"loss": LossConfig(name=config.loss.name, **arguments)})
+
+
+def continued(config: Config, saved: Config) -> Config:
+    """Return the config of a run that goes on, in which a default that changed since it began is that of the run.
+
+    Args:
+        config: as read from a file; arguments of its objective may be left out.
+        saved: resolved, of the run, as it was saved.
+    """
+    trained = as_trained(saved)
+    if trained == saved or saved.loss.name != config.loss.name:
+        return config
+    arguments = {**trained.loss.arguments, **config.loss.arguments}
     return config.model_copy(update={"loss": LossConfig(name=config.loss.name, **arguments)})
 
 

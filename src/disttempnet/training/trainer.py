@@ -74,7 +74,7 @@ class Trainer:
         self, config: Config, device: torch.device, resume: str = "never", report: run_log.Report | None = None
     ) -> None:
         # Check what fails fast: the config, the folder, the compiler.
-        self.config = config = resolved(config, bounds=resume == "never")
+        given, config = config, resolved(config, bounds=resume == "never")
         self.device, self.folder, self.report = device, config.folder, report
         distributed.together(
             lambda: run_folder.refuse_unwritable_folder(self.folder) if distributed.is_main() else None
@@ -85,6 +85,9 @@ class Trainer:
         # Find the checkpoint to continue from, if any.
         self._contents = run_folder.contents(self.folder)
         found, self._passed_over = run_folder.starting_point(self.folder, resume)
+        if found:
+            config = resolved(checkpoint.continued_from(found, given), bounds=False)
+        self.config = config
         checkpoint.refuse_out_of_bounds(config, found)
         torch.manual_seed(config.train.seed)
 
