@@ -76,11 +76,11 @@ def test_what_a_user_can_fix_is_one_line(
 @pytest.mark.filterwarnings("default")
 def test_what_a_user_should_know_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = warnings.showwarning
-    more = ["loss.rho=6", "eval.tasks=[]", "train.stop_after_steps=1", f"out={tmp_path}"]  # log(320 − 1) = 5.77
+    more = ["loss.rho=9", "eval.tasks=[]", "train.stop_after_steps=1", f"out={tmp_path}"]
     assert main(["train", DEBUG, *more]) == 0
     printed = capsys.readouterr().err
-    (line,) = [line for line in printed.splitlines() if "rho = 6" in line]
-    assert line.startswith("warning: rho = 6 is not below log(N − 1) = ")
+    (line,) = [line for line in printed.splitlines() if "rho = 9" in line]
+    assert line.startswith("warning: rho = 9 is not below log(N − 1) = 8.6 of 5,453 samples: ")
     assert "UserNotice" not in printed
     assert warnings.showwarning is before, "a program that calls main keeps its own way"
 
