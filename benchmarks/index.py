@@ -23,8 +23,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from disttempnet.data import EpochPlan, PlanSampler, open_index
-from disttempnet.data.shards.index import INDEX_COLUMNS, Shard, ShardIndex, writable, write_index
+from disttempnet.data.shards.index import INDEX_COLUMNS, Shard, ShardIndex, write_index
 from disttempnet.data.shards.store import file_fingerprint
+from disttempnet.io.columns import temporary_index
 
 PER_SHARD = 10_000
 SAMPLE = 40 * 512  # bytes a sample takes in the tar: image, caption and JSON with their headers
@@ -65,12 +66,12 @@ def make(folder: Path, samples: int) -> Path:
         path.write_bytes(number.to_bytes(8, "little") + rng.bytes(65_536))
         os.truncate(path, PER_SHARD * SAMPLE)
         shards.append(Shard(path.name, path.stat().st_size, PER_SHARD, file_fingerprint(path), "", "0" * 64, tally))
-    start = (np.arange(PER_SHARD, dtype=INDEX_COLUMNS["start"]) * SAMPLE).tobytes()
-    spans = rng.integers(1, SAMPLE // 2, (PER_SHARD, 3, 2), dtype=INDEX_COLUMNS["spans"]).tobytes()
-    status = (rng.random(PER_SHARD) < 0.01).astype(INDEX_COLUMNS["status"]).tobytes()
+    start = (np.arange(PER_SHARD, dtype=INDEX_COLUMNS["start"].dtype) * SAMPLE).tobytes()
+    spans = rng.integers(1, SAMPLE // 2, (PER_SHARD, 3, 2), dtype=INDEX_COLUMNS["spans"].dtype).tobytes()
+    status = (rng.random(PER_SHARD) < 0.01).astype(INDEX_COLUMNS["status"].dtype).tobytes()
     pieces = {"start": start, "spans": spans, "status": status}
     path = folder / "all.index"
-    with writable(path) as temporary:
+    with temporary_index(path) as temporary:
         write_index(temporary, shards, "", {name: [piece] * count for name, piece in pieces.items()})
         os.replace(temporary, path)
     return path

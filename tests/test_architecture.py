@@ -114,7 +114,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"batches", "export"},
     ],
     "io": [
-        {"files", "jobs", "machine", "paths", "progress", "ranges"},
+        {"columns", "files", "jobs", "machine", "paths", "progress", "ranges"},
     ],
     "losses": [
         {"own_parameters", "sample_state", "schedule"},

@@ -17,9 +17,9 @@ from PIL import Image
 
 from disttempnet.cli.main import main
 from disttempnet.data.builtin.cache import write_shard
-from disttempnet.data.shards.index import writable
 from disttempnet.errors import UserError
 from disttempnet.io import files
+from disttempnet.io.columns import temporary_index
 from disttempnet.io.files import (
     UnfitFile,
     atomic,
@@ -167,7 +167,7 @@ def test_a_device_is_never_replaced(link: bool, tmp_path: Path) -> None:
         path = tmp_path / "link"
         path.symlink_to("pipe")
     write_output(path, "text")
-    with pytest.raises(UserError, match=r"the index cannot be written \(not a regular file\)"), writable(path):
+    with pytest.raises(UserError, match=r"the index cannot be written \(not a regular file\)"), temporary_index(path):
         pass
     assert os.read(reader, 100) == b"text"
     os.close(reader)

@@ -23,25 +23,23 @@ SAMPLE_COUNT = integers(1, 10**9)
 SPEC_HELP = "shards or another layout, as in data.train"
 
 INDEX_HELP = """\
-Reads every shard once and writes a small index beside them: which samples there are, where they lie, which
-of them cannot be used and why. Training does the same on first use; this command does it ahead, on all cores, and
-says what it found. Ctrl-C or a kill loses nothing: the same command goes on where it was. Of other layouts it reads
-the rows, in one process and one go.
+Reads every shard once and writes a small index beside them: samples, byte ranges, unusable samples and why. Training
+does the same on first use; this command does it ahead of time, on all cores, and prints statistics. After Ctrl-C or a
+kill, run it again: it resumes. For other layouts it reads the rows, in one process.
 
-Again on changed shards: only those that are new or changed are scanned. New shards get ids after all others, so ids
-stay; where shards are gone or changed, ids change. Either way the digest is another, and checkpoints of before do not
-fit.
+On changed shards, run it again: it scans only new and changed ones. New shards get the last ids, so old ids stay. If
+shards are gone or changed, ids change. In both cases the digest changes and older checkpoints do not fit.
 
 examples:
   disttempnet data index '/cc12m/{00000..01242}.tar'
   disttempnet data index '/data/{0..3}/{00000..00099}.tar' --workers 32
   disttempnet data index /recap --caption-key captions --index ~/recap.index
-  disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     the first time: store, then: compare
+  disttempnet data index '/cc12m/{00000..01242}.tar' --checksum     stores hashes, later compares
 """
 
 VERIFY_HELP = """\
-Reads images and captions as training would. Exit code 0: all is well; 1: something is broken; 2: it could
-not be looked at.
+Reads images and captions as training does. Exit code 0: all can be read; 1: something is broken; 2: the data could not
+be opened.
 
 examples:
   disttempnet data verify '/cc12m/{00000..01242}.tar' --out broken.jsonl
@@ -49,10 +47,10 @@ examples:
 """
 
 SHARD_HELP = """\
-Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with what else is known. KEY is the id of
-the sample in the input. What cannot be read is left out, named in a table and in FOLDER/skipped.jsonl; sample ids of
-the new shards count without it. The same input gives the same bytes, whatever --workers. After a kill the same command
-goes on. Then the index is written.
+Writes FOLDER/00000.tar …: KEY.jpg (.png .webp), KEY.txt, KEY.json with all other fields. KEY is the id of the sample
+in the input. Unreadable samples are left out and listed in a table and in FOLDER/skipped.jsonl; they get no id in the
+new shards. The same input gives the same bytes for any --workers. After a kill, run it again: it resumes. At the end it
+writes the index.
 
 examples:
   disttempnet data shard '/raw/{00000..00331}.tar' --out /cc3m --resize 256
@@ -62,9 +60,9 @@ examples:
 """
 
 DOWNLOAD_HELP = """\
-Fetches the images of a public list of captions and URLs, through img2dataset (pip install
-'disttempnet[download]'): larger images are brought to --image-size on their shorter side, JPEG quality 95, shards of
-10,000. After a kill the same command goes on after the shards that are whole. Many URLs of these lists are dead.
+Downloads the images of a public list of captions and URLs with img2dataset (pip install 'disttempnet[download]').
+Larger images are resized to a shorter side of --image-size, JPEG quality 95, 10,000 per shard. After a kill, run it
+again: it resumes after the complete shards. Many URLs of these lists are dead.
 
 examples:
   disttempnet data download cc12m --tsv cc12m.tsv --out /cc12m --processes 16 --threads 64
@@ -85,7 +83,7 @@ examples:
 
 
 def add_data_commands(commands: Any) -> None:
-    """Add the group to the command line's sub-parsers; each command sets `run`."""
+    """Add the group `data` to the command line's sub-parsers; each command sets `run`."""
     data = commands.add_parser("data", help="index, check, show, write and download data sets")
     parts = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     _add_index(parts)
@@ -106,9 +104,9 @@ def _add_index(commands: Any) -> None:
     )
     _add_source(index, several=True)
     index.add_argument(
-        "--checksum", action="store_true", help="hash all bytes of every shard (sha256), and compare with what is known"
+        "--checksum", action="store_true", help="hash all bytes of every shard (sha256) and compare with stored hashes"
     )
-    _add_workers(index, "one a GiB of shards, at most one a core")
+    _add_workers(index, "one per GiB of shards, at most one per core")
     index.set_defaults(run=run_index)
 
 
@@ -122,7 +120,7 @@ def run_index(options: argparse.Namespace) -> int:
     for source in _sources(options):
         if is_listing(source):
             if options.checksum:
-                raise UserError(f"{source.path}: --checksum is for shards; the content of a listing is always compared")
+                raise UserError(f"{source.path}: --checksum is for shards; a listing is always compared by content")
             shown.print(listing_summary(open_listing(source)))
             continue
         index, news = update_index(source, workers, options.checksum)
@@ -132,28 +130,29 @@ def run_index(options: argparse.Namespace) -> int:
 
 
 def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """What a source needs to be opened."""
+    """Add the arguments that name and open a source."""
     if several:
         parser.add_argument("spec", nargs="+", type=path_argument, metavar="SPEC", help=SPEC_HELP)
     else:
         parser.add_argument("spec", type=path_argument, metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument("--caption-key", default="", metavar="KEY", help="key of .json or rows that holds the captions")
-    parser.add_argument("--images", type=path_argument, metavar="DIR", help="listings: folder of relative image paths")
+    parser.add_argument("--caption-key", default="", metavar="KEY", help="key of the captions in .json or rows")
+    parser.add_argument("--images", type=path_argument, metavar="DIR", help="listings: root of relative image paths")
     parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
     parser.add_argument(
         "--join-rows",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="listings: rows of one image are one sample with all their captions (default)",
+        help="listings: join rows of the same image into one sample with all its captions (default)",
     )
     parser.add_argument(
         "--index", type=path_argument, metavar="FILE", help="file of the index (default: beside the data)"
     )
+    parser.add_argument("--cache", type=path_argument, metavar="DIR", help="remote shards: folder of the local cache")
     parser.add_argument(
-        "--cache", type=path_argument, metavar="DIR", help="remote shards: folder that they are kept in"
-    )
-    parser.add_argument(
-        "--cache-gb", type=GIGABYTES.parse, metavar="GB", help="remote shards: what they may take (default: 100)"
+        "--cache-gb",
+        type=GIGABYTES.parse,
+        metavar="GB",
+        help="remote shards: limit of the cache in GB (default: 100)",
     )
 
 
@@ -165,20 +164,20 @@ def _sources(options: argparse.Namespace) -> list[SourceConfig]:
     if not all(spec.strip() for spec in specs):
         raise UserError(f"'{'::'.join(given)}' names an empty source beside '::': leave it out")
     if options.index and len(specs) > 1:
-        raise UserError(f"--index names one index, but there are {len(specs)} data sets: take them one by one")
+        raise UserError(f"--index names one index, but there are {len(specs)} data sets; index them one by one")
     keys = ("caption_key", "images", "image_key", "join_rows", "index", "cache", "cache_gb")
     values = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     return [SourceConfig(path=spec, **values) for spec in specs]
 
 
 def _add_preview(parts: Any) -> None:
-    preview = parts.add_parser("preview", help="random samples with captions and ids on one sheet")
+    preview = parts.add_parser("preview", help="write random samples with captions and ids on one sheet")
     _add_source(preview)
     preview.add_argument(
         "--out", type=path_argument, default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)"
     )
     preview.add_argument("--count", type=SAMPLE_COUNT.parse, default=48, metavar="N", help="samples (default: 48)")
-    preview.add_argument("--seed", type=SEEDS.parse, default=0, metavar="N", help="which ones (default: 0)")
+    preview.add_argument("--seed", type=SEEDS.parse, default=0, metavar="N", help="seed of the choice (default: 0)")
     preview.set_defaults(run=_preview)
 
 
@@ -194,7 +193,7 @@ def _preview(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_workers(parser: argparse.ArgumentParser, default: str = "one a core") -> None:
+def _add_workers(parser: argparse.ArgumentParser, default: str = "one per core") -> None:
     parser.add_argument("--workers", type=WORKERS.parse, default=0, metavar="N", help=f"processes (default: {default})")
 
 
@@ -205,17 +204,21 @@ def _workers(options: argparse.Namespace) -> int:
 def _add_verify(parts: Any) -> None:
     verify = parts.add_parser(
         "verify",
-        help="read every sample; a table of what is broken",
+        help="read every sample and list the broken ones",
         description=VERIFY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(verify, several=True)
     verify.add_argument(
-        "--sample", type=SAMPLES.parse, default=0, metavar="N", help="read this many random samples of each only"
+        "--sample",
+        type=SAMPLES.parse,
+        default=0,
+        metavar="N",
+        help="read this many random samples of each, not all",
     )
-    verify.add_argument("--seed", type=SEEDS.parse, default=0, metavar="N", help="which ones (default: 0)")
+    verify.add_argument("--seed", type=SEEDS.parse, default=0, metavar="N", help="seed of the choice (default: 0)")
     verify.add_argument(
-        "--out", type=path_argument, metavar="FILE", help="write all that is broken, a line of JSON each"
+        "--out", type=path_argument, metavar="FILE", help="write all broken samples and shards, one JSON line each"
     )
     _add_workers(verify)
     verify.set_defaults(run=_verify)
@@ -256,7 +259,7 @@ def _add_shard(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(shard)
-    shard.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the shards go")
+    shard.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="folder for the shards")
     shard.add_argument(
         "--samples-per-shard", type=SAMPLE_COUNT.parse, default=10_000, metavar="N", help="default: 10000"
     )
@@ -265,16 +268,16 @@ def _add_shard(parts: Any) -> None:
         type=integers(0, 65_535).parse,
         default=0,
         metavar="PIXELS",
-        help="bring the shorter side of larger images to this many, as JPEG (default: copy all bytes)",
+        help="resize larger images to this shorter side, as JPEG (default: copy all bytes)",
     )
     shard.add_argument(
         "--captions",
         choices=("first", "lines"),
         default="first",
-        help="what .txt holds of several: the first, for training, or all, one a line, for retrieval (default: first)",
+        help="captions in .txt: the first, for training, or all, one per line, for retrieval (default: first)",
     )
     shard.add_argument(
-        "--quality", type=integers(1, 100).parse, default=95, metavar="N", help="of those JPEGs (default: 95)"
+        "--quality", type=integers(1, 100).parse, default=95, metavar="N", help="quality of these JPEGs (default: 95)"
     )
     _add_workers(shard)
     shard.set_defaults(run=_shard)
@@ -295,7 +298,7 @@ def _shard(options: argparse.Namespace) -> int:
         written = write_shards(open_source(_sources(options)), out, settings, workers)
         say(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
         if written.faults:
-            say(f"{len(written.faults):,} samples are left out, all of them in {out / SKIPPED}:")
+            say(f"{len(written.faults):,} samples are left out; {out / SKIPPED} lists all of them:")
             console().print(fault_table(written.faults))
         open_source([SourceConfig(path=str(out))])  # writes the index
     if options.captions == "lines":
@@ -311,27 +314,27 @@ def _shard(options: argparse.Namespace) -> int:
 def _add_download(parts: Any) -> None:
     download = parts.add_parser(
         "download",
-        help="CC3M or CC12M from their public lists, through img2dataset",
+        help="download CC3M or CC12M from their public lists with img2dataset",
         description=DOWNLOAD_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     download.add_argument("name", choices=("cc3m", "cc12m"), help="the data set")
-    download.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the shards go")
+    download.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="folder for the shards")
     download.add_argument(
-        "--tsv", type=path_argument, metavar="FILE", help="its list (default: its public name, in this folder)"
+        "--tsv", type=path_argument, metavar="FILE", help="list of URLs (default: its public name, in this folder)"
     )
-    download.add_argument("--processes", type=integers(1, 1024).parse, metavar="N", help="default: one a core")
+    download.add_argument("--processes", type=integers(1, 1024).parse, metavar="N", help="default: one per core")
     download.add_argument(
-        "--threads", type=integers(1, 1024).parse, default=64, metavar="N", help="of each process (default: 64)"
+        "--threads", type=integers(1, 1024).parse, default=64, metavar="N", help="threads of each process (default: 64)"
     )
     download.add_argument(
         "--image-size",
         type=integers(1, 65_535).parse,
         default=256,
         metavar="PIXELS",
-        help="shorter side of larger images (default: 256)",
+        help="resize larger images to this shorter side (default: 256)",
     )
-    download.add_argument("--dry-run", action="store_true", help="print the command of img2dataset only")
+    download.add_argument("--dry-run", action="store_true", help="only print the img2dataset command")
     download.set_defaults(run=_download)
 
 
@@ -352,13 +355,13 @@ def _download(options: argparse.Namespace) -> int:
     check_list(job)
     say(as_typed(job.command))
     if options.dry_run:
-        say(f"(before it runs, {job.headed.name} is made from {tsv}: with a header, and quoted)", error=True)
+        say(f"(it reads {job.headed.name}, a copy of {tsv} with a header and quotes, which is made first)", error=True)
         return 0
     from disttempnet.io.jobs import stopped_by_sigterm  # it loads torch, which the above need not wait for
 
     with stopped_by_sigterm():
         if left_out := write_headed(job):
-            say(f"{tsv}: {left_out:,} lines hold no caption and URL; they are left out")
+            say(f"{tsv}: {left_out:,} lines without a caption and a URL are left out")
         code = run_download(job)
     found = download_result(out)
     failed = sum(found.failures.values())
@@ -366,7 +369,7 @@ def _download(options: argparse.Namespace) -> int:
     for reason, count in found.failures.most_common(10):
         say(f"  {count:>10,}  {reason}")
     if code:
-        raise UserError(f"img2dataset ended with exit code {code}; the same command goes on where it was")
+        raise UserError(f"img2dataset ended with exit code {code}; run the same command again to resume")
     say(f"train on it: data.train={out.resolve()}")
     return 0
 

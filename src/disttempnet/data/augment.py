@@ -1,7 +1,7 @@
-"""Image bytes → uint8 tensors: the augmentations that a config names, and what evaluation sees.
+"""Image bytes → uint8 tensors: training augmentations by name, and the evaluation transform.
 
-Scaling and normalising happen later, on the device. A training transform takes encoded bytes and a seed, which alone
-decides the augmentation: the crop is drawn from the header, then no more is decoded and resized than it needs.
+Scaling and normalising happen later, on the device. A training transform takes encoded bytes and a seed. The seed alone
+decides the augmentation. The crop is drawn from the header, so that only the crop has to be decoded and resized.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ FILL_COLOUR = (128, 128, 128)
 class SmallRandAugment:
     """Two random operations of ten, each applied with probability ½ at magnitude 7 of 10.
 
-    The choice that image-text pre-training uses: no colour inversion, no posterising, which captions may name.
-    Strengths: enhancement 1.36, shear 0.21, shift 7 pixels of 224, rotation 21°; the direction is random. What
-    moves into view is grey.
+    The usual choice of image-text pre-training: no colour inversion or posterising, as captions may name colours.
+    Strengths: enhancement 1.36, shear 0.21, shift 7 pixels of 224, rotation 21°; the direction is random. Uncovered
+    borders are filled with grey.
     """
 
     OPERATIONS = (
@@ -54,7 +54,7 @@ class SmallRandAugment:
     )
 
     def __call__(self, pixels: Tensor, draw: Random) -> Tensor:
-        """Uint8 [3, h, w] → the same, augmented."""
+        """Augment uint8 [3, h, w]."""
         chosen = []
         for _ in range(2):
             name = self.OPERATIONS[int(draw.random() * len(self.OPERATIONS))]
@@ -91,10 +91,10 @@ class SmallRandAugment:
 
 
 class CropTransform:
-    """A random crop resized to a square, then perhaps a flip and SmallRandAugment.
+    """Random crop resized to a square, then optionally a flip and SmallRandAugment.
 
-    Resizing is torch's antialiased bicubic on uint8, five times as fast as Pillow's; docs/data.md says how little
-    their pixels differ.
+    Resizing is torch's antialiased bicubic on uint8, five times as fast as Pillow's. docs/data.md gives the difference
+    in pixels.
 
     Args:
         image_size: side of the result in pixels.
@@ -108,7 +108,7 @@ class CropTransform:
         self.augment = SmallRandAugment() if augment else None
 
     def __call__(self, data: bytes, seed: int) -> Tensor:
-        """Encoded bytes → uint8 [3, s, s]. Raises UnreadableImage."""
+        """Return uint8 [3, s, s] from encoded bytes. Raises UnreadableImage."""
         draw, image = Random(seed), EncodedImage(data)
         box = random_box(image.width, image.height, self.scale, draw)
         flip = self.augment is not None and draw.random() < 0.5
@@ -124,7 +124,7 @@ class CropTransform:
 
 
 def random_box(width: int, height: int, scale: float, draw: Random) -> Box:
-    """A crop of scale to 1 of the area, 3:4 to 4:3 in shape, where it fits; as torchvision's RandomResizedCrop."""
+    """Draw a crop of scale to 1 of the area and aspect ratio 3:4 to 4:3, as torchvision's RandomResizedCrop does."""
     for _ in range(10):
         area = width * height * (scale + (1 - scale) * draw.random())
         ratio = math.exp((2 * draw.random() - 1) * math.log(4 / 3))
@@ -138,7 +138,7 @@ def random_box(width: int, height: int, scale: float, draw: Random) -> Box:
 
 
 def resized_crop(pixels: NDArray[np.uint8], size: tuple[int, int], box: Box, image_size: int) -> Tensor:
-    """Cut a box out and resize it, uint8 [3, image_size, image_size].
+    """Crop and resize to uint8 [3, image_size, image_size].
 
     Args:
         pixels: [h, w, 3], perhaps decoded at a reduced scale.
@@ -156,13 +156,13 @@ def resized_crop(pixels: NDArray[np.uint8], size: tuple[int, int], box: Box, ima
 
 
 class SeededTransform:
-    """Transforms of torchvision on a Pillow image, with what they draw from torch's default generator seeded."""
+    """torchvision transforms of a Pillow image, with torch's default generator seeded for the call."""
 
     def __init__(self, *steps: nn.Module) -> None:
         self.steps = nn.Sequential(*steps, v2.PILToTensor())
 
     def __call__(self, data: bytes, seed: int) -> Tensor:
-        """Encoded bytes → uint8 [3, s, s]. Raises UnreadableImage."""
+        """Return uint8 [3, s, s] from encoded bytes. Raises UnreadableImage."""
         image = EncodedImage(data).rgb()
         state = torch.default_generator.get_state()  # with no workers this process is the trainer's own
         try:
@@ -173,27 +173,27 @@ class SeededTransform:
 
 
 class EvaluationTransform:
-    """What evaluation sees of an image: nothing is random."""
+    """Evaluation transform of encoded bytes: nothing is random."""
 
     def __init__(self, image_size: int, resizing: Resizing) -> None:
         self.transform = eval_transform(image_size, resizing)
 
     def __call__(self, data: bytes, seed: int) -> Tensor:
-        """Encoded bytes → uint8 [3, s, s]. Raises UnreadableImage."""
+        """Return uint8 [3, s, s] from encoded bytes. Raises UnreadableImage."""
         return self.transform(decode(data))
 
 
 def train_transform(name: str, image_size: int, draft: bool = False, resizing: Resizing = AS_CLIP) -> TrainTransform:
-    """The augmentation that a config names, to squares of image_size pixels: (encoded bytes, seed) → uint8 [3, s, s].
+    """Return the named augmentation: (encoded bytes, seed) → uint8 [3, image_size, image_size].
 
     Args:
-        name: `open_clip`, `tempnet`, `emoji`, or `evaluation`: none.
+        name: `open_clip`, `tempnet`, `emoji`, or `evaluation` (no augmentation).
         image_size: side of the square.
-        draft: decode JPEGs at the smallest scale that still covers the crop; not for `emoji` and `evaluation`.
-        resizing: of `evaluation`.
+        draft: decode JPEGs at the smallest scale that still covers the crop; not with `emoji` and `evaluation`.
+        resizing: of the towers, for `evaluation`.
 
     Raises:
-        UserError: unknown name, or draft where it has no effect.
+        UserError: unknown name, or draft with `emoji`.
     """
     known: dict[str, Callable[[], TrainTransform]] = {
         "open_clip": lambda: CropTransform(image_size, 0.9, False, draft),
@@ -212,10 +212,10 @@ def train_transform(name: str, image_size: int, draft: bool = False, resizing: R
 
 
 def eval_transform(image_size: int, resizing: Resizing = AS_CLIP) -> EvalTransform:
-    """What open_clip evaluates with: an RGB image → uint8 [3, image_size, image_size].
+    """Return open_clip's evaluation transform: an RGB image → uint8 [3, image_size, image_size].
 
     Raises:
-        UserError: a mode of resizing that open_clip does not have.
+        UserError: a resize mode that open_clip does not have.
     """
     how = InterpolationMode.BILINEAR if resizing.interpolation == "bilinear" else BICUBIC
     if resizing.mode == "shortest":

@@ -95,11 +95,11 @@ class EpochPlan:
         self._stand_in_slots: dict[int, SampleIds] = {}  # k - 1 → the slot of each slot's k-th stand-in, k ≤ full steps
 
     def batch(self, epoch: int, step: int) -> SampleIds:
-        """SampleIds of a global batch, int64 [B], in lane order."""
+        """Ids of a global batch, int64 [B], in lane order."""
         return self.local_batch(epoch, step, 0, 1)
 
     def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> SampleIds:
-        """SampleIds of one rank's part of a global batch, int64 [B / world_size].
+        """Ids of one rank's part of a global batch, int64 [B / world_size].
 
         Raises:
             UserError: lanes are not a multiple of world_size.
@@ -119,7 +119,7 @@ class EpochPlan:
         return np.concatenate([self._lane(lane, step) for lane in range(rank * share, (rank + 1) * share)])
 
     def stand_ins(self, epoch: int, step: int, slot: int) -> Iterator[int]:
-        """SampleIds that may take the place of an unreadable sample, without end, the first choice first.
+        """Ids that may take the place of an unreadable sample, without end, the first choice first.
 
         Args:
             epoch, step: of the batch.
@@ -183,7 +183,7 @@ class EpochPlan:
         return np.argsort(bits.random_raw(n), kind="stable")
 
     def _ids(self, begin: int, end: int) -> SampleIds:
-        """SampleIds at positions [begin, end) of the epoch's string of shards."""
+        """Ids at positions [begin, end) of the epoch's string of shards."""
         first = int(np.searchsorted(self._starts, begin, side="right")) - 1
         last = int(np.searchsorted(self._starts, end, side="left"))
         parts = []
@@ -207,7 +207,7 @@ class EpochPlan:
         return np.concatenate(parts)
 
     def _window(self, lane: int, number: int) -> SampleIds:
-        """SampleIds of one of a lane's windows, in shuffled order."""
+        """Ids of one of a lane's windows, in shuffled order."""
         cached = self._windows.get(lane)
         if cached is None or cached[0] != number:
             begin = number * self._window_samples

@@ -1,57 +1,78 @@
-"""A source without the samples that validation is measured on.
+"""Source without the samples that are held out for validation.
 
-Which these are depends on what a sample is, not on order, seed, epoch or world size: in shards on the shard's name and
-the byte at which the sample begins, in a listing on the image that its row names, so that rows of one image go
-together. Ids, and with them per-sample state, stay what they are without validation; those that are held out are never
-drawn, like samples that cannot be used.
+A hash of a sample's identity decides whether it is held out; order, seed, epoch and world size do not. In shards the
+identity is the shard's name and the sample's byte offset, in a listing the image that the row names, so that rows of
+one image stay together. Ids, and with them per-sample state, are those of the whole source. Held-out samples are never
+drawn, like unusable ones.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from disttempnet.data.source import OK, Source
+from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 
-HELD_OUT = 255  # a status; the sources' own are below
+HELD_OUT = 255  # a status; the codes of the sources are lower
 
 
 class HeldOut(Source):
-    """The samples of a source that are trained on.
+    """Training samples of a source, without the held-out ones.
 
     Args:
         base: all samples.
-        share: of its usable samples that are held out, about: each is by its own hash.
+        share: fraction of the usable samples to hold out, about: each sample is decided by its own hash.
 
     Attributes:
-        held_out: int64, their ids.
+        held_out: ids of the held-out samples, int64.
 
     Raises:
-        UserError: none of so few samples is held out, or none is left.
+        UserError: no sample is held out, or none is left.
     """
 
     def __init__(self, base: Source, share: float) -> None:
         self.base, self.share = base, share
         self.where, self.first = base.where, base.first
-        status = base.status
-        usable = status == OK
-        self.held_out = np.flatnonzero(usable & (base.hashes() < np.uint64(share * 2.0**64)))
-        left = int(usable.sum()) - len(self.held_out)
+        usable = base.usable
+        self.held_out = usable[base.hashes()[usable] < np.uint64(share * 2.0**64)]
+        left = len(usable) - len(self.held_out)
         if not len(self.held_out) or not left:
             few = "none" if left else "all"
             raise UserError(
-                f"data.validation = {share:g} holds out {few} of the {int(usable.sum()):,} usable samples of "
+                f"data.validation = {share:g} holds out {few} of the {len(usable):,} usable samples of "
                 f"{self.where}: {'raise' if left else 'lower'} it, or name a source of its own"
             )
-        self.status = status.copy()
-        self.status[self.held_out] = HELD_OUT
+        self._is_held_out = np.zeros(len(base), dtype=bool)
+        self._is_held_out[self.held_out] = True
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def status_of(self, sample: int) -> int:
+        return HELD_OUT if self._is_held_out[sample] else self.base.status_of(sample)
+
+    @cached_property
+    def usable_counts(self) -> NDArray[np.int64]:
+        held_out = np.diff(np.searchsorted(self.held_out, self.first))  # int64 [G]
+        return self.base.usable_counts - held_out
+
+    @property
+    def usable(self) -> NDArray[np.int64]:
+        return self._training_part(self.base.usable)
+
+    def usable_in(self, group: int) -> NDArray[np.int64]:
+        return self._training_part(self.base.usable_in(group))
+
+    def _training_part(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return ids[~self._is_held_out[ids]]
 
     @property
     def digest(self) -> str:
-        """That of all samples: equal ids mean the same samples as without validation."""
+        """Digest of all samples: ids mean the same samples as without validation."""
         return self.base.digest
 
     @property
@@ -78,10 +99,10 @@ class HeldOut(Source):
         return self.base.metadata(sample)
 
     def reason(self, sample: int) -> str:
-        return "held out for validation" if self.status[sample] == HELD_OUT else self.base.reason(sample)
+        return "held out for validation" if self._is_held_out[sample] else self.base.reason(sample)
 
     def notes(self) -> list[str]:
-        held = f"{len(self.held_out):,} samples are held out for validation, and not trained on"
+        held = f"{len(self.held_out):,} samples are held out for validation and not trained on"
         return [*self.base.notes(), f"{held} (data.validation = {self.share:g})"]
 
     def problems(self, names: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Several sources as one: their ids one after another, each read as often as its weight says."""
+"""Mixture of sources: their ids one after another, each source read as often as its weight says."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from disttempnet.data.source import Source
 
 
 class MixedSource(Source):
-    """The samples of part p have the ids from `offsets[p]` on, in the order that they have in the part.
+    """Samples of several sources; part p has the ids from `offsets[p]` on, in its own order.
 
     Args:
         parts: the sources.
-        weights: how often an epoch reads each sample of a part, on average; the epoch plan does so.
+        weights: how often an epoch reads each sample of a part, on average.
 
     Attributes:
         offsets: int64 [P + 1], id of the first sample of each part, then N.
@@ -33,14 +33,9 @@ class MixedSource(Source):
         self.first = np.concatenate([*groups, self.offsets[-1:]])
         self._groups = np.cumsum([0, *(len(part.first) - 1 for part in parts)], dtype=np.int64)
 
-    @property
-    def status(self) -> NDArray[np.uint8]:  # type: ignore[override]
-        """uint8 [N], put together on each call: what can be asked of a part should be."""
-        return np.concatenate([part.status for part in self.parts])
-
     @cached_property
     def digest(self) -> str:
-        """Over parts, and weights: they too decide which samples a step of a checkpoint has seen."""
+        """Hash of the parts' digests and weights: both decide which samples a step has seen."""
         parts = [[part.digest, weight] for part, weight in zip(self.parts, self.weights, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -55,6 +50,15 @@ class MixedSource(Source):
     @cached_property
     def usable_counts(self) -> NDArray[np.int64]:
         return np.concatenate([part.usable_counts for part in self.parts])
+
+    @property
+    def usable(self) -> NDArray[np.int64]:
+        parts = zip(self.parts, self.offsets[:-1], strict=True)
+        return np.concatenate([part.usable + offset for part, offset in parts])
+
+    def status_of(self, sample: int) -> int:
+        part, own = self._locate(sample)
+        return self.parts[part].status_of(own)
 
     def image_bytes(self, sample: int) -> bytes:
         part, own = self._locate(sample)
@@ -98,7 +102,7 @@ class MixedSource(Source):
         return self.parts[part].usable_in(group - int(self._groups[part])) + self.offsets[part]
 
     def _locate(self, sample: int) -> tuple[int, int]:
-        """(part, id in the part) of a sample. Raises IndexError."""
+        """Return (part, id in the part) of a sample. Raises IndexError."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample id {sample} is not in [0, {len(self)})")
         part = int(np.searchsorted(self.offsets, sample, side="right")) - 1

@@ -1,4 +1,4 @@
-"""WriteResult shards: what webdataset reads back, the same bytes always, and whole files only, whatever happens."""
+"""Written shards: what webdataset reads back, the same bytes always, and whole files only, whatever happens."""
 
 import io
 import json

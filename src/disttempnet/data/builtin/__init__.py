@@ -1,4 +1,4 @@
-"""Data sets that need no download, made into shards on first use.
+"""Built-in data sets: no download, made into shards on first use.
 
 emoji.py    renderings and names of emoji, packed in the package
 scenes.py   synthetic pictures of shapes with a known long tail

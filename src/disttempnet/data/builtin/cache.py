@@ -1,4 +1,4 @@
-"""Shards that are made on first use, in a cache folder of this user."""
+"""User's cache folder, and shards that are made in it on first use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from disttempnet.io.paths import expand_home
 
 
 def cached_shards(dataset: str, split: str, shards: Iterable[str], write: Callable[[Path], None]) -> Path:
-    """Folder DATASET/SPLIT of the cache, made when it is not there yet.
+    """Return the folder DATASET/SPLIT of the cache; on first use, make it.
 
-    Several processes may call this at once: each writes a folder of its own, the first to rename it wins.
+    Several processes may call this at once: each writes its own folder, and the first to rename it wins.
 
     Args:
-        dataset: name that changes whenever what makes the bytes does, as far as its caller can tell.
+        dataset: name that has to change whenever the bytes may change.
         split: name of the folder in it.
         shards: file names that the folder holds.
         write: writes these files into an empty folder, with the same bytes every time.
@@ -35,7 +35,7 @@ def cached_shards(dataset: str, split: str, shards: Iterable[str], write: Callab
         except OSError as error:
             raise UserError(
                 f"{folder}: shards cannot be written here ({error.strerror}); "
-                "set DISTTEMPNET_CACHE to a folder that can"
+                "set DISTTEMPNET_CACHE to a writable folder"
             ) from None
     for name in shards:
         if not (folder / name).is_file():
@@ -44,7 +44,7 @@ def cached_shards(dataset: str, split: str, shards: Iterable[str], write: Callab
 
 
 def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """A tar of (name, content), without times and owners: the same members give the same bytes."""
+    """Write a tar of (name, content) without times and owners: the same members give the same bytes."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
         for name, data in members:
             member = tarfile.TarInfo(name)
@@ -53,7 +53,7 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def cache_folder() -> Path:
-    """DISTTEMPNET_CACHE, or this user's cache folder.
+    """Return DISTTEMPNET_CACHE, or the user's cache folder.
 
     Raises:
         UserError: a user without a home.

@@ -1,4 +1,4 @@
-"""The data set that ships with the package: packed in a zip, made into webdataset shards on first use.
+"""Embedded emoji data set: packed in a zip, unpacked to webdataset shards on first use.
 
 tools/pack_emoji.py made the zip and describes its layout; demo/LICENSES.md credits the artists.
 """
@@ -19,7 +19,7 @@ DEMO_FOLDER = Path(__file__).with_name("packed")
 
 
 def embedded_shards(name: str) -> Path:
-    """Folder with the .tar shards of an embedded split, made in the cache folder when it is not there yet.
+    """Return the folder with the .tar shards of an embedded split; on first use, make it in the cache folder.
 
     Args:
         name: DATASET/SPLIT, for example `emoji/train`.

@@ -100,7 +100,7 @@ BACKGROUND_RGB = {"white": (245, 245, 245), "grey": (150, 150, 150), "black": (3
 
 
 class Thing(NamedTuple):
-    """What a concept is, and what stands beside it."""
+    """Coloured, patterned shape: a concept, or the second object beside it."""
 
     colour: str
     pattern: str
@@ -113,7 +113,7 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture as facts; without another thing there is no relation either."""
+    """Contents of a picture; without a second object there is no relation either."""
 
     thing: Thing
     size: str
@@ -123,7 +123,7 @@ class Scene:
 
 
 def generated_shards(name: str) -> Path:
-    """Folder with the .tar shards of a generated split, made in the cache folder when it is not there yet.
+    """Return the folder with the .tar shards of a generated split; on first use, make it in the cache folder.
 
     A sample is KEY.png, KEY.txt (the caption) and KEY.json: caption, `label` (the concept's name), `concept` (its
     rank by frequency, 0 = most frequent), `frequency` (its training samples), `ambiguity` (how many of the concepts
@@ -152,7 +152,7 @@ def generated_shards(name: str) -> Path:
 
 
 def zipf_counts() -> list[int]:
-    """Training samples of each concept, most frequent first: TRAIN_SAMPLES dealt ∝ 1/rank, by largest remainder."""
+    """Return the training samples of each concept, ∝ 1/rank, TRAIN_SAMPLES in all, by largest remainder."""
     weights = 1 / np.arange(1, CONCEPTS + 1)
     shares = TRAIN_SAMPLES * weights / weights.sum()
     counts = np.floor(shares).astype(int)
@@ -162,7 +162,7 @@ def zipf_counts() -> list[int]:
 
 
 def concepts() -> list[Thing]:
-    """Every combination of parts, most frequent first: of common parts, with some scatter."""
+    """Return all combinations of parts, most frequent first: common parts first, with some scatter."""
     every = [Thing(*parts) for parts in product(*CONCEPT_PARTS.values())]
     places = np.indices([len(values) for values in CONCEPT_PARTS.values()]).reshape(len(CONCEPT_PARTS), -1)
     rarity = np.log1p(places).sum(0) + SCATTER * np.random.default_rng(SCENES_SEED).normal(size=len(every))
@@ -215,7 +215,7 @@ def _scene(rng: np.random.Generator, thing: Thing, other: Thing) -> Scene:
 
 
 def _caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[str]]:
-    """A true sentence about the scene, and which parts of the concept it names: at least one."""
+    """Return a true sentence about the scene, and the parts of the concept that it names, at least one."""
     odds = {"colour": 0.85, "pattern": 0.75, "shape": 0.9}
     named: list[str] = []
     while not named:
@@ -242,7 +242,7 @@ def _with_article(words: str) -> str:
 
 
 def _draw(rng: np.random.Generator, scene: Scene) -> Array:
-    """The scene as uint8 [IMAGE_SIDE, IMAGE_SIDE, 3]; coordinates run from −1 to 1, y downwards."""
+    """Draw the scene as uint8 [IMAGE_SIDE, IMAGE_SIDE, 3]; coordinates run from −1 to 1, y downwards."""
     blotches = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize((FINE, FINE))
     shade = (np.asarray(blotches, np.float32) - 128) * 0.2
     canvas = shade[..., None] + (BACKGROUND_RGB[scene.background] + rng.uniform(-12, 12, 3)).astype(np.float32)
@@ -260,7 +260,7 @@ def _draw(rng: np.random.Generator, scene: Scene) -> Array:
 
 
 def _paint(rng: np.random.Generator, canvas: Array, thing: Thing, place: Array, radius: float) -> None:
-    """Lay a thing on the canvas [FINE, FINE, 3], turned by up to 15°."""
+    """Paint an object on the canvas [FINE, FINE, 3], rotated by up to 15°."""
     angle = rng.uniform(-15, 15) * pi / 180
     grid = (np.arange(FINE, dtype=np.float32) + 0.5) * (2 / FINE) - 1
     x, y = ((grid - float(centre)) / radius for centre in place)
@@ -273,7 +273,7 @@ def _paint(rng: np.random.Generator, canvas: Array, thing: Thing, place: Array, 
     canvas[light] = 0.25 * colour + 0.75 * 250
 
 
-# which points belong to a shape of radius 1
+# points inside a shape of radius 1
 SHAPE_MASKS: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda u, v: u**2 + v**2 < 0.85,
     "bar": lambda u, v: (abs(u) < 1) & (abs(v) < 0.4),
@@ -281,7 +281,7 @@ SHAPE_MASKS: dict[str, Callable[[Array, Array], Array]] = {
     "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 0.95),
     "ring": lambda u, v: abs(u**2 + v**2 - 0.65) < 0.3,
 }
-# where a pattern is light
+# points where a pattern is light
 PATTERN_MASKS: dict[str, Callable[[Array, Array], Array]] = {
     "plain": lambda u, v: np.zeros_like(u, dtype=bool),
     "striped": lambda u, v: (v + 0.2) % 0.8 < 0.4,

@@ -13,7 +13,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from io import BufferedRandom, BufferedReader
+from io import BufferedRandom
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -34,15 +34,14 @@ from disttempnet.data.listings.fields import (
     kind_of,
 )
 from disttempnet.data.listings.readers import Layout
-from disttempnet.data.shards.index import writable
-from disttempnet.data.source import OK, bare
+from disttempnet.data.source import OK, visible_text
 from disttempnet.errors import UserError
-from disttempnet.io.files import open_regular
+from disttempnet.io.columns import ColumnWriter, map_columns, temporary_index
 from disttempnet.sanitize import one_line
 from disttempnet.terminal import console
 
 LISTING_INDEX_FORMAT = "disttempnet-listing-2"
-HEADER_BYTES = 4096  # what the header is padded to, as it is written last
+HEADER_ROOM = 4096  # bytes reserved for the header
 ASCII, UNICODE = json.JSONEncoder(), json.JSONEncoder(ensure_ascii=False)
 HEAD_ROWS = 1000  # rows that must show which keys there are
 
@@ -62,7 +61,6 @@ ROW_REASONS = (
 _, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW, NO_BYTES = range(
     len(ROW_REASONS)
 )
-KINDS = {"I64": np.int64, "U8": np.uint8}
 
 
 class Settings(NamedTuple):
@@ -157,24 +155,8 @@ def load_columns(path: Path, verify: bool = False) -> Columns:
         UserError: it is none of this version, not all of it is there, or it is damaged.
     """
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length) if length < size else b"")
-            metadata = header["__metadata__"]
-            if metadata["format"] != LISTING_INDEX_FORMAT:
-                raise ValueError(f"its format is {metadata['format']}, not {LISTING_INDEX_FORMAT}")
-            checksum = metadata.pop("checksum")
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            if size != 8 + length + max(entry["data_offsets"][1] for entry in entries.values()):
-                raise ValueError("it is cut off")
-            if verify and _checksum(file, 8 + length, header) != checksum:
-                raise ValueError("it is damaged: its sha256 is not what it was when it was written")
-        tensors = {}
-        for name, entry in entries.items():
-            kind, offset, shape = KINDS[entry["dtype"]], 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
-            # asarray: plain views of the mapping, which are faster to index than np.memmap
-            tensors[name] = np.asarray(np.memmap(path, kind, "r", offset, shape))
-        return Columns(path, tensors, metadata["digest"])
+        metadata, columns = map_columns(path, LISTING_INDEX_FORMAT, verify)
+        return Columns(path, columns, metadata["digest"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a usable index of a listing ({error}); delete it to index again") from None
 
@@ -191,8 +173,9 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
     Raises:
         UserError: it cannot be read, has no such keys, or no usable row.
     """
-    with writable(path) as temporary, temporary.open("w+b") as file:
-        file.write(bytes(HEADER_BYTES))
+    with temporary_index(path) as temporary, temporary.open("w+b") as file:
+        # the texts of the rows, one after another, as they are read and validated
+        writer = ColumnWriter(file, HEADER_ROOM)
         rows, images, nulls = _RowWriter(file), array("q"), 0
         for row in _validated(_with_bar(layout, progress), layout, settings):
             rows.add(_encoded(row), row.status)
@@ -200,25 +183,35 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
             if settings.join_rows:
                 images.append(hash(row.image))
         _refuse_unusable(layout, rows.status)
+
+        # rows of one image become one sample
         read = len(rows.status)
         first = _first_rows(np.frombuffer(images, np.int64), rows.status) if settings.join_rows else None
-        numbers = np.arange(0)
+        numbers = None
         if first is not None:
             rows, numbers = _joined(rows, first, path.parent)
+
+        # all other columns: byte offsets, groups, row numbers, status, and the origin as JSON
         said = layout.said() + ([f"{nulls:,} captions are null: left out"] if nulls else [])
         notes = {**layout.notes(), "rows": read, "said": said}
         about = {"settings": settings._asdict(), "parts": layout.parts, "notes": notes}
-        tensors: dict[str, NDArray[Any]] = {
-            "start": np.array(rows.start, np.int64),
-            "first": np.cumsum([0, *layout.groups(len(rows.status))], dtype=np.int64),
-            **({"numbers": numbers} if first is not None else {}),
-            "status": np.frombuffer(bytes(rows.status), np.uint8),
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-        }
-        for name in ("start", "first", "status"):
-            rows.digest.update(tensors[name].data)
+        start = np.array(rows.start, np.int64)
+        groups = np.cumsum([0, *layout.groups(len(rows.status))], dtype=np.int64)
+        status = np.frombuffer(bytes(rows.status), np.uint8)
+        file.write(bytes(-rows.start[-1] % 8))  # numbers lie on multiples of their size
+        writer.end_column("rows", status.dtype, [rows.start[-1] + -rows.start[-1] % 8])
+        writer.add("start", start)
+        writer.add("first", groups)
+        if numbers is not None:
+            writer.add("numbers", numbers)
+        writer.add("status", status)
+        writer.add("about", np.frombuffer(json.dumps(about).encode(), np.uint8))
+
+        # the digest is of what the samples are, the checksum of the file
+        for column in (start, groups, status):
+            rows.digest.update(column.data)
         rows.digest.update(layout.identity().encode())
-        _finish(file, rows.start[-1], tensors, rows.digest.hexdigest())
+        writer.finish({"format": LISTING_INDEX_FORMAT, "digest": rows.digest.hexdigest()}, checksum=True)
         os.replace(temporary, path)
 
 
@@ -253,10 +246,10 @@ def _joined(rows: _RowWriter, first: NDArray[np.int64], folder: Path) -> tuple[_
     order = np.argsort(first, kind="stable")
     cuts = [0, *(np.flatnonzero(np.diff(first[order])) + 1).tolist(), len(order)]
     with TemporaryFile(dir=folder) as before:
-        rows.file.seek(HEADER_BYTES)
+        rows.file.seek(HEADER_ROOM)
         shutil.copyfileobj(rows.file, before)
         before.flush()
-        rows.file.seek(HEADER_BYTES)
+        rows.file.seek(HEADER_ROOM)
         rows.file.truncate()
         joined, numbers = _RowWriter(rows.file), array("q")
         for begin, end in pairwise(cuts):
@@ -281,33 +274,6 @@ def _joined_text(texts: list[bytes]) -> bytes:
         captions += more
         fields = {key: value for key, value in fields.items() if key in others and others[key] == value}
     return _encoded(Row(image, captions, fields, OK))
-
-
-def _finish(file: BufferedRandom, row_bytes: int, tensors: dict[str, NDArray[Any]], digest: str) -> None:
-    """Write what comes after the rows, then the header before them."""
-    offset = row_bytes + -row_bytes % 8  # numbers lie on multiples of their size
-    file.write(bytes(offset - row_bytes))
-    header: dict[str, Any] = {"__metadata__": {"format": LISTING_INDEX_FORMAT, "digest": digest}}
-    header["rows"] = {"dtype": "U8", "shape": [offset], "data_offsets": [0, offset]}
-    for name, tensor in tensors.items():
-        kind, end = "I64" if tensor.dtype == np.int64 else "U8", offset + tensor.nbytes
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        file.write(tensor.data)
-        offset = end
-    header["__metadata__"]["checksum"] = _checksum(file, HEADER_BYTES, header)
-    file.seek(0)
-    file.write((HEADER_BYTES - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES - 8))
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _checksum(file: BufferedRandom | BufferedReader, offset: int, header: dict[str, Any]) -> str:
-    """Hex sha256 of all bytes from `offset` on, and of the header as it is without a checksum."""
-    file.flush()
-    file.seek(offset)
-    digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps(header).encode())
-    return digest.hexdigest()
 
 
 def _refuse_unusable(layout: Layout, status: bytearray) -> None:
@@ -385,7 +351,7 @@ def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
         texts, nulls = _sentences(captions)
     caption_status = NO_CAPTION if captions is None else _caption_status(texts)
     others = {key: value for key, value in fields.items() if key not in (image_key, caption_key)}
-    kept = [text for caption in texts if (text := bare(caption))] if caption_status == OK else []
+    kept = [text for caption in texts if (text := visible_text(caption))] if caption_status == OK else []
     image = str(image) if image_status in (OK, OUTSIDE, NO_BYTES) else ""
     return Row(image, kept, others, image_status or caption_status, nulls)
 
@@ -436,4 +402,4 @@ def _caption_status(captions: Any) -> int:
             text.encode("utf-8")
     except UnicodeEncodeError:
         return BAD_CAPTION
-    return OK if any(map(bare, captions)) else EMPTY_CAPTION
+    return OK if any(map(visible_text, captions)) else EMPTY_CAPTION

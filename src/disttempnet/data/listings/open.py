@@ -33,10 +33,10 @@ from disttempnet.data.listings.index import (
 )
 from disttempnet.data.listings.parquet import ParquetImages, ParquetLayout
 from disttempnet.data.listings.readers import TABLE_SUFFIXES, FolderLayout, Layout, TableLayout, holds_images
-from disttempnet.data.shards.index import writable
 from disttempnet.data.shards.remote import is_remote
 from disttempnet.data.source import OK, Source, hash_of, usable_captions
 from disttempnet.errors import UserError, UserNotice
+from disttempnet.io.columns import temporary_index
 from disttempnet.io.files import UnfitFile, read_regular
 from disttempnet.io.machine import cause
 from disttempnet.sanitize import one_line
@@ -239,7 +239,7 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
     def build() -> None:
         path = index_file(layout, source.index)
         if distributed.is_main() and not path.is_file():
-            with writable(path):  # learnt before reading, which may take minutes, not after it
+            with temporary_index(path):  # learnt before reading, which may take minutes, not after it
                 pass
             build_index(layout, path, settings, progress)
 

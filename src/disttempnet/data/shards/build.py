@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disttempnet.data.shards.index import INDEX_COLUMNS, Shard, ShardIndex, explained, load_index, writable, write_index
+from disttempnet.data.shards.index import INDEX_COLUMNS, Shard, ShardIndex, load_index, write_index
 from disttempnet.data.shards.journal import Journal
 from disttempnet.data.shards.names import ShardList
 from disttempnet.data.shards.scan import scan_shard
 from disttempnet.data.shards.store import ShardState, ShardStore, file_fingerprint
 from disttempnet.errors import UserError
+from disttempnet.io.columns import explain_unwritable_index, temporary_index
 from disttempnet.io.jobs import LostWorker, run_jobs
 from disttempnet.io.machine import cores
 from disttempnet.io.progress import Meter
@@ -72,9 +73,9 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
             the index cannot be written. Except for changed checksums what is scanned is kept for the next call.
     """
     store, states = shards.store, shards.store.states(shards.names)
-    with explained(path):
+    with explain_unwritable_index(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with writable(path):  # learnt before a scan that may take an hour, not after it
+        with temporary_index(path):  # learnt before a scan that may take an hour, not after it
             pass
         journal = Journal(path, how.caption_key)
     try:
@@ -151,7 +152,7 @@ def _scan_all(store: ShardStore, todo: Mapping[str, ShardState], path: Path, how
                 if isinstance(result, UserError):
                     broken.append(str(result))
                 else:
-                    with explained(path):
+                    with explain_unwritable_index(path):
                         journal.append(*result)
                 meter.advance(task.state.size)
         except LostWorker as error:
@@ -188,7 +189,7 @@ def _scan_one(store: ShardStore, name: str, state: ShardState, how: Scan) -> Sca
             facts = (scan.note, checksum, scan.tally, scan.about_ungrouped)
             shard = Shard(name, path.stat().st_size, samples, file_fingerprint(path), *facts)
         values: dict[str, list] = {"start": scan.start, "spans": scan.spans, "status": scan.status}
-        return shard, {key: np.array(values[key], kind).tobytes() for key, kind in INDEX_COLUMNS.items()}
+        return shard, {name: np.array(values[name], column.dtype).tobytes() for name, column in INDEX_COLUMNS.items()}
     except UserError as error:
         return error
 
@@ -226,7 +227,7 @@ def _write(
                 place = places[shard.name]
                 yield getattr(place.home, column)[place.first : place.end].tobytes()
 
-    with writable(path) as temporary:
+    with temporary_index(path) as temporary:
         write_index(temporary, entries, journal.caption_key, {column: pieces(column) for column in INDEX_COLUMNS})
         index = load_index(temporary, store.folder, store=store)
         if not index.usable_counts.any():

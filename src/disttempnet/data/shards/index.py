@@ -6,13 +6,12 @@ file beside the shards (safetensors, memory-mapped): `building.py` makes it, `in
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,19 +24,20 @@ from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.data.shards.names import MAX_TEXT, BrokenTar, read_member, sample_key
 from disttempnet.data.shards.scan import REASONS, Tally, json_captions
 from disttempnet.data.shards.store import LocalStore, ShardState, ShardStore
-from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mixed, usable_captions
+from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mix_bits, usable_captions
 from disttempnet.errors import UserError
-from disttempnet.io.files import UnfitFile, is_device, open_regular, temporary_beside
+from disttempnet.io.columns import ColumnType, ColumnWriter, map_columns
 from disttempnet.io.machine import open_files
 
 SHARD_INDEX_FORMAT = "disttempnet-index-1"
 IMAGE, CAPTION, JSON = range(3)
 NOT_IN_THE_DIGEST = ("checksum", "tally", "ungrouped")  # of a shard: what may be added to the same one later
-INDEX_COLUMNS: dict[str, np.dtype] = {
-    "start": np.dtype("<i8"),
-    "spans": np.dtype("<u4"),
-    "status": np.dtype("u1"),
-}  # as they lie in the file
+INDEX_COLUMNS = {  # as they lie in the file, a row per sample
+    "start": ColumnType(np.dtype("<i8")),
+    "spans": ColumnType(np.dtype("<u4"), (3, 2)),
+    "status": ColumnType(np.dtype("u1")),
+}
+HEADER_ROOM = 1024  # bytes of the header beside its metadata, at most
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ShardIndex(Source):
     def hashes(self) -> NDArray[np.uint64]:
         """Of shard and place: of the shard its file name alone, so that its folder may be called anything."""
         shards = np.array([hash_of(Path(shard.name).name) for shard in self.shards], np.uint64)
-        return mixed(np.repeat(shards, np.diff(self.first)) + self.start.astype(np.uint64))
+        return mix_bits(np.repeat(shards, np.diff(self.first)) + self.start.astype(np.uint64))
 
     def reason(self, sample: int) -> str:
         return REASONS[self.status[sample]]
@@ -219,58 +219,22 @@ def write_index(
         OSError: a disk that is full, for one.
     """
     samples = sum(shard.samples for shard in shards)
-    header: dict[str, Any] = {}
     metadata = {
         "format": SHARD_INDEX_FORMAT,
         "shards": json.dumps([asdict(shard) for shard in shards]),
         "caption_key": caption_key,
-        "digest": "0" * 64,  # known when all is written
+        "digest": "0" * 64,  # known when all columns are written
     }
-    header["__metadata__"], end = metadata, 0
-    for name, kind, tail in (("start", "I64", []), ("spans", "U32", [3, 2]), ("status", "U8", [])):
-        begin, end = end, end + samples * INDEX_COLUMNS[name].itemsize * int(np.prod(tail))
-        header[name] = {"dtype": kind, "shape": [samples, *tail], "data_offsets": [begin, end]}
+    room = len(json.dumps(metadata)) + HEADER_ROOM
     digest = start_digest(shards, caption_key)
     with path.open("r+b") as file:
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in INDEX_COLUMNS:
+        writer = ColumnWriter(file, room + -room % 8)
+        for name, column in INDEX_COLUMNS.items():
             for piece in columns[name]:
                 digest.update(piece)
                 file.write(piece)
-        written = file.tell() - 8 - len(text)
-        if written != end:
-            raise ValueError(f"{written:,} bytes of columns for {samples:,} samples, not {end:,}")
-        metadata["digest"] = digest.hexdigest()
-        text = json.dumps(header).encode().ljust(len(text))
-        file.seek(8)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def writable(path: Path) -> Iterator[Path]:
-    """An empty temporary file beside a path, gone afterwards; UserError if it cannot be written."""
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if is_device(path):
-            raise UnfitFile(errno.EINVAL, "not a regular file")  # which the index would replace
-        with temporary_beside(path) as temporary:
-            yield temporary
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with writing an index into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: the index cannot be written ({error.strerror}); make room, or name a file that can be in "
-            "data.train = [{path = …, index = FILE}]"
-        ) from None
+            writer.end_column(name, column.dtype, (samples, *column.row_shape))
+        writer.finish({**metadata, "digest": digest.hexdigest()})
 
 
 def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore | None = None) -> ShardIndex:
@@ -286,23 +250,13 @@ def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore
         UserError: the file is not an index of this version, or is damaged.
     """
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length) if length < path.stat().st_size else b"")
-        metadata = header["__metadata__"]
-        if metadata["format"] != SHARD_INDEX_FORMAT:
-            raise ValueError(f"its format is {metadata['format']}, not {SHARD_INDEX_FORMAT}")
-        columns = {}
-        for name, kind in INDEX_COLUMNS.items():
-            begin, shape = header[name]["data_offsets"][0], tuple(header[name]["shape"])
-            # asarray: plain views of the mapping, which are faster to index than np.memmap
-            columns[name] = np.asarray(np.memmap(path, kind, "r", offset=8 + length + begin, shape=shape))
+        metadata, columns = map_columns(path, SHARD_INDEX_FORMAT)
         shards = tuple(Shard(**shard) for shard in json.loads(metadata["shards"]))
         index = ShardIndex(path, folder, shards, columns, metadata.get("caption_key", ""), store)
         if verify and index.digest != metadata["digest"]:
             raise ValueError("its content does not match its digest")
     except FileNotFoundError:
-        raise UserError(f"{path}: this index is not there (any more); start again to make it") from None
+        raise UserError(f"{path}: this index is gone; start again to build it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a usable shard index ({error}); delete it to index again") from None
     return index

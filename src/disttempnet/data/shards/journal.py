@@ -130,8 +130,8 @@ class Journal:
 
 
 def column_bytes(samples: int) -> dict[str, int]:
-    """Bytes of each column of an index for this many samples."""
-    return {name: samples * kind.itemsize * (6 if name == "spans" else 1) for name, kind in INDEX_COLUMNS.items()}
+    """Return the bytes of each column of an index for this many samples."""
+    return {name: samples * column.row_bytes for name, column in INDEX_COLUMNS.items()}
 
 
 def _digest(payload: bytes) -> bytes:

@@ -12,10 +12,11 @@ from rich.filesize import decimal
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
 from disttempnet.data.shards.build import Scan, TooMuchToScan, build_shard_index
-from disttempnet.data.shards.index import ShardIndex, load_index, writable
+from disttempnet.data.shards.index import ShardIndex, load_index
 from disttempnet.data.shards.names import ShardList, resolve_shards
 from disttempnet.data.shards.store import CACHE_GB
 from disttempnet.errors import UserError
+from disttempnet.io.columns import temporary_index
 
 WHILE_RANKS_WAIT = 100 * 10**9  # bytes of shards that rank 0 scans while the others wait, minutes by default
 
@@ -87,7 +88,7 @@ def share_index(path: Path) -> None:
     pieces = distributed.file_of_main(path)
     try:
         if lacking:
-            with writable(path) as temporary:
+            with temporary_index(path) as temporary:
                 with temporary.open("wb") as file:
                     for piece in pieces:
                         file.write(piece)

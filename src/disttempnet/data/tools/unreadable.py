@@ -36,7 +36,7 @@ def fault_of(source: Source, sample: int, error: Exception) -> Fault:
 def known_faults(source: Source, first: int, end: int) -> Iterator[Fault]:
     """The samples of [first, end) that the source itself leaves out."""
     for sample in range(first, end):
-        if source.status[sample] != OK:
+        if source.status_of(sample) != OK:
             yield Fault(sample, _name(source, sample), source.reason(sample))
 
 

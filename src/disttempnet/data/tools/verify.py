@@ -159,7 +159,7 @@ def _read(source: Source, chunk: ReadTask) -> Iterator[list[Fault]]:
     """A worker's job."""
     faults: list[Fault] = []
     for sample in chunk.samples.tolist():
-        if source.status[sample] != OK:
+        if source.status_of(sample) != OK:
             faults += known_faults(source, sample, sample + 1)
             continue
         try:

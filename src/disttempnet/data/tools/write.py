@@ -187,7 +187,7 @@ def _write_part(source: Source, folder: Path, settings: WriteSettings, part: Pla
                 writer = _tar_writer()(file, user="", group="", mode=0o644, mtime=0, encoder=False)
                 try:
                     for sample in range(part.first, part.end):
-                        if source.status[sample] == OK:
+                        if source.status_of(sample) == OK:
                             try:
                                 members = sample_members(source, sample, settings)
                             except BAD_SAMPLE as error:
