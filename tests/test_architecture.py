@@ -69,7 +69,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "data/shards": [
         {"credentials", "patterns", "store"},
         {"remote"},
-        {"names"},
+        {"names", "tar"},
         {"scan"},
         {"index"},
         {"journal"},

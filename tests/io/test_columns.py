@@ -50,9 +50,11 @@ def test_damage_is_found_and_said(tmp_path: Path) -> None:
 
     def message(content: bytes, format: str = "test-1", verify: bool = False) -> str:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="") as error:
+        try:
             map_columns(path, format, verify)
-        return str(error.value)
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("it was read")
 
     assert message(whole, "test-2") == "its format is test-1, not test-2"
     assert message(whole[:-1]) == "it is cut off"

@@ -23,6 +23,9 @@ except ImportError:  # the same pixels without it
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 256 MiB of RGB
 MAX_BYTES = 1 << 29  # of an encoded image: no format needs more for so many pixels, except 16 bits without compression
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # of images with captions beside them
+# of all files that `decode` reads
+DECODED_SUFFIXES = IMAGE_SUFFIXES | {"jpe", "jfif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"}
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
 WHITES = {"i": (255, 65535), "u": (255, 65535), "f": (1, 255)}  # of grey in 32 bits, by kind of number
 OVERSHOOT = 1.01  # which resizing leaves beyond black and white
@@ -33,6 +36,11 @@ _Result = TypeVar("_Result")
 
 class UnreadableImage(ValueError):
     """Bytes that are no image, or none that may be decoded; the message says why."""
+
+
+def is_image(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
+    """Tell whether a file name ends in one of these suffixes, in lower or upper case."""
+    return name.rpartition(".")[2].lower() in suffixes
 
 
 class EncodedImage:

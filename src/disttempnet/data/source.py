@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 OK = 0  # the status of a usable sample
+MAX_TEXT = 1 << 24  # bytes of a caption or a .json; larger files are neither
 BYTE_ORDER_MARK = "\ufeff"
 # zero-width space and joiners, text directions, soft hyphen: a caption of these alone is empty
 INVISIBLE = f"{BYTE_ORDER_MARK}\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"

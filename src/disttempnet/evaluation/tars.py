@@ -1,6 +1,6 @@
-"""Tars of evaluation data, as byte ranges; a sample is all files with one name up to the first dot of it.
+"""Tars of evaluation data as byte ranges; a sample is all files of a tar with the same name up to the first dot.
 
-Where that gives no image, up to the last dot: names such as `mr. b 001.jpg` and `shot_v1.3.jpg`.
+Where that gives no image, the last dot divides: names such as `mr. b 001.jpg` and `shot_v1.3.jpg`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from disttempnet.data.shards.names import (
-    HEADER,
-    IMAGE_SUFFIXES,
-    MAX_TEXT,
-    BrokenTar,
-    read_member,
-    split_at_last_dot,
-    split_name,
-)
+from disttempnet.data.images import IMAGE_SUFFIXES
+from disttempnet.data.shards.tar import BrokenTar, sample_key, split_at_last_dot, split_name, walk_tar
+from disttempnet.data.source import MAX_TEXT
 from disttempnet.errors import UserError
 from disttempnet.io.files import open_regular
 
-SCAN_THREADS = 16  # tars are indexed side by side: on a network disk each header is a wait
+SCAN_THREADS = 16  # tars scanned at once: on a network disk each header is a wait
 
 
 class Span(NamedTuple):
-    """A file in a tar: its place and size in bytes; `content` where it is no image, and not too large for a text."""
+    """Byte range of a file in a tar; `content` if it is no image and small enough for a text."""
 
     offset: int
     size: int
@@ -35,53 +29,57 @@ class Span(NamedTuple):
 
 
 class Tar(NamedTuple):
-    """What a tar holds: key → suffix → file, in order; `note` says what is wrong with it, if anything is."""
+    """Files of a tar by key and suffix.
+
+    Attributes:
+        samples: key → suffix → file, in order.
+        note: what is wrong with the tar; empty if nothing is.
+        repeated: keys of files whose name came before; these files are left out.
+    """
 
     samples: dict[str, dict[str, Span]]
     note: str
+    repeated: tuple[str, ...]
 
 
 def read_tar(path: Path) -> Tar:
-    """Index a tar by one look at each of its headers, which brings small files along: labels, captions, metadata.
+    """Index a tar by one look at each header, which brings small files along: labels, captions, metadata.
 
-    One that is cut off gives what comes before.
+    A tar that is cut off gives the files before the cut.
 
     Raises:
         OSError: it cannot be read.
     """
     samples: dict[str, dict[str, Span]] = {}
-    dotted: dict[str, list[tuple[str, Span]]] = {}  # of a key: names whose suffix by the first dot has another dot
+    dotted: dict[str, list[tuple[str, Span]]] = {}  # key → files whose suffix by the first dot has another dot
+    repeated: dict[str, None] = {}
     note = ""
     descriptor = open_regular(path)
     try:
-        end, offset = os.fstat(descriptor).st_size, 0
-        while (member := read_member(descriptor, offset)) is not None:
-            offset = member.after
-            if member.data + member.size > end:
-                raise BrokenTar(f"cut off at byte {end:,}, inside {member.name}")
-            if not member.is_file:
-                continue
+        for member in walk_tar(descriptor):
+            if not member.is_complete:
+                continue  # the walk raises next
             key, suffix = split_name(member.name)
-            content: bytes | None = member.block[HEADER : HEADER + member.size]
-            if suffix in IMAGE_SUFFIXES or member.size > MAX_TEXT:
-                content = None
-            elif len(content or b"") < member.size:
-                content = os.pread(descriptor, member.size, member.data)
-            span = Span(member.data, member.size, content)
-            samples.setdefault(key, {}).setdefault(suffix, span)
+            is_text = suffix not in IMAGE_SUFFIXES and member.size <= MAX_TEXT
+            span = Span(member.data, member.size, member.content(descriptor) if is_text else None)
+            files = samples.setdefault(key, {})
+            if suffix in files:
+                repeated[sample_key(member.name)] = None
+                continue
+            files[suffix] = span
             if "." in suffix:
                 dotted.setdefault(key, []).append((member.name, span))
     except BrokenTar as error:
         note = str(error)
     finally:
         os.close(descriptor)
-    return Tar(_by_the_last_dot(samples, dotted), note)
+    return Tar(_by_the_last_dot(samples, dotted), note, tuple(repeated))
 
 
 def _by_the_last_dot(
     samples: dict[str, dict[str, Span]], dotted: Mapping[str, Sequence[tuple[str, Span]]]
 ) -> dict[str, dict[str, Span]]:
-    """The samples, those without an image divided again by the last dot of their names where that gives images."""
+    """Return the samples; one without an image is divided by the last dot of its names where that gives images."""
     result: dict[str, dict[str, Span]] = {}
     for key, members in samples.items():
         parts: dict[str, dict[str, Span]] = {}
@@ -98,21 +96,21 @@ def _by_the_last_dot(
 
 
 def image_of(members: Mapping[str, Span]) -> Span | None:
-    """The first image among the files of a sample."""
+    """Return the first image among the files of a sample."""
     return next((span for suffix, span in members.items() if suffix in IMAGE_SUFFIXES), None)
 
 
 def has_tars(folder: Path) -> bool:
-    """Whether a task's folder has tars: test/*.tar."""
+    """Tell whether a task's folder has tars: test/*.tar."""
     return any(not path.name.startswith(".") for path in (folder / "test").glob("*.tar"))
 
 
 def task_tars(folder: Path) -> tuple[list[Path], list[str]]:
-    """All tars of a folder, 0.tar, 1.tar, … 10.tar, and what is odd about their number."""
+    """Return all tars of a folder, 0.tar, 1.tar, … 10.tar, and notes if nshards.txt does not agree."""
     shards = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]
     shards.sort(key=lambda path: (len(path.name), path.name))
     if not shards:
-        raise UserError(f"{folder}: holds no .tar")
+        raise UserError(f"{folder}: has no .tar")
     path, notes = folder / "nshards.txt", []
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
     if text is None:
@@ -123,11 +121,16 @@ def task_tars(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def members_of(shards: Sequence[Path], broken: list[str]) -> Iterator[tuple[str, Path, Mapping[str, Span]]]:
-    """(SHARD/KEY, shard, its files) of all samples; a tar that is cut off is named in `broken`."""
+    """Yield (SHARD/KEY, shard, its files) of all samples.
+
+    Tars that are cut off, and keys that come twice in a tar, are appended to `broken`.
+    """
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         for shard, tar in zip(shards, pool.map(_read_tar, shards), strict=True):
             if tar.note:
                 broken.append(f"{shard.name}: {tar.note}")
+            for key in tar.repeated:
+                broken.append(f"{shard.name}/{key}: the key comes twice in this tar; only its first files are read")
             for key, members in tar.samples.items():
                 yield f"{shard.name}/{key}", shard, members
 

@@ -277,6 +277,8 @@ def _read_shard(shard: Path) -> tuple[EvaluationSample, ...]:
         raise UserError(f"{shard}: not a readable tar shard: {error}") from None
     if tar.note:
         raise UserError(f"{shard}: not a readable tar shard: {tar.note}")
+    if tar.repeated:
+        raise UserError(f"{shard}: sample {tar.repeated[0]}: the key comes twice in this tar")
     return tuple(_sample(shard, key, members) for key, members in tar.samples.items())
 
 

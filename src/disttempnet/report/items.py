@@ -15,9 +15,8 @@ from PIL import Image
 
 from disttempnet.config import SourceConfig
 from disttempnet.data import Source, decode, open_source
-from disttempnet.data.images import UnreadableImage
+from disttempnet.data.images import IMAGE_SUFFIXES, UnreadableImage
 from disttempnet.data.open import open_training_source
-from disttempnet.data.shards.names import IMAGE_SUFFIXES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tasks import EvaluationSample
 from disttempnet.io.files import read_regular

@@ -38,7 +38,7 @@ from disttempnet.data.listings import parquet as parquet_module
 from disttempnet.data.listings import readers as rows_module
 from disttempnet.data.listings.index import ROW_REASONS
 from disttempnet.data.listings.open import Listing
-from disttempnet.data.shards.names import MAX_TEXT
+from disttempnet.data.source import MAX_TEXT
 from disttempnet.errors import UserError, UserNotice
 from tests.data.conftest import png, sample, write_shard
 from tests.gloo import Pools

@@ -19,11 +19,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from disttempnet.data.images import DECODED_SUFFIXES, IMAGE_SUFFIXES, is_image
 from disttempnet.data.listings.delimited import DelimitedRows
 from disttempnet.data.listings.encodings import ENCODING_NAMES, ESCAPED, encoding_of
 from disttempnet.data.listings.fields import Fields
 from disttempnet.data.listings.json_kinds import Keys, is_row, known_kind, of_rows
-from disttempnet.data.shards.names import DECODED_SUFFIXES, IMAGE_SUFFIXES, MAX_TEXT, is_image
+from disttempnet.data.source import MAX_TEXT
 from disttempnet.errors import UserError
 from disttempnet.io.files import UnfitFile, read_regular
 

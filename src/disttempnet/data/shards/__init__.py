@@ -1,10 +1,11 @@
-"""Webdataset shards: which tars a spec names, what lies in one, the index of their samples.
+"""Webdataset shards: from a spec to an index of samples.
 
-names.py     which files a spec names; members of a tar as byte ranges
-store.py     who opens a shard: where it lies, or through the cache of remote.py
-scan.py      samples of one shard, which of them are usable, how large they are
-journal.py   what is scanned so far, kept on disk while an index is made
-build.py     makes the index in parallel, and brings one up to date
+names.py     spec → files;  patterns.py: braces and wildcards;  credentials.py: of URLs
+store.py     opens local shards;  remote.py: opens remote ones through a cache
+tar.py       members of a tar as byte ranges, and their keys
+scan.py      samples of one shard, with status and statistics
+journal.py   scanned shards on disk while an index is built
+build.py     builds an index in parallel, and updates one
 index.py     the index: dense ids → byte ranges
 open.py      opens the index, and checks it against the shards
 """

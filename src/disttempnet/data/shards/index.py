@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disttempnet.data.images import MAX_BYTES, UnreadableImage
-from disttempnet.data.shards.names import MAX_TEXT, BrokenTar, read_member, sample_key
 from disttempnet.data.shards.scan import REASONS, Tally, json_captions
 from disttempnet.data.shards.store import LocalStore, ShardState, ShardStore
-from disttempnet.data.source import OK, Source, UnreadableCaption, hash_of, mix_bits, usable_captions
+from disttempnet.data.shards.tar import BrokenTar, read_member, sample_key
+from disttempnet.data.source import MAX_TEXT, OK, Source, UnreadableCaption, hash_of, mix_bits, usable_captions
 from disttempnet.errors import UserError
 from disttempnet.io.columns import ColumnType, ColumnWriter, map_columns
 from disttempnet.io.machine import open_files

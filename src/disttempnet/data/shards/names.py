@@ -1,19 +1,13 @@
-"""Webdataset shards on disk: which files a spec names, and what one .tar holds, as byte ranges.
-
-A sample is a run of consecutive members with the same name up to the first dot (webdataset's rule); where that gives no
-image and no caption, up to the last dot.
-"""
+"""Specs of webdataset shards: the files that a folder, a pattern or a URL names."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from disttempnet.data.builtin.emoji import embedded_shards
 from disttempnet.data.builtin.scenes import generated_shards
@@ -23,36 +17,22 @@ from disttempnet.data.shards.remote import RemoteStore, is_remote
 from disttempnet.data.shards.store import CACHE_GB, LocalStore, ShardStore
 from disttempnet.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # that an image beside captions has
-# all that `decode` reads
-DECODED_SUFFIXES = IMAGE_SUFFIXES | {"jpe", "jfif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"}
-HEADER = 512  # bytes of a tar header, and what a member's data is padded to
-MAX_TEXT = 1 << 24  # bytes of a caption or a .json; more is not one
-MAX_EXTENSION = 1 << 20  # bytes of a long name or pax header; more is not one
 READABLE_PATTERN = re.compile(
     r"(?!all$)\w+|(\w*[^\W\d])?\{\d+\.\.\d+\}([^\W\d]\w*)?"
 )  # patterns that need no digest as labels
-# headers whose data is about the next one
-EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}
-LONGEST_LABEL = 220  # bytes of a name that a disk takes, less what goes around it
-READ_AHEAD = 2048  # one read brings a header and most captions
-
-
-def is_image(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
-    """Whether a file's name ends in one of these suffixes, in lower or upper case."""
-    return name.rpartition(".")[2].lower() in suffixes
+LONGEST_LABEL = 220  # bytes; with prefix and suffix it stays below the limit of file names
 
 
 @dataclass(frozen=True)
 class ShardList:
-    """Shards under one folder, in the order in which they were named.
+    """Shards under one folder, in the order of the spec.
 
     Attributes:
-        folder: the innermost one that holds all of them.
-        names: their paths from there.
-        label: the spec from there on as a file name, the same for no other spec; `all` for a whole folder.
-        remote: who fetches them into that folder; None = they are there.
+        folder: the innermost folder that holds all of them.
+        names: their paths relative to the folder.
+        label: file name for the part of the spec below the folder, unique to the spec; `all` for a whole folder.
+        remote: downloads the shards into the folder; None = they are local.
     """
 
     folder: Path
@@ -62,27 +42,27 @@ class ShardList:
 
     @property
     def store(self) -> ShardStore:
-        """Who opens them."""
+        """The store that opens these shards."""
         return self.remote or LocalStore(self.folder)
 
 
 def resolve_shards(spec: str, cache: str = "", cache_gb: float = CACHE_GB) -> ShardList:
-    """The shards that a spec names; all of them exist, unless they are remote.
+    """Return the shards that a spec names. Local ones exist.
 
     Args:
         spec: a folder (its *.tar, sorted by name), a path with braces or wildcards in file or folder names
             (`cc12m/{00000..01242}.tar`, `{a,b}/{0..9}.tar`, `{cc3m,cc12m}/*.tar`, `{cc3m,cc12m}`),
             `embedded:DATASET/SPLIT`, or `generated:DATASET/SPLIT`; or a URL of fsspec's, of a folder or with braces:
             `s3://bucket/cc12m/{00000..01242}.tar`.
-        cache: remote shards: folder that they are kept in; empty = the user's cache.
-        cache_gb: remote shards: gigabytes that all of that folder may take.
+        cache: remote shards: folder of the local cache; empty = the user's cache.
+        cache_gb: remote shards: limit of that folder in gigabytes.
 
     Raises:
-        UserError: nothing is there, or a shard of the pattern is missing.
+        UserError: there are no shards, or a shard of the pattern is missing.
     """
     if spec.startswith("pipe:"):
         found = re.search(r"\S+\.tar\b", spec.removeprefix("pipe:"))
-        raise UserError(f"'{spec}': no command is run to read data; name the shards: {found[0] if found else 'FOLDER'}")
+        raise UserError(f"'{spec}': commands are not run; name the shards: {found[0] if found else 'FOLDER'}")
     if is_remote(spec):
         return _resolve_remote(spec, cache, cache_gb)
     if spec.startswith("embedded:"):
@@ -107,14 +87,14 @@ def resolve_shards(spec: str, cache: str = "", cache_gb: float = CACHE_GB) -> Sh
 
 
 def _is_pattern_there(parts: Sequence[str], place: int) -> bool:
-    """Whether a part of a path has braces, or wildcards that are no part of the name of something that is there."""
+    """Tell whether a part of a path has braces, or wildcards that are not part of an existing name."""
     return "{" in parts[place] or (is_pattern(parts[place]) and not os.path.exists(Path(*parts[: place + 1])))
 
 
 def _no_shards_here(path: Path) -> str:
     if path.suffix in COMPRESSED and os.path.exists(path):
-        return "a compressed tar cannot be read at any place; unpack it to a .tar"
-    what = "is a file, and no .tar or listing" if os.path.exists(path) else "no such folder"
+        return "a compressed tar has no random access; unpack it to a .tar"
+    what = "not a .tar or a listing" if os.path.exists(path) else "no such folder"
     return (
         f"{what}; set data.train to a folder of .tar shards, a pattern such as FOLDER/{{00000..01242}}.tar, "
         "embedded:emoji/train, or generated:scenes/train"
@@ -122,20 +102,18 @@ def _no_shards_here(path: Path) -> str:
 
 
 def _tars_in(folder: Path) -> tuple[str, ...]:
-    """Names of all shards in a folder, sorted. Raises UserError if there are none."""
+    """Return the names of all shards in a folder, sorted. Raises UserError if there are none."""
     names = sorted(entry.name for entry in folder.glob("*.tar") if not entry.name.startswith("."))
     if not names:
         inner = sorted({entry.parent.name for entry in folder.glob("*/*.tar") if not entry.name.startswith(".")})
         pattern = folder / (inner[0] if len(inner) == 1 else "{" + ",".join(inner) + "}")
-        hint = (
-            f"there are some in folders of it: write '{pattern}'" if inner else "set data.train to one that holds them"
-        )
+        hint = f"its subfolders have some: write '{pattern}'" if inner else "set data.train to the folder of the shards"
         raise UserError(f"{folder}: no .tar shards in this folder; {hint}")
     return tuple(names)
 
 
 def _shards_named(folder: Path, pattern: str) -> Iterator[str]:
-    """Paths from a folder of all shards that a pattern names: files, and those in folders that it names."""
+    """Yield the shards that a pattern names, and those in folders that it names, as paths from the folder."""
     expanded = list(expand_braces(pattern))
     there = {parent: _files_in(folder / parent) for parent in {name.rpartition("/")[0] for name in expanded}}
     missing = []
@@ -163,15 +141,15 @@ def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
     spec, credentials = detached(spec)
     if any(character in spec for character in "*["):
         raise UserError(
-            f"'{spec}': no wildcards in a URL; name its folder for all shards in it, or write {{00000..01242}}"
+            f"'{spec}': wildcards do not work in a URL; name the folder for all its shards, or write {{00000..01242}}"
         )
     if not spec.endswith(".tar"):
         if "{" in spec:
-            raise UserError(f"'{spec}': braces in a URL name shards: end it in .tar")
+            raise UserError(f"'{spec}': a URL with braces has to end in .tar")
         store = RemoteStore(spec, cache, cache_gb, credentials)
         names = tuple(store.names())
         if not names:
-            raise UserError(f"{spec}: no .tar shards there; name them, as in {spec.rstrip('/')}/{{00000..01242}}.tar")
+            raise UserError(f"{spec}: no .tar shards there; name them: {spec.rstrip('/')}/{{00000..01242}}.tar")
         return ShardList(store.folder, names, "all", store)
     base = spec.partition("{")[0].rpartition("/")[0]
     pattern = spec[len(base) + 1 :]
@@ -183,7 +161,7 @@ def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
 
 
 def _label(pattern: str) -> str:
-    """A file name for a pattern, another one for each: readable alone where it is a word or one range of numbers."""
+    """Return a unique file name for a pattern; without a digest if the pattern is a word or one range of numbers."""
     pattern = pattern.removesuffix(".tar") if pattern.endswith(".tar") else f"{pattern}/"  # of folders
     name = re.sub(r"[*?\[\]]", "_", re.sub(r"[{}]", "", pattern).replace("/", "-"))
     if READABLE_PATTERN.fullmatch(pattern):
@@ -192,101 +170,5 @@ def _label(pattern: str) -> str:
 
 
 def _files_in(folder: Path) -> frozenset[str]:
-    """Names in a folder, by one listing: on a network disk far cheaper than asking for each."""
+    """Return the names in a folder by one listing, which is far cheaper on a network disk than a look at each."""
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-
-
-class Member(NamedTuple):
-    """One file in a tar: `start` is its first header, `data` its first byte, `after` the next header."""
-
-    name: str
-    start: int
-    data: int
-    size: int
-    after: int
-    block: bytes  # what was read from the last header on
-    is_file: bool
-
-
-class BrokenTar(Exception):
-    """What follows an offset cannot be read as a tar member; the message says where and why."""
-
-
-def read_member(descriptor: int, offset: int) -> Member | None:
-    """The member whose header is at an offset; None at the end-of-archive mark.
-
-    Raises:
-        BrokenTar: the file ends inside a header, or there is no header.
-    """
-    start, long_name, long_size = offset, None, None
-    while True:
-        block = os.pread(descriptor, READ_AHEAD, offset)
-        if len(block) < HEADER:
-            end = os.fstat(descriptor).st_size
-            raise BrokenTar(f"ends at byte {end:,} without an end-of-archive mark")
-        try:
-            info = tarfile.TarInfo.frombuf(block[:HEADER], "utf-8", "replace")
-        except tarfile.TarError as error:
-            if block[:HEADER].count(0) == HEADER:
-                return None
-            raise BrokenTar(f"no tar header at byte {offset:,} ({error})") from None
-        if info.size < 0:
-            raise BrokenTar(f"negative size in the header at byte {offset:,}")
-        data = offset + HEADER
-        if info.type not in EXTENSIONS:
-            break
-        if info.size > MAX_EXTENSION:
-            raise BrokenTar(f"extended header of {info.size:,} bytes at byte {offset:,}")
-        extension = os.pread(descriptor, info.size, data)
-        if info.type == tarfile.GNUTYPE_LONGNAME:
-            long_name = extension.rstrip(b"\0").decode("utf-8", "replace")
-        elif info.type == tarfile.XHDTYPE:
-            records = dict(_pax_records(extension))
-            long_name = records.get("path", long_name)
-            long_size = int(records["size"]) if records.get("size", "").isdecimal() else None
-        offset = data + _padded(info.size)
-    size = info.size if long_size is None else long_size
-    if not info.isreg():
-        size = 0  # links and folders carry no data, whatever their header says
-    return Member(long_name or info.name, start, data, size, data + _padded(size), block, info.isreg())
-
-
-def _padded(size: int) -> int:
-    return -(-size // HEADER) * HEADER
-
-
-def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
-    """Records of the form `LENGTH KEY=VALUE` and a newline, LENGTH counting all of it."""
-    while match := re.match(rb"(\d+) ([^=]+)=", data):
-        length = int(match[1])
-        if length <= match.end():
-            return
-        yield match[2].decode("utf-8", "replace"), data[match.end() : length - 1].decode("utf-8", "replace")
-        data = data[length:]
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`folder/0001.seg.png` → (`folder/0001`, `seg.png`); the suffix in lower case, empty if there is none."""
-    folder, slash, base = name.rpartition("/")
-    key, _, suffix = base.partition(".")
-    return folder + slash + key, suffix.lower()
-
-
-def split_at_last_dot(name: str) -> tuple[str, str]:
-    """`folder/mr. b.png` → (`folder/mr. b`, `png`): for names with dots that separate no suffix."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.rpartition(".")
-    return folder + slash + stem, suffix.lower()
-
-
-def role_of(suffix: str) -> int | None:
-    """Which part of a sample a member is: 0 image, 1 caption, 2 JSON; None for what training does not use."""
-    if suffix in IMAGE_SUFFIXES:
-        return 0
-    return {"txt": 1, "json": 2}.get(suffix)
-
-
-def sample_key(name: str) -> str:
-    """The key of a sample that begins with a member of this name."""
-    key, suffix = split_name(name)
-    return key if role_of(suffix) is not None else split_at_last_dot(name)[0]

@@ -12,18 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 from disttempnet.data.headers import image_header
-from disttempnet.data.shards.names import (
+from disttempnet.data.shards.tar import (
     HEADER,
-    MAX_TEXT,
     READ_AHEAD,
     BrokenTar,
     Member,
-    read_member,
     role_of,
     split_at_last_dot,
     split_name,
+    walk_tar,
 )
-from disttempnet.data.source import OK, UnreadableCaption, usable_captions
+from disttempnet.data.source import MAX_TEXT, OK, UnreadableCaption, usable_captions
 from disttempnet.errors import UserError
 from disttempnet.io.files import open_regular
 from disttempnet.io.machine import cause
@@ -149,15 +148,14 @@ def scan_shard(path: Path, caption_key: str = "") -> ShardScan:
 
 
 def _scan(scan: ShardScan, descriptor: int, caption_key: str) -> None:
-    end, offset, key = os.fstat(descriptor).st_size, 0, None
-    seen: set[str] = set()
-    keys: set[str] = set()
+    key: str | None = None  # of the sample that the walk is in
+    seen: set[str] = set()  # its suffixes
+    keys: set[str] = set()  # of all samples
     dotted: list[_Dotted] = []
     try:
-        while (member := read_member(descriptor, offset)) is not None:
+        for member in walk_tar(descriptor):
             member_key, suffix = split_name(member.name)
-            role = role_of(suffix) if member.is_file else None
-            offset = member.after
+            role = role_of(suffix)
             if role is not None:
                 if member_key != key or suffix in seen:
                     key, seen = member_key, set()
@@ -165,10 +163,8 @@ def _scan(scan: ShardScan, descriptor: int, caption_key: str) -> None:
                     _begin(scan, member)
                 seen.add(suffix)
                 _add(scan, role, member, descriptor, caption_key)
-            elif member.is_file and (one := _dotted(member_key, member)):
+            elif one := _dotted(member_key, member):
                 dotted.append(one)
-            if member.data + member.size > end:
-                raise BrokenTar(f"cut off at byte {end:,}, inside {member.name}")
     except BrokenTar as error:
         scan.note = str(error)
     _add_dotted(scan, dotted, keys, descriptor, caption_key)
@@ -223,9 +219,9 @@ def _add(scan: ShardScan, role: int, member: Member, descriptor: int, caption_ke
     if role == 0 and spans[1]:
         return
     spans[2 * role : 2 * role + 2] = member.data - start, member.size
-    content = member.block[HEADER : HEADER + member.size]
     if role == 0 and member.size:
-        format, size = image_header(content or os.pread(descriptor, READ_AHEAD, member.data))
+        head = member.block[HEADER : HEADER + member.size]
+        format, size = image_header(head or os.pread(descriptor, READ_AHEAD, member.data))
         add_to(scan.tally, format, 1)
         add_to(scan.tally, "image bytes", member.size)
         for name, pixels in zip(("image width", "image height"), size or (), strict=False):
@@ -234,9 +230,7 @@ def _add(scan: ShardScan, role: int, member: Member, descriptor: int, caption_ke
         if member.size > MAX_TEXT:
             scan.status[-1] = LONG_TEXT
             return
-        if len(content) < member.size:
-            content = os.pread(descriptor, member.size, member.data)
-        scan.status[-1] = _caption_status(content, member.size, caption_key, scan.tally)
+        scan.status[-1] = _caption_status(member.content(descriptor), member.size, caption_key, scan.tally)
 
 
 def _caption_status(content: bytes, size: int, caption_key: str, tally: Tally) -> int:

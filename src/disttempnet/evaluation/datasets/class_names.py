@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import disttempnet.models  # noqa: F401 (makes torchvision importable, which timm and open_clip want)
-from disttempnet.data.shards.names import MAX_TEXT
+from disttempnet.data.source import MAX_TEXT
 from disttempnet.errors import UserError
 from disttempnet.io.files import read_regular
 from disttempnet.sanitize import one_line

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from disttempnet.data.images import DECODED_SUFFIXES, is_image
 from disttempnet.data.listings.readers import leads_to_folder
-from disttempnet.data.shards.names import DECODED_SUFFIXES, is_image
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.cifar import batch_of, read_cifar
 from disttempnet.evaluation.datasets.class_names import (

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from disttempnet.data.shards.names import is_image
+from disttempnet.data.images import is_image
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tars import Span, has_tars, image_of, members_of, task_tars
 from disttempnet.evaluation.tasks import EvaluationSample, Puzzle, Task, TaskData, sample_of
