@@ -83,7 +83,7 @@ INDEX = [str(n) for n in range(COUNT)]
 )
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_known_kinds(document: Any, said: str, chunk: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "CHUNK", chunk)
+    monkeypatch.setattr(rows_module, "READ_CHARACTERS", chunk)
     (folder / "a.json").write_text(json.dumps(document, indent=chunk % 2 or None))
     source = opened(folder / "a.json")
     assert found(source) == {name: tuple(texts) for name, texts in zip(NAMES, TEXTS, strict=True)}
@@ -221,7 +221,7 @@ def test_a_large_object_is_read_and_a_broken_line_is_not_waited_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "MAX_ROW", 500)
-    monkeypatch.setattr(rows_module, "CHUNK", 100)
+    monkeypatch.setattr(rows_module, "READ_CHARACTERS", 100)
     (folder / "a.json").write_text(json.dumps({"images": [karpathy(n) for n in range(COUNT)]}))
     assert len(found(opened(folder / "a.json"))) == COUNT
     lines = '{"image": "x" "caption": "c"}\n' + '{"image": "val2014/0.png", "caption": "c"}\n' * 100_000

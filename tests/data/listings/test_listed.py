@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from disttempnet.cli.main import main
@@ -16,6 +17,7 @@ from disttempnet.data.listings.index import ROW_REASONS
 from disttempnet.data.listings.listed import read_listing
 from disttempnet.data.listings.open import Listing
 from disttempnet.errors import UserError
+from disttempnet.io.columns import ColumnWriter
 from tests.data.conftest import png
 
 
@@ -75,16 +77,17 @@ def test_rows_can_be_samples_as_before(tmp_path: Path) -> None:
 
 def test_an_index_of_before_there_was_joining_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, rows_of(3, 2))
-    finish = index_module._finish
 
-    def as_before(file: Any, row_bytes: int, tensors: dict[str, Any], digest: str) -> None:
-        about = json.loads(tensors["about"].tobytes())
-        about["notes"] = {}
-        del about["settings"]["join_rows"]
-        tensors["about"] = index_module.np.frombuffer(json.dumps(about).encode(), "uint8")
-        finish(file, row_bytes, tensors, digest)
+    class AsBefore(ColumnWriter):
+        def add(self, name: str, values: np.ndarray) -> None:
+            if name == "about":
+                about = json.loads(values.tobytes())
+                about["notes"] = {}
+                del about["settings"]["join_rows"]
+                values = np.frombuffer(json.dumps(about).encode(), np.uint8)
+            super().add(name, values)
 
-    monkeypatch.setattr(index_module, "_finish", as_before)
+    monkeypatch.setattr(index_module, "ColumnWriter", AsBefore)
     before = opened(path, join_rows=False)
     monkeypatch.undo()
     for join in (True, False):

@@ -671,7 +671,7 @@ def test_ids_are_rows_and_captions_come_back(rows: list, kind: str, chunk: int) 
     items = [{"image": f"{n}.png", "caption": caption, "n": str(n)} for n, caption in enumerate(rows)]
     expected = [tuple(t.strip() for t in ([c] if isinstance(c, str) else c) if t.strip()) for c in rows]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "CHUNK", chunk)
+        patch.setattr(rows_module, "READ_CHARACTERS", chunk)
         write_images(Path(folder), *(f"{n}.png" for n in range(len(rows))))
         path = Path(folder, f"list{kind}")
         if kind == ".csv":
@@ -704,7 +704,7 @@ json_values = st.recursive(
 @given(items=st.lists(json_values, max_size=6), indent=st.sampled_from([None, 0, 2]), chunk=st.integers(1, 9))
 def test_a_list_is_read_in_pieces_as_it_is_read_whole(items: list, indent: int | None, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "CHUNK", chunk)
+        patch.setattr(rows_module, "READ_CHARACTERS", chunk)
         text = io.TextIOWrapper(io.BytesIO(json.dumps(items, indent=indent).encode()), "utf-8")
         assert list(rows_module._JsonItems(text, Path("a.json"))) == items
 
