@@ -113,7 +113,7 @@ def test_workers_that_need_more_open_files_are_refused(shards: Write, monkeypatc
     check_open_files(8)
     monkeypatch.setattr(workers, "open_files", lambda: 64)
     with pytest.raises(
-        UserError, match=r"^data\.workers: so many need 76 open files, and this process may open 64: .*ulimit"
+        UserError, match=r"^data\.workers: they need 76 open files, and this process may open 64: .*ulimit"
     ):
         data_of(shards(9), workers=1)
     monkeypatch.setattr(workers, "open_files", lambda: 76)

@@ -1,25 +1,25 @@
-"""The epoch plan: which samples make which batch, as a pure function of (source, seed, epoch).
+"""Epoch plan: the samples of each batch as a pure function of (source, seed, epoch).
 
-n usable samples, B a global batch, L lanes. An epoch shuffles the order of the shards and strings their usable
-samples together. The first ⌊n/B⌋·B of them are cut into L equal lanes; lane l gives B/L samples to every batch,
-from a window of consecutive samples that is shuffled as a whole. The n mod B samples that are left make one more
-batch, filled from the beginning of the string (tail = wrap), or wait for another epoch (tail = drop).
+n usable samples, global batch B, L lanes. An epoch shuffles the shards and concatenates their usable samples. The first
+⌊n/B⌋·B of them are divided into L equal lanes. Each batch takes B/L samples from each lane, from a window of
+consecutive samples that is shuffled as a whole. The n mod B samples at the end make one more batch, filled from the
+beginning of the epoch (tail = wrap), or are dropped for this epoch (tail = drop).
 
-So every sample comes once an epoch (wrapped ones twice), no batch holds a sample twice, a lane reads a window's
-worth of shards at a time, and rank r of K takes lanes [r·L/K, (r+1)·L/K): the same batches for every K that
-divides L. Work and memory grow with shards and windows, not with n.
+So every sample comes once an epoch (wrapped ones twice), and no batch has a sample twice. A lane reads the shards of
+one window at a time. Rank r of K takes the lanes [r·L/K, (r+1)·L/K): batches are the same for every K that divides L.
+Work and memory grow with shards and windows, not with n.
 
-Several sources, a weight w each: the string holds all shards of a source ⌊w⌋ times, and of its samples, strung
-together in a shuffled order that stays, the next (w − ⌊w⌋) part, in a circle from epoch to epoch: every epoch reads
-another part, no part comes again before all others have, and all epochs are of one length. With w > 1 a batch can
-hold a sample twice. n counts what an epoch reads.
+Mixture: a source of weight w has all its shards ⌊w⌋ times in an epoch. The rest, (w − ⌊w⌋) of its samples, is the next
+part of a fixed shuffled order of its shards, in a circle from epoch to epoch. So every epoch reads another part, no
+part comes again before all others, and all epochs have one length. With w > 1 a batch can have a sample twice. n counts
+the reads of an epoch.
 
-A sample that cannot be read is replaced by one that the epoch reads in another batch. The k-th candidate for a slot of
-batch t is in the k-th full batch after t, at the slot that a shuffle of all slots gives: so no two slots of a batch
-have a candidate in common before all batches are through, and in an epoch no sample is the first candidate twice. A
-next turn through the batches is at each slot's neighbour: in B turns all samples of full batches are candidates. What
-stands in depends on (seed, epoch, step, slot) and on what is readable: not on rank, world size or worker. It comes
-from the windows that are open anyway.
+Replacement: an unreadable sample is replaced by a sample of another batch of the epoch. The k-th candidate for a slot
+of batch t is in the k-th full batch after t, at the slot given by a shuffle of all slots. So no two slots of a batch
+share a candidate before all batches are through, and no sample is the first candidate twice in an epoch. The next turn
+through the batches takes each slot's neighbour: B turns reach all samples of full batches. The replacement depends on
+(seed, epoch, step, slot) and on which samples are readable, not on rank, world size or worker. It comes from windows
+that are open anyway.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from torch.utils.data import Sampler
 from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 
-SampleIds = NDArray[np.int64]
-SHARDS, WINDOW, TAIL, PART, STAND_IN = range(5)  # what a random permutation is for: each draws from a stream of its own
+IdArray = NDArray[np.int64]
+SHARDS, WINDOW, TAIL, PART, STAND_IN = range(5)  # purposes of random permutations: each has its own random stream
 
 
 class EpochPlan:
@@ -44,16 +44,16 @@ class EpochPlan:
 
     Args:
         source: the samples.
-        global_batch: B, samples a step over all ranks; a multiple of lanes.
+        global_batch: B, samples of a step over all ranks; a multiple of lanes.
         lanes: L; world sizes that divide it see the same batches.
         seed: of every shuffle.
-        tail: what becomes of the last n mod B samples of an epoch.
-        shuffle_window: samples of a lane that are shuffled together, at most: windows of a lane are of one size,
-            as a short one at its end would mix badly.
+        tail: `wrap` fills the last n mod B samples of an epoch to a batch, `drop` leaves them out.
+        shuffle_window: largest number of samples of a lane that are shuffled together. Windows of a lane have one
+            size, as a short last one would mix badly.
         limit: use only the first this many usable samples; 0 = all.
 
     Raises:
-        UserError: fewer usable samples than one batch needs, or a batch that lanes do not divide.
+        UserError: fewer usable samples than a batch, or lanes that do not divide the batch.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class EpochPlan:
         ends = np.cumsum(source.usable_counts)
         if limit:
             ends = np.minimum(ends, limit)
-        self._counts: SampleIds = np.diff(ends, prepend=0)
+        self._counts: IdArray = np.diff(ends, prepend=0)
         self._whole, self._parts = self._divide()
         self.samples = int(self._counts[self._whole].sum()) + sum(part for _, part in self._parts)
         self._full_steps = self.samples // global_batch
@@ -87,19 +87,19 @@ class EpochPlan:
         self._window_samples = -(-self._lane_samples // windows)
         ragged = self.samples % global_batch
         self.steps = self._full_steps + (1 if ragged and tail == "wrap" else 0)
-        self._epoch = -1  # what the four below are for
-        self._shards: SampleIds = np.empty(0, np.int64)  # the epoch's string: shards,
-        self._begins: SampleIds = np.empty(0, np.int64)  # the first of its usable samples that is in it,
-        self._starts: SampleIds = np.empty(0, np.int64)
-        self._windows: dict[int, tuple[int, SampleIds]] = {}  # lane → (number, ids) of the window it is in
-        self._stand_in_slots: dict[int, SampleIds] = {}  # k - 1 → the slot of each slot's k-th stand-in, k ≤ full steps
+        self._epoch = -1  # epoch of the five fields below
+        self._shards: IdArray = np.empty(0, np.int64)  # shards of the epoch, in order
+        self._begins: IdArray = np.empty(0, np.int64)  # first usable sample of each shard that the epoch reads
+        self._starts: IdArray = np.empty(0, np.int64)  # position of that sample in the epoch, then n
+        self._windows: dict[int, tuple[int, IdArray]] = {}  # lane → (number, ids) of its current window
+        self._stand_in_slots: dict[int, IdArray] = {}  # k - 1 → the slot of each slot's k-th stand-in, k ≤ full steps
 
-    def batch(self, epoch: int, step: int) -> SampleIds:
-        """Ids of a global batch, int64 [B], in lane order."""
+    def batch(self, epoch: int, step: int) -> IdArray:
+        """Return the ids of a global batch, int64 [B], in lane order."""
         return self.local_batch(epoch, step, 0, 1)
 
-    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> SampleIds:
-        """Ids of one rank's part of a global batch, int64 [B / world_size].
+    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> IdArray:
+        """Return the ids of a rank's part of a global batch, int64 [B / world_size].
 
         Raises:
             UserError: lanes are not a multiple of world_size.
@@ -119,18 +119,18 @@ class EpochPlan:
         return np.concatenate([self._lane(lane, step) for lane in range(rank * share, (rank + 1) * share)])
 
     def stand_ins(self, epoch: int, step: int, slot: int) -> Iterator[int]:
-        """Ids that may take the place of an unreadable sample, without end, the first choice first.
+        """Yield candidates for the replacement of an unreadable sample, first choice first, without end.
 
         Args:
             epoch, step: of the batch.
-            slot: place of the unreadable sample in the global batch, from 0.
+            slot: position of the unreadable sample in the global batch, from 0.
         """
         self._turn_to(epoch)
-        # a last batch that is filled from the epoch's beginning has samples of others
+        # a wrapped last batch has samples of the first batches
         avoided = frozenset(self._tail().tolist()) if step == self._full_steps else frozenset()
         share = self.global_batch // self.lanes
         for k in count():
-            turn, batch = divmod(k, self._full_steps)  # after each turn at the next slot: B turns have every sample
+            turn, batch = divmod(k, self._full_steps)  # each turn takes the next slot: B turns reach every sample
             if batch not in self._stand_in_slots:
                 self._stand_in_slots[batch] = self._permutation(self.global_batch, STAND_IN, epoch, batch + 1)
             place = (int(self._stand_in_slots[batch][slot]) + turn) % self.global_batch
@@ -151,9 +151,9 @@ class EpochPlan:
             self._stand_in_slots.clear()
             self._epoch = epoch
 
-    def _divide(self) -> tuple[SampleIds, list[tuple[SampleIds, int]]]:
-        """Shards that every epoch reads whole, once a time; and of each source (its shards in a shuffled order, how
-        many of their samples an epoch reads besides)."""
+    def _divide(self) -> tuple[IdArray, list[tuple[IdArray, int]]]:
+        """Return the shards that every epoch reads completely, each ⌊w⌋ times; and for each source with a fraction of w
+        left (its shards in a fixed shuffled order, number of samples that an epoch reads of them)."""
         whole, parts, first = [np.empty(0, np.int64)], [], 0
         for number, (groups, weight) in enumerate(self.source.shares):
             shards = np.arange(first, first + groups)
@@ -167,8 +167,8 @@ class EpochPlan:
             first += groups
         return np.concatenate(whole), parts
 
-    def _circle(self, shards: SampleIds, part: int, epoch: int) -> Iterator[tuple[SampleIds, SampleIds, SampleIds]]:
-        """(shards, first sample of each, samples of each) of the epoch's `part` samples of these shards' circle."""
+    def _circle(self, shards: IdArray, part: int, epoch: int) -> Iterator[tuple[IdArray, IdArray, IdArray]]:
+        """Yield (shards, first sample of each, samples of each) of this epoch's `part` samples of a circle."""
         ends = np.cumsum(self._counts[shards])
         starts, samples = ends - self._counts[shards], int(ends[-1])
         begin = epoch * part % samples
@@ -177,13 +177,13 @@ class EpochPlan:
             touched = high > low
             yield shards[touched], (low - starts)[touched], (high - low)[touched]
 
-    def _permutation(self, n: int, *stream: int) -> SampleIds:
-        """A shuffle of range(n) that only (seed, stream) decides, in every version of numpy: sorted raw bits."""
+    def _permutation(self, n: int, *stream: int) -> IdArray:
+        """Return a permutation of range(n) that depends on (seed, stream) alone, not on the version of numpy."""
         bits = np.random.PCG64(np.random.SeedSequence([self.seed % 2**64, *stream]))
         return np.argsort(bits.random_raw(n), kind="stable")
 
-    def _ids(self, begin: int, end: int) -> SampleIds:
-        """Ids at positions [begin, end) of the epoch's string of shards."""
+    def _ids(self, begin: int, end: int) -> IdArray:
+        """Return the ids at positions [begin, end) of the epoch."""
         first = int(np.searchsorted(self._starts, begin, side="right")) - 1
         last = int(np.searchsorted(self._starts, end, side="left"))
         parts = []
@@ -194,8 +194,8 @@ class EpochPlan:
             parts.append(usable[max(start, begin) + skip : min(stop, end) + skip])
         return np.concatenate(parts)
 
-    def _lane(self, lane: int, step: int) -> SampleIds:
-        """What a lane gives to a full batch: int64 [B / L]."""
+    def _lane(self, lane: int, step: int) -> IdArray:
+        """Return the ids of a lane in a full batch, int64 [B / L]."""
         share = self.global_batch // self.lanes
         position, end = step * share, (step + 1) * share
         parts = []
@@ -206,8 +206,8 @@ class EpochPlan:
             position += len(parts[-1])
         return np.concatenate(parts)
 
-    def _window(self, lane: int, number: int) -> SampleIds:
-        """Ids of one of a lane's windows, in shuffled order."""
+    def _window(self, lane: int, number: int) -> IdArray:
+        """Return the ids of a window of a lane, shuffled."""
         cached = self._windows.get(lane)
         if cached is None or cached[0] != number:
             begin = number * self._window_samples
@@ -217,8 +217,8 @@ class EpochPlan:
             cached = self._windows[lane] = (number, shuffled)
         return cached[1]
 
-    def _tail(self) -> SampleIds:
-        """The batch of what is left over, filled from the epoch's beginning: int64 [B]."""
+    def _tail(self) -> IdArray:
+        """Return the last, ragged batch, filled from the beginning of the epoch, int64 [B]."""
         begin = self._full_steps * self.global_batch
         missing = self.global_batch - (self.samples - begin)
         ids = np.concatenate([self._ids(begin, self.samples), self._ids(0, missing)])
@@ -226,7 +226,7 @@ class EpochPlan:
 
 
 class Draw(NamedTuple):
-    """A sample's place in an epoch: `slot` of the global batch of `step`."""
+    """Position of a sample in an epoch: `slot` of the global batch of `step`."""
 
     epoch: int
     sample: int
@@ -235,9 +235,9 @@ class Draw(NamedTuple):
 
 
 class PlanSampler(Sampler[list[Draw]]):
-    """One rank's batches of one epoch, from a step on, as lists of draws for torch's DataLoader.
+    """Batches of a rank in an epoch, from a step on, as lists of draws for torch's DataLoader.
 
-    `seek` says which epoch and step the next iteration begins with, so that worker processes outlive an epoch.
+    `seek` sets epoch and step of the next iteration, so that worker processes persist over epochs.
     """
 
     def __init__(self, plan: EpochPlan, rank: int = 0, world_size: int = 1) -> None:

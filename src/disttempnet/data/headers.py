@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import struct
 
-UNKNOWN = "other"  # not one of jpg, png, webp: another format, or no image at all
+UNKNOWN = "other"  # another format than jpg, png, webp, or no image
 FORMATS = ("jpg", "png", "webp", UNKNOWN)
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers (ITU-T T.81, table B.1)
 
 
 def image_header(data: bytes) -> tuple[str, tuple[int, int] | None]:
-    """What an image says of itself.
+    """Read format and size from the first bytes of an image.
 
     Args:
-        data: its first bytes; about 1 kB holds the size of most.
+        data: the first bytes; 1 kB includes the size of most images.
 
     Returns:
-        `jpg`, `png`, `webp` or `other`, and (width, height) in pixels where `data` reaches that far.
+        (`jpg`, `png`, `webp` or `other`; (width, height) in pixels, or None if `data` is too short).
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpg", _jpeg_size(data)
@@ -34,7 +34,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         if marker in _JPEG_SIZES:
             height, width = struct.unpack(">HH", data[place + 5 : place + 9])
             return width, height
-        # a marker may be padded with 0xFF bytes; every other segment before the size tells its length
+        # a marker may be padded with 0xFF bytes; every other segment before the size begins with its length
         place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
 

@@ -1,8 +1,8 @@
-"""Encoded images → RGB pixels: which formats, how large they may be, and at which scale.
+"""Encoded images → RGB pixels, with limits for format and size.
 
-Pillow reads everything and has the last word on what can be read. JPEGs, which are most of what training reads, go
-through libjpeg-turbo directly where the package `simplejpeg` (extra `fast`) is installed: the same pixels, without
-Pillow's detour over four bytes a pixel. EXIF is never looked at, its orientation neither: as open_clip does.
+Pillow reads all formats and decides which images are readable. If `simplejpeg` (extra `fast`) is installed, it decodes
+JPEGs with libjpeg-turbo directly: the same pixels, without Pillow's detour over four bytes per pixel. EXIF is ignored,
+including the orientation, as in open_clip.
 """
 
 from __future__ import annotations
@@ -22,20 +22,28 @@ except ImportError:  # the same pixels without it
     simplejpeg = None
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 256 MiB of RGB
-MAX_BYTES = 1 << 29  # of an encoded image: no format needs more for so many pixels, except 16 bits without compression
+MAX_BYTES = 1 << 29  # of an encoded image: enough for MAX_PIXELS in every format, except 16 bits without compression
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})  # of images with captions beside them
 # of all files that `decode` reads
 DECODED_SUFFIXES = IMAGE_SUFFIXES | {"jpe", "jfif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"}
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts a program, as EPS does
-WHITES = {"i": (255, 65535), "u": (255, 65535), "f": (1, 255)}  # of grey in 32 bits, by kind of number
-OVERSHOOT = 1.01  # which resizing leaves beyond black and white
+PILLOW_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+)  # without formats that start a program, such as EPS
+WHITES = {"i": (255, 65535), "u": (255, 65535), "f": (1, 255)}  # candidates for white in 32-bit grey, by kind of number
+OVERSHOOT = 1.01  # of black and white by resizing
 SCALES = (8, 4, 2)  # a JPEG decodes at 1/8, 1/4 and 1/2 for less than its full size costs
 
 _Result = TypeVar("_Result")
 
 
 class UnreadableImage(ValueError):
-    """Bytes that are no image, or none that may be decoded; the message says why."""
+    """Bytes that are not an image, or that may not be decoded; the message gives the reason."""
 
 
 def is_image(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
@@ -44,7 +52,7 @@ def is_image(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
 
 
 class EncodedImage:
-    """An image whose header is read and whose pixels are not, so that a crop can be chosen before they are.
+    """Image with the header read and the pixels not yet decoded, so that a crop can be chosen first.
 
     Args:
         data: the encoded image.
@@ -54,7 +62,7 @@ class EncodedImage:
 
     Raises:
         UnreadableImage: not an image, a placeholder of one pixel, or so large that it may be a decompression bomb.
-            Reading its pixels raises it too, where they are cut off or damaged.
+            Decoding also raises it, if the pixels are cut off or damaged.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -71,10 +79,10 @@ class EncodedImage:
             raise UnreadableImage("one pixel: a placeholder, not an image")
 
     def pixels(self, scale: int = 1) -> NDArray[np.uint8]:
-        """All pixels, uint8 [height, width, 3], writable.
+        """Decode all pixels, uint8 [height, width, 3], writable.
 
         Args:
-            scale: one of `SCALES`, or 1. A JPEG comes at 1/scale of its size, rounded up; other formats come whole.
+            scale: one of `SCALES`, or 1. JPEGs are decoded at 1/scale of their size, rounded up; others at full size.
         """
         if self._image is None:
             # at least this large and at most 1/scale: exactly that
@@ -86,7 +94,7 @@ class EncodedImage:
         return np.array(self.rgb(scale))
 
     def rgb(self, scale: int = 1, plain: bool = False) -> Image.Image:
-        """All pixels in RGB, transparency laid on white; `scale` is that of `pixels`, `plain` of `decode`."""
+        """Decode to RGB, with transparency on white; for `scale` see `pixels`, for `plain` see `decode`."""
         return _read(lambda: self._rgb(scale, plain))
 
     def _rgb(self, scale: int, plain: bool) -> Image.Image:
@@ -98,11 +106,12 @@ class EncodedImage:
 
 
 def decode(data: bytes, plain: bool = False) -> Image.Image:
-    """Image bytes → RGB, transparency on white; of an animation the first frame.
+    """Decode image bytes to RGB, with transparency on white; of an animation the first frame.
 
     Args:
-        plain: convert as Pillow does, and open_clip and CLIP_benchmark with it: transparency is dropped, not laid on
-            white, and 16 bits a channel are cut, not scaled.
+        data: the encoded image.
+        plain: convert as Pillow, open_clip and CLIP_benchmark do: drop transparency, and clip 16-bit channels instead
+            of scaling them.
 
     Raises:
         UnreadableImage: not an image, cut off, or so large that it may be a decompression bomb.
@@ -111,15 +120,15 @@ def decode(data: bytes, plain: bool = False) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode: alpha is laid on white, grey of more than 8 bits is scaled to 8.
+    """Convert any mode to RGB: alpha on white, grey of more than 8 bits scaled to 8.
 
     Raises:
-        UnreadableImage: 32 bits a pixel, and values that no kind of picture has.
+        UnreadableImage: 32 bits per pixel with a range of values of no known scale.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        # PIL cuts such values at 255 when it converts them: most become white, those of a float from 0 to 1 black
+        # Pillow clips such values at 255: most become white, floats from 0 to 1 black
         return Image.fromarray(_eight_bits(np.asarray(image), image)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -129,7 +138,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: NDArray[np.generic], image: Image.Image) -> NDArray[np.uint8]:
-    """Grey of 16 or 32 bits a pixel in 8: what white is follows from the mode, or else from the largest value."""
+    """Scale 16- or 32-bit grey to 8 bits; white follows from the mode, or else from the largest value."""
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         white = 65535.0  # Pillow scales a PPM's own white to it
@@ -147,7 +156,7 @@ def _eight_bits(values: NDArray[np.generic], image: Image.Image) -> NDArray[np.u
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG in the usual colours; None for what is Pillow's to read."""
+    """Return (width, height) of a JPEG in YCbCr; None for all that Pillow reads."""
     if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
@@ -158,17 +167,17 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _read(action: Callable[[], _Result]) -> _Result:
-    """What Pillow gives, or UnreadableImage."""
+    """Call Pillow, and turn its errors into UnreadableImage."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata is no concern here
+            warnings.simplefilter("ignore")  # odd metadata does not matter here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return action()
     except UnidentifiedImageError:
         raise UnreadableImage("cannot identify image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise _bomb() from None
-    except (MemoryError, UnreadableImage):  # the first is the machine's fault, not the image's
+    except (MemoryError, UnreadableImage):  # MemoryError is no fault of the image
         raise
     except Exception as error:  # decoders raise all kinds on damaged bytes
         raise UnreadableImage(f"cannot decode image: {' '.join(str(error).split()) or repr(error)}") from None

@@ -1,4 +1,4 @@
-"""Samples and batches: random access by (epoch, id), collated once, in the loader's processes."""
+"""Samples and batches: random access by (epoch, id), collated once in the loader workers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from disttempnet.data.workers import check_open_files, share_tensor
 from disttempnet.errors import UserError
 from disttempnet.models.text import Tokenizer, Trim
 
-CANDIDATES = 200  # from all over the epoch for one slot: if none is readable, the data is broken, not a sample
-PREFETCH = 4  # batches a worker holds ready
-# Trimmed tokens come in few lengths: torch.compile and the allocator of a GPU meet few shapes. Attention and tensor
+CANDIDATES = 200  # replacements tried for a slot: if none is readable, the data is broken, not a sample
+PREFETCH = 4  # batches that a worker prefetches
+# Trimmed tokens come in few lengths, so that torch.compile and the GPU allocator see few shapes. Attention and tensor
 # cores are fastest at multiples of eight.
 LENGTH_STEP = 8
-CAPTION_CHARACTERS = 2000  # what a tokenizer is given: it cuts at some 77 words anyway, and takes n² time over one word
+CAPTION_CHARACTERS = (
+    2000  # limit for the tokenizer: it keeps about 77 words anyway, and takes n² time for a single word
+)
 
 
 class Skip(NamedTuple):
-    """An unreadable sample: `SHARD.tar:KEY` or `LISTING:IMAGE`, why, and its id."""
+    """Unreadable sample: `SHARD.tar:KEY` or `LISTING:IMAGE`, the reason, and its id."""
 
     name: str
     reason: str
@@ -41,7 +43,7 @@ class Skip(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One pair: image uint8 [3, s, s]; `skipped` are the unreadable samples that it stands in for."""
+    """Image uint8 [3, s, s] with a caption; `skipped` are the unreadable samples that it replaces."""
 
     image: Tensor
     caption: str
@@ -51,13 +53,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step.
+    """Batch of one rank.
 
     Attributes:
         images: uint8 [b, 3, s, s].
-        tokens: int64 [b, L]; of a causal text tower L is no more than the longest of these captions needs.
-        ids: int64 [b]; where a sample was unreadable, the id of the one that replaced it.
-        skipped: the unreadable samples that were replaced, and those that could not stand in for them either.
+        tokens: int64 [b, L]; for a causal text tower L is the length of the longest caption, rounded up.
+        ids: int64 [b]; of a replaced sample, the id of the replacement.
+        skipped: the unreadable samples that were replaced, unreadable candidates included.
     """
 
     images: Tensor
@@ -66,23 +68,22 @@ class Batch:
     skipped: tuple[Skip, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        """On a device; copies from pinned memory do not wait."""
+        """Return a copy on a device; copies from pinned memory do not block."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "tokens", "ids")}
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory; torch's loader calls this."""
+        """Return a copy in page-locked memory; torch's loader calls this."""
         return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.ids.pin_memory(), self.skipped)
 
 
 class PairDataset(Dataset[Sample]):
-    """Decoded, augmented samples.
+    """Decoded and augmented samples.
 
     Args:
-        source: where samples lie.
+        source: the data.
         transform: (encoded image, seed) → uint8 [3, s, s].
-        seed: augmentation, and which of several captions, depend on (seed, epoch, id) only: neither on worker nor
-            on order.
+        seed: augmentation and choice of a caption depend on (seed, epoch, id) alone, not on worker or order.
     """
 
     def __init__(self, source: Source, transform: TrainTransform, seed: int) -> None:
@@ -92,11 +93,11 @@ class PairDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (epoch, id).
+        """Return the sample of (epoch, id).
 
         Raises:
             UnreadableImage, UnreadableCaption: this sample is broken.
-            UserError: a shard is gone, or a file that is there cannot be read.
+            UserError: a shard is gone, or an existing file cannot be read.
         """
         epoch, sample = key
         captions = self.source.captions(sample)
@@ -105,32 +106,32 @@ class PairDataset(Dataset[Sample]):
 
 
 def chosen_caption(seed: int, epoch: int, sample: int, captions: int) -> int:
-    """Which of a sample's captions an epoch reads."""
+    """Return the number of the caption that an epoch reads, of several."""
     return random_bits(seed, epoch, sample, b"caption") % captions if captions > 1 else 0
 
 
 def random_bits(seed: int, epoch: int, sample: int, purpose: bytes = b"") -> int:
-    """56 bits that look random, others for every purpose."""
+    """Return 56 pseudo-random bits for a purpose."""
     text = f"{seed} {epoch} {sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=7, person=purpose).digest())
 
 
 class PlannedSamples(Dataset[Sample]):
-    """The samples that a plan draws; those that cannot be read are replaced as the plan says.
+    """Samples of an epoch plan, with unreadable ones replaced by the plan's candidates.
 
     Args:
         pairs: the samples.
-        plan: gives the stand-ins.
+        plan: gives the candidates.
     """
 
     def __init__(self, pairs: PairDataset, plan: EpochPlan) -> None:
         self.pairs, self.plan = pairs, plan
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """The sample of a draw, or its first readable stand-in.
+        """Return the sample of a draw, or its first readable replacement.
 
         Raises:
-            UserError: none of 200 from all over the epoch can be read, or a shard is gone.
+            UserError: none of 200 candidates can be read, or a shard is gone.
         """
         skipped: list[Skip] = []
         candidates = chain([draw.sample], self.plan.stand_ins(draw.epoch, draw.step, draw.slot))
@@ -147,8 +148,7 @@ class PlannedSamples(Dataset[Sample]):
 
 
 class Collate:
-    """Samples → Batch, captions tokenised and trimmed together; all of it stands in shared memory at once where this is
-    a worker."""
+    """Collate function: samples → Batch, with captions tokenised and trimmed, in shared memory if this is a worker."""
 
     def __init__(self, tokenizer: Tokenizer, trim: Trim | None = None) -> None:
         self.tokenizer, self.trim = tokenizer, trim
@@ -164,9 +164,11 @@ class Collate:
 
 
 def start_worker(_: int) -> None:
-    """Leave signals to the trainer, who needs no dead workers while it saves: a Ctrl-C, one to the process group, and
-    those that SLURM sends to every process of a job. SIGTERM from the trainer itself ends the worker: Python's exit
-    would wait for it otherwise."""
+    """Let a worker ignore signals, so that it lives while the trainer saves a checkpoint.
+
+    These are Ctrl-C, signals to the process group, and those that SLURM sends to every process of a job. SIGTERM from
+    the trainer itself ends the worker; otherwise Python would wait for it at exit.
+    """
     os.setpgrp()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -184,8 +186,11 @@ def _end_with_the_trainer(trainer: int) -> None:
 
 
 def batches_of(loader: DataLoader) -> Iterator[Batch]:
-    """The batches of an iteration. Workers that are started for it do not die of a SIGTERM that comes ahead of
-    `start_worker`, nor of one that a thread of theirs from before it would take: they inherit that it is blocked."""
+    """Start an iteration over the batches of a loader.
+
+    SIGTERM is blocked while workers start, and they inherit that: one that arrives before `start_worker` does not
+    kill them.
+    """
     if not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -204,19 +209,19 @@ def make_loader(
     trim: Trim | None = None,
     prefetch: int = PREFETCH,
 ) -> DataLoader:
-    """A loader of Batches in the sampler's order; `sampler.seek` before an iteration chooses epoch and step.
+    """Return a loader of Batches in the sampler's order; `sampler.seek` sets epoch and step of an iteration.
 
     Args:
         dataset: the samples.
         sampler: the batches.
         tokenizer: list of captions → int64 [b, L].
-        workers: processes, kept from epoch to epoch; 0 = load in this process.
-        pin_memory: page-lock the batches, for copies to a GPU that overlap with computing.
-        trim: of the text tower, where tokens can be trimmed to the longest caption of a batch.
-        prefetch: batches a worker holds ready.
+        workers: processes, which persist over epochs; 0 = load in this process.
+        pin_memory: page-lock the batches, so that copies to a GPU overlap with computing.
+        trim: trims tokens to the longest caption of a batch; None if the text tower does not allow it.
+        prefetch: batches that a worker prefetches.
 
     Raises:
-        UserError: this process may not open as many files as so many workers need.
+        UserError: this process may not open as many files as the workers need.
     """
     if workers:
         check_open_files(workers * prefetch)
@@ -229,5 +234,5 @@ def make_loader(
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=start_worker,
-        generator=torch.Generator(),  # the loader draws a seed an epoch: not from the trainer's generator
+        generator=torch.Generator(),  # for the loader's seed of each epoch, not the trainer's
     )

@@ -1,4 +1,4 @@
-"""What a config's [data] names, put together: source, epoch plan, samples, loader."""
+"""Open the [data] of a config: source, epoch plan, samples, loader."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from disttempnet.errors import UserError
 from disttempnet.models import Towers
 from disttempnet.models.text import Tokenizer, Trim, trimming
 
-TEXT_BYTES = 1024  # of a sample's tokens and id, about
+TEXT_BYTES = 1024  # of the tokens and id of a sample, about
 
 
 def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Source:
-    """The samples that a run reads; every rank calls this.
+    """Open the sources of a config as one; every rank calls this.
 
     Args:
-        sources: where they come from.
-        progress: show a bar on standard error while an index is made.
+        sources: paths and settings.
+        progress: show a bar on standard error while an index is built.
 
     Raises:
-        UserError: data that is missing or has changed since it was indexed.
+        UserError: data is missing or has changed since it was indexed.
     """
     parts = [_open_one(source, progress) for source in sources]
     if len(parts) == 1 and sources[0].weight == 1:
@@ -46,7 +46,7 @@ def open_source(sources: Sequence[SourceConfig], progress: bool = True) -> Sourc
 
 
 def open_training_source(config: DataConfig, progress: bool = True) -> Source:
-    """The samples that a run is trained on: without those that data.validation holds out. Every rank calls this."""
+    """Open the training samples of a config, without held-out ones (data.validation); every rank calls this."""
     source = open_source(config.sources, progress)
     return HeldOut(source, config.validation) if isinstance(config.validation, float) and config.validation else source
 
@@ -58,10 +58,10 @@ def _open_one(source: SourceConfig, progress: bool) -> Source:
 
 
 def places_of(source: SourceConfig) -> set[Path]:
-    """The shards, listings or folder that a source is read from, with links resolved; none of what is remote.
+    """Return the local shards, listings or folder of a source, with links resolved; empty for remote shards.
 
     Raises:
-        UserError: they are not there.
+        UserError: they do not exist.
     """
     if is_remote(source.path):
         return set()
@@ -75,7 +75,7 @@ def places_of(source: SourceConfig) -> set[Path]:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything between the shards and the training loop of one rank."""
+    """Source, epoch plan and loader of one rank."""
 
     source: Source
     plan: EpochPlan
@@ -84,7 +84,7 @@ class TrainingData:
     loader: DataLoader
 
     def loader_from(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of one epoch, from a step on.
+        """Yield this rank's batches of an epoch, from a step on.
 
         Raises:
             UserError: samples cannot be read any more.
@@ -100,20 +100,20 @@ class TrainingData:
 def open_training_data(
     config: DataConfig, seed: int, towers: Towers, rank: int = 0, world_size: int = 1
 ) -> TrainingData:
-    """Index, plan and loader that a config asks for; every rank calls this.
+    """Open source, epoch plan and loader of a config; every rank calls this.
 
     Args:
         config: the run's [data].
         seed: of order and augmentation.
-        towers: give image size and tokenizer, and whether tokens can be trimmed.
-        rank, world_size: whose part of every batch to load.
+        towers: give image size, tokenizer, and whether tokens can be trimmed.
+        rank, world_size: of this process.
 
     Raises:
-        UserError: shards that are missing or changed, too few samples, a world size that lanes do not allow.
+        UserError: missing or changed shards, too few samples, or a world size that does not divide the lanes.
     """
     source = open_training_source(config)
     plan = EpochPlan(source, config.global_batch, config.lanes, seed, config.tail, config.shuffle_window, config.limit)
-    plan.local_batch(0, 0, rank, world_size)  # an impossible world size is refused here, not in the first step
+    plan.local_batch(0, 0, rank, world_size)  # refuse an impossible world size here, not in the first step
     transform = train_transform(config.transform, towers.image_size, config.draft, towers.resizing)
     dataset = PairDataset(source, transform, seed)
     sampler = PlanSampler(plan, rank, world_size)
@@ -129,7 +129,7 @@ def open_loader(
     trim: Trim | None,
     image_size: int,
 ) -> DataLoader:
-    """The loader of one rank, with as many batches ready as shared memory has room for.
+    """Return the loader of one rank, which prefetches as many batches as shared memory has room for.
 
     Args:
         image_size: side of the images in pixels; 0 = batches hold none.

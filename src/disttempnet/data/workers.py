@@ -1,5 +1,4 @@
-"""What loader workers hand over to the process that they work for: through shared memory and open files, both of which
-can run out, and a worker can die."""
+"""Limits and failures of loader workers: shared memory, open files, and a worker that dies."""
 
 from __future__ import annotations
 
@@ -19,30 +18,32 @@ from disttempnet.errors import UserError, UserNotice
 from disttempnet.io.machine import open_files
 
 SHM = "/dev/shm"
-MORE_ROOM = "give it more (docker run --shm-size=8g), or set data.workers lower, or to 0"
-# what torch says where it finds none: at its own allocation, or by the signal that a worker dies of
+MORE_ROOM = "make it larger (docker run --shm-size=8g), or set data.workers lower, or to 0"
+# torch's messages for a lack of shared memory: at its own allocation, or by the signal that kills a worker
 NO_ROOM = re.compile(r"unable to \w+.{0,40}(/torch_|shared memory)|killed by signal: Bus error|out of shared memory")
-WORKER_DIED = ": out of memory, as a rule. Set data.workers lower, then --resume auto goes on from the last checkpoint"
-OWN_FILES = 64  # that a process has open apart from batches: shards, logs, pipes of workers
-FILES_A_BATCH = 3  # each tensor is one, from the worker that makes it until it is used up
+WORKER_DIED = ", usually out of memory. Lower data.workers; --resume auto continues from the last checkpoint"
+OWN_FILES = 64  # open files of a process beside batches: shards, logs, pipes of workers
+FILES_A_BATCH = 3  # one for each tensor, from its worker until it is freed
 
 
 def share_tensor(tensor: Tensor) -> Tensor:
-    """In shared memory where this is a worker. Left to the thread that sends it, a lack of room would be an error that
-    nobody hears of, and the batch would be waited for without end."""
+    """Move a tensor to shared memory if this process is a loader worker.
+
+    Otherwise the thread that sends the batch would do it. An error there is lost, and training would wait forever.
+    """
     return tensor.share_memory_() if get_worker_info() is not None else tensor
 
 
 def fit_prefetch(most: int, batch_bytes: int, workers: int) -> int:
-    """How many batches each worker may hold ready, so that all have room in shared memory, and the one in use.
+    """Return the number of batches that each worker may prefetch, so that all fit into shared memory.
 
     Args:
-        most: to hold, where there is room enough.
-        batch_bytes: of one batch of this rank.
-        workers: of this rank.
+        most: batches per worker where there is room.
+        batch_bytes: bytes of a batch of this rank.
+        workers: loader workers of this rank.
 
     Raises:
-        UserError: there is no room for one each, or the environment says what cannot be.
+        UserError: there is no room for one batch per worker.
     """
     if not workers or not os.path.isdir(SHM):
         return most
@@ -56,7 +57,7 @@ def fit_prefetch(most: int, batch_bytes: int, workers: int) -> int:
     if fits < 1:
         raise UserError(f"{SHM} is too small for {workers} loader workers: {MORE_ROOM} ({found})")
     warnings.warn(
-        f"{SHM} is small: each loader worker holds {fits} batches ready, not {most}; {MORE_ROOM} ({found})",
+        f"{SHM} is small: each loader worker prefetches {fits} batches, not {most}; {MORE_ROOM} ({found})",
         UserNotice,
         stacklevel=2,
     )
@@ -64,21 +65,21 @@ def fit_prefetch(most: int, batch_bytes: int, workers: int) -> int:
 
 
 def check_open_files(batches: int) -> None:
-    """Raise UserError where this process may not open the files of so many batches that are ready at a time."""
+    """Raise UserError if this process may not open enough files for so many prefetched batches."""
     needed, allowed = OWN_FILES + FILES_A_BATCH * batches, open_files()
     if allowed < needed:
         raise UserError(
-            f"data.workers: so many need {needed} open files, and this process may open {allowed}: raise the limit "
+            f"data.workers: they need {needed} open files, and this process may open {allowed}: raise the limit "
             "(ulimit -n 4096), or set data.workers lower, or to 0"
         )
 
 
 @contextmanager
 def lost_workers_named() -> Iterator[None]:
-    """Tell in one line of a loader worker that died.
+    """Turn the death of a loader worker into a UserError of one line.
 
-    torch raises where the signal of its death arrives: anywhere in the training loop, not only in the loader. Where it
-    died while a batch was handed over, the connection to it breaks before the signal comes.
+    torch raises wherever the signal arrives: anywhere in the training loop, not only in the loader. If the worker died
+    while it sent a batch, the connection breaks before the signal arrives.
     """
     try:
         try:
@@ -87,12 +88,12 @@ def lost_workers_named() -> Iterator[None]:
             places = traceback.extract_tb(error.__traceback__)
             if not any(Path(place.filename).name == "resource_sharer.py" for place in places):
                 raise
-            raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
+            raise UserError(f"a loader worker died while it sent a batch{WORKER_DIED}") from None
     except RuntimeError as error:  # the signal may come in the lines above, too
         if NO_ROOM.search(str(error)):
-            raise UserError(f"{SHM} is full, where loader workers hand over batches: {MORE_ROOM}") from None
-        if "Pin memory thread exited" in str(error):  # it was handing over what the worker gave
-            raise UserError(f"a loader worker died while it handed over a batch{WORKER_DIED}") from None
+            raise UserError(f"{SHM} is full; loader workers send batches through it: {MORE_ROOM}") from None
+        if "Pin memory thread exited" in str(error):  # it was receiving a batch of the worker
+            raise UserError(f"a loader worker died while it sent a batch{WORKER_DIED}") from None
         found = re.search(r"DataLoader worker \(pid\D*([\d, ]+)\)", str(error))
         if found is None:
             raise

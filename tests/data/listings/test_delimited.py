@@ -226,7 +226,9 @@ def test_columns_of_a_table_without_header(tmp_path: Path) -> None:
     assert found(opened(write(tmp_path, "four.csv", text)))["7.png"] == ("a photo of 7",)
     text = "".join(f"{n}.png,un mot {n},one word {n}\n" for n in range(COUNT))
     path = write(tmp_path, "two.csv", text)
-    with pytest.raises(UserError, match=r"two\.csv: line 1 is no header, and which of 3 columns holds the caption"):
+    with pytest.raises(
+        UserError, match=r"two\.csv: line 1 is not a header, and the caption may be in any of 3 columns"
+    ):
         opened(path)
     assert found(opened(path, caption_key="3"))["7.png"] == ("one word 7",)
 
@@ -358,7 +360,7 @@ def test_images_that_a_folder_of_captions_leaves_out_are_counted(tmp_path: Path)
         (tmp_path / name).with_suffix(".txt").write_text(f"a {name}")
     source = opened(tmp_path)
     assert len(source) == 1
-    assert "left out: 2 .bmp, 1 .gif, 1 .tif: images beside captions are jpeg, jpg, png, webp" in source.notes()
+    assert "left out: 2 .bmp, 1 .gif, 1 .tif; images beside captions have to be jpeg, jpg, png, webp" in source.notes()
 
 
 def test_no_note_passes_control_characters_on(tmp_path: Path) -> None:

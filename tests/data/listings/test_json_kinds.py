@@ -109,14 +109,14 @@ def test_coco(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_keys_that_a_kind_does_not_have_are_refused(folder: Path) -> None:
     (folder / "a.json").write_text(json.dumps(COCO))
-    with pytest.raises(UserError, match="is read as COCO's captions, which has no image_key; leave 'images' out"):
+    with pytest.raises(UserError, match="is read as COCO's captions, which has no image_key; remove 'images'"):
         opened(folder / "a.json", image_key="images")
 
 
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.xlsx", "a.npz", "a.zip"])
 def test_files_of_other_kinds_are_named(name: str, folder: Path) -> None:
     (folder / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=f"{name}: is no kind of file that is read; .*name a table or JSON") as caught:
+    with pytest.raises(UserError, match=f"{name}: not a known kind of file; .*name a table or JSON") as caught:
         opened(folder / name)
     assert ("unpack it first" in str(caught.value)) == (name[-3:] in (".gz", "zip"))
 
@@ -139,7 +139,10 @@ def test_what_does_not_belong_together_is_named(folder: Path) -> None:
             {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]},
             "COCO's, without",
         ),
-        ({"info": 1, "version": "2", "license": "x"}, "one object with 'info', 'version', 'license', which is no kind"),
+        (
+            {"info": 1, "version": "2", "license": "x"},
+            "one object with 'info', 'version', 'license', which is not a known kind",
+        ),
         ([{"id": 1, "image": "0.png", "conversations": [{"from": "gpt", "value": "x"}]}], "LLaVA's: conversations"),
         ([{"image": "0.png", "question": "what?", "answer": "x"}], "questions and answers, no captions"),
         ([{"image": "0.png", "label": 3}], "labels, no captions: evaluate --tasks folder:PATH"),
@@ -192,10 +195,10 @@ def test_absolute_paths_of_another_machine(start: str, folder: Path) -> None:
     (folder / "a.json").write_text(json.dumps(rows))
     for source in (opened(folder / "a.json"), opened(folder / "a.json", images=str(folder))):
         assert len(found(pickle.loads(pickle.dumps(source)))) == COUNT
-        assert f"images below {start.replace(chr(92), '/')} are read below {folder}" in source.notes()
+        assert f"images below {start.replace(chr(92), '/')} are read from {folder}" in source.notes()
     source = opened(folder / "a.json", images=str(folder / "val2014"))
     assert len(found(source)) == COUNT
-    assert f"{start.replace(chr(92), '/')}val2014/ are read below" in source.notes()[0]
+    assert f"{start.replace(chr(92), '/')}val2014/ are read from" in source.notes()[0]
 
 
 def test_paths_of_several_other_folders(folder: Path) -> None:
@@ -213,7 +216,7 @@ def test_paths_with_backslashes(folder: Path) -> None:
     (folder / "a.json").write_text(json.dumps([{"image": name, "caption": "c"} for name in names]))
     source = opened(folder / "a.json")
     assert len(found(source)) == COUNT
-    assert source.notes() == [f"paths with backslashes are read below {folder}"]
+    assert source.notes() == [f"paths with backslashes are read from {folder}"]
     assert source.images.path("..\\..\\x") == str(folder / "..\\..\\x"), "which does not leave the folder"  # type: ignore[attr-defined]
 
 

@@ -70,7 +70,7 @@ def test_rows_can_be_samples_as_before(tmp_path: Path) -> None:
     assert [source.captions(n) for n in range(6)] == [(f"caption {k} of {n}",) for n in range(3) for k in range(2)]
     assert source.notes() == []
     with pytest.raises(
-        UserError, match="was indexed with join_rows = 'False', not 'True': give join_rows = 'False', or delete"
+        UserError, match="was indexed with join_rows = 'False', not 'True': set join_rows = 'False', or delete"
     ):
         opened(path)
 

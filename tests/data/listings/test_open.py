@@ -259,7 +259,7 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
             dataset[0, n]
     assert [source.name(n) for n in (4, 5)] == ["b.parquet:0", "b.parquet:1"]
     (tmp_path / "parquet.index").unlink()
-    assert "'pixels' is no column of images; its columns are jpg (binary), caption (string)" in refusal(
+    assert "'pixels' is not a column of images; its columns are jpg (binary), caption (string)" in refusal(
         tmp_path, image_key="pixels"
     )
     (tmp_path / "c.parquet").write_bytes(b"PAR1 cut off")
@@ -356,11 +356,11 @@ def test_rows_that_cannot_be_used_keep_their_ids(tmp_path: Path) -> None:
         ("a.json", b'[{"image": "0.png", "caption": 3}]', r"none of its rows can be used \(1: caption is not text\)"),
         ("a.jsonl", b'{"image": "0.png", "caption": "c"}\n{"image": "0', "line 2, column 11: Unterminated string"),
         ("a.csv", b"photo;de\n0.png;c\n", "no row has any of image, filepath.*; there are photo, de; name one"),
-        ("a.csv", b"0.png\n1.png\n", r"a.csv: line 1: no comma, tab, ';' or '\|' parts image and caption: '0.png'"),
+        ("a.csv", b"0.png\n1.png\n", r"a.csv: line 1: no comma, tab, ';' or '\|' separates image and caption: '0.png'"),
         ("a.csv", b'filepath,title\n0.png;"c\n', "'0.png;\"c' begins a row of 1 cells, not 2"),
-        ("a.csv", bytes(40) + b"filepath,title\n0.png,c\n", "is no text: 63% of its first bytes are zero"),
+        ("a.csv", bytes(40) + b"filepath,title\n0.png,c\n", "is not text: 63% of its first bytes are zero"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-        ("a.txt", b"0.png,1,2\n1.png,2,3\n", "line 1 is no header, and which of 3 columns holds the caption cannot"),
+        ("a.txt", b"0.png,1,2\n1.png,2,3\n", "line 1 is not a header, and the caption may be in any of 3 columns"),
         ("a.csv", b"filepath,title\n0.png,\xe4\n", r"\(1: caption is not UTF-8\)"),
         ("a.csv", b"filepath,title\n0.png\n", "they have no named fields"),
         ("a.tsv", b"a typical bus station\thttp://lh6.example/x.jpg\n" * 2, "download the images first"),
@@ -442,11 +442,11 @@ def test_images_are_looked_for_all_over_a_listing(tmp_path: Path) -> None:
     images = tmp_path / "cc3m" / "cc3m_train"
     for n in range(150):
         (images / f"{n:09d}.jpg").unlink()
-    with pytest.warns(UserNotice, match=r"cc3m_train\.json: of 100 images from all over it 38 are not in \S+/cc3m;"):
+    with pytest.warns(UserNotice, match=r"cc3m_train\.json: 38 of 100 probed images are not in \S+/cc3m;"):
         assert len(open_source((config,), progress=False)) == 400
     for n in range(150, 400):
         (images / f"{n:09d}.jpg").unlink()
-    with pytest.raises(UserError, match=r"of 100 of its images, such as cc3m_train/0{9}\.jpg, none is in \S+/cc3m;"):
+    with pytest.raises(UserError, match=r"none of 100 of its images, such as cc3m_train/0{9}\.jpg, is in \S+/cc3m;"):
         open_source((config,), progress=False)
 
 
@@ -572,7 +572,7 @@ def test_changed_parquet_files_are_refused(tmp_path: Path) -> None:
     first, second = sorted(Path(config.path).glob("*.parquet"))
     extra = first.with_name("train-00002.parquet")
     extra.write_bytes(first.read_bytes())
-    assert f"{extra}: was not there at indexing; take it away, or delete" in refusal(config.path)
+    assert f"{extra}: is new since the index was built; remove it, or delete" in refusal(config.path)
     extra.unlink()
     content = second.read_bytes()
     second.unlink()
@@ -589,7 +589,7 @@ def test_a_parquet_file_that_goes_away_ends_the_run(tmp_path: Path) -> None:
     source = open_one(config.path)
     for path in Path(config.path).glob("*.parquet"):
         path.unlink()
-    with pytest.raises(UserError, match=r"train-00000-of-00002\.parquet: is gone; restore the file"):
+    with pytest.raises(UserError, match=r"train-00000-of-00002\.parquet: is gone; restore it"):
         PairDataset(source, as_evaluated, seed=1)[0, 0]
 
 
@@ -599,9 +599,9 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_shard(shards / "0.tar", {"a": sample(1)})
     write_images(shards, "0.png")
     assert isinstance(open_source((SourceConfig(path=str(shards)),), progress=False), ShardIndex), "tars come first"
-    assert "images is for JSON, CSV and parquet; leave it out" in refusal(shards, images="x")
+    assert "images is for JSON, CSV and Parquet; remove it" in refusal(shards, images="x")
     folder = images_and_texts(tmp_path, 2).path
-    assert "images lie in it; leave images = 'x' out" in refusal(folder, images="x")
+    assert "has its images inside; remove images = 'x'" in refusal(folder, images="x")
     assert "a folder of images has no image_key" in refusal(folder, image_key="x")
     with pytest.raises(UserError, match="nowhere: no such folder of images"):
         open_listing(SourceConfig(path=str(tmp_path / "nowhere")), progress=False)

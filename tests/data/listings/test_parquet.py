@@ -192,5 +192,5 @@ def test_a_folder_of_images_names_the_table_in_it(name: str, tmp_path: Path) -> 
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.png").write_bytes(png(0))
     (tmp_path / "images" / name).write_text("image,caption\n0.png,c\n")
-    with pytest.raises(UserError, match=f"1: no caption.*it holds {name}: name that file if the captions are in it"):
+    with pytest.raises(UserError, match=f"1: no caption.*it has {name}: name that file if the captions are in it"):
         opened(tmp_path / "images")

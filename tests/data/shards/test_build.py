@@ -27,7 +27,7 @@ from disttempnet.config import SourceConfig
 from disttempnet.data import ShardIndex, open_index
 from disttempnet.data.headers import image_header
 from disttempnet.data.shards import build as building
-from disttempnet.data.shards.build import Scan
+from disttempnet.data.shards.build import ScanSettings
 from disttempnet.data.shards.journal import Journal
 from disttempnet.data.shards.open import update_index
 from disttempnet.data.shards.scan import scan_shard
@@ -38,7 +38,7 @@ from disttempnet.io.jobs import run_jobs
 from tests.data.conftest import png, sample, write_shard
 
 Write = Callable[..., Path]
-QUIET = Scan(workers=1, progress=False)
+QUIET = ScanSettings(workers=1, progress=False)
 
 
 def update(folder: Path, workers: int = 1, checksum: bool = False) -> tuple[ShardIndex, str]:
@@ -89,7 +89,7 @@ def test_new_shards_get_the_ids_after_the_others(shards: Write, scanned: list[st
     with pytest.raises(UserError, match=r"000005\.tar: this shard was not there .* or index again: disttempnet data"):
         open_index(str(folder), progress=False)
     index, news = update(folder)
-    assert news == "1 shards new: ids 0 to 4 stay, the new ones come after them"
+    assert news == "1 shards new: ids 0 to 4 stay, new ids follow"
     assert scanned[2:] == ["000005.tar"]
     assert [index.captions(n)[0] for n in range(6)] == [*(f"caption {n}" for n in range(5)), "caption 70"]
     assert open_index(str(folder), progress=False).digest == index.digest != before.digest
@@ -146,7 +146,7 @@ def test_checksums_find_what_fingerprints_do_not(tmp_path: Path) -> None:
     write_shard(tmp_path / "1.tar", {"b": sample(1)})
     plain = update(tmp_path)[0]
     index, news = update(tmp_path, checksum=True)
-    assert news == "the same samples as before; checksums that were known and are the same: 0"
+    assert news == "the same samples as before; checksums compared and equal: 0"
     assert index.digest == plain.digest  # checkpoints of before still fit
     wanted = subprocess.run(["sha256sum", tmp_path / "0.tar"], capture_output=True, text=True, check=True).stdout
     assert index.shards[0].checksum == wanted.split()[0]
@@ -414,7 +414,7 @@ def test_a_process_of_the_pool_is_killed(shards: Write, slow: dict[str, str], vi
         assert process.returncode == 2
         assert re.search(
             r"all\.index: a worker process died while it worked on 000\d\d\.tar: SIGKILL \(out of memory\? use fewer "
-            r"--workers\); what is scanned is kept, the same command goes on from there",
+            r"--workers\); scanned shards are kept; run the same command again to resume",
             error,
         )
         assert "Traceback" not in error

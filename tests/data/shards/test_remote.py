@@ -102,7 +102,7 @@ def test_a_compressed_body_is_neither_asked_for_nor_unpacked(server: Server, sto
     (server.folder / NAMES[1]).write_bytes(bytes(50 * SIZE))
     server.gzip, server.ranges = True, False
     for open_it in (store.open, store.state):
-        with pytest.raises(UserError, match=r"1\.tar: comes compressed \(gzip\), .* serve the \.tar as it is"):
+        with pytest.raises(UserError, match=r"1\.tar: is compressed \(gzip\), .* serve the \.tar uncompressed"):
             open_it(NAMES[1])
     assert cached(store) == NAMES[:1]
     assert not begun(store)
@@ -113,9 +113,9 @@ def test_a_body_of_no_stated_size_ends_at_the_limit(server: Server, store: Remot
     assert content(store, NAMES[0]) == (server.folder / NAMES[0]).read_bytes()
     store.limit = 8 * 10**6
     (server.folder / NAMES[1]).write_bytes(bytes(40 * 10**6))
-    with pytest.raises(UserError, match=r"1\.tar: over 8,000,000 bytes came, .*cache_gb allows"):
+    with pytest.raises(UserError, match=r"1\.tar: over 8,000,000 bytes arrived, .*cache_gb allows"):
         store.open(NAMES[1])
-    with pytest.raises(UserError, match=r"2\.tar: over 100 bytes came, which is all that was stated"):
+    with pytest.raises(UserError, match=r"2\.tar: over 100 bytes arrived, more than stated"):
         store.open(NAMES[2], ShardState(100, "of another"))
     assert cached(store) == NAMES[:1]
     assert not begun(store)
@@ -124,7 +124,7 @@ def test_a_body_of_no_stated_size_ends_at_the_limit(server: Server, store: Remot
 def test_a_body_without_ranges_is_not_read_into_memory(server: Server, store: RemoteStore) -> None:
     """Its beginning was read whole for the fingerprint, however long it was."""
     server.ranges, server.surplus = False, 64 * 10**6
-    with pytest.raises(UserError, match=r"0\.tar: over 300,000 bytes came, which is all that was stated"):
+    with pytest.raises(UserError, match=r"0\.tar: over 300,000 bytes arrived, more than stated"):
         store.state(NAMES[0])
     assert server.sent < 40 * 10**6  # two bodies were begun; what is in flight was sent, too
     assert cached(store) == []
@@ -190,7 +190,7 @@ def test_a_shard_that_changed_is_named(server: Server, store: RemoteStore) -> No
     name, path = NAMES[0], server.folder / NAMES[0]
     known = shard_state(path)
     path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(UserError, match=rf"{server.url}/00000\.tar: this shard has changed .*its content is another"):
+    with pytest.raises(UserError, match=rf"{server.url}/00000\.tar: this shard has changed .*its content differs"):
         store.open(name, known)
     path.write_bytes(b"short")
     with pytest.raises(UserError, match=r"00000\.tar: this shard has changed .*it has 5 bytes, not 300,000"):
@@ -219,7 +219,7 @@ def test_passing_faults_are_tried_again(server: Server, store: RemoteStore) -> N
 
 def test_lasting_faults_name_the_url(server: Server, store: RemoteStore) -> None:
     server.cut = 99
-    with pytest.raises(UserError, match=rf"{server.url}/00000\.tar: cannot be fetched, 5 attempts failed: "):
+    with pytest.raises(UserError, match=rf"{server.url}/00000\.tar: the download failed 5 times: "):
         store.open(NAMES[0])
     assert len(server.wholes) == 5
     with pytest.raises(UserError, match=rf"{server.url}/nowhere\.tar: no such shard"):
@@ -316,7 +316,7 @@ def _hold(store: RemoteStore, name: str) -> None:
 
 
 # how many shards two workers hold open at a time is a matter of who is quicker
-@pytest.mark.filterwarnings("ignore:.*shards that are open now take")
+@pytest.mark.filterwarnings("ignore:.*open shards take")
 def test_training_data_from_a_server(tmp_path: Path) -> None:
     """Indexed through the cache, read by loader workers with less room than the data take, verified."""
     local = embedded_shards("emoji/train")
@@ -380,7 +380,7 @@ def test_credentials_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match=r"u:\$\{NOT_THERE\}@h/0.tar: the environment has no variable NOT_THERE"):
         Credentials("u:${NOT_THERE}").applied("https://h/0.tar")
     for kept in (Credentials("***"), Credentials("", "v=1&sig=***")):  # as a run's config.toml has them
-        with pytest.raises(UserError, match=r"h/0.tar: its credentials are not kept in a run's files: give"):
+        with pytest.raises(UserError, match=r"h/0.tar: its credentials are not stored in a run's files: give"):
             kept.applied("https://h/0.tar")
 
 
@@ -423,7 +423,7 @@ def test_faults_of_a_server_do_not_show_the_url_that_was_opened(
     server.query, server.failures = "x=topsecret", 1000
     store = resolve_shards(f"{server.url}/{{00000..00001}}.tar?x=${{TOK}}", str(tmp_path / "cache")).store
     for look in (store.state, store.open):
-        with pytest.raises(UserError, match=r"00000\.tar: cannot be fetched, 5 attempts failed: 503") as caught:
+        with pytest.raises(UserError, match=r"00000\.tar: the download failed 5 times: 503") as caught:
             look(NAMES[0])
         assert "topsecret" not in str(caught.value)
 
@@ -478,4 +478,6 @@ def test_a_run_keeps_no_credentials_and_goes_on(
             assert "hunter2" not in printed.err + printed.out
             assert main(own) == (2 if name == "literal" else 0)
             printed = capsys.readouterr()
-            assert ("its credentials are not kept in a run's files" in printed.err) == (name == "literal"), printed.err
+            assert ("its credentials are not stored in a run's files" in printed.err) == (name == "literal"), (
+                printed.err
+            )

@@ -115,7 +115,7 @@ def test_runs_it_and_counts(tmp_path: Path, program: Path, capfd: pytest.Capture
     assert "img2dataset ended with exit code 3" in capfd.readouterr().err
     one.tsv.write_text(CC3M, encoding="utf-8")
     assert main(command) == 2
-    assert "was begun with another list" in capfd.readouterr().err
+    assert "was started with another list" in capfd.readouterr().err
 
 
 def test_a_dry_run_prints_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +132,7 @@ def test_a_dry_run_prints_what_would_run(tmp_path: Path, capsys: pytest.CaptureF
     ("text", "message"),
     [
         (None, r"list\.tsv: no such file; get it .* from https://storage\.googleapis\.com/conceptual_12m/cc12m\.tsv"),
-        ("caption,url\n", "not a list of captions and URLs with a tab between them: 'caption,url'"),
+        ("caption,url\n", "not a list of captions and URLs, separated by a tab: 'caption,url'"),
         ("", "not a list of captions"),
     ],
 )

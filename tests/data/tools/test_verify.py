@@ -10,7 +10,7 @@ from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_index
 from disttempnet.data.shards import scan as scan_module
-from disttempnet.data.shards.build import Scan, build_shard_index
+from disttempnet.data.shards.build import ScanSettings, build_shard_index
 from disttempnet.data.shards.names import resolve_shards
 from disttempnet.data.tools.verify import verify
 from tests.data.conftest import png, sample, write_shard
@@ -59,7 +59,7 @@ def test_names_shards_that_differ_from_the_index(shards: Write) -> None:
     assert found(folder) == [
         (None, "00009.tar", "shard is not in the index"),
         (None, "00000.tar", f"shard has {size:,} bytes, 10,240 when it was indexed"),
-        (None, "00001.tar", "shard has other content than when it was indexed"),
+        (None, "00001.tar", "the content of the shard has changed since it was indexed"),
         (None, "00002.tar", f"shard is gone: {gone}: cannot be read: No such file or directory; restore the shard"),
     ]
 
@@ -96,12 +96,12 @@ def test_checksums_find_what_a_fingerprint_cannot(tmp_path: Path) -> None:
     big = {f"{n:09d}": {**sample(n), "cls": bytes(50_000)} for n in range(6)}
     path = write_shard(tmp_path / "0.tar", big)
     shards = resolve_shards(str(tmp_path))
-    build_shard_index(shards, tmp_path / "all.index", Scan(checksum=True, progress=False))
+    build_shard_index(shards, tmp_path / "all.index", ScanSettings(checksum=True, progress=False))
     assert found(tmp_path) == []
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(b"?")
-    assert found(tmp_path) == [(None, "0.tar", "shard has another checksum than when it was indexed")]
+    assert found(tmp_path) == [(None, "0.tar", "the checksum of the shard has changed since it was indexed")]
     assert found(tmp_path, count=3) == [], "a quick look does not read whole shards"
 
 

@@ -105,7 +105,7 @@ def test_all_captions_as_lines(
     trained = open_index(str(tmp_path / "out"), caption_key="captions", progress=False)
     assert [list(trained.captions(n)) for n in range(3)] == texts
     assert main(arguments) == 2
-    assert "its shards are made from captions lines, not first" in capsys.readouterr().err
+    assert "its shards were made from captions lines, not first" in capsys.readouterr().err
 
     root, task = tmp_path / "root", "retrieval/flickr_1k_test_image_text_retrieval"
     there = ["--captions", "lines", "--samples-per-shard", "2", "--out", str(root / "wds_flickr30k_test" / "test")]
@@ -230,7 +230,7 @@ def test_other_input_or_settings_are_refused(shards: Write, tmp_path: Path, caps
     assert main(arguments) == 2
     assert "made from another input" in capsys.readouterr().err
     assert main([*arguments[:4], str(folder), *arguments[5:]]) == 2
-    assert "holds shards of another origin, such as 00000.tar" in capsys.readouterr().err
+    assert "has other shards, such as 00000.tar" in capsys.readouterr().err
     assert content(out) == before
 
 

@@ -1,8 +1,8 @@
-"""Tables as text: which character separates their cells, whether there is a header, what a quotation mark means.
+"""Tables as text: detects separator, header and quoting, and yields rows.
 
-Tables are written by pandas and spreadsheets, which quote, and line by line by scripts, which do not. The first lines
-tell which separator, header and blanks fit. A file that its suffix describes is read just as the suffix says. A
-quotation mark is settled where it stands: a quoted cell may span lines, unless more speaks for rows with stray marks.
+Pandas and spreadsheets write tables with quotes, scripts write them line by line without. Separator, header and blanks
+are detected from the first lines; the separator of the suffix comes first. A quoted cell may span lines, unless the
+quotation marks are more likely stray marks in several rows.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from disttempnet.data.listings.fields import CAPTION_KEYS, CAPTION_NUMBER, IMAGE
 from disttempnet.errors import UserError
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-BY_SUFFIX = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # others: the first that fits of the above
-HEAD_LINES = 1000  # lines that the format is found from
+BY_SUFFIX = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # other suffixes: the first of SEPARATORS that fits
+HEAD_LINES = 1000  # lines for detection
 HEAD_CHARACTERS = 1 << 20
-MOST = 0.5  # of the first rows have to name an image where there is no header: others may be lines of long captions
-MAX_CELL = 1 << 26  # characters; more is none
+MOST = 0.5  # share of the first rows that have to name an image if there is no header; others may be lines of captions
+MAX_CELL = 1 << 26  # characters
 MAX_SPAN = 1000  # lines of a quoted cell
 STRAY = "with an unbalanced quotation mark are read as they stand"
 REST = "have separators in their caption"
 
 
 class Format(NamedTuple):
-    """How a table is to be read.
+    """Format of a table.
 
     Attributes:
-        separator: the character between two cells.
-        blanks: whether blanks around a cell are no part of it.
-        names: of the columns; their numbers, from "1", where there is no header.
-        headed: whether the first line holds the names.
-        image, caption: columns; -1 where no name says so.
+        separator: character between two cells.
+        blanks: blanks around a cell are stripped.
+        names: column names; without a header their numbers, from "1".
+        headed: the first line has the names.
+        image, caption: column numbers; -1 if no name tells.
     """
 
     separator: str
@@ -50,7 +50,7 @@ class Format(NamedTuple):
     caption: int
 
     def cells(self, line: str) -> list[str]:
-        """The cells of a line, where quotation marks mean nothing."""
+        """Split a line into cells, with quotation marks as plain characters."""
         cells = line.rstrip("\r\n").split(self.separator)
         return [cell.strip() for cell in cells] if self.blanks else cells
 
@@ -59,18 +59,18 @@ class Format(NamedTuple):
 
 
 class DelimitedRows:
-    """The rows of a table, each as named fields.
+    """Rows of a table as named fields.
 
     Args:
-        lines: of the file, with their ends.
-        where: the file, for messages; its suffix tells which separator is tried first.
-        image_key, caption_key: columns that the config names; empty = found.
+        lines: lines of the file, with their line ends.
+        where: the file, for messages; its suffix decides which separator is tried first.
+        image_key, caption_key: columns that the config names; empty = detected.
 
     Attributes:
-        image_key, caption_key: the columns, where the content rather than a header tells which they are; else empty.
+        image_key, caption_key: the columns if they were detected from the content; else empty.
 
     Raises:
-        UserError: no separator fits, or the columns of a table without a header cannot be told.
+        UserError: no separator fits, or the columns of a table without a header cannot be detected.
     """
 
     def __init__(self, lines: Iterator[str], where: Path, image_key: str = "", caption_key: str = "") -> None:
@@ -78,16 +78,16 @@ class DelimitedRows:
         self.where = where
         head = _head(lines)
         separators = [*SEPARATORS]
-        if found := head and re.fullmatch(r"sep=(.)", head[0].strip()):  # a spreadsheet's own first line
+        if found := head and re.fullmatch(r"sep=(.)", head[0].strip()):  # first line of some spreadsheets
             head, separators = head[1:], [found[1]]
         elif own := BY_SUFFIX.get(where.suffix.lower()):
             separators = sorted(separators, key=lambda separator: separator != own)
         self.format = _find_format(head, separators, where, image_key, caption_key)
         self.options = self.format.csv_options()
-        self.next_line: list[str] = []  # one reader for all lines: making one costs more than reading a line
+        self.next_line: list[str] = []  # one reader for all lines: to create one costs more than to read a line
         self.reader = csv.reader(iter(self.next_line.pop, None), **self.options)
         self.lines = chain(head[self.format.headed :], lines)
-        self.returns = bool(head) and head[0].endswith("\r\n")  # csv writes rows so, but not the lines of a cell
+        self.returns = bool(head) and head[0].endswith("\r\n")  # csv ends rows with it, but not the lines of a cell
         self.quotes = _quotes(head[self.format.headed :], self.format)
         images = _cells(_rows(head[self.format.headed :], self.format), self.format.image)
         self.suffixed = bool(images) and _share(images, names_an_image) >= MOST
@@ -96,7 +96,7 @@ class DelimitedRows:
         self.lists = self._holds_lists(head)
         self.image_key = "" if self.format.headed or image_key else self.format.names[self.format.image]
         self.caption_key = "" if self.format.headed or caption_key else self.format.names[self.format.caption]
-        self.misfit = ""  # the first row that has other cells than there are columns
+        self.misfit = ""  # the first row with another number of cells than columns
         self.repaired: Counter[str] = Counter()  # STRAY or REST → rows
         self.first: dict[str, str] = {}  # the same → the image of the first
 
@@ -111,15 +111,15 @@ class DelimitedRows:
                 else:
                     for row in (cells,) if cells else self._settled(line):
                         yield self._fields(row)
-            elif line := line.rstrip("\r\n"):  # a blank line is none
+            elif line := line.rstrip("\r\n"):  # skip blank lines
                 cells = line.split(separator)
                 if plain and len(cells) == len(names):
                     yield dict(zip(names, cells, strict=True))
                 else:
                     yield self._fields([cell.strip() for cell in cells] if blanks else cells)
 
-    def said(self) -> list[str]:
-        """How the table was read, in a line."""
+    def format_notes(self) -> list[str]:
+        """Describe the detected format in a line."""
         parts = [f"separated by {SEPARATORS.get(self.format.separator, repr(self.format.separator))}"]
         parts += ["no header"] * (not self.format.headed)
         parts += ["captions numbered by #0, #1, …"] * self.numbered + ["a cell is a list of captions"] * self.lists
@@ -127,15 +127,15 @@ class DelimitedRows:
         return ["; ".join(parts)]
 
     def _alone(self, line: str) -> list[str]:
-        """The cells of a line whose quotation marks balance, as they do as a rule; else none."""
+        """Return the cells of a line if its quotation marks balance, as usual; else an empty list."""
         self.next_line.append(line)
         try:
             return next(self.reader)
-        except (csv.Error, IndexError):  # the latter: it asks for another line
+        except (csv.Error, IndexError):  # IndexError: the cell goes on in the next line
             return []
 
     def _settled(self, line: str) -> Iterator[list[str]]:
-        """The rows of a line whose quotation marks do not balance, and of those that were read on after it in vain."""
+        """Yield the rows of a line with unbalanced quotation marks, and of the lines that were read ahead after it."""
         pending = deque([line])
         while pending:
             line = pending.popleft()
@@ -145,8 +145,11 @@ class DelimitedRows:
                 yield self.format.cells(line)
 
     def _spanning(self, line: str, pending: deque[str]) -> list[str]:
-        """The cells of a line, and of those after it that a quoted cell spans. The line alone, with its quotation marks
-        as they stand, where they do not balance, or where more speaks for two stray ones."""
+        """Return the cells of a line and of the lines after it that a quoted cell spans.
+
+        If the marks do not balance, or are likely two stray ones, return the line alone, with marks as plain
+        characters.
+        """
         taken: list[str] = []
 
         def spanned() -> Iterator[str]:
@@ -169,11 +172,10 @@ class DelimitedRows:
         return cells
 
     def _swallows(self, line: str, taken: Sequence[str], fits: bool) -> bool:
-        """Whether a cell that opens in `line` and is closed in the last of `taken` is rather one of rows that two stray
-        marks stand in.
+        """Tell whether a quoted cell from `line` to the last of `taken` is in fact several rows with two stray marks.
 
-        A caption may list images, one a line. So rows inside are no evidence where the table quotes what has to be
-        quoted, nor where the lines that open and close the cell are no rows themselves.
+        A caption may list images, one per line. So rows inside the cell do not count if the table is quoted
+        consistently, or if the lines that open and close the cell are not rows themselves.
         """
         complete = self._is_a_row(line)
         if not fits:
@@ -184,18 +186,18 @@ class DelimitedRows:
         return sum(map(self._is_a_row, lines)) > len(lines) / 2
 
     def _is_a_row(self, line: str) -> bool:
-        """Whether a line can be a row of its own: it ends as rows do, and its image looks as others do."""
+        """Tell whether a line can be a row: it ends like one, and its image looks like the others."""
         if self.returns and line.endswith("\n") and not line.endswith("\r\n"):
             return False
         cells, columns, image = self.format.cells(line), len(self.format.names), self.format.image
         if len(cells) < columns or image < 0:
             return len(cells) == columns > 1
-        if self.suffixed:  # commas in a caption may stand before the image or after it
+        if self.suffixed:  # commas in a caption may come before the image or after it
             return names_an_image(cells[image]) or names_an_image(cells[image - columns])
         return len(cells) == columns and " " not in cells[image] and (_has_digit(cells[image]) or not self.digits)
 
     def _fields(self, cells: list[str]) -> Fields | None:
-        """The fields of a row; None where its cells do not fit the columns."""
+        """Return the fields of a row; None if its cells do not fit the columns."""
         names = self.format.names
         if len(cells) > len(names):
             cells = self._shortened(cells)
@@ -212,7 +214,7 @@ class DelimitedRows:
         return fields
 
     def _shortened(self, cells: list[str]) -> list[str]:
-        """Without empty cells after the last column, or with a caption there that has separators in it put together."""
+        """Drop empty cells after the last column, or join the cells of a last, unquoted caption with separators."""
         columns = len(self.format.names)
         if not any(cell.strip() for cell in cells[columns:]):
             return cells[:columns]
@@ -226,7 +228,7 @@ class DelimitedRows:
         self.first.setdefault(what, cells[self.format.image] if -1 < self.format.image < len(cells) else cells[0])
 
     def _holds_lists(self, head: Sequence[str]) -> bool:
-        """Whether the captions of the first rows are lists, in JSON or as Python prints them."""
+        """Tell whether the captions of the first rows are lists, in JSON or as Python prints them."""
         options = self.format.csv_options() | {"strict": False}
         rows = list(csv.reader(head[self.format.headed : 50], **options)) if self.format.caption >= 0 else []
         cells = _cells(rows, self.format.caption)
@@ -234,7 +236,7 @@ class DelimitedRows:
 
 
 def _head(lines: Iterator[str]) -> list[str]:
-    """The first lines, from the first that is not blank on."""
+    """Return the first lines, without blank ones at the beginning."""
     head: list[str] = []
     size = 0
     for line in lines:
@@ -247,7 +249,7 @@ def _head(lines: Iterator[str]) -> list[str]:
 
 
 def _find_format(head: list[str], separators: Sequence[str], where: Path, image_key: str, caption_key: str) -> Format:
-    """The format that fits the first lines; of several the first."""
+    """Return the first format that fits the first lines."""
     if not head:
         return Format(separators[0], False, (), True, -1, -1)
     forms = [Format(separator, blanks, (), True, -1, -1) for separator in separators for blanks in (False, True)]
@@ -258,12 +260,14 @@ def _find_format(head: list[str], separators: Sequence[str], where: Path, image_
     if share >= MOST:
         return _with_caption(head, bare, where, image_key, caption_key)
     if len(headed.names) < 2:
-        raise UserError(f"{where}: line 1: no comma, tab, ';' or '|' parts image and caption: {head[0].strip()[:60]!r}")
+        raise UserError(
+            f"{where}: line 1: no comma, tab, ';' or '|' separates image and caption: {head[0].strip()[:60]!r}"
+        )
     return headed
 
 
 def _quotes(head: Sequence[str], form: Format) -> bool:
-    """Whether the first rows are written by csv's rules: cells that have to be quoted are, no other holds a mark."""
+    """Tell whether the first rows follow csv's rules: cells are quoted where needed, and no other has a mark."""
     reader, last, quotes = csv.reader(head, **form.csv_options()), 0, False
     try:
         for cells in reader:
@@ -279,7 +283,7 @@ def _quotes(head: Sequence[str], form: Format) -> bool:
 
 
 def _rows(head: Sequence[str], form: Format) -> list[list[str]]:
-    """The cells of each line by itself."""
+    """Return the cells of each line on its own."""
     options = form.csv_options() | {"strict": False}
     lines = [line for line in head if line.strip()]
     return [next(csv.reader([line], **options)) if '"' in line else form.cells(line) for line in lines]
@@ -288,10 +292,9 @@ def _rows(head: Sequence[str], form: Format) -> list[list[str]]:
 def _headed(
     head: Sequence[str], form: Format, image_key: str, caption_key: str
 ) -> tuple[tuple[int, int, float], Format]:
-    """How well the first line is a header, and the format with its names.
+    """Score the first line as a header; return the score and the format with its names.
 
-    The measure: how many of image and caption it names, how many of them letter for letter, and the part of the rows
-    that have as many cells.
+    The score: number of image and caption keys it has, number of exact matches, share of rows with as many cells.
     """
     names, *rows = _rows(head, form)
     if len(names) < 2:
@@ -310,7 +313,7 @@ def _headed(
 
 
 def _bare(head: Sequence[str], form: Format) -> tuple[float, Format]:
-    """The part of the lines that have an image in the column where the first has one, and the format of such lines."""
+    """Return the share of lines with an image in the column of the first one, and the format without header."""
     rows = _rows(head, form)
     image = next((column for column, cell in enumerate(rows[0]) if names_an_image(cell)), -1)
     if image < 0 or len(rows[0]) < 2:
@@ -318,7 +321,7 @@ def _bare(head: Sequence[str], form: Format) -> tuple[float, Format]:
     share = _share(rows, lambda cells: len(cells) > image and names_an_image(cells[image]) and cells[image][0] != " ")
     counts = Counter(len(cells) for cells in rows if len(cells) > max(image, 1))
     columns, often = counts.most_common(1)[0]
-    if often < 0.9 * counts.total():  # captions have separators in them
+    if often < 0.9 * counts.total():  # captions have separators
         columns = min(counts)
     prose = (c for c in range(1, columns) if _share(_cells(rows, c), lambda cell: cell.startswith(" ")) >= MOST)
     columns = max(next(prose, columns), image + 1, 2)
@@ -326,7 +329,7 @@ def _bare(head: Sequence[str], form: Format) -> tuple[float, Format]:
 
 
 def _with_caption(head: Sequence[str], form: Format, where: Path, image_key: str, caption_key: str) -> Format:
-    """A format without header, its columns settled: those that the config numbers, else the image and that of words."""
+    """Set the columns of a format without header: as numbered in the config, else the image and the one of words."""
     if image_key in form.names:
         form = form._replace(image=form.names.index(image_key))
     others = [column for column in range(len(form.names)) if column != form.image]
@@ -337,8 +340,8 @@ def _with_caption(head: Sequence[str], form: Format, where: Path, image_key: str
         others = [column for column in others if _share(_cells(rows, column), lambda cell: " " in cell.strip()) >= 0.5]
     if len(others) != 1:
         raise UserError(
-            f"{where}: line 1 is no header, and which of {len(form.names)} columns holds the caption cannot be told: "
-            "put a line above it that names them, such as image,caption, or give its number as caption_key"
+            f"{where}: line 1 is not a header, and the caption may be in any of {len(form.names)} columns: "
+            "add a header line such as image,caption, or give the number of the column as caption_key"
         )
     return form._replace(caption=others[0])
 
@@ -348,7 +351,7 @@ def _cells(rows: Sequence[Sequence[str]], column: int) -> list[str]:
 
 
 def _share(items: Sequence[Any], test: Any) -> float:
-    """The part of some items that a test is true of; 1 of none."""
+    """Return the share of items that pass a test; 1 if there are none."""
     return sum(bool(test(item)) for item in items) / len(items) if items else 1.0
 
 
@@ -357,7 +360,7 @@ def _has_digit(text: str) -> bool:
 
 
 def _list(text: str) -> Any:
-    """A cell as the list of strings that it holds, in JSON or as Python prints it; the text itself where it is none."""
+    """Parse a cell as a list of strings, in JSON or as Python prints it; return the text itself if it is not one."""
     try:
         try:
             value = json.loads(text)

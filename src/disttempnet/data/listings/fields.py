@@ -10,12 +10,12 @@ Fields = dict[str, Any]
 
 
 class NoBytes(str):
-    """The name of an image that has no bytes, such as what a downloader could not fetch."""
+    """Name of an image without bytes, such as a failed download."""
 
 
 ADDRESSES = "lists addresses, not files: download the images first (disttempnet data download, or img2dataset)"
 
-# the first of these that the rows have; those that come later were added later, so that no earlier choice changes
+# in order of preference; new keys go to the end, so that earlier choices stay
 IMAGE_KEYS = (
     *("image", "filepath", "path", "file_name", "filename"),
     *("image_path", "image_name", "image_file", "img_path", "img_name", "img", "file", "file_path"),
@@ -24,13 +24,13 @@ CAPTION_KEYS = (
     *("caption", "captions", "title", "text"),
     *("comment", "sentences", "sentence", "raw", "description", "txt"),
 )
-SENTENCE_KEYS = ("raw", "caption", "text")  # of captions that are objects, such as Karpathy's sentences
+SENTENCE_KEYS = ("raw", "caption", "text")  # of captions that are objects, as in Karpathy's files
 CAPTION_NUMBER = re.compile(r"#\d+$")  # FILE.jpg#0: the first caption of an image in the lists of Flickr8k and 30k
 _IMAGE_NAME = re.compile(r".\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|ppm)(#\d+)?\s*$", re.IGNORECASE)
 
 
 def find_key(keys: Iterable[str], named: str, usual: Sequence[str]) -> str | None:
-    """The key that a config names, or else the first usual one; upper case and blanks around it are of no concern."""
+    """Return the named key, or else the first usual one; case and surrounding blanks do not matter."""
     known = dict.fromkeys(keys)
     plain = {key.strip().lower(): key for key in reversed(known)}
     for key in (named,) if named else usual:
@@ -40,11 +40,11 @@ def find_key(keys: Iterable[str], named: str, usual: Sequence[str]) -> str | Non
 
 
 def names_an_image(text: Any) -> bool:
-    """Whether a value ends as the name of an image file does."""
+    """Tell whether a value ends like the name of an image file."""
     return isinstance(text, str) and _IMAGE_NAME.search(text) is not None
 
 
-# kinds of files that people take for captioned images, by keys that tell them
+# files often mistaken for captioned images, recognised by their keys
 _KINDS: dict[str, tuple[str, ...]] = {
     "is img2dataset's table of what it has downloaded: name the folder of its tars, or of its folders of images": (
         *("url", "key", "status"),
@@ -56,7 +56,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def kind_of(keys: Iterable[str]) -> str:
-    """What a file with these keys is, where it is of a known kind that holds no captions; else empty."""
+def mistaken_for(keys: Iterable[str]) -> str:
+    """Describe a file with these keys if it is a known kind without captions; else return an empty string."""
     known = {key.strip().lower() for key in keys}
     return next((what for what, signs in _KINDS.items() if known.issuperset(signs)), "")

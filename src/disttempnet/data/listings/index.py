@@ -1,8 +1,8 @@
-"""The index of a listing: its rows judged and copied into one file that is mapped into memory.
+"""Index of a listing: its rows, validated and copied into one memory-mapped file (io/columns.py).
 
-A safetensors file: `rows` (the JSON texts, one after another), `start` (where each begins), `status`, `first` (ids at
-which groups begin), `about` (JSON: what it was made from). It is written in one pass, and renamed when it is whole and
-on disk; its header holds the sha256 of all the rest, which every start compares.
+Columns: `rows` (JSON texts, one after another), `start` (byte offset of each), `status`, `first` (first id of each
+group), `numbers` (row of each sample, if rows were joined), `about` (JSON: settings, files and notes). It is written in
+one pass. Its header has the sha256 of the file, which every start verifies.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from disttempnet.data.listings.fields import (
     Fields,
     NoBytes,
     find_key,
-    kind_of,
+    mistaken_for,
 )
 from disttempnet.data.listings.readers import Layout
 from disttempnet.data.source import OK, visible_text
@@ -41,11 +41,11 @@ from disttempnet.sanitize import one_line
 from disttempnet.terminal import console
 
 LISTING_INDEX_FORMAT = "disttempnet-listing-2"
-HEADER_ROOM = 4096  # bytes reserved for the header
+LISTING_HEADER_BYTES = 4096  # bytes reserved for the header
 ASCII, UNICODE = json.JSONEncoder(), json.JSONEncoder(ensure_ascii=False)
-HEAD_ROWS = 1000  # rows that must show which keys there are
+HEAD_ROWS = 1000  # rows in which keys are looked for
 
-# why a row cannot be used; its code is its place in this list, 0 is usable
+# reasons why a row cannot be used; the status of a row is an index into this tuple, 0 is usable
 ROW_REASONS = (
     "ok",
     "no image",
@@ -64,7 +64,7 @@ _, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_C
 
 
 class Settings(NamedTuple):
-    """What the config says: keys, empty = found among the usual ones; whether rows of one image are one sample."""
+    """Settings of the config: keys, empty = found among the usual ones; join rows of one image to one sample."""
 
     image_key: str
     caption_key: str
@@ -72,7 +72,7 @@ class Settings(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row that was validated: what an index keeps of it, its place in `ROW_REASONS`, and captions that were null."""
+    """Validated row: content for the index, index into `ROW_REASONS`, and number of captions that were null."""
 
     image: str
     captions: list[str]
@@ -81,16 +81,18 @@ class Row(NamedTuple):
     nulls: int = 0
 
 
-class Columns:
-    """An index file, mapped.
+class ListingColumns:
+    """Mapped index file of a listing.
 
     Attributes:
         path: the file.
-        rows: uint8, JSON texts; start: int64 [N + 1], where each begins.
-        status: uint8 [N]; first: int64 [G + 1].
-        numbers: int64 [N], row of the listing, from 0, that each sample begins with; None = its id.
-        about: what the index was made from.
-        digest: hex, of what the rows say.
+        rows: uint8, JSON texts `[image, captions, other fields]`.
+        start: int64 [N + 1], byte offset of each text.
+        status: uint8 [N], index into `ROW_REASONS`.
+        first: int64 [G + 1], first id of each group, then N.
+        numbers: int64 [N], first row of each sample in the listing, from 0; None = the id.
+        about: settings, files and notes of the build.
+        digest: hex sha256 of the samples.
     """
 
     def __init__(self, path: Path, tensors: dict[str, NDArray[Any]], digest: str) -> None:
@@ -101,18 +103,18 @@ class Columns:
         self.about: dict[str, Any] = json.loads(tensors["about"].tobytes())
 
     def row(self, sample: int) -> tuple[str, list[str], dict[str, Any]]:
-        """Image, captions, other fields. Raises IndexError."""
+        """Return image, captions and other fields of a sample. Raises IndexError."""
         if not 0 <= sample < len(self.status):
             raise IndexError(f"sample id {sample} is not in [0, {len(self.status)})")
         image, captions, fields = json.loads(self.rows[self.start[sample] : self.start[sample + 1]].tobytes())
         return image, captions, fields
 
     def number(self, sample: int) -> int:
-        """The row of the listing, from 0, that a sample begins with."""
+        """Return the first row of a sample in the listing, from 0."""
         return sample if self.numbers is None else int(self.numbers[sample])
 
-    def said(self) -> list[str]:
-        """How the listing was read, where that had to be found out, a line each."""
+    def format_notes(self) -> list[str]:
+        """Return a line for each detected property of the listing."""
         notes = self.about["notes"]
         if self.numbers is None:
             return [*notes.get("said", ())]
@@ -120,14 +122,14 @@ class Columns:
         return [*notes["said"], f"{joined} (join_rows = false: a sample a row)"]
 
     def check(self, layout: Layout, settings: Settings) -> None:
-        """Raise UserError, by name, where data or settings are not those that were indexed."""
+        """Raise UserError if data or settings differ from the indexed ones; the message names the file."""
         for key, now in settings._asdict().items():
-            then = self.about["settings"].get(key, now)  # an index of before there was the setting stays as it is
+            then = self.about["settings"].get(key, now)  # an index older than the setting stays valid
             if then != now:
-                self._refuse(f"was indexed with {key} = '{then}', not '{now}': give {key} = '{then}'", layout.where)
+                self._refuse(f"was indexed with {key} = '{then}', not '{now}': set {key} = '{then}'", layout.where)
         parts, names = self.about["parts"], layout.names()
         if names is not None and names - parts.keys():
-            self._refuse("was not there at indexing; take it away", layout.path(min(names - parts.keys())))
+            self._refuse("is new since the index was built; remove it", layout.path(min(names - parts.keys())))
         for name, (stamp, fingerprint) in parts.items():
             path = layout.path(name)
             try:
@@ -144,19 +146,19 @@ class Columns:
         )
 
 
-def load_columns(path: Path, verify: bool = False) -> Columns:
-    """Map an index file.
+def load_columns(path: Path, verify: bool = False) -> ListingColumns:
+    """Map an index file into memory.
 
     Args:
         path: the file.
-        verify: read all of it and compare with the checksum that it carries.
+        verify: read the whole file and compare it with its checksum.
 
     Raises:
-        UserError: it is none of this version, not all of it is there, or it is damaged.
+        UserError: another version, or the file is cut off or damaged.
     """
     try:
         metadata, columns = map_columns(path, LISTING_INDEX_FORMAT, verify)
-        return Columns(path, columns, metadata["digest"])
+        return ListingColumns(path, columns, metadata["digest"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a usable index of a listing ({error}); delete it to index again") from None
 
@@ -165,17 +167,17 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
     """Read all rows of a layout, and write their index.
 
     Args:
-        layout: what to read.
-        path: where the index will be.
+        layout: the data.
+        path: file of the index.
         settings: keys of image and captions, and whether to join rows.
         progress: show a bar on standard error.
 
     Raises:
-        UserError: it cannot be read, has no such keys, or no usable row.
+        UserError: the data cannot be read, has no such keys, or no usable row.
     """
     with temporary_index(path) as temporary, temporary.open("w+b") as file:
         # the texts of the rows, one after another, as they are read and validated
-        writer = ColumnWriter(file, HEADER_ROOM)
+        writer = ColumnWriter(file, LISTING_HEADER_BYTES)
         rows, images, nulls = _RowWriter(file), array("q"), 0
         for row in _validated(_with_bar(layout, progress), layout, settings):
             rows.add(_encoded(row), row.status)
@@ -192,7 +194,7 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
             rows, numbers = _joined(rows, first, path.parent)
 
         # all other columns: byte offsets, groups, row numbers, status, and the origin as JSON
-        said = layout.said() + ([f"{nulls:,} captions are null: left out"] if nulls else [])
+        said = layout.format_notes() + ([f"{nulls:,} captions are null: left out"] if nulls else [])
         notes = {**layout.notes(), "rows": read, "said": said}
         about = {"settings": settings._asdict(), "parts": layout.parts, "notes": notes}
         start = np.array(rows.start, np.int64)
@@ -216,7 +218,7 @@ def build_index(layout: Layout, path: Path, settings: Settings, progress: bool) 
 
 
 class _RowWriter:
-    """Rows as texts in a file, one after another from its current position on."""
+    """Texts of rows in a file, one after another from its current position on."""
 
     def __init__(self, file: BufferedRandom) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -230,30 +232,30 @@ class _RowWriter:
 
 
 def _first_rows(images: NDArray[np.int64], status: bytearray) -> NDArray[np.int64] | None:
-    """int64 [N]: of each row, the first usable one whose image has the same hash; None where no two have the same."""
+    """Return the first usable row with the same image hash, for each row, int64 [N]; None if all hashes differ."""
     usable = np.flatnonzero(np.frombuffer(bytes(status), np.uint8) == OK)
     in_order = np.sort(images[usable])
-    if (in_order[1:] != in_order[:-1]).all():  # as a rule: what follows takes several times the memory
+    if (in_order[1:] != in_order[:-1]).all():  # the usual case; the rest takes several times the memory
         return None
     _, index, which = np.unique(images[usable], return_index=True, return_inverse=True)
-    first = np.arange(len(images))  # a row that cannot be used stays on its own
+    first = np.arange(len(images))  # unusable rows are not joined
     first[usable] = usable[index][which]
     return first
 
 
 def _joined(rows: _RowWriter, first: NDArray[np.int64], folder: Path) -> tuple[_RowWriter, NDArray[np.int64]]:
-    """The file written anew with a text a sample, and the row that each sample begins with."""
+    """Rewrite the file with one text per sample, and return the first row of each sample, int64 [N]."""
     order = np.argsort(first, kind="stable")
     cuts = [0, *(np.flatnonzero(np.diff(first[order])) + 1).tolist(), len(order)]
     with TemporaryFile(dir=folder) as before:
-        rows.file.seek(HEADER_ROOM)
+        rows.file.seek(LISTING_HEADER_BYTES)
         shutil.copyfileobj(rows.file, before)
         before.flush()
-        rows.file.seek(HEADER_ROOM)
+        rows.file.seek(LISTING_HEADER_BYTES)
         rows.file.truncate()
         joined, numbers = _RowWriter(rows.file), array("q")
         for begin, end in pairwise(cuts):
-            same: dict[str, list[bytes]] = {}  # two images may share a hash
+            same: dict[str, list[bytes]] = {}  # image → texts, as two images may share a hash
             members = order[begin:end].tolist()
             for row in members:
                 text = os.pread(before.fileno(), rows.start[row + 1] - rows.start[row], rows.start[row])
@@ -265,7 +267,7 @@ def _joined(rows: _RowWriter, first: NDArray[np.int64], folder: Path) -> tuple[_
 
 
 def _joined_text(texts: list[bytes]) -> bytes:
-    """One text of those of an image: all captions, and the fields that are the same in all."""
+    """Join the texts of an image: all captions, and the fields with the same value in all."""
     if len(texts) == 1:
         return texts[0]
     image, captions, fields = json.loads(texts[0])
@@ -285,7 +287,7 @@ def _refuse_unusable(layout: Layout, status: bytearray) -> None:
 
 
 def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
-    """The rows of a layout; a bar on standard error shows how far they are read."""
+    """Yield the rows of a layout, with a progress bar on standard error."""
     columns = (
         TextColumn("indexing {task.description}", markup=False),
         BarColumn(),
@@ -313,7 +315,7 @@ def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings
 
 
 def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str, usual: Sequence[str]) -> str:
-    """The key that is named, or else the first usual one that the first rows have. Raises UserError."""
+    """Return the named key, or else the first usual one that the first rows have. Raises UserError."""
     keys = dict.fromkeys(key for fields in head for key in fields or ())
     if (key := find_key(keys, named, usual)) is not None:
         return key
@@ -321,10 +323,10 @@ def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str
     if not keys:
         hint = f"; {one_line(layout.hint())}" if layout.hint() else ""
         raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields{hint}")
-    if not named and (kind := kind_of(keys)):
+    if not named and (kind := mistaken_for(keys)):
         raise UserError(f"{layout.where}: {kind}")
     wanted = f"'{named}'" if named else "any of " + ", ".join(usual)
-    raise UserError(f"{layout.where}: no row has {wanted}; there are {_some(keys)}; name one of them with {setting}")
+    raise UserError(f"{layout.where}: no row has {wanted}; its keys are {_some(keys)}; name one of them with {setting}")
 
 
 def _some(keys: Iterable[str]) -> str:
@@ -333,7 +335,7 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def _refuse_addresses(head: Sequence[Fields | None], layout: Layout, image_key: str) -> None:
-    """A list of addresses, such as the public ones of CC3M (without a header) and CC12M, is not images yet."""
+    """Raise UserError for a list of URLs, such as the public ones of CC3M (without a header) and CC12M."""
     first = next(iter(head), None) or {}
     texts = [first.get(image_key)] if image_key else [*first, *first.values()]
     if any(isinstance(text, str) and text.startswith(("http://", "https://")) for text in texts):
@@ -357,20 +359,20 @@ def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
 
 
 def _sentences(captions: list[Any]) -> tuple[list[Any], int]:
-    """Captions of a list, those in objects ({raw: …}) taken out of them; and how many there were that are null."""
+    """Return the captions of a list, extracted from objects ({raw: …}), and the number of null ones."""
     if all(isinstance(text, str) for text in captions):
         return captions, 0
     texts = []
     for caption in captions:
         if isinstance(caption, dict):
             caption = next((caption[key] for key in SENTENCE_KEYS if key in caption), caption)
-        if caption is not None and caption == caption:  # pandas has NaN for none
+        if caption is not None and caption == caption:  # pandas writes NaN for null
             texts.append(caption)
     return texts, len(captions) - len(texts)
 
 
 def _encoded(row: Row) -> bytes:
-    # the image in ASCII: it may be no UTF-8
+    # the image in ASCII, as it may not be UTF-8
     text = f"[{ASCII.encode(row.image)}, {UNICODE.encode(row.captions)}, {UNICODE.encode(row.fields)}]"
     return text.encode("utf-8", "replace")
 
@@ -390,7 +392,7 @@ def _image_status(image: Any) -> int:
 
 
 def leaves_the_folder(image: str) -> bool:
-    """Whether a relative path goes up by `..` from where it starts."""
+    """Tell whether a relative path leaves its root by `..`."""
     return not os.path.isabs(image) and os.path.normpath(image).split(os.sep)[0] == os.pardir
 
 

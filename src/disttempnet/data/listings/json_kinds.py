@@ -1,4 +1,4 @@
-"""JSON files that are one object, as COCO, Karpathy, pandas and others write captions: each kind as rows."""
+"""JSON files that are one object, as COCO, Karpathy, pandas and others write captions: rows of each kind."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from disttempnet.data.listings.fields import CAPTION_KEYS, IMAGE_KEYS, Fields, find_key, kind_of, names_an_image
+from disttempnet.data.listings.fields import CAPTION_KEYS, IMAGE_KEYS, Fields, find_key, mistaken_for, names_an_image
 from disttempnet.errors import UserError
 
-HEAD_ITEMS = 100  # rows that show which keys there are
+HEAD_ITEMS = 100  # rows in which keys are looked for
 READABLE_KINDS = (
     "a list of objects or an object a line, each with image and caption; COCO's captions_*.json; Karpathy's "
     "dataset_*.json; what pandas writes; {path: caption}; lists of such objects by split"
@@ -19,7 +19,7 @@ READABLE_KINDS = (
 
 
 class JsonRows(NamedTuple):
-    """A kind, its rows, and the keys that hold image and caption in them; empty = found."""
+    """Rows of a JSON file, their kind, and the keys of image and caption; empty = detected."""
 
     kind: str
     rows: Iterator[Fields | None]
@@ -28,7 +28,7 @@ class JsonRows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys that a config names; empty = found among the usual ones."""
+    """Keys that a config names; empty = found among the usual ones."""
 
     image: str
     caption: str
@@ -44,7 +44,7 @@ class Keys(NamedTuple):
 
 
 def known_kind(document: Mapping[str, Any], keys: Keys, where: Path) -> JsonRows:
-    """The rows of a file that is one object.
+    """Return the rows of a file that is one object.
 
     Args:
         document: the object.
@@ -52,7 +52,7 @@ def known_kind(document: Mapping[str, Any], keys: Keys, where: Path) -> JsonRows
         where: the file, for messages.
 
     Raises:
-        UserError: it is of no kind that holds captions; the message says which it is, or which there are.
+        UserError: no known kind with captions; the message names the kind, or the known ones.
     """
     if isinstance(document.get("images"), list) and isinstance(document.get("annotations"), list):
         return _coco(document["images"], document["annotations"], where)
@@ -79,19 +79,19 @@ def known_kind(document: Mapping[str, Any], keys: Keys, where: Path) -> JsonRows
     elif _name_images(document):
         pairs = ({"image": image, "caption": caption} for image, caption in document.items())
         return JsonRows("captions by image", pairs, "image", "caption")
-    if kind := kind_of(_keys([document])):
+    if kind := mistaken_for(_keys([document])):
         raise UserError(f"{where}: {kind}")
-    raise UserError(f"{where}: is one object with {_some(document)}, which is no kind that is read: {READABLE_KINDS}")
+    raise UserError(f"{where}: is one object with {_some(document)}, which is not a known kind: {READABLE_KINDS}")
 
 
 def is_row(document: Mapping[str, Any], keys: Keys) -> bool:
-    """Whether an object on its own is a row: a file of an object a line may have one line."""
+    """Tell whether an object on its own is a row: JSON lines may have one line."""
     image = keys.image_in([document])
     return image is not None and isinstance(document[image], str)
 
 
 def of_rows(rows: Iterable[Any], kind: str = "") -> JsonRows:
-    """Rows that need to be put together: Karpathy's name folder, file and sentences apart."""
+    """Return rows as they are, or Karpathy's with folder and file name joined."""
     rows = iter(rows)
     head = list(islice(rows, HEAD_ITEMS))
     if head and all(isinstance(row, dict) and {"filename", "sentences"} <= row.keys() for row in head):
@@ -114,7 +114,7 @@ def _coco(images: Sequence[Any], annotations: Sequence[Any], where: Path) -> Jso
                 yield {"image": image.get("file_name"), "caption": captions.pop(number, None), "image_id": number}
             else:
                 yield None
-        for number, texts in captions.items():  # of images that are not in the list
+        for number, texts in captions.items():  # images that are not in the list
             yield {"image": None, "caption": texts, "image_id": number}
 
     return JsonRows("COCO's captions", rows(), "image", "caption")
@@ -135,7 +135,7 @@ def _zipped(names: Sequence[str], row: Any) -> Fields | None:
 
 
 def _same_lengths(columns: Sequence[Any]) -> bool:
-    """Whether all values are columns of a table: lists, or objects by row, of one length."""
+    """Tell whether all values are columns of a table: lists, or objects by row, of one length."""
     kinds = {type(column) for column in columns}
     return kinds in ({list}, {dict}) and len({len(column) for column in columns}) == 1
 
@@ -147,7 +147,7 @@ def _columns(document: Mapping[str, Any]) -> Iterator[Fields]:
 
 
 def _name_images(document: Mapping[str, Any]) -> bool:
-    """Whether most keys are names of images."""
+    """Tell whether most keys are names of images."""
     return len(document) > 0 and sum(map(names_an_image, document)) >= 0.5 * len(document)
 
 

@@ -1,4 +1,4 @@
-"""Images that a listing names, with all that its rows say of each: for evaluation, without an index beside the data."""
+"""Images of a listing with all fields of their rows, for evaluation: without an index beside the data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from disttempnet.data.listings.open import ImageFiles, Images, Listing, images_o
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image, once, however many rows name it.
+    """Image of a listing, once for all rows that name it.
 
     Attributes:
-        name: what the listing calls it, for messages.
-        path: its file; None where its bytes lie in a Parquet file.
-        captions: stripped, in the order of the rows; empty ones are left out, at least one is left.
-        split: the value of the column `split`; empty where there is none.
-        fields: what else its rows agree on.
+        name: its name in the listing, for messages.
+        path: its file; None if its bytes are in a Parquet file.
+        captions: stripped, in the order of the rows, without empty ones; at least one.
+        split: value of the column `split`; empty without one.
+        fields: other fields with the same value in all its rows.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ListedImage:
     _row: tuple[Images, int, str] = field(repr=False, compare=False)
 
     def read(self) -> bytes:
-        """The encoded image. Raises UnreadableImage: there is none; UserError: it is there and cannot be read."""
+        """Return the encoded image. Raises UnreadableImage: no such file; UserError: it cannot be read."""
         images, sample, image = self._row
         return images.read(sample, image)
 
@@ -42,9 +42,9 @@ class ListedImages:
     """Images of a listing, as `read_listing` returns them.
 
     Attributes:
-        images: those that can be used, in the order of their first rows.
-        left_out: (reason, rows, first few names) of the others.
-        notes: how the listing was read where that had to be found out, a line each.
+        images: usable images, in the order of their first rows.
+        left_out: (reason, number of rows, first names) of the others.
+        notes: a line for each detected property of the listing.
     """
 
     images: tuple[ListedImage, ...]
@@ -53,24 +53,24 @@ class ListedImages:
 
 
 def read_listing(where: str | Path, images: str = "", image_key: str = "", caption_key: str = "") -> ListedImages:
-    """Read any listing (docs/data.md#layouts): rows of one image are joined. Writes nothing beside the data.
+    """Read any listing (docs/data.md#layouts), with rows of one image joined. Writes nothing beside the data.
 
-    Unlike `open_listing` it holds all rows in memory, takes part in no collective, and can be called by any rank.
+    Unlike `open_listing` it holds all rows in memory, is not collective, and can be called by any rank.
 
     Args:
-        where: a table, a JSON file, a Parquet file or a folder of them, or a folder of images and side-car captions.
-        images: folder that relative paths start from; empty = the listing's own, or the one above.
-        image_key, caption_key: as the keys of a source; empty = found.
+        where: a table, a JSON file, a Parquet file or a folder of them, or a folder of images with caption files.
+        images: root of relative paths; empty = the folder of the listing, or the one above.
+        image_key, caption_key: keys of a row; empty = detected.
 
     Raises:
-        UserError: it cannot be read, holds no usable row, or its images are not found.
+        UserError: it cannot be read, has no usable row, or its images are not found.
     """
     source = SourceConfig(path=str(where), images=images, image_key=image_key, caption_key=caption_key)
     layout, settings = layout_of(source), settings_of(source)
     with TemporaryDirectory() as folder:
         path = Path(folder, "rows")
         build_index(layout, path, settings, progress=False)
-        columns = load_columns(path)  # stays mapped when the file is gone
+        columns = load_columns(path)  # stays mapped after the file is removed
     listing = Listing(path, layout.where, columns, images_of(layout, columns, images))
     found = tuple(_image(listing, sample) for sample in listing.usable.tolist())
     return ListedImages(found, tuple(listing.left_out()), tuple(listing.notes()))

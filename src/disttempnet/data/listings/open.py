@@ -1,8 +1,7 @@
-"""Samples that a listing names: rows of JSON, CSV or parquet, or images with side-car captions, as a `Source`.
+"""Listings as a `Source`: rows of JSON, CSV or Parquet, or images with captions beside them.
 
-Sample id = number of the row. On first use the rows are judged and copied into an index, one file beside the listing
-(safetensors, memory-mapped), so that a start needs seconds and a worker no memory of its own. A row is kept as the
-JSON text `[image, captions, other fields]`.
+Sample id = number of the row, or of the image if rows were joined. On first use the rows are validated and copied into
+an index, one memory-mapped file beside the listing: a start takes seconds, and workers share its memory.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from disttempnet.data.icons.built import local_path
 from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.data.listings.index import (
     ROW_REASONS,
-    Columns,
+    ListingColumns,
     Settings,
     build_index,
     leaves_the_folder,
@@ -41,15 +40,21 @@ from disttempnet.io.files import UnfitFile, read_regular
 from disttempnet.io.machine import cause
 from disttempnet.sanitize import one_line
 
-NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # as its row names it
+NO_SUCH_FILE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}  # the path in the row does not exist
 PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tgz"}
-FOLDERS = 200  # that are looked into for images
-PROBED = 100  # images, from all over the listing, that are looked for at every start
-MANY_MISSING = 10  # of these: worth a line before the first step
+FOLDERS = 200  # subfolders in which images are looked for, at most
+PROBED = 100  # images, spread over the listing, that are looked for at every start
+MANY_MISSING = 10  # of these, from which on a warning is printed
 
 
 class Images(Protocol):
-    """Encoded images by sample id and by what its row calls the image."""
+    """Encoded images by sample id and image name of its row."""
 
     def read(self, sample: int, image: str) -> bytes: ...
 
@@ -61,8 +66,8 @@ class ImageFiles:
 
     Args:
         root: the folder.
-        elsewhere: what paths begin with that were written where the images lay in another folder: it stands for root.
-        backslashes: whether paths were written on Windows.
+        elsewhere: prefixes of paths from another machine, which stand for root.
+        backslashes: paths were written on Windows.
     """
 
     def __init__(self, root: Path, elsewhere: tuple[str, ...] = (), backslashes: bool = False) -> None:
@@ -74,20 +79,20 @@ class ImageFiles:
         image = next((image[len(start) :] for start in self.elsewhere if image.startswith(start)), image)
         return os.path.join(self.root, image)
 
-    def said(self) -> list[str]:
-        """Where images are read, if not where their rows say, a line each."""
-        lines = [f"images below {start} are read below {self.root}" for start in self.elsewhere]
-        return lines + [f"paths with backslashes are read below {self.root}"] * self.backslashes
+    def path_notes(self) -> list[str]:
+        """Return a line for each way in which paths of rows are changed."""
+        lines = [f"images below {start} are read from {self.root}" for start in self.elsewhere]
+        return lines + [f"paths with backslashes are read from {self.root}"] * self.backslashes
 
     def read(self, sample: int, image: str) -> bytes:
-        """Raises UnreadableImage: there is no such file; UserError: it is there, or may be, and cannot be read."""
+        """Read an image. Raises UnreadableImage: no such file; UserError: it may exist and cannot be read."""
         try:
             return read_regular(self.path(image), MAX_BYTES)
         except OSError as error:
             where = one_line(self.path(image))
             if error.errno in NO_SUCH_FILE or isinstance(error, UnfitFile):
                 raise UnreadableImage(f"{error.strerror}: {where}") from None
-            # rights, a lost disk, too many open files: no fault of one sample, and leaving it out would hide it
+            # permissions, a lost disk, too many open files: no fault of one sample, so do not skip it
             raise UserError(f"{where}: cannot be read: {cause(error)}") from None
 
     def close(self) -> None:
@@ -95,51 +100,52 @@ class ImageFiles:
 
 
 class Listing(Source):
-    """Rows as samples; a group is a run of rows, or a parquet row group.
+    """Rows of a listing as samples; a group is a run of rows, or a Parquet row group.
 
     Attributes:
         path: the index file.
-        images: where images are read.
-        status: place in `ROW_REASONS`.
-        digest: hex sha256 over rows and status, and over the files where images lie in them.
+        columns: its content.
+        images: reads the images.
+        status: uint8 [N], index into `ROW_REASONS`.
+        digest: hex sha256 over rows and status; for Parquet also over the files.
     """
 
-    def __init__(self, path: Path, where: Path, columns: Columns, images: Images) -> None:
+    def __init__(self, path: Path, where: Path, columns: ListingColumns, images: Images) -> None:
         self.path, self.where, self.columns, self.images = path, str(where), columns, images
         self.status, self.first = columns.status, columns.first
 
     def __reduce__(self) -> tuple[Callable[..., Listing], tuple[Path, str, Images]]:
-        return _load, (self.path, self.where, self.images)  # another process maps the file, instead of a copy
+        return _load, (self.path, self.where, self.images)  # another process maps the file instead of receiving a copy
 
     @property
     def digest(self) -> str:
         return self.columns.digest
 
     def image_bytes(self, sample: int) -> bytes:
-        """The encoded image. Raises UnreadableImage where there is none, so that training goes on; else UserError."""
+        """Return the encoded image. Raises UnreadableImage: there is none; UserError: it cannot be read."""
         return self.images.read(sample, self.columns.row(sample)[0])
 
     def captions(self, sample: int) -> tuple[str, ...]:
         return usable_captions([*self.columns.row(sample)[1]])
 
     def metadata(self, sample: int) -> dict[str, Any]:
-        """The row's other fields."""
+        """Return the other fields of the row."""
         return self.columns.row(sample)[2]
 
     def name(self, sample: int) -> str:
-        """`LISTING:IMAGE`, or the number of a row without image; `FILE.parquet:ROW`, from 0."""
+        """Return `LISTING:IMAGE`, the number of a row without image, or `FILE.parquet:ROW`, from 0."""
         image = one_line(self.columns.row(sample)[0]) or f"row {self.columns.number(sample) + 1}"
         return image if isinstance(self.images, ParquetImages) else f"{Path(self.where).name}:{image}"
 
     def hashes(self) -> NDArray[np.uint64]:
-        """Of what the rows call their images."""
+        """Hash the image names of the rows."""
         return np.array([hash_of(self.columns.row(sample)[0]) for sample in range(len(self))], np.uint64)
 
     def reason(self, sample: int) -> str:
         return ROW_REASONS[self.status[sample]]
 
     def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
-        """(reason, samples, the first few names) of what cannot be used."""
+        """Return (reason, number of samples, first names) of unusable samples."""
         found = []
         for code in np.unique(self.status[self.status != OK]):
             samples = np.flatnonzero(self.status == code)
@@ -154,8 +160,8 @@ class Listing(Source):
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
-        said = self.columns.said() + (self.images.said() if isinstance(self.images, ImageFiles) else [])
-        return [one_line(line) for line in said]
+        notes = self.columns.format_notes() + (self.images.path_notes() if isinstance(self.images, ImageFiles) else [])
+        return [one_line(line) for line in notes]
 
     def close(self) -> None:
         self.images.close()
@@ -166,10 +172,10 @@ def _load(path: Path, where: str, images: Images) -> Listing:
 
 
 def is_listing(source: SourceConfig) -> bool:
-    """Whether a source is one of these and no tars: by its suffix, or by what its folder holds.
+    """Tell whether a source is a listing and not tars, by its suffix or by the content of its folder.
 
     Raises:
-        UserError: it is none, but has settings that only these have, or is a file of another kind.
+        UserError: it is not a listing but has settings of listings, or is another kind of file.
     """
     path = local_path(source.path)
     if path.suffix.lower() in TABLE_SUFFIXES | {".parquet"} and not is_remote(source.path):
@@ -179,12 +185,12 @@ def is_listing(source: SourceConfig) -> bool:
     if path.is_file() and path.suffix.lower() != ".tar":
         packed = "unpack it first, or " if path.suffix.lower() in PACKED else ""
         raise UserError(
-            f"data.train: {path}: is no kind of file that is read; {packed}name a table or JSON "
+            f"data.train: {path}: not a known kind of file; {packed}name a table or JSON "
             f"({', '.join(sorted(TABLE_SUFFIXES))}), a .parquet, .tar shards or a folder"
         )
     for key in ("images", "image_key"):
         if getattr(source, key):
-            raise UserError(f"data.train: {source.path}: {key} is for JSON, CSV and parquet; leave it out")
+            raise UserError(f"data.train: {source.path}: {key} is for JSON, CSV and Parquet; remove it")
     return False
 
 
@@ -194,13 +200,13 @@ def _suffixes_in(folder: Path) -> set[str]:
 
 
 def _has_folders_of(folder: Path) -> bool:
-    """Whether parquet files stand beside folders of their names with images: img2dataset's own output, of files."""
+    """Tell whether Parquet files are beside image folders of the same name, as in img2dataset's output of files."""
     beside = (path.with_suffix("") for path in folder.glob("*.parquet"))
     return any(path.is_dir() and holds_images(path) for path in beside)
 
 
 def layout_of(source: SourceConfig) -> Layout:
-    """How the data of a source lies on disk. Raises UserError: it is not there, or a setting does not fit it."""
+    """Return the layout of a source. Raises UserError: it does not exist, or a setting does not fit."""
     path = local_path(source.path)
     if path.suffix.lower() in TABLE_SUFFIXES:
         return TableLayout(path, source.image_key, source.caption_key)
@@ -209,11 +215,11 @@ def layout_of(source: SourceConfig) -> Layout:
     if path.suffix.lower() == ".parquet" or (".parquet" in _suffixes_in(path) and not _has_folders_of(path)):
         return ParquetLayout(path, source.image_key, source.caption_key)
     if source.images:
-        raise UserError(f"data.train: {path}: images lie in it; leave images = '{source.images}' out")
-    if path.name in ("", ".."):  # ., .. and / have no name, which the index is named after
+        raise UserError(f"data.train: {path}: has its images inside; remove images = '{source.images}'")
+    if path.name in ("", ".."):  # ., .. and / have no name to derive the name of the index from
         path = Path(os.path.abspath(path))
     if source.image_key:
-        raise UserError(f"data.train: {path}: a folder of images has no image_key; leave it out")
+        raise UserError(f"data.train: {path}: a folder of images has no image_key; remove it")
     return FolderLayout(path, source.caption_key)
 
 
@@ -222,16 +228,16 @@ def settings_of(source: SourceConfig) -> Settings:
 
 
 def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
-    """The samples of a listing: its index is built by rank 0 on first use, and checked by every rank always.
+    """Open a listing: rank 0 builds its index on first use, every rank checks it.
 
     Args:
-        source: a .json, .jsonl, .csv, .tsv or .parquet file, a folder or pattern of parquet files, or a folder of
+        source: a .json, .jsonl, .csv, .tsv or .parquet file, a folder or pattern of Parquet files, or a folder of
             images with captions beside them; see docs/data.md.
-        progress: show a bar on standard error while indexing.
+        progress: show a bar on standard error while the index is built.
 
     Raises:
-        UserError: it is missing or has changed since it was indexed, cannot be read, holds no usable row, or its
-            images are not found. Every rank raises.
+        UserError: it is missing, has changed since it was indexed, cannot be read, has no usable row, or its images
+            are not found. Every rank raises.
     """
     settings = settings_of(source)
     layout = distributed.together(lambda: layout_of(source))
@@ -239,7 +245,7 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
     def build() -> None:
         path = index_file(layout, source.index)
         if distributed.is_main() and not path.is_file():
-            with temporary_index(path):  # learnt before reading, which may take minutes, not after it
+            with temporary_index(path):  # fail before reading, which may take minutes, not after it
                 pass
             build_index(layout, path, settings, progress)
 
@@ -249,7 +255,7 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
         columns.check(layout, settings)
         return Listing(path, layout.where, columns, images_of(layout, columns, source.images))
 
-    distributed.together(build)  # the others wait here, no longer than the process group's timeout
+    distributed.together(build)  # the other ranks wait here, up to the timeout of the process group
     listing = distributed.together(load)
     if len(set(distributed.gather_objects(listing.digest))) > 1:
         raise UserError(f"{listing.path}: the ranks see different indexes; give every node the same data")
@@ -257,29 +263,29 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
 
 
 def index_file(layout: Layout, index_path: str) -> Path:
-    """Where the index of this data is."""
+    """Return the file of the index. Raises UserError."""
     path = Path(index_path).expanduser() if index_path else layout.index_file()
     if path.is_dir():
-        raise UserError(f"{path}: the index would be a folder; name a file")
+        raise UserError(f"{path}: is a folder; name a file for the index")
     return path
 
 
-def images_of(layout: Layout, columns: Columns, root: str) -> Images:
-    """What reads the images of these rows. Raises UserError: none of those that are looked for is found."""
+def images_of(layout: Layout, columns: ListingColumns, root: str) -> Images:
+    """Return the reader of the images of these rows. Raises UserError: none of the probed images is found."""
     if isinstance(layout, ParquetLayout):
         notes = columns.about["notes"]
         if notes.get("paths"):
             return _image_files(layout, layout.paths[0], columns, root)
         if root:
-            raise UserError(f"data.train: {layout.where}: images lie in it; leave images = '{root}' out")
+            raise UserError(f"data.train: {layout.where}: has its images inside; remove images = '{root}'")
         return ParquetImages(layout.paths, notes["column"], notes["row_groups"], columns.first)
     if isinstance(layout, FolderLayout):
         return ImageFiles(layout.where)
     return _image_files(layout, layout.where, columns, root)
 
 
-def _image_files(layout: Layout, where: Path, columns: Columns, root: str) -> ImageFiles:
-    """Image files that rows name, looked for from the folder of `where` on."""
+def _image_files(layout: Layout, where: Path, columns: ListingColumns, root: str) -> ImageFiles:
+    """Find the root of the image files that rows name, and warn if many are missing."""
     usable = np.flatnonzero(columns.status == OK)
     spread = np.unique(usable[np.linspace(0, len(usable) - 1, PROBED).astype(np.int64)])
     probed = [columns.row(int(sample))[0] for sample in spread]
@@ -290,12 +296,12 @@ def _image_files(layout: Layout, where: Path, columns: Columns, root: str) -> Im
 
 
 def _find_files(where: Path, probed: list[str], root: str) -> ImageFiles:
-    """Below which folder the images of a listing lie, from some of them.
+    """Find the root folder of the images of a listing, from some of them.
 
-    The folder that the config names; else the listing's own, the one above, or the only one in its own that holds all.
+    It is the folder of the config; else the listing's own, the one above, or the only subfolder with all of them.
 
     Raises:
-        UserError: none is in any of these.
+        UserError: no image is in any of these.
     """
     above = where.absolute().parent
     roots = [Path(root).expanduser()] if root else [above, above.parent]
@@ -314,14 +320,16 @@ def _find_files(where: Path, probed: list[str], root: str) -> ImageFiles:
     hint = f"; they are in {inside}" if _count_found(ImageFiles(inside), probed) else ""
     places = " nor in ".join(map(str, roots))
     raise UserError(
-        f"{where}: of {len(probed)} of its images, such as {one_line(probed[0])}, none is in {places}{hint}; "
+        f"{where}: none of {len(probed)} of its images, such as {one_line(probed[0])}, is in {places}{hint}; "
         "name the folder of images in data.train = [{path = …, images = FOLDER}]"
     )
 
 
 def _starts_elsewhere(root: Path, probed: list[str]) -> tuple[str, ...]:
-    """What to take off absolute paths of another machine, so that as much as there can be of the rest is below root;
-    the longest first."""
+    """Return the prefixes of absolute paths from another machine, longest first.
+
+    The rest of a path, as long as possible, exists below root.
+    """
     starts = set()
     for image in probed:
         names = image.replace("\\", "/").split("/")
@@ -338,15 +346,14 @@ def _folders_in(*folders: Path) -> list[Path]:
 
 
 def _count_found(files: ImageFiles, images: list[str]) -> int:
-    """How many of these are there."""
+    """Count the images that exist."""
     return sum(os.path.isfile(files.path(image)) for image in images)
 
 
 def _tell_of_missing(layout: Layout, root: Path, missing: int, probed: int) -> None:
     if distributed.is_main() and missing >= MANY_MISSING:
         warnings.warn(
-            f"{layout.where}: of {probed} images from all over it {missing} are not in {root}; in training others "
-            "stand in for such",
+            f"{layout.where}: {missing} of {probed} probed images are not in {root}; training replaces missing ones",
             UserNotice,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Parquet files: images in a column of bytes, as Hugging Face and img2dataset write them, or in files that it names."""
+"""Parquet files: images in a column of bytes (Hugging Face, img2dataset), or in files that a column names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disttempnet.data.images import UnreadableImage
-from disttempnet.data.listings.fields import ADDRESSES, CAPTION_KEYS, IMAGE_KEYS, Fields, NoBytes, find_key, kind_of
+from disttempnet.data.listings.fields import (
+    ADDRESSES,
+    CAPTION_KEYS,
+    IMAGE_KEYS,
+    Fields,
+    NoBytes,
+    find_key,
+    mistaken_for,
+)
 from disttempnet.data.listings.readers import Layout, PathState
 from disttempnet.data.shards.patterns import expand_braces
 from disttempnet.data.shards.store import file_fingerprint
@@ -22,26 +30,26 @@ if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-CACHE_BYTES = 256 << 20  # images of row groups that a process keeps
+CACHE_BYTES = 256 << 20  # of cached row groups per process
 OPEN_PARQUET_FILES = 16
 
 
 class ImageColumn(NamedTuple):
-    """The column of images, and whether it holds paths of files instead of bytes."""
+    """Column of images; `paths`: it has paths of files instead of bytes."""
 
     name: str
     paths: bool
 
 
 class ParquetLayout(Layout):
-    """Rows of parquet files, in the order of their names; a group is a row group, where images are in them.
+    """Rows of Parquet files, in the order of their names; a group is a row group if images are in the files.
 
-    Images are read when they are asked for, not here: a row's `image` is `FILE:ROW`, or the path of a file.
+    Images are not read here: the `image` of a row is `FILE:ROW`, or the path of a file.
 
     Args:
         where: a file, a folder of files, or a pattern with `*` or a range in braces in its file name.
-        image_key: column of binary, of struct {bytes, path}, or of paths; empty = the only one there is.
-        caption_key: column of captions; empty = found.
+        image_key: column of binary, of struct {bytes, path}, or of paths; empty = the only one.
+        caption_key: column of captions; empty = detected.
     """
 
     image_key = "image"
@@ -69,7 +77,7 @@ class ParquetLayout(Layout):
         return self.paths[0].with_name(name)
 
     def fingerprint(self, name: str) -> str:
-        return file_fingerprint(self.path(name))  # a file's end tells where each of its columns lies
+        return file_fingerprint(self.path(name))  # the end of the file has the offsets of its columns
 
     def identity(self) -> str:
         name = self.column.name if self.column else ""
@@ -82,7 +90,7 @@ class ParquetLayout(Layout):
     def groups(self, rows: int) -> list[int]:
         return super().groups(rows) if self.column and self.column.paths else self.group_rows
 
-    def said(self) -> list[str]:
+    def format_notes(self) -> list[str]:
         paths = self.column is not None and self.column.paths
         return [f"column '{self.column.name}' names image files"] if self.column and paths else []
 
@@ -92,7 +100,7 @@ class ParquetLayout(Layout):
                 self.parts[path.name] = PathState(self.stamp(path.name), self.fingerprint(path.name))
                 for fields in self._rows_of(path):
                     yield fields, number
-            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are of these kinds
+            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises these kinds
                 raise UserError(f"{path}: cannot be read as parquet: {brief(error)}") from None
 
     def _rows_of(self, path: Path) -> Iterator[Fields]:
@@ -126,7 +134,7 @@ class ParquetLayout(Layout):
 
 
 def need_pyarrow(where: Path) -> None:
-    """Raise UserError where pyarrow is not installed."""
+    """Raise UserError if pyarrow is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
@@ -134,7 +142,7 @@ def need_pyarrow(where: Path) -> None:
 
 
 def find_files(where: Path) -> list[Path]:
-    """The files that a folder, a pattern or a name stands for, sorted by name, at least one. Raises UserError."""
+    """Return the files of a folder, pattern or name, sorted, at least one. Raises UserError."""
     if where.is_dir():
         found = sorted(path for path in where.glob("*.parquet") if not path.name.startswith("."))
     elif where.is_file():
@@ -152,7 +160,7 @@ def find_files(where: Path) -> list[Path]:
 
 
 def image_column(file: ParquetFile, chosen: str, caption_key: str, path: Path) -> ImageColumn:
-    """The column of images that a config names, or the only one of bytes, or of paths. Raises UserError."""
+    """Return the column of images: the named one, or the only one of bytes, or of paths. Raises UserError."""
     schema = file.schema_arrow
     caption = find_key(schema.names, caption_key, CAPTION_KEYS)
     embedded = [field.name for field in schema if _holds_bytes(field.type)]
@@ -165,11 +173,11 @@ def image_column(file: ParquetFile, chosen: str, caption_key: str, path: Path) -
         return ImageColumn(found[0], paths=only_paths)
     if not found and (key := find_key(named, chosen, IMAGE_KEYS)) is not None:
         return ImageColumn(key, paths=True)
-    if not found and not chosen and (kind := kind_of(schema.names)):
+    if not found and not chosen and (kind := mistaken_for(schema.names)):
         raise UserError(f"{path}: {kind}")
     if not found and not chosen and {"url", "image_url"} & {name.lower() for name in schema.names}:
         raise UserError(f"{path}: {ADDRESSES}")
-    what = f"'{chosen}' is no column of images" if chosen else f"{len(found) or 'no'} columns of images"
+    what = f"'{chosen}' is not a column of images" if chosen else f"{len(found) or 'no'} columns of images"
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
     advice = "name one of bytes, or of paths, with image_key" if found or chosen or named else "it holds none"
     raise UserError(f"{path}: {what}; its columns are {columns}; {advice}")
@@ -180,7 +188,7 @@ def _others(schema: pyarrow.Schema, image: str) -> list[str]:
 
 
 def _leaf_nulls(file: ParquetFile, group: int, leaf: str) -> int | None:
-    """How many values of a column are null, as the file says; None where it does not say."""
+    """Return the number of null values of a column in the statistics of the file; None without statistics."""
     metadata = file.metadata.row_group(group)
     for number in range(metadata.num_columns):
         column = metadata.column(number)
@@ -197,9 +205,9 @@ def _all_null(file: ParquetFile, leaf: str) -> bool:
 
 
 def _without_bytes(file: ParquetFile, group: int, name: str, columns: Mapping[str, Sequence[Any]]) -> list[bool]:
-    """Which rows of a group have no bytes of an image; empty where all have, or the file does not say.
+    """Tell for each row of a group whether it has no image bytes; empty if all have, or without statistics.
 
-    Only for groups with such rows is the column read; not for those of img2dataset, which has a column for it.
+    The column is read only for groups with such rows, and not for img2dataset's, which have a column `status`.
     """
     import pyarrow.compute
 
@@ -241,7 +249,7 @@ def _is_binary(kind: pyarrow.DataType) -> bool:
 def _is_text(kind: pyarrow.DataType) -> bool:
     from pyarrow import types
 
-    if types.is_dictionary(kind):  # pandas' categories
+    if types.is_dictionary(kind):  # categories of pandas
         kind = kind.value_type
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
@@ -254,7 +262,7 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 
 
 def _is_plain(kind: pyarrow.DataType) -> bool:
-    """What captions and facts may be: text, lists of text, numbers."""
+    """Tell whether a type can be a caption or another field: text, lists of text, numbers."""
     from pyarrow import types
 
     if _is_list(kind):
@@ -263,7 +271,7 @@ def _is_plain(kind: pyarrow.DataType) -> bool:
 
 
 def _values(column: pyarrow.ChunkedArray) -> list[Any]:
-    """Values of a column; text as bytes first, as parquet does not check that it is UTF-8."""
+    """Return the values of a column; text goes through bytes, as Parquet does not guarantee UTF-8."""
     import pyarrow
 
     if _is_text(column.type) or _is_binary(column.type):
@@ -280,18 +288,18 @@ def _text(value: Any) -> Any:
 
 
 class ParquetImages:
-    """Encoded images by sample id. A row group is read as a whole, and kept while memory for it lasts.
+    """Encoded images by sample id. Row groups are read as a whole, and cached up to CACHE_BYTES.
 
     Args:
         paths: the files, in the order of their rows.
-        column: of the images.
-        row_groups: how many each file has.
-        first: int64 [G + 1], first id of each row group.
+        column: name of the column of images.
+        row_groups: number of row groups of each file.
+        first: int64 [G + 1], first id of each row group, then N.
     """
 
     def __init__(self, paths: list[Path], column: str, row_groups: list[int], first: NDArray[np.int64]) -> None:
         self.paths, self.column, self.first = paths, column, first
-        self.first_group = np.cumsum([0, *row_groups])  # of each file
+        self.first_group = np.cumsum([0, *row_groups])  # number of the first group of each file
         self._files: OrderedDict[int, ParquetFile] = OrderedDict()
         self._groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
 
@@ -299,7 +307,7 @@ class ParquetImages:
         return vars(self) | {"_files": OrderedDict(), "_groups": OrderedDict()}  # open files stay in their process
 
     def read(self, sample: int, _: str) -> bytes:
-        """Raises UnreadableImage: no bytes in this row, or its row group is damaged; UserError: the file is gone."""
+        """Read an image. Raises UnreadableImage: no bytes in the row, or damage; UserError: no such file."""
         group = int(np.searchsorted(self.first, sample, side="right")) - 1
         value = self._group(group)[sample - int(self.first[group])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -315,11 +323,11 @@ class ParquetImages:
         path = self.paths[number]
         try:
             local = group - int(self.first_group[number])
-            # one thread: this may be a forked process
+            # one thread, as this may be a forked process
             table = self._file(number).read_row_group(local, columns=[self.column], use_threads=False)
         except FileNotFoundError:
-            raise UserError(f"{path}: is gone; restore the file") from None
-        except (OSError, ValueError) as error:  # pyarrow's own errors are of both kinds
+            raise UserError(f"{path}: is gone; restore it") from None
+        except (OSError, ValueError) as error:  # pyarrow raises both kinds
             raise UnreadableImage(f"its row group cannot be read: {brief(error)}") from None
         self._groups[group] = table.column(self.column)
         while len(self._groups) > 1 and sum(column.nbytes for column in self._groups.values()) > CACHE_BYTES:

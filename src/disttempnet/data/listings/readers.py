@@ -1,8 +1,7 @@
-"""Data that is no tar, row by row: JSON lists, CSV and TSV, folders of images with side-car captions.
+"""Layouts of listings: JSON lists, CSV and TSV, folders of images with captions beside them.
 
-A `Layout` reads what lies on disk into rows of named fields, and tells whether it has changed since. `listing.py`
-judges the rows and keeps them in an index. Text that is not UTF-8 is passed on with its bytes in surrogates
-(PEP 383), so that one bad caption costs one row.
+A `Layout` reads data on disk into rows of named fields, and detects later changes. index.py validates the rows and
+stores them. Bytes that are not UTF-8 are kept as surrogates (PEP 383), so that a bad caption costs one row.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from disttempnet.io.files import UnfitFile, read_regular
 
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 TABLE_SUFFIXES = JSON_SUFFIXES | {".csv", ".tsv", ".tab", ".txt", ".token"}
-TELL_EVERY = 1000  # rows
-GROUP_ROWS = 1000  # files are read one by one, so neighbours gain nothing: small groups make a window a good mix
+TELL_EVERY = 1000  # rows between updates of the position
+GROUP_ROWS = 1000  # images are separate files, so groups can be small, and a window mixes many of them
 READ_CHARACTERS = 1 << 20  # characters read at once
-MAX_ROW = 1 << 26  # characters of a row; more is not one
+MAX_ROW = 1 << 26  # characters of a row
 
 
 class PathState(NamedTuple):
-    """Something on disk that an index was made from: a cheap mark (size, time) and a thorough one (content)."""
+    """State of a file or folder that was indexed: a cheap stamp (size, mtime) and a fingerprint of the content."""
 
     stamp: str
     fingerprint: str
@@ -48,9 +47,9 @@ class Layout(ABC):
 
     Attributes:
         where: listing, folder or pattern, for messages and for the name of the index.
-        parts: name → what it was when its rows were read; complete once `rows` is.
-        image_key, caption_key: fields that hold image and captions, where the layout settles it; else empty.
-        total: what the second value of `rows` runs up to; 0 = unknown.
+        parts: name → state of each file when it was read; complete after `rows`.
+        image_key, caption_key: fields of image and captions, if the layout defines them; else empty.
+        total: final value of the progress that `rows` yields; 0 = unknown.
     """
 
     where: Path
@@ -60,60 +59,60 @@ class Layout(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[Fields | None, int]]:
-        """(fields of a row, how far reading has come); None for a row of another shape than it should have.
+        """Yield (fields of a row, progress); fields are None if the row is malformed.
 
         Raises:
-            UserError: what lies there cannot be read as this layout; the message names file and position.
+            UserError: the data cannot be read as this layout; the message names file and position.
         """
 
     def path(self, name: str) -> Path:
-        """Where a part is."""
+        """Return the path of a part."""
         return self.where.with_name(name)
 
     def stamp(self, name: str) -> str:
-        """The cheap mark of a part: equal ones mean that it was not written since. Raises OSError where it is gone."""
+        """Return the cheap stamp of a part: equal stamps mean no change. Raises OSError if it is gone."""
         status = self.path(name).stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
     @abstractmethod
     def fingerprint(self, name: str) -> str:
-        """The thorough mark of a part. Raises OSError where it is gone."""
+        """Return the fingerprint of a part. Raises OSError if it is gone."""
 
     def index_file(self) -> Path:
-        """Where its index is, unless the config says otherwise."""
+        """Return the default file of the index."""
         return self.where.with_name(f"{self.where.name}.index")
 
     def groups(self, rows: int) -> list[int]:
-        """Rows of each group of samples that lie together."""
+        """Return the number of rows of each group of samples."""
         return [min(GROUP_ROWS, rows - first) for first in range(0, rows, GROUP_ROWS)]
 
     def names(self) -> set[str] | None:
-        """All parts that are there now, where that is cheap to tell; else None."""
+        """Return the names of all current parts, if that is cheap; else None."""
         return None
 
     def identity(self) -> str:
-        """What the digest covers beside the rows."""
+        """Return text that the digest covers beside the rows."""
         return ""
 
     def notes(self) -> dict[str, Any]:
-        """What reading images needs to know beside the rows; kept in the index."""
+        """Return facts for reading images, which the index stores."""
         return {}
 
-    def said(self) -> list[str]:
-        """How the rows were read, where that had to be found out, a line each; complete once they are."""
+    def format_notes(self) -> list[str]:
+        """Return a line for each detected property of the format; complete after `rows`."""
         return []
 
     def hint(self) -> str:
-        """What to look at where no row can be used; empty if nothing is known."""
+        """Return a hint for the message that no row can be used; may be empty."""
         return ""
 
 
 class TableLayout(Layout):
-    """A file of rows: JSON, a list of objects or an object a line or of a known kind; or a table as text.
+    """File of rows: JSON (a list, JSON lines, or a known kind of object), or a table as text.
 
     Args:
         where: the file.
-        image_key, caption_key: of its rows, as the config names them; empty = found.
+        image_key, caption_key: keys that the config names; empty = detected.
     """
 
     def __init__(self, where: Path, image_key: str = "", caption_key: str = "") -> None:
@@ -164,12 +163,12 @@ class TableLayout(Layout):
             known = of_rows(chain((item for item in (first, second) if item is not None), items))
         for name, given, settled in zip(("image_key", "caption_key"), keys, known[2:], strict=True):
             if given and settled:
-                raise UserError(f"{self.where}: is read as {known.kind}, which has no {name}; leave '{given}' out")
+                raise UserError(f"{self.where}: is read as {known.kind}, which has no {name}; remove '{given}'")
         self.kind, self.image_key, self.caption_key = known.kind, known.image_key, known.caption_key
         return known.rows
 
-    def said(self) -> list[str]:
-        lines = self.delimited.said() if self.delimited else []
+    def format_notes(self) -> list[str]:
+        lines = self.delimited.format_notes() if self.delimited else []
         lines += [f"read as {self.kind}"] * bool(self.kind)
         return lines + ([f"text is {ENCODING_NAMES[self.encoding]}"] if self.encoding in ENCODING_NAMES else [])
 
@@ -178,15 +177,13 @@ class TableLayout(Layout):
 
 
 class _JsonItems:
-    """The items of a JSON list, or JSON values one after another, without holding the file in memory."""
+    """Items of a JSON list, or JSON values one after another, without the whole file in memory."""
 
     def __init__(self, text: io.TextIOWrapper, where: Path) -> None:
         self.file, self.where = text, where
         self.text, self.at, self.ended = "", 0, False
-        self.in_list, self.alone = (
-            False,
-            True,
-        )  # alone: nothing has come before, so that all of the file may be one item
+        self.in_list = False
+        self.alone = True  # no item has come before: the whole file may be one item
         self.line, self.column = 0, 0  # of the first character of self.text
         self.decoder = json.JSONDecoder()
 
@@ -208,7 +205,7 @@ class _JsonItems:
             self._refuse("the list has ended before", self.at)
 
     def _next(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n":
@@ -222,7 +219,7 @@ class _JsonItems:
         while True:
             try:
                 item, end = self.decoder.raw_decode(self.text, self.at)
-                if end + 3 <= len(self.text) or self.ended:  # a number near the end may go on: 1|e+6
+                if end + 3 <= len(self.text) or self.ended:  # a number at the end of the text may continue: 1|e+6
                     self.at = end
                     return item
             except RecursionError:
@@ -235,7 +232,7 @@ class _JsonItems:
             self._read_on()
 
     def _read_on(self) -> None:
-        """Forget what was used, and read at least as much as is left: a long item is tried few times."""
+        """Drop the used text, and read at least as much as is left, so that a long item is parsed few times."""
         used = self.text[: self.at]
         if newlines := used.count("\n"):
             self.line, self.column = self.line + newlines, 0
@@ -252,20 +249,20 @@ class _JsonItems:
 
 
 class FolderLayout(Layout):
-    """Images under a folder, at any depth, with captions beside them: `x.jpg` and `x.txt`, facts in `x.json`.
+    """Images under a folder, at any depth, with captions beside them: `x.jpg`, `x.txt`, other fields in `x.json`.
 
-    Rows come sorted by path. Its parts are folders, whose times tell whether entries have come or gone.
+    Rows are sorted by path. Parts are folders, whose mtimes change with their entries.
 
     Args:
         where: the folder.
-        caption_key: key of the .json that holds the captions; empty = all of the .txt is one.
+        caption_key: key of the captions in the .json; empty = the .txt is one caption.
     """
 
     image_key = "image"
 
     def __init__(self, where: Path, caption_key: str = "") -> None:
         self.where, self.parts = where, {}
-        self.others: Counter[str] = Counter()  # images that are not taken, by suffix; complete once the rows are
+        self.others: Counter[str] = Counter()  # ignored images by suffix; complete after `rows`
         self.from_json, self.caption_key = bool(caption_key), caption_key or "caption"
 
     def path(self, name: str) -> Path:
@@ -281,13 +278,13 @@ class FolderLayout(Layout):
         except OSError as error:
             raise UserError(f"{error.filename or self.where}: cannot be read: {error.strerror}") from None
 
-    def said(self) -> list[str]:
+    def format_notes(self) -> list[str]:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.others.items()))
         usual = ", ".join(sorted(IMAGE_SUFFIXES))
-        return [f"left out: {kinds}: images beside captions are {usual}"] if kinds else []
+        return [f"left out: {kinds}; images beside captions have to be {usual}"] if kinds else []
 
     def hint(self) -> str:
-        """The table in the folder that may name its images."""
+        """Return a hint about a table in the folder that may name its images."""
         tables = TABLE_SUFFIXES - {".txt"}
         names = sorted(entry.name for entry in self.where.iterdir() if not entry.name.startswith("."))
         images = {name.rpartition(".")[0] for name in names if is_image(name)}
@@ -296,12 +293,12 @@ class FolderLayout(Layout):
             for name in names
             if (Path(name).suffix.lower() in tables and Path(name).stem not in images) or name == "captions.txt"
         ]
-        return f"it holds {found[0]}: name that file if the captions are in it" if found else ""
+        return f"it has {found[0]}: name that file if the captions are in it" if found else ""
 
     def _rows_in(self, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Fields]:
         status, stamp = self.path(name).stat(), self.stamp(name)
         here = status.st_dev, status.st_ino
-        if here in above:  # a link that leads back
+        if here in above:  # a link back to a folder above
             return
         entries = _entries(self.path(name), self.others)
         self.parts[name] = PathState(stamp, _hash_names(entries))
@@ -316,19 +313,19 @@ class FolderLayout(Layout):
         fields: Fields = {}
         if f"{stem}.json" in entries:
             try:
-                facts = json.loads(self._side_car(folder, f"{stem}.json") or b"null")
+                facts = json.loads(self._read_beside(folder, f"{stem}.json") or b"null")
             except (ValueError, RecursionError):
-                facts = None  # training needs it only where the caption is in it
+                facts = None  # training needs it only for captions in it
             fields = facts if isinstance(facts, dict) else {}
         if not self.from_json:
             fields.pop(self.caption_key, None)
-            text = self._side_car(folder, f"{stem}.txt") if f"{stem}.txt" in entries else None
+            text = self._read_beside(folder, f"{stem}.txt") if f"{stem}.txt" in entries else None
             if text is not None:
                 fields[self.caption_key] = text.decode("utf-8", "surrogateescape")
         return fields | {self.image_key: folder + image}
 
-    def _side_car(self, folder: str, name: str) -> bytes | None:
-        """What lies beside an image; None where it is a link that leads nowhere, or no file of text."""
+    def _read_beside(self, folder: str, name: str) -> bytes | None:
+        """Read a file beside an image; None if it is a broken link, or not a regular file of at most MAX_TEXT."""
         try:
             return read_regular(self.where / folder / name, MAX_TEXT)
         except OSError as error:
@@ -339,24 +336,26 @@ class FolderLayout(Layout):
 
 
 def _entries(folder: Path, others: Counter[str] | None = None) -> set[str]:
-    """Names of images, side-cars and folders (with a slash, which sorts them as their paths are).
+    """Return the names of images, files beside them and folders (with a slash, so that they sort like paths).
 
     Args:
-        others: counts images of other suffixes. They are no entries, as those of an index that is there may not change.
+        folder: the folder.
+        others: counter of images with other suffixes. They are not entries, so that existing indexes stay valid.
     """
     with os.scandir(folder) as found:
-        names = {entry.name + "/" * leads_to_folder(entry) for entry in found if not entry.name.startswith(".")}
+        visible = [entry for entry in found if not entry.name.startswith(".")]
+        names = {f"{entry.name}/" if leads_to_folder(entry) else entry.name for entry in visible}
     if others is not None:
         others.update(Path(name).suffix.lower() for name in names if is_image(name, DECODED_SUFFIXES - IMAGE_SUFFIXES))
     return {name for name in names if name.endswith(("/", ".txt", ".json")) or is_image(name)}
 
 
 def leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one. Raises OSError where that cannot be told."""
+    """Tell whether an entry is a folder or a link to one. Raises OSError if that is unknown."""
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno != errno.ELOOP:  # a link to itself leads nowhere
+        if error.errno != errno.ELOOP:  # a link to itself is not a folder
             raise
         return False
 
@@ -367,13 +366,13 @@ def _hash_names(names: set[str]) -> str:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether there is an image at any depth, behind links too; looks no further than the first."""
+    """Tell whether a folder has an image at any depth, links included; stops at the first."""
     seen: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if any(map(is_image, names)):
             return True
         inside = {name: os.stat(os.path.join(place, name)) for name in folders}
-        # each folder once: a link may lead back
+        # each folder once, as a link may lead back
         folders[:] = [name for name, status in inside.items() if (status.st_dev, status.st_ino) not in seen]
         seen |= {(status.st_dev, status.st_ino) for status in inside.values()}
     return False

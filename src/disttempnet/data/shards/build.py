@@ -1,4 +1,4 @@
-"""Make the index of shards: scanned in parallel, kept while it is made, brought up to date where there is one."""
+"""Build the index of shards: a parallel scan with a journal; an existing index is updated."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from disttempnet.io.jobs import LostWorker, run_jobs
 from disttempnet.io.machine import cores
 from disttempnet.io.progress import Meter
 
-A_PROCESS = 1 << 30  # bytes of shards that are worth a process more
+BYTES_PER_PROCESS = 1 << 30  # of shards to scan; one more process for each
 
 
 @dataclass(frozen=True)
-class Scan:
-    """How to scan.
+class ScanSettings:
+    """Settings of a scan.
 
     Attributes:
         caption_key: see `ShardIndex`.
-        workers: processes; 0 = as many as the work and the cores ask for.
+        workers: processes; 0 = by the bytes to scan and the cores.
         checksum: hash all bytes of every shard.
         progress: show a bar on standard error.
-        most: bytes of shards; with more to scan `TooMuchToScan` is raised instead. 0 = no limit.
+        most: limit of bytes to scan, above which `TooMuchToScan` is raised; 0 = no limit.
     """
 
     caption_key: str = ""
@@ -48,53 +48,58 @@ class Scan:
 
 
 class TooMuchToScan(Exception):
-    """There is more to scan than was allowed."""
+    """More bytes to scan than the limit."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"{size:,} bytes")
         self.size = size
 
 
-def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardIndex | None = None) -> ShardIndex:
-    """Scan what is not known yet, by this or another index of the folder, and write the index.
+def build_shard_index(shards: ShardList, path: Path, how: ScanSettings, known: ShardIndex | None = None) -> ShardIndex:
+    """Scan the shards that no index of the folder knows, and write the index.
 
-    Ids follow the order of `known`, shards that it lacks come after its last in the order of `shards`. So ids stay
-    unless a shard of `known` is gone, or holds another number of samples.
+    Ids follow the order of `known`; new shards come after its last one, in the order of `shards`. So ids stay the same
+    unless a shard of `known` is gone or has another number of samples.
 
     Args:
-        shards: what the index is of.
-        path: where it is written.
-        how: to scan.
+        shards: the shards to index.
+        path: file of the index.
+        how: settings of the scan.
         known: an earlier index of these shards with the same caption key.
 
     Raises:
-        TooMuchToScan: see `Scan`.
-        UserError: a shard is no tar, none holds a usable sample, a checksum has changed, a process was killed, or
-            the index cannot be written. Except for changed checksums what is scanned is kept for the next call.
+        TooMuchToScan: see `ScanSettings`.
+        UserError: a shard is not a tar, no shard has a usable sample, a checksum has changed, a worker was killed, or
+            the index cannot be written. Scanned shards are kept for the next call, except after a changed checksum.
     """
     store, states = shards.store, shards.store.states(shards.names)
     with explain_unwritable_index(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_index(path):  # learnt before a scan that may take an hour, not after it
+        with temporary_index(path):  # fail before a scan that may take an hour, not after it
             pass
         journal = Journal(path, how.caption_key)
     try:
-        if known is None and path.is_file():  # made by another process, while this one waited for the journal
+        if known is None and path.is_file():  # built by another process while this one waited for the journal
             return load_index(path, shards.folder, store=store)
+        # shards that this or another index of the folder knows as they are now
         old = [shard.name for shard in known.shards] if known else []
         same = _unchanged(known, states) if known else {}
         same |= _indexed_elsewhere(shards, path, how.caption_key, {n: states[n] for n in states.keys() - same.keys()})
-        # what was hashed before is hashed again and compared
+        # known entries: unchanged shards and the journal; with `checksum` all shards are hashed again and compared
         entries = {} if how.checksum else {name: place.shard for name, place in same.items()}
         for name, shard in journal.shards.items():
             if states.get(name) == (shard.size, shard.fingerprint) and (shard.checksum or not how.checksum):
                 entries[name] = shard
+
+        # scan the others
         todo = {name: states[name] for name in shards.names if name not in entries}
         if how.most and (size := sum(state.size for state in todo.values())) > how.most:
             raise TooMuchToScan(size)
         _scan_all(store, todo, path, how, journal)
         entries |= {name: journal.shards[name] for name in todo}
         _compare_checksums(store, same, entries, journal)
+
+        # old shards keep their order, new ones follow
         order = [name for name in old if name in entries] + [name for name in shards.names if name not in old]
         if known and not todo and [entries[name] for name in order] == list(known.shards):
             index = known
@@ -107,7 +112,7 @@ def build_shard_index(shards: ShardList, path: Path, how: Scan, known: ShardInde
 
 
 class IndexedShard(NamedTuple):
-    """Where an index has a shard: the ids [first, end)."""
+    """Shard in an index, with the ids [first, end)."""
 
     shard: Shard
     home: ShardIndex
@@ -116,7 +121,7 @@ class IndexedShard(NamedTuple):
 
 
 def _unchanged(index: ShardIndex, states: Mapping[str, ShardState]) -> dict[str, IndexedShard]:
-    """By name, the shards that are in this index as they are now."""
+    """Return the shards of this index that have not changed, by name."""
     places = (IndexedShard(shard, index, *ids) for shard, ids in zip(index.shards, pairwise(index.first), strict=True))
     return {
         place.shard.name: place
@@ -128,10 +133,10 @@ def _unchanged(index: ShardIndex, states: Mapping[str, ShardState]) -> dict[str,
 def _indexed_elsewhere(
     shards: ShardList, path: Path, caption_key: str, states: Mapping[str, ShardState]
 ) -> dict[str, IndexedShard]:
-    """Those of these shards that an index of another pattern of the folder holds as they are now."""
+    """Return the shards that an index of another pattern of the folder has, unchanged, by name."""
     found: dict[str, IndexedShard] = {}
     for other in sorted(shards.folder.glob("*.index")):
-        with suppress(UserError):  # of a listing, or damaged: then it is passed over
+        with suppress(UserError):  # of a listing, or damaged: ignored
             index = load_index(other, shards.folder, store=shards.store)
             if other != path and index.caption_key == caption_key and (more := _unchanged(index, states)):
                 load_index(other, shards.folder, verify=True)  # before its columns are copied
@@ -139,12 +144,14 @@ def _indexed_elsewhere(
     return found
 
 
-def _scan_all(store: ShardStore, todo: Mapping[str, ShardState], path: Path, how: Scan, journal: Journal) -> None:
-    """Scan these shards into the journal; those that are no tars are named after all others."""
+def _scan_all(
+    store: ShardStore, todo: Mapping[str, ShardState], path: Path, how: ScanSettings, journal: Journal
+) -> None:
+    """Scan these shards into the journal; unreadable ones raise UserError after all others are scanned."""
     broken: list[str] = []
     tasks = [ScanTask(name, state) for name, state in todo.items()]
     size = sum(state.size for state in todo.values())
-    scans = run_jobs(partial(_scan, store, how), tasks, how.workers or min(cores(), 1 + size // A_PROCESS))
+    scans = run_jobs(partial(_scan, store, how), tasks, how.workers or min(cores(), 1 + size // BYTES_PER_PROCESS))
     meter = Meter(f"indexing {len(todo):,} shards", size, sizes=True, active=how.progress and bool(todo))
     with closing(scans), meter:
         try:
@@ -156,14 +163,14 @@ def _scan_all(store: ShardStore, todo: Mapping[str, ShardState], path: Path, how
                         journal.append(*result)
                 meter.advance(task.state.size)
         except LostWorker as error:
-            raise UserError(f"{path}: {error}; what is scanned is kept, the same command goes on from there") from None
+            raise UserError(f"{path}: {error}; scanned shards are kept; run the same command again to resume") from None
     if broken:
         more = f" (and {len(broken) - 1} more shards cannot be read)" if len(broken) > 1 else ""
         raise UserError(sorted(broken)[0] + more)
 
 
 class ScanTask(NamedTuple):
-    """A shard to scan."""
+    """Shard to scan."""
 
     name: str
     state: ShardState
@@ -175,12 +182,12 @@ class ScanTask(NamedTuple):
 Scanned = tuple[Shard, dict[str, bytes]]
 
 
-def _scan(store: ShardStore, how: Scan, task: ScanTask) -> Iterator[Scanned | UserError]:
-    """A worker's job: entry and columns of a shard, or what is wrong with it."""
+def _scan(store: ShardStore, how: ScanSettings, task: ScanTask) -> Iterator[Scanned | UserError]:
+    """Worker job: yield entry and columns of a shard, or the error."""
     yield _scan_one(store, *task, how)
 
 
-def _scan_one(store: ShardStore, name: str, state: ShardState, how: Scan) -> Scanned | UserError:
+def _scan_one(store: ShardStore, name: str, state: ShardState, how: ScanSettings) -> Scanned | UserError:
     try:
         with store.local(name, state) as path:
             scan = scan_shard(path, how.caption_key)
@@ -205,10 +212,10 @@ def _checksum(path: Path) -> str:
 def _compare_checksums(
     store: ShardStore, before: Mapping[str, IndexedShard], now: Mapping[str, Shard], journal: Journal
 ) -> None:
-    """Raise UserError if a shard of the same size and fingerprint has another checksum than it had."""
+    """Raise UserError if a shard with the same size and fingerprint has another checksum."""
     changed = [name for name, place in before.items() if place.shard.checksum not in ("", now[name].checksum)]
     if changed:
-        journal.remove()  # a restored shard looks the same, so it must be read again
+        journal.remove()  # a restored shard has the same fingerprint, so it must be read again
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(f"{store.where(changed[0])}: its checksum is not the one in the index{more}: restore the shard")
 
@@ -216,7 +223,7 @@ def _compare_checksums(
 def _write(
     path: Path, store: ShardStore, entries: Sequence[Shard], journal: Journal, places: Mapping[str, IndexedShard]
 ) -> ShardIndex:
-    """The index of these shards, with columns from the journal, or else from where they are known."""
+    """Write the index of these shards, with columns from the journal, or from the index that knows them."""
     scanned = journal.columns()
 
     def pieces(column: str) -> Iterator[bytes | memoryview]:
@@ -232,6 +239,6 @@ def _write(
         index = load_index(temporary, store.folder, store=store)
         if not index.usable_counts.any():
             found = index.problems().replace("\n", "; ")
-            raise UserError(f"{store.about}: none of its {len(entries)} shards holds a usable sample: {found}")
+            raise UserError(f"{store.about}: none of its {len(entries)} shards has a usable sample: {found}")
         os.replace(temporary, path)
     return load_index(path, store.folder, store=store)

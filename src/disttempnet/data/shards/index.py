@@ -1,7 +1,7 @@
-"""The shard index: dense sample ids, and where in which shard each sample lies.
+"""Shard index: dense sample ids → byte ranges in shards.
 
-Sample id = position in the index: the same in every epoch, every run and every world size. The index is one
-file beside the shards (safetensors, memory-mapped): `building.py` makes it, `indexing.py` checks it against the shards.
+Sample id = position in the index: the same in every epoch, every run and at every world size. The index is one
+memory-mapped file beside the shards (io/columns.py): build.py writes it, open.py checks it against the shards.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from disttempnet.io.machine import open_files
 
 SHARD_INDEX_FORMAT = "disttempnet-index-1"
 IMAGE, CAPTION, JSON = range(3)
-NOT_IN_THE_DIGEST = ("checksum", "tally", "ungrouped")  # of a shard: what may be added to the same one later
+NOT_IN_THE_DIGEST = ("checksum", "tally", "ungrouped")  # fields of a shard that may be added later
 INDEX_COLUMNS = {  # as they lie in the file, a row per sample
     "start": ColumnType(np.dtype("<i8")),
     "spans": ColumnType(np.dtype("<u4"), (3, 2)),
     "status": ColumnType(np.dtype("u1")),
 }
-HEADER_ROOM = 1024  # bytes of the header beside its metadata, at most
+HEADER_MARGIN = 1024  # bytes of the header beside its metadata, at most
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index knows of one shard.
+    """Entry of a shard in the index.
 
     Attributes:
-        name: its path from the index's folder.
+        name: path from the folder of the index.
         size: bytes.
-        samples: how many it holds, usable or not.
-        fingerprint: of `ShardState`.
-        note: what is wrong with it as a whole; empty if nothing is.
-        checksum: hex sha256 of all its bytes; empty if never asked for.
-        tally: formats and measures of its images and captions.
-        ungrouped: what a user is told of files with several dots in their names that belong to no sample; None where an
-            earlier version indexed it, which lost them without a word.
+        samples: number of samples, usable or not.
+        fingerprint: see `ShardState`.
+        note: damage of the shard; empty if there is none.
+        checksum: hex sha256 of all bytes; empty if not computed.
+        tally: statistics of images and captions.
+        ungrouped: message about files with several dots in their names that belong to no sample; None if an earlier
+            version indexed the shard, which ignored such files.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Shard:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the digest of an index covers."""
+        """Fields that the digest of an index covers."""
         return {key: value for key, value in asdict(self).items() if key not in NOT_IN_THE_DIGEST}
 
 
@@ -75,11 +75,13 @@ class ShardIndex(Source):
     """Samples of webdataset shards in tar order, as columns; a group is a shard.
 
     Attributes:
-        path: the index file; `folder`: where the shards are, or are kept while they are read; `store` opens them.
-        shards: one entry a shard.
-        start: int64 [N], byte of a sample's first tar header.
+        path: the index file.
+        folder: folder of the shards, or of their cache.
+        store: opens the shards.
+        shards: one entry per shard.
+        start: int64 [N], byte offset of a sample's first tar header.
         spans: uint32 [N, 3, 2], (offset from start, size) in bytes of image, caption, JSON; size 0 = absent.
-        status: place in `REASONS`.
+        status: uint8 [N], index into `REASONS`.
         caption_key: key of the samples' .json that holds their captions; empty = .txt.
         digest: hex sha256 over shard names, sizes, fingerprints, counts, the caption key and the columns.
     """
@@ -104,7 +106,7 @@ class ShardIndex(Source):
         return len(self.status)
 
     def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[Path, Path, bool, ShardStore]]:
-        # another process maps the file, instead of a copy
+        # another process maps the file instead of receiving a copy
         return load_index, (self.path, self.folder, False, self.store)
 
     @cached_property
@@ -123,11 +125,11 @@ class ShardIndex(Source):
         return usable_captions([self._read(sample, CAPTION)])
 
     def metadata(self, sample: int) -> dict[str, Any] | None:
-        """The parsed .json of a sample; None where it has none."""
+        """Return the parsed .json of a sample; None if it has none."""
         return json.loads(self._read(sample, JSON)) if self.spans[sample, JSON, 1] else None
 
     def name(self, sample: int) -> str:
-        """`SHARD.tar:KEY`, with the key read from the shard; its id where that cannot be read any more."""
+        """Return `SHARD.tar:KEY`, with the key read from the shard, or with the id if it cannot be read any more."""
         shard, key = self.group_of(sample), f"sample {sample}"
         with suppress(BrokenTar):
             if member := read_member(self._file(shard), int(self.start[sample])):
@@ -135,7 +137,7 @@ class ShardIndex(Source):
         return f"{self.shards[shard].name}:{key}"
 
     def hashes(self) -> NDArray[np.uint64]:
-        """Of shard and place: of the shard its file name alone, so that its folder may be called anything."""
+        """Hash the shard's file name, without its folder, and the byte offset in it."""
         shards = np.array([hash_of(Path(shard.name).name) for shard in self.shards], np.uint64)
         return mix_bits(np.repeat(shards, np.diff(self.first)) + self.start.astype(np.uint64))
 
@@ -143,7 +145,7 @@ class ShardIndex(Source):
         return REASONS[self.status[sample]]
 
     def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
-        """(reason, samples, the first few names) of what cannot be used."""
+        """Return (reason, number of samples, first names) of unusable samples."""
         found = []
         for code, reason in enumerate(REASONS):
             if code != OK and len(samples := np.flatnonzero(self.status == code)):
@@ -151,7 +153,7 @@ class ShardIndex(Source):
         return found
 
     def problems(self, names: int = 3) -> str:
-        """One line a reason why samples are left out, with the first few names; empty if all are usable."""
+        """Return a line for each reason why samples are left out, and for each damaged shard."""
         lines = []
         for reason, samples, shown in self.left_out(names):
             more = ", …" if samples > len(shown) else ""
@@ -160,7 +162,7 @@ class ShardIndex(Source):
             if shard.note:
                 lines.append(f"{shard.name}: {shard.note}; {shard.samples:,} samples before it")
             elif not shard.samples:
-                lines.append(f"{shard.name}: holds no samples")
+                lines.append(f"{shard.name}: has no samples")
             if shard.ungrouped:
                 lines.append(f"{shard.name}: {shard.ungrouped}")
         return "\n".join(lines)
@@ -175,11 +177,11 @@ class ShardIndex(Source):
         data = os.pread(self._file(shard), size, int(self.start[sample]) + offset)
         if len(data) < size:
             path = self.store.where(self.shards[shard].name)
-            raise UserError(f"{path}: ends inside sample {sample}: it was cut off after indexing; restore it")
+            raise UserError(f"{path}: ends inside sample {sample}: it was cut off after indexing; restore the shard")
         return data
 
     def _file(self, shard: int) -> int:
-        """Descriptor of an open shard; reads carry their own offset, so forked processes may share it."""
+        """Return the descriptor of an open shard; reads use explicit offsets, so forked processes may share it."""
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
@@ -198,7 +200,7 @@ class ShardIndex(Source):
 
 
 def start_digest(shards: Sequence[Shard], caption_key: str) -> hashlib._Hash:
-    """The digest of an index before its columns."""
+    """Return the digest of an index before its columns are added."""
     digest = hashlib.sha256(json.dumps([shard.identity for shard in shards], sort_keys=True).encode())
     digest.update(caption_key.encode())
     return digest
@@ -207,16 +209,16 @@ def start_digest(shards: Sequence[Shard], caption_key: str) -> hashlib._Hash:
 def write_index(
     path: Path, shards: Sequence[Shard], caption_key: str, columns: Mapping[str, Iterable[bytes | memoryview]]
 ) -> None:
-    """Write an index file piece by piece, so that memory does not grow with it.
+    """Write an index file piece by piece, so that memory does not grow with its size.
 
     Args:
-        path: a temporary file: what it holds after an error is not an index.
+        path: an empty temporary file; after an error its content is not an index.
         shards: in the order of ids.
         caption_key: see `ShardIndex`.
-        columns: the bytes of each of `INDEX_COLUMNS`, cut as the caller has them.
+        columns: bytes of each of `INDEX_COLUMNS`, in pieces of any size.
 
     Raises:
-        OSError: a disk that is full, for one.
+        OSError: it cannot be written.
     """
     samples = sum(shard.samples for shard in shards)
     metadata = {
@@ -225,7 +227,7 @@ def write_index(
         "caption_key": caption_key,
         "digest": "0" * 64,  # known when all columns are written
     }
-    room = len(json.dumps(metadata)) + HEADER_ROOM
+    room = len(json.dumps(metadata)) + HEADER_MARGIN
     digest = start_digest(shards, caption_key)
     with path.open("r+b") as file:
         writer = ColumnWriter(file, room + -room % 8)
@@ -243,8 +245,8 @@ def load_index(path: Path, folder: Path, verify: bool = False, store: ShardStore
     Args:
         path: the index file.
         folder: where the shards are.
-        verify: read all of it and compare with the digest that it carries.
-        store: who opens the shards; None = they are read where they are.
+        verify: read the whole file and compare it with its digest.
+        store: opens the shards; None = they are local.
 
     Raises:
         UserError: the file is not an index of this version, or is damaged.

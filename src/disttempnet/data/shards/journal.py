@@ -1,7 +1,7 @@
-"""What is scanned so far, kept on disk while an index is made: a scan that is cut short goes on where it was.
+"""Journal of scanned shards on disk, so that an interrupted scan resumes.
 
-A record a shard, appended whole: length, blake2b, then the shard's entry and columns. A record that is torn,
-damaged or of another version of this package ends the journal: what follows is scanned again.
+One record per shard: length, blake2b, then the shard's entry and columns. A record that is incomplete, damaged or of
+another version of this package ends the journal: later shards are scanned again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _PREFIX = 8 + DIGEST
 
 
 class Journal:
-    """The scanned shards of one index in the making. Held by one process at a time: another waits in `__init__`.
+    """Scanned shards of an index under construction. One process holds it at a time; others wait in `__init__`.
 
     Args:
         index: path of the index; the journal is INDEX.partial.
-        caption_key: records of another one are passed over.
+        caption_key: records with another key are ignored.
 
     Attributes:
-        shards: entry of each scanned shard, by name.
+        shards: entries of the scanned shards by name.
 
     Raises:
         OSError: it cannot be written.
@@ -48,11 +48,11 @@ class Journal:
     def _locked(self) -> BinaryIO:
         while True:
             file: BinaryIO = self.path.open("a+b", buffering=0)
-            with suppress(OSError):  # a disk without locks: two scans at once then cost time, not correctness
+            with suppress(OSError):  # a disk without locks: two concurrent scans cost time, not correctness
                 fcntl.flock(file, fcntl.LOCK_EX)
             if self._is_at_path(file):
                 return file
-            file.close()  # who had it before has removed it: what is written here would be lost
+            file.close()  # the previous holder removed it: records written here would be lost
 
     def _is_at_path(self, file: BinaryIO) -> bool:
         with suppress(FileNotFoundError):
@@ -60,7 +60,7 @@ class Journal:
         return False
 
     def append(self, shard: Shard, columns: Mapping[str, bytes]) -> None:
-        """Keep what a shard holds. Raises OSError; then the journal is as it was."""
+        """Append a shard. Raises OSError; then the journal is unchanged."""
         head = json.dumps({"caption_key": self.caption_key, "shard": asdict(shard)}).encode()
         payload = b"".join([len(head).to_bytes(8, "little"), head, *(columns[name] for name in INDEX_COLUMNS)])
         record = memoryview(len(payload).to_bytes(8, "little") + _digest(payload) + payload)
@@ -74,7 +74,7 @@ class Journal:
         self._note(payload)
 
     def columns(self) -> dict[str, dict[str, memoryview]]:
-        """Shard → column → its bytes, as mapped from the file."""
+        """Return shard → column → its bytes, mapped from the file."""
         if not self._end:
             return {}
         view = memoryview(mmap.mmap(self._file.fileno(), self._end, prot=mmap.PROT_READ))
@@ -84,20 +84,20 @@ class Journal:
         }
 
     def close(self) -> None:
-        """Let another process have it. What it holds stays for the next scan; an empty one goes."""
+        """Release the journal to other processes. Records stay for the next scan; an empty journal is removed."""
         if not self._end:
             self.remove()
-        with suppress(OSError):  # said aloud: a mapping of the file keeps a lock that is not
+        with suppress(OSError):  # explicitly: a mapping of the file would keep the lock
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
     def remove(self) -> None:
-        """The index is made, or what is kept is not to be trusted. Another process's journal of this name stays."""
+        """Delete the journal, unless another process has replaced it by its own."""
         if self._is_at_path(self._file):
             self.path.unlink(missing_ok=True)
 
     def _read(self) -> int:
-        """Take in all whole records; returns where they end."""
+        """Read all complete records, and return the offset of their end."""
         self._end = 0
         self._file.seek(0)
         while len(prefix := self._file.read(_PREFIX)) == _PREFIX:
@@ -114,7 +114,7 @@ class Journal:
         return self._end
 
     def _note(self, payload: bytes) -> None:
-        """Take in a record. Raises KeyError, TypeError or ValueError, and takes nothing, where it is no such record."""
+        """Register a record. Raises KeyError, TypeError or ValueError if it is not one; then nothing is registered."""
         length = int.from_bytes(payload[:8], "little")
         head = json.loads(payload[8 : 8 + length])
         shard = Shard(**head["shard"])

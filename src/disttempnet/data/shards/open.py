@@ -11,14 +11,14 @@ from rich.filesize import decimal
 
 from disttempnet import distributed
 from disttempnet.config import SourceConfig
-from disttempnet.data.shards.build import Scan, TooMuchToScan, build_shard_index
+from disttempnet.data.shards.build import ScanSettings, TooMuchToScan, build_shard_index
 from disttempnet.data.shards.index import ShardIndex, load_index
 from disttempnet.data.shards.names import ShardList, resolve_shards
 from disttempnet.data.shards.store import CACHE_GB
 from disttempnet.errors import UserError
 from disttempnet.io.columns import temporary_index
 
-WHILE_RANKS_WAIT = 100 * 10**9  # bytes of shards that rank 0 scans while the others wait, minutes by default
+WHILE_RANKS_WAIT = 100 * 10**9  # bytes of shards that rank 0 scans while the other ranks wait
 
 
 def open_index(
@@ -29,20 +29,20 @@ def open_index(
     cache: str = "",
     cache_gb: float = CACHE_GB,
 ) -> ShardIndex:
-    """The index of the shards that a spec names: built by rank 0 on first use, checked by every rank always.
+    """Open the index of the shards that a spec names: rank 0 builds it on first use, every rank checks it.
 
-    Nodes that lack it get rank 0's.
+    Nodes without the index receive rank 0's.
 
     Args:
         spec: see `resolve_shards`.
         index_path: file of the index; empty = beside the shards, named after the spec and the caption key.
-        progress: show a bar on standard error while indexing.
+        progress: show a bar on standard error while the index is built.
         caption_key: key of the samples' .json that holds their captions; empty = .txt.
         cache, cache_gb: of remote shards, see `resolve_shards`.
 
     Raises:
-        UserError: shards are missing, renamed, additional or changed since they were indexed, are no tars, or
-            the index cannot be written; or several ranks would wait for a first scan of many shards. Every rank raises.
+        UserError: shards are missing, renamed, new, changed or not tars, the index cannot be written, or several ranks
+            would wait for the first scan of many shards. Every rank raises.
     """
     source = SourceConfig(path=spec, index=index_path, caption_key=caption_key, cache=cache, cache_gb=cache_gb)
 
@@ -52,11 +52,11 @@ def open_index(
         if distributed.is_main() and not path.is_file():
             most = WHILE_RANKS_WAIT if distributed.world_size() > 1 else 0
             try:
-                build_shard_index(shards, path, Scan(caption_key, progress=progress, most=most))
+                build_shard_index(shards, path, ScanSettings(caption_key, progress=progress, most=most))
             except TooMuchToScan as error:
                 raise UserError(
                     f"{spec}: {decimal(error.size)} of shards are not indexed yet, which can take longer than the "
-                    f"other ranks wait for it: index them first: {index_command(source)}"
+                    f"other ranks wait; index them first: {index_command(source)}"
                 ) from None
         return path
 
@@ -66,19 +66,19 @@ def open_index(
         check_shards(index, shards, source)
         return index
 
-    path = distributed.together(build)  # the others wait here, no longer than the process group's timeout
-    distributed.together(lambda: share_index(path))  # every rank goes through all of its collectives, whatever fails
+    path = distributed.together(build)  # the other ranks wait here, up to the timeout of the process group
+    distributed.together(lambda: share_index(path))  # every rank takes part in all collectives, whatever fails
     index = distributed.together(load)
     if len(set(distributed.gather_objects(index.digest))) > 1:
         raise UserError(
-            f"{index.path}: the ranks see different indexes; give every node the same shards, and delete the index of "
-            "nodes where it is another: they get that of rank 0"
+            f"{index.path}: the ranks see different indexes; give every node the same shards, and delete the index on "
+            "nodes where it differs: they receive rank 0's"
         )
     return index
 
 
 def share_index(path: Path) -> None:
-    """Give rank 0's index to the ranks that have none: their nodes keep shards, or the cache, on disks of their own.
+    """Send rank 0's index to ranks without one, whose nodes have shards or cache on local disks.
 
     Every rank calls this. Raises UserError on a rank that cannot write it.
     """
@@ -92,23 +92,23 @@ def share_index(path: Path) -> None:
                 with temporary.open("wb") as file:
                     for piece in pieces:
                         file.write(piece)
-                os.replace(temporary, path)  # of several ranks of a node: with the same bytes
+                os.replace(temporary, path)  # several ranks of a node write the same bytes
     finally:
-        for _ in pieces:  # whatever happened here, the others need this rank to take all of them
+        for _ in pieces:  # after an error too: the collective needs this rank to receive all pieces
             pass
 
 
 def update_index(
     source: SourceConfig, workers: int = 0, checksum: bool = False, progress: bool = True
 ) -> tuple[ShardIndex, str]:
-    """Make the index of shards, or bring it up to date: what `disttempnet data index` does.
+    """Build or update the index of shards, for `disttempnet data index`.
 
     Args:
         source: the shards.
-        workers, checksum, progress: see `Scan`.
+        workers, checksum, progress: see `ScanSettings`.
 
     Returns:
-        the index, and what is new in a line.
+        The index, and a line about what has changed.
 
     Raises:
         UserError: as `build_shard_index`.
@@ -116,16 +116,16 @@ def update_index(
     shards = source_shards(source)
     path = shard_index_file(shards, source)
     known = load_known(shards, source) if path.is_file() else None
-    index = build_shard_index(shards, path, Scan(source.caption_key, workers, checksum, progress), known)
+    index = build_shard_index(shards, path, ScanSettings(source.caption_key, workers, checksum, progress), known)
     news = _news(known, index) if known else "indexed for the first time"
     if known and checksum:
         compared = sum(1 for shard in known.shards if shard.checksum)
-        news += f"; checksums that were known and are the same: {compared:,}"
+        news += f"; checksums compared and equal: {compared:,}"
     return index, news
 
 
 def _news(known: ShardIndex, index: ShardIndex) -> str:
-    """What an update has changed."""
+    """Describe the changes of an update in a line."""
     if known.digest == index.digest:
         return "the same samples as before"
     before, now = ({shard.name: shard.identity for shard in one.shards} for one in (known, index))
@@ -137,16 +137,16 @@ def _news(known: ShardIndex, index: ShardIndex) -> str:
     what = ", ".join(f"{count:,} shards {word}" for word, count in counts.items() if count)
     if counts["gone"] or counts["changed"]:
         return f"{what}: ids change"
-    return f"{what}: ids 0 to {len(known) - 1:,} stay, the new ones come after them"
+    return f"{what}: ids 0 to {len(known) - 1:,} stay, new ids follow"
 
 
 def source_shards(source: SourceConfig) -> ShardList:
-    """The shards that a source names. Raises UserError."""
+    """Return the shards of a source. Raises UserError."""
     return resolve_shards(source.path, source.cache, source.cache_gb)
 
 
 def load_known(shards: ShardList, source: SourceConfig) -> ShardIndex:
-    """The index of these shards as it was made, whole and of this caption key. Raises UserError."""
+    """Load and verify the index of these shards, without a look at the shards. Raises UserError."""
     path = shard_index_file(shards, source)
     index = load_index(path, shards.folder, verify=True, store=shards.store)
     if index.caption_key != source.caption_key:
@@ -158,18 +158,18 @@ def load_known(shards: ShardList, source: SourceConfig) -> ShardIndex:
 
 
 def shard_index_file(shards: ShardList, source: SourceConfig) -> Path:
-    """Where the index of these shards is. Raises UserError."""
+    """Return the file of the index of these shards. Raises UserError."""
     if not source.index:
         key = "." + re.sub(r"[^\w-]", "_", source.caption_key) if source.caption_key else ""
         return shards.folder / f"{shards.label}{key}.index"
     path = Path(source.index).expanduser()
     if path.is_dir():
-        raise UserError(f"{path}: the index would be a folder; name a file")
+        raise UserError(f"{path}: is a folder; name a file for the index")
     return path
 
 
 def index_command(source: SourceConfig) -> str:
-    """The command that makes an index or brings it up to date, as it can be typed."""
+    """Return the command that builds or updates an index, as typed."""
     words = ["disttempnet", "data", "index", source.path]
     for key in ("caption_key", "index", "cache", "cache_gb"):
         if (value := getattr(source, key)) != SourceConfig.model_fields[key].default:
@@ -178,7 +178,7 @@ def index_command(source: SourceConfig) -> str:
 
 
 def check_shards(index: ShardIndex, shards: ShardList, source: SourceConfig) -> None:
-    """Raise UserError, naming the first shard that differs from what was indexed. Their order is the index's own."""
+    """Raise UserError at the first shard that is missing, new, renamed or changed since it was indexed."""
     known = {shard.name: shard for shard in index.shards}
     found = set(shards.names)
     missing = [name for name in known if name not in found]
@@ -188,7 +188,7 @@ def check_shards(index: ShardIndex, shards: ShardList, source: SourceConfig) -> 
         renamed = [name for name in missing if known[name].fingerprint == same]
         if renamed:
             _refuse(index, source, added[0], f"was renamed: it was indexed as {renamed[0]}", "Rename it back")
-        _refuse(index, source, added[0], "was not there when these were indexed", "Take it out of the folder")
+        _refuse(index, source, added[0], "was not there when these were indexed", "Remove it from the folder")
     if missing:
         _refuse(index, source, missing[0], f"is missing: indexed were {_known(index, missing[0])}", "Restore it")
     states = index.store.states(tuple(known))

@@ -1,6 +1,6 @@
-"""Patterns of names: braces, as a shell expands them, and wildcards.
+"""Patterns of names: braces, expanded as in a shell, and wildcards.
 
-What a pattern stands for is counted before it is built: one of a billion names is refused at once.
+Names are counted before they are built: a pattern of a billion names is refused at once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from disttempnet.errors import UserError
 MOST_NAMES = 1_000_000  # the largest public data sets have some 200,000 shards
 MOST_NESTED = 50
 WILDCARDS = "*?["
-KNOWN = "braces hold a range of numbers, such as {00000..01242} or {00..98..2}, or names, as {a,b}"
+BRACES_HINT = "braces hold a range of numbers, such as {00000..01242} or {00..98..2}, or names, as {a,b}"
 
 
 class _Range(NamedTuple):
-    """Numbers with zeros in front up to `width`, or code points of letters."""
+    """Range of numbers, zero-padded to `width`, or of code points of letters."""
 
     first: int
     last: int
@@ -36,24 +36,24 @@ _Names: TypeAlias = "list[_Choice]"  # one of each, joined
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Names that a pattern stands for, as a shell expands it: `a{08..10}` → a08, a09, a10; `{a,b{1..2}}` → a, b1, b2.
+    """Yield the names of a pattern, expanded as in a shell: `a{08..10}` → a08, a09, a10; `{a,b{1..2}}` → a, b1, b2.
 
-    Several braces multiply, the last runs fastest. Numbers are padded to the longer end where one begins with 0. A
-    range may have a step, `{0..8..2}`, and may be of letters, `{a..d}`.
+    Several braces multiply, the last varies fastest. Numbers are padded to the longer end if one begins with 0. A range
+    may have a step, `{0..8..2}`, and may be of letters, `{a..d}`.
 
     Raises:
-        UserError: braces that hold something else, a range that runs backwards, or over a million names.
+        UserError: other content in braces, a range that runs backwards, or over a million names.
     """
     names, end = _parse(pattern, 0, 0)
     if end < len(pattern):
         raise UserError(f"'{pattern}': a brace has no partner")
     if _count(names) > MOST_NAMES:
-        raise UserError(f"'{pattern[:80]}' stands for over {MOST_NAMES:,} names: narrow its ranges")
+        raise UserError(f"'{pattern[:80]}' expands to over {MOST_NAMES:,} names: narrow its ranges")
     return _expanded(names)
 
 
 def _parse(pattern: str, at: int, depth: int) -> tuple[_Names, int]:
-    """What stands from `at` to the end, or to the comma or brace that ends an alternative; and where that is."""
+    """Parse from `at` to the end, or to the comma or brace that ends an alternative; return names and end."""
     if depth > MOST_NESTED:
         raise UserError(f"'{pattern[:80]}': braces are nested over {MOST_NESTED} deep")
     names: _Names = []
@@ -72,7 +72,7 @@ def _parse(pattern: str, at: int, depth: int) -> tuple[_Names, int]:
 
 
 def _braces(pattern: str, begin: int, depth: int) -> tuple[_Choice, int]:
-    """What the brace at `begin` holds, and where its partner ends."""
+    """Parse the brace at `begin`; return its choices and the position after its partner."""
     alternatives: list[_Names] = []
     at = begin
     while at == begin or (at < len(pattern) and pattern[at] == ","):
@@ -88,7 +88,7 @@ def _braces(pattern: str, begin: int, depth: int) -> tuple[_Choice, int]:
 def _range(pattern: str, braces: str) -> _Range:
     limits = re.fullmatch(r"\{(\d{1,18}|[a-z]|[A-Z])\.\.(\d{1,18}|[a-z]|[A-Z])(?:\.\.(\d{1,18}))?\}", braces)
     if limits is None or limits[1].isdigit() != limits[2].isdigit():
-        raise UserError(f"'{pattern}': {braces} is no range and no list of names: {KNOWN}")
+        raise UserError(f"'{pattern}': {braces} is no range and no list of names: {BRACES_HINT}")
     letters, step = not limits[1].isdigit(), int(limits[3] or 1)
     first, last = (ord(end) if letters else int(end) for end in limits.group(1, 2))
     if first > last:
@@ -127,13 +127,15 @@ def _texts(choice: _Choice) -> Iterator[str]:
 
 
 def is_pattern(name: str) -> bool:
-    """Whether there are braces or wildcards in a name."""
+    """Tell whether a name has braces or wildcards."""
     return any(character in name for character in "{}" + WILDCARDS)
 
 
 def matching(folder: Path, name: str) -> Sequence[Path]:
-    """What a name without braces stands for in a folder, sorted: itself, unless it has wildcards and is not there.
-    Hidden files match no wildcard."""
+    """Return the paths in a folder that match a name without braces, sorted.
+
+    A name with wildcards that exists as a file is that file. Hidden files match no wildcard.
+    """
     path = folder / name
     if not any(character in name for character in WILDCARDS) or os.path.exists(path):
         return [path]

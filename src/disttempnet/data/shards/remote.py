@@ -1,11 +1,11 @@
 """Shards behind an fsspec URL, through a bounded cache that all processes of a machine share.
 
-A shard is fetched whole, by one process, under its lock: to a temporary name, compared with what the index knows,
-then renamed. Whoever reads one holds a shared lock on the file itself, which ends with the process however that ends.
-When the cache is full the least recently opened shards go, but none that is locked.
+One process downloads a shard, under its lock, to a temporary name; the file is compared with the index and renamed. A
+reader holds a shared lock on the file itself, which ends with its process. When the cache is full, the least recently
+opened shards are removed, except locked ones.
 
-    FOLDER/shards/KEY-OF-THE-URL/00000.tar     a shard; also the index of a spec
-                                 .00000.tar.lock, .00000.tar.RANDOM.SIZE.part
+    FOLDER/shards/HASH-OF-THE-URL/00000.tar     a shard; beside it the index of a spec
+                                  .00000.tar.lock, .00000.tar.RANDOM.SIZE.part
 """
 
 from __future__ import annotations
@@ -27,30 +27,37 @@ from typing import Any, TypeVar
 
 from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.data.shards.credentials import Credentials
-from disttempnet.data.shards.store import CACHE_GB, ShardState, ShardStore, changed, shard_state, shard_state_from
+from disttempnet.data.shards.store import (
+    CACHE_GB,
+    ShardState,
+    ShardStore,
+    changed_message,
+    shard_state,
+    shard_state_from,
+)
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io.files import locked
 
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
-STALLED = 60.0  # seconds without a byte after which an HTTP download is given up
+STALLED = 60.0  # seconds without a byte before an HTTP download is aborted
 GIGA = 10**9
-GZIP = b"\x1f\x8b"  # how its files begin; a tar begins with a name
+GZIP = b"\x1f\x8b"  # first bytes of its files; a tar begins with a name
 NO_CREDENTIALS = Credentials()
-OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no fault of the server
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # not errors of the server
 _Result = TypeVar("_Result")
 
 
 class RangesUnsupported(Exception):
-    """A server sends no parts of a file."""
+    """Server without byte ranges."""
 
 
 class ShardReplaced(Exception):
-    """A cached shard was removed or replaced while it was being opened."""
+    """Cached shard that was removed or replaced while it was opened."""
 
 
 def is_remote(spec: str) -> bool:
-    """Whether a spec names shards by a URL."""
+    """Tell whether a spec is a URL."""
     return "://" in spec
 
 
@@ -58,13 +65,13 @@ class RemoteStore(ShardStore):
     """Shards under a base URL.
 
     Args:
-        base: what the names follow after, without credentials: `s3://bucket/cc12m`.
+        base: URL before the names, without credentials: `s3://bucket/cc12m`.
         cache: the cache folder; empty = the user's.
-        limit_gb: gigabytes (10⁹ bytes) that all shards of the cache may take.
-        credentials: what a URL is opened with, and is in no name, message or key of the cache.
+        limit_gb: limit of all shards of the cache in gigabytes (10⁹ bytes).
+        credentials: used to open a URL; in no name, message or key of the cache.
     """
 
-    open_files = 2  # what a process keeps open cannot be removed to make room
+    open_files = 2  # open shards cannot be removed to make room
 
     def __init__(
         self, base: str, cache: str = "", limit_gb: float = CACHE_GB, credentials: Credentials = NO_CREDENTIALS
@@ -87,14 +94,14 @@ class RemoteStore(ShardStore):
         return f"{self.base}/{name}"
 
     def names(self) -> list[str]:
-        """All shards under the base URL, sorted. Raises UserError."""
+        """List the shards under the base URL, sorted. Raises UserError."""
         address = self._credentials.applied(self.base)
         entries = self._try(lambda: self._files.ls(address, detail=False), self.base)
         names = [str(entry).partition("?")[0].rstrip("/").rpartition("/")[2] for entry in entries]
         return sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
 
     def state(self, name: str) -> ShardState:
-        """By the two ends of the shard, where the server sends parts of a file; else by fetching it."""
+        """Return the state, from both ends of the shard if the server sends byte ranges, else by a download."""
         url, address, size = self.where(name), self._address(name), self._info(name).get("size")
 
         def read(start: int, end: int) -> bytes:
@@ -119,7 +126,7 @@ class RemoteStore(ShardStore):
             os.close(descriptor)
 
     def open(self, name: str, expected: ShardState | None = None) -> int:
-        """See `ShardStore`; fetches the shard where it is not in the cache."""
+        """Open a shard, see `ShardStore`; downloads it if it is not in the cache."""
         path = self.folder / name
         while True:
             try:
@@ -130,7 +137,7 @@ class RemoteStore(ShardStore):
                 time.sleep(0.01)
 
     def _open_cached(self, path: Path, name: str, expected: ShardState | None) -> int:
-        """Descriptor of a shard in the cache, locked against removal. Raises FileNotFoundError, ShardReplaced."""
+        """Open a cached shard, locked against removal. Raises FileNotFoundError, ShardReplaced."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             try:
@@ -141,7 +148,7 @@ class RemoteStore(ShardStore):
             except (BlockingIOError, FileNotFoundError):
                 raise ShardReplaced from None
             if expected is not None and self._state_of(name, descriptor, status) != expected:
-                os.unlink(path)  # of an older version: what is there now is fetched, and compared
+                os.unlink(path)  # an older version: the current one is downloaded and compared
                 raise ShardReplaced
             os.utime(descriptor, ns=(time.time_ns(), status.st_mtime_ns))  # how recently it was used
             return descriptor
@@ -150,15 +157,15 @@ class RemoteStore(ShardStore):
             raise
 
     def _state_of(self, name: str, descriptor: int, status: os.stat_result) -> ShardState:
-        """Read once by a process."""
+        """Return the state; read once per process."""
         known = self._checked.get(name)
-        mark = status.st_ino, status.st_mtime_ns  # renaming keeps the time at which it was fetched
+        mark = status.st_ino, status.st_mtime_ns  # renaming keeps the mtime of the download
         if known is None or known[0] != mark:
             known = self._checked[name] = mark, shard_state(descriptor)
         return known[1]
 
     def _fetch(self, path: Path, name: str, expected: ShardState | None) -> None:
-        """Bring a shard into the cache, unless another process just did. Raises UserError."""
+        """Download a shard into the cache, unless another process just did. Raises UserError."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(_lock_of(path)):
@@ -168,17 +175,17 @@ class RemoteStore(ShardStore):
                 self._download(path, name, expected)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written: {error.strerror}; make room, set DISTTEMPNET_CACHE or a source's cache to "
-                "another folder, or its cache_gb lower"
+                f"{path}: cannot be written: {error.strerror}; make room, set DISTTEMPNET_CACHE or the source's "
+                "cache to another folder, or lower its cache_gb"
             ) from None
 
     def _download(self, path: Path, name: str, expected: ShardState | None) -> None:
         url = self.where(name)
         size = self._info(name).get("size")
         if expected is not None and size not in (None, expected.size):
-            raise UserError(changed(url, size, expected))
+            raise UserError(changed_message(url, size, expected))
         known = size or (expected.size if expected else 0)
-        most = known or self.limit  # a body of no stated size may have no end
+        most = known or self.limit  # a response without a size may have no end
         part = self._reserve(path, known)
         try:
 
@@ -186,19 +193,19 @@ class RemoteStore(ShardStore):
                 self._files.get_file(self._address(name), str(part), callback=stopping_at(most, url))
                 found = part.stat().st_size
                 if size is not None and found != size:
-                    raise EOFError(f"{found:,} bytes came of {size:,}")
+                    raise EOFError(f"{found:,} of {size:,} bytes arrived")
 
             self._try(get, url)
             _refuse_compressed(part, url)
             if expected is not None and (found := shard_state(part)) != expected:
-                raise UserError(changed(url, found.size, expected))
+                raise UserError(changed_message(url, found.size, expected))
             os.replace(part, path)
         finally:
             with suppress(FileNotFoundError):
                 part.unlink()
 
     def _reserve(self, path: Path, size: int) -> Path:
-        """Make room for a shard, and an empty file that other processes count as if it were whole."""
+        """Make room for a shard: create an empty file whose name tells other processes its full size."""
         with locked(self.root / ".room.lock"):
             taken = sum(_reserved(part) for part in self.root.rglob(".*.part"))
             shards = []
@@ -214,12 +221,12 @@ class RemoteStore(ShardStore):
                     taken -= bytes_freed
             if taken + size > self.limit:
                 warnings.warn(
-                    f"{self.root}: shards that are open now take {(taken + size) / GIGA:.1f} GB, more than the limit "
-                    f"of {self.limit / GIGA:g} GB: raise cache_gb, or the same shards are fetched again and again",
+                    f"{self.root}: open shards take {(taken + size) / GIGA:.1f} GB, more than the limit "
+                    f"of {self.limit / GIGA:g} GB: raise cache_gb, or the same shards are downloaded repeatedly",
                     UserNotice,
                     stacklevel=2,
                 )
-            # a name that cannot be guessed, and an existing file or link of that name is never opened
+            # an unpredictable name; an existing file or link of that name is never opened
             part = path.with_name(f".{path.name}.{secrets.randbits(64)}.{size}.part")
             part.touch(exist_ok=False)
             return part
@@ -229,18 +236,18 @@ class RemoteStore(ShardStore):
         return dict(self._try(lambda: self._files.info(address), self.where(name)))
 
     def _address(self, name: str) -> str:
-        """What a shard is opened by; it must not be shown."""
+        """Return the URL with credentials, which must not be shown."""
         return self._credentials.applied(self.where(name))
 
     @property
     def _files(self) -> Any:
-        """The file system of this process: its connections and threads do not survive a fork."""
+        """File system of this process: its connections and threads do not survive a fork."""
         if self._system[0] != os.getpid():
             import fsspec
 
             options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
             if self.base.startswith(("http://", "https://")):
-                # as it is: a compressed body says neither its size nor where a sample lies, and may grow a thousandfold
+                # no compression: offsets would be wrong, the size unknown, and a body may grow a thousandfold
                 options["client_kwargs"] = {
                     "timeout": _http_timeout(),
                     "headers": {"Accept-Encoding": "identity"},
@@ -248,20 +255,20 @@ class RemoteStore(ShardStore):
                 }
             try:
                 system = fsspec.url_to_fs(self._credentials.applied(self.base), **options)[0]
-            except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
+            except (ImportError, ValueError) as error:  # unknown protocol, or its package is missing
                 raise UserError(f"{self.base}: cannot be opened: {self._credentials.hidden(str(error))}") from None
             self._system = (os.getpid(), system)
         return self._system[1]
 
     def _try(self, action: Callable[[], _Result], url: str) -> _Result:
-        """Attempt it several times, with growing pauses. Raises UserError."""
+        """Retry an action several times, with growing pauses. Raises UserError."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
             except (UserError, RangesUnsupported):
                 raise
-            except Exception as error:  # every kind of file system has errors of its own
-                if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            except Exception as error:  # file systems have errors of their own
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise
                 if _is_final(error):
                     what = "may not be read" if isinstance(error, PermissionError) else "no such shard"
@@ -269,13 +276,13 @@ class RemoteStore(ShardStore):
                 if attempt == ATTEMPTS:
                     cause = error.__cause__ or error
                     why = self._credentials.hidden(" ".join(str(cause).split())) or type(cause).__name__
-                    raise UserError(f"{url}: cannot be fetched, {ATTEMPTS} attempts failed: {why}") from None
+                    raise UserError(f"{url}: the download failed {ATTEMPTS} times: {why}") from None
                 time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
         raise AssertionError("unreachable")
 
 
 def _part_of(files: Any, address: str, start: int, end: int) -> bytes:
-    """Bytes of a file. Raises RangesUnsupported; whatever a server sends, no more is taken than was asked for."""
+    """Read a byte range of a file, and never more, whatever a server sends. Raises RangesUnsupported."""
     from fsspec.implementations.http import HTTPFileSystem
 
     if not isinstance(files, HTTPFileSystem):
@@ -299,7 +306,7 @@ def _part_of(files: Any, address: str, start: int, end: int) -> bytes:
 
 
 def stopping_at(most: int, url: str) -> Any:
-    """A callback for fsspec that ends a download, with a UserError, where it brings more than so many bytes."""
+    """Return a callback for fsspec that aborts a download with a UserError after so many bytes."""
     from fsspec.callbacks import Callback
 
     class ByteLimit(Callback):
@@ -307,7 +314,7 @@ def stopping_at(most: int, url: str) -> Any:
             super().relative_update(inc)
             if self.value > most:
                 raise UserError(
-                    f"{url}: over {most:,} bytes came, which is all that was stated, or that cache_gb allows: a shard "
+                    f"{url}: over {most:,} bytes arrived, more than stated or than cache_gb allows: a shard "
                     "of unknown size has to fit into the cache"
                 )
 
@@ -318,13 +325,14 @@ def _refuse_compressed(part: Path, url: str) -> None:
     with part.open("rb") as file:
         if file.read(2) == GZIP:
             raise UserError(
-                f"{url}: comes compressed (gzip), and samples are read at their place in a tar: serve the .tar as it is"
+                f"{url}: is compressed (gzip), and samples are read by their offset in the tar: "
+                "serve the .tar uncompressed"
             )
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another attempt would bring the same."""
-    cause = error.__cause__  # fsspec takes all errors that HTTP servers answer a first question with for a missing file
+    """Tell whether a retry would fail the same way."""
+    cause = error.__cause__  # fsspec turns HTTP errors of its first request into a missing file
     if cause is not None:
         return getattr(cause, "status", None) in (401, 403, 404, 410)
     return isinstance(error, (FileNotFoundError, PermissionError))
@@ -347,14 +355,14 @@ def _parts_of(path: Path) -> Iterator[Path]:
 
 
 def _remove_parts(path: Path) -> None:
-    """Remove what killed processes had begun of a shard; the caller holds its lock."""
+    """Remove partial downloads of killed processes; the caller holds the lock of the shard."""
     for part in _parts_of(path):
         with suppress(FileNotFoundError):
             part.unlink()
 
 
 def _reserved(part: Path) -> int:
-    """Bytes that a download will take; 0 if it is nobody's any more, then it is removed."""
+    """Return the size of a download in progress; 0 if its process has died, then it is removed."""
     match = re.fullmatch(r"\.(.+)\.\d+\.(\d+)\.part", part.name)
     if match is None:
         return 0
@@ -368,7 +376,7 @@ def _reserved(part: Path) -> int:
 
 
 def _remove_unread(shard: Path) -> bool:
-    """Remove a shard that no process holds; whether that was so."""
+    """Remove a shard unless a process has it open; return whether it is gone."""
     try:
         descriptor = os.open(shard, os.O_RDONLY)
     except FileNotFoundError:

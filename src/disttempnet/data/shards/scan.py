@@ -1,4 +1,4 @@
-"""What one shard holds: its samples as byte ranges, which of them are usable, and how large they are."""
+"""Scan of one shard: its samples as byte ranges, with status and statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from disttempnet.errors import UserError
 from disttempnet.io.files import open_regular
 from disttempnet.io.machine import cause
 
-# why a sample cannot be used; its code is its place in this list, 0 is usable
+# reasons why a sample cannot be used; the status of a sample is an index into this tuple, 0 is usable
 REASONS = (
     "ok",
     "no image",
@@ -40,20 +40,20 @@ REASONS = (
     "caption is not a text",
     f"its .txt or .json is over {MAX_TEXT >> 20} MiB",
 )
-UNGROUPED_SHOWN = 3  # members that belong to no sample
+UNGROUPED_SHOWN = 3  # names of members without a sample that a message shows
 NO_IMAGE, NO_CAPTION, CUT_OFF, TOO_LARGE, LONG_TEXT = 1, 2, 5, 6, 9
 
-# Counts, and [count, sum, lowest, highest] of measures, by name: `jpg` and `image bytes`, for example.
+# [count, sum, lowest, highest] of a statistic by name: `jpg` (images of a format), `image bytes`, …
 Tally = dict[str, list[int]]
 
 
 def add_to(tally: Tally, name: str, value: int) -> None:
-    """Take one more value into a measure."""
+    """Add a value to a statistic."""
     merge_tally(tally, {name: [1, value, value, value]})
 
 
 def merge_tally(tally: Tally, other: Tally) -> None:
-    """Take another tally into the first."""
+    """Add a second tally to the first, in place."""
     for name, (count, total, low, high) in other.items():
         if name in tally:
             was = tally[name]
@@ -63,10 +63,10 @@ def merge_tally(tally: Tally, other: Tally) -> None:
 
 
 def json_captions(data: bytes, key: str) -> tuple[str, ...]:
-    """The captions under a key of a sample's .json: a string, or a list of strings.
+    """Return the captions under a key of a sample's .json: a string, or a list of strings.
 
     Raises:
-        UnreadableCaption: with the text of one of `REASONS`.
+        UnreadableCaption: the message is one of `REASONS`.
     """
     try:
         facts = json.loads(data)
@@ -85,15 +85,15 @@ def json_captions(data: bytes, key: str) -> tuple[str, ...]:
 
 @dataclass
 class ShardScan:
-    """The samples of one shard, in tar order.
+    """Samples of one shard, in tar order.
 
     Attributes:
-        start: byte of a sample's first header, n integers.
-        spans: per sample (offset from start, size) in bytes of image, caption and JSON; size 0 = absent.
-        status: place in REASONS, n integers.
-        tally: formats and measures of images and captions.
-        note: what is wrong with the shard as a whole; empty if nothing is.
-        ungrouped: names of members with several dots that look like a sample's, and belong to none.
+        start: byte offset of each sample's first header, n integers.
+        spans: (offset from start, size) in bytes of image, caption and JSON of each sample; size 0 = absent.
+        status: index into REASONS, n integers.
+        tally: statistics of images and captions.
+        note: damage of the shard; empty if there is none.
+        ungrouped: names of images, captions and .json with several dots that belong to no sample.
     """
 
     start: list[int] = field(default_factory=list)
@@ -105,14 +105,14 @@ class ShardScan:
 
     @property
     def about_ungrouped(self) -> str:
-        """What a user is told of them; empty if there are none."""
+        """Message about `ungrouped`; empty if there are none."""
         named = ", ".join(self.ungrouped[:UNGROUPED_SHOWN]) + (", …" if len(self.ungrouped) > UNGROUPED_SHOWN else "")
         what = f"{len(self.ungrouped):,} files with several dots in their names belong to no sample"
         return f"{what}: {named}" if self.ungrouped else ""
 
 
 class _Dotted(NamedTuple):
-    """A member that is an image, caption or .json by what follows its last dot, not its first."""
+    """Member that is an image, caption or .json by the suffix after its last dot, not its first."""
 
     key: str  # up to the first dot
     stem: str  # up to the last
@@ -121,14 +121,14 @@ class _Dotted(NamedTuple):
 
 
 def scan_shard(path: Path, caption_key: str = "") -> ShardScan:
-    """Read all headers and captions of a shard; one that is cut off gives what comes before, and a note.
+    """Read all headers and captions of a shard; one that is cut off gives the samples before, and a note.
 
     Args:
         path: a .tar.
         caption_key: key of the samples' .json that holds their captions; empty = .txt.
 
     Raises:
-        UserError: the file is not a tar, or cannot be read.
+        UserError: the file is not a tar or cannot be read.
     """
     try:
         descriptor = open_regular(path)
@@ -142,8 +142,8 @@ def scan_shard(path: Path, caption_key: str = "") -> ShardScan:
     finally:
         os.close(descriptor)
     if scan.note and not scan.start:
-        raise UserError(f"{path}: not a readable .tar shard: {scan.note}; replace it or take it out of data.train")
-    _judge(scan)
+        raise UserError(f"{path}: not a readable .tar shard: {scan.note}; replace it or remove it from data.train")
+    _set_status(scan)
     return scan
 
 
@@ -179,20 +179,26 @@ def _begin(scan: ShardScan, member: Member) -> None:
 def _dotted(key: str, member: Member) -> _Dotted | None:
     stem, suffix = split_at_last_dot(member.name)
     hidden = not key or key.endswith("/")  # ._0001.jpg of macOS
-    # what was read of it is read again, where it is a sample's: most shards have no such, or one beside each image
+    # its content is dropped here and read again if needed: most shards have no such member, or one beside each image
     return None if hidden or role_of(suffix) is None else _Dotted(key, stem, suffix, member._replace(block=b""))
 
 
 def _add_dotted(
     scan: ShardScan, dotted: Sequence[_Dotted], keys: Collection[str], descriptor: int, caption_key: str
 ) -> None:
-    """Make samples of runs of members with one name up to the last dot, where they are complete and no other sample has
-    their name up to the first dot; `0001.seg.png` beside `0001.jpg` is part of that one."""
+    """Add samples of consecutive members with the same name up to the last dot.
+
+    They have to be complete, and no other sample may have their name up to the first dot: `0001.seg.png` beside
+    `0001.jpg` belongs to that one.
+    """
+    # runs of members with one stem and different suffixes
     runs: list[list[_Dotted]] = []
     for one in dotted:
         if not runs or one.stem != runs[-1][0].stem or one.suffix in {other.suffix for other in runs[-1]}:
             runs.append([])
         runs[-1].append(one)
+
+    # a run is a sample, or its members are counted as ungrouped
     for run in runs:
         roles = {role_of(one.suffix) for one in run}
         complete = {0, 2 if caption_key else 1} <= roles
@@ -205,6 +211,8 @@ def _add_dotted(
                 _add(scan, role, one.member, descriptor, caption_key)
         elif complete or (run[0].key not in keys and roles & {0, 1}):
             scan.ungrouped += [one.member.name for one in run]
+
+    # back to tar order
     order = sorted(range(len(scan.start)), key=scan.start.__getitem__)
     scan.start, scan.spans, scan.status = (
         [scan.start[n] for n in order],
@@ -214,7 +222,7 @@ def _add_dotted(
 
 
 def _add(scan: ShardScan, role: int, member: Member, descriptor: int, caption_key: str) -> None:
-    """Note a member's place in the last sample; of several images the first counts."""
+    """Add a member to the last sample; of several images the first counts."""
     spans, start = scan.spans[-1], scan.start[-1]
     if role == 0 and spans[1]:
         return
@@ -234,7 +242,7 @@ def _add(scan: ShardScan, role: int, member: Member, descriptor: int, caption_ke
 
 
 def _caption_status(content: bytes, size: int, caption_key: str, tally: Tally) -> int:
-    """Code of a sample that has an image and this .txt or .json; counts its captions."""
+    """Return the status of a sample with an image and this .txt or .json, and add its captions to the tally."""
     if len(content) < size:
         return CUT_OFF
     try:
@@ -247,8 +255,8 @@ def _caption_status(content: bytes, size: int, caption_key: str, tally: Tally) -
     return OK
 
 
-def _judge(scan: ShardScan) -> None:
-    """Settle the reasons that need the whole sample, and blame the cut for what the last one lacks."""
+def _set_status(scan: ShardScan) -> None:
+    """Set the statuses that depend on the whole sample; the last one of a cut-off shard is cut off."""
     for sample, spans in enumerate(scan.spans):
         if not spans[1]:
             scan.status[sample] = NO_IMAGE

@@ -1,4 +1,4 @@
-"""Where the shards of an index lie: who opens one, and what one version of it is told from another by."""
+"""Stores of shards: how a shard is opened, and the fingerprint that distinguishes its versions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from disttempnet.io.machine import cause
 
 FINGERPRINT_BYTES = 64 * 1024  # of each end of a shard
 CACHE_GB = 100.0  # of remote shards
-READERS = 16  # shards looked at together: over a network that waits, it does not compute
+READERS = 16  # threads that read fingerprints; they mostly wait for disk or network
 
 
 class ShardState(NamedTuple):
-    """Bytes of a shard, and a digest of them and of its two ends: cheap, and finds rewritten shards."""
+    """Size of a shard in bytes, and a hash of size and both ends: cheap, and different for a rewritten shard."""
 
     size: int
     fingerprint: str
 
 
 def shard_state(file: Path | int) -> ShardState:
-    """Of a file or an open descriptor. Raises OSError."""
+    """Return the state of a file or an open descriptor. Raises OSError."""
     if isinstance(file, Path):
         descriptor = open_regular(file)
         try:
@@ -39,7 +39,7 @@ def shard_state(file: Path | int) -> ShardState:
 
 
 def shard_state_from(size: int, read: Callable[[int, int], bytes]) -> ShardState:
-    """Of bytes that `read(start, end)` returns."""
+    """Return the state of bytes that `read(start, end)` returns."""
     digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
     digest.update(read(0, min(size, FINGERPRINT_BYTES)))
     digest.update(read(max(0, size - FINGERPRINT_BYTES), size))
@@ -51,9 +51,9 @@ def file_fingerprint(path: Path) -> str:
     return shard_state(path).fingerprint
 
 
-def changed(where: str, size: int, expected: ShardState) -> str:
-    """What a user is told of a shard that has this size, and is not what was indexed."""
-    what = "its content is another" if size == expected.size else f"it has {size:,} bytes, not {expected.size:,}"
+def changed_message(where: str, size: int, expected: ShardState) -> str:
+    """Return the message about a shard of this size that differs from the indexed one."""
+    what = "its content differs" if size == expected.size else f"it has {size:,} bytes, not {expected.size:,}"
     return (
         f"{where}: this shard has changed since it was indexed: {what}. Restore it, or index again with "
         "disttempnet data index (older checkpoints will not fit)"
@@ -64,8 +64,8 @@ class ShardStore(ABC):
     """Shards by name; pickled into workers.
 
     Attributes:
-        folder: where the index is, and where shards lie while they are read.
-        open_files: how many shards a process should keep open.
+        folder: folder of the index, and of the shards or their cache.
+        open_files: number of shards that a process should keep open.
     """
 
     folder: Path
@@ -74,31 +74,31 @@ class ShardStore(ABC):
     @property
     @abstractmethod
     def about(self) -> str:
-        """Folder or base address, for messages."""
+        """Folder or base URL, for messages."""
 
     @abstractmethod
     def where(self, name: str) -> str:
-        """A shard's path or address, for messages."""
+        """Return the path or URL of a shard, for messages."""
 
     @abstractmethod
     def open(self, name: str, expected: ShardState | None = None) -> int:
-        """A descriptor to read a shard by; the caller closes it.
+        """Open a shard for reading and return its descriptor; the caller closes it.
 
         Args:
             name: of the shard.
-            expected: what it was when it was indexed, where that is known.
+            expected: its state in the index; None = any.
 
         Raises:
-            UserError: it is not there, or is not what is expected.
+            UserError: it does not exist or has changed.
         """
 
     @abstractmethod
     def state(self, name: str) -> ShardState:
-        """Size and fingerprint as of now. Raises UserError."""
+        """Return the current size and fingerprint. Raises UserError."""
 
     @contextmanager
     def local(self, name: str, expected: ShardState | None = None) -> Iterator[Path]:
-        """A path at which a shard can be read inside the `with`; see `open`."""
+        """Give a path at which a shard can be read inside the `with`; see `open`."""
         descriptor = self.open(name, expected)
         try:
             yield self.folder / name
@@ -106,15 +106,15 @@ class ShardStore(ABC):
             os.close(descriptor)
 
     def states(self, names: Sequence[str]) -> dict[str, ShardState]:
-        """The state of each shard. Raises UserError if one cannot be read."""
+        """Return the state of each shard. Raises UserError if one cannot be read."""
         with ThreadPoolExecutor(READERS) as pool:
             return dict(zip(names, pool.map(self.state, names), strict=True))
 
 
 class LocalStore(ShardStore):
-    """Shards in a folder, which are read where they are."""
+    """Shards in a local folder."""
 
-    open_files = 64  # a loader worker moves through a few at a time
+    open_files = 64  # a loader worker reads a few at a time
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,7 +135,7 @@ class LocalStore(ShardStore):
             raise self._gone(name, error) from None
         try:
             if expected is not None and (found := self._state_of(name, descriptor)) != expected:
-                raise UserError(changed(self.where(name), found.size, expected))
+                raise UserError(changed_message(self.where(name), found.size, expected))
         except BaseException:
             os.close(descriptor)
             raise
@@ -150,7 +150,7 @@ class LocalStore(ShardStore):
             os.close(descriptor)
 
     def _state_of(self, name: str, descriptor: int) -> ShardState:
-        """Read once by a process, and again where inode, time or size are others."""
+        """Return the state; read once per process, and again if inode, mtime or size has changed."""
         try:
             status = os.fstat(descriptor)
             mark, known = (status.st_ino, status.st_mtime_ns, status.st_size), self._seen.get(name)

@@ -1,9 +1,9 @@
-"""What the commands of `disttempnet data` do.
+"""Tools behind the commands of `disttempnet data`.
 
 write.py        any source → webdataset shards
-verify.py       reads everything, names what is broken
+verify.py       reads samples and shards, and lists broken ones
 download.py     CC3M and CC12M from their public lists of URLs
-preview.py      random samples with captions;  sheet.py: on one picture
-unreadable.py   samples that cannot be used: named, counted by reason
-summary.py      an index in tables
+preview.py      random samples with captions;  sheet.py: drawn on one picture
+unreadable.py   broken samples: table by reason, list in a file
+summary.py      statistics of an index in tables
 """

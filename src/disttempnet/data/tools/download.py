@@ -1,4 +1,4 @@
-"""CC3M and CC12M from their public lists of URLs, through img2dataset."""
+"""Download of CC3M and CC12M from their public lists of URLs, with img2dataset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from disttempnet.io.files import atomic, unwritable_named
 
 @dataclass(frozen=True)
 class UrlList:
-    """A public list: file name, where it is to be had, how large it is."""
+    """Public list of URLs: file name, origin and size."""
 
     file: str
     origin: str
@@ -40,14 +40,14 @@ LISTS = {
 
 @dataclass(frozen=True)
 class Download:
-    """What to fetch, and how.
+    """Settings of a download.
 
     Attributes:
         name: cc3m or cc12m.
         tsv: the list, captions and URLs in either order, with or without a header.
         out: folder of the shards.
-        processes, threads: of img2dataset; threads are those of one process.
-        image_size: pixels of the shorter side that larger images are brought to.
+        processes, threads: of img2dataset; threads per process.
+        image_size: shorter side in pixels that larger images are resized to.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Download:
 
     @property
     def headed(self) -> Path:
-        """The list as img2dataset reads it; its name says from which list it was made."""
+        """Copy of the list for img2dataset; its name has the fingerprint of the list."""
         return self.out / f"{self.name}-{file_fingerprint(self.tsv)[:8]}.tsv"
 
     @property
     def command(self) -> list[str]:
-        """img2dataset with its arguments."""
+        """Command of img2dataset with its arguments."""
         arguments = {
             "url_list": self.headed,
             "input_format": "tsv",
@@ -94,37 +94,38 @@ class Download:
 
 
 def check_list(job: Download) -> None:
-    """Raise UserError where the list is missing or no list of captions and URLs."""
+    """Raise UserError if the list is missing, or is not a list of captions and URLs."""
     if not job.tsv.is_file():
         known = LISTS[job.name]
-        raise UserError(f"{job.tsv}: no such file; get it ({known.size}) from {known.origin}, and name it with --tsv")
+        raise UserError(f"{job.tsv}: no such file; get it ({known.size}) from {known.origin} and name it with --tsv")
     with job.tsv.open(encoding="utf-8", errors="replace") as file:
         _url_column(job.tsv, file.readline(), file.readline())
 
 
 def _url_column(path: Path, first: str, second: str) -> int:
-    """Which of two columns the URLs are in."""
+    """Return the number of the column with URLs, of two."""
     for line in (first, second):
         fields = line.rstrip("\n").split("\t")
         columns = [number for number, field in enumerate(fields) if field.startswith(("http://", "https://"))]
         if len(fields) == 2 and len(columns) == 1:
             return columns[0]
-    raise UserError(f"{path}: not a list of captions and URLs with a tab between them: {first[:80].strip()!r}")
+    raise UserError(f"{path}: not a list of captions and URLs, separated by a tab: {first[:80].strip()!r}")
 
 
 def write_headed(job: Download) -> int:
-    """Write the list as img2dataset reads it: with a header, and captions quoted that hold a quotation mark, which
-    would otherwise swallow what follows.
+    """Write the list for img2dataset: with a header, and with quotes around captions that have a quotation mark.
+
+    Without these quotes such a caption would take in the lines after it.
 
     Returns:
-        Lines that are left out, because they hold no two columns.
+        Number of lines that are left out, as they do not have two columns.
 
     Raises:
-        UserError: the folder cannot be written, or is of another list.
+        UserError: the folder cannot be written, or belongs to another list.
     """
     others = [path.name for path in job.out.glob(f"{job.name}-*.tsv") if path != job.headed]
     if others:
-        raise UserError(f"{job.out}: was begun with another list, kept in {others[0]}; name another folder")
+        raise UserError(f"{job.out}: was started with another list, {others[0]}; name another folder")
     left_out = 0
     with unwritable_named(job.out):
         job.out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ def write_headed(job: Download) -> int:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str] | None]:
-    """(URL, caption) of each line but a header; None for a line of another form."""
+    """Yield (URL, caption) of each line except a header; None for a malformed line."""
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         first, second = file.readline(), file.readline()
         column = _url_column(path, first, second)
@@ -158,7 +159,7 @@ def _quoted(field: str) -> str:
 
 
 class DownloadResult(NamedTuple):
-    """What a download has brought so far: shards that are whole, samples, failures by reason."""
+    """Progress of a download: complete shards, samples, failures by reason."""
 
     shards: int
     samples: int
@@ -166,7 +167,7 @@ class DownloadResult(NamedTuple):
 
 
 def run_download(job: Download) -> int:
-    """Run img2dataset until it ends; what was whole before stays.
+    """Run img2dataset to its end; complete shards stay.
 
     Returns:
         Its exit code.
@@ -184,12 +185,12 @@ def run_download(job: Download) -> int:
         return process.wait()
     finally:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own processes too
+            os.killpg(process.pid, signal.SIGKILL)  # with its child processes
         process.wait()
 
 
 def download_result(folder: Path) -> DownloadResult:
-    """Read what img2dataset noted of each whole shard; the note that a killed one was writing is none."""
+    """Read img2dataset's statistics of each complete shard; a partial file of a killed one is ignored."""
     shards, samples, failures = 0, 0, Counter[str]()
     for path in sorted(folder.glob("*_stats.json")):
         try:
@@ -202,5 +203,5 @@ def download_result(folder: Path) -> DownloadResult:
 
 
 def as_typed(command: list[str]) -> str:
-    """A command as it can be typed."""
+    """Return a command as typed in a shell, one argument per line."""
     return shlex.join(command).replace(" --", " \\\n  --")

@@ -1,4 +1,4 @@
-"""A contact sheet: random samples of a data set with captions and ids, as a PNG or a page."""
+"""Contact sheet: random samples of a data set with captions and ids, as a PNG or an HTML page."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def write_preview(source: Source, out: Path, count: int, seed: int) -> str:
     """Write pictures and captions of random samples.
 
     Args:
-        source: where they come from.
-        out: a .png, or a self-contained .html, which any script and long captions fit in better.
-        count: how many.
-        seed: which.
+        source: the data.
+        out: a .png, or a self-contained .html, which shows full captions in any script.
+        count: number of samples.
+        seed: of the random choice.
 
     Returns:
-        What a reader should know about the file; empty if nothing.
+        A note about missing characters; empty if there are none.
 
     Raises:
-        UserError: another ending, or a file that cannot be written.
+        UserError: another suffix, or a file that cannot be written.
     """
     if out.suffix.lower() not in (".png", ".html"):
         raise UserError(f"{out}: a preview is a .png or an .html file")
@@ -51,11 +51,11 @@ def write_preview(source: Source, out: Path, count: int, seed: int) -> str:
     if not lettering.missing:
         return ""
     shown = " ".join(sorted(lettering.missing)[:10])
-    return f"no font here has {len(lettering.missing)} of the characters ({shown}); an .html shows them in a browser"
+    return f"no font here has {len(lettering.missing)} of the characters ({shown}); write an .html instead"
 
 
 def draw_samples(source: Source, count: int, seed: int) -> Iterator[PreviewTile]:
-    """Random usable samples, ascending by id; what cannot be read says so."""
+    """Yield random usable samples, by ascending id; unreadable ones have a problem instead of an image."""
     usable = source.usable
     drawn = np.random.default_rng(seed).choice(usable, min(count, len(usable)), replace=False)
     for sample in sorted(drawn.tolist()):
@@ -72,7 +72,7 @@ def draw_samples(source: Source, count: int, seed: int) -> Iterator[PreviewTile]
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """As large as a tile shows it, small ones no more than enlarged three times."""
+    """Resize to the size of a tile; small images are enlarged up to three times."""
     scale = min(THUMBNAIL / max(image.size), 3.0)
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)

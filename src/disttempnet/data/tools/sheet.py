@@ -1,4 +1,4 @@
-"""Pictures with captions on one sheet, in any script that a font of this machine covers."""
+"""Drawing of pictures with captions on one sheet, in any script that a font of this machine covers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 THUMBNAIL = 208  # pixels of a picture's longer side
 GAP, LINE, FONT_SIZE = 12, 17, 13
-MAX_LINES = 6  # of a caption; the rest is cut off with …
+MAX_LINES = 6  # of a caption; longer ones end in …
 MAX_COLUMNS = 8
 INK, MUTED, RED, PAPER, CARD = "#1a1a1a", "#707070", "#b3261e", "#ffffff", "#f0f0f0"
 MISSING = "\N{REPLACEMENT CHARACTER}"
 
 
 class PreviewTile(NamedTuple):
-    """One picture with its words; `image` is None where `problem` says why there is none."""
+    """Picture with title and captions; without `image`, `problem` gives the reason."""
 
     titles: tuple[str, ...]
     image: Image.Image | None
@@ -33,10 +33,10 @@ class PreviewTile(NamedTuple):
 
 
 class FontStack:
-    """DejaVu Sans, and for what it lacks any font of this machine that has it.
+    """DejaVu Sans, with other fonts of this machine for characters that it lacks.
 
     Attributes:
-        missing: characters that no font has; they are drawn as a replacement mark.
+        missing: characters that no font has; they are drawn as replacement characters.
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ class FontStack:
     def _others(self) -> list[str]:
         fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
         fonts.sort(key=lambda font: (font.weight != 400, font.name))
-        # a last-resort font claims all characters, and draws none
+        # a last-resort font claims all characters but draws none
         return [font.fname for font in fonts if "Last Resort" not in font.name]
 
     def _font_for(self, letter: str) -> str:
-        """Path of the font that draws a character; empty if none does."""
+        """Return the path of a font with a character; empty if there is none."""
         if letter not in self._chosen:
             found = (path for path in (self._main, *self._others) if _has(path, letter))
             self._chosen[letter] = next(found, "")
@@ -67,18 +67,18 @@ class FontStack:
             yield _load(path or self._main), run
 
     def width(self, text: str) -> float:
-        """Pixels that a line takes."""
+        """Return the width of a line in pixels."""
         return sum(font.getlength(run) for font, run in self._runs(text))
 
     def draw(self, canvas: ImageDraw.ImageDraw, place: tuple[float, float], text: str, ink: str) -> None:
-        """Write a line, its top left corner at a place."""
+        """Draw a line of text with its top left corner at `place`."""
         x, y = place
         for font, run in self._runs(text):
             canvas.text((x, y + FONT_SIZE), run, ink, font, anchor="ls")  # on one baseline
             x += font.getlength(run)
 
     def wrap(self, text: str, width: float, lines: int) -> list[str]:
-        """At most so many lines of at most so many pixels; words break only where one alone is too long."""
+        """Wrap text to at most `lines` lines of `width` pixels; only words longer than a line are broken."""
         found: list[str] = []
         line = ""
         for word in _words(text):
@@ -101,7 +101,7 @@ class FontStack:
         return found
 
     def ending(self, text: str, width: float) -> str:
-        """A line, cut off at its beginning where it is too long."""
+        """Return a line, shortened at its beginning if it is too long."""
         shown = text
         while self.width(shown) > width:
             shown = "…" + shown.removeprefix("…")[1:]
@@ -145,7 +145,7 @@ def _has(path: str, letter: str) -> bool:
 
 
 def draw_sheet(tiles: Sequence[PreviewTile], heading: str, lettering: FontStack) -> Image.Image:
-    """All tiles in rows, a caption under each picture, and a line above them."""
+    """Draw all tiles in rows, with captions under the pictures and a heading above."""
     columns = min(MAX_COLUMNS, max(1, math.ceil(math.sqrt(1.4 * len(tiles)))))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     words = [[_words_of(tile, lettering) for tile in row] for row in rows]
@@ -163,7 +163,7 @@ def draw_sheet(tiles: Sequence[PreviewTile], heading: str, lettering: FontStack)
 
 
 def _words_of(tile: PreviewTile, lettering: FontStack) -> list[tuple[str, str]]:
-    """(line, colour) of what stands under a picture."""
+    """Return (line, colour) of the text under a picture."""
     lines = [(lettering.ending(title, THUMBNAIL), MUTED) for title in tile.titles]
     if tile.captions:
         lines += [(line, INK) for line in lettering.wrap(tile.captions[0], THUMBNAIL, MAX_LINES)]

@@ -1,4 +1,4 @@
-"""An index in tables: totals, measures of images and captions, what is left out and why."""
+"""Summary of an index in tables: totals, statistics of images and captions, samples left out and why."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MEASURES = ("image bytes", "image width", "image height", "captions a sample", "
 
 
 def index_summary(index: ShardIndex) -> RenderableType:
-    """Tables for a terminal."""
+    """Return tables for a terminal."""
     tally: Tally = {}
     for shard in index.shards:
         merge_tally(tally, shard.tally)
     tables: list[RenderableType] = [_totals(index, tally), _measures(tally), *_left_out(index.left_out())]
     if notes := [(shard.name, note) for shard in index.shards for note in _notes(shard)]:
-        table = Table("shard", "what is wrong", title="shards", title_justify="left")
+        table = Table("shard", "problem", title="shards", title_justify="left")
         for name, note in notes:
             table.add_row(name, note)
         tables.append(table)
@@ -28,7 +28,7 @@ def index_summary(index: ShardIndex) -> RenderableType:
 
 
 def listing_summary(listing: Listing) -> RenderableType:
-    """Tables for a terminal."""
+    """Return tables for a terminal."""
     table = Table(title=str(listing.path), title_justify="left", show_header=False)
     table.add_row(
         "rows" if listing.columns.numbers is None else "samples",
@@ -41,7 +41,7 @@ def listing_summary(listing: Listing) -> RenderableType:
 
 
 def _left_out(reasons: list[tuple[str, int, list[str]]]) -> list[RenderableType]:
-    """A table of (reason, samples, the first few names), where there are any."""
+    """Return a table of (reason, samples, first names) if there are any."""
     if not reasons:
         return []
     table = Table("left out", "samples", "for example", title="unreadable samples", title_justify="left")
@@ -52,8 +52,8 @@ def _left_out(reasons: list[tuple[str, int, list[str]]]) -> list[RenderableType]
 
 
 def _notes(shard: Shard) -> list[str]:
-    """What is wrong with a shard as a whole."""
-    empty = "" if shard.samples else "holds no samples"
+    """Return the damage of a shard, a line each."""
+    empty = "" if shard.samples else "has no samples"
     return [note for note in (shard.note or empty, shard.ungrouped) if note]
 
 

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: named, counted by reason, listed in a file."""
+"""Broken samples and shards: a table by reason, and a list in a file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from disttempnet.errors import UserError
 from disttempnet.io.files import atomic
 
 NAMES_PER_REASON = 3  # names that a table shows for each reason
-BAD_SAMPLE = (UnreadableCaption, UnreadableImage)  # what may be wrong with one, where its shard is sound
+BAD_SAMPLE = (UnreadableCaption, UnreadableImage)  # errors of a sample whose shard is intact
 
 
 class Fault(NamedTuple):
-    """A sample, or a shard as a whole (`sample` is None), and what is wrong with it."""
+    """Broken sample, or broken shard (`sample` is None), with the reason."""
 
     sample: int | None
     name: str
@@ -29,12 +29,12 @@ class Fault(NamedTuple):
 
 
 def fault_of(source: Source, sample: int, error: Exception) -> Fault:
-    """A sample that could not be read, for what was raised."""
+    """Return the fault of a sample that raised an error."""
     return Fault(sample, _name(source, sample), str(error))
 
 
 def known_faults(source: Source, first: int, end: int) -> Iterator[Fault]:
-    """The samples of [first, end) that the source itself leaves out."""
+    """Yield the samples of [first, end) that the source itself leaves out."""
     for sample in range(first, end):
         if source.status_of(sample) != OK:
             yield Fault(sample, _name(source, sample), source.reason(sample))
@@ -48,7 +48,7 @@ def _name(source: Source, sample: int) -> str:
 
 
 def fault_table(faults: Iterable[Fault]) -> Table:
-    """Reasons with counts and the first names, the most frequent first; numbers in a reason do not part it."""
+    """Return reasons with counts and first names, most frequent first; reasons that differ in numbers are one."""
     groups: dict[str, list[Fault]] = defaultdict(list)
     for fault in faults:
         groups[re.sub(r"\d[\d,.]*", "…", fault.reason)].append(fault)
@@ -65,7 +65,7 @@ def fault_table(faults: Iterable[Fault]) -> Table:
 
 
 def write_faults(faults: Iterable[Fault], path: Path) -> None:
-    """A line of JSON a fault, in a file that is replaced atomically. Raises OSError."""
+    """Write a JSON line per fault; the file is replaced atomically. Raises OSError."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for fault in faults:
             line = {"id": fault.sample, "name": fault.name, "reason": fault.reason}
@@ -73,7 +73,7 @@ def write_faults(faults: Iterable[Fault], path: Path) -> None:
 
 
 def read_faults(path: Path) -> Iterator[Fault]:
-    """What `write_faults` wrote."""
+    """Read a file of `write_faults`."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             fault = json.loads(line)

@@ -1,4 +1,4 @@
-"""Reads a data set, or some of it, as training would: samples and shards that are broken are named."""
+"""Verification of a data set: read samples as training does, and list broken samples and shards."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from disttempnet.errors import UserError
 from disttempnet.io.jobs import run_jobs
 from disttempnet.io.progress import Meter
 
-SAMPLES_PER_TASK = 256  # samples of one task
+SAMPLES_PER_TASK = 256
 
 
 class ReadTask(NamedTuple):
-    """Samples that one task reads, ascending."""
+    """Samples to read in one task, ascending ids."""
 
     samples: NDArray[np.int64]
 
@@ -37,7 +37,7 @@ class ReadTask(NamedTuple):
 
 
 class VerifyResult(NamedTuple):
-    """How many samples were read, and what is wrong: shards, then samples in the order of ids."""
+    """Number of samples read, and faults: shards, then samples by id."""
 
     samples: int
     faults: list[Fault]
@@ -47,14 +47,14 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
     """Compare shards with their index, decode images, read captions.
 
     Args:
-        source: the data; what has no index yet gets one.
+        source: the data; an index is built if there is none.
         workers: processes; 1 = this one.
-        count: how many samples to read, drawn at random, without the checksums of shards; 0 = all.
-        seed: which.
+        count: number of random samples to read, without checksums of shards; 0 = all.
+        seed: of the random choice.
         progress: show a bar on standard error.
 
     Raises:
-        UserError: nothing is there, its index cannot be used, or a worker was killed.
+        UserError: the data does not exist, its index cannot be used, or a worker was killed.
     """
     opened = (None if is_listing(source) else known_index(source)) or open_source([source], progress)
     faults: list[Fault] = []
@@ -75,13 +75,13 @@ def verify(source: SourceConfig, workers: int, count: int = 0, seed: int = 0, pr
 
 
 def known_index(source: SourceConfig) -> ShardIndex | None:
-    """The index of tars as it was made, whatever has become of them since; None where there is none yet."""
+    """Load the index of shards without a check of the shards; None if there is none."""
     shards = source_shards(source)
     return load_known(shards, source) if shard_index_file(shards, source).is_file() else None
 
 
 def compare_shards(index: ShardIndex, names: Sequence[str]) -> list[Fault]:
-    """Shards, of the index and of those that are there, which are not what was indexed."""
+    """Return shards that are new, gone or changed since they were indexed."""
     known = {shard.name for shard in index.shards}
     faults = [Fault(None, name, "shard is not in the index") for name in names if name not in known]
     for shard in index.shards:
@@ -91,7 +91,7 @@ def compare_shards(index: ShardIndex, names: Sequence[str]) -> list[Fault]:
             if size != shard.size:
                 reason = f"shard has {size:,} bytes, {shard.size:,} when it was indexed"
             elif fingerprint != shard.fingerprint:
-                reason = "shard has other content than when it was indexed"
+                reason = "the content of the shard has changed since it was indexed"
         except UserError as error:
             reason = f"shard is gone: {error}"
         if reason:
@@ -100,20 +100,20 @@ def compare_shards(index: ShardIndex, names: Sequence[str]) -> list[Fault]:
 
 
 def _compare_checksums(index: ShardIndex, faults: list[Fault], workers: int, progress: bool) -> list[Fault]:
-    """Shards whose bytes have changed, of those that have a checksum and seem sound."""
+    """Return shards with another checksum than in the index, of those without other faults."""
     bad = {fault.name for fault in faults}
     tasks = [shard for shard in index.shards if shard.checksum and shard.name not in bad]
     found: list[Fault] = []
     with Meter("comparing checksums", len(tasks), active=progress and bool(tasks)) as meter:
         for shard, same in run_jobs(partial(_same_bytes, index.store), tasks, workers):
             if not same:
-                found.append(Fault(None, shard.name, "shard has another checksum than when it was indexed"))
+                found.append(Fault(None, shard.name, "the checksum of the shard has changed since it was indexed"))
             meter.advance()
     return sorted(found, key=lambda fault: fault.name)
 
 
 def _same_bytes(store: ShardStore, shard: Shard) -> Iterator[bool]:
-    """A worker's job."""
+    """Worker job."""
     try:
         with store.local(shard.name, ShardState(shard.size, shard.fingerprint)) as path, path.open("rb") as file:
             yield hashlib.file_digest(file, "sha256").hexdigest() == shard.checksum
@@ -122,10 +122,10 @@ def _same_bytes(store: ShardStore, shard: Shard) -> Iterator[bool]:
 
 
 def _ungrouped(index: ShardIndex, changed: Collection[str], workers: int, progress: bool) -> list[Fault]:
-    """Shards with files that belong to no sample, by the index; where an earlier version made it, by another look."""
+    """Return shards with files that belong to no sample; shards indexed by an earlier version are scanned again."""
     faults = [Fault(None, shard.name, shard.ungrouped) for shard in index.shards if shard.ungrouped]
     tasks = [shard for shard in index.shards if shard.ungrouped is None and shard.name not in changed]
-    with Meter("looking for names with several dots", len(tasks), active=progress and bool(tasks)) as meter:
+    with Meter("scanning for names with several dots", len(tasks), active=progress and bool(tasks)) as meter:
         for shard, found in run_jobs(partial(_grouped_now, index.store, index.caption_key), tasks, workers):
             if found != shard.samples:
                 what = f"{found:,} samples are in it, {shard.samples:,} in its index, which an earlier version made"
@@ -141,7 +141,7 @@ def _grouped_now(store: ShardStore, caption_key: str, shard: Shard) -> Iterator[
 
 
 def _read_samples(source: Source, chosen: NDArray[np.int64], workers: int, progress: bool) -> list[Fault]:
-    # a task stays inside a group, so that a worker opens one shard at a time
+    # tasks do not cross groups, so that a worker opens one shard at a time
     cuts = np.searchsorted(chosen, source.first[1:-1])
     groups = [group for group in np.split(chosen, cuts) if len(group)]
     tasks = [
@@ -156,7 +156,7 @@ def _read_samples(source: Source, chosen: NDArray[np.int64], workers: int, progr
 
 
 def _read(source: Source, chunk: ReadTask) -> Iterator[list[Fault]]:
-    """A worker's job."""
+    """Worker job."""
     faults: list[Fault] = []
     for sample in chunk.samples.tolist():
         if source.status_of(sample) != OK:

@@ -1,8 +1,8 @@
-"""Webdataset shards from any source: the same input gives the same bytes, and a killed command goes on.
+"""Writer of webdataset shards from any source: the same input gives the same bytes, and a killed command resumes.
 
-A shard takes a fixed range of the source's samples, so that it depends on nothing but the input and the settings:
-those that cannot be read leave a gap. It is renamed into place when it is whole. `plan.json` says what the folder
-is made from; another input or other settings are refused.
+A shard takes a fixed range of the source's samples, so that it depends on input and settings alone; unreadable samples
+are left out. A shard is renamed when complete. `plan.json` records the input and the settings of a folder; others are
+refused.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from disttempnet.terminal import say
 
 PLAN_FORMAT = "disttempnet-shards-1"
 PLAN, SKIPPED, LOCK = "plan.json", "skipped.jsonl", ".lock"
-SHARD_COUNT_FILE = "nshards.txt"  # as CLIP_benchmark's sets have it
+SHARD_COUNT_FILE = "nshards.txt"  # as in CLIP_benchmark's data sets
 REPORT_EVERY = 50  # samples between a worker's messages
 
 
 @dataclass(frozen=True)
 class WriteSettings:
-    """How samples are written.
+    """Settings of the shards.
 
     Attributes:
-        samples_per_shard: how many a shard takes from the source.
-        resize: pixels of the shorter side that larger images are brought to; 0 = all bytes as they are.
-        quality: of the JPEGs that resizing writes.
-        captions: what the .txt holds of several: the `first`, for training, or all as `lines`, for retrieval.
+        samples_per_shard: usable samples of the source per shard.
+        resize: shorter side in pixels that larger images are resized to; 0 = copy all bytes.
+        quality: of resized JPEGs.
+        captions: content of the .txt: the `first` caption, for training, or all as `lines`, for retrieval.
     """
 
     samples_per_shard: int = 10_000
@@ -51,7 +51,7 @@ class WriteSettings:
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
-            raise UserError(f"--samples-per-shard {self.samples_per_shard}: a shard holds at least one sample")
+            raise UserError(f"--samples-per-shard {self.samples_per_shard}: a shard needs at least one sample")
         if self.resize < 0:
             raise UserError(f"--resize {self.resize}: pixels of the shorter side, or 0 to keep images as they are")
         if not 1 <= self.quality <= 100:
@@ -59,7 +59,7 @@ class WriteSettings:
 
 
 class PlannedShard(NamedTuple):
-    """A shard to write: its number, file name, and the ids [first, end) that it takes."""
+    """Shard to write: number, file name, and the ids [first, end) of its samples in the source."""
 
     number: int
     name: str
@@ -71,7 +71,7 @@ class PlannedShard(NamedTuple):
 
 
 class WriteResult(NamedTuple):
-    """What is in the folder: shards, samples, bytes, and all samples that were left out."""
+    """Content of the folder: shards, samples, bytes, and all samples that were left out."""
 
     shards: int
     samples: int
@@ -82,19 +82,19 @@ class WriteResult(NamedTuple):
 def write_shards(
     source: Source, folder: Path, settings: WriteSettings, workers: int, progress: bool = True
 ) -> WriteResult:
-    """Write a source as shards, or what is missing of them.
+    """Write the usable samples of a source as shards; complete shards in the folder stay.
 
     Args:
-        source: its usable samples are written.
-        folder: where to; made if it is not there.
-        settings: how.
-        workers: processes; 1 = this one. They change nothing about the bytes.
+        source: the data.
+        folder: output folder, created if needed.
+        settings: of the shards.
+        workers: processes; 1 = this one. The bytes do not depend on it.
         progress: show a bar on standard error.
 
     Raises:
-        UserError: a folder that holds something else, a full disk, or webdataset is not installed.
+        UserError: the folder has other content, the disk is full, or webdataset is not installed.
     """
-    _tar_writer()  # learnt before the work
+    _tar_writer()  # fail before the work
     parts = plan_shards(source, settings.samples_per_shard)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,10 @@ def write_shards(
                 _write_missing(source, folder, settings, parts, workers, progress)
             except (KeyboardInterrupt, SystemExit):
                 whole = sum((folder / part.name).is_file() for part in parts)
-                say(f"stopped: {whole:,} of {len(parts):,} shards are whole; the same command goes on", error=True)
+                say(
+                    f"stopped: {whole:,} of {len(parts):,} shards are complete; run the same command again to resume",
+                    error=True,
+                )
                 raise
             finally:
                 _remove_leftovers(folder)
@@ -117,7 +120,7 @@ def write_shards(
 
 
 def plan_shards(source: Source, samples_per_shard: int) -> list[PlannedShard]:
-    """Which ids go into which shard: as many usable ones into each, in order."""
+    """Divide the ids into shards with the same number of usable ones, in order."""
     usable = source.usable
     starts = usable[::samples_per_shard].tolist()
     digits = max(5, len(str(len(starts) - 1)))
@@ -126,7 +129,7 @@ def plan_shards(source: Source, samples_per_shard: int) -> list[PlannedShard]:
 
 
 def _agree_on_plan(folder: Path, source: Source, settings: WriteSettings, parts: list[PlannedShard]) -> None:
-    """Write the plan, or compare with the one that is there."""
+    """Write plan.json, or compare with the existing one."""
     ours = {
         "format": PLAN_FORMAT,
         "input": source.where,
@@ -138,7 +141,7 @@ def _agree_on_plan(folder: Path, source: Source, settings: WriteSettings, parts:
     if not path.is_file():
         others = [entry.name for entry in folder.glob("*.tar")]
         if others:
-            raise UserError(f"{folder}: holds shards of another origin, such as {min(others)}; name another folder")
+            raise UserError(f"{folder}: has other shards, such as {min(others)}; name another folder")
         write_atomically(path, json.dumps(ours, indent=2) + "\n")
         return
     try:
@@ -147,20 +150,20 @@ def _agree_on_plan(folder: Path, source: Source, settings: WriteSettings, parts:
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
-        raise UserError(f"{path}: not a plan of this version; name another folder, or delete this one")
+        raise UserError(f"{path}: not a plan of this version; name another folder, or delete {folder}")
     for key in ("digest", *asdict(settings)):
         if ours[key] != theirs.get(key):
             what = (
-                f"another input ({theirs.get('input')}, or it has changed since)"
+                f"another input ({theirs.get('input')}, or it has changed)"
                 if key == "digest"
                 else f"{key.replace('_', ' ')} {theirs.get(key)}, not {ours[key]}"
             )
-            raise UserError(f"{folder}: its shards are made from {what}; name another folder, or delete this one")
+            raise UserError(f"{folder}: its shards were made from {what}; name another folder, or delete this one")
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed worker began; the caller holds the lock, so nobody is at it."""
-    for pattern in (f"{WRITING}*", ".*.tar.*", f".{PLAN}.*"):  # the last two are those of earlier versions
+    """Remove partial files of killed workers; the caller holds the lock."""
+    for pattern in (f"{WRITING}*", ".*.tar.*", f".{PLAN}.*"):  # the last two of earlier versions
         for entry in folder.glob(pattern):
             with suppress(FileNotFoundError):
                 entry.unlink()
@@ -178,7 +181,7 @@ def _write_missing(
 
 
 def _write_part(source: Source, folder: Path, settings: WriteSettings, part: PlannedShard) -> Iterator[int]:
-    """A worker's job: one shard, and beside it the list of what is not in it; yields how many ids it has seen."""
+    """Worker job: write a shard, and beside it the list of samples left out; yield the number of processed ids."""
     faults: list[Fault] = []
     reported = part.first
     try:
@@ -209,7 +212,7 @@ def _write_part(source: Source, folder: Path, settings: WriteSettings, part: Pla
 
 
 def sample_members(source: Source, sample: int, settings: WriteSettings) -> dict[str, bytes]:
-    """Suffix → content of the files that a sample becomes.
+    """Return suffix → content of the files of a sample.
 
     Raises:
         UnreadableImage, UnreadableCaption: it cannot be used.
@@ -220,7 +223,7 @@ def sample_members(source: Source, sample: int, settings: WriteSettings) -> dict
     encoded = EncodedImage(data)
     size, shown = (encoded.width, encoded.height), _shown_size(encoded, settings.resize)
     facts: dict[str, Any] = {}
-    with suppress(ValueError):  # a .json that is none
+    with suppress(ValueError):  # a .json that is not JSON
         facts = dict(source.metadata(sample) or {})
     facts |= {"source": source.name(sample), "width": shown[0], "height": shown[1]}
     lines = settings.captions == "lines"
@@ -229,12 +232,12 @@ def sample_members(source: Source, sample: int, settings: WriteSettings) -> dict
     suffix = _suffix(data)
     if shown != size:
         facts |= {"original_width": size[0], "original_height": size[1]}
-        # a JPEG decodes fast at a part of its size; from twice of what is wanted on, pixels differ by .3 of 255
+        # a JPEG decodes fast at a fraction of its size; from twice the target size, pixels differ by .3 of 255
         scale = next((scale for scale in SCALES if min(size) >= 2 * scale * settings.resize), 1)
         image = encoded.rgb(scale).resize(shown, Image.Resampling.LANCZOS)
         suffix, data = "jpg", _encoded(image, "JPEG", quality=settings.quality)
     else:
-        image = encoded.rgb()  # in any case: a shard holds what can be decoded
+        image = encoded.rgb()  # in any case, so that the shard has decodable images only
         if not suffix:
             suffix, data = "png", _encoded(image, "PNG")
     return {
@@ -245,7 +248,7 @@ def sample_members(source: Source, sample: int, settings: WriteSettings) -> dict
 
 
 def _suffix(data: bytes) -> str:
-    """Of a format that shards hold as it is; empty for others."""
+    """Return the suffix of a format that is copied as it is; empty for others."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -254,7 +257,7 @@ def _suffix(data: bytes) -> str:
 
 
 def _shown_size(image: EncodedImage, side: int) -> tuple[int, int]:
-    """Width and height with the shorter side brought to so many pixels, where it is longer; 0 = as they are."""
+    """Return width and height after a resize of the shorter side to `side` pixels, if it is longer; 0 = unchanged."""
     shorter = min(image.width, image.height)
     if not side or shorter <= side:
         return image.width, image.height
@@ -263,7 +266,7 @@ def _shown_size(image: EncodedImage, side: int) -> tuple[int, int]:
 
 def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.info = {}  # no colour profile, no EXIF: what training reads are the pixels
+    image.info = {}  # no colour profile, no EXIF, as training reads the pixels alone
     image.save(file, format, **options)
     return file.getvalue()
 
@@ -273,8 +276,7 @@ def _list_of(folder: Path, part: PlannedShard) -> Path:
 
 
 def _finish(source: Source, folder: Path, settings: WriteSettings, parts: list[PlannedShard]) -> WriteResult:
-    """Gather the lists of all shards into one, with what the source itself leaves out; for evaluation, say how many
-    shards there are."""
+    """Merge the lists of left-out samples, add those of the source, and write nshards.txt for evaluation."""
     path = folder / SKIPPED
     if not path.is_file():
         faults = list(known_faults(source, 0, len(source)))
@@ -292,14 +294,11 @@ def _finish(source: Source, folder: Path, settings: WriteSettings, parts: list[P
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    return (
-        f"{path}: cannot be written: {error.strerror}; the shards that are whole stay, "
-        "and the same command goes on after them"
-    )
+    return f"{path}: cannot be written: {error.strerror}; complete shards stay, run the same command again to resume"
 
 
 def _tar_writer() -> Any:
-    """webdataset's own writer."""
+    """Import webdataset's writer. Raises UserError if it is not installed."""
     try:
         from webdataset.writer import TarWriter
     except ImportError:
