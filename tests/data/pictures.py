@@ -25,3 +25,10 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def noise_image(format: str, size: tuple[int, int], **options: object) -> bytes:
+    """An encoded image of noise."""
+    file = io.BytesIO()
+    Image.effect_noise(size, 40).convert("RGB").save(file, format, **options)
+    return file.getvalue()

@@ -17,7 +17,7 @@ from disttempnet.data.loader import PREFETCH, Collate, Sample
 from disttempnet.data.workers import check_open_files, fit_prefetch, lost_workers_named, share_tensor
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io import machine
-from tests.data.test_open import data_of, tokenizer
+from tests.data.training_data import data_of, tokenizer
 
 Write = Callable[..., Path]
 MB = 10**6

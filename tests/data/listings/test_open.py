@@ -3,24 +3,19 @@
 import csv
 import errno
 import importlib.util
-import io
 import json
 import os
 import pickle
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import (
     EpochPlan,
@@ -32,15 +27,13 @@ from disttempnet.data import (
     open_listing,
     open_source,
 )
-from disttempnet.data.images import MAX_BYTES
 from disttempnet.data.listings import open as listing_module
 from disttempnet.data.listings import parquet as parquet_module
-from disttempnet.data.listings import readers as rows_module
 from disttempnet.data.listings.index import ROW_REASONS
 from disttempnet.data.listings.open import Listing
-from disttempnet.data.source import MAX_TEXT
 from disttempnet.errors import UserError, UserNotice
 from tests.data.conftest import png, sample, write_shard
+from tests.data.listings.layouts import cc3m, images_and_texts, open_one, refusal, write_images
 from tests.gloo import Pools
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
@@ -51,39 +44,8 @@ def as_evaluated(data: bytes, seed: int) -> torch.Tensor:
     return eval_transform(4)(decode(data))
 
 
-def open_one(path: object, **settings: str) -> Listing:
-    source = open_source((SourceConfig(path=str(path), **settings),), progress=False)
-    assert isinstance(source, Listing)
-    return source
-
-
-def refusal(path: object, **settings: str) -> str:
-    """The one line that opening fails with."""
-    with pytest.raises(UserError) as caught:
-        open_one(path, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def write_images(folder: Path, *names: str) -> None:
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png(number))
-
-
 def five(number: int) -> list[str]:
     return [f"caption {number}, {word}" for word in ("one", "two", "three", "four", "five")]
-
-
-def cc3m(folder: Path, count: int) -> SourceConfig:
-    """As the TempNet code has it: `cc3m/cc3m_train/…`, and `clip_train/cc3m_train.json` elsewhere."""
-    names = [f"cc3m_train/{n:09d}.jpg" for n in range(count)]
-    write_images(folder / "cc3m", *names)
-    items = [{"caption": f"caption {n}", "image": name, "image_id": f"cc3m_{n}"} for n, name in enumerate(names)]
-    listing = folder / "clip_train" / "cc3m_train.json"
-    listing.parent.mkdir()
-    listing.write_text(json.dumps(items))
-    return SourceConfig(path=str(listing), images=str(folder / "cc3m"))
 
 
 def coco(folder: Path, count: int) -> SourceConfig:
@@ -118,15 +80,6 @@ def comma(folder: Path, count: int) -> SourceConfig:
 
 def tab(folder: Path, count: int) -> SourceConfig:
     return table(folder, count, "\t", ("image", "caption"))
-
-
-def images_and_texts(folder: Path, count: int) -> SourceConfig:
-    root = folder / "pairs"
-    write_images(root, *(f"{n // 2:02d}/{n:05d}.jpg" for n in range(count)))
-    for n in range(count):
-        (root / f"{n // 2:02d}/{n:05d}.txt").write_text(f"caption {n}\n")
-        (root / f"{n // 2:02d}/{n:05d}.json").write_text(f'{{"number": {n}}}')
-    return SourceConfig(path=str(root))
 
 
 def parquet(folder: Path, count: int) -> SourceConfig:
@@ -314,23 +267,6 @@ def test_paths_may_be_absolute_but_not_leave_by_dots(tmp_path: Path) -> None:
     assert "no image: list.json:row 7" in source.problems()
 
 
-def test_rows_that_cannot_be_used_keep_their_ids(tmp_path: Path) -> None:
-    captions = ["fine", None, "", " \n", 5, ["a", 7], {"a": "b"}, [], ["", " two "], "\ud800"]
-    write_images(tmp_path, *(f"{n}.png" for n in range(len(captions))))
-    rows: list[Any] = [{"image": f"{n}.png", "caption": caption} for n, caption in enumerate(captions)]
-    rows += [{"image": "0.png"}, ["no", "object"], {"caption": "c"}, {"image": 3, "caption": "c"}]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    source = open_one(tmp_path / "list.json")
-    assert [ROW_REASONS[code] for code in source.status] == [
-        *("ok", "no caption", "empty caption", "empty caption", *["caption is not text"] * 3, "empty caption"),
-        *("ok", "caption is not UTF-8", "no caption", "fields are not those of the header", "no image"),
-        "image is not a path",
-    ]
-    assert source.captions(8) == ("two",)
-    assert source.usable.tolist() == [0, 8]
-    assert len(source.problems().splitlines()) == 7
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -382,45 +318,6 @@ def test_what_is_wrong_with_a_listing_is_one_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"0.png", *([name] if content is not None else [])})
 
 
-def test_keys_are_named_or_found(tmp_path: Path) -> None:
-    write_images(tmp_path, "0.png")
-    (tmp_path / "a.csv").write_text("photo,filepath,title,de\n0.png,x,first,erste\n", encoding="utf-8-sig")
-    source = open_one(tmp_path / "a.csv", image_key="photo", caption_key="de")
-    assert (source.captions(0), source.metadata(0)) == (("erste",), {"filepath": "x", "title": "first"})
-    assert "was indexed with caption_key = 'de', not 'title': give caption_key = 'de', or delete" in refusal(
-        tmp_path / "a.csv", image_key="photo", caption_key="title"
-    )
-    other = str(tmp_path / "other.index")
-    assert open_one(tmp_path / "a.csv", image_key="photo", index=other).captions(0) == ("first",)
-    os.unlink(other)
-    assert "no row has 'fr'; there are photo, filepath, title, de; name one of them with caption_key" in refusal(
-        tmp_path / "a.csv", image_key="photo", caption_key="fr", index=other
-    )
-
-
-def test_side_car_captions(tmp_path: Path) -> None:
-    root = tmp_path / "pairs"
-    write_images(root, "a.jpg", "a/b.PNG", "a-c.webp", "d/e/f.jpeg", "d/none.jpg", "d/bad.jpg", ".hidden/g.jpg")
-    for name, text in (("a", b"1"), ("a/b", b"2\n3"), ("a-c", b"4"), ("d/e/f", b" "), ("d/bad", b"\xff")):
-        (root / f"{name}.txt").write_bytes(text)
-    (root / "a.json").write_text('{"caption": "of the json", "id": 8}')
-    (root / "a-c.json").write_text("[broken")
-    (root / "d" / "back").symlink_to(root)
-    source = open_one(root)
-    names = [source.name(n) for n in range(len(source))]
-    assert names == [
-        f"pairs:{name}" for name in ("a-c.webp", "a.jpg", "a/b.PNG", "d/bad.jpg", "d/e/f.jpeg", "d/none.jpg")
-    ]
-    reasons = [ROW_REASONS[code] for code in source.status]
-    assert reasons == ["ok"] * 3 + ["caption is not UTF-8", "empty caption", "no caption"]
-    assert [source.captions(n) for n in range(3)] == [("4",), ("1",), ("2\n3",)]
-    assert source.metadata(1) == {"id": 8}
-    assert source.path == tmp_path / "pairs.index"
-    by_json = open_one(root, caption_key="caption", index=str(tmp_path / "other"))
-    assert by_json.usable.tolist() == [1]
-    assert by_json.captions(1) == ("of the json",)
-
-
 def test_missing_and_broken_images_are_skipped_by_name(tmp_path: Path) -> None:
     config = cc3m(tmp_path, 5)
     source = open_source((config,), progress=False)
@@ -469,59 +366,6 @@ def test_an_image_that_is_there_and_cannot_be_read_ends_the_run(
     assert ("ulimit -n" in str(caught.value)) == (code == errno.EMFILE)
 
 
-@pytest.mark.parametrize("part", ["rows", "start", "first", "status", "about", "header"])
-def test_a_flipped_bit_in_the_index_is_found(part: str, tmp_path: Path) -> None:
-    config = cc3m(tmp_path, 3)
-    path = open_source((config,), progress=False).path
-    content = bytearray(path.read_bytes())
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    if part == "header":  # a digit of the digest: the file still opens as a safetensors file
-        place = content.index(header["__metadata__"]["digest"].encode())
-        content[place] = ord("0") if content[place] != ord("0") else ord("1")
-    else:
-        begin, end = (8 + length + offset for offset in header[part]["data_offsets"])
-        content[(begin + end) // 2] ^= 1
-    path.write_bytes(content)
-    assert f"{path}: not a usable index of a listing (it is damaged: its sha256" in refusal(
-        **config.model_dump(exclude={"weight"})
-    )
-
-
-def test_the_index_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), sync(descriptor)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
-    open_source((cc3m(tmp_path, 2),), progress=False)
-    assert done == ["fsync", "replace"]
-
-
-def test_the_command_indexes_it_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = cc3m(tmp_path, 5)
-    rows = json.loads(Path(config.path).read_text())
-    rows[1]["caption"], rows[3]["caption"] = "", " "
-    del rows[4]["image"]
-    Path(config.path).write_text(json.dumps(rows))
-    command = ["data", "index", config.path, "--images", config.images, "--index", str(tmp_path / "rows.index")]
-    for time in range(2):
-        assert main(command) == 0
-        printed = capsys.readouterr()
-        assert ("5 rows" in printed.err) == (time == 0), "the bar ends at all of them"
-        text = " ".join(printed.out.replace("│", " ").split())
-        for line in (
-            "rows 5, of which 2 usable",
-            "no image 1 cc3m_train.json:row 5",
-            "empty caption 2 cc3m_train.json:cc3m_train/000000001.jpg, cc3m_train.json:cc3m_train/000000003.jpg",
-        ):
-            assert line in text, text
-    assert main([*command, "--checksum"]) == 2
-    assert "--checksum is for shards" in capsys.readouterr().err
-    assert main(["data", "index", str(images_and_texts(tmp_path, 2).path)]) == 0
-    assert (tmp_path / "pairs.index").is_file()
-    assert "rows 2, of which 2 usable" in " ".join(capsys.readouterr().out.replace("│", " ").split())
-
-
 @pytest.mark.parametrize("where", [".", "..", "01/.."])
 def test_a_folder_without_a_name_of_its_own(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = images_and_texts(tmp_path, 3)
@@ -530,39 +374,6 @@ def test_a_folder_without_a_name_of_its_own(where: str, tmp_path: Path, monkeypa
     source = open_one(where)
     assert source.path == named.path == tmp_path / "pairs.index"
     assert [source.name(n) for n in range(3)] == [named.name(n) for n in range(3)]
-
-
-def test_a_changed_listing_is_refused(tmp_path: Path) -> None:
-    config = cc3m(tmp_path, 3)
-    listing = Path(config.path)
-    first = open_source((config,), progress=False)
-    before = listing.read_bytes()
-    os.utime(listing, (1, 1))
-    assert open_source((config,), progress=False).digest == first.digest, "a copy has another time, and is the same"
-    for changed in (before.replace(b"caption 2", b"caption 7"), before[:-1] + b" ]"):
-        listing.write_bytes(changed)
-        assert f"{listing}: has changed since it was indexed; restore it, or delete {listing}.index" in refusal(
-            **config.model_dump(exclude={"weight"})
-        )
-    listing.write_bytes(before)
-    assert open_source((config,), progress=False).digest == first.digest
-    content = first.path.read_bytes()
-    for damaged in (content[:-1], b"", content[:100], b"x" * len(content)):
-        first.path.write_bytes(damaged)
-        assert "not a usable index of a listing" in refusal(**config.model_dump(exclude={"weight"}))
-
-
-def test_a_changed_folder_is_refused(tmp_path: Path) -> None:
-    config = images_and_texts(tmp_path, 4)
-    digest, extra = open_one(config.path).digest, tmp_path / "pairs" / "01" / "new.jpg"
-    extra.write_bytes(png(9))
-    assert "pairs/01: has changed since it was indexed" in refusal(config.path)
-    extra.unlink()
-    assert open_one(config.path).digest == digest
-    (tmp_path / "pairs" / "01" / "new").mkdir()
-    assert "pairs/01: has changed since it was indexed" in refusal(config.path)
-    (tmp_path / "pairs" / "01").rename(tmp_path / "elsewhere")
-    assert "pairs: has changed since it was indexed" in refusal(config.path)
 
 
 @needs_pyarrow
@@ -607,37 +418,6 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         open_listing(SourceConfig(path=str(tmp_path / "nowhere")), progress=False)
 
 
-class Interrupted(Exception):
-    pass
-
-
-def test_indexing_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = cc3m(tmp_path, 5)
-    rows = rows_module.TableLayout.rows
-
-    def cut(self: rows_module.TableLayout) -> Iterator:
-        for count, row in enumerate(rows(self)):
-            if count == 3:
-                raise Interrupted
-            yield row
-
-    monkeypatch.setattr(rows_module.TableLayout, "rows", cut)
-    with pytest.raises(Interrupted):
-        open_source((config,), progress=False)
-    assert [p.name for p in (tmp_path / "clip_train").iterdir()] == ["cc3m_train.json"]
-    monkeypatch.undo()
-
-    def full(source: object, target: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", full)
-    message = refusal(config.path, images=config.images)
-    assert "cc3m_train.json.index: the index cannot be written (No space left on device)" in message
-    assert [p.name for p in (tmp_path / "clip_train").iterdir()] == ["cc3m_train.json"]
-    monkeypatch.undo()
-    assert len(open_source((config,), progress=False)) == 5
-
-
 def open_on_a_rank(path: str, images: str) -> str:
     try:
         return open_source((SourceConfig(path=path, images=images),), progress=False).digest
@@ -654,117 +434,3 @@ def test_ranks_agree(tmp_path: Path, gloo: Pools) -> None:
     answers = gloo(2, open_on_a_rank, config.path, config.images)
     assert "not valid JSON: line 1, column 3" in answers[0]
     assert answers[1] == f"rank 0: {answers[0]}"
-
-
-text = st.text(st.characters(exclude_categories=("Cs", "Cf")), max_size=30)
-captions = st.one_of(text, st.lists(text, max_size=3))
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    rows=st.lists(captions, min_size=1, max_size=12),
-    kind=st.sampled_from([".json", ".jsonl", ".csv"]),
-    chunk=st.integers(1, 40),
-)
-def test_ids_are_rows_and_captions_come_back(rows: list, kind: str, chunk: int) -> None:
-    rows = [row if kind != ".csv" or isinstance(row, str) else "".join(row) for row in rows]
-    items = [{"image": f"{n}.png", "caption": caption, "n": str(n)} for n, caption in enumerate(rows)]
-    expected = [tuple(t.strip() for t in ([c] if isinstance(c, str) else c) if t.strip()) for c in rows]
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "READ_CHARACTERS", chunk)
-        write_images(Path(folder), *(f"{n}.png" for n in range(len(rows))))
-        path = Path(folder, f"list{kind}")
-        if kind == ".csv":
-            with path.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, ["image", "caption", "n"], quoting=csv.QUOTE_ALL)
-                writer.writeheader()
-                writer.writerows(items)
-        else:
-            lines = [json.dumps(item, ensure_ascii=n % 2 == 0) for n, item in enumerate(items)]
-            content = f"[{' , '.join(lines)}]" if kind == ".json" else "\n".join(lines)
-            path.write_bytes(content.encode())
-        if not any(expected):
-            with pytest.raises(UserError, match="none of its rows can be used"):
-                open_one(path)
-            return
-        source = open_one(path)
-        assert [source.metadata(n)["n"] for n in range(len(source))] == [str(n) for n in range(len(rows))]
-        assert source.usable.tolist() == [n for n, found in enumerate(expected) if found]
-        assert [source.captions(n) for n in source.usable.tolist()] == [found for found in expected if found]
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(deadline=None, max_examples=100)
-@given(items=st.lists(json_values, max_size=6), indent=st.sampled_from([None, 0, 2]), chunk=st.integers(1, 9))
-def test_a_list_is_read_in_pieces_as_it_is_read_whole(items: list, indent: int | None, chunk: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "READ_CHARACTERS", chunk)
-        text = io.TextIOWrapper(io.BytesIO(json.dumps(items, indent=indent).encode()), "utf-8")
-        assert list(rows_module._JsonItems(text, Path("a.json"))) == items
-
-
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
-    write_images(tmp_path, "0.png")
-    os.mkfifo(tmp_path / "1.png")
-    with (tmp_path / "2.png").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
-    names = ["0.png", "1.png", "2.png", "/dev/zero", "/dev/stdin"]
-    (tmp_path / "list.json").write_text(json.dumps([{"image": name, "caption": "c"} for name in names]))
-    source = open_one(tmp_path / "list.json")
-    assert source.image_bytes(0) == png(0)
-    reasons = ["not a regular file", "over 536,870,912 bytes", "not a regular file", "not a regular file"]
-    for n, reason in enumerate(reasons, 1):
-        with pytest.raises(UnreadableImage, match=reason):
-            source.image_bytes(n)
-
-
-def test_side_cars_that_cannot_be_read_cost_a_row_each(tmp_path: Path) -> None:
-    root = tmp_path / "pairs"
-    write_images(root, *(f"{n}.png" for n in range(6)))
-    for n in range(6):
-        (root / f"{n}.txt").write_text(f"{n}")
-    for n in range(1, 5):
-        (root / f"{n}.txt").unlink()
-    (root / "1.txt").symlink_to("/gone.txt")
-    os.mkfifo(root / "2.txt")
-    (root / "3.txt").symlink_to("3.txt")
-    with (root / "4.txt").open("wb") as file:
-        file.truncate(MAX_TEXT + 1)
-    (root / "5.json").symlink_to("/gone.json")
-    (root / "6.png").symlink_to("/gone.png")
-    (root / "6.txt").write_text("6")
-    source = open_one(root)
-    assert source.usable.tolist() == [0, 5, 6]
-    assert source.left_out() == [("no caption", 4, [f"pairs:{n}.png" for n in range(1, 4)])]
-    with pytest.raises(UnreadableImage, match="No such file"):
-        source.image_bytes(6)
-
-
-def test_folders_behind_links(tmp_path: Path) -> None:
-    """Parts of a data set on several disks, in a folder of nothing but links; some lead back."""
-    for place in ("disk1/a/deep", "disk2/b"):
-        write_images(tmp_path / place, "0.png", "1.png")
-        for n in range(2):
-            (tmp_path / place / f"{n}.txt").write_text(place)
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "first").symlink_to("../disk1/a")
-    (data / "second").symlink_to("../disk2/b")
-    (data / "back").symlink_to(data)
-    (tmp_path / "disk1" / "a" / "up").symlink_to("../..")
-    (data / "nowhere").symlink_to("/gone")
-    source = open_one(data)
-    names = [source.name(n) for n in range(len(source))]
-    assert {f"data:{name}" for name in ("first/deep/0.png", "first/deep/1.png", "second/0.png", "second/1.png")} <= {
-        *names
-    }
-    assert len(source) == len(source.usable)
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "round").symlink_to(tmp_path / "links")
-    assert "no .tar shards in this folder" in refusal(tmp_path / "links")

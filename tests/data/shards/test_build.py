@@ -1,9 +1,6 @@
 """Indexes are made whole or not at all, go on where the last attempt ended, and grow without moving ids."""
 
 import errno
-import hashlib
-import io
-import json
 import os
 import re
 import resource
@@ -12,54 +9,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 from disttempnet.cli.main import main
 from disttempnet.config import SourceConfig
 from disttempnet.data import ShardIndex, open_index
-from disttempnet.data.headers import image_header
 from disttempnet.data.shards import build as building
-from disttempnet.data.shards.build import ScanSettings
-from disttempnet.data.shards.journal import Journal
 from disttempnet.data.shards.open import update_index
-from disttempnet.data.shards.scan import scan_shard
-from disttempnet.data.shards.store import LocalStore
 from disttempnet.errors import UserError
 from disttempnet.io import progress as meter
 from disttempnet.io.jobs import run_jobs
 from tests.data.conftest import png, sample, write_shard
-
-Write = Callable[..., Path]
-QUIET = ScanSettings(workers=1, progress=False)
+from tests.data.pictures import noise_image
+from tests.data.shards.conftest import Write, files
 
 
 def update(folder: Path, workers: int = 1, checksum: bool = False) -> tuple[ShardIndex, str]:
     return update_index(SourceConfig(path=str(folder)), workers, checksum, progress=False)
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".tar")
-
-
-@pytest.fixture
-def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that are scanned from here on, in this process."""
-    names: list[str] = []
-
-    def count(path: Path, caption_key: str = "") -> object:
-        names.append(path.name)
-        return scan_shard(path, caption_key)
-
-    monkeypatch.setattr(building, "scan_shard", count)
-    return names
 
 
 def test_the_file_is_safetensors(shards: Write) -> None:
@@ -178,101 +150,6 @@ def test_all_shards_that_are_no_tars_are_counted_and_the_others_kept(shards: Wri
     index = open_index(str(folder), progress=False)
     assert scanned == ["00000.tar", "00002.tar"]
     assert [index.captions(n)[0] for n in range(8)] == [f"caption {n}" for n in range(8)]
-    assert files(folder) == ["all.index"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "tail", "other key", "changed shard"])
-def test_a_damaged_journal_is_scanned_again(shards: Write, scanned: list[str], damage: str) -> None:
-    folder = shards(3, 2, 4)
-    wanted = open_index(str(folder), progress=False).path.read_bytes()
-    path = folder / "all.index"
-    path.unlink()
-    journal, store = Journal(path, "texts" if damage == "other key" else ""), LocalStore(folder)
-    for name in ("00000.tar", "00001.tar"):
-        journal.append(*building._scan_one(store, name, store.state(name), QUIET))  # type: ignore[misc]
-    journal.close()
-    data = bytearray(journal.path.read_bytes())
-    again = ["00001.tar", "00002.tar"]
-    if damage == "cut":
-        del data[-5:]
-    elif damage == "flip":
-        data[-5] ^= 1
-    elif damage == "tail":
-        data += (1 << 40).to_bytes(8, "little") + b"x" * 30
-        again = ["00002.tar"]
-    elif damage == "other key":
-        again = ["00000.tar", *again]
-    else:
-        write_shard(folder / "00000.tar", {f"{n:09d}": sample(n + 1) for n in range(3)})
-        again = ["00000.tar", "00002.tar"]
-    journal.path.write_bytes(data)
-    scanned.clear()
-    index = open_index(str(folder), progress=False)
-    assert scanned == again
-    assert (index.path.read_bytes() == wanted) == (damage != "changed shard")
-    assert files(folder) == ["all.index"]
-
-
-def journal_of(folder: Path, *names: str) -> Journal:
-    """A journal in which these shards are scanned."""
-    journal, store = Journal(folder / "all.index", ""), LocalStore(folder)
-    for name in names:
-        journal.append(*building._scan_one(store, name, store.state(name), QUIET))  # type: ignore[misc]
-    return journal
-
-
-@pytest.mark.parametrize("change", [{"field of later": 1}, {"samples": 7}])
-def test_records_of_another_version_are_scanned_again(shards: Write, scanned: list[str], change: dict) -> None:
-    folder = shards(3, 2, 4)
-    journal = journal_of(folder, "00000.tar", "00001.tar")
-    journal.close()
-    data = journal.path.read_bytes()
-    second = 24 + int.from_bytes(data[:8], "little")  # a record is size, digest of 16 bytes, payload
-    payload = data[second + 24 :]
-    end = 8 + int.from_bytes(payload[:8], "little")
-    head = json.loads(payload[8:end])
-    head["shard"] |= change
-    text = json.dumps(head).encode()
-    payload = len(text).to_bytes(8, "little") + text + payload[end:]
-    digest = hashlib.blake2b(payload, digest_size=16).digest()
-    journal.path.write_bytes(data[:second] + len(payload).to_bytes(8, "little") + digest + payload)
-    scanned.clear()
-    index = open_index(str(folder), progress=False)
-    assert scanned == ["00001.tar", "00002.tar"]
-    assert [index.captions(n)[0] for n in range(9)] == [f"caption {n}" for n in range(9)]
-
-
-def test_who_waited_for_a_journal_that_is_gone_makes_a_new_one(shards: Write) -> None:
-    folder = shards(3, 2)
-    first = journal_of(folder, "00000.tar")
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(journal_of, folder, "00001.tar")
-        time.sleep(0.3)  # enough for it to ask for the lock; were it later, it would find no journal
-        first.remove()
-        first.close()
-        second = waiting.result()
-    second.close()
-    third = Journal(folder / "all.index", "")
-    assert list(third.shards) == ["00001.tar"]
-    third.close()
-
-
-def test_a_journal_takes_no_other_away(shards: Write) -> None:
-    folder = shards(3, 2)
-    empty = journal_of(folder)
-    empty.path.unlink()
-    other = journal_of(folder, "00000.tar")
-    empty.close()
-    assert other.path.is_file()
-    other.close()
-
-
-def test_who_comes_second_waits_and_scans_nothing(shards: Write, scanned: list[str]) -> None:
-    folder = shards(*[20] * 6)
-    with ThreadPoolExecutor(4) as pool:
-        indexes = list(pool.map(lambda _: open_index(str(folder), progress=False), range(4)))
-    assert len({index.digest for index in indexes}) == 1
-    assert sorted(scanned) == [f"{n:05d}.tar" for n in range(6)]
     assert files(folder) == ["all.index"]
 
 
@@ -449,38 +326,11 @@ def test_the_remedy_of_a_refusal_works(shards: Write, tmp_path: Path, remote: bo
     assert sorted(tmp_path.rglob("*.index")) == before
 
 
-def image(format: str, size: tuple[int, int], **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.effect_noise(size, 40).convert("RGB").save(file, format, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("data", "facts"),
-    [
-        (image("JPEG", (300, 17)), ("jpg", (300, 17))),
-        (image("JPEG", (4000, 3), progressive=True, comment=b"x" * 300), ("jpg", (4000, 3))),
-        (image("PNG", (3, 700)), ("png", (3, 700))),
-        (image("WEBP", (130, 20)), ("webp", (130, 20))),
-        (image("WEBP", (130, 20), lossless=True), ("webp", (130, 20))),
-        (image("WEBP", (131, 20), exif=b"Exif\0\0" + b"x" * 20), ("webp", (131, 20))),
-        (image("JPEG", (30, 17), exif=b"Exif\0\0" + b"x" * 5000), ("jpg", None)),
-        (image("GIF", (5, 5)), ("other", None)),
-        (b"<html>", ("other", None)),
-        (b"\xff\xd8\xff", ("jpg", None)),
-        (b"", ("other", None)),
-    ],
-)
-def test_image_headers(data: bytes, facts: tuple) -> None:
-    """Sizes as PIL wrote them, from the first 1536 bytes."""
-    assert image_header(data[:1536]) == facts
-
-
 def test_the_command_says_what_it_found(shards: Write, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {
         1: {"txt": b"no image"},
         2: {"png": png(2), "txt": b"\xff"},
-        4: {"jpg": image("JPEG", (30, 20)), "txt": "née".encode()},
+        4: {"jpg": noise_image("JPEG", (30, 20)), "txt": "née".encode()},
     }
     folder = shards(3, 2, 2, changes=changes)
     os.truncate(folder / "00002.tar", 512 * 9 + 3)
