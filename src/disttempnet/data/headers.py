@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
-UNKNOWN = "other"  # another format than jpg, png, webp, or no image
-FORMATS = ("jpg", "png", "webp", UNKNOWN)
+UNKNOWN_FORMAT = "other"  # another format than jpg, png, webp, or no image
+FORMATS = ("jpg", "png", "webp", UNKNOWN_FORMAT)
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers (ITU-T T.81, table B.1)
 
 
@@ -24,7 +24,7 @@ def image_header(data: bytes) -> tuple[str, tuple[int, int] | None]:
         return "png", struct.unpack(">II", data[16:24]) if len(data) >= 24 else None
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp", _webp_size(data)
-    return UNKNOWN, None
+    return UNKNOWN_FORMAT, None
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from disttempnet.errors import UserError
 from disttempnet.io.files import UnfitFile, is_device, open_regular, temporary_beside
 
-DTYPES: dict[str, np.dtype[Any]] = {
+COLUMN_DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "U32": np.dtype("<u4"),
     "U8": np.dtype("u1"),
@@ -33,7 +33,7 @@ _LENGTH = 8  # bytes of the header's length
 
 
 class ColumnType(NamedTuple):
-    """Type of a column: one of `DTYPES`, and the shape of a row."""
+    """Type of a column: one of `COLUMN_DTYPES`, and the shape of a row."""
 
     dtype: np.dtype
     row_shape: tuple[int, ...] = ()
@@ -90,7 +90,9 @@ def map_columns(path: Path, format: str, verify: bool = False) -> MappedColumns:
             columns = {}
             for name, entry in header.items():
                 shape, offset = entry["shape"], begin + entry["data_offsets"][0]
-                columns[name] = np.frombuffer(mapping, DTYPES[entry["dtype"]], prod(shape), offset).reshape(shape)
+                columns[name] = np.frombuffer(mapping, COLUMN_DTYPES[entry["dtype"]], prod(shape), offset).reshape(
+                    shape
+                )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no header of columns: {error!r}") from None
     return MappedColumns(metadata, columns)
@@ -120,7 +122,7 @@ class ColumnWriter:
         needed = prod(shape) * dtype.itemsize
         if end - begin != needed:
             raise ValueError(f"column {name} has {end - begin:,} bytes, not {needed:,}")
-        code = next(code for code, known in DTYPES.items() if known == dtype)
+        code = next(code for code, known in COLUMN_DTYPES.items() if known == dtype)
         self._header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         self._end = end
 

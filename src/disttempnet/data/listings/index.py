@@ -71,7 +71,7 @@ class Settings(NamedTuple):
     join_rows: bool
 
 
-class Row(NamedTuple):
+class ListingRow(NamedTuple):
     """Validated row: content for the index, index into `ROW_REASONS`, and number of captions that were null."""
 
     image: str
@@ -275,7 +275,7 @@ def _joined_text(texts: list[bytes]) -> bytes:
         _, more, others = json.loads(text)
         captions += more
         fields = {key: value for key, value in fields.items() if key in others and others[key] == value}
-    return _encoded(Row(image, captions, fields, OK))
+    return _encoded(ListingRow(image, captions, fields, OK))
 
 
 def _refuse_unusable(layout: Layout, status: bytearray) -> None:
@@ -305,7 +305,7 @@ def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
         bar.update(task, completed=done, rows=f"{count:,}")
 
 
-def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[Row]:
+def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[ListingRow]:
     head = list(islice(rows, HEAD_ROWS))
     image_key = layout.image_key or _key(head, layout, "image_key", settings.image_key, IMAGE_KEYS)
     caption_key = layout.caption_key or _key(head, layout, "caption_key", settings.caption_key, CAPTION_KEYS)
@@ -342,9 +342,9 @@ def _refuse_addresses(head: Sequence[Fields | None], layout: Layout, image_key: 
         raise UserError(f"{layout.where}: {ADDRESSES}")
 
 
-def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
+def _validate(fields: Fields | None, image_key: str, caption_key: str) -> ListingRow:
     if fields is None:
-        return Row("", [], {}, BAD_ROW)
+        return ListingRow("", [], {}, BAD_ROW)
     image, captions = fields.get(image_key), fields.get(caption_key)
     image_status = _image_status(image)
     texts: Any = [captions] if isinstance(captions, str) else captions
@@ -355,7 +355,7 @@ def _validate(fields: Fields | None, image_key: str, caption_key: str) -> Row:
     others = {key: value for key, value in fields.items() if key not in (image_key, caption_key)}
     kept = [text for caption in texts if (text := visible_text(caption))] if caption_status == OK else []
     image = str(image) if image_status in (OK, OUTSIDE, NO_BYTES) else ""
-    return Row(image, kept, others, image_status or caption_status, nulls)
+    return ListingRow(image, kept, others, image_status or caption_status, nulls)
 
 
 def _sentences(captions: list[Any]) -> tuple[list[Any], int]:
@@ -371,7 +371,7 @@ def _sentences(captions: list[Any]) -> tuple[list[Any], int]:
     return texts, len(captions) - len(texts)
 
 
-def _encoded(row: Row) -> bytes:
+def _encoded(row: ListingRow) -> bytes:
     # the image in ASCII, as it may not be UTF-8
     text = f"[{ASCII.encode(row.image)}, {UNICODE.encode(row.captions)}, {UNICODE.encode(row.fields)}]"
     return text.encode("utf-8", "replace")

@@ -30,7 +30,7 @@ from disttempnet.io.files import UnfitFile, read_regular
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 TABLE_SUFFIXES = JSON_SUFFIXES | {".csv", ".tsv", ".tab", ".txt", ".token"}
 TELL_EVERY = 1000  # rows between updates of the position
-GROUP_ROWS = 1000  # images are separate files, so groups can be small, and a window mixes many of them
+LISTING_GROUP_ROWS = 1000  # images are separate files, so groups can be small, and a window mixes many of them
 READ_CHARACTERS = 1 << 20  # characters read at once
 MAX_ROW = 1 << 26  # characters of a row
 
@@ -84,7 +84,7 @@ class Layout(ABC):
 
     def groups(self, rows: int) -> list[int]:
         """Return the number of rows of each group of samples."""
-        return [min(GROUP_ROWS, rows - first) for first in range(0, rows, GROUP_ROWS)]
+        return [min(LISTING_GROUP_ROWS, rows - first) for first in range(0, rows, LISTING_GROUP_ROWS)]
 
     def names(self) -> set[str] | None:
         """Return the names of all current parts, if that is cheap; else None."""

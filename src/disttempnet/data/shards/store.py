@@ -17,7 +17,7 @@ from disttempnet.io.machine import cause
 
 FINGERPRINT_BYTES = 64 * 1024  # of each end of a shard
 CACHE_GB = 100.0  # of remote shards
-READERS = 16  # threads that read fingerprints; they mostly wait for disk or network
+STATE_THREADS = 16  # threads that read fingerprints; they mostly wait for disk or network
 
 
 class ShardState(NamedTuple):
@@ -107,7 +107,7 @@ class ShardStore(ABC):
 
     def states(self, names: Sequence[str]) -> dict[str, ShardState]:
         """Return the state of each shard. Raises UserError if one cannot be read."""
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(STATE_THREADS) as pool:
             return dict(zip(names, pool.map(self.state, names), strict=True))
 
 

@@ -30,7 +30,7 @@ from disttempnet.terminal import say
 PLAN_FORMAT = "disttempnet-shards-1"
 PLAN, SKIPPED, LOCK = "plan.json", "skipped.jsonl", ".lock"
 SHARD_COUNT_FILE = "nshards.txt"  # as in CLIP_benchmark's data sets
-REPORT_EVERY = 50  # samples between a worker's messages
+SAMPLES_PER_REPORT = 50  # samples between a worker's messages
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _write_part(source: Source, folder: Path, settings: WriteSettings, part: Pla
                                 faults.append(fault_of(source, sample, error))
                             else:
                                 writer.write({"__key__": f"{sample:09d}", **members})
-                        if sample + 1 - reported >= REPORT_EVERY:
+                        if sample + 1 - reported >= SAMPLES_PER_REPORT:
                             yield sample + 1 - reported
                             reported = sample + 1
                 finally:

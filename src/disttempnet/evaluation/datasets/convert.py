@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from disttempnet.data.headers import UNKNOWN, image_header
+from disttempnet.data.headers import UNKNOWN_FORMAT, image_header
 from disttempnet.data.images import MAX_BYTES
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.cifar import PixelSample
@@ -148,7 +148,7 @@ def _members(data: TaskData, place: int) -> Iterator[tuple[str, bytes]]:
     sample = data.samples[place]
     content = _image_bytes(sample)
     suffix = image_header(content[:IMAGE_HEAD_BYTES])[0]
-    yield "jpg" if suffix == UNKNOWN else suffix, content  # an unknown format keeps a suffix that readers accept
+    yield "jpg" if suffix == UNKNOWN_FORMAT else suffix, content  # an unknown format keeps a suffix that readers accept
     if data.labels:
         yield "cls", str(data.labels[place]).encode()
     if sample.captions:
