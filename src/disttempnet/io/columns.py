@@ -89,10 +89,9 @@ def map_columns(path: Path, format: str, verify: bool = False) -> MappedColumns:
             mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
             columns = {}
             for name, entry in header.items():
-                shape, offset = entry["shape"], begin + entry["data_offsets"][0]
-                columns[name] = np.frombuffer(mapping, COLUMN_DTYPES[entry["dtype"]], prod(shape), offset).reshape(
-                    shape
-                )
+                dtype, shape = COLUMN_DTYPES[entry["dtype"]], entry["shape"]
+                offset = begin + entry["data_offsets"][0]
+                columns[name] = np.frombuffer(mapping, dtype, prod(shape), offset).reshape(shape)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no header of columns: {error!r}") from None
     return MappedColumns(metadata, columns)

@@ -41,13 +41,13 @@ def test_keys_are_named_or_found(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("photo,filepath,title,de\n0.png,x,first,erste\n", encoding="utf-8-sig")
     source = open_one(tmp_path / "a.csv", image_key="photo", caption_key="de")
     assert (source.captions(0), source.metadata(0)) == (("erste",), {"filepath": "x", "title": "first"})
-    assert "was indexed with caption_key = 'de', not 'title': give caption_key = 'de', or delete" in refusal(
+    assert "was indexed with caption_key = 'de', not 'title': set caption_key = 'de', or delete" in refusal(
         tmp_path / "a.csv", image_key="photo", caption_key="title"
     )
     other = str(tmp_path / "other.index")
     assert open_one(tmp_path / "a.csv", image_key="photo", index=other).captions(0) == ("first",)
     os.unlink(other)
-    assert "no row has 'fr'; there are photo, filepath, title, de; name one of them with caption_key" in refusal(
+    assert "no row has 'fr'; its keys are photo, filepath, title, de; name one of them with caption_key" in refusal(
         tmp_path / "a.csv", image_key="photo", caption_key="fr", index=other
     )
 

@@ -103,7 +103,7 @@ def test_files_that_a_column_names(kind: str, tmp_path: Path) -> None:
         "string_view": pa.array(names).cast(pa.string_view()),
     }[kind]
     folder = write(tmp_path / "data", image=column, text=pa.array(TEXTS))
-    with pytest.raises(UserError, match=r"such as 0\.png, none is in .*; name the folder of images"):
+    with pytest.raises(UserError, match=r"such as 0\.png, is in .*; name the folder of images"):
         opened(folder)
     (tmp_path / "pictures").mkdir()
     for n in range(COUNT // 2):

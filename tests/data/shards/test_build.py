@@ -122,7 +122,7 @@ def test_checksums_find_what_fingerprints_do_not(tmp_path: Path) -> None:
     assert index.digest == plain.digest  # checkpoints of before still fit
     wanted = subprocess.run(["sha256sum", tmp_path / "0.tar"], capture_output=True, text=True, check=True).stdout
     assert index.shards[0].checksum == wanted.split()[0]
-    assert update(tmp_path, checksum=True)[1].endswith("are the same: 2")
+    assert update(tmp_path, checksum=True)[1].endswith("compared and equal: 2")
     assert update(tmp_path)[0].shards[0].checksum  # stays known
     data = bytearray((tmp_path / "0.tar").read_bytes())
     data[100_000] ^= 1  # neither in the first nor in the last 64 KiB
@@ -132,7 +132,7 @@ def test_checksums_find_what_fingerprints_do_not(tmp_path: Path) -> None:
         update(tmp_path, checksum=True)
     data[100_000] ^= 1
     (tmp_path / "0.tar").write_bytes(data)
-    assert update(tmp_path, checksum=True)[1].endswith("are the same: 2")
+    assert update(tmp_path, checksum=True)[1].endswith("compared and equal: 2")
     assert files(tmp_path) == ["all.index"]
 
 
@@ -268,7 +268,7 @@ def test_as_many_processes_as_the_work_asks_for(
     monkeypatch.setattr(building, "cores", lambda: 4)
     monkeypatch.setattr(meter, "PLAIN_LINE_SECONDS", 0.0)
     for a_process, workers in ((1 << 30, "0"), (size // 2, "0"), (size // 9, "0"), (1 << 30, "7")):
-        monkeypatch.setattr(building, "A_PROCESS", a_process)
+        monkeypatch.setattr(building, "BYTES_PER_PROCESS", a_process)
         assert main(["data", "index", str(folder), "--workers", workers]) == 0
         (folder / "all.index").unlink()
     assert asked == [1, 3, 4, 7]

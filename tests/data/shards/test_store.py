@@ -21,7 +21,7 @@ def test_a_shard_that_changes_while_it_is_read(shards: Write) -> None:
     index = open_index(str(folder), progress=False)
     assert index.captions(4) == ("caption 4",)
     os.truncate(folder / "00001.tar", 1000)
-    with pytest.raises(UserError, match=r"00001\.tar: ends inside sample 4: .*restore it"):
+    with pytest.raises(UserError, match=r"00001\.tar: ends inside sample 4: .*restore the shard"):
         index.image_bytes(4)
     (folder / "00000.tar").unlink()
     with pytest.raises(UserError, match=r"00000\.tar: cannot be read: No such file"):
