@@ -114,7 +114,7 @@ def open_in_own_cache(spec: str, folder: Path) -> tuple[str, int, str, list[str]
     cache = folder / str(distributed.rank())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTTEMPNET_CACHE", str(cache))
-        patch.setattr(collectives, "", 1000)  # bytes: several pieces
+        patch.setattr(collectives, "BROADCAST_BYTES", 1000)  # bytes: several pieces
         index = open_index(spec, progress=False)
         there = sorted(path.name for path in index.path.parent.iterdir())
         return index.digest, index.path.stat().st_size, index.captions(4)[0], there
