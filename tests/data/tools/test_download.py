@@ -124,7 +124,7 @@ def test_a_dry_run_prints_what_would_run(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*command, "--processes", "4", "--threads", "16", "--image-size", "224"]) == 0
     said = capsys.readouterr()
     assert shlex.split(said.out.replace("\\\n", "")) == one.command
-    assert f"{one.headed.name} is made" in said.err
+    assert f"it reads {one.headed.name}, a copy of" in said.err
     assert not one.out.exists()
 
 
