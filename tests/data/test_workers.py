@@ -38,7 +38,9 @@ def test_workers_hold_as_many_batches_as_there_is_room_for(room: Callable[[int],
     room(64 * MB)
     assert fit_prefetch(4, 5 * MB, 2) == 4, "nine are forty-five"
     assert fit_prefetch(4, 60 * MB, 0) == 4, "no workers need none"
-    told = r"^/dev/shm is small: .* 2 batches ready, not 4; .* \(64\.0 MB are free .*, and a batch takes 10\.0 MB\)$"
+    told = (
+        r"^/dev/shm is small: .* prefetches 2 batches, not 4; .* \(64\.0 MB are free .*, and a batch takes 10\.0 MB\)$"
+    )
     with pytest.warns(UserNotice, match=told):
         assert fit_prefetch(4, 10 * MB, 2) == 2, "five are fifty"
     with pytest.raises(UserError, match=r"^/dev/shm is too small for 8 loader workers: .*\(docker run --shm-size=8g\)"):
@@ -74,7 +76,7 @@ def test_too_little_room_is_found_before_the_first_batch(shards: Write, room: Ca
 )
 def test_what_torch_says_of_full_shared_memory_is_one_line(words: str) -> None:
     with (
-        pytest.raises(UserError, match=r"^/dev/shm is full, .*--shm-size=8g\), or set data\.workers lower"),
+        pytest.raises(UserError, match=r"^/dev/shm is full; .*--shm-size=8g\), or set data\.workers lower"),
         lost_workers_named(),
     ):
         raise RuntimeError(words)

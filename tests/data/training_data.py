@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from disttempnet.config import DataConfig
-from disttempnet.data import (
-    TrainingData,
-    open_training_data,
-)
+from disttempnet.data import TrainingData, open_training_data
+from disttempnet.models import AS_CLIP
 
 Write = Callable[..., Path]
 
@@ -22,7 +20,7 @@ def tokenizer(captions: Sequence[str]) -> Tensor:
     return torch.tensor([list(caption.encode()[:12].ljust(12)) for caption in captions])
 
 
-TOWERS: Any = SimpleNamespace(image_size=24, tokenizer=tokenizer, module=None)
+TOWERS: Any = SimpleNamespace(image_size=24, tokenizer=tokenizer, module=None, resizing=AS_CLIP)
 
 
 def data_of(folder: Path | str, seed: int = 5, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainingData:

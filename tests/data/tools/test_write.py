@@ -112,7 +112,7 @@ def test_all_captions_as_lines(
     assert main([*arguments[:5], *there]) == 0
     told = capsys.readouterr().out
     assert f"disttempnet evaluate RUN --data-root {root} --tasks {task}\n" in told
-    assert f'"{task}" = 3 in {root / "sizes.toml"}' in told
+    assert f'"{task}" = 3 into {root / "sizes.toml"}' in told
     (root / "sizes.toml").write_text(f'"{task}" = 3\n')
     monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
     evaluate = ["evaluate", "open_clip:demo-vit-32", "--data-root", str(root), "--out", str(tmp_path / "results")]
@@ -245,7 +245,7 @@ def test_a_stopped_command_leaves_whole_shards_and_goes_on(tmp_path: Path) -> No
         said = running.communicate(timeout=60)[1]
         if number == signal.SIGTERM:
             assert running.returncode == 128 + number
-            assert "of 12 shards are whole" in said
+            assert "of 12 shards are complete" in said
             assert not list(out.glob(f"{WRITING}*")), "workers and what they began are gone"
         early = content(out)
         assert kept + 2 <= len(early) < 12
@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_line(whole: dict[str, bytes], tmp_path: Path) -> Non
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))  # bytes: less than a shard
     try:
-        with pytest.raises(UserError, match=r"00000\.tar: cannot be written: File too large; the shards"):
+        with pytest.raises(UserError, match=r"00000\.tar: cannot be written: File too large; complete shards stay"):
             write_shards(source, tmp_path, WriteSettings(100), workers=1, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
