@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 UNKNOWN_FORMAT = "other"  # another format than jpg, png, webp, or no image
-FORMATS = ("jpg", "png", "webp", UNKNOWN_FORMAT)
+IMAGE_FORMATS = ("jpg", "png", "webp", UNKNOWN_FORMAT)
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers (ITU-T T.81, table B.1)
 
 

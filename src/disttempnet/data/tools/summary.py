@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from disttempnet.data.headers import FORMATS
+from disttempnet.data.headers import IMAGE_FORMATS
 from disttempnet.data.listings.open import Listing
 from disttempnet.data.shards.index import Shard, ShardIndex
 from disttempnet.data.shards.scan import Tally, merge_tally
@@ -59,8 +59,8 @@ def _notes(shard: Shard) -> list[str]:
 
 def _totals(index: ShardIndex, tally: Tally) -> Table:
     usable, hashed = int(index.usable_counts.sum()), sum(1 for shard in index.shards if shard.checksum)
-    images = sum(tally[name][0] for name in FORMATS if name in tally)
-    formats = ", ".join(f"{name} {tally[name][0] / images:.4%}" for name in FORMATS if name in tally)
+    images = sum(tally[name][0] for name in IMAGE_FORMATS if name in tally)
+    formats = ", ".join(f"{name} {tally[name][0] / images:.4%}" for name in IMAGE_FORMATS if name in tally)
     table = Table(title=f"{index.path!s}", title_justify="left", show_header=False)
     table.add_row("shards", f"{len(index.shards):,}, {sum(shard.size for shard in index.shards) / 1e9:,.2f} GB")
     table.add_row("samples", f"{len(index):,}, of which {usable:,} usable")
