@@ -34,7 +34,7 @@ from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import train
 from tests.evaluation.toy import COLOURS, write_shard
 from tests.gloo import Pools
-from tests.report.runs.test_page import EVIL, Page, assert_self_contained
+from tests.report.pages import EVIL, Page, assert_self_contained
 
 SAMPLES = 96
 Row = dict[str, str]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -14,44 +13,20 @@ import pytest
 from disttempnet.errors import UserError
 from disttempnet.evaluation.results.averages import counted_tags
 from disttempnet.evaluation.results.records import RESULTS_FILE, append_record
-from disttempnet.evaluation.tasks import all_tasks
 from disttempnet.report import write_report
 from disttempnet.report.evaluations.compare import (
-    compare_columns,
-    holds_evaluations,
-    known_columns,
-    read_evaluations,
     read_published,
-    score_differences,
-    sections,
 )
-from disttempnet.report.seeds.groups import AVERAGES, Column
 from tests.evaluation import published
-from tests.report.evaluations.records import flat, model_subject, record, run_subject, write_evaluation
-from tests.report.runs.test_page import Page, assert_self_contained
-
-CLIP = (0.20, 0.21, 0.25)
-TEMPNET = (0.30, 0.32, 0.34)
-
-
-@pytest.fixture
-def grid(tmp_path: Path) -> Path:
-    """Two configs of three seeds, as `evaluate` leaves them below run folders."""
-    for loss, values in (("clip", CLIP), ("disttempnet-v1", TEMPNET)):
-        for seed, value in enumerate(values, 1):
-            write_evaluation(
-                tmp_path / f"{loss}--seed-{seed}/evaluation/step-100", flat(value), run_subject(loss, seed)
-            )
-    return tmp_path
-
-
-def folders(grid: Path) -> list[Path]:
-    return sorted(grid.glob("*/evaluation"))
-
-
-def average_of(value: float) -> float:
-    """Of `flat(value)` by hand: 35 tasks at it and 3 of retrieval at twice it."""
-    return (35 * value + 3 * 2 * value) / 38
+from tests.report.evaluations.records import (
+    CLIP,
+    average_of,
+    folders,
+    model_subject,
+    record,
+    write_evaluation,
+)
+from tests.report.pages import Page, assert_self_contained
 
 
 def rows_of(text: str) -> dict[tuple[str, str, str], dict[str, str]]:
@@ -167,110 +142,9 @@ def test_published_model_against_its_row(tmp_path: Path) -> None:
     assert mean == pytest.approx(float(row["Average perf. on 38 datasets"]), abs=5e-5)
 
 
-def test_published_rows_repeat_open_clips_csv() -> None:
-    """The one published row that can be computed here: RN50 on CC12M."""
-    (row,) = [row for row in published.rows() if (row["name"], row["pretrained"]) == ("RN50", "cc12m")]
-    values = published.scores(row)
-    (openclip,) = [one for one in read_published() if one.title.startswith("OpenCLIP")]
-    names = {
-        "datacomp": set(values),
-        "imagenet": published.SHIFTS | {"ImageNet 1k"},
-        "retrieval": published.RETRIEVAL,
-    }
-    for tag, group in names.items():
-        mean = sum(values[name] for name in group) / len(group)
-        assert openclip.values[Column(AVERAGES, tag)].mean == pytest.approx(mean, abs=5.1e-5)
-
-
 def test_metrics_choose_columns(grid: Path) -> None:
     text = write_report(folders(grid), grid / "r.md", ["averages/vtab", "vtab/dtd/acc1"]).read_text()
     assert "|  | seeds | VTAB | Describable Textures: zero-shot top-1 |" in text
     assert "## Tasks" not in text
     with pytest.raises(UserError, match="unknown metric 'vtab/dtd/acc5'"):
         write_report(folders(grid), grid / "r.md", ["vtab/dtd/acc5"])
-
-
-def test_differences_by_hand(grid: Path) -> None:
-    every = read_evaluations(folders(grid))
-    clip, tempnet = compare_columns(every, known_columns(every)).groups
-    pets, flickr = (
-        Column("vtab/pets", "mean_per_class_recall"),
-        Column("retrieval/flickr_1k_test_image_text_retrieval", "mean_recall@1"),
-    )
-    first, second = score_differences(clip, tempnet, [pets, flickr])
-    assert (first.column, second.column) == (flickr, pets)
-    assert first.mean == pytest.approx(2 * (0.32 - 0.22))
-    assert second.std == pytest.approx((statistics.variance(CLIP) + statistics.variance(TEMPNET)) ** 0.5)
-    assert second.clear
-    assert not score_differences(clip, clip, [pets])[0].clear
-    assert not score_differences(replace(clip, results=clip.results[:1]), tempnet, [pets])[0].clear
-
-
-def test_every_task_is_in_one_section(grid: Path) -> None:
-    columns = [column for column in known_columns(read_evaluations(folders(grid))) if column.task != AVERAGES]
-    found = sections(columns)
-    assert [(title, len(of)) for title, of in found] == [
-        ("ImageNet & variants", 7), ("VTAB", 13), ("Other", 10), ("Retrieval", 3), ("WILDS", 3), ("Fairness", 2),
-    ]  # fmt: skip
-    assert sorted(c for _, of in found for c in of) == sorted(columns)
-
-
-def test_precision_tells_evaluations_apart(grid: Path) -> None:
-    half = replace(run_subject("clip", 1), precision="bf16")
-    folder = write_evaluation(grid / "half", flat(0.5), half)
-    text = write_report([grid / "clip--seed-1" / "evaluation", folder], grid / "r.md").read_text()
-    assert text.count("| 1 |") >= 2
-    same = write_evaluation(grid / "same", flat(0.5), run_subject("clip", 1))
-    with pytest.raises(UserError, match=r"seed 1 .* was given 2 times"):
-        write_report([grid / "clip--seed-1" / "evaluation", same], grid / "r.md")
-
-
-def test_what_is_an_evaluation(grid: Path) -> None:
-    folder = grid / "clip--seed-1" / "evaluation" / "step-100"
-    assert holds_evaluations(folder)
-    assert holds_evaluations(folder.parent)
-    assert holds_evaluations(folder / RESULTS_FILE)
-    assert not holds_evaluations(grid / "clip--seed-1")  # a run folder has a page of its own
-    assert not holds_evaluations(grid / "nothing")
-    (grid / "other.jsonl").write_text('{"format": 1}\n')
-    assert not holds_evaluations(grid / "other.jsonl")
-    with pytest.raises(UserError, match=r"other\.jsonl: no evaluation"):
-        write_report([folder, grid / "other.jsonl"], grid / "r.md")
-    with pytest.raises(UserError, match="evaluations are compact"):
-        write_report([folder], grid / "r.jsonl")
-
-
-def test_lines_of_datacomps_own_evaluator(tmp_path: Path) -> None:
-    lines = [
-        {"key": key, "dataset": all_tasks()[key].display, "metrics": {"acc1": 0.5, "main_metric": 0.5}}
-        for key in counted_tags()
-    ]
-    path = tmp_path / "theirs.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = write_report([path], tmp_path / "r.md").read_text()
-    assert f"| {path} | 1 | 50.00 | 50.00 | 50.00 | 50.00 | 50.00 |" in text
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [("{", "line 1 is not JSON"), ('{"key": "a", "dataset": "A", "metrics": {}}\n', "line 1 is not the result")],
-)
-def test_malformed_lines_are_one_line(tmp_path: Path, text: str, words: str) -> None:
-    append_record(tmp_path / RESULTS_FILE, record("cars", 0.5))
-    (tmp_path / RESULTS_FILE).write_text(text + "\n" + (tmp_path / RESULTS_FILE).read_text())
-    with pytest.raises(UserError, match=words) as caught:
-        write_report([tmp_path], tmp_path / "r.md")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("run", [{"config": {"name": "a"}}, {"config": {"name": "a", "train": {"seed": "x"}}}])
-def test_summary_of_a_damaged_run_is_one_line(tmp_path: Path, run: dict) -> None:
-    write_evaluation(tmp_path / "e", {"cars": 0.5}, replace(model_subject("openai"), run=run))
-    with pytest.raises(UserError, match=r"summary\.json does not hold a run's config"):
-        write_report([tmp_path / "e"], tmp_path / "r.md")
-
-
-def test_no_results(tmp_path: Path) -> None:
-    (tmp_path / RESULTS_FILE).write_text('{"half')
-    with pytest.raises(UserError, match="holds no result of a task"):
-        write_report([tmp_path], tmp_path / "r.md")

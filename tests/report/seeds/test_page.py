@@ -1,0 +1,25 @@
+"""The page over groups of seeds."""
+
+from __future__ import annotations
+
+from disttempnet.report.seeds.groups import compare_groups
+from disttempnet.report.seeds.page import comparison_page
+from tests.report.invented import result
+from tests.report.pages import Page, assert_self_contained
+from tests.report.seeds.seeds import TASK, runs
+
+
+def test_the_page_over_seeds_is_self_contained_and_escaped() -> None:
+    page = Page(comparison_page(compare_groups([*runs(), result("late", 1, {TASK: {"acc1": 0.9}}, finished=False)])))
+    assert_self_contained(page)
+    assert page.ids == ["results", "learning", "parts", "temperatures", "frequency", "provenance"]
+    for part in ("3 configurations, 2 to 3 seeds each", "A_B & τ|<b>", "25.0 (2.0)", "0123abcd", "torch 2.9"):
+        assert part in page.text, part
+    assert "Left out, because unfinished: late--seed-1." in page.text
+    assert "90.0" not in page.text
+    assert [a["class"] for tag, a in page.tags if tag == "td" and a.get("class") in ("best", "near")] == ["best"]
+
+
+def test_the_page_of_runs_without_evaluations() -> None:
+    page = Page(comparison_page(compare_groups([result("clip", s, {}) for s in (1, 2)])))
+    assert page.ids == ["results", "learning", "temperatures", "frequency", "provenance"]
