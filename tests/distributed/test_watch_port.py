@@ -20,8 +20,8 @@ from disttempnet.cli.main import main
 from disttempnet.distributed import collectives
 from disttempnet.distributed import watchdog as watch
 from disttempnet.distributed.watchdog import Watch
-from tests.cli.test_launch import is_rank, trained
 from tests.distributed.srun import Srun
+from tests.distributed.test_launcher import is_rank, trained
 from tests.distributed.watching import Rank, code
 
 HERE = "127.0.0.1"

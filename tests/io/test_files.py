@@ -283,3 +283,11 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
         pytest.fail("two hold the lock")
     with locked(tmp_path / "lock", wait=False):
         pass
+
+
+def test_a_file_is_replaced_as_a_whole_bytes_or_text(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in ("τ", b"\x00\xff"):
+        write_atomically(path, content)
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert list(tmp_path.iterdir()) == [path]

@@ -60,7 +60,7 @@ def test_damage_is_named(spoil: object, found: str, target: Path) -> None:
 
 
 def test_a_folder_without_a_listing_is_told(target: Path) -> None:
-    """As folders are of before there were listings: what its files say of themselves is looked at (test_damage.py)."""
+    """As in early versions: its files are verified by their own formats (test_checkpoint.py)."""
     (target / "files.json").unlink()
     with pytest.warns(UserNotice, match=r"step: has no files.json, so sizes and checksums cannot be compared"):
         assert atomic_folder.damage(target) == ""

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,8 @@ import torch
 from disttempnet import compare
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.io.files import write_atomically
-from disttempnet.training import checkpoint, run_folder, run_info, trainer
-from disttempnet.training.checkpoint import load_run
-from disttempnet.training.run_folder import claimed, list_checkpoints, weights_folder
+from disttempnet.training import run_folder, trainer
+from disttempnet.training.run_folder import claimed
 from disttempnet.training.trainer import Trainer, train
 
 HOLDER = """
@@ -101,15 +98,6 @@ def test_a_disk_without_locks_is_written_with_a_notice(tmp_path: Path, monkeypat
         pass
 
 
-def test_the_time_of_a_run_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    passed = iter([100.0, 160.0])
-    monkeypatch.setattr(run_info.time, "monotonic", lambda: next(passed))
-    clock = run_info.Clock()
-    begun = clock._start
-    ended = datetime.fromisoformat(clock.now())
-    assert (ended - begun.replace(microsecond=0)).total_seconds() == 60
-
-
 def test_a_run_that_was_trained_while_another_start_waited_is_not_trained_over(tmp_path: Path) -> None:
     config = load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}", "train.stop_after_steps=1", "eval.tasks=[]"])
     late = Trainer(config, torch.device("cpu"), "auto")
@@ -118,36 +106,3 @@ def test_a_run_that_was_trained_while_another_start_waited_is_not_trained_over(t
     with pytest.raises(UserError, match="another process has just trained this run: start again"):
         late.run()
     assert (tmp_path / "debug" / "metrics.jsonl").read_bytes() == written
-
-
-def test_a_damaged_checkpoint_is_not_opened(tmp_path: Path) -> None:
-    assert train(load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}", "train.stop_after_steps=1"]))
-    weights = list_checkpoints(tmp_path / "debug")[-1] / "open_clip_model.safetensors"
-    assert load_run(tmp_path / "debug").step == 1
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1  # one bit of the last weight, which safetensors would not notice
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"step-00000001: damaged: open_clip_model.safetensors has changed"):
-        load_run(tmp_path / "debug")
-    with pytest.raises(UserError, match="damaged"):
-        weights_folder(str(tmp_path / "debug"))
-
-
-def test_generators_of_the_gpu_are_kept_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoint._generators().keys() == {"rng"}
-    state, restored = torch.arange(4, dtype=torch.uint8), []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
-    kept = checkpoint._generators()
-    checkpoint._restore_generators(kept)
-    checkpoint._restore_generators({"rng": kept["rng"]})  # of a run that began without one
-    assert [value is state for value in restored] == [True]
-
-
-def test_a_file_is_replaced_as_a_whole_bytes_or_text(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for content in ("τ", b"\x00\xff"):
-        write_atomically(path, content)
-        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
-    assert list(tmp_path.iterdir()) == [path]

@@ -21,12 +21,11 @@ import pytest
 import torch
 
 from disttempnet.config import CONFIG_FOLDER, Config, load_config
-from disttempnet.data import Skip, lost_workers_named
+from disttempnet.data import lost_workers_named
 from disttempnet.errors import UserError
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
-from disttempnet.training.run_info import about_data, data_facts
-from disttempnet.training.run_log import Skipped, _summary
+from disttempnet.training.run_log import _summary
 from disttempnet.training.trainer import Trainer, train
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
@@ -238,52 +237,6 @@ def test_a_loader_worker_that_dies_while_it_hands_over_a_batch_is_named_too(tmp_
             handle.detach()
     with pytest.raises(ConnectionResetError), lost_workers_named():
         raise ConnectionResetError("of something else")
-
-
-def test_skipped_samples_of_every_rank_are_counted_by_reason() -> None:
-    skipped = Skipped(3000, 2000)
-    broken = [Skip(f"0.tar:at 12: 30: {n:09d}", f"cannot decode image: {n} bytes missing", n) for n in range(25)]
-    pixel = Skip("1.tar:7", "one pixel: a placeholder, not an image", 1007)
-    lines = [*skipped.add(broken), *skipped.add([pixel, *broken[3:9], pixel])]
-    named = [f"skipped 0.tar:at 12: 30: {n:09d}: cannot decode image: {n} bytes missing" for n in range(20)]
-    one_in_a_hundred = "skipped so far: {} of 2,000 samples ({} %) unreadable: {} cannot decode image"
-    assert lines[:20] == named, "each once, however often it is drawn"
-    assert skipped.total == 26
-    assert skipped.summary() == one_in_a_hundred.format(26, "1.3", 25) + ", 1 one pixel"
-    resumed = Skipped(3000, 2000, skipped.by_reason())
-    assert resumed.summary() == skipped.summary()
-    again = [Skip("1.tar:8", "one pixel: a placeholder", 1008), pixel]
-    assert list(resumed.add(again)) == [], "the first 20 of the run, not more"
-    assert (resumed.total, skipped.total) == (27, 26)
-    older = {"cannot decode image": 4711}  # draws, as earlier versions counted
-    assert Skipped(3000, 2000, older).total == 0
-    grown = list(resumed.add(Skip("x", "cannot decode image", n) for n in range(1000)))
-    assert [line.partition(" samples")[0] for line in grown] == [
-        "skipped so far: 200 of 2,000",
-        "skipped so far: 1,000 of 2,000",
-    ], "said when it is a tenth, and half"
-
-
-def test_many_damaged_shards_are_told_in_few_lines() -> None:
-    class Damaged:
-        usable_counts = np.array([3, 4])
-
-        def problems(self) -> str:
-            return "\n".join(f"{n}.tar: cut off" for n in range(1000))
-
-        def notes(self) -> list[str]:
-            return []
-
-        def __len__(self) -> int:
-            return 1234
-
-    facts = data_facts(Damaged())
-    assert facts["left_out"][18:] == [
-        "18.tar: cut off",
-        "19.tar: cut off",
-        "and 980 lines more: disttempnet data index shows all",
-    ]
-    assert about_data(facts)[:2] == ["1,234 samples, 7 usable", "0.tar: cut off"]
 
 
 def test_the_wait_for_data_is_logged_and_shown_where_it_matters(straight: Path) -> None:

@@ -1,4 +1,4 @@
-"""Towers shared out over the ranks (train.shard) train as under DDP, and their checkpoints are those of any run."""
+"""Sharded towers (train.shard) train as under DDP, and their checkpoints are those of any run."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def few_rows(folder: str) -> dict[str, torch.Tensor]:
 
 
 def test_ranks_without_a_row_and_paths_of_other_pythons(gloo: Pools, tmp_path: Path) -> None:
-    """Python 3.13 pickles paths as of a module that others have not; the list of contents holds one."""
+    """Python 3.13 pickles paths as of a module that others have not; the metadata holds one."""
     wholes = gloo(2, few_rows, str(tmp_path))[0]
     contents = tmp_path / ".metadata"
     plain = pickle.dumps(pickle.loads(contents.read_bytes()), 2)  # the protocol that spells names out
@@ -362,14 +362,14 @@ def test_not_even_a_module_is_imported_from_a_checkpoint(tmp_path: Path, monkeyp
     (tmp_path / "malice_beside.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / ".metadata").write_bytes(b"cmalice_beside\nMetadata\n.")
-    with pytest.raises(UserError, match=r"malice_beside\.Metadata does not belong into a list of contents"):
+    with pytest.raises(UserError, match=r"malice_beside\.Metadata does not belong into the metadata of a checkpoint"):
         fsdp.load_parts({"a": torch.zeros(2)}, tmp_path)
 
 
 def test_nothing_is_executed_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Malice()))
-    with pytest.raises(UserError, match="does not belong into a list of contents"):
+    with pytest.raises(UserError, match="does not belong into the metadata of a checkpoint"):
         fsdp.load_parts({"a": torch.zeros(2)}, tmp_path)
     assert not (tmp_path / "broken-in").exists()
 
@@ -494,7 +494,7 @@ def test_what_does_not_go_together_is_refused(override: str, message: str) -> No
         load_config(CONFIG_FOLDER / "debug.toml", [override])
 
 
-def test_in_one_process_nothing_is_shared_out() -> None:
+def test_in_one_process_nothing_is_sharded() -> None:
     towers = load_model("demo-vit-32")
     before = list(towers.module.parameters())
     fsdp.shard(towers.module, CPU)

@@ -14,9 +14,9 @@ import torch
 from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.training import atomic_folder
+from disttempnet.training import atomic_folder, checkpoint
 from disttempnet.training.checkpoint import load_run
-from disttempnet.training.run_folder import chosen_checkpoint, list_checkpoints
+from disttempnet.training.run_folder import chosen_checkpoint, list_checkpoints, weights_folder
 from disttempnet.training.trainer import train
 
 JUNK = {"binary": b"\x00\xff\xfe\n", "empty": b"", "half": b'{"step": 1, "epo', "list": b"[1]", "number": b"7"}
@@ -141,3 +141,28 @@ def test_weights_have_the_permissions_of_any_file(run: Path, trained: Path) -> N
     assert len(set(modes.values())) == 1, modes
     (run / "new").touch()
     assert set(modes.values()) == {(run / "new").stat().st_mode & 0o777}
+
+
+def test_a_damaged_checkpoint_is_not_opened(tmp_path: Path) -> None:
+    assert train(load_config(CONFIG_FOLDER / "debug.toml", [f"out={tmp_path}", "train.stop_after_steps=1"]))
+    weights = list_checkpoints(tmp_path / "debug")[-1] / "open_clip_model.safetensors"
+    assert load_run(tmp_path / "debug").step == 1
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of the last weight, which safetensors would not notice
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-00000001: damaged: open_clip_model.safetensors has changed"):
+        load_run(tmp_path / "debug")
+    with pytest.raises(UserError, match="damaged"):
+        weights_folder(str(tmp_path / "debug"))
+
+
+def test_generators_of_the_gpu_are_kept_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint._generators().keys() == {"rng"}
+    state, restored = torch.arange(4, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    kept = checkpoint._generators()
+    checkpoint._restore_generators(kept)
+    checkpoint._restore_generators({"rng": kept["rng"]})  # of a run that began without one
+    assert [value is state for value in restored] == [True]
