@@ -1,4 +1,4 @@
-"""A suite of tasks: what is missing, broken or wrong in them, and going on after a stop."""
+"""Results in a folder: what is missing, broken or wrong in tasks, and going on after a stop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from disttempnet.errors import Preempted, UserError, UserNotice
-from disttempnet.evaluation.class_features import ClassFeatures
-from disttempnet.evaluation.encoder import FeatureEncoder, checkpoint_hash, make_encoder
+from disttempnet.evaluation.encoder import FeatureEncoder
 from disttempnet.evaluation.loader import Decoder, DecodeRequest, ImageBatch
 from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records
-from disttempnet.evaluation.tasks import Head, find_task
+from disttempnet.evaluation.tasks import find_task
 from tests.evaluation.colours import COLOURS
 from tests.evaluation.formats import (
     CORRUPT,
@@ -29,13 +28,21 @@ from tests.evaluation.formats import (
     write_tar,
     write_wds,
 )
-from tests.evaluation.toy import evaluate_into, meaning_towers
+from tests.evaluation.toy import evaluate_into
 from tests.gloo import Pools
 
 SIX = tuple(COLOURS)
+
+
 ROWS = [(colour, colour) for colour in SIX]
+
+
 DTD, FLOWERS, CLEVR = "vtab/dtd", "vtab/flowers", "vtab/clevr_closest_object_distance"
+
+
 THREE = (DTD, FLOWERS, "sun397")
+
+
 FLICKR = "retrieval/flickr_1k_test_image_text_retrieval"
 
 
@@ -362,62 +369,6 @@ def test_ranks_that_see_different_data_do_not_wait_for_each_other(tmp_path: Path
     for errors in gloo(2, run_on_copies_that_differ, tmp_path):
         assert errors[0].startswith("the ranks see different data")
         assert errors[1] == ""
-
-
-def test_class_texts_are_embedded_once(tmp_path: Path) -> None:
-    encoder = FeatureEncoder(meaning_towers(), torch.device("cpu"), batch=3)
-    texts = ClassFeatures(tmp_path / "text")
-    few = texts.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder)
-    assert texts.embedded == 4
-    assert torch.equal(few[0], few[2]), "classes of one name are one"
-    texts.features(Head(("green", "blue"), ("{c}", "a {c} thing")), encoder)
-    assert texts.embedded == 6
-    texts.features(Head(("green",), ("{c}",)), encoder)
-    assert texts.embedded == 7, "other templates are another class"
-    kept = ClassFeatures(tmp_path / "text")
-    assert torch.equal(kept.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder), few)
-    assert kept.embedded == 0
-    assert len(list((tmp_path / "text").iterdir())) == 2
-    for path in (tmp_path / "text").iterdir():
-        path.write_bytes(path.read_bytes()[:50])
-    damaged = ClassFeatures(tmp_path / "text")
-    assert torch.equal(damaged.features(Head(("red", "green", "red"), ("{c}", "a {c} thing")), encoder), few)
-    assert damaged.embedded == 4
-
-
-def test_class_texts_go_on_without_a_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text").write_text("in the way")
-    texts = ClassFeatures(tmp_path / "text")
-    texts.features(Head(("red",), ("{c}",)), FeatureEncoder(meaning_towers(), torch.device("cpu")))
-    assert "text features are not kept" in capsys.readouterr().err
-
-
-def test_precisions() -> None:
-    towers, cpu, gpu = meaning_towers(), torch.device("cpu"), torch.device("cuda")
-
-    def dtypes(device: torch.device, name: str, matching: bool) -> tuple[torch.dtype | None, torch.dtype | None]:
-        encoder = make_encoder(towers, device, name, matching, 1)
-        return encoder.image_dtype, encoder.text_dtype
-
-    half, brain = torch.float16, torch.bfloat16
-    assert dtypes(gpu, "fp32", True) == (None, None)
-    assert dtypes(gpu, "bf16", False) == (brain, brain)
-    assert dtypes(gpu, "datacomp", False) == (None, half), "texts of a classifier in half, images in full precision"
-    assert dtypes(gpu, "datacomp", True) == (half, half)
-    assert dtypes(cpu, "datacomp", False) == (None, brain), "what torch's autocast means on a CPU"
-
-
-def test_a_checkpoint_is_known_by_what_features_depend_on() -> None:
-    from disttempnet.models import load_model
-
-    torch.manual_seed(0)
-    towers = load_model("demo-vit-32")
-    before = checkpoint_hash(towers)
-    with torch.no_grad():
-        towers.module.logit_scale.add_(1)
-        assert checkpoint_hash(towers) == before
-        next(towers.module.visual.parameters()).flatten()[0] += 1
-    assert checkpoint_hash(towers) != before
 
 
 def test_captions_as_they_stand(tmp_path: Path) -> None:

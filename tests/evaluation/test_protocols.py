@@ -13,9 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disttempnet.evaluation.metrics import Prediction, predict
-from disttempnet.evaluation.protocols import PROTOCOLS, Measured, TaskFeatures, classifier, cue_prompt
+from disttempnet.evaluation.protocols import (
+    PROTOCOLS,
+    Measured,
+    TaskFeatures,
+    classifier,
+    cue_prompt,
+    prompts,
+    retrieval,
+)
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Puzzle, all_tasks
+from tests.evaluation.toy import unit_rows
 
 COLUMNS = {task.protocols[0]: task.metadata for task in all_tasks().values()}
 FACE_SIZES = {"race": 7, "gender": 2, "age": 9, "toxic": 21}
@@ -315,3 +324,31 @@ def test_the_order_of_captions_changes_nothing(data, n, extra) -> None:
         features = TaskFeatures(images, texts[pick], owners[pick], torch.arange(n + extra))
         found.append(scores_of("caption_retrieval", Measured(features=features)))
     assert same(*found)
+
+
+def test_classifier_normalises_before_and_after_the_mean() -> None:
+    features = unit_rows(6, 4, seed=1) * torch.tensor([1.0, 5, 1, 1, 9, 1])[:, None]
+    expected = []
+    for c in range(2):
+        rows = [features[3 * c + t] / features[3 * c + t].norm() for t in range(3)]
+        mean = sum(rows) / 3
+        expected.append(mean / mean.norm())
+    torch.testing.assert_close(classifier(features, 3), torch.stack(expected))
+    assert prompts(["x", "{c}"], ["{c}", "a {c}!"]) == ["x", "a x!", "{c}", "a {c}!"]
+
+
+def test_retrieval_equals_a_loop_on_ragged_captions() -> None:
+    images, texts = unit_rows(30, 4, seed=2), unit_rows(20, 4, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    relevant = torch.rand(30, 20, generator=generator) < 0.1
+    relevant[torch.arange(30), torch.arange(30) % 20] = True
+    image_of, text_of = relevant.nonzero().T
+    scores = Scores()
+    retrieval(Measured(features=TaskFeatures(images, texts, image_of, text_of)), scores)
+    scored = images @ texts.T
+    for way, similarity, right in (("image_to_text", scored, relevant), ("text_to_image", scored.T, relevant.T)):
+        for k in (1, 5, 10):
+            hits = [bool(right[i, row.argsort(descending=True)[:k]].any()) for i, row in enumerate(similarity)]
+            assert scores.metrics[f"{way}_recall@{k}"] == pytest.approx(sum(hits) / len(hits))
+    recalls = [value for key, value in scores.metrics.items() if "@" in key]
+    assert scores.metrics["mean_recall"] == pytest.approx(sum(recalls) / 6)

@@ -1,29 +1,18 @@
-"""Records, comparisons and the results table."""
+"""Scores as records, and compared over runs."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from rich.console import Console
 
-from disttempnet.evaluation import Scores, from_record, results_table, to_record
+from disttempnet.evaluation import from_record, to_record
 from disttempnet.evaluation.scores import clearly_best, compare, metric_title, percent
-
-
-def scores(acc1: float, trials: int = 100, corrupt: tuple[str, ...] = ()) -> Scores:
-    return Scores({"acc1": acc1}, {"acc1": 0.01}, {"acc1": trials}, trials, corrupt)
-
-
-def rendered(results: dict[str, dict[str, Scores]]) -> str:
-    console = Console(width=100, color_system="standard", force_terminal=True, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(results_table(results))
-    return capture.get()
+from tests.evaluation.toy import accuracy
 
 
 def test_record_round_trip() -> None:
-    results = {"emoji-concepts": scores(0.5), "other": scores(0.25, 8, ("0.tar/3",))}
+    results = {"emoji-concepts": accuracy(0.5), "other": accuracy(0.25, 8, ("0.tar/3",))}
     assert from_record(json.loads(json.dumps(to_record(results)))) == results
 
 
@@ -49,22 +38,8 @@ def test_only_clear_winners_win(values, trials, best) -> None:
 
 
 def test_compare_keeps_order_and_missing_values() -> None:
-    (row,) = compare([{"t": scores(0.5)}, {}], "t")
+    (row,) = compare([{"t": accuracy(0.5)}, {}], "t")
     assert row == ("acc1", 0.01, (0.5, None), None)
-
-
-def test_table_marks_the_winner_and_shows_chance() -> None:
-    text = rendered({"[a]": {"emoji-concepts": scores(0.9)}, "b": {"emoji-concepts": scores(0.5)}})
-    assert "\x1b[1m90.0" in text
-    assert "\x1b[1m50.0" not in text
-    for part in ("[a]", "Unseen concepts", "zero-shot top-1", "1.0", "standard error"):
-        assert part in text
-
-
-def test_table_of_one_run_says_what_is_incomplete() -> None:
-    text = rendered({"a": {"t": scores(0.9, corrupt=("0.tar/00007",))}})
-    assert "0.tar/00007" in text
-    assert "standard error" not in text
 
 
 def test_titles() -> None:

@@ -20,6 +20,7 @@ from disttempnet.evaluation.evaluator import Evaluator
 from disttempnet.evaluation.outputs import ResultsFolder
 from disttempnet.evaluation.results.records import TaskRecord
 from disttempnet.evaluation.results.summary import Subject
+from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Task
 from disttempnet.models import Towers
 from tests.evaluation.colours import COLOURS, MeaningTowers, tokenize_meaning
@@ -121,3 +122,8 @@ def evaluate_toy(folder: Path) -> dict[str, object]:
     with mock.patch.object(readers, "all_tasks", return_value={"toy": toy_task(folder)}):
         result = evaluate(colour_towers(), ["toy"], device="cpu", batch=2)["toy"]
     return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in vars(result).items()}
+
+
+def accuracy(acc1: float, trials: int = 100, corrupt: tuple[str, ...] = ()) -> Scores:
+    """Scores of a task with one metric."""
+    return Scores({"acc1": acc1}, {"acc1": 0.01}, {"acc1": trials}, trials, corrupt)

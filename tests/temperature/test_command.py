@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import importlib.util
 import io
 import json
@@ -25,10 +24,9 @@ from disttempnet.errors import UserError
 from disttempnet.report import items
 from disttempnet.report.bins import average_ranks, binned, evenly_spread, spearman
 from disttempnet.report.runs import examples
-from disttempnet.temperature import analysis, measure
+from disttempnet.temperature import measure
 from disttempnet.temperature.command import TemperatureSource, write_temperatures
-from disttempnet.temperature.statistics import TemperatureStatistics
-from disttempnet.temperature.table import NUMBERS, TABLE_COLUMNS, open_table
+from disttempnet.temperature.table import TABLE_COLUMNS
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import train
@@ -37,6 +35,8 @@ from tests.gloo import Pools
 from tests.report.pages import EVIL, Page, assert_self_contained
 
 SAMPLES = 96
+
+
 Row = dict[str, str]
 
 
@@ -385,83 +385,9 @@ def test_bins() -> None:
     assert binned(np.ones(5), {"image": np.arange(5.0)}) is None
 
 
-def test_clusters_and_axes_of_made_up_features() -> None:
-    generator = torch.Generator().manual_seed(1)
-    truth = torch.arange(4).repeat_interleave(50)
-    rows = 10 * torch.eye(4, 6)[truth] + 0.1 * torch.randn(200, 6, generator=generator)
-    assigned, centres = analysis.k_means(rows, 4)
-    assert len({(a, b) for a, b in zip(assigned.tolist(), truth.tolist(), strict=True)}) == 4
-    torch.testing.assert_close(centres[assigned], torch.stack([rows[truth == t].mean(0) for t in truth]))
-    assert len(analysis.k_means(torch.ones(5, 3), 3)[1]) == 1, "equal rows are one cluster"
-
-    rows = rows * torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0, 1.0])  # axes that no rounding can swap
-    points, explained = analysis.principal_axes(rows)
-    _, values, axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    expected = (rows - rows.mean(0)) @ axes[:2].T
-    torch.testing.assert_close(points.abs(), expected.abs(), rtol=1e-3, atol=1e-3)
-    shares = values.square() / values.square().sum()
-    assert explained == pytest.approx(tuple(shares[:2].tolist()), rel=1e-4)
-
-
-def statistics_of(rows: list[tuple[str, dict[str, object], float]]) -> TemperatureStatistics:
-    """Statistics of (caption, facts, τ) with features of no meaning."""
-
-    class Made(items.Items):
-        def __len__(self) -> int:
-            return len(rows)
-
-    made = [items.Item(str(i), Path(), 0, 0, (text,), "", facts=facts) for i, (text, facts, _) in enumerate(rows)]
-    tau = np.array([tau for _, _, tau in rows], dtype=np.float32)
-    statistics = TemperatureStatistics(Made(), "group")
-    for part in (slice(0, 2), slice(2, None)):  # two chunks
-        positions, chosen = np.arange(len(rows))[part], made[part]
-        two = np.stack([tau, -tau])[:, part]
-        features = dict.fromkeys(("image", "text"), torch.ones(len(chosen), 2))
-        statistics.add(measure.TemperatureChunk(positions, chosen, two, two, features, [], len(chosen)))
-    return statistics
-
-
-def test_frequency_ambiguity_and_extremes_by_hand() -> None:
-    statistics = statistics_of(
-        [
-            ("bank", {"label": "river", "group": "a"}, 0.1),
-            ("bank", {"label": "money", "group": "b"}, 0.2),
-            ("bank", {"label": "money", "group": "b"}, 0.3),
-            ("tree", {"label": "tree", "group": "b"}, 0.4),
-            ("tree", {}, 0.5),
-        ]
-    )
-    np.testing.assert_array_equal(statistics.frequency(), [1, 3, 3, 3, np.nan])
-    np.testing.assert_array_equal(statistics.ambiguity()[0], [2, 2, 2, 1, np.nan])
-    assert statistics.extremes("image", 3) == {"lowest": [0, 1, 2], "highest": [4, 3, 2]}
-    assert statistics.extremes("text", 3) == {"lowest": [4, 2], "highest": [0, 3]}, "a caption once"
-    given = statistics_of([("a", {"ambiguity": 3}, 0.1), ("b", {"ambiguity": 1.5}, 0.2), ("c", {}, 0.3)])
-    values, meaning = given.ambiguity()
-    np.testing.assert_array_equal(values, [3, 1.5, np.nan])
-    assert "gives" in meaning
-
-
 def test_the_table_lies_in_the_run_unless_a_place_is_named(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(network.parent)
     Path("captions.txt").write_text("a red apple\n", encoding="utf-8")
     assert main(["temperature", network.name, "--captions", "captions.txt"]) == 0
     assert len(rows_of(network / "temperatures.csv")) == 1
     assert not Path("temperatures.csv").exists()
-
-
-def test_captions_are_no_formulas_in_a_csv_and_a_full_disk_leaves_no_table(tmp_path: Path) -> None:
-    rows = {"id": [0, 1], "key": ["-1", "@x"], "caption": ["=1+2", "a = b"], **{name: [-0.5, None] for name in NUMBERS}}
-    with open_table(tmp_path / "t.csv", ()) as table:
-        table.write(rows)
-    first, second = csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text(encoding="utf-8")))
-    assert [first[name] for name in ("id", "key", "caption", "tau_image")] == ["0", "-1", "'=1+2", "-0.5"]
-    assert [second[name] for name in ("key", "caption", "tau_image")] == ["'@x", "a = b", ""]
-
-    def no_room() -> None:
-        with open_table(tmp_path / "other.csv", ()) as table:
-            table.write(rows)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(UserError, match=r"other.csv: cannot be written: No space left on device"):
-        no_room()
-    assert os.listdir(tmp_path) == ["t.csv"]

@@ -16,7 +16,7 @@ from disttempnet.evaluation.datasets.open import find_data, load_task
 from disttempnet.evaluation.results.records import TaskRecord
 from disttempnet.evaluation.tasks import find_task
 from tests.evaluation.dataroot import CAPTIONED, EXPECTED, WINOGAVIL
-from tests.evaluation.datasets.test_image_folder import write_pickle
+from tests.evaluation.datasets.folders import write_pickle
 from tests.evaluation.formats import CORRUPT, picture, write_captioned_csv, write_csv, write_winogavil_csv
 from tests.evaluation.toy import evaluate_into
 

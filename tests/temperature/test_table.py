@@ -1,0 +1,32 @@
+"""Rows of temperatures as CSV."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from disttempnet.errors import UserError
+from disttempnet.temperature.table import NUMBERS, open_table
+
+
+def test_captions_are_no_formulas_in_a_csv_and_a_full_disk_leaves_no_table(tmp_path: Path) -> None:
+    rows = {"id": [0, 1], "key": ["-1", "@x"], "caption": ["=1+2", "a = b"], **{name: [-0.5, None] for name in NUMBERS}}
+    with open_table(tmp_path / "t.csv", ()) as table:
+        table.write(rows)
+    first, second = csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text(encoding="utf-8")))
+    assert [first[name] for name in ("id", "key", "caption", "tau_image")] == ["0", "-1", "'=1+2", "-0.5"]
+    assert [second[name] for name in ("key", "caption", "tau_image")] == ["'@x", "a = b", ""]
+
+    def no_room() -> None:
+        with open_table(tmp_path / "other.csv", ()) as table:
+            table.write(rows)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"other.csv: cannot be written: No space left on device"):
+        no_room()
+    assert os.listdir(tmp_path) == ["t.csv"]
