@@ -119,7 +119,7 @@ def test_the_page_shows_everything(measured: tuple[list[Row], Page]) -> None:
         low,
         high,
         f"τ of {SAMPLES} pairs",
-        "how many samples here have its subgroup",
+        "the number of samples with the same subgroup",
         "64 prototypes",
         "e^-",
     ):

@@ -98,9 +98,9 @@ def add_evaluate_command(commands: Any) -> None:
 
 def _words(given: Sequence[str]) -> list[str]:
     """Return words that are separated by spaces or commas; a comma after `folder:` and the like belongs to the path."""
-    from disttempnet.evaluation.tasks import OWN
+    from disttempnet.evaluation.tasks import OWN_DATA
 
-    own = "|".join(OWN)
+    own = "|".join(OWN_DATA)
     pieces = [piece for part in given for piece in re.split(rf",(?={own})", part)]
     return [word for piece in pieces for word in ([piece] if re.match(own, piece) else piece.split(",")) if word]
 

@@ -28,7 +28,7 @@ from disttempnet.evaluation.tasks import EvaluationSample
 from disttempnet.models import Resizing, Towers
 
 DECODE_THREADS = 4
-AHEAD = 2  # batches that are decoded before they are asked for, by each worker
+BATCHES_AHEAD = 2  # batches that are decoded before they are asked for, by each worker
 
 
 class DecodeRequest(NamedTuple):
@@ -102,7 +102,7 @@ def decoded(requests: Iterable[DecodeRequest], towers: Towers, workers: int = 0)
         sampler=_noted(requests, begun),  # of requests, not of numbers: the decoder takes what comes
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=AHEAD,
+        prefetch_factor=BATCHES_AHEAD,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed: not from the program's generator
@@ -146,7 +146,7 @@ def _by_threads(requests: Iterable[DecodeRequest], decoder: Decoder) -> Iterator
         waiting: deque = deque()
         for request in requests:
             waiting.append((request, [pool.submit(decoder.decode, sample) for sample in request.samples]))
-            if len(waiting) > AHEAD:
+            if len(waiting) > BATCHES_AHEAD:
                 first, futures = waiting.popleft()
                 yield decoder.stack(first, [future.result() for future in futures])
         for first, futures in waiting:

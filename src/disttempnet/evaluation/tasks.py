@@ -31,9 +31,9 @@ from disttempnet.evaluation.tars import Span, image_of, read_tar
 from disttempnet.io.files import open_regular, read_regular
 
 TASKS_FILE = Path(__file__).with_name("tasks.toml")
-FOLDER = "folder:"  # begins the name of a task that is your own data, no row of tasks.toml: datasets/own.py
-SHARDS, CAPTIONS = "shards:", "captions:"
-OWN = (FOLDER, SHARDS, CAPTIONS)
+OWN_FOLDER = "folder:"  # begins the name of a task that is your own data, no row of tasks.toml: datasets/own.py
+OWN_SHARDS, OWN_CAPTIONS = "shards:", "captions:"
+OWN_DATA = (OWN_FOLDER, OWN_SHARDS, OWN_CAPTIONS)
 VALIDATION_TASK = "validation"  # of a run's own data: validation.py
 OPTIONS_START = re.compile(r"\?(?=\w+=)")  # what follows the path in the name of such a task: ?label=species&…
 
@@ -172,10 +172,10 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """Return the task of that name, or your own data as a task (`OWN`). Raises UserError with those that exist."""
-    if name.startswith(FOLDER):
+    """Return the task of that name, or your own data as a task (`OWN_DATA`). Raises UserError with those that exist."""
+    if name.startswith(OWN_FOLDER):
         return Task(name=name, display=_own_title(name), data=name, protocols=("classification",), main="acc1", tags=())
-    if name.startswith(OWN):
+    if name.startswith(OWN_DATA):
         return Task(
             name=name, display=_own_title(name), data=name, protocols=("retrieval",), main="mean_recall", tags=()
         )
@@ -218,7 +218,7 @@ def task_title(name: str) -> str:
     """Return a task's heading in tables; an unknown task's name."""
     if name == VALIDATION_TASK:
         return "Validation"
-    return find_task(name).display if name in all_tasks() or name.startswith(OWN) else name
+    return find_task(name).display if name in all_tasks() or name.startswith(OWN_DATA) else name
 
 
 @cache

@@ -18,8 +18,8 @@ from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.errors import UserError
 from disttempnet.evaluation.datasets.own import ReadSample, own_data
 from disttempnet.evaluation.tasks import (
-    FOLDER,
-    OWN,
+    OWN_DATA,
+    OWN_FOLDER,
     VALIDATION_TASK,
     EvaluationSample,
     Task,
@@ -52,7 +52,7 @@ def validation_data(config: DataConfig, trained: Source | None = None) -> TaskDa
 
 def _of_a_source(spec: str, sources: Sequence[SourceConfig], trained: Source | None) -> TaskData:
     """Read validation data that is a source of its own. Raises UserError where it is trained on, too."""
-    if spec.startswith(OWN):
+    if spec.startswith(OWN_DATA):
         data = distributed.together(lambda: own_data(find_task(spec)))
         notes = distributed.together(lambda: _refuse_trained(spec, _own_places(spec, data), sources))
         named = {"name": VALIDATION_TASK, "display": task_title(VALIDATION_TASK)}
@@ -70,7 +70,7 @@ def _own_places(spec: str, data: TaskData) -> set[Path]:
     """Return where samples of your own data are: for folders of classes the folders with images, as others may lie
     beside them."""
     path = own_path(spec)
-    if not spec.startswith(FOLDER):
+    if not spec.startswith(OWN_FOLDER):
         return places_of(SourceConfig(path=path))
     where = Path(path).expanduser()
     shards = {sample.shard for sample in data.samples}

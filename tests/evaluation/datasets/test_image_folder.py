@@ -73,7 +73,7 @@ def test_splits_are_no_classes(tmp_path: Path) -> None:
     assert [sample.key for sample in data.samples] == ["val/blue/val.jpg", "val/red/val.jpg"]
     assert data.notes == ("val/ is evaluated, of the splits test, train, val",)
     put(tmp_path / "other" / "train" / "red" / "0.jpg")
-    with pytest.raises(UserError, match=r"holds the splits train, none of them to evaluate on; name one: folder:"):
+    with pytest.raises(UserError, match=r"holds the splits train, none to evaluate on; name one: folder:"):
         loaded(tmp_path / "other")
     for name in ("train", "plane"):
         put(tmp_path / "vehicles" / name / "0.jpg")

@@ -26,7 +26,7 @@ from disttempnet.evaluation.datasets.image_folder import folder_data
 from disttempnet.evaluation.datasets.open import folder_names, read_folder
 from disttempnet.evaluation.datasets.retrieval import RAW_PROTOCOLS
 from disttempnet.evaluation.tars import has_tars
-from disttempnet.evaluation.tasks import FOLDER, EvaluationSample, Task, TaskData, find_task, own_path
+from disttempnet.evaluation.tasks import OWN_FOLDER, EvaluationSample, Task, TaskData, find_task, own_path
 from disttempnet.io.files import locked, read_regular
 from disttempnet.io.progress import Meter
 
@@ -89,9 +89,9 @@ def convert(task: Task, source: str, root: Path, per_shard: int, progress: bool 
 def _read(task: Task, source: str) -> TaskData:
     if not task.below_root:
         raise UserError(f"task '{task.name}' has no data below a data root, so nothing to convert")
-    if source.startswith(FOLDER):
+    if source.startswith(OWN_FOLDER):
         if task.protocols != ("classification",):
-            raise UserError(f"task '{task.name}' needs more than the images and classes of {FOLDER}")
+            raise UserError(f"task '{task.name}' needs more than the images and classes of {OWN_FOLDER}")
         path = Path(own_path(source)).expanduser()
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
@@ -102,7 +102,7 @@ def _read(task: Task, source: str) -> TaskData:
     if has_tars(folder):
         raise UserError(f"{folder}: holds tars already; put it, or a link to it, below the data root")
     if task.protocols not in RAW_PROTOCOLS:
-        raise UserError(f"task '{task.name}' has one raw form, images in folders of classes: give {FOLDER}{source}")
+        raise UserError(f"task '{task.name}' has one raw form, images in folders of classes: give {OWN_FOLDER}{source}")
     return read_folder(task, folder)
 
 

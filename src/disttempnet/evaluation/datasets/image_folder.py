@@ -28,7 +28,7 @@ from disttempnet.evaluation.datasets.class_names import (
     templates_of,
     without_trailing_blanks,
 )
-from disttempnet.evaluation.tasks import FOLDER, EvaluationSample, Head, Task, TaskData
+from disttempnet.evaluation.tasks import OWN_FOLDER, EvaluationSample, Head, Task, TaskData
 from disttempnet.sanitize import one_line
 
 EVALUATED = ("test", "val", "valid", "validation", "dev")  # folders that are splits of a data set, best first
@@ -148,7 +148,9 @@ def _split_of(folder: Path) -> tuple[Path, list[str]]:
     for split in EVALUATED:
         if split in inside and any(_holds_images(path) for path in _folders_in(inside[split], FolderScan())):
             return inside[split], [f"{inside[split].name}/ is evaluated, of the splits {names}"]
-    raise UserError(f"{folder}: holds the splits {names}, none of them to evaluate on; name one: {FOLDER}{folder}/…")
+    raise UserError(
+        f"{folder}: holds splits ({names}), none of them to evaluate on; name one: {OWN_FOLDER}{folder}/…"
+    )
 
 
 def _folders_in(folder: Path, seen: FolderScan) -> list[Path]:

@@ -23,7 +23,7 @@ from disttempnet.evaluation.datasets.classification import labelled_data
 from disttempnet.evaluation.datasets.own import own_data
 from disttempnet.evaluation.datasets.retrieval import RAW_PROTOCOLS, captioned_data, winogavil_data
 from disttempnet.evaluation.tars import has_tars
-from disttempnet.evaluation.tasks import OWN, SHARDS, Task, TaskData, all_tasks, embedded_data
+from disttempnet.evaluation.tasks import OWN_DATA, OWN_SHARDS, Task, TaskData, all_tasks, embedded_data
 
 HF_CACHE = "hf_cache"  # where DataComp's download keeps raw sets, in a form of `datasets` that only it reads
 COMPATIBLE = ("datacomp-1.4",)  # CLIP_benchmark 1.4, which DataComp pins: blank lines are no class names
@@ -45,7 +45,7 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
         MissingData: it is not below the data root.
         UserError: it cannot be read, or does not fit the task.
     """
-    if task.data.startswith(OWN):
+    if task.data.startswith(OWN_DATA):
         return own_data(task)
     if task.is_built:
         return built_data(task, root)
@@ -128,7 +128,7 @@ def how_to_evaluate(tars: Path, images: int) -> str:
     root, name = tars.parent.parent, tars.parent.name
     task = next((task for task in tasks if tars.name == "test" and name in folder_names(task)), None)
     if task is None:
-        command = shlex.join(["disttempnet", "evaluate", "RUN", "--tasks", f"{SHARDS}{tars}"])
+        command = shlex.join(["disttempnet", "evaluate", "RUN", "--tasks", f"{OWN_SHARDS}{tars}"])
         return f"evaluate retrieval on it: {command}"
     command = shlex.join(["disttempnet", "evaluate", "RUN", "--data-root", str(root), "--tasks", task.name])
     if sizes_of(root).get(task.name, task.size) != images:

@@ -41,7 +41,7 @@ from disttempnet.evaluation.datasets.class_names import (
 )
 from disttempnet.evaluation.datasets.image_folder import folder_data
 from disttempnet.evaluation.tars import Span, image_of, members_of
-from disttempnet.evaluation.tasks import CAPTIONS, SHARDS, EvaluationSample, Head, Task, TaskData, own_path
+from disttempnet.evaluation.tasks import OWN_CAPTIONS, OWN_SHARDS, EvaluationSample, Head, Task, TaskData, own_path
 from disttempnet.sanitize import printable
 
 OPTION_KEYS = ("label", "caption", "images", "image")
@@ -93,10 +93,10 @@ def own_data(task: Task) -> TaskData:
     """
     path, options = _parts(task.name)
     try:
-        if task.name.startswith(SHARDS):
+        if task.name.startswith(OWN_SHARDS):
             return _with_labels(task, _shards(path, options), _beside(path), options)
         where = Path(path).expanduser()
-        if task.name.startswith(CAPTIONS):
+        if task.name.startswith(OWN_CAPTIONS):
             if not where.exists():
                 raise UserError(f"{where}: no such listing")
             return _with_labels(task, _listing(where, options), where if where.is_dir() else where.parent, options)

@@ -15,7 +15,7 @@ from disttempnet.evaluation.datasets.retrieval import RAW_PROTOCOLS
 from disttempnet.evaluation.results.averages import TASKS_SHOWN, averages, why_not
 from disttempnet.evaluation.results.records import TaskRecord
 from disttempnet.evaluation.scores import BETTER_RULE, Scores, compare, metric_title, percent, tasks_of
-from disttempnet.evaluation.tasks import OWN, Task, task_title
+from disttempnet.evaluation.tasks import OWN_DATA, Task, task_title
 
 LOOKED_FOR = 3  # missing tasks whose folders are named
 
@@ -117,7 +117,7 @@ def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
     for task in tasks:
         found = find_data(task, root) if root is not None and task.below_root else None
         ships = "(disttempnet data icons)" if task.is_built else "(ships with the package)"
-        elsewhere = "(your own)" if task.name.startswith(OWN) else ships
+        elsewhere = "(your own)" if task.name.startswith(OWN_DATA) else ships
         where = found.name if found else "–" if task.below_root else elsewhere
         rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
         missing += [task] if task.below_root and not found else []
