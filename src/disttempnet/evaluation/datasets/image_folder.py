@@ -148,9 +148,7 @@ def _split_of(folder: Path) -> tuple[Path, list[str]]:
     for split in EVALUATED:
         if split in inside and any(_holds_images(path) for path in _folders_in(inside[split], FolderScan())):
             return inside[split], [f"{inside[split].name}/ is evaluated, of the splits {names}"]
-    raise UserError(
-        f"{folder}: holds splits ({names}), none of them to evaluate on; name one: {OWN_FOLDER}{folder}/…"
-    )
+    raise UserError(f"{folder}: holds the splits {names}, none to evaluate on; name one: {OWN_FOLDER}{folder}/…")
 
 
 def _folders_in(folder: Path, seen: FolderScan) -> list[Path]:
