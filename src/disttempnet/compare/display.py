@@ -63,7 +63,7 @@ class GridDisplay(ProgressDisplay):
 
     def tick(self) -> None:
         """Print a plain line if one is due. Called at least twice a second."""
-        self.plain_line(self._line)
+        self.plain_line(self._line())
 
     def _line(self) -> str:
         running = "  ".join(f"{name} {state}" for name, state in self._state.items())

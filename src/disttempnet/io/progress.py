@@ -83,12 +83,12 @@ class ProgressDisplay:
         """Print a line above the bars."""
         self.console.print(text, soft_wrap=True)
 
-    def plain_line(self, text: Callable[[], str], due: bool = False) -> None:
+    def plain_line(self, text: str, due: bool = False) -> None:
         """Print a line in place of the bars: every PLAIN_LINE_SECONDS, or if it is `due`; never in a terminal."""
         now = time.monotonic()
         if not self.console.is_terminal and (due or now - self._last_line > PLAIN_LINE_SECONDS):
             self._last_line = now
-            self.say(text())
+            self.say(text)
 
 
 class Meter(ProgressDisplay):
@@ -116,7 +116,7 @@ class Meter(ProgressDisplay):
         left = clock((self.total - self.done) / max(rate, 1e-9))
         text = f"{self._count}  {self._number(round(rate))}/s  ETA {left}"
         self.update(self._bar, self.done, text)
-        self.plain_line(lambda: f"{self.what}  {text}")
+        self.plain_line(f"{self.what}  {text}")
 
     @property
     def _count(self) -> str:

@@ -73,7 +73,7 @@ class RunLog:
         seconds_a_step = (time.monotonic() - self._begun) / max(1, step - self._start)
         text = f"{step}/{self.steps}  {_summary(metrics)}  ETA {clock(seconds_a_step * (self.steps - step))}"
         self._display.update(self._bar, step, text)
-        self._display.plain_line(lambda: f"{self.folder.name}  step {text}", due=self._first or step == self.steps)
+        self._display.plain_line(f"{self.folder.name}  step {text}", due=self._first or step == self.steps)
         self._first = False
 
     def evaluation(self, step: int, epoch: float, results: Mapping[str, Scores]) -> None:

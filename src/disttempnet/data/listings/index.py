@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedRandom
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from disttempnet.data.listings.fields import (
     ADDRESSES,
@@ -37,8 +37,8 @@ from disttempnet.data.listings.readers import Layout
 from disttempnet.data.source import OK, visible_text
 from disttempnet.errors import UserError
 from disttempnet.io.columns import ColumnWriter, map_columns, temporary_index
+from disttempnet.io.progress import ProgressDisplay, clock
 from disttempnet.sanitize import one_line
-from disttempnet.terminal import console
 
 LISTING_INDEX_FORMAT = "disttempnet-listing-2"
 LISTING_HEADER_BYTES = 4096  # bytes reserved for the header
@@ -58,9 +58,9 @@ ROW_REASONS = (
     "fields are not those of the header",
     "no bytes of an image in this row",
 )
-_, NO_IMAGE, BAD_IMAGE, OUTSIDE, NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION, BAD_ROW, NO_BYTES = range(
-    len(ROW_REASONS)
-)
+NO_IMAGE, BAD_IMAGE, OUTSIDE = 1, 2, 3
+NO_CAPTION, EMPTY_CAPTION, WRONG_CAPTION, BAD_CAPTION = 4, 5, 6, 7
+BAD_ROW, NO_BYTES = 8, 9
 
 
 class Settings(NamedTuple):
@@ -287,22 +287,21 @@ def _refuse_unusable(layout: Layout, status: bytearray) -> None:
 
 
 def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
-    """Yield the rows of a layout, with a progress bar on standard error."""
-    columns = (
-        TextColumn("indexing {task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(show_speed=False),
-        TextColumn("{task.fields[rows]} rows"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task(layout.where.name, total=layout.total or None, rows="0")
+    """Yield the rows of a layout; their number and the ETA are shown on standard error."""
+    name, begun = f"indexing {layout.where.name}", time.monotonic()
+    with ProgressDisplay(active=progress) as display:
+        bar = display.add(name, layout.total or None, text="0 rows")
         count = done = 0
         for count, (fields, done) in enumerate(layout.rows(), 1):
             if count % HEAD_ROWS == 0:
-                bar.update(task, completed=done, rows=f"{count:,}")
+                text = f"{count:,} rows"
+                if layout.total and done:
+                    text += f"  ETA {clock((time.monotonic() - begun) / done * (layout.total - done))}"
+                display.update(bar, done, text)
+                display.plain_line(f"{name}  {text}")
             yield fields
-        bar.update(task, completed=done, rows=f"{count:,}")
+        display.update(bar, done, f"{count:,} rows")
+        display.plain_line(f"{name}  {count:,} rows", due=True)
 
 
 def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[ListingRow]:
