@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from faulty_run import EVERY, LONGEST_S, STEPS, Run, children, digest, prepare
 
-from disttempnet.training.run_info import provenance
+from disttempnet.training.run_info import process_provenance
 
 KINDS = {
     "kill": "SIGKILL to a rank",
@@ -329,7 +329,7 @@ def run_trials(
 
 def machine() -> dict[str, Any]:
     """What the trials ran on and of: versions, the checkout's git revision (+ where it was changed), cores."""
-    known = provenance()
+    known = process_provenance()
     versions = {package: known["versions"][package] for package in ("python", "disttempnet", "numpy")}
     return {**versions, "torch": torch.__version__, "git": known["git"], "cores": os.cpu_count()}
 

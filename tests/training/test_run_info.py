@@ -13,7 +13,7 @@ import torch
 
 from disttempnet.errors import UserNotice
 from disttempnet.training import run_info
-from disttempnet.training.run_info import about_data, data_facts, provenance, read_facts
+from disttempnet.training.run_info import about_data, data_facts, process_provenance, read_facts
 
 
 def test_the_time_of_a_run_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_damaged_facts_are_skipped_one_by_one(tmp_path: Path) -> None:
 
 def test_provenance_names_versions_and_a_command_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/bin/disttempnet", "train", "data.train=https://me:secret@host/x.tar"])
-    found = provenance()
+    found = process_provenance()
     assert found["versions"]["torch"] == torch.__version__
     assert found["command"].startswith("disttempnet train ")
     assert "secret" not in found["command"]

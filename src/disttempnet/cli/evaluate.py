@@ -160,7 +160,7 @@ def _open(target: str, resize_positions: bool) -> OpenedModel:
     from disttempnet.evaluation.command import OpenedModel
     from disttempnet.losses import OBJECTIVES
     from disttempnet.training.checkpoint import load_run
-    from disttempnet.training.run_info import provenance
+    from disttempnet.training.run_info import process_provenance
 
     run = load_run(target)
     spec = OBJECTIVES[run.config.loss.name]
@@ -175,7 +175,7 @@ def _open(target: str, resize_positions: bool) -> OpenedModel:
         config=run.config,
         objective={"name": run.config.loss.name, "title": spec.title, "formula": spec.formula},
         step=run.step,
-        versions=provenance()["versions"],
+        versions=process_provenance()["versions"],
         notes=run.towers.notes,
     )
 
@@ -186,11 +186,11 @@ def _open_named(target: str, model: str, pretrained: str, resize_positions: bool
 
     from disttempnet.evaluation.command import OpenedModel
     from disttempnet.models import is_random, load_model
-    from disttempnet.training.run_info import provenance
+    from disttempnet.training.run_info import process_provenance
 
     torch.manual_seed(0)  # random towers are the same every time
     towers = load_model(model, pretrained, resize_positions=resize_positions)
     notes = (*towers.notes, *((f"random weights: {target} names none",) if is_random(model, pretrained) else ()))
     name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
-    versions = provenance()["versions"]
+    versions = process_provenance()["versions"]
     return OpenedModel(towers, target, model, pretrained, Path(), name, versions=versions, notes=notes)

@@ -31,7 +31,7 @@ from disttempnet.features.build import Build, build, width_of
 from disttempnet.features.store import DTYPES, FeatureStore, features_digest, store_in
 from disttempnet.io.files import atomic, unwritable_named, write_output
 from disttempnet.models import Towers
-from disttempnet.models.trunk import SIDES, trunk_of
+from disttempnet.models.trunk import TOWER_SIDES, trunk_of
 
 PARTS = ".parts"
 ABOUT = "about.json"
@@ -77,7 +77,7 @@ def embed_source(towers: Towers, how: Build, out: Path, kind: str = "safetensors
     """
     towers.module.requires_grad_(False)  # nothing is trained: the trunk is all of a tower
     precision = str(how.autocast or torch.float32).removeprefix("torch.")
-    trunks = {side: trunk_of(towers, side) for side in SIDES}
+    trunks = {side: trunk_of(towers, side) for side in TOWER_SIDES}
     facts = {
         side: trunk.facts() | {"index": how.source.digest, "precision": precision} for side, trunk in trunks.items()
     }

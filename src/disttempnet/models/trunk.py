@@ -27,7 +27,7 @@ from disttempnet.errors import UserError
 from disttempnet.models.text import WordwiseTokenizer
 from disttempnet.models.towers import Towers, encode_images, encode_texts
 
-SIDES = ("image", "text")
+TOWER_SIDES = ("image", "text")
 NOT_OF_A_TOWER = ("logit_scale", "logit_bias")
 HEAD_KEYS = ("timm_proj", "timm_proj_bias", "timm_drop", "hf_proj_type", "hf_model_pretrained", "timm_model_pretrained")
 # What of a Hugging Face config decides the output beside the weights, in the names of its architectures.
@@ -56,7 +56,7 @@ class Trunk:
 
     @property
     def head(self) -> nn.Module:
-        """What is trained on the trunk's features [b, F] → embeddings [b, D]."""
+        """The trained head on the trunk: features [b, F] → embeddings [b, D]."""
         head: nn.Module = getattr(self.owner, self.head_name) if self.head_name else nn.Identity()
         return head
 
@@ -131,7 +131,7 @@ def trunk_of(towers: Towers, side: str) -> Trunk:
 
 
 def is_split(towers: Towers, side: str) -> bool:
-    """Whether a tower of this kind has a head of its own that a lock leaves trained."""
+    """Return whether a tower of this kind has a head that a lock leaves trained."""
     module = towers.module
     return isinstance(module.visual if side == "image" else getattr(module, "text", None), (TimmModel, HFTextEncoder))
 

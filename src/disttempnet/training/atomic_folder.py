@@ -26,7 +26,7 @@ LISTING = "files.json"
 REMOVING = ".removing-"
 CHECKSUM_BYTES = 8 << 20  # read at a time
 TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")  # torch.save's messages
-DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_folder(target: Path, write: Callable[[Path], list[Path]]) -> None:
@@ -179,7 +179,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_IS_FULL:
+        if error.errno not in FULL_DISK_ERRORS:
             raise
         raise UserError(_full(Path(error.filename or folder), str(error.strerror))) from None
 

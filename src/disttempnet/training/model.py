@@ -23,7 +23,7 @@ from disttempnet.losses import (
     with_later_arguments,
 )
 from disttempnet.models import Towers, encode_images, encode_texts, is_random
-from disttempnet.models.trunk import SIDES, Trunk
+from disttempnet.models.trunk import TOWER_SIDES, Trunk
 
 
 class DualEncoder(nn.Module):
@@ -57,7 +57,7 @@ class CachedEncoder(nn.Module):
         self.autocast, self._towers = autocast, towers
         self.heads = nn.ModuleDict({side: trunk.head for side, trunk in trunks.items()})
         # only what is run is a part of this module: data parallel watches over no trunk
-        self.module = None if len(trunks) == len(SIDES) else towers.module
+        self.module = None if len(trunks) == len(TOWER_SIDES) else towers.module
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         with autocast_to(self.autocast, images):

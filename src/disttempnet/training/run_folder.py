@@ -20,7 +20,7 @@ from disttempnet.errors import UserError, UserNotice, notice
 from disttempnet.io.files import read_object, write_atomically
 from disttempnet.training import atomic_folder
 
-LOCK = ".lock"
+RUN_LOCK = ".lock"
 LEASE = 120.0  # seconds after which most file servers have released the lock of a lost machine
 
 
@@ -173,7 +173,7 @@ def claimed(run: Path) -> Iterator[None]:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("a+", encoding="utf-8") as file:
+    with (run / RUN_LOCK).open("a+", encoding="utf-8") as file:
         _lock(file, run)
         yield
 
@@ -200,7 +200,7 @@ def _lock(file: TextIO, run: Path) -> None:
             if holder.endswith(f" on {platform.node()}") or time.monotonic() > deadline:
                 raise UserError(
                     f"{run}: {holder} is training this run: wait for its end, or stop it (if that machine is lost, "
-                    f"remove {run / LOCK})"
+                    f"remove {run / RUN_LOCK})"
                 ) from None
             time.sleep(2)
         except OSError as error:

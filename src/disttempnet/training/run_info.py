@@ -61,7 +61,7 @@ def write_facts(
     objective = OBJECTIVES[config.loss.name]
     facts = {
         **known,
-        **provenance(),
+        **process_provenance(),
         "objective": {"name": config.loss.name, "title": objective.title, "formula": objective.formula},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "world_size": distributed.world_size(),
@@ -150,7 +150,7 @@ def about_data(facts: Mapping[str, Any]) -> list[str]:
     return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts.get("read", ()), *facts["left_out"]]
 
 
-def provenance() -> dict[str, Any]:
+def process_provenance() -> dict[str, Any]:
     """Return versions, git revision and command, as needed to repeat a run."""
     versions = {"python": platform.python_version()}
     for package in ("disttempnet", "torch", "torchvision", "open_clip_torch", "timm", "numpy"):
