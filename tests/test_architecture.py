@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from functools import cache
 from pathlib import Path
 
 import disttempnet
 
 ROOT = Path(disttempnet.__file__).parent
+TOP = Path(__file__).parents[1]
+MOST_LINES = 80  # of a source file without a test file of its name
+# source file → the test file that covers it; all others have one of their name
+TESTED_ELSEWHERE = {
+    "cli/data.py": "data/tools/test_verify.py",
+    "cli/embed.py": "features/test_export.py",
+    "data/__init__.py": "data/test_open.py",
+    "data/builtin/cache.py": "io/test_paths.py",
+    "data/held_out.py": "evaluation/test_validation.py",
+    "data/icons/splits.py": "data/icons/test_build.py",
+    "data/shards/credentials.py": "data/shards/test_remote.py",
+    "data/source.py": "data/test_old_indexes.py",
+    "data/tools/sheet.py": "data/tools/test_preview.py",
+    "data/tools/summary.py": "data/listings/test_index.py",
+    "evaluation/command.py": "cli/test_evaluate.py",
+    "evaluation/results/summary.py": "evaluation/results/test_averages.py",
+    "evaluation/score.py": "evaluation/test_evaluator.py",
+    "features/store.py": "features/test_build.py",
+    "losses/contrast/pairs.py": "losses/contrast/test_blocks.py",
+    "models/trunk.py": "features/test_build.py",
+    "report/runs/plots.py": "report/runs/test_page.py",
+    "temperature/measure.py": "temperature/test_command.py",
+    "temperature/page.py": "temperature/test_command.py",
+    "temperature/plots.py": "temperature/test_command.py",
+}
 # Folder → its floors from the lowest; those on one floor may import each other, as long as modules make no circle.
 FLOORS: dict[str, list[set[str]]] = {
     "": [
@@ -275,7 +301,26 @@ def test_everything_is_printed_in_one_file() -> None:
     assert {place.partition(":")[0] for place in wrong} <= {"terminal.py"}, wrong
 
 
-def test_the_file_map_names_every_file() -> None:
-    text = (ROOT.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
-    drawn = text.split("## File map")[1].split("```")[1]
-    assert {path.name for path in ROOT.rglob("*.py")} - {"__init__.py", "__main__.py"} <= set(drawn.split())
+def test_the_file_map_is_filled_from_docstrings() -> None:
+    spec = importlib.util.spec_from_file_location("fill_file_map", TOP / "tools" / "fill_file_map.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    page = (TOP / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert page == tool.filled(page), "run tools/fill_file_map.py"
+
+
+def test_tests_mirror_the_sources() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        source = path.relative_to(ROOT)
+        name = source.parent.name if path.name == "__init__.py" else source.stem
+        own = source.parent / f"test_{name}.py"
+        test = TESTED_ELSEWHERE.get(source.as_posix(), own.as_posix())
+        if len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES and not (TOP / "tests" / test).is_file():
+            wrong.append(f"{source}: write tests/{own}, or name the file that tests it in TESTED_ELSEWHERE")
+        if source.as_posix() in TESTED_ELSEWHERE and (TOP / "tests" / own).is_file():
+            wrong.append(f"{source} has tests/{own}: take it out of TESTED_ELSEWHERE")
+    assert not wrong, "\n".join(wrong)
+    assert [source for source in TESTED_ELSEWHERE if not (ROOT / source).is_file()] == []

@@ -53,7 +53,7 @@ def differing_keys(configs: Sequence[dict[str, Any]], ignored: Collection[str]) 
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def provenance(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def provenance_rows(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return how runs were made, from their run.json: name → a value for each run."""
 
     def row(values: Sequence[object]) -> list[str]:

@@ -17,7 +17,7 @@ from disttempnet.evaluation.datasets.open import has_data
 from disttempnet.evaluation.scores import BETTER_RULE, compare, tasks_of
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.losses import OBJECTIVES
-from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance, publish
+from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance_rows, publish
 from disttempnet.report.read import RunRecord, distinct_titles, read_run
 from disttempnet.report.runs import examples, plots
 from disttempnet.training.checkpoint import Run
@@ -187,7 +187,7 @@ def _provenance(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         "duration": [_duration(fact) for fact in facts],
         "command": [str(fact.get("command") or UNKNOWN) for fact in facts],
     }
-    return list((rows | provenance(facts)).items())
+    return list((rows | provenance_rows(facts)).items())
 
 
 def _median(run: RunRecord, key: str, form: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.report.compact import CompactResult
-from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance
+from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance_rows
 from disttempnet.report.seeds import plots
 from disttempnet.report.seeds.groups import Column, GroupComparison, SeedGroup, families
 from disttempnet.report.seeds.tables import cell_text, legend, published_cells
@@ -73,5 +73,5 @@ def _provenance(results: Sequence[CompactResult]) -> list[tuple[str, str]]:
         "towers": [str(result.config["model"]["name"]) for result in results],
         "run time in total": [f"{sum(seconds) / 60:.1f} min, pauses included" if seconds else UNKNOWN],
     }
-    rows |= provenance([result.facts for result in results])
+    rows |= provenance_rows([result.facts for result in results])
     return [(name, ", ".join(dict.fromkeys(values))) for name, values in rows.items()]

@@ -12,7 +12,7 @@ import numpy as np
 
 from disttempnet.report.seeds.groups import Cell, GroupComparison, SeedGroup, cell_of
 
-SIDES = ("image", "text")
+TAU_SIDES = ("image", "text")
 OF_PAIRS = ("mean", "min", "max", "std")  # of `CompactResult.tau`, over the pairs of a run
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the run, where the trajectory is sampled
 SHARE_HEADS = ("at the start", "after a quarter", "half", "three quarters", "at the end")
@@ -57,7 +57,7 @@ def tau_tables(comparison: GroupComparison) -> list[TauTable]:
 def final_tau(group: SeedGroup) -> list[str]:
     """Return for each side mean ± std and range of the final τ; mean and std are averaged over the seeds."""
     words = []
-    for side in SIDES:
+    for side in TAU_SIDES:
         known = [result.tau[side] for result in group.results if side in result.tau]
         if not known:
             words.append("–")
@@ -99,11 +99,11 @@ def trajectory_cells(group: SeedGroup) -> list[Cell]:
 
 def tau_cells(group: SeedGroup) -> Iterator[tuple[str, Cell]]:
     """Yield every number of a group by name; minimum and maximum are averaged over the seeds as well."""
-    for side in SIDES:
+    for side in TAU_SIDES:
         known = [result.tau[side] for result in group.results if side in result.tau]
         for name, values in zip(OF_PAIRS, zip(*known, strict=True), strict=False):
             yield f"tau_{side}_{name}", _cell(values)
-    for side, cell in zip(SIDES, _correlation_cells(group), strict=False):
+    for side, cell in zip(TAU_SIDES, _correlation_cells(group), strict=False):
         yield f"tau_{side}_rank_correlation_with_frequency", cell
     if any(result.tau_curve for result in group.results):
         for share, cell in zip(SHARES, trajectory_cells(group), strict=True):
