@@ -141,7 +141,7 @@ def test_a_run_is_measured_on_what_it_never_saw(
     run = tmp_path / "debug"
     held = source_of(photos / "photos", 0.2).held_out
     said = "".join(capsys.readouterr())
-    assert f"{len(held)} samples are held out for validation, and not trained on (data.validation = 0.2)" in said
+    assert f"{len(held)} samples are held out for validation and not trained on (data.validation = 0.2)" in said
     assert "Validation: mean recall" in said
     logged = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert [set(line["results"]) for line in logged] == [{"validation"}] * 2
