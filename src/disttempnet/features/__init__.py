@@ -3,5 +3,5 @@
 store.py     shards of features on disk: written atomically, verified, memory-mapped
 build.py     samples → shards, over ranks, processes and loader workers; resumable
 batches.py   a run's batches, with features in place of what a locked tower would take
-export.py    features of a data set as files for one's own use
+export.py    features of a data set as files for your own use
 """

@@ -79,7 +79,7 @@ class CachedData(TrainingData):
             yield Batch(nothing, nothing, torch.tensor(ids), skipped)
 
     def describe(self) -> str:
-        """What is cached, in one line."""
+        """Say in one line what is cached."""
         stores = [*self.images[:1], *([self.texts] if self.texts else [])]
         sides = " and ".join(f"{store.facts['side']}s ({store.width} wide, {store.dtype})" for store in stores)
         views = f", {len(self.images)} views of each image" if len(self.images) > 1 else ""
@@ -176,7 +176,7 @@ def with_cached_features(
 
 
 def _facts(trunk: Trunk, source: Source, autocast: torch.dtype | None) -> dict[str, Any]:
-    """All that the features of a source depend on, but for the transform of its images."""
+    """All that the features of a source depend on, except the transform of its images."""
     return trunk.facts() | {"index": source.digest, "precision": str(autocast or torch.float32).removeprefix("torch.")}
 
 

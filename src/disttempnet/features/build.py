@@ -35,7 +35,7 @@ from disttempnet.io.progress import Meter
 from disttempnet.models.text import trimming
 from disttempnet.models.trunk import Trunk
 
-LOCK = ".lock"
+CLAIMS = ".lock"
 WAIT_SECONDS = 0.5  # until the shards of other processes are looked for again
 # Matrix kernels choose by the number of rows, and round differently for a few: batches are filled up to this many, so
 # that a sample's features do not depend on how many samples are left. Measured on CPU: 16 and more rows are bit-equal.
@@ -46,7 +46,7 @@ VIEW_SEED = 0  # of a view's augmentation: runs with other seeds share it
 
 @dataclass(frozen=True)
 class Build:
-    """How features are computed.
+    """Settings of the computation of features.
 
     Attributes:
         source: the samples.
@@ -112,7 +112,7 @@ def _samples(store: FeatureStore, numbers: Sequence[int]) -> int:
 
 
 def _bytes_of(store: FeatureStore, numbers: Sequence[int]) -> int:
-    """What shards take on disk, with one caption a sample."""
+    """Return the bytes of shards on disk, with one caption a sample."""
     return _samples(store, numbers) * (store.width * (2 if store.dtype == "float16" else 4) + 8)
 
 
@@ -146,7 +146,7 @@ class _Claims:
         self.store = store
 
     def __enter__(self) -> _Claims:
-        self._file = os.open(self.store.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._file = os.open(self.store.folder / CLAIMS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""Features of a data set as files for one's own use, of the embeddings of both towers.
+"""Features of a data set as files for your own use, of the embeddings of both towers.
 
     OUT/about.json                    what the features are of: weights, tokenizer, transform, index; their digest
     OUT/features-00000.safetensors    ids int64 [n], image [n, D], text [t, D], text_ids int64 [t]; its metadata has

@@ -10,7 +10,6 @@ next missing one. Its header has a CRC-32 of everything behind it, and the reaso
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -33,20 +32,19 @@ from torch import Tensor
 
 from disttempnet import distributed
 from disttempnet.errors import UserError
-from disttempnet.io.files import atomic, write_atomically
+from disttempnet.io.files import DISK_IS_FULL, atomic, write_atomically
 
 FORMAT = 1
 ABOUT = "about.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 LEAST_ROWS, MOST_ROWS, SHARDS = 512, 16384, 32  # samples a shard: a build that is killed loses one, a batch reads many
-PIECE = 8 << 20  # bytes that are read at a time
+VERIFY_BYTES = 8 << 20  # bytes that are read at a time
 READERS = 4  # threads that verify
-DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 Choose = Callable[[int, int], int]  # (sample id, its number of captions) → which of them
 
 
-class Shard(NamedTuple):
+class MappedFeatures(NamedTuple):
     """Memory-mapped features [rows, F], and where each sample's rows begin [n + 1]; None: a row a sample."""
 
     features: NDArray[Any]
@@ -91,7 +89,7 @@ class FeatureStore:
         about = {"format": FORMAT, "samples": self.samples, "width": self.width, "dtype": self.dtype}
         about |= {"rows": self.rows, "facts": dict(self.facts)}
         path = self.folder / ABOUT
-        with unwritable_named(self.folder):
+        with cache_error_named(self.folder):
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(about, indent=1) + "\n")
@@ -125,7 +123,7 @@ class FeatureStore:
         header, data = _parts(save(tensors))
         checksum = _checksum(header, reasons, zlib.crc32(data))
         content = save(tensors, metadata={"unreadable": reasons, "crc32": str(checksum)})
-        with unwritable_named(self.path(number)), atomic(self.path(number)) as temporary:
+        with cache_error_named(self.path(number)), atomic(self.path(number)) as temporary:
             temporary.write_bytes(content)
 
     # reading
@@ -162,7 +160,7 @@ class FeatureStore:
             with path.open("rb") as file:
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
                 checksum = 0
-                while piece := file.read(PIECE):
+                while piece := file.read(VERIFY_BYTES):
                     checksum = zlib.crc32(piece, checksum)
             metadata = header.pop("__metadata__")
             whole = str(_checksum(header, metadata["unreadable"], checksum)) == metadata["crc32"]
@@ -210,7 +208,7 @@ class FeatureStore:
                 rows[place] += choose(int(ids[place]), int(counts[place]))
         return rows
 
-    def _shard(self, number: int) -> Shard:
+    def _shard(self, number: int) -> MappedFeatures:
         shard = self._open.get(number)
         if shard is None:
             try:
@@ -220,11 +218,11 @@ class FeatureStore:
             first = tensors["first"].numpy() if "first" in tensors else None
             if first is not None and np.array_equal(first, np.arange(len(first))):
                 first = None  # one caption each
-            shard = self._open[number] = Shard(tensors["features"].numpy(), first)
+            shard = self._open[number] = MappedFeatures(tensors["features"].numpy(), first)
         return shard
 
     @cached_property
-    def _open(self) -> dict[int, Shard]:
+    def _open(self) -> dict[int, MappedFeatures]:
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,7 +273,7 @@ def refuse_small_disk(folder: Path, needed: int, about: str) -> None:
 
 
 @contextmanager
-def unwritable_named(path: Path) -> Iterator[None]:
+def cache_error_named(path: Path) -> Iterator[None]:
     """Inside, an OSError ends in a UserError that says what could not be written, and why."""
     try:
         yield

@@ -19,6 +19,7 @@ LONGEST_NAME = 255  # bytes, on most file systems
 MOST_READ = 1 << 31  # bytes of a file that is read at once: no file of this project is larger
 READ_BYTES = 1 << 24  # bytes a call of read()
 DESCRIPTOR_PATHS = ("/dev/std", "/dev/fd/", "/proc/")  # paths of files that a process already has open
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a write that more room would mend
 
 
 class UnfitFile(OSError):

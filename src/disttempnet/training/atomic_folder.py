@@ -7,7 +7,6 @@ later: a file that was cut off, changed or lost is named.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,13 +19,12 @@ from pathlib import Path
 
 from disttempnet import distributed
 from disttempnet.errors import UserError, notice
-from disttempnet.io.files import WRITING, follow_umask, write_atomically
+from disttempnet.io.files import DISK_IS_FULL, WRITING, follow_umask, write_atomically
 
 LISTING = "files.json"
 REMOVING = ".removing-"
 CHECKSUM_BYTES = 8 << 20  # read at a time
 TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")  # torch.save's messages
-FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_folder(target: Path, write: Callable[[Path], list[Path]]) -> None:
@@ -179,7 +177,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL_DISK_ERRORS:
+        if error.errno not in DISK_IS_FULL:
             raise
         raise UserError(_full(Path(error.filename or folder), str(error.strerror))) from None
 

@@ -1,4 +1,4 @@
-"""Where a built icon data set lies: in the user's cache folder, or in a folder that evaluation is told of."""
+"""Location of a built icon data set: in the user's cache folder, or in a folder that evaluation is given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MANIFEST = "icons.json"  # what was built; written last, so a folder that has it
 
 
 def default_folder() -> Path:
-    """Where `disttempnet data icons` builds unless it is told. Raises UserError: no home folder is known."""
+    """Return the folder that `disttempnet data icons` builds by default. Raises UserError: no home folder is known."""
     return cache_folder() / "icons"
 
 

@@ -26,7 +26,7 @@ from disttempnet.io.progress import Meter
 REGISTRY = "https://registry.npmjs.org"
 REGISTRY_VARIABLES = ("npm_config_registry", "NPM_CONFIG_REGISTRY")
 TIMEOUT = 60  # seconds without an answer
-PIECE = 1 << 20  # bytes
+DOWNLOAD_BYTES = 1 << 20  # bytes
 WANTED = re.compile(r"package/((?:json/[\w.-]+|collections|package)\.json)")
 OPEN_LICENCES = {
     "MIT", "Apache-2.0", "CC-BY-4.0", "CC0-1.0", "ISC", "CC-BY-3.0", "Unlicense", "MPL-2.0", "BSD-3-Clause",
@@ -111,7 +111,7 @@ def download(folder: Path, release: Release) -> Path:
             atomic(path) as temporary,
             temporary.open("wb") as file,
         ):
-            while piece := answer.read(PIECE):
+            while piece := answer.read(DOWNLOAD_BYTES):
                 file.write(piece)
                 meter.advance(len(piece))
     except (OSError, ValueError) as error:  # urllib's own errors are of these kinds

@@ -1,4 +1,4 @@
-"""What the icon data set is made from, and what has to come out: with the same release everybody has the same rows."""
+"""The release that the icon data set is made from, and the counts and digests that must come out."""
 
 from __future__ import annotations
 

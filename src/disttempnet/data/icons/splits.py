@@ -1,4 +1,4 @@
-"""Which icons are trained on, and with which captions. Everything follows from the rows' order and one seed."""
+"""Splits and captions of icons. Everything follows from the rows' order and one seed."""
 
 from __future__ import annotations
 
