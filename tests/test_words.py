@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "disttempnet"
 
-# Word that is not used → the field's.
+# Words that are not used → the field's.
 BANNED = {
     r"shared? out|shares .{1,30} out|sharing out": "sharded",
     r"dealt anew": "resharded, reshuffled",
@@ -106,11 +106,8 @@ def test_a_public_name_is_defined_once() -> None:
 def test_no_module_or_class_has_a_vague_name() -> None:
     wrong = []
     for path in sources():
-        names = {
-            path.stem,
-            *(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)),
-        }
-        wrong += [
-            f"{name_of(path)}: {name}" for name in names if name.lower() in VAGUE or re.fullmatch(r"[a-z]+ing", name)
-        ]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {path.stem, *(node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))}
+        vague = {name for name in names if name.lower() in VAGUE or re.fullmatch(r"[a-z]+ing", name)}
+        wrong += [f"{name_of(path)}: {name}" for name in sorted(vague)]
     assert not wrong, "\n".join(wrong)

@@ -35,7 +35,7 @@ from disttempnet.errors import UserError
 from disttempnet.io.files import DISK_IS_FULL, atomic, write_atomically
 
 FORMAT = 1
-ABOUT = "about.json"
+STORE_ABOUT = "about.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 LEAST_ROWS, MOST_ROWS, SHARDS = 512, 16384, 32  # samples a shard: a build that is killed loses one, a batch reads many
 VERIFY_BYTES = 8 << 20  # bytes that are read at a time
@@ -88,7 +88,7 @@ class FeatureStore:
         """Make the folder; one that is there must be of the same features."""
         about = {"format": FORMAT, "samples": self.samples, "width": self.width, "dtype": self.dtype}
         about |= {"rows": self.rows, "facts": dict(self.facts)}
-        path = self.folder / ABOUT
+        path = self.folder / STORE_ABOUT
         with cache_error_named(self.folder):
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def store_in(parent: Path, facts: Mapping[str, Any], samples: int, width: int, d
     digest = features_digest([facts, samples, width, dtype, FORMAT])
     folder = parent / f"{facts['side']}-{digest}"
     try:  # one that is there stays as it was begun
-        rows = int(json.loads((folder / ABOUT).read_bytes())["rows"])
+        rows = int(json.loads((folder / STORE_ABOUT).read_bytes())["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         rows = 1 << (max(LEAST_ROWS, min(MOST_ROWS, samples // SHARDS)) - 1).bit_length()
     return FeatureStore(folder, facts, samples, width, dtype, max(1, rows))

@@ -90,7 +90,7 @@ def build_icons(
 
 
 def _counts_of(out: Path) -> dict[str, Count]:
-    """What a built folder holds, as its manifest says. Raises UserError: that is damaged."""
+    """Return the contents of a built folder, from its manifest. Raises UserError: that is damaged."""
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         return {split: Count(**manifest["counts"][split]) for split in SPLITS}

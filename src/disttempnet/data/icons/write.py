@@ -15,7 +15,7 @@ FILE_ROWS = 20_000
 GROUP_ROWS = 2_000  # are read at once
 CREDITS = "LICENSES.md"
 
-ABOUT = """# Licences of the icon data set
+PARTS_ABOUT = """# Licences of the icon data set
 
 One row a vendor: pairs here, title, author, licence (SPDX), as the npm package {package} {version} states them. \
 Renderings are derived works under the same licences; credit the authors.
@@ -57,7 +57,7 @@ def write_split(folder: Path, pairs: Sequence[Pair]) -> None:
 def write_credits(folder: Path, vendors: Iterable[Vendor], splits: Splits, release: Release) -> None:
     """Write FOLDER/LICENSES.md: vendors that are in the set, with their pairs. Raises OSError."""
     pairs = Counter(pair.row.vendor for split in splits.values() for pair in split)
-    text = ABOUT.format(package=release.package, version=release.version)
+    text = PARTS_ABOUT.format(package=release.package, version=release.version)
     for vendor in vendors:
         if count := pairs[vendor.name]:
             title, author = _cell(vendor.title), _cell(vendor.author)
