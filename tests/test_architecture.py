@@ -144,7 +144,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "losses": [
         {"own_parameters", "sample_state", "schedule"},
-        {"contrast", "objective"},
+        {"contrast", "drift", "objective"},
         {"temperature"},
         {"global_contrastive"},
         {"minibatch"},

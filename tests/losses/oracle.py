@@ -6,16 +6,19 @@ side 1 = text anchors, τ [2, B], u the running estimate of g, γ its learning r
     d_ij  = s_ij − s_ii           with s_ij = x_i·y_j for an image anchor, y_i·x_j for a text anchor
     g_i   = mean over the negatives j of i of exp(d_ij/τ_i)          negatives: every column with another sample id
     u     ← g at the first visit, (1−γ)u + γg later;  equal ids in a batch count once, with the mean of their g
-    p_ij  = exp(d_ij/τ_i) / (n_i u_i)
+    p_ij  = exp(d_ij/τ_i) / (n_i (ε + u_i))
 
-    value = c · mean_i τ_i (log u_i + ρ), both sides summed
+    value = c · mean_i τ_i (log (ε + u_i) + ρ), both sides summed
     ∂x, ∂y  = (c/B) Σ_i Σ_j p_ij ∇d_ij                              (weights constant; τ_i · 1/τ_i cancels)
     ∂τ_i    = (c/B) h_i,   batch: h = ρ − KL(softmax_j d_ij/τ_i ‖ uniform)
-                           fcco:  h = log u_i + ρ − Σ_j p_ij d_ij/τ_i; with a limit, only the part that staleness of u
-                                  adds to the batch's h is clamped to ± the limit
+                           fcco:  h = log (ε + u_i) + ρ − Σ_j p_ij d_ij/τ_i; with a limit, only the part that
+                                  staleness of u adds to the batch's h is clamped to ± the limit
 
 Not robust: without the leading τ_i and without ρ, so that p gets a factor 1/τ_i and τ_i h is −Σ_j p_ij d_ij/τ_i,
 clamped alike. Without γ (CLIP): every column counts, also i itself, nothing is kept, and g is a sum.
+
+Drift: M of a side ← the mean of log g over the batch at first, then M + drift (mean − M). A u that was kept at M_old is
+u exp(M − M_old) when it is read.
 
 Linear sums are safe: |d/τ| ≤ 2/.005 = 400 and float64 holds e^±700.
 """
@@ -51,11 +54,18 @@ class Twin:
     tau_gradient: str = "fcco"
     robust: bool = True
     limit: float = math.inf
+    eps: float = 0.0
+    drift: float = 0.0
     u: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+    means: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # M after every step
+    mean_at: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))  # M at the last visit
 
     def log_u(self, ids: list[int]) -> Tensor:
-        """[2, len(ids)], −inf where never visited."""
-        rows = [[math.log(side[i]) if i in side else -math.inf for i in ids] for side in self.u]
+        """[2, len(ids)], −inf where never visited; with drift as u was at the visit, relative to the first M."""
+        rows = [
+            [math.log(side[i]) - (at[i] - means[0] if self.drift else 0.0) if i in side else -math.inf for i in ids]
+            for side, at, means in zip(self.u, self.mean_at, self.means, strict=True)
+        ]
         return torch.tensor(rows, dtype=torch.float64)
 
     def step(self, x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, gamma: float | None) -> Step:
@@ -71,10 +81,16 @@ class Twin:
             d = [[float(anchors[i] @ (columns[j] - columns[i])) for j in range(B)] for i in range(B)]
             e = [[math.exp(d[i][j] / float(tau[side, i])) for j in range(B)] for i in range(B)]
             g = [sum(e[i][j] for j in negatives[i]) / len(negatives[i]) if negatives[i] else None for i in range(B)]
+            if self.drift and gamma is not None:
+                self.follow(side, ids, g)
             for sample in set(ids) if gamma is not None else ():
                 seen = [g[i] for i in range(B) if ids[i] == sample and g[i] is not None]
                 if seen:
                     mean = sum(seen) / len(seen)
+                    if self.drift and sample in u:
+                        u[sample] *= math.exp(self.means[side][-1] - self.mean_at[side][sample])
+                    if self.drift:
+                        self.mean_at[side][sample] = self.means[side][-1]
                     u[sample] = (1 - gamma) * u[sample] + gamma * mean if sample in u else mean
             for i in range(B):
                 n, t = len(negatives[i]), float(tau[side, i])
@@ -82,25 +98,39 @@ class Twin:
                     continue
                 u_i = u[ids[i]] if gamma is not None else g[i]
                 weight = t if self.robust else 1.0
-                value += C / B * (weight * (math.log(u_i) + self.rho) + (math.log(B) if gamma is None else 0.0))
+                log_v = math.log(self.eps + u_i)
+                value += C / B * (weight * (log_v + self.rho) + (math.log(B) if gamma is None else 0.0))
                 mean_d, batch_d, kl = 0.0, 0.0, 0.0
                 for j in negatives[i]:
-                    p, q = e[i][j] / (n * u_i), e[i][j] / (n * g[i])
+                    p, q = e[i][j] / (n * (self.eps + u_i)), e[i][j] / (n * g[i])
                     mean_d += p * d[i][j] / t
-                    batch_d += q * d[i][j] / t
+                    batch_d += e[i][j] / (n * (self.eps + g[i])) * d[i][j] / t
                     kl += q * math.log(q * n) if q > 0 else 0.0
                     # d_ij = a_i·(z_j − z_i): the anchor a_i, its negative z_j, its positive z_i
                     pull = C / B * p * weight / t
                     grads[side][i] += pull * (columns[j] - columns[i])
                     grads[1 - side][j] += pull * anchors[i]
                     grads[1 - side][i] -= pull * anchors[i]
-                fresh, full = (self.rho - kl, math.log(u_i) + self.rho - mean_d) if self.robust else (-batch_d, -mean_d)
+                fresh, full = -batch_d, -mean_d
+                if self.robust:
+                    fresh = self.rho + math.log(self.eps + g[i]) - batch_d if self.eps else self.rho - kl
+                    full = self.rho + log_v - mean_d
                 h[side, i] = fresh
                 if self.tau_gradient == "fcco":
                     h[side, i] += min(self.limit, max(-self.limit, float(full - fresh)))
                 if not self.robust:
                     h[side, i] /= t
         return Step(value, grads[0], grads[1], C / B * h, self.log_u(ids), h)
+
+    def follow(self, side: int, ids: list[int], g: list[float | None]) -> None:
+        """Move M of a side; equal ids each count with the mean of their g."""
+        logs = []
+        for i, own in enumerate(ids):
+            seen = [g[j] for j in range(len(ids)) if ids[j] == own and g[j] is not None]
+            logs += [math.log(sum(seen) / len(seen))] if g[i] is not None else []
+        if logs:
+            mean, means = sum(logs) / len(logs), self.means[side]
+            means.append(means[-1] + self.drift * (mean - means[-1]) if means else mean)
 
 
 @dataclass
@@ -140,10 +170,10 @@ class PerSampleTau:
                 self.tau[side][sample] = min(self.bounds[1], max(self.bounds[0], moved))
 
 
-def written_objective(x: Tensor, y: Tensor, tau: Tensor, rho: float, robust: bool = True) -> Tensor:
-    """c · mean_i [τ1 (log mean_j exp(d1_ij/τ1) + ρ) + τ2 (…)], for autograd; ids all different, γ = 1, first visits.
+def written_objective(x: Tensor, y: Tensor, tau: Tensor, rho: float, robust: bool = True, eps: float = 0.0) -> Tensor:
+    """c · mean_i [τ1 (log (ε + mean_j exp(d1_ij/τ1)) + ρ) + τ2 (…)], for autograd; ids differ, γ = 1, first visits.
 
-    Not robust: c · mean_i [log mean_j exp(d1_ij/τ1) + …].
+    Not robust: c · mean_i [log (ε + mean_j exp(d1_ij/τ1)) + …].
     """
     B = len(x)
     total = x.new_zeros(())
@@ -151,7 +181,7 @@ def written_objective(x: Tensor, y: Tensor, tau: Tensor, rho: float, robust: boo
         for i in range(B):
             others = [j for j in range(B) if j != i]
             d = torch.stack([anchors[i] @ columns[j] - anchors[i] @ columns[i] for j in others])
-            log_g = (d / tau[side, i]).exp().mean().log()
+            log_g = (eps + (d / tau[side, i]).exp().mean()).log()
             total = total + (tau[side, i] * (log_g + rho) if robust else log_g)
     return C * total / B
 

@@ -17,6 +17,7 @@ from disttempnet import OBJECTIVES, Features, distributed
 from tests.losses.oracle import Twin, inner_rate, written_objective, written_objective_repeated
 from tests.losses.scenario import (
     CONSTANT,
+    EVERY,
     NETWORK,
     B,
     D,
@@ -25,6 +26,7 @@ from tests.losses.scenario import (
     assert_same_steps,
     descend,
     joined,
+    leaves,
     local_rows,
     make,
     pairs,
@@ -136,6 +138,67 @@ def test_only_what_staleness_adds_is_limited(gamma: float, limit: float) -> None
     assert batch_h.max() <= NETWORK["rho"]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("eps", "drift"), [(0.05, 0.0), (0.0, 0.3), (0.05, 1.0)])
+@pytest.mark.parametrize("gamma", [0.8, 0.2])
+def test_eps_and_drift_follow_the_twin(gamma: float, eps: float, drift: float, mode: str) -> None:
+    """Value, gradients, table, and τ's gradient by one learnable τ; with a limit that is reached."""
+    recipe = {"name": "fastclip-v3-constant-gamma", "temperature": 0.06, "rho": 1.2, "gamma": gamma, "eps": eps}
+    loss = make({**recipe, "drift": drift, "tau_gradient": mode, "tau_gradient_limit": 0.5})
+    twin, plain = Twin(1.2, mode, limit=0.5, eps=eps, drift=drift), Twin(1.2, mode, limit=0.5)
+    one = math.exp(-loss.temperature.logit_scale.item())  # .06, but begun in float32
+    tau = torch.full((2, B), one, dtype=torch.float64)
+    for batch in stream(6):
+        actual = step(loss, batch)
+        expected = twin.step(batch.x, batch.y, batch.ids, tau, gamma)
+        assert actual.total.item() == pytest.approx(expected.value, rel=1e-11)
+        close(actual.grad_x, expected.grad_x, **TIGHT)
+        close(actual.grad_y, expected.grad_y, **TIGHT)
+        close(actual.log_u, expected.log_u, **TIGHT)
+        (gradient,) = actual.parameters.values()
+        close(gradient, -one * expected.grad_tau.sum(), rtol=1e-9, atol=1e-11)
+        other = plain.step(batch.x, batch.y, batch.ids, tau, gamma)
+    assert abs(other.value - expected.value) > 1e-4 * abs(expected.value), "the case says little"
+
+
+def test_a_common_move_of_all_normalisers_is_undone_at_drift_one() -> None:
+    """A waits while all log g of the others fall by 3: its u is read as if it had fallen with them."""
+    loss = make({**CONSTANT, "gamma": 0.5, "drift": 1.0})
+    first, second = torch.tensor([[-1.0, -2.0], [-1.0, -1.0]]), torch.tensor([[-4.0, -5.0], [0.5, 0.5]])
+    a, b = torch.tensor([0, 1]), torch.tensor([2, 3])
+    loss._track(a, first.double(), distinct=True)
+    loss._track(b, second.double(), distinct=True)
+    g = torch.tensor([[-4.0, -5.0], [1.5, 1.5]]).double()
+    log_u = loss._track(a, g, distinct=True)
+    # image side: M from −1.5 to −4.5, u from −1 to −4 = g; text side: M from −1 to 1.5, u from −1 to 1.5 = g
+    close(log_u, g, rtol=0, atol=1e-12)
+
+
+def test_a_state_saved_without_drift_goes_on_with_it() -> None:
+    """Nothing has moved before the first step with it: that step is the one without."""
+    old, plain, moving = make(CONSTANT), make(CONSTANT), make({**CONSTANT, "drift": 0.5})
+    batches = [unique_batch(seed) for seed in (1, 2, 3)]
+    step(old, batches[0])
+    for loss in (plain, moving):
+        loss.load_state_dict(old.state_dict())
+    assert_same_steps([step(moving, batches[1])], [step(plain, batches[1])], tolerance=0)
+    assert step(moving, batches[2]).total != step(plain, batches[2]).total
+
+
+def test_rows_that_are_not_finite_do_not_move_the_mean() -> None:
+    loss, batch = make({**CONSTANT, "drift": 0.5}), unique_batch(1)
+    step(loss, batch)
+    before = loss.drift.numbers
+    bad = batch.x.clone()
+    bad[3] = torch.inf
+    step(loss, GlobalBatch(bad, batch.y, batch.ids))
+    after = loss.drift.numbers
+    assert all(math.isfinite(number) for number in after)
+    assert after.text == before.text, "every text is contrasted with the bad image"
+    assert after.image_first == before.image_first
+    assert after.image != before.image
+
+
 # ---- against autograd of the written objective ----
 
 
@@ -161,6 +224,47 @@ def test_gamma_one_is_autograd_of_the_objective_with_repeated_ids() -> None:
     close(actual.total, value.detach(), **TIGHT)
     close(actual.grad_x, x.grad, **TIGHT)
     close(actual.grad_y, y.grad, **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["fastclip-v3", "fastclip-v0", "sogclr"])
+def test_gamma_one_is_autograd_of_the_objective_with_eps(name: str) -> None:
+    """ε from far below g to far above it; value, features, and the one learned τ."""
+    robust, learns = name != "fastclip-v0", name != "sogclr"
+    recipe = {**EVERY[name], "temperature": 0.1} | ({"gamma_min": 1.0} if learns else {"gamma": 1.0})
+    for eps in (1e-6, 1e-2, 1.0):
+        loss, batch = make({**recipe, "eps": eps}), unique_batch(9)
+        step(loss, unique_batch(10))
+        actual = step(loss, batch)
+        x, y = leaves(batch)
+        # a learnable τ starts in float32
+        start = torch.tensor(-math.log(0.1), dtype=torch.float32 if learns else torch.float64)
+        scale = start.double().requires_grad_()
+        rho = 1.2 if robust and learns else 0.0
+        value = written_objective(x, y, (-scale).exp().expand(2, B), rho, robust, eps)
+        value.backward()
+        close(actual.total, value.detach(), **TIGHT)
+        close(actual.grad_x, x.grad, **TIGHT)
+        close(actual.grad_y, y.grad, **TIGHT)
+        for gradient in actual.parameters.values():
+            close(gradient, scale.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_dcl_is_cross_entropy_without_the_pair() -> None:
+    """½ mean_i Σ_sides [log Σ_{j≠i} exp(s_ij/τ) − s_ii/τ], which remembers nothing; equal ids are no negatives."""
+    loss = make({"name": "dcl", "temperature": 0.07})
+    step(loss, unique_batch(10))
+    for ids in (torch.arange(B), torch.tensor([3, 5, 3, 1, 0, 5, 3, 9])):
+        x, y = leaves(unique_batch(7))
+        logits = x @ y.T / 0.07
+        others = torch.where(ids[:, None] == ids[None, :], -torch.inf, logits)
+        value = 0.5 * (others.logsumexp(1) + others.logsumexp(0) - 2 * logits.diagonal()).mean()
+        value.backward()
+        actual = step(loss, GlobalBatch(x.detach(), y.detach(), ids))
+        close(actual.total, value.detach(), **TIGHT)
+        close(actual.grad_x, x.grad, **TIGHT)
+        close(actual.grad_y, y.grad, **TIGHT)
+    assert OBJECTIVES["dcl"].bytes_a_sample() == 0
+    assert not [key for key in loss.state_dict() if "log_u" in key]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -196,6 +300,9 @@ RECIPES = {
     "network fcco γ1": {**NETWORK, "dropout": 0.5, "gamma": 1.0, "tau_gradient": "fcco"},
     "network more prototypes than rows": {**NETWORK, "dropout": 0.5, "prototypes": 13},
     "network dist": {**NETWORK, "dropout": 0.5, "network": "dist"},
+    "constant ε, drift": {**CONSTANT, "gamma": 0.2, "eps": 1e-3, "drift": 0.3},
+    "network ε, drift": {**NETWORK, "gamma": 0.2, "eps": 1e-2, "drift": 0.3, "tau_gradient_limit": 1.0},
+    "dcl": {"name": "dcl"},
     "network mlp": {**NETWORK, "dropout": 0.5, "network": "mlp", "tau_gradient": "batch"},
 }
 

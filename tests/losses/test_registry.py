@@ -20,6 +20,7 @@ NAMES = (
     "clip-network",
     "clip-per-sample",
     "cyclip",
+    "dcl",
     "disttempnet",
     "disttempnet-v1",
     "fastclip-v0",
@@ -34,7 +35,7 @@ NAMES = (
     "tempnet",
     "vicreg",
 )
-WITHOUT_STATE = {"clip", "clip-constant", "clip-network", "clip-per-sample", "cyclip", "siglip", "vicreg"}
+WITHOUT_STATE = {"clip", "clip-constant", "clip-network", "clip-per-sample", "cyclip", "dcl", "siglip", "vicreg"}
 WITH_NETWORKS = ("clip-network", "disttempnet", "disttempnet-v1", "tempnet")
 
 
@@ -74,6 +75,7 @@ PUBLISHED = {  # temperature, γ, values
     "clip-constant": (CONSTANT, "–", {"temperature": 0.07}),
     "clip-per-sample": (PER_SAMPLE, "–", {}),
     "clip-network": (NETWORK_KIND, "–", {"network": "mlp", "tau_min": 0.005, "tau_max": 0.2, "tau_lr": 1e-3}),
+    "dcl": (CONSTANT, "1", {"temperature": 0.1}),
     "sogclr": (CONSTANT, "constant", {"gamma": 0.8, "temperature": 0.05}),
     "isogclr": (
         PER_SAMPLE,
@@ -136,7 +138,9 @@ def test_published_defaults(name: str) -> None:
     clamped = name in ("isogclr", "fastclip-v2")  # in their codes alone
     assert bool(row.arguments.get("tau_gradient_limit")) == clamped
     loss = build_loss(name, num_samples=N, embed_dim=D)
-    assert row.bytes_a_sample() == BYTES_A_SAMPLE.get(name, 8 if hasattr(loss, "state") and gamma != "–" else 0)
+    assert row.bytes_a_sample() == BYTES_A_SAMPLE.get(
+        name, 8 if hasattr(loss, "state") and gamma not in ("–", "1") else 0
+    )
 
 
 @pytest.mark.parametrize("name", WITH_NETWORKS)
@@ -206,6 +210,8 @@ def test_missing_argument_is_named(missing: str) -> None:
         ("sogclr", "gamma", 0.0),
         ("sogclr", "gamma", 1.5),
         ("sogclr", "num_samples", 0),
+        ("sogclr", "eps", -1e-6),
+        ("sogclr", "drift", 1.5),
         ("clip", "temperature", 0.0),
         ("tempnet", "tau_min", 0.0),
         ("tempnet", "tau_min", 0.05),

@@ -9,7 +9,9 @@
 over the whole data set. A moving average u_i a sample and side tracks it across the epochs:
 log u ← log((1−γ) u + γ g) with g the mean over the batch's negatives (SogCLR, arXiv 2202.12387, alg. 1; robust form
 with ρ and learned τ: RGCL, arXiv 2305.11965, and TempNet, arXiv 2404.04575). Everything is kept as a logarithm.
-Without γ nothing is tracked and E_j is over the batch, the pair itself included: cross-entropy, CLIP.
+With ε > 0, log (ε + E_j …) stands in place of log E_j … (FastCLIP, arXiv 2407.01445).
+Without γ nothing is tracked and E_j is over the batch, the pair itself included: cross-entropy, CLIP. With γ = 1 and
+no table (`NoMemory`) the pair itself is left out: the decoupled contrastive loss, arXiv 2110.06848.
 
 Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
@@ -32,6 +34,7 @@ from disttempnet import distributed
 from disttempnet.errors import UserNotice
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients, use_kernel
 from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
+from disttempnet.losses.drift import Drift, Numbers
 from disttempnet.losses.objective import (
     Features,
     IdsLike,
@@ -47,7 +50,7 @@ from disttempnet.losses.objective import (
 )
 from disttempnet.losses.own_parameters import refuse_second_gradient, with_own_gradient
 from disttempnet.losses.sample_state import NEVER, SampleState, log_mean_over_equal_ids, log_moving_average
-from disttempnet.losses.schedule import Gamma
+from disttempnet.losses.schedule import Gamma, NoMemory
 from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature
 
 C = 0.5  # weight of a side: image and text anchors are averaged
@@ -79,13 +82,14 @@ class FeatureGradientInputs(NamedTuple):
 class GlobalContrastiveLoss(Objective):
     """Estimator × temperature × schedule of γ; most objectives are rows of this family. `build_loss` builds them.
 
-    ½ mean_i Σ_sides ω(τ_i) (log E_j exp(d_ij / τ_i) + ρ), with the mean E_j over the data set tracked by u_i.
+    ½ mean_i Σ_sides ω(τ_i) (log (ε + E_j exp(d_ij / τ_i)) + ρ), with the mean E_j over the data set tracked by u_i.
 
     Args:
         context: gives N.
         temperature: gives τ of every anchor, and learns it.
         gamma: the inner learning rate as a function of the epoch. None: no past and no state; every column counts,
-            including the pair itself and equal ids, as in CLIP's cross-entropy.
+            including the pair itself and equal ids, as in CLIP's cross-entropy. `NoMemory`: no past and no state; the
+            pair itself and equal ids are left out.
         robust: ω(τ) = τ if true, else 1.
         rho: ρ of the robust form, where τ is learned; 0 = 0.3 · log(B − 1), with B the global batch.
         tau_gradient: form of the gradient with respect to τ.
@@ -94,8 +98,12 @@ class GlobalContrastiveLoss(Objective):
             With ω = 1, h is −Σ_j p_ij d_ij / τ², of the tracked u or of the batch.
         tau_gradient_limit: largest amount that an old u adds to the h of `fcco`, or takes from it (with ω = 1: τ h);
             0 = none. Where u is fresh (γ = 1) h is exact at any limit.
+        eps: ε: the objective is ω(τ) (log (ε + u) + ρ), and p_ij = exp(d_ij / τ) / (n (ε + u)). It takes weight from
+            anchors whose u is small beside it: those that all negatives trail.
+        drift: share of the running mean M of log g that a step replaces; u of a sample visited long ago is shifted by
+            what M has moved since. 0 = u stays as it was at the visit.
 
-    State: log u [2, N] in `state`; the temperature's parameters; step and epoch. All in `state_dict()`.
+    State: log u [2, N] in `state`; the temperature's parameters; step, epoch and M. All in `state_dict()`.
 
     Shape:
         features: this rank's rows [b, D], as many on every rank. ids: int64 [b]. total: 0-d.
@@ -141,18 +149,24 @@ class GlobalContrastiveLoss(Objective):
         rho: float = 0.0,
         tau_gradient: TauGradient = "fcco",
         tau_gradient_limit: float = 0.0,
+        eps: float = 0.0,
+        drift: float = 0.0,
     ) -> None:
         super().__init__()
         if tau_gradient not in TAU_GRADIENTS:
             raise ValueError(f"unknown tau_gradient '{tau_gradient}'; known: {', '.join(TAU_GRADIENTS)}")
         if tau_gradient_limit < 0:
             raise ValueError(f"tau_gradient_limit must not be negative, got {tau_gradient_limit}")
+        if eps < 0 or not 0 <= drift <= 1:
+            raise ValueError(f"need eps >= 0 and 0 <= drift <= 1, got {eps} and {drift}")
         self.temperature = temperature
         self.gamma = gamma
         self.robust, self.rho = robust, rho
         self.tau_gradient, self.tau_gradient_limit = tau_gradient, tau_gradient_limit
+        self.eps = eps
+        self.drift = Drift(drift) if drift else None
         self.state = None
-        if gamma is not None:
+        if gamma is not None and not isinstance(gamma, NoMemory):
             self.state = SampleState(context.num_samples, {"log_u": NEVER}, context.shard_state)
         self.step = 0
         self.epoch = 0.0
@@ -242,24 +256,27 @@ class GlobalContrastiveLoss(Objective):
         gathered = distributed.all_gather(torch.stack(local, dim=1)).T
         all_positive, tau, log_g, moment = gathered[0], gathered[1:3], gathered[3:5], gathered[5:]
 
-        # normalisers log u, weights ω and the gradient h of τ [2, B]; the value, 0-d
+        # normalisers log u and log (ε + u), weights ω and the gradient h of τ [2, B]; the value, 0-d
         has_negatives = negatives > 0
         log_u = self._track(all_ids, log_g, pairs.distinct)
+        log_v = self._with_eps(log_u)
         weight = tau if self.robust else torch.ones_like(tau)
-        h = self._tau_gradient(rho, tau, log_u, log_g, moment, has_negatives) if learns else None
-        value = C * torch.where(has_negatives, weight * (log_u + rho), 0.0).sum(0).mean()
+        h = self._tau_gradient(rho, tau, log_v, log_g, moment, has_negatives) if learns else None
+        value = C * torch.where(has_negatives, weight * (log_v + rho), 0.0).sum(0).mean()
         if self.gamma is None:
             value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
+        elif isinstance(self.gamma, NoMemory):  # so does its decoupled form
+            value = value + torch.where(has_negatives, negatives.to(dtype).log(), 0.0).mean()
 
         # gradient of the features: column j has the weight ω/τ · p_ij, the positive pair
         # r_i = Σ_j ω/τ (p1_ij + p2_ij) [b], in closed form from the statistics
         share = weight / tau
-        r = torch.where(has_negatives, (log_g - log_u).exp() * share, 0.0).sum(0)[pairs.local]
+        r = torch.where(has_negatives, (log_g - log_v).exp() * share, 0.0).sum(0)[pairs.local]
         inputs = FeatureGradientInputs(
             all_image=None if pairs.single_rank else all_image,
             all_text=None if pairs.single_rank else all_text,
             ids=pairs.ids,
-            anchors=Anchors.of(tau, all_positive, log_u - share.log(), negatives),
+            anchors=Anchors.of(tau, all_positive, log_v - share.log(), negatives),
             positive_weight=r,
             similarities=similarities,
         )
@@ -303,7 +320,7 @@ class GlobalContrastiveLoss(Objective):
         First visit: log u = log g. Later: logaddexp(log(1−γ) + log u, log γ + log g). Equal ids share the mean of
         their g and are written once. A row without negatives keeps its log u. So does a row whose new log u is not
         finite: the value and gradient of this step are not finite, those of later steps are. In evaluation log u is
-        log g, because ids may belong to other samples.
+        log g, because ids may belong to other samples. With `drift` the table keeps log u less what M has moved.
         """
         if self.gamma is None or self.state is None:
             return log_g
@@ -311,19 +328,38 @@ class GlobalContrastiveLoss(Objective):
             log_g = log_mean_over_equal_ids(ids, log_g)
         if not self.training:
             return log_g
-        new = log_moving_average(self.state.read(ids, checked=True).to(log_g.dtype), log_g, self.gamma(self.epoch))
-        self.state.write(ids, new)
+        tracked = self.state.read(ids, checked=True).to(log_g.dtype)
+        if self.drift is None:
+            new = log_moving_average(tracked, log_g, self.gamma(self.epoch))
+            self.state.write(ids, new)
+            return new
+        moved = self.drift.follow(log_g)
+        new = log_moving_average(tracked + moved, log_g, self.gamma(self.epoch))
+        self.state.write(ids, new - moved)
         return new
 
+    def _with_eps(self, log_u: Tensor) -> Tensor:
+        """Return log (ε + u)."""
+        return torch.logaddexp(log_u, log_u.new_full((), math.log(self.eps))) if self.eps else log_u
+
     def _tau_gradient(
-        self, rho: float, tau: Tensor, log_u: Tensor, log_g: Tensor, moment: Tensor, has_negatives: Tensor
+        self, rho: float, tau: Tensor, log_v: Tensor, log_g: Tensor, moment: Tensor, has_negatives: Tensor
     ) -> Tensor:
-        """Return h = ∂F_i/∂τ_i [2, B]; 0 for a row without negatives."""
-        stale_moment = torch.expm1(log_g - log_u) * moment  # part of Σ_j p_ij d_ij / τ that an old u adds
+        """Return h = ∂F_i/∂τ_i [2, B]; 0 for a row without negatives.
+
+        Args:
+            log_v, log_g: log (ε + u), log g of the batch.
+            moment: m = Σ_j softmax_ij d_ij / τ.
+        """
+        # Σ_j p_ij d_ij / τ with the batch's own u, and the part that an old u adds
+        fresh = self._with_eps(log_g)
+        fresh_moment = (log_g - fresh).exp() * moment if self.eps else moment
+        stale_moment = torch.expm1(fresh - log_v) * fresh_moment
         if self.robust:
-            h, staleness = rho + log_g - moment, (log_u - log_g) - stale_moment  # ρ − KL(softmax ‖ uniform)
+            # without ε: ρ − KL(softmax ‖ uniform)
+            h, staleness = rho + fresh - fresh_moment, (log_v - fresh) - stale_moment
         else:
-            h, staleness = -moment, -stale_moment
+            h, staleness = -fresh_moment, -stale_moment
         if self.tau_gradient == "fcco":
             limit = self.tau_gradient_limit or math.inf
             h = h + staleness.clamp(-limit, limit)
@@ -383,10 +419,15 @@ class GlobalContrastiveLoss(Objective):
         return self.temperature.tracked()
 
     def get_extra_state(self) -> Tensor:
-        return as_tensor(self.step, float(self.epoch))
+        moved = self.drift.numbers if self.drift is not None else ()
+        return as_tensor(self.step, float(self.epoch), *moved)
 
     def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
-        step, self.epoch = as_numbers(state, "step", "epoch")
+        if self.drift is None:
+            step, self.epoch = as_numbers(state, "step", "epoch")
+        else:  # in a state that was saved without drift nothing has moved yet
+            step, self.epoch, *moved = as_numbers(state, "step", "epoch", later=Numbers()._asdict())
+            self.drift.numbers = Numbers(*moved)
         self.step = round(step)
 
 

@@ -6,6 +6,7 @@ import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -257,13 +258,23 @@ def as_tensor(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64 if integers else torch.float64)
 
 
-def as_numbers(state: Tensor | Mapping[str, float], *names: str) -> list[float]:
+def as_numbers(
+    state: Tensor | Mapping[str, float], *names: str, later: Mapping[str, float] = MappingProxyType({})
+) -> list[float]:
     """Return the numbers of an extra state: a tensor, or a dict in the same order as older versions saved it.
 
+    Args:
+        state: as saved.
+        names: of the numbers.
+        later: name → value of the numbers after them, where the state was saved without.
+
     Raises:
-        ValueError: there are not as many as `names`.
+        ValueError: there are not as many.
     """
     numbers = list(state.values()) if isinstance(state, Mapping) else torch.as_tensor(state).flatten().tolist()
+    if len(numbers) == len(names):
+        numbers = [*numbers, *later.values()]
+    names += tuple(later)
     if len(numbers) != len(names):
         raise ValueError(
             f"_extra_state holds {len(numbers)} numbers, expected {len(names)} ({', '.join(names)}): the state of "

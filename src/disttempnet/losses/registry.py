@@ -23,7 +23,7 @@ from disttempnet.losses.minibatch.siglip import SigLipLoss
 from disttempnet.losses.minibatch.vicreg import VicRegLoss
 from disttempnet.losses.objective import Objective, ObjectiveContext
 from disttempnet.losses.sample_state import SampleState
-from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma
+from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma, NoMemory
 from disttempnet.losses.temperature.network import NetworkTemperature
 from disttempnet.losses.temperature.scalar import (
     ConstantTemperature,
@@ -89,6 +89,8 @@ def _family(
         of_loss.append("rho")
     if temperature.learns and gamma is not None:
         of_loss += ["tau_gradient", "tau_gradient_limit"]
+    if gamma in (ConstantGamma, CosineGamma):
+        of_loss += ["eps", "drift"]
     own = _own(GlobalContrastiveLoss)
     arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}
     assert defaults.keys() <= arguments.keys()
@@ -104,10 +106,14 @@ def _family(
         )
 
     # the row's text
-    expectation = "log E_j exp(d_ij/τ)" if gamma else "log Σ_{j in batch} exp(d_ij/τ)"
+    sums: dict[type[Gamma] | None, str] = {
+        None: "log Σ_{j in batch} exp(d_ij/τ)",
+        NoMemory: "log Σ_{j≠i in batch} exp(d_ij/τ)",
+    }
+    expectation = sums.get(gamma, "log E_j exp(d_ij/τ)")
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
-    kinds = {None: "–", ConstantGamma: "constant", CosineGamma: "cosine"}
+    kinds = {None: "–", NoMemory: "1", ConstantGamma: "constant", CosineGamma: "cosine"}
     return ObjectiveSpec(
         title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build, note
     )
@@ -138,6 +144,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         "CLIP, τ by a network", NetworkTemperature, None, "arXiv 2103.00020, 2404.04575; the combination is new here",
         robust=False, **_MLP, tau_lr=1e-3,
     ),
+    "dcl": _family("DCL", ConstantTemperature, NoMemory, "arXiv 2110.06848", robust=False, temperature=0.1),
     "sogclr": _family("SogCLR", ConstantTemperature, ConstantGamma, "arXiv 2202.12387"),
     "isogclr": _family(
         "iSogCLR", PerSampleTemperature, ConstantGamma, "arXiv 2305.11965",
@@ -200,13 +207,15 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "tau_start_epoch": integers(0, 10**6),
     "rho": Range(0, 100),
     "tau_gradient_limit": Range(0, 10**6),
+    "eps": Range(0, 1),
+    "drift": Range(0, 1),
     "dropout": Range(0, 1, below=True),
     "feature_scale": Range(0, 10**4),
     "prototypes": integers(1, 2**20),
     "bias": Range(-1000, 1000),
 }
 # Arguments that came after runs had been saved without them: the value that those runs were trained with.
-LATER_ARGUMENTS: dict[str, Any] = {"tau_gradient_limit": 5.0}
+LATER_ARGUMENTS: dict[str, Any] = {"tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0}
 
 _SIZES = {
     "num_samples": integers(1, 10**12),

@@ -74,7 +74,23 @@ class CosineGamma:
         return 0.5 * (1 + math.cos(math.pi * epoch / self.gamma_decay_epochs)) * (1 - self.gamma_min) + self.gamma_min
 
 
-Gamma = ConstantGamma | CosineGamma
+@dataclass(frozen=True)
+class NoMemory:
+    """γ = 1 without a table: every normaliser is the batch's own, and nothing is kept.
+
+    Example:
+        >>> NoMemory()(epoch=3)
+        1.0
+    """
+
+    changes = False
+    remembers = False
+
+    def __call__(self, epoch: float) -> float:
+        return 1.0
+
+
+Gamma = ConstantGamma | CosineGamma | NoMemory
 
 
 def _check(name: str, value: float) -> None:
