@@ -49,3 +49,10 @@ def test_a_tar_that_is_cut_off_gives_what_is_before(tmp_path: Path) -> None:
     broken: list[str] = []
     assert [name for name, _, _ in members_of([path], broken)] == ["0.tar/a"]
     assert broken == ["0.tar: cut off at byte 3,172, inside b.jpg"]
+
+
+def test_names_that_differ_in_case_alone_are_samples(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "0.tar", [("shot_v1.3A.jpg", b"1"), ("shot_v1.3a.jpg", b"2")])
+    tar = read_tar(path)
+    assert tar.repeated == ()
+    assert sorted(tar.samples) == ["shot_v1.3A", "shot_v1.3a"]

@@ -29,6 +29,17 @@ def test_a_plain_line_has_count_rate_and_eta(now: list[float], capsys: pytest.Ca
         assert capsys.readouterr().err == "", "the next line is not due"
 
 
+def test_nothing_done_or_no_total_gives_no_eta(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Meter("reading", total=100_000) as meter:
+        now[0] = 20.0
+        meter.advance(0)
+        assert capsys.readouterr().err == "reading  0/100,000  0/s\n"
+    with Meter("reading", total=0, sizes=True) as meter:
+        now[0] = 40.0
+        meter.advance(2_000_000)
+    assert capsys.readouterr().err == "reading  2.0 MB  100.0 kB/s\n"
+
+
 def test_sizes_are_bytes(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Meter("fetching", total=4_000_000, sizes=True) as meter:
         now[0] = 20.0

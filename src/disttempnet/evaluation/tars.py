@@ -52,7 +52,7 @@ def read_tar(path: Path) -> Tar:
     """
     samples: dict[str, dict[str, Span]] = {}
     dotted: dict[str, list[tuple[str, Span]]] = {}  # key → files whose suffix by the first dot has another dot
-    repeated: dict[str, None] = {}
+    repeated: list[tuple[str, Span]] = []  # names that came before, the suffix in lower case
     note = ""
     descriptor = open_regular(path)
     try:
@@ -62,18 +62,19 @@ def read_tar(path: Path) -> Tar:
             key, suffix = split_name(member.name)
             is_text = suffix not in IMAGE_SUFFIXES and member.size <= MAX_TEXT
             span = Span(member.data, member.size, member.content(descriptor) if is_text else None)
-            files = samples.setdefault(key, {})
-            if suffix in files:
-                repeated[sample_key(member.name)] = None
-                continue
-            files[suffix] = span
             if "." in suffix:
                 dotted.setdefault(key, []).append((member.name, span))
+            if samples.setdefault(key, {}).setdefault(suffix, span) is not span:
+                repeated.append((member.name, span))
     except BrokenTar as error:
         note = str(error)
     finally:
         os.close(descriptor)
-    return Tar(_by_the_last_dot(samples, dotted), note, tuple(repeated))
+    divided = _by_the_last_dot(samples, dotted)
+    # what repeats a name by its first dot may be a sample of its own by the last one: a.B.jpg and a.b.jpg
+    read = {span.offset for members in divided.values() for span in members.values()}
+    left_out = dict.fromkeys(sample_key(name) for name, span in repeated if span.offset not in read)
+    return Tar(divided, note, tuple(left_out))
 
 
 def _by_the_last_dot(

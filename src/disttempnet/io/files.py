@@ -103,6 +103,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
+    except NotImplementedError:  # older releases of filelock
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(path)) from None
     try:
         yield
     finally:

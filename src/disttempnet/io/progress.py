@@ -96,7 +96,7 @@ class Meter(ProgressDisplay):
 
     Args:
         what: name of the work.
-        total: number of units.
+        total: number of units; 0 = not known.
         done: units that were done before; they do not count for the rate.
         active: show anything.
         sizes: units are bytes.
@@ -107,17 +107,18 @@ class Meter(ProgressDisplay):
         self.what, self.total, self.done, self._before = what, total, done, done
         self._number: Callable[[int], str] = decimal if sizes else "{:,}".format
         self._begun = time.monotonic()
-        self._bar = self.add(what, total, done, self._count)
+        self._bar = self.add(what, total or None, done, self._count)
 
     def advance(self, count: int = 1) -> None:
         """Count this many more units as done."""
         self.done += count
         rate = (self.done - self._before) / max(time.monotonic() - self._begun, 1e-9)
-        left = clock((self.total - self.done) / max(rate, 1e-9))
-        text = f"{self._count}  {self._number(round(rate))}/s  ETA {left}"
+        text = f"{self._count}  {self._number(round(rate))}/s"
+        if self.total and rate > 0:
+            text += f"  ETA {clock(max(self.total - self.done, 0) / rate)}"
         self.update(self._bar, self.done, text)
         self.plain_line(f"{self.what}  {text}")
 
     @property
     def _count(self) -> str:
-        return f"{self._number(self.done)}/{self._number(self.total)}"
+        return f"{self._number(self.done)}/{self._number(self.total)}" if self.total else self._number(self.done)

@@ -153,10 +153,6 @@ class Trainer:
         self._metrics: dict[str, Tensor] = {}
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
 
-    def _refuse_unwritable(self) -> None:
-        if distributed.is_main():
-            run_folder.refuse_unwritable_folder(self.folder)
-
     def _load_towers(self, found: Path | None, pretrained: str) -> Towers:
         """Return the towers of the checkpoint `found`, which also says how pixels are normalised; else of `[model]`."""
         wanted = self.config.model

@@ -57,6 +57,23 @@ def test_no_answer_is_one_line(package: Path, tarball: bytes, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_download_is_not_kept(
+    package: Path, tarball: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = tmp_path / "served" / "@iconify" / "json" / "-"
+    served.mkdir(parents=True)
+    (served / NAME).write_bytes(tarball[:-9])
+    out = tmp_path / "out"
+    out.mkdir()
+    with serving(tmp_path / "served") as server:
+        monkeypatch.setenv("npm_config_registry", server.url)
+        with pytest.raises(UserError, match="damaged"):
+            unpack(None, out, release(package, tarball))
+        assert list(out.iterdir()) == []
+        (served / NAME).write_bytes(tarball)
+        assert files(unpack(None, out, release(package, tarball))) == files(package)
+
+
 def test_a_damaged_tarball_is_refused(package: Path, tarball: bytes, tmp_path: Path) -> None:
     right = release(package, tarball)
     given = tmp_path / "given.tgz"

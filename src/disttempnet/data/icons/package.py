@@ -15,6 +15,7 @@ import tarfile
 import urllib.request
 import zlib
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,12 @@ def unpack(given: Path | None, folder: Path, release: Release) -> Path:
     if unpacked.is_dir():
         return unpacked
     tarball = given or download(folder, release)
-    _refuse_damaged(tarball, release)
+    try:
+        _refuse_damaged(tarball, release)
+    except UserError:
+        if given is None:
+            tarball.unlink(missing_ok=True)  # the same command downloads it again
+        raise
     temporary = folder / f"{WRITING}package"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "json").mkdir(parents=True)
@@ -114,7 +120,9 @@ def download(folder: Path, release: Release) -> Path:
             while piece := answer.read(DOWNLOAD_BYTES):
                 file.write(piece)
                 meter.advance(len(piece))
-    except (OSError, ValueError) as error:  # urllib's own errors are of these kinds
+            if meter.done < meter.total:
+                raise OSError(f"the answer ended after {meter.done:,} of {meter.total:,} bytes")
+    except (OSError, ValueError, HTTPException) as error:  # urllib's own errors are of the first two kinds
         raise UserError(
             f"{url}: cannot be downloaded: {getattr(error, 'reason', None) or error}; set {REGISTRY_VARIABLES[0]} to "
             f"your npm registry, or get the file by `npm pack {release.name}` and give it with --package"
