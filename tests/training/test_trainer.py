@@ -218,7 +218,7 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line_and_it_goes_on(straight
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert re.fullmatch(
-        r"disttempnet: loader worker \d+ died( \(Killed\))?: .* --resume auto .*", errors.splitlines()[-1]
+        r"disttempnet: loader worker \d+ died( \(Killed\))?, .* --resume auto .*", errors.splitlines()[-1]
     )
     assert "Traceback" not in errors
     assert load_run(run).step >= 3
