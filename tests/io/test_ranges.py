@@ -108,7 +108,7 @@ def test_no_numeric_key_takes_nonsense(key: str) -> None:
         ("eval.tasks=['']", "key 'eval.tasks.0': must not be empty"),
         ("eval.tasks=emoji-concepts", """key 'eval.tasks': must be a list, ["…", "…"] (got 'emoji-concepts')"""),
         ("model.name=''", "key 'model.name': must not be empty"),
-        ("optim.lr_end=0.5", "[optim] lr_end 0.5 is above lr 0.001: the cosine falls; set optim.lr_end too"),
+        ("optim.lr_end=0.5", "[optim] lr_end 0.5 is above lr 0.001: set optim.lr_end too"),
         ("train.epochs=2**70", "must be a whole number from 1 to 1,000,000 (got '2**70')"),
         ("train.compile=1", "key 'train.compile': must be true or false (got 1)"),
         ("train.precision=fp64", "key 'train.precision': must be 'auto', 'fp32' or 'bf16' (got 'fp64')"),

@@ -86,6 +86,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     Raises:
         UserError: a mistake in the file or an override.
     """
+    # the file, with the overrides of its own keys
     path = find_config(path)
     table = read_table(path)
     own = [override for override in overrides if re.split(r"[.=]", override)[0].strip() in GridFile.model_fields]
@@ -97,6 +98,8 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         raise UserError(f"{path}: {explain(error, GridFile)}") from None
     if len(set(file.seeds)) < len(file.seeds):
         raise UserError(f"{path}: seeds holds a number twice")
+
+    # the configs, with all other overrides
     rest = [override for override in overrides if override not in own]
     _refuse_set_by_grid("command line", {override.partition("=")[0].strip(): None for override in rest})
     configs = tuple(_configs(path, file, rest))
@@ -126,6 +129,7 @@ def run_state(config: Config) -> RunState:
 
 
 def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:
+    # base, common keys and varied keys, each checked
     base = read_run_table(base_path(path, file.config))
     config_from_table(base, file.config)  # errors of the base name the base
     common, vary = _nested(file.common), flat(_nested(file.vary))
@@ -137,6 +141,8 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
     count = len(file.seeds) * len(file.runs) * prod(map(len, vary.values()))
     if count > MOST_RUNS:
         raise UserError(f"{path}: {count:,} runs, over {MOST_RUNS:,}: give fewer seeds, runs or values in vary")
+
+    # one config for each seed, choice of values and run; later layers win
     labels = _labels(list(vary))
     for seed, values, (run, own) in product(file.seeds, product(*vary.values()), file.runs.items()):
         changes = _nested(own)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from disttempnet.compare.display import GridDisplay
-from disttempnet.compare.worker import RunEnd, RunProgress, WorkerPlace, work
+from disttempnet.compare.worker import RunEnd, RunProgress, WorkerSettings, work
 from disttempnet.config import Config
 from disttempnet.io.jobs import exit_reason
 from disttempnet.io.machine import cores
@@ -34,7 +34,7 @@ class GridOutcome:
 
 @dataclass
 class _Worker:
-    place: WorkerPlace
+    settings: WorkerSettings
     process: BaseProcess
     connection: Connection
     run: Config | None = None
@@ -81,16 +81,19 @@ class Pool:
 
     def _start(self, number: int) -> _Worker:
         """Start a worker process, which then waits for `_deal`."""
+        # its share of the cores and of the GPUs
         threads = max(1, cores() // self._jobs)
         limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may be a list, for nesting levels
         if limit.isdecimal():
             threads = min(threads, max(1, int(limit)))
         gpu = self._gpus[number % len(self._gpus)] if self._gpus else ""
-        place = WorkerPlace(number, threads, gpu, self._log)
+        settings = WorkerSettings(number, threads, gpu, self._log)
+
+        # its process, with a pipe for configs and messages
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, place), name=f"worker-{number}")
-        worker = _Worker(place, process, ours)
+        process = context.Process(target=work, args=(theirs, settings), name=f"worker-{number}")
+        worker = _Worker(settings, process, ours)
         self._workers.append(worker)  # before it starts, so that a signal from now on stops it
         process.start()
         theirs.close()
@@ -148,7 +151,7 @@ class Pool:
         reason = f"its process ended unexpectedly ({why}); its checkpoints are kept, see {self._log}"
         self._ended(worker, RunEnd("failed", reason))
         if self._waiting:
-            self._deal(self._start(worker.place.number))
+            self._deal(self._start(worker.settings.number))
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Stop all workers: the first signal lets them save, the second kills them.

@@ -39,7 +39,7 @@ class RunEnd(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WorkerPlace:
+class WorkerSettings:
     """Settings of a worker: its number, CPU threads, GPU (empty = none) and log file."""
 
     number: int
@@ -52,7 +52,7 @@ class _Stop(BaseException):
     """A stop signal outside the training loop, where nothing has to be saved."""
 
 
-def work(connection: Connection, place: WorkerPlace) -> None:
+def work(connection: Connection, settings: WorkerSettings) -> None:
     """Receive configs and send `RunProgress` and `RunEnd`, until None comes or the parent ends."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -61,15 +61,15 @@ def work(connection: Connection, place: WorkerPlace) -> None:
             signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-        with place.log.open("a", encoding="utf-8") as log:
+        with settings.log.open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), stream.fileno())
     show_notices_plainly()
-    if place.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
+    if settings.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpu
     try:
         import torch
 
-        torch.set_num_threads(place.threads)
+        torch.set_num_threads(settings.threads)
         while (config := connection.recv()) is not None:
             connection.send(_run(config, connection))
     except (_Stop, EOFError, OSError):

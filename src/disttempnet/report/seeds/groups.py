@@ -171,6 +171,7 @@ def compare_groups(results: Sequence[CompactResult], metrics: Sequence[str] = ()
     finished = [result for result in results if result.finished]
     if not finished:
         raise UserError("none of the runs is finished: there is nothing to compare yet")
+    # groups × columns, each column marked
     groups = _grouped(finished)
     columns = _columns(finished, metrics)
     marked = [mark([group.cell(column) for group in groups]) for column in columns]
