@@ -135,7 +135,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"export", "file"},
     ],
     "features": [
-        {"store"},
+        {"facts", "store"},
         {"build"},
         {"batches", "export"},
     ],

@@ -142,6 +142,14 @@ def test_samples_that_cannot_be_read_are_replaced_as_without_a_cache(towers: Tow
     assert skipped == [4, 4]
 
 
+def test_a_mixture_is_cached(towers: Towers, tmp_path: Path) -> None:
+    given = ["data.train=embedded:emoji/train::embedded:emoji/val", "data.limit=0", "data.validation=0.1"]
+    given += ["train.stop_after_steps=2", "data.global_batch=32"]
+    assert train(towers.config(tmp_path / "uncached", *given))
+    assert train(towers.config(tmp_path / "cached", CACHED, *given))
+    assert losses(tmp_path / "cached" / "debug") == losses(tmp_path / "uncached" / "debug")
+
+
 def test_a_finished_run_is_a_whole_model(towers: Towers, tmp_path: Path) -> None:
     """open_clip opens it by itself where it knows both towers: here those of its own, frozen."""
     torch.manual_seed(7)

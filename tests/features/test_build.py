@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -14,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from disttempnet import distributed
 from disttempnet.config import Config
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.features import store as stores
 from disttempnet.features.batches import CachedData
+from disttempnet.features.build import _Claims
 from disttempnet.features.store import FeatureStore
 from disttempnet.models.locks import prepare_towers
 from disttempnet.models.trunk import trunk_of
@@ -88,8 +91,8 @@ def test_ranks_share_the_work(
         assert contents(texts) == contents(whole[1])
 
 
-def test_other_weights_have_another_store(towers: Towers) -> None:
-    given = towers.config(Path("unused"), *ALL)
+def test_other_weights_have_another_store(towers: Towers, tmp_path: Path) -> None:
+    given = towers.config(tmp_path, *ALL)
     trainer = Trainer(given, torch.device("cpu"))
     assert isinstance(trainer.data, CachedData)
     for side in ("image", "text"):
@@ -158,6 +161,26 @@ def test_features_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None
         store.write(0, torch.full((4, 2), torch.nan), None, {})
 
 
+def test_without_locks_ranks_divide_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeatureStore(tmp_path, {"side": "image"}, 2048, 2, "float32", 512)
+    leftover = tmp_path / ".writing-shard-00001.safetensors-0123"
+    leftover.write_bytes(b"of a process that still writes it")
+
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with _Claims(store) as claims:
+        with pytest.warns(UserNotice, match="has no locks") as notices:
+            mine = list(claims.take([0, 1, 2, 3]))
+        assert mine == [0, 2]
+        assert len(notices) == 1
+        monkeypatch.setattr(distributed, "rank", lambda: 1)
+        assert list(claims.take([0, 1, 2, 3])) == [1, 3]
+    assert leftover.exists()
+
+
 def test_rows_are_those_of_the_samples(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, {"side": "text"}, 1200, 3, "float32", 512)
     store.create()
@@ -178,8 +201,8 @@ def test_rows_are_those_of_the_samples(tmp_path: Path) -> None:
         assert torch.equal(row, features[number][begin + sample % (end - begin)])
 
 
-def test_a_trained_tower_is_not_cached(towers: Towers) -> None:
-    trainer = Trainer(towers.config(Path("unused"), *ALL), torch.device("cpu"))
+def test_a_trained_tower_is_not_cached(towers: Towers, tmp_path: Path) -> None:
+    trainer = Trainer(towers.config(tmp_path, *ALL), torch.device("cpu"))
     config = trainer.config.model.model_copy(update={"unlocked_image_groups": 1})
     trainer.towers.module.requires_grad_(True)
     prepare_towers(trainer.towers.module, config)

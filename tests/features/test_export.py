@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +60,7 @@ def test_files_hold_the_towers_features(images: Path, tmp_path: Path, capsys: py
         assert_close(text, encode_texts(towers, towers.tokenizer([one for own in captions for one in own])))
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert about["samples"] == 39
+    assert about["complete"]
     assert about["digest"] == metadata["digest"]
     assert not (tmp_path / "out" / ".parts").exists()
 
@@ -72,6 +75,28 @@ def test_parquet_holds_the_same(images: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.tensor(table["image"].to_pylist()), image)
     assert torch.equal(torch.tensor([row for own in table["text"].to_pylist() for row in own]), text)
     assert table["captions"].to_pylist()[0] == ["a picture 0", "another one"]
+
+
+def test_files_of_other_shards_are_removed(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "features-00007.safetensors").write_bytes(b"of more samples")
+    assert embed(images, out) == 0
+    assert [path.name for path in out.glob("features-*")] == ["features-00000.safetensors"]
+
+
+def test_a_full_disk_is_one_line_about_out(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(images, tmp_path / "other") == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert embed(images, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "free some, choose --dtype float16, or name another --out" in message
+    assert "train.cache" not in message
+    assert json.loads((tmp_path / "out" / "about.json").read_text())["complete"] is False
+    assert embed(images, tmp_path / "out", "--dtype", "float16") == 2
+    assert "holds features of another model" in capsys.readouterr().err
 
 
 def test_other_features_are_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

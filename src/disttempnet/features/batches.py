@@ -24,9 +24,9 @@ from disttempnet.data.held_out import HeldOut
 from disttempnet.data.images import UnreadableImage
 from disttempnet.data.loader import PairDataset, PlannedSamples, Sample, chosen_caption
 from disttempnet.data.open import open_loader
-from disttempnet.data.source import Source
-from disttempnet.features.build import Build, build, width_of
-from disttempnet.features.store import FeatureStore, store_in
+from disttempnet.features.build import Build, Pass, build, width_of
+from disttempnet.features.facts import facts_of
+from disttempnet.features.store import CACHE_ELSEWHERE, FeatureStore, store_in
 from disttempnet.models import Towers
 from disttempnet.models.text import trimming
 from disttempnet.models.trunk import Trunk, trunk_of
@@ -141,10 +141,9 @@ def with_cached_features(
     how = Build(whole, device, config.eval.batch, config.data.workers, autocast, end)
     parent = Path(config.train.cache_folder) if config.train.cache_folder else cache_folder() / FOLDER
     trunks = {side: trunk_of(towers, side) for side in config.cached_sides}
-    images: list[FeatureStore] = []
-    texts = None
+    passes: list[Pass] = []
     if "image" in trunks:
-        facts = _facts(trunks["image"], source, autocast)
+        facts = facts_of(trunks["image"], source, autocast)
         width = width_of(trunks["image"], how)
         # without views images are seen as evaluation sees them
         name = config.data.transform if config.data.views else "evaluation"
@@ -156,12 +155,16 @@ def with_cached_features(
             if config.data.views:
                 seen |= {"view": view, "draft": config.data.draft}
             store = store_in(parent, facts | {"transform": seen}, len(source), width, config.train.cache_dtype)
-            build(store, trunks["image"], how, transform, view)
-            images.append(store)
+            passes.append(Pass(store, trunks["image"], transform, view))
     if "text" in trunks:
-        facts, width = _facts(trunks["text"], source, autocast), width_of(trunks["text"], how)
-        texts = store_in(parent, facts, len(source), width, config.train.cache_dtype)
-        build(texts, trunks["text"], how)
+        facts, width = facts_of(trunks["text"], source, autocast), width_of(trunks["text"], how)
+        passes.append(Pass(store_in(parent, facts, len(source), width, config.train.cache_dtype), trunks["text"]))
+
+    # write what is missing, and see that all is whole
+    smaller = 'set train.cache_dtype = "float16", ' if config.train.cache_dtype == "float32" else ""
+    build(passes, how, f"{smaller}or {CACHE_ELSEWHERE}")
+    images = [one.store for one in passes if one.trunk.side == "image"]
+    texts = passes[-1].store if "text" in trunks else None
     dataset = _UncachedSide(data.dataset, tuple(trunks), _unreadable(images, texts))
     # what is cached is neither decoded nor tokenised
     loader = open_loader(
@@ -173,11 +176,6 @@ def with_cached_features(
         0 if images else towers.image_size,
     )
     return CachedData(source, data.plan, dataset, data.sampler, loader, tuple(images), texts), trunks
-
-
-def _facts(trunk: Trunk, source: Source, autocast: torch.dtype | None) -> dict[str, Any]:
-    """All that the features of a source depend on, except the transform of its images."""
-    return trunk.facts() | {"index": source.digest, "precision": str(autocast or torch.float32).removeprefix("torch.")}
 
 
 def _unreadable(images: Sequence[FeatureStore], texts: FeatureStore | None) -> dict[int, str]:

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,10 +28,10 @@ from disttempnet import distributed
 from disttempnet.data.augment import TrainTransform
 from disttempnet.data.images import UnreadableImage
 from disttempnet.data.loader import CAPTION_CHARACTERS, batches_of, random_bits, start_worker
-from disttempnet.data.source import OK, Source, UnreadableCaption
+from disttempnet.data.source import Source, UnreadableCaption
 from disttempnet.data.workers import fit_prefetch, lost_workers_named, share_tensor
-from disttempnet.errors import UserError
-from disttempnet.features.store import FeatureStore, refuse_small_disk
+from disttempnet.errors import UserError, notice
+from disttempnet.features.store import FeatureStore, cache_error_named, refuse_small_disk
 from disttempnet.io.files import WRITING
 from disttempnet.io.progress import Meter
 from disttempnet.models.text import trimming
@@ -65,6 +67,22 @@ class Build:
     end: int
 
 
+class Pass(NamedTuple):
+    """One pass over the samples, and the store that it fills.
+
+    Attributes:
+        store: of the trunk's features.
+        trunk: on the device.
+        transform: encoded bytes and a seed → uint8 [3, s, s]; of an image trunk.
+        view: which of several augmentations of each image.
+    """
+
+    store: FeatureStore
+    trunk: Trunk
+    transform: TrainTransform | None = None
+    view: int = 0
+
+
 class Part(NamedTuple):
     """Some samples of a shard: pixels uint8 [b, 3, s, s], and sample id → reason for those that are black instead."""
 
@@ -74,37 +92,54 @@ class Part(NamedTuple):
     unreadable: Mapping[int, str]
 
 
-def build(
-    store: FeatureStore, trunk: Trunk, how: Build, transform: TrainTransform | None = None, view: int = 0
-) -> None:
-    """Write the shards that a store lacks, then verify all of them. Every rank calls this.
+def build(passes: Sequence[Pass], how: Build, advice: str, also_bytes: int = 0) -> None:
+    """Write the shards that stores lack, then verify all of them. Every rank calls this.
 
     Args:
-        store: of the trunk's features.
-        trunk: on the device.
+        passes: their stores are on one disk.
         how: source, device, sizes.
-        transform: encoded bytes and a seed → uint8 [3, s, s]; of an image trunk.
-        view: which of several augmentations of each image.
+        advice: what to do where the disk has no room, after "free some,".
+        also_bytes: that the caller writes to the same disk afterwards.
 
     Raises:
         UserError: no room on the disk, unreadable data files, a damaged shard. All ranks raise.
     """
 
-    def write_missing() -> None:
-        store.create()
-        missing = [number for number in store.shards(how.end) if not store.path(number).is_file()]
-        if not missing:
-            return
-        refuse_small_disk(store.folder, _bytes_of(store, missing), f"features of {how.end:,} samples")
-        done = sum(len(store.ids(number)) for number in store.shards(how.end)) - _samples(store, missing)
-        what = f"{trunk.side} features" + (f", view {view}" if view else "")
-        total = done + _samples(store, missing)
-        meter = Meter(what, total, done, active=distributed.is_main())
-        with in_evaluation_mode(trunk), meter, _Claims(store) as claims:
-            _write(store, missing, claims, meter, _Embedding(trunk, how, transform, view))
+    def refuse_small() -> None:
+        needed = also_bytes
+        for one in passes:
+            one.store.create()
+            needed += _bytes_of(one.store, _missing(one.store, how))
+        if needed:
+            refuse_small_disk(passes[0].store.folder.parent, needed, f"features of {how.end:,} samples", advice)
 
-    distributed.together(write_missing)
-    store.verify(how.end)
+    distributed.together(refuse_small)  # of all stores, before the first is begun
+    for one in passes:
+        distributed.together(partial(_write_missing, one, how))
+        one.store.verify(how.end)
+
+
+def usable_mask(source: Source) -> NDArray[np.bool_]:
+    """Return whether each sample is usable, bool [N]; works for sources that are made of others as well."""
+    mask = np.zeros(len(source), dtype=bool)
+    mask[source.usable] = True
+    return mask
+
+
+def _missing(store: FeatureStore, how: Build) -> list[int]:
+    return [number for number in store.shards(how.end) if not store.path(number).is_file()]
+
+
+def _write_missing(one: Pass, how: Build) -> None:
+    """Write the shards that one store lacks, together with the other ranks and processes."""
+    store, trunk = one.store, one.trunk
+    if not (missing := _missing(store, how)):
+        return
+    total = sum(len(store.ids(number)) for number in store.shards(how.end))
+    what = f"{trunk.side} features" + (f", view {one.view}" if one.view else "")
+    meter = Meter(what, total, total - _samples(store, missing), active=distributed.is_main())
+    with in_evaluation_mode(trunk), meter, _Claims(store) as claims:
+        _write(store, missing, claims, meter, _Embedding(trunk, how, one.transform, one.view))
 
 
 def _samples(store: FeatureStore, numbers: Sequence[int]) -> int:
@@ -112,12 +147,15 @@ def _samples(store: FeatureStore, numbers: Sequence[int]) -> int:
 
 
 def _bytes_of(store: FeatureStore, numbers: Sequence[int]) -> int:
-    """Return the bytes of shards on disk, with one caption a sample."""
+    """Return the bytes of shards on disk, estimated at one caption a sample."""
     return _samples(store, numbers) * (store.width * (2 if store.dtype == "float16" else 4) + 8)
 
 
 def _write(store: FeatureStore, missing: Sequence[int], claims: _Claims, meter: Meter, embedding: _Embedding) -> None:
-    """Write shards until none is missing; those that other processes have claimed are waited for."""
+    """Write shards until none is missing; those that other processes have claimed are waited for.
+
+    Without locks each rank writes its share of the shards and waits for none: a rank that fails would never end it.
+    """
     # ranks begin at different places, so that they rarely meet
     begin = distributed.rank() * len(missing) // distributed.world_size()
     left = [*missing[begin:], *missing[:begin]]
@@ -132,21 +170,28 @@ def _write(store: FeatureStore, missing: Sequence[int], claims: _Claims, meter: 
         others = before + _samples(store, missing) - _samples(store, left) - meter.done
         if others > 0:
             meter.advance(others)
-        if left:
+        if not claims.locks:
+            left = [number for number in left if claims.is_mine(number)]
+        elif left:
             time.sleep(WAIT_SECONDS)
 
 
 class _Claims:
     """Locks of shards: bytes of one file, each held by one process at a time and given up at its end.
 
-    Where a file system has no locks every claim is granted: shards are then written twice, and are right.
+    Where a file system has no locks, shards are divided by rank. Other processes may write them too, and are right.
+
+    Attributes:
+        locks: whether the file system has locks, as far as is known.
     """
 
     def __init__(self, store: FeatureStore) -> None:
-        self.store = store
+        self.store, self.locks = store, True
 
     def __enter__(self) -> _Claims:
-        self._file = os.open(self.store.folder / CLAIMS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        path = self.store.folder / CLAIMS
+        with cache_error_named(path, self.store.elsewhere):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -160,21 +205,34 @@ class _Claims:
             if self.store.path(number).is_file():  # written between the two looks
                 self.give(number)
                 continue
-            for leftover in self.store.folder.glob(f"{WRITING}{self.store.path(number).name}*"):
-                leftover.unlink(missing_ok=True)  # of a process that was killed
+            if self.locks:  # else another process may be writing it
+                for leftover in self.store.folder.glob(f"{WRITING}{self.store.path(number).name}*"):
+                    leftover.unlink(missing_ok=True)  # of a process that was killed
             yield number
 
     def give(self, number: int) -> None:
         with suppress(OSError):
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
 
+    def is_mine(self, number: int) -> bool:
+        """Whether a shard is of this rank's share, where there are no locks."""
+        return number % distributed.world_size() == distributed.rank()
+
     def _lock(self, number: int) -> bool:
+        if not self.locks:
+            return self.is_mine(number)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
             return False
-        except OSError:
-            return True
+        except OSError as error:
+            self.locks = False
+            if distributed.is_main():
+                notice(
+                    f"{self.store.folder}: its file system has no locks ({error.strerror}): ranks divide the features "
+                    "evenly, and other processes compute them a second time"
+                )
+            return self.is_mine(number)
         return True
 
 
@@ -183,7 +241,7 @@ class _Embedding:
 
     def __init__(self, trunk: Trunk, how: Build, transform: TrainTransform | None, view: int) -> None:
         self.trunk, self.how, self.transform, self.view = trunk, how, transform, view
-        self._usable = how.source.status == OK  # bool [N]; of a mixture it is put together on each call
+        self._usable = usable_mask(how.source)  # bool [N]
 
     def write(self, store: FeatureStore, numbers: Iterator[int]) -> Iterator[int]:
         """Embed and write shards; yields the number of each that is on disk."""

@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from disttempnet import distributed
 from disttempnet.data.augment import train_transform
-from disttempnet.data.source import OK
 from disttempnet.errors import UserError
-from disttempnet.features.build import Build, build, width_of
+from disttempnet.features.build import Build, Pass, build, usable_mask, width_of
+from disttempnet.features.facts import facts_of
 from disttempnet.features.store import DTYPES, FeatureStore, features_digest, store_in
 from disttempnet.io.files import atomic, unwritable_named, write_output
 from disttempnet.models import Towers
@@ -35,6 +36,7 @@ from disttempnet.models.trunk import TOWER_SIDES, trunk_of
 
 PARTS = ".parts"
 ABOUT = "about.json"
+ELSEWHERE = "name another --out"
 FORMATS = ("safetensors", "parquet")
 
 
@@ -76,40 +78,54 @@ def embed_source(towers: Towers, how: Build, out: Path, kind: str = "safetensors
         UserError: no room on the disk, files of other features, or data that cannot be read.
     """
     towers.module.requires_grad_(False)  # nothing is trained: the trunk is all of a tower
-    precision = str(how.autocast or torch.float32).removeprefix("torch.")
     trunks = {side: trunk_of(towers, side) for side in TOWER_SIDES}
-    facts = {
-        side: trunk.facts() | {"index": how.source.digest, "precision": precision} for side, trunk in trunks.items()
-    }
+    facts = {side: facts_of(trunk, how.source, how.autocast) for side, trunk in trunks.items()}
     facts["image"]["transform"] = {"name": "evaluation"}
     about: dict[str, Any] = {"features": facts, "dtype": dtype, "format": kind}
     digest = features_digest(about)
     about |= {"digest": digest, "width": towers.embed_dim, "source": how.source.where}
     distributed.together(lambda: _refuse_other(out / ABOUT, digest))
+    # from here on the folder is of these features, even if this is stopped
+    distributed.together(lambda: _write_about(out, about | {"complete": False}) if distributed.is_main() else None)
 
     # run both towers over the samples; what is done is found again
-    stores: dict[str, FeatureStore] = {}
+    passes = {}
     for side, trunk in trunks.items():
-        stores[side] = store_in(out / PARTS, facts[side], len(how.source), width_of(trunk, how), "float32")
+        width = width_of(trunk, how)
+        store = store_in(out / PARTS, facts[side], len(how.source), width, "float32", ELSEWHERE)
         images = side == "image"
         transform = train_transform("evaluation", towers.image_size, resizing=towers.resizing) if images else None
-        build(stores[side], trunk, how, transform)
+        passes[side] = Pass(store, trunk, transform)
+    rows_bytes = 2 * towers.embed_dim * DTYPES[dtype].itemsize  # of a sample with one caption
+    there = sum(path.stat().st_size for path in out.glob(f"features-*.{kind}"))  # these are replaced
+    smaller = "choose --dtype float16, " if dtype == "float32" else ""
+    build(list(passes.values()), how, f"{smaller}or {ELSEWHERE}", max(0, how.end * rows_bytes - there))
 
+    # join both sides: a file a shard
     def write() -> int:
         if not distributed.is_main():
             return 0
-        count = 0
-        for number in stores["image"].shards(how.end):
-            rows = _rows(how, stores["image"], stores["text"], number)
+        count, paths = 0, set()
+        usable = usable_mask(how.source)
+        for number in passes["image"].store.shards(how.end):
+            rows = _rows(how, usable, passes["image"].store, passes["text"].store, number)
             path = out / f"features-{number:05d}.{kind}"
             with unwritable_named(path), atomic(path) as temporary:
                 (_write_parquet if kind == "parquet" else _write_safetensors)(temporary, rows, digest, DTYPES[dtype])
             count += len(rows.ids)
-        write_output(out / ABOUT, json.dumps(about | {"samples": count}, indent=1, ensure_ascii=False) + "\n")
+            paths.add(path)
+        for path in set(out.glob(f"features-*.{kind}")) - paths:  # of a command with more or other shards
+            with unwritable_named(path):
+                path.unlink()
+        _write_about(out, about | {"samples": count, "complete": True})
         shutil.rmtree(out / PARTS, ignore_errors=True)
         return count
 
     return int(distributed.gather_objects(distributed.together(write))[0])
+
+
+def _write_about(out: Path, about: dict[str, Any]) -> None:
+    write_output(out / ABOUT, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def _refuse_other(path: Path, digest: str) -> None:
@@ -124,12 +140,11 @@ def _refuse_other(path: Path, digest: str) -> None:
         raise UserError(f"{path.parent}: holds features of another model, source or format: give another --out")
 
 
-def _rows(how: Build, images: FeatureStore, texts: FeatureStore, number: int) -> Rows:
-    """The readable samples of a shard, with unit features."""
-    source = how.source
-    usable = source.status[images.ids(number).start : images.ids(number).stop] == OK
+def _rows(how: Build, usable: NDArray[np.bool_], images: FeatureStore, texts: FeatureStore, number: int) -> Rows:
+    """The readable samples of a shard, with unit features; usable: bool [N]."""
+    source, shard = how.source, images.ids(number)
     unreadable = images.unreadable.keys() | texts.unreadable.keys()
-    ids = [images.ids(number).start + int(place) for place in np.flatnonzero(usable)]
+    ids = [shard.start + int(place) for place in np.flatnonzero(usable[shard.start : shard.stop])]
     ids = [sample for sample in ids if sample not in unreadable]
     captions = [source.captions(sample) for sample in ids]
     # a sample's captions are consecutive rows: [t] ids, and which of its captions each is

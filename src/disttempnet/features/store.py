@@ -41,6 +41,8 @@ LEAST_ROWS, MOST_ROWS, SHARDS = 512, 16384, 32  # samples a shard: a build that 
 VERIFY_BYTES = 8 << 20  # bytes that are read at a time
 READERS = 4  # threads that verify
 
+CACHE_ELSEWHERE = "name another folder with train.cache_folder"
+
 Choose = Callable[[int, int], int]  # (sample id, its number of captions) → which of them
 
 
@@ -62,6 +64,7 @@ class FeatureStore:
         width: F.
         dtype: `float32` or `float16`, on disk; features are handed out in float32.
         rows: samples a shard.
+        elsewhere: how a user names another folder, for messages.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class FeatureStore:
     width: int
     dtype: str
     rows: int
+    elsewhere: str = CACHE_ELSEWHERE
 
     def path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
@@ -89,7 +93,7 @@ class FeatureStore:
         about = {"format": FORMAT, "samples": self.samples, "width": self.width, "dtype": self.dtype}
         about |= {"rows": self.rows, "facts": dict(self.facts)}
         path = self.folder / STORE_ABOUT
-        with cache_error_named(self.folder):
+        with cache_error_named(self.folder, self.elsewhere):
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(about, indent=1) + "\n")
@@ -123,7 +127,7 @@ class FeatureStore:
         header, data = _parts(save(tensors))
         checksum = _checksum(header, reasons, zlib.crc32(data))
         content = save(tensors, metadata={"unreadable": reasons, "crc32": str(checksum)})
-        with cache_error_named(self.path(number)), atomic(self.path(number)) as temporary:
+        with cache_error_named(self.path(number), self.elsewhere), atomic(self.path(number)) as temporary:
             temporary.write_bytes(content)
 
     # reading
@@ -229,11 +233,14 @@ class FeatureStore:
         return {key: value for key, value in self.__dict__.items() if key != "_open"}
 
 
-def store_in(parent: Path, facts: Mapping[str, Any], samples: int, width: int, dtype: str) -> FeatureStore:
+def store_in(
+    parent: Path, facts: Mapping[str, Any], samples: int, width: int, dtype: str, elsewhere: str = CACHE_ELSEWHERE
+) -> FeatureStore:
     """The store of these features below a folder; it may not be there yet.
 
     Args:
         facts: all that the features depend on, with `side`.
+        samples, width, dtype, elsewhere: see `FeatureStore`.
     """
     digest = features_digest([facts, samples, width, dtype, FORMAT])
     folder = parent / f"{facts['side']}-{digest}"
@@ -241,7 +248,7 @@ def store_in(parent: Path, facts: Mapping[str, Any], samples: int, width: int, d
         rows = int(json.loads((folder / STORE_ABOUT).read_bytes())["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         rows = 1 << (max(LEAST_ROWS, min(MOST_ROWS, samples // SHARDS)) - 1).bit_length()
-    return FeatureStore(folder, facts, samples, width, dtype, max(1, rows))
+    return FeatureStore(folder, facts, samples, width, dtype, max(1, rows), elsewhere)
 
 
 def features_digest(facts: Any) -> str:
@@ -261,24 +268,23 @@ def _checksum(header: Mapping[str, Any], reasons: str, data: int) -> int:
     return zlib.crc32(tensors.encode(), zlib.crc32(reasons.encode(), data))
 
 
-def refuse_small_disk(folder: Path, needed: int, about: str) -> None:
+def refuse_small_disk(folder: Path, needed: int, about: str, advice: str) -> None:
     """Raise UserError where a folder's disk has no room for so many bytes of features."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
-            f"{folder}: {about} take {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free there: free some, "
-            'set train.cache_dtype = "float16", or name another folder with train.cache_folder'
+            f"{folder}: {about} take {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free there: "
+            f"free some, {advice}"
         )
 
 
 @contextmanager
-def cache_error_named(path: Path) -> Iterator[None]:
+def cache_error_named(path: Path, elsewhere: str) -> Iterator[None]:
     """Inside, an OSError ends in a UserError that says what could not be written, and why."""
     try:
         yield
     except OSError as error:
-        advice = "name another folder with train.cache_folder"
-        if error.errno in DISK_IS_FULL:
-            advice = f"free some room (finished shards are kept), or {advice}"
+        full = error.errno in DISK_IS_FULL
+        advice = f"free some room (finished shards are kept), or {elsewhere}" if full else elsewhere
         raise UserError(f"{path}: features cannot be written: {error.strerror}: {advice}") from None

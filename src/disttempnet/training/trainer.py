@@ -136,7 +136,8 @@ class Trainer:
         # Compute the features of locked towers, or find them on disk: batches hold them from here on.
         encoder: nn.Module = DualEncoder(self.towers, self._autocast(), self.frozen)
         if config.train.cache_features:
-            self.data, trunks = with_cached_features(config, self.data, self.towers, device, self._autocast())
+            with run_folder.claimed(self.folder):  # a second start is refused before hours of work
+                self.data, trunks = with_cached_features(config, self.data, self.towers, device, self._autocast())
             encoder = CachedEncoder(self.towers, trunks, self._autocast())
 
         # Wrap towers and objective into the model whose gradient a step takes, at once or in chunks.
