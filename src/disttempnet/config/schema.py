@@ -330,7 +330,7 @@ class EvalConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """Configuration of a run."""
 
     name: str = Field(description="name of the run; its folder is OUT/name")
     out: PathOrName = Field("runs", description="folder of run folders")
@@ -343,7 +343,7 @@ class Config(Section):
 
     @property
     def cached_sides(self) -> tuple[str, ...]:
-        """Whose features are cached: of `image` and `text` the towers that are locked as a whole."""
+        """The sides, of `image` and `text`, whose towers are fully locked, so that their features are cached."""
         model, frozen = self.model, self.train.freeze == "towers"
         locked = {
             "image": frozen or (model.lock_image and not model.unlocked_image_groups),

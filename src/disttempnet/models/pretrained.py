@@ -194,8 +194,8 @@ def load_image_tower(module: nn.Module, source: str) -> dict[str, Any]:
         weights = with_timm_names(source, known["architecture"], read_weights(source, prefer_ema=True), own)
         weights = without_prefix(source, weights, own)
     else:
-        whole = timm.create_model(source, pretrained=True)
-        weights, known = whole.state_dict(), whole.pretrained_cfg
+        model = timm.create_model(source, pretrained=True)
+        weights, known = model.state_dict(), model.pretrained_cfg
 
     # Leave the classifier out, and load the rest.
     heads = known.get("classifier") or ()

@@ -147,7 +147,7 @@ def as_trained(config: Config) -> Config:
 
 
 def continued(config: Config, saved: Config) -> Config:
-    """Return the config of a run that goes on, in which a default that changed since it began is that of the run.
+    """Return the config of a resumed run, with the defaults of the version that it began with.
 
     Args:
         config: as read from a file; arguments of its objective may be left out.

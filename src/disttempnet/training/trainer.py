@@ -414,7 +414,7 @@ class Trainer:
         }
 
     def _agreed_stop(self, stop: StopSignal) -> int:
-        """Return the exit code that any rank was asked for, the same on all ranks; 0 = go on.
+        """Return the exit code that any rank was asked for, the same on all ranks; 0 = continue.
 
         Ranks exchange it when they log, and more often if a step takes long.
         """
