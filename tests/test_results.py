@@ -17,6 +17,7 @@ from disttempnet.config import CONFIG_FOLDER, LossConfig, defaults, flat
 from disttempnet.config.identity import NO_EFFECT_ON_RESULT
 from disttempnet.losses import with_later_arguments
 from disttempnet.report.compact import CompactResult, read_results
+from disttempnet.training.model import resolved
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -60,7 +61,7 @@ def what_it_depends_on(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_are_the_whole_grid_with_its_configs(path: Path) -> None:
     results = {result.name: result for result in read_results([path])}
-    expected = {config.name: json.loads(config.model_dump_json()) for config in grid_of(path).configs}
+    expected = {config.name: json.loads(resolved(config).model_dump_json()) for config in grid_of(path).configs}
     assert sorted(results) == sorted(expected)
     assert all(result.finished for result in results.values())
     for name, config in expected.items():
@@ -83,7 +84,8 @@ def test_every_objective_is_compared_at_the_best_of_its_three_settings() -> None
     assert {len(settings) for settings in tried.values()} == {3}
     for name in ("compare", "compare-scenes"):
         chosen = {
-            config.name: config.loss for config in load_grid(CONFIG_FOLDER / f"{name}.toml", ["seeds=[1]"]).configs
+            config.name: resolved(config).loss
+            for config in load_grid(CONFIG_FOLDER / f"{name}.toml", ["seeds=[1]"]).configs
         }
         del chosen["disttempnet-v1--seed-1"]
         assert {run.removesuffix("--seed-1").removesuffix("-tuned") for run in chosen} == set(tried)

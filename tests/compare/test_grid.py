@@ -10,6 +10,7 @@ from disttempnet.compare.grid import load_grid
 from disttempnet.config import CONFIG_FOLDER, load_config
 from disttempnet.errors import UserError
 from disttempnet.losses import OBJECTIVES
+from disttempnet.training.model import resolved
 from tests.compare.grids import GRID, write
 
 
@@ -45,7 +46,7 @@ def test_no_loss_key_is_lost(tmp_path: Path) -> None:
     base = load_config(CONFIG_FOLDER / "debug.toml").loss.arguments
     text = 'config = "debug.toml"\nseeds = [1]\n[common]\nloss.tau_max = 0.3\nloss.tau_min = 0.02\n'
     text += '[runs]\na.loss = { name = "disttempnet-v1", rho = 1.5, tau_min = 0.01 }\nb.loss.rho = 2.5\n'
-    arguments = [config.loss.arguments for config in load_grid(write(tmp_path, text)).configs]
+    arguments = [resolved(config).loss.arguments for config in load_grid(write(tmp_path, text)).configs]
     defaults = OBJECTIVES["disttempnet-v1"].arguments
     assert arguments[0] == defaults | {"tau_max": 0.3, "tau_min": 0.01, "rho": 1.5}
     assert arguments[1] == defaults | base | {"tau_max": 0.3, "tau_min": 0.02, "rho": 2.5}
@@ -54,7 +55,7 @@ def test_no_loss_key_is_lost(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c--seed-1: .*unknown argument .*'tau_max'"):
         load_grid(write(tmp_path, text + 'c.loss = { name = "clip-constant" }\n'))
     alone = load_grid(write(tmp_path, 'config = "debug.toml"\nseeds = [1]\n[common]\nloss.name = "clip"\n[runs.x]'))
-    assert alone.configs[0].loss.model_dump() == {"name": "clip", **OBJECTIVES["clip"].arguments}
+    assert alone.configs[0].loss.model_dump() == {"name": "clip"}
 
 
 def test_values_in_names(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from disttempnet.config.toml import apply_override, base_path, find_config, merg
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tasks import find_task
 from disttempnet.io.ranges import SEEDS
-from disttempnet.training.model import as_trained, resolved
+from disttempnet.training.model import as_trained, continued, resolved
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.run_info import read_facts
 
@@ -62,7 +62,12 @@ class GridFile(Section):
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs of a comparison, in the order in which they are trained."""
+    """All runs of a comparison, in the order in which they are trained.
+
+    Attributes:
+        out: folder of the run folders.
+        configs: checked, with [loss] as written. A default that changed since a run began is thus that of the run.
+    """
 
     out: Path
     configs: tuple[Config, ...]
@@ -106,19 +111,25 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     names = [config.name for config in configs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path}: two runs have the name {min(twice)}; rename one")
-    return Grid(Path(file.out), tuple(_resolved(path, configs)))
+    _check(path, configs)
+    return Grid(Path(file.out), configs)
 
 
 def run_state(config: Config) -> RunState:
-    """Return the state of a run, from its folder."""
+    """Return the state of a run, from its folder.
+
+    Args:
+        config: of a grid. Arguments that it leaves out are those that `train --resume auto` would give the run.
+    """
     folder = config.folder
     if not (folder / "config.toml").is_file():
         return RunState("new")
     try:
-        was = as_trained(load_config(folder / "config.toml", bounds=False))
+        saved = load_config(folder / "config.toml", bounds=False)
+        was, now = as_trained(saved), resolved(continued(config, saved), bounds=False)
     except UserError as error:
         return RunState("differs", str(error))
-    for key, old, new in config_differences(public_table(was), public_table(config), NO_EFFECT_ON_RESULT):
+    for key, old, new in config_differences(public_table(was), public_table(now), NO_EFFECT_ON_RESULT):
         return RunState("differs", f"{folder}: {key} was {old!r} and is {new!r} now: give another out, or remove it")
     if "finished" in read_facts(folder):
         return RunState("done")
@@ -162,13 +173,13 @@ def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[C
         yield config_from_table(table, f"{path}: {table['name']}")
 
 
-def _resolved(path: Path, configs: Sequence[Config]) -> Iterator[Config]:
-    """Yield the resolved configs. A wrong [loss] and an unknown task are refused before the first run starts."""
+def _check(path: Path, configs: Sequence[Config]) -> None:
+    """Raise UserError for a wrong [loss] or an unknown task, before the first run starts."""
     for config in configs:
         try:
             for task in config.eval.tasks:
                 find_task(task)
-            yield resolved(config)
+            resolved(config)
         except UserError as error:
             raise UserError(f"{path}: {config.name}: {error}") from None
 

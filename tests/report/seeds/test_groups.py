@@ -7,6 +7,8 @@ import pytest
 
 from disttempnet.config import DataConfig, EvalConfig, TrainConfig
 from disttempnet.errors import UserError
+from disttempnet.losses import OBJECTIVES
+from disttempnet.losses.registry import LATER_ARGUMENTS
 from disttempnet.report.seeds.groups import Cell, Column, cell_of, compare_groups, families, mark
 from tests.report.invented import result
 
@@ -73,6 +75,28 @@ def test_what_the_result_does_not_depend_on_tells_no_runs_apart_nor_do_keys_that
     new.config["data"]["gone"] = "a key of long ago"
     slow.config["data"]["lanes"] = 4
     assert [group.seeds for group in compare_groups([old, new, slow]).groups] == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize("loss", ["clip", "sogclr", "isogclr", "fastclip-v2", "siglip"])
+def test_results_from_before_an_argument_came_are_grouped_with_new_ones_that_are_trained_alike(loss: str) -> None:
+    old, new = (result(loss, seed, scores(0.1)) for seed in (1, 2))
+    new.config["loss"] |= OBJECTIVES[loss].arguments
+    old.config["loss"] |= {key: new.config["loss"][key] for key in OBJECTIVES[loss].arguments.keys() - LATER_ARGUMENTS}
+    assert [group.seeds for group in compare_groups([old, new]).groups] == [[1, 2]]
+
+
+@pytest.mark.parametrize("loss", ["tempnet", "fastclip-v0", "fastclip-v3"])
+def test_results_from_before_a_default_changed_are_other_runs(loss: str) -> None:
+    old, new, clamped = (result(loss, seed, scores(0.1)) for seed in (1, 2, 3))
+    for run in (new, clamped):
+        run.config["loss"] |= OBJECTIVES[loss].arguments
+    clamped.config["loss"]["tau_gradient_limit"] = 5.0
+    old.config["loss"] |= {key: new.config["loss"][key] for key in OBJECTIVES[loss].arguments.keys() - LATER_ARGUMENTS}
+    assert [group.seeds for group in compare_groups([old, new, clamped]).groups] == [[1, 3], [2]]
+    # without what an old u adds there is nothing to clamp
+    for run in (old, new, clamped):
+        run.config["loss"]["tau_gradient"] = "batch"
+    assert [group.seeds for group in compare_groups([old, new, clamped]).groups] == [[1, 2, 3]]
 
 
 def test_negative_values_are_no_separators() -> None:

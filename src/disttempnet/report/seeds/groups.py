@@ -24,6 +24,7 @@ from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.results.averages import average_title, counted_tags
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.evaluation.tasks import task_title
+from disttempnet.losses import with_later_arguments
 from disttempnet.report.compact import CompactResult
 
 AVERAGES = "averages"  # stands for a task; its metrics are the tags of averages
@@ -249,9 +250,17 @@ def _titles(firsts: Sequence[CompactResult]) -> list[tuple[str, str]]:
 
 
 def _key(config: dict[str, Any], without_batch: bool = False) -> str:
-    """Return the keys that affect the result, except the seed, as text. Keys that an old config lacks are defaults."""
+    """Return the keys that affect the result, except the seed, as text.
+
+    Keys that an old config lacks are defaults; arguments of its objective are as it was trained.
+    """
     left_out = {*NO_EFFECT_ON_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
-    table = defaults() | flat(config)
+    arguments = dict(config["loss"])
+    objective = arguments.pop("name")
+    arguments = with_later_arguments(objective, arguments)
+    if arguments.get("tau_gradient") == "batch":
+        left_out.add("loss.tau_gradient_limit")  # it bounds a part that only `fcco` adds
+    table = defaults() | flat({**config, "loss": {"name": objective, **arguments}})
     return json.dumps({key: value for key, value in table.items() if key not in left_out}, sort_keys=True)
 
 
