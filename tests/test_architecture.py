@@ -135,7 +135,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"export", "file"},
     ],
     "features": [
-        {"facts", "store"},
+        {"cache_key", "store"},
         {"build"},
         {"batches", "export"},
     ],

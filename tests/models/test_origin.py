@@ -389,6 +389,6 @@ def test_a_run_keeps_what_its_weights_wanted(
     assert cli.main([*start, "model.name=demo-convnext-32", "--resume", "auto"]) == 2
     assert "model 'demo-convnext-32' has embed_dim = 128, the weights in " in capsys.readouterr().err
     assert cli.main(["evaluate", "runs/quick", "--resize-positions"]) == 2
-    assert "--resize-positions is for weights of others" in capsys.readouterr().err
+    assert "--resize-positions is for named weights" in capsys.readouterr().err
     assert cli.main([*given, "model.resize_positions=true"]) == 2
     assert "resize_positions is for the weights of pretrained" in capsys.readouterr().err

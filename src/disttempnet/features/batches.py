@@ -25,7 +25,7 @@ from disttempnet.data.images import UnreadableImage
 from disttempnet.data.loader import PairDataset, PlannedSamples, Sample, chosen_caption
 from disttempnet.data.open import open_loader
 from disttempnet.features.build import Build, Pass, build, width_of
-from disttempnet.features.facts import facts_of
+from disttempnet.features.cache_key import facts_of
 from disttempnet.features.store import CACHE_ELSEWHERE, FeatureStore, store_in
 from disttempnet.models import Towers
 from disttempnet.models.text import trimming

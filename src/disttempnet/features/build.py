@@ -215,7 +215,7 @@ class _Claims:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
 
     def is_mine(self, number: int) -> bool:
-        """Whether a shard is of this rank's share, where there are no locks."""
+        """Tell whether a shard is of this rank's share, where there are no locks."""
         return number % distributed.world_size() == distributed.rank()
 
     def _lock(self, number: int) -> bool:

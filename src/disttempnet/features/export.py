@@ -28,7 +28,7 @@ from disttempnet import distributed
 from disttempnet.data.augment import train_transform
 from disttempnet.errors import UserError
 from disttempnet.features.build import Build, Pass, build, usable_mask, width_of
-from disttempnet.features.facts import facts_of
+from disttempnet.features.cache_key import facts_of
 from disttempnet.features.store import DTYPES, FeatureStore, features_digest, store_in
 from disttempnet.io.files import atomic, unwritable_named, write_output
 from disttempnet.models import Towers

@@ -255,12 +255,12 @@ def _key(config: dict[str, Any], without_batch: bool = False) -> str:
     Keys that an old config lacks are defaults; arguments of its objective are as it was trained.
     """
     left_out = {*NO_EFFECT_ON_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
-    arguments = dict(config["loss"])
-    objective = arguments.pop("name")
+    arguments = dict(config.get("loss", {}))  # an evaluation may know nothing of the training
+    objective = arguments.pop("name", "")
     arguments = with_later_arguments(objective, arguments)
     if arguments.get("tau_gradient") == "batch":
         left_out.add("loss.tau_gradient_limit")  # it bounds a part that only `fcco` adds
-    table = defaults() | flat({**config, "loss": {"name": objective, **arguments}})
+    table = defaults() | flat({**config, "loss": {"name": objective, **arguments}} if objective else config)
     return json.dumps({key: value for key, value in table.items() if key not in left_out}, sort_keys=True)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_source
-from disttempnet.features import facts
+from disttempnet.features import cache_key
 from disttempnet.models import load_model
 from disttempnet.models.trunk import trunk_of
 from tests.data.pictures import encoded, gradient
@@ -28,7 +28,7 @@ def listing(tmp_path: Path) -> Path:
 
 
 def states(*paths: Path, side: str = "image") -> list[list[str]]:
-    return facts.file_states(open_source(tuple(SourceConfig(path=str(path)) for path in paths)), side)
+    return cache_key.file_states(open_source(tuple(SourceConfig(path=str(path)) for path in paths)), side)
 
 
 def test_a_replaced_image_has_another_state(listing: Path) -> None:
@@ -60,9 +60,9 @@ def test_facts_name_the_versions(listing: Path, monkeypatch: pytest.MonkeyPatch)
     towers = load_model("demo-vit-32")
     towers.module.requires_grad_(False)
     source, trunk = open_source((SourceConfig(path=str(listing)),)), trunk_of(towers, "image")
-    before = facts.facts_of(trunk, source, None)
+    before = cache_key.facts_of(trunk, source, None)
     assert before["versions"].keys() == {"open_clip_torch"}
     assert before["precision"] == "float32"
-    assert facts.facts_of(trunk, source, torch.bfloat16)["precision"] == "bfloat16"
-    monkeypatch.setattr(facts, "FEATURES_VERSION", facts.FEATURES_VERSION + 1)
-    assert facts.facts_of(trunk, source, None) != before
+    assert cache_key.facts_of(trunk, source, torch.bfloat16)["precision"] == "bfloat16"
+    monkeypatch.setattr(cache_key, "FEATURES_VERSION", cache_key.FEATURES_VERSION + 1)
+    assert cache_key.facts_of(trunk, source, None) != before
