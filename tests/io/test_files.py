@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import resource
 import socket
 import stat
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from disttempnet.io.files import (
     write_atomically,
     write_output,
 )
+from tests.full_disk import small_files
 from tests.report.synthetic import write_run
 
 
@@ -199,17 +199,6 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 
 
 # ---- commands, on a disk that takes no more than so many bytes of a file, and in folders that take none ----
-
-
-@contextmanager
-def small_files(most: int) -> Iterator[None]:
-    """Inside, no file can have more bytes: for the writer it is a full disk (EFBIG in place of ENOSPC)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 EMOJI = "embedded:emoji/train"

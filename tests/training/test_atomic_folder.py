@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from safetensors.torch import save_file
 from disttempnet import distributed
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.training import atomic_folder
+from tests.full_disk import small_files
 from tests.gloo import Pools
 
 
@@ -88,17 +86,6 @@ def test_what_is_removed_loses_its_name_first(target: Path, monkeypatch: pytest.
     assert left.exists()
     atomic_folder.remove_leftovers(target.parent)
     assert list(target.parent.iterdir()) == []
-
-
-@contextmanager
-def small_files(most: int) -> Iterator[None]:
-    """Inside, no file can have more bytes: for the writer it is a full disk (EFBIG in place of ENOSPC)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("save", [torch.save, save_file], ids=["torch", "safetensors"])

@@ -3,14 +3,11 @@
 import errno
 import os
 import re
-import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from disttempnet.io.jobs import run_jobs
 from tests.data.conftest import png, sample, write_shard
 from tests.data.pictures import noise_image
 from tests.data.shards.conftest import Write, files
+from tests.full_disk import small_files
 
 
 def update(folder: Path, workers: int = 1, checksum: bool = False) -> tuple[ShardIndex, str]:
@@ -153,21 +151,13 @@ def test_all_shards_that_are_no_tars_are_counted_and_the_others_kept(shards: Wri
     assert files(folder) == ["all.index"]
 
 
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """No file can grow beyond this many bytes: what the kernel says of a full disk, but for the name of the error."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("size", [0, 700, 1500, 5000, 14_050])
 def test_a_disk_that_fills_leaves_nothing_that_is_trusted(shards: Write, scanned: list[str], size: int) -> None:
     folder = shards(*[40] * 8)  # a record of the journal has 1.7 kB, the index 14.2 kB, all of the journal 13.9 kB
-    with room_for(size), pytest.raises(UserError, match=r"all\.index: the index cannot be written \(File too large\)"):
+    with (
+        small_files(size),
+        pytest.raises(UserError, match=r"all\.index: the index cannot be written \(File too large\)"),
+    ):
         open_index(str(folder), progress=False)
     assert files(folder) in ([], ["all.index.partial"])
     kept = len(scanned) - (size < 14_050)  # in the last case it is the index that does not fit

@@ -4,7 +4,6 @@ import base64
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import sys
 import time
@@ -37,6 +36,7 @@ from disttempnet.data.shards.store import ShardState, shard_state
 from disttempnet.data.tools.verify import verify
 from disttempnet.errors import UserError
 from tests.data.serving import Server, serving
+from tests.full_disk import small_files
 
 SIZE = 300_000  # bytes of a shard here: more than the two ends that a fingerprint reads
 NAMES = [f"{n:05d}.tar" for n in range(5)]
@@ -234,13 +234,9 @@ def test_unknown_protocols(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(server: Server, store: RemoteStore) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))
-    try:
-        with pytest.raises(UserError, match=r"00000\.tar: cannot be written: File too large; make room, set"):
-            store.open(NAMES[0])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reason = r"00000\.tar: cannot be written: File too large; make room, set"
+    with small_files(SIZE // 2), pytest.raises(UserError, match=reason):
+        store.open(NAMES[0])
     assert server.wholes == NAMES[:1], "not a fault of the server: no further attempt"
     assert not begun(store)
     assert len(content(store, NAMES[0])) == SIZE

@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from disttempnet.data.tools.write import WriteSettings, write_shards
 from disttempnet.errors import UserError
 from disttempnet.io.files import WRITING
 from tests.data.conftest import png, sample, write_shard
+from tests.full_disk import small_files
 
 Write = Callable[..., Path]
 EMOJI = "embedded:emoji/val"  # 1,172 samples
@@ -275,13 +275,9 @@ def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(whole: dict[str, bytes], tmp_path: Path) -> None:
     source = open_index(EMOJI, progress=False)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))  # bytes: less than a shard
-    try:
-        with pytest.raises(UserError, match=r"00000\.tar: cannot be written: File too large; complete shards stay"):
-            write_shards(source, tmp_path, WriteSettings(100), workers=1, progress=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reason = r"00000\.tar: cannot be written: File too large; complete shards stay"
+    with small_files(400_000), pytest.raises(UserError, match=reason):  # bytes: less than a shard
+        write_shards(source, tmp_path, WriteSettings(100), workers=1, progress=False)
     assert content(tmp_path) == {}
     assert not list(tmp_path.glob(f"{WRITING}*"))
     write_shards(source, tmp_path, WriteSettings(100), workers=1, progress=False)
