@@ -25,3 +25,13 @@ def test_a_run_that_fails_at_its_start_does_not_shorten_the_eta(monkeypatch: pyt
     assert shown._overall().endswith("ETA 0:01:00")  # half a run in 12 s; 2.5 are left
     shown.ended("good", "failed", "half way", 10.0)
     assert shown._overall().endswith("ETA 0:00:48")  # 2 are left
+
+
+def test_shares_that_round_give_no_eta_before_work_is_done() -> None:
+    """The shares at which runs resume add up to another float in another order: no speed may come of that."""
+    shown, shares = display.GridDisplay(4, 0), {"a": 76, "b": 32, "c": 95}
+    for name in shares:
+        shown.began(name)
+    for name in ("c", "a", "b"):
+        shown.progress(name, shares[name], 100, {})
+    assert shown._overall() == "0/4 runs"

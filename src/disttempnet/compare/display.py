@@ -76,7 +76,8 @@ class GridDisplay(ProgressDisplay):
     def _overall(self) -> str:
         """Return the number of finished runs, and the ETA at the speed of this call; all runs count the same."""
         text = f"{self._done}/{self._total} runs"
-        here = sum(self._share.values()) - sum(self._before.values())
+        # run by run: exactly 0 as long as no run is further than it was; a difference of two sums may be 4e-16
+        here = sum(share - self._before.get(name, 0.0) for name, share in self._share.items())
         if here <= 0:
             return text
         left = self._to_do - sum(self._share.values())

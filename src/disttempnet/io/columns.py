@@ -73,7 +73,9 @@ def map_columns(path: Path, format: str, verify: bool = False) -> MappedColumns:
             # the header: metadata, and where each column lies
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(_LENGTH), "little")
             begin = _LENGTH + length
-            header = json.loads(file.read(length) if begin <= size else b"")
+            if begin > size:
+                raise ValueError("it is cut off, or no file of columns")
+            header = json.loads(file.read(length))
             metadata = header.pop("__metadata__")
             if metadata["format"] != format:
                 raise ValueError(f"its format is {metadata['format']}, not {format}")
@@ -92,7 +94,7 @@ def map_columns(path: Path, format: str, verify: bool = False) -> MappedColumns:
                 dtype, shape = COLUMN_DTYPES[entry["dtype"]], entry["shape"]
                 offset = begin + entry["data_offsets"][0]
                 columns[name] = np.frombuffer(mapping, dtype, prod(shape), offset).reshape(shape)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"no header of columns: {error!r}") from None
     return MappedColumns(metadata, columns)
 

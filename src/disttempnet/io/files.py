@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from disttempnet.errors import UserError, notice
+from disttempnet.io.machine import cause
 
 WRITING = ".writing-"  # prefix of files that are still being written
 LONGEST_NAME = 255  # bytes, on most file systems
@@ -164,6 +165,15 @@ def unwritable_named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def unreadable_named(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into a UserError that names the file and the cause."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {cause(error)}") from None
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -147,7 +147,8 @@ def _draw_vendor(package: Path, folder: Path, vendor: Vendor) -> Iterator[int]:
             told = seen
     kinds = [pyarrow.string()] * 4 + [pyarrow.binary()] * 2
     schema = pyarrow.schema(list(zip(Drawn._fields, kinds, strict=True)))
-    with atomic(_drawn_file(folder, vendor)) as temporary:
+    path = _drawn_file(folder, vendor)
+    with unwritable_named(path), atomic(path) as temporary:  # here, as a worker's OSError would be a traceback
         write_table(pyarrow.Table.from_pylist([row._asdict() for row in rows], schema), temporary)
     yield vendor.icons - told
 

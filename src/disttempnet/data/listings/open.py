@@ -35,7 +35,6 @@ from disttempnet.data.listings.readers import TABLE_SUFFIXES, FolderLayout, Layo
 from disttempnet.data.shards.remote import is_remote
 from disttempnet.data.source import OK, Source, hash_of, usable_captions
 from disttempnet.errors import UserError, UserNotice
-from disttempnet.io.columns import temporary_index
 from disttempnet.io.files import UnfitFile, read_regular
 from disttempnet.io.machine import cause
 from disttempnet.sanitize import one_line
@@ -245,8 +244,6 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
     def build() -> None:
         path = index_file(layout, source.index)
         if distributed.is_main() and not path.is_file():
-            with temporary_index(path):  # fail before reading, which may take minutes, not after it
-                pass
             build_index(layout, path, settings, progress)
 
     def load() -> Listing:

@@ -73,10 +73,9 @@ def build_shard_index(shards: ShardList, path: Path, how: ScanSettings, known: S
             the index cannot be written. Scanned shards are kept for the next call, except after a changed checksum.
     """
     store, states = shards.store, shards.store.states(shards.names)
+    with temporary_index(path):  # fail before a scan that may take an hour, not after it
+        pass
     with explain_unwritable_index(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_index(path):  # fail before a scan that may take an hour, not after it
-            pass
         journal = Journal(path, how.caption_key)
     try:
         if known is None and path.is_file():  # built by another process while this one waited for the journal

@@ -27,7 +27,7 @@ from disttempnet.data.shards.tar import BrokenTar, read_member, sample_key
 from disttempnet.data.source import MAX_TEXT, OK, Source, UnreadableCaption, hash_of, mix_bits, usable_captions
 from disttempnet.errors import UserError
 from disttempnet.io.columns import ColumnType, ColumnWriter, map_columns
-from disttempnet.io.machine import open_files
+from disttempnet.io.machine import cause, open_files
 
 SHARD_INDEX_FORMAT = "disttempnet-index-1"
 IMAGE, CAPTION, JSON = range(3)
@@ -174,7 +174,11 @@ class ShardIndex(Source):
             raise UnreadableImage(f"over {MAX_BYTES:,} bytes")
         if kind != IMAGE and size > MAX_TEXT:
             raise UnreadableCaption(f"over {MAX_TEXT:,} bytes")
-        data = os.pread(self._file(shard), size, int(self.start[sample]) + offset)
+        descriptor = self._file(shard)
+        try:
+            data = os.pread(descriptor, size, int(self.start[sample]) + offset)
+        except OSError as error:
+            raise UserError(f"{self.store.where(self.shards[shard].name)}: cannot be read: {cause(error)}") from None
         if len(data) < size:
             path = self.store.where(self.shards[shard].name)
             raise UserError(f"{path}: ends inside sample {sample}: it was cut off after indexing; restore the shard")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from disttempnet.data.shards.store import file_fingerprint
 from disttempnet.errors import UserError
-from disttempnet.io.files import atomic, unwritable_named
+from disttempnet.io.files import atomic, unreadable_named, unwritable_named
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def check_list(job: Download) -> None:
     if not job.tsv.is_file():
         known = LISTS[job.name]
         raise UserError(f"{job.tsv}: no such file; get it ({known.size}) from {known.origin} and name it with --tsv")
-    with job.tsv.open(encoding="utf-8", errors="replace") as file:
+    with unreadable_named(job.tsv), job.tsv.open(encoding="utf-8", errors="replace") as file:
         _url_column(job.tsv, file.readline(), file.readline())
 
 
@@ -143,7 +143,7 @@ def write_headed(job: Download) -> int:
 
 def _rows(path: Path) -> Iterator[tuple[str, str] | None]:
     """Yield (URL, caption) of each line except a header; None for a malformed line."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    with unreadable_named(path), path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         first, second = file.readline(), file.readline()
         column = _url_column(path, first, second)
         file.seek(0)
