@@ -14,10 +14,40 @@ from torch.testing import assert_close
 
 from disttempnet.cli.main import main
 from disttempnet.data import decode, eval_transform
-from disttempnet.models import encode_images, encode_texts, load_model
+from disttempnet.models import Towers, encode_images, encode_texts, load_model, save_model
 from tests.data.pictures import encoded, gradient
 
-MODEL = "open_clip:demo-vit-32"
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    torch.manual_seed(0)
+    towers = load_model("demo-vit-32")
+    towers.module.eval()
+    return towers
+
+
+@pytest.fixture(scope="module")
+def weights(towers: Towers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The towers as open_clip saves them."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(towers, folder, logit_scale=10.0)
+    return folder
+
+
+class Embed:
+    """The command on a model and a listing; keywords replace them."""
+
+    def __init__(self, model: Path, source: Path) -> None:
+        self.model, self.source = model, source
+
+    def __call__(self, out: Path, *flags: str, model: str = "", source: str = "") -> int:
+        target, data = model or str(self.model), source or str(self.source)
+        return main(["embed", target, data, "--out", str(out), "--workers", "0", *flags])
+
+
+@pytest.fixture
+def embed(weights: Path, images: Path) -> Embed:
+    return Embed(weights, images)
 
 
 @pytest.fixture
@@ -34,16 +64,11 @@ def images(tmp_path: Path) -> Path:
     return folder / "list.jsonl"
 
 
-def embed(images: Path, out: Path, *flags: str) -> int:
-    return main(["embed", MODEL, str(images), "--out", str(out), "--workers", "0", *flags])
-
-
-def test_files_hold_the_towers_features(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert embed(images, tmp_path / "out") == 0
+def test_files_hold_the_towers_features(
+    embed: Embed, towers: Towers, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(tmp_path / "out") == 0
     assert "features of 39 samples of 40" in capsys.readouterr().out
-    torch.manual_seed(0)
-    towers = load_model("demo-vit-32")
-    towers.module.eval()
     with safe_open(tmp_path / "out" / "features-00000.safetensors", "pt") as file:
         metadata = file.metadata()
         ids, image, text, text_ids = (file.get_tensor(name) for name in ("ids", "image", "text", "text_ids"))
@@ -61,14 +86,16 @@ def test_files_hold_the_towers_features(images: Path, tmp_path: Path, capsys: py
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert about["samples"] == 39
     assert about["complete"]
+    assert about["model"] == str(embed.model)
+    assert about["notes"] == []
     assert about["digest"] == metadata["digest"]
     assert not (tmp_path / "out" / ".parts").exists()
 
 
-def test_parquet_holds_the_same(images: Path, tmp_path: Path) -> None:
+def test_parquet_holds_the_same(embed: Embed, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    assert embed(images, tmp_path / "one") == 0
-    assert embed(images, tmp_path / "two", "--format", "parquet") == 0
+    assert embed(tmp_path / "one") == 0
+    assert embed(tmp_path / "two", "--format", "parquet") == 0
     table = parquet.read_table(tmp_path / "two" / "features-00000.parquet")
     with safe_open(tmp_path / "one" / "features-00000.safetensors", "pt") as file:
         image, text = file.get_tensor("image"), file.get_tensor("text")
@@ -77,29 +104,65 @@ def test_parquet_holds_the_same(images: Path, tmp_path: Path) -> None:
     assert table["captions"].to_pylist()[0] == ["a picture 0", "another one"]
 
 
-def test_files_of_other_shards_are_removed(images: Path, tmp_path: Path) -> None:
+def test_files_of_other_shards_are_removed(embed: Embed, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "features-00007.safetensors").write_bytes(b"of more samples")
-    assert embed(images, out) == 0
+    assert embed(out) == 0
     assert [path.name for path in out.glob("features-*")] == ["features-00000.safetensors"]
 
 
 def test_a_full_disk_is_one_line_about_out(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    embed: Embed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert embed(images, tmp_path / "other") == 0
+    assert embed(tmp_path / "other") == 0
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert embed(images, tmp_path / "out") == 2
+    assert embed(tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert "free some, choose --dtype float16, or name another --out" in message
     assert "train.cache" not in message
     assert json.loads((tmp_path / "out" / "about.json").read_text())["complete"] is False
-    assert embed(images, tmp_path / "out", "--dtype", "float16") == 2
+    assert embed(tmp_path / "out", "--dtype", "float16") == 2
     assert "holds features of another model" in capsys.readouterr().err
 
 
-def test_other_features_are_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert embed(images, tmp_path / "out") == 0
-    assert embed(images, tmp_path / "out", "--dtype", "float16") == 2
+def test_other_features_are_refused(embed: Embed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert embed(tmp_path / "out") == 0
+    assert embed(tmp_path / "out", "--dtype", "float16") == 2
     assert "holds features of another model, source or format" in capsys.readouterr().err
+
+
+def test_towers_without_weights_are_refused(
+    embed: Embed, towers: Towers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture = tmp_path / "own.json"
+    architecture.write_text(json.dumps(towers.architecture))
+    for model, message in (
+        ("open_clip:demo-vit-32", "demo-vit-32: with which weights? demo-vit-32/TAG (open_clip has none of this one)"),
+        ("demo-vit-32", "demo-vit-32: with which weights?"),
+        (str(architecture), f"{architecture}: an architecture without weights"),
+        ("open_clip:demo-vit-23", "unknown model 'demo-vit-23'. Did you mean 'demo-vit-32'"),
+    ):
+        assert embed(tmp_path / "out", model=model) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "random" not in error, "that is no way out here"
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_notes_are_printed_and_kept(
+    embed: Embed, towers: Towers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights of 32 pixels in an architecture of 64."""
+    folder = tmp_path / "large"
+    shutil.copytree(embed.model, folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] *= 2
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert embed(tmp_path / "out", model=str(folder)) == 2
+    assert "embed: --resize-positions" in capsys.readouterr().err
+    assert embed(tmp_path / "out", "--resize-positions", model=str(folder)) == 0
+    about = json.loads((tmp_path / "out" / "about.json").read_text())
+    assert ["to which they were interpolated" in note for note in about["notes"]] == [True]
+    assert about["notes"][0] in capsys.readouterr().out

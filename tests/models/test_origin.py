@@ -280,6 +280,11 @@ def test_what_a_name_means(saved: Path, tagged: None, tmp_path: Path, monkeypatc
     }
     for target, expected in meant.items():
         assert read_target(target) == expected, target
+        if expected and expected[1] == "" and not expected[0].startswith(("local-dir:", "hf-hub:")):
+            with pytest.raises(UserError, match="weights"):
+                read_target(target, random=False)
+        else:
+            assert read_target(target, random=False) == expected, target
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from disttempnet.cli.model import TARGETS, add_resize_positions, open_target
 from disttempnet.io.paths import path_argument
 from disttempnet.io.ranges import BATCH, WORKERS
 from disttempnet.terminal import say
-
-if TYPE_CHECKING:
-    from disttempnet.models import Towers
 
 EMBED = """Embeds all images and captions of a data set with both towers, and writes unit features.
 
@@ -35,7 +33,8 @@ def add_embed_command(commands: Any) -> None:
         description=EMBED,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    embed.add_argument("target", type=path_argument, help="a run, or a model as `evaluate` takes it")
+    embed.add_argument("target", type=path_argument, help=f"one of: {TARGETS}")
+    add_resize_positions(embed)
     embed.add_argument("source", type=path_argument, metavar="SOURCE", help="shards or a listing, as in data.train")
     embed.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the files")
     embed.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors", help="of the files")
@@ -58,26 +57,17 @@ def _embed(options: argparse.Namespace) -> int:
 
     refuse_format(options.format)
     out = Path(options.out)
-    towers = _open(options.target)
+    model = open_target(options.target, options.resize_positions, random=False)
     with distributed.session(timeout_minutes=60.0) as device:
         source = open_source((SourceConfig(path=options.source),))
-        towers.module.to(device)
+        model.towers.module.to(device)
+        if distributed.is_main():
+            for note in model.notes:
+                say(note)
         how = Build(source, device, options.batch, options.workers, None, len(source))
-        count = embed_source(towers, how, out, options.format, options.dtype)
+        count = embed_source(model.towers, how, out, options.format, options.dtype, model.title)
         if distributed.is_main():
             for line in source.problems().splitlines():
                 say(line)
             say(f"features of {count:,} samples of {len(source):,}: {out.resolve()}")
     return 0
-
-
-def _open(target: str) -> Towers:
-    """The towers of a run, or of a model by name."""
-    import torch
-
-    from disttempnet.models import load_model, read_target
-    from disttempnet.training.checkpoint import load_run
-
-    torch.manual_seed(0)  # random towers are the same every time
-    named = read_target(target)
-    return load_model(*named) if named else load_run(target).towers

@@ -7,15 +7,13 @@ import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from disttempnet.cli.model import TARGETS, add_resize_positions, open_target
 from disttempnet.errors import Preempted, UserError
 from disttempnet.io.paths import path_argument
 from disttempnet.io.ranges import BATCH, WORKERS
 from disttempnet.terminal import say
-
-if TYPE_CHECKING:
-    from disttempnet.evaluation.command import OpenedModel
 
 EVALUATE = """Without --data-root: the tasks that the run's config names, or those whose data ships with the package.
 
@@ -32,10 +30,6 @@ examples:
   torchrun --nproc_per_node 8 -m disttempnet evaluate runs/mine --data-root /data/datacomp --workers 8
   disttempnet evaluate --list --data-root /data/datacomp
 """
-TARGETS = (
-    "a run folder, a checkpoint folder, NAME/TAG (ViT-B-32/openai), open_clip:NAME/FILE, a folder with an "
-    "open_clip_config.json or of transformers' CLIPModel, hf-hub:ORG/NAME"
-)
 
 
 def add_evaluate_command(commands: Any) -> None:
@@ -47,11 +41,7 @@ def add_evaluate_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     evaluate.add_argument("target", nargs="?", type=path_argument, help=f"one of: {TARGETS}")
-    evaluate.add_argument(
-        "--resize-positions",
-        action="store_true",
-        help="load weights of another image size: interpolate their position embeddings",
-    )
+    add_resize_positions(evaluate)
     evaluate.add_argument(
         "--tasks",
         nargs="+",
@@ -142,55 +132,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         workers=options.workers,
     )
     check_request(request)
-    model = _open(options.target, options.resize_positions)
+    model = open_target(options.target, options.resize_positions)
     with StopSignal({signal.SIGUSR1: Preempted.code}) as stop:
         return run_evaluation(model, request, lambda: stop.code)
-
-
-def _open(target: str, resize_positions: bool) -> OpenedModel:
-    """Return the towers of a run, a checkpoint or an open_clip model, with what is known of them."""
-    from disttempnet.models import read_target
-
-    if named := read_target(target):
-        return _open_named(target, *named, resize_positions)
-    if resize_positions:
-        raise UserError(
-            "--resize-positions is for named weights: the towers of a run have the image size of its config"
-        )
-    from disttempnet.evaluation.command import OpenedModel
-    from disttempnet.losses import OBJECTIVES
-    from disttempnet.training.checkpoint import load_run
-    from disttempnet.training.run_info import process_provenance
-
-    run = load_run(target)
-    spec = OBJECTIVES[run.config.loss.name]
-    title = f"{run.config.name} @ step {run.step}"
-    return OpenedModel(
-        towers=run.towers,
-        title=title,
-        model=run.config.model.name,
-        pretrained=title,
-        folder=run.folder,
-        name=f"step-{run.step:08d}",
-        config=run.config,
-        objective={"name": run.config.loss.name, "title": spec.title, "formula": spec.formula},
-        step=run.step,
-        versions=process_provenance()["versions"],
-        notes=run.towers.notes,
-    )
-
-
-def _open_named(target: str, model: str, pretrained: str, resize_positions: bool) -> OpenedModel:
-    """Return towers that were not trained by a run."""
-    import torch
-
-    from disttempnet.evaluation.command import OpenedModel
-    from disttempnet.models import is_random, load_model
-    from disttempnet.training.run_info import process_provenance
-
-    torch.manual_seed(0)  # random towers are the same every time
-    towers = load_model(model, pretrained, resize_positions=resize_positions)
-    notes = (*towers.notes, *((f"random weights: {target} names none",) if is_random(model, pretrained) else ()))
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
-    versions = process_provenance()["versions"]
-    return OpenedModel(towers, target, model, pretrained, Path(), name, versions=versions, notes=notes)

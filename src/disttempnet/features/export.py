@@ -61,7 +61,9 @@ def refuse_format(kind: str) -> None:
             ) from None
 
 
-def embed_source(towers: Towers, how: Build, out: Path, kind: str = "safetensors", dtype: str = "float32") -> int:
+def embed_source(
+    towers: Towers, how: Build, out: Path, kind: str = "safetensors", dtype: str = "float32", model: str = ""
+) -> int:
     """Write the embeddings of all samples of a source; every rank calls this.
 
     Args:
@@ -70,6 +72,7 @@ def embed_source(towers: Towers, how: Build, out: Path, kind: str = "safetensors
         out: folder of the files; one of other features is refused.
         kind: one of `FORMATS`.
         dtype: `float32` or `float16`.
+        model: what the towers are called in about.json; empty = their name.
 
     Returns:
         How many samples were written.
@@ -83,7 +86,9 @@ def embed_source(towers: Towers, how: Build, out: Path, kind: str = "safetensors
     facts["image"]["transform"] = {"name": "evaluation"}
     about: dict[str, Any] = {"features": facts, "dtype": dtype, "format": kind}
     digest = features_digest(about)
+    # what names and notes say has no part in the digest
     about |= {"digest": digest, "width": towers.embed_dim, "source": how.source.where}
+    about |= {"model": model or towers.name, "notes": list(towers.notes)}
     distributed.together(lambda: _refuse_other(out / ABOUT, digest))
     # from here on the folder is of these features, even if this is stopped
     distributed.together(lambda: _write_about(out, about | {"complete": False}) if distributed.is_main() else None)

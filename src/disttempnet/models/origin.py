@@ -132,15 +132,28 @@ def is_random(name: str, pretrained: str) -> bool:
     return not pretrained and not name.startswith(PLACES)
 
 
-def read_target(target: str) -> tuple[str, str] | None:
+def read_target(target: str, random: bool = True) -> tuple[str, str] | None:
     """Return the (name, pretrained) for `load_model` of a target of `evaluate`; None for a run or its checkpoint.
 
     Args:
         target: a path, `open_clip:NAME/TAG`, `open_clip:NAME/FILE`, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+        random: accept an architecture without weights.
 
     Raises:
-        UserError: the target is ambiguous or unknown; the message says how to write it.
+        UserError: the target is ambiguous, unknown or without weights; the message says how to write it.
     """
+    named = _read_target(target, random)
+    if named and not random and is_random(*named):
+        name = named[0]
+        if name.endswith(".json"):
+            raise UserError(f"{target}: an architecture without weights: name the folder that holds both")
+        if name in open_clip.list_models():  # load_model tells of an unknown one
+            raise UserError(_with_which_weights(name, random))
+    return named
+
+
+def _read_target(target: str, random: bool) -> tuple[str, str] | None:
+    """Return what a target means, random towers too; `random` is for the message alone."""
     # Explicit forms: a place, or open_clip:NAME with a tag or a path.
     rest = target.removeprefix("open_clip:")
     explicit = rest != target
@@ -169,11 +182,7 @@ def read_target(target: str) -> tuple[str, str] | None:
         return None
     if name in open_clip.list_models():
         if not tag:
-            tags = listed(open_clip.list_pretrained_tags_by_model(name), 8)
-            raise UserError(
-                f"{name}: with which weights? {name}/TAG ({tags or 'open_clip has none of this one'}), {name}/FILE, or "
-                f"open_clip:{name} for random ones"
-            )
+            raise UserError(_with_which_weights(name, random))
         return name, tag
     if tag and "/" not in tag and not Path(tag).suffix and name.isidentifier():
         raise UserError(
@@ -181,6 +190,13 @@ def read_target(target: str) -> tuple[str, str] | None:
             f"Hub. For open_clip's NAME/TAG: {unknown_name('model', name, open_clip.list_models())}"
         )
     return None
+
+
+def _with_which_weights(name: str, random: bool) -> str:
+    """Return the message for an architecture that is named without weights."""
+    tags = listed(open_clip.list_pretrained_tags_by_model(name), 8) or "open_clip has none of this one"
+    ways = [f"{name}/TAG ({tags})", f"{name}/FILE", *([f"open_clip:{name} for random ones"] if random else [])]
+    return f"{name}: with which weights? {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def _file_target(path: Path) -> str:

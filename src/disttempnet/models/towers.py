@@ -327,7 +327,7 @@ def _fit_image_positions(
     if not resize:
         raise UserError(
             f"{what}: name the architecture of their size, or interpolate them with model.resize_positions=true "
-            "(evaluate: --resize-positions)"
+            "(evaluate, embed: --resize-positions)"
         )
     if key == IMAGE_POSITIONS[0]:
         resize_pos_embed(state, module)
