@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from disttempnet.cli.main import main
@@ -104,12 +105,56 @@ def test_parquet_holds_the_same(embed: Embed, tmp_path: Path) -> None:
     assert table["captions"].to_pylist()[0] == ["a picture 0", "another one"]
 
 
-def test_files_of_other_shards_are_removed(embed: Embed, tmp_path: Path) -> None:
+def test_files_of_another_origin_are_kept(embed: Embed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("features-00000.safetensors", "features-00007.safetensors", ".parts"):
+        out = tmp_path / name / "out"
+        out.mkdir(parents=True)
+        (out / name).write_bytes(b"of somebody else")
+        assert embed(out) == 2
+        error = capsys.readouterr().err
+        assert f"{out / name}: is there without an about.json of `embed`: remove it, or name another --out" in error
+        assert error.count("\n") == 1
+        assert (out / name).read_bytes() == b"of somebody else"
+        assert [path.name for path in out.iterdir()] == [name]
+    for content in ('{"about": "holidays"}', "holidays", "[]"):
+        other = tmp_path / "holidays"
+        other.mkdir(exist_ok=True)
+        (other / "about.json").write_text(content)
+        assert embed(other) == 2
+        assert f"{other / 'about.json'}: is not of `embed`: remove it, or name another --out" in capsys.readouterr().err
+        assert (other / "about.json").read_text() == content
+
+
+def test_only_own_files_are_removed(embed: Embed, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "features-00007.safetensors").write_bytes(b"of more samples")
+    others = ["features-00007.parquet", "features-a.safetensors", "features-7.safetensors", "notes.txt"]
+    for name in others:
+        (out / name).write_bytes(b"of somebody else")
+    (out / "features-a.safetensors").write_bytes(b"of somebody else")
     assert embed(out) == 0
-    assert [path.name for path in out.glob("features-*")] == ["features-00000.safetensors"]
+    about = json.loads((out / "about.json").read_text())
+    (out / "about.json").write_text(json.dumps(about | {"complete": False}))
+    for name in ("features-00001.safetensors", ".writing-features-00000.safetensors-0123"):  # of an earlier version
+        (out / name).write_bytes(b"of this command")
+    assert embed(out) == 0
+    assert {path.name for path in out.iterdir()} == {*others, "features-00000.safetensors", "about.json"}
+    assert all((out / name).read_bytes() == b"of somebody else" for name in others)
+
+
+def test_complete_files_are_not_made_again(embed: Embed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert embed(out) == 0
+    assert capsys.readouterr().out == f"features of 39 samples of 40: {out}\n"
+    path = out / "features-00000.safetensors"
+    before, kept = path.stat().st_ino, load_file(path)
+    assert embed(out) == 0
+    assert capsys.readouterr().out == f"already complete: features of 39 samples of 40: {out}\n"
+    assert path.stat().st_ino == before, "the file is not written again"
+    path.unlink()
+    assert embed(out) == 0
+    assert capsys.readouterr().out == f"features of 39 samples of 40: {out}\n"
+    assert all(torch.equal(value, kept[key]) for key, value in load_file(path).items())
 
 
 def test_a_full_disk_is_one_line_about_out(

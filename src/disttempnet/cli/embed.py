@@ -17,7 +17,8 @@ EMBED = """Embeds all images and captions of a data set with both towers, and wr
   OUT/features-00000.parquet       or columns id, name, captions, image, text
   OUT/about.json                   what the features are of, and the digest of that
 
-After a stop, run the same command again: it goes on with what is left. torchrun shares the work between GPUs.
+After a stop, run the same command again: it goes on with what is left. Files of another origin are never replaced.
+torchrun shares the work between GPUs.
 
 examples:
   disttempnet embed runs/mine '/cc3m/{00000..00331}.tar' --out cc3m-features
@@ -53,10 +54,10 @@ def _embed(options: argparse.Namespace) -> int:
     from disttempnet.config import SourceConfig
     from disttempnet.data import open_source
     from disttempnet.features.build import Build
-    from disttempnet.features.export import embed_source, refuse_format
+    from disttempnet.features.export import check_output, embed_source
 
-    refuse_format(options.format)
     out = Path(options.out)
+    check_output(out, options.format)
     model = open_target(options.target, options.resize_positions, random=False)
     with distributed.session(timeout_minutes=60.0) as device:
         source = open_source((SourceConfig(path=options.source),))
@@ -65,9 +66,10 @@ def _embed(options: argparse.Namespace) -> int:
             for note in model.notes:
                 say(note)
         how = Build(source, device, options.batch, options.workers, None, len(source))
-        count = embed_source(model.towers, how, out, options.format, options.dtype, model.title)
+        done = embed_source(model.towers, how, out, options.format, options.dtype, model.title)
         if distributed.is_main():
             for line in source.problems().splitlines():
                 say(line)
-            say(f"features of {count:,} samples of {len(source):,}: {out.resolve()}")
+            already = "already complete: " if done.was_complete else ""
+            say(f"{already}features of {done.samples:,} samples of {len(source):,}: {out.resolve()}")
     return 0

@@ -6,14 +6,15 @@
     OUT/features-00000.parquet        or: columns id, name, captions, image, text; the digest is in its metadata
 
 Rows have norm 1. Samples that cannot be read are left out. While it works, OUT/.parts holds what is done: a command
-that was killed goes on from there.
+that was killed goes on from there. about.json is the mark of a folder of this command: beside another one, or without
+one, no file is replaced or removed.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,12 @@ from torch.nn.functional import normalize
 
 from disttempnet import distributed
 from disttempnet.data.augment import train_transform
+from disttempnet.data.listings.parquet import need_pyarrow
 from disttempnet.errors import UserError
 from disttempnet.features.build import Build, Pass, build, usable_mask, width_of
 from disttempnet.features.cache_key import facts_of
 from disttempnet.features.store import DTYPES, FeatureStore, features_digest, store_in
-from disttempnet.io.files import atomic, unwritable_named, write_output
+from disttempnet.io.files import WRITING, atomic, refuse_unwritable, unwritable_named, write_output
 from disttempnet.models import Towers
 from disttempnet.models.trunk import TOWER_SIDES, trunk_of
 
@@ -38,32 +40,51 @@ PARTS = ".parts"
 ABOUT = "about.json"
 ELSEWHERE = "name another --out"
 FORMATS = ("safetensors", "parquet")
+NAMES = re.compile(r"features-\d{5,}\.\w+")
 
 
 class Rows(NamedTuple):
-    """Some samples: ids, names and captions of each, image [n, D] and text [t, D], caption after caption."""
+    """Some samples, and their captions one after another.
 
-    ids: list[int]
+    Attributes:
+        ids: int64 [n].
+        names, captions: of each sample.
+        image: unit features [n, D].
+        text_ids: int64 [t], the sample of each caption.
+        text: unit features [t, D].
+    """
+
+    ids: NDArray[np.int64]
     names: list[str]
     captions: list[tuple[str, ...]]
     image: Tensor
+    text_ids: NDArray[np.int64]
     text: Tensor
 
 
-def refuse_format(kind: str) -> None:
-    """Raise UserError where files of this format cannot be written: learnt before hours of work."""
+class Export(NamedTuple):
+    """Files of features: the number of their samples, and whether they were all there before."""
+
+    samples: int
+    was_complete: bool
+
+
+def check_output(out: Path, kind: str) -> None:
+    """Raise UserError where files cannot be written: learnt before a model is opened and data are indexed.
+
+    Args:
+        out: folder of the files; one with files of another origin is refused.
+        kind: one of `FORMATS`; Parquet needs pyarrow.
+    """
     if kind == "parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "Parquet needs pyarrow: pip install 'disttempnet[parquet]', or --format safetensors"
-            ) from None
+        need_pyarrow(out, ", or --format safetensors")
+    refuse_unwritable(out / ABOUT)
+    _about_in(out, kind)
 
 
 def embed_source(
     towers: Towers, how: Build, out: Path, kind: str = "safetensors", dtype: str = "float32", model: str = ""
-) -> int:
+) -> Export:
     """Write the embeddings of all samples of a source; every rank calls this.
 
     Args:
@@ -74,11 +95,8 @@ def embed_source(
         dtype: `float32` or `float16`.
         model: what the towers are called in about.json; empty = their name.
 
-    Returns:
-        How many samples were written.
-
     Raises:
-        UserError: no room on the disk, files of other features, or data that cannot be read.
+        UserError: no room on the disk, files of another origin, or data that cannot be read.
     """
     towers.module.requires_grad_(False)  # nothing is trained: the trunk is all of a tower
     trunks = {side: trunk_of(towers, side) for side in TOWER_SIDES}
@@ -89,7 +107,9 @@ def embed_source(
     # what names and notes say has no part in the digest
     about |= {"digest": digest, "width": towers.embed_dim, "source": how.source.where}
     about |= {"model": model or towers.name, "notes": list(towers.notes)}
-    distributed.together(lambda: _refuse_other(out / ABOUT, digest))
+    there = distributed.together(lambda: _samples_there(out, kind, digest) if distributed.is_main() else None)
+    if (complete := distributed.gather_objects(there)[0]) is not None:
+        return Export(complete, True)
     # from here on the folder is of these features, even if this is stopped
     distributed.together(lambda: _write_about(out, about | {"complete": False}) if distributed.is_main() else None)
 
@@ -102,15 +122,15 @@ def embed_source(
         transform = train_transform("evaluation", towers.image_size, resizing=towers.resizing) if images else None
         passes[side] = Pass(store, trunk, transform)
     rows_bytes = 2 * towers.embed_dim * DTYPES[dtype].itemsize  # of a sample with one caption
-    there = sum(path.stat().st_size for path in out.glob(f"features-*.{kind}"))  # these are replaced
+    replaced = sum(path.stat().st_size for path in _files_of(out, kind))
     smaller = "choose --dtype float16, " if dtype == "float32" else ""
-    build(list(passes.values()), how, f"{smaller}or {ELSEWHERE}", max(0, how.end * rows_bytes - there))
+    build(list(passes.values()), how, f"{smaller}or {ELSEWHERE}", max(0, how.end * rows_bytes - replaced))
 
     # join both sides: a file a shard
     def write() -> int:
         if not distributed.is_main():
             return 0
-        count, paths = 0, set()
+        count, paths = 0, []
         usable = usable_mask(how.source)
         for number in passes["image"].store.shards(how.end):
             rows = _rows(how, usable, passes["image"].store, passes["text"].store, number)
@@ -118,31 +138,61 @@ def embed_source(
             with unwritable_named(path), atomic(path) as temporary:
                 (_write_parquet if kind == "parquet" else _write_safetensors)(temporary, rows, digest, DTYPES[dtype])
             count += len(rows.ids)
-            paths.add(path)
-        for path in set(out.glob(f"features-*.{kind}")) - paths:  # of a command with more or other shards
+            paths.append(path)
+        # of an earlier version with other shards, or of a command that was killed
+        for path in {*_files_of(out, kind), *out.glob(f"{WRITING}features-*")} - {*paths}:
             with unwritable_named(path):
                 path.unlink()
-        _write_about(out, about | {"samples": count, "complete": True})
+        _write_about(out, about | {"samples": count, "files": [path.name for path in paths], "complete": True})
         shutil.rmtree(out / PARTS, ignore_errors=True)
         return count
 
-    return int(distributed.gather_objects(distributed.together(write))[0])
+    return Export(int(distributed.gather_objects(distributed.together(write))[0]), False)
+
+
+def _files_of(out: Path, kind: str) -> list[Path]:
+    """Files in a folder with a name that this command gives."""
+    return sorted(path for path in out.glob(f"features-*.{kind}") if NAMES.fullmatch(path.name))
+
+
+def _about_in(out: Path, kind: str) -> dict[str, Any]:
+    """The about.json of a folder; empty where it holds none and no files either.
+
+    Raises:
+        UserError: the folder holds files of another origin.
+    """
+    path = out / ABOUT
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        others = [*_files_of(out, kind), *out.glob(PARTS)]
+        if not others:
+            return {}
+        raise UserError(f"{others[0]}: is there without an {ABOUT} of `embed`: remove it, or {ELSEWHERE}") from None
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not {"digest", "features"} <= found.keys():
+        raise UserError(f"{path}: is not of `embed`: remove it, or {ELSEWHERE}")
+    return found
+
+
+def _samples_there(out: Path, kind: str, digest: str) -> int | None:
+    """The number of samples of files that are complete already; None where some are to be written.
+
+    Raises:
+        UserError: the files are of other features: those of two models must not lie side by side.
+    """
+    if not (found := _about_in(out, kind)):
+        return None
+    if found["digest"] != digest:
+        raise UserError(f"{out}: holds features of another model, source or format: {ELSEWHERE}")
+    names = found.get("files", [])  # an older version kept no list
+    whole = found.get("complete") and names and all((out / name).is_file() for name in names)
+    return int(found["samples"]) if whole else None
 
 
 def _write_about(out: Path, about: dict[str, Any]) -> None:
     write_output(out / ABOUT, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-
-
-def _refuse_other(path: Path, digest: str) -> None:
-    """Raise UserError where a folder holds other features: files of two models must not lie side by side."""
-    try:
-        found = json.loads(path.read_bytes()).get("digest")
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, AttributeError):
-        found = None
-    if found != digest:
-        raise UserError(f"{path.parent}: holds features of another model, source or format: give another --out")
 
 
 def _rows(how: Build, usable: NDArray[np.bool_], images: FeatureStore, texts: FeatureStore, number: int) -> Rows:
@@ -153,29 +203,25 @@ def _rows(how: Build, usable: NDArray[np.bool_], images: FeatureStore, texts: Fe
     ids = [sample for sample in ids if sample not in unreadable]
     captions = [source.captions(sample) for sample in ids]
     # a sample's captions are consecutive rows: [t] ids, and which of its captions each is
-    repeated = np.array([sample for sample, own in zip(ids, captions, strict=True) for _ in own], dtype=np.int64)
-    which = iter([place for own in captions for place in range(len(own)) if len(own) > 1])
     order = np.array(ids, dtype=np.int64)
+    text_ids = np.repeat(order, np.array([len(own) for own in captions], dtype=np.int64))
+    which = iter([place for own in captions for place in range(len(own)) if len(own) > 1])
     return Rows(
-        ids,
+        order,
         [source.name(sample) for sample in ids],
         captions,
         normalize(images.read(order), dim=1) if ids else torch.zeros(0, images.width),
-        normalize(texts.read(repeated, lambda *_: next(which)), dim=1) if ids else torch.zeros(0, texts.width),
+        text_ids,
+        normalize(texts.read(text_ids, lambda *_: next(which)), dim=1) if ids else torch.zeros(0, texts.width),
     )
-
-
-def _text_ids(rows: Rows) -> Iterator[int]:
-    for sample, captions in zip(rows.ids, rows.captions, strict=True):
-        yield from (sample for _ in captions)
 
 
 def _write_safetensors(path: Path, rows: Rows, digest: str, dtype: torch.dtype) -> None:
     tensors = {
-        "ids": torch.tensor(rows.ids, dtype=torch.int64),
+        "ids": torch.from_numpy(rows.ids),
         "image": rows.image.to(dtype),
         "text": rows.text.to(dtype),
-        "text_ids": torch.tensor(list(_text_ids(rows)), dtype=torch.int64),
+        "text_ids": torch.from_numpy(rows.text_ids),
     }
     texts = {"names": json.dumps(rows.names), "captions": json.dumps(rows.captions, ensure_ascii=False)}
     save_file(tensors, path, metadata=texts | {"digest": digest})

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from disttempnet.data.listings.parquet import need_pyarrow
 from disttempnet.errors import UserError
 from disttempnet.io.files import atomic, unwritable_named
 from disttempnet.sanitize import csv_cell
@@ -47,12 +48,7 @@ def check_table(path: Path, facts: Sequence[str]) -> None:
         if name in TABLE_COLUMNS:
             raise UserError(f"--columns {name}: the table has a column of that name already")
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise UserError(
-                f"{path}: Parquet needs pyarrow: pip install 'disttempnet[parquet]', or write to a .csv file"
-            ) from None
+        need_pyarrow(path, ", or write to a .csv file")
     elif path.suffix != ".csv":
         raise UserError(f"{path}: the table must be a .csv or a .parquet file")
 

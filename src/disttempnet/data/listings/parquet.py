@@ -133,12 +133,12 @@ class ParquetLayout(Layout):
                 count += rows
 
 
-def need_pyarrow(where: Path) -> None:
-    """Raise UserError if pyarrow is not installed."""
+def need_pyarrow(where: Path, instead: str = "") -> None:
+    """Raise UserError if pyarrow is not installed; `instead` says what goes without it."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise UserError(f"{where}: Parquet needs pyarrow: pip install 'disttempnet[parquet]'") from None
+        raise UserError(f"{where}: Parquet needs pyarrow: pip install 'disttempnet[parquet]'{instead}") from None
 
 
 def find_files(where: Path) -> list[Path]:
