@@ -117,7 +117,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"tasks"},
         {"loader", "protocols"},
         {"class_features", "datasets"},
-        {"embed", "progress", "results", "score", "validation"},
+        {"cached", "embed", "progress", "results", "score", "validation"},
         {"evaluator"},
         {"outputs"},
         {"command"},

@@ -77,6 +77,13 @@ def add_evaluate_command(commands: Any) -> None:
         "--batch", type=BATCH.parse, default=256, metavar="N", help="images a forward pass (default: 256)"
     )
     evaluate.add_argument(
+        "--cache-features",
+        type=path_argument,
+        metavar="DIR",
+        help="compute the features of locked towers once and keep them in DIR; none = run the towers in full "
+        "(default: as the run's train.cache_features and train.cache_folder have it)",
+    )
+    evaluate.add_argument(
         "--out",
         type=path_argument,
         metavar="PATH",
@@ -129,6 +136,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         precision=options.precision or "",
         compat=options.compat,
         batch=options.batch,
+        cache_features=options.cache_features or "",
         workers=options.workers,
     )
     check_request(request)

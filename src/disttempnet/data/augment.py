@@ -173,14 +173,14 @@ class SeededTransform:
 
 
 class EvaluationTransform:
-    """Evaluation transform of encoded bytes: nothing is random."""
+    """Evaluation transform of encoded bytes: nothing is random; for `plain` see `images.decode`."""
 
-    def __init__(self, image_size: int, resizing: Resizing) -> None:
-        self.transform = eval_transform(image_size, resizing)
+    def __init__(self, image_size: int, resizing: Resizing, plain: bool = False) -> None:
+        self.transform, self.plain = eval_transform(image_size, resizing), plain
 
     def __call__(self, data: bytes, seed: int) -> Tensor:
         """Return uint8 [3, s, s] from encoded bytes. Raises UnreadableImage."""
-        return self.transform(decode(data))
+        return self.transform(decode(data, self.plain))
 
 
 def train_transform(name: str, image_size: int, draft: bool = False, resizing: Resizing = AS_CLIP) -> TrainTransform:

@@ -3,6 +3,7 @@
 tasks.py            the rows of tasks.toml, and samples
 evaluator.py        towers on tasks, over ranks;  outputs.py: results in files;  command.py: the command;  progress.py
 encoder.py          images and texts → features;  class_features.py: class texts, cached;  loader.py: decoded ahead
+cached.py           tasks on cached features of locked towers
 score.py            one pass over the images;  protocols.py metrics.py scores.py: from features to scores
 embed.py            features of samples and captions that belong to no task
 validation.py       samples of a run's own data that it was not trained on

@@ -12,6 +12,7 @@ from disttempnet import distributed
 from disttempnet.config import Config, public_table
 from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.errors import Preempted, UserError
+from disttempnet.evaluation.cached import FeatureCache
 from disttempnet.evaluation.class_features import ClassFeatures
 from disttempnet.evaluation.datasets.open import has_data
 from disttempnet.evaluation.encoder import checkpoint_hash, make_encoder
@@ -21,12 +22,19 @@ from disttempnet.evaluation.results.file import default_place
 from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject
 from disttempnet.evaluation.tasks import VALIDATION_TASK, Task, TaskData, all_tasks, find_task
 from disttempnet.evaluation.validation import validation_data
+from disttempnet.features.batches import folder_of
+from disttempnet.features.cache_key import of_main
+from disttempnet.features.store import STORE_ABOUT
 from disttempnet.io.files import refuse_unwritable
 from disttempnet.io.machine import cores
 from disttempnet.models import Towers
+from disttempnet.models.locks import lock_towers
+from disttempnet.models.trunk import TOWER_SIDES, trunk_of
 from disttempnet.terminal import say
 
 WORKERS_OF_A_GPU = 16  # at most
+CACHE_FLAG = "name another folder with --cache-features, or none"
+NO_CACHE = "none"  # in place of a folder of cached features
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class EvaluationRequest:
         precision: "" = bf16 on a GPU, else fp32; without a data root always fp32.
         compat: "" or one of `datasets.open.COMPATIBLE`.
         workers: decoding processes of each rank with a data root; None = a GPU's share of the cores, else threads.
+        cache_features: folder of cached features; "" = as the run's config has it, `NO_CACHE` = towers are run in full.
     """
 
     tasks: Sequence[Task] = ()
@@ -76,6 +85,7 @@ class EvaluationRequest:
     compat: str = ""
     batch: int = 256
     workers: int | None = None
+    cache_features: str = ""
 
     @property
     def below_root(self) -> Sequence[Task]:
@@ -117,7 +127,8 @@ def run_evaluation(model: OpenedModel, request: EvaluationRequest, stopped: Call
         # Tasks, longest first; then the evaluator, which hands each result to the sink.
         tasks = sink.unfinished()
         model.towers.module.to(device)
-        evaluator = _evaluator(model, request, device, sink.subject)
+        cache = _feature_cache(model, request, sink)
+        evaluator = _evaluator(model, request, device, sink.subject, cache)
         try:
             with sink:
                 evaluator.run(tasks, sink.load, sink, sink.progress)
@@ -127,19 +138,54 @@ def run_evaluation(model: OpenedModel, request: EvaluationRequest, stopped: Call
             raise
         if not distributed.is_main():
             return 0  # else a launcher might end rank 0 before its table is printed
+        if cache is not None:
+            say(cache.describe())
         sink.show(model.title)
     return int(sink.failed)
 
 
-def _evaluator(model: OpenedModel, request: EvaluationRequest, device: torch.device, subject: Subject) -> Evaluator:
+def _feature_cache(model: OpenedModel, request: EvaluationRequest, sink: ResultsOutput) -> FeatureCache | None:
+    """Return the features of locked towers that a run's config or the request names; None = towers are run in full.
+
+    Of a run they are those that its training read, of another model the embeddings of both towers.
+    """
+    config, given = model.config, request.cache_features
+    if given == NO_CACHE or not (given or (config is not None and config.train.cache_features)):
+        return None
+    folder = folder_of(config) if config is not None and not given else Path(given)
+    if not given and not of_main(lambda: _is_writable(folder)):  # a colleague's
+        if distributed.is_main():
+            say(f"{folder} cannot be written to: towers are run in full (--cache-features names another folder)")
+        return None
+    sides: Sequence[str] = config.cached_sides if config is not None else ()
+    if config is not None and sides and config.train.freeze != "towers":
+        lock_towers(model.towers.module, config.model)
+    else:
+        model.towers.module.requires_grad_(False)
+    trunks = {side: trunk_of(model.towers, side) for side in sides or TOWER_SIDES}
+    dtype = config.train.cache_dtype if config is not None else "float32"
+    return FeatureCache(trunks, folder, dtype, request.workers or 0, CACHE_FLAG, sink.aside)
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        refuse_unwritable(folder / STORE_ABOUT)
+    except UserError:
+        return False
+    return True
+
+
+def _evaluator(
+    model: OpenedModel, request: EvaluationRequest, device: torch.device, subject: Subject, cache: FeatureCache | None
+) -> Evaluator:
     """Return the evaluator; with a data root class features are kept on disk, by weights and precision of the texts."""
     if request.root is None:
-        return Evaluator(model.towers, device, batch=request.batch)
+        return Evaluator(model.towers, device, batch=request.batch, cache=cache)
     text_dtype = make_encoder(model.towers, device, subject.precision, False, 1).text_dtype
     kept = f"{subject.checkpoint}-{str(text_dtype or 'torch.float32').removeprefix('torch.')}"
     known = ClassFeatures(cache_folder() / "text" / kept)
     workers = _default_workers(device) if request.workers is None else request.workers
-    return Evaluator(model.towers, device, subject.precision, request.batch, workers, known)
+    return Evaluator(model.towers, device, subject.precision, request.batch, workers, known, cache=cache)
 
 
 def _default_workers(device: torch.device) -> int:

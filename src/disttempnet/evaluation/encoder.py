@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from disttempnet import distributed
+from disttempnet.data.loader import CAPTION_CHARACTERS
 from disttempnet.models import Towers, encode_images, encode_texts
 from disttempnet.models.text import trimming
+from disttempnet.models.trunk import LEAST_BATCH, filled
 
 ProgressCallback = Callable[[str, int, int], None]
 PRECISIONS = ("fp32", "bf16", "datacomp")
@@ -43,10 +45,16 @@ class FeatureEncoder:
     def width(self) -> int:
         return self.towers.embed_dim
 
+    @property
+    def least_batch(self) -> int:
+        """Rows that a last batch is filled up to, so that features do not depend on how many are left."""
+        return min(self.batch, LEAST_BATCH)
+
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 [b, 3, s, s] → unit float32 [b, D]."""
+        rows = filled(pixels, self.least_batch)
         with self._autocast(self.image_dtype):
-            return encode_images(self.towers, pixels.to(self.device, non_blocking=True)).float()
+            return encode_images(self.towers, rows.to(self.device, non_blocking=True)).float()[: len(pixels)]
 
     def texts(self, texts: Sequence[str], progress: ProgressCallback | None = None) -> Tensor:
         """Texts → this rank's rows of a table of unit float32 features [t, D]; `distributed.all_sum` gives all."""
@@ -54,16 +62,16 @@ class FeatureEncoder:
         if not texts:
             return table
         trim = trimming(self.towers.module)
-        tokens, order = self.towers.tokenizer(list(texts)), torch.arange(len(texts))
+        tokens, order = self.towers.tokenizer([text[:CAPTION_CHARACTERS] for text in texts]), torch.arange(len(texts))
         if trim:  # batches of like lengths: no text waits for a long one
             order = torch.argsort(trim.lengths(tokens), stable=True)
         mine = batches_of_this_rank(len(texts), self.batch)
         for done, batch in enumerate(mine, 1):
             rows = order[batch.start : batch.stop]
-            part = trim(tokens[rows]) if trim else tokens[rows]
+            part = filled(trim(tokens[rows]) if trim else tokens[rows], self.least_batch)
             with self._autocast(self.text_dtype):
                 features = encode_texts(self.towers, part.to(self.device))
-            table[rows.to(self.device)] = features.float()
+            table[rows.to(self.device)] = features.float()[: len(rows)]
             if progress:
                 progress("texts", done, len(mine))
         return table

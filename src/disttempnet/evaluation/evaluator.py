@@ -23,9 +23,16 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.errors import UserError
+from disttempnet.evaluation.cached import FeatureCache
 from disttempnet.evaluation.class_features import ClassFeatures
 from disttempnet.evaluation.datasets.open import load_task
-from disttempnet.evaluation.encoder import ProgressCallback, batches_of_this_rank, evaluation_mode, make_encoder
+from disttempnet.evaluation.encoder import (
+    FeatureEncoder,
+    ProgressCallback,
+    batches_of_this_rank,
+    evaluation_mode,
+    make_encoder,
+)
 from disttempnet.evaluation.loader import DecodeRequest, ImageBatch, decoded
 from disttempnet.evaluation.protocols import PROTOCOLS
 from disttempnet.evaluation.score import ScoredTask, embed_task_texts, score_task, task_texts, values_of_kept
@@ -100,6 +107,7 @@ class Evaluator:
         workers: processes that decode for a rank; 0 = threads.
         known: class features that are embedded already, and where they are kept.
         keep_pixels: keep decoded images in memory for the next evaluation, up to PIXEL_CACHE_BYTES.
+        cache: features of locked towers; None = towers are run in full.
     """
 
     towers: Towers
@@ -109,6 +117,7 @@ class Evaluator:
     workers: int = 0
     known: ClassFeatures = field(default_factory=ClassFeatures)
     keep_pixels: bool = False
+    cache: FeatureCache | None = None
 
     def run(
         self,
@@ -151,8 +160,8 @@ class Evaluator:
                 waiting.extend(ahead.submit(load, task) for task in tasks[number + 1 : number + 2])
                 loaded[number] = future.result() if error is None else error
                 yield DecodeRequest(number, 0, ())
-                # Its batches, unless they are in memory from an earlier evaluation.
-                if error is not None or self._pixel_key(future.result()) in _pixels:
+                # Its batches, unless their features are cached, or they are in memory from an earlier evaluation.
+                if error is not None or self._caches_images or self._pixel_key(future.result()) in _pixels:
                     continue
                 samples = future.result().samples
                 for rows in batches_of_this_rank(len(samples), self.batch):
@@ -179,13 +188,25 @@ class Evaluator:
             if len(set(distributed.gather_objects(digest(data)))) > 1:
                 raise UserError("the ranks see different data: its copies on the nodes differ, or it is being written")
             # Class features [C, D] and text features [t, D], then one pass over the images.
-            matching = any(PROTOCOLS[protocol].matching for protocol in data.task.protocols)
-            encoder = make_encoder(self.towers, self.device, self.precision, matching, self.batch)
+            encoder, images = self._encoder(data, stream)
             heads, texts = embed_task_texts(data, encoder, self.known, progress)
-            scored = score_task(data, encoder, self._images(data, stream), heads, texts, progress)
+            scored = score_task(data, encoder, images, heads, texts, progress)
         except Exception as error:
             return TaskOutcome(task, time.monotonic() - begun, error)
         return TaskOutcome(task, time.monotonic() - begun, None, data, scored, heads, texts)
+
+    def _encoder(self, data: TaskData, stream: Iterable[ImageBatch]) -> tuple[FeatureEncoder, Iterable[ImageBatch]]:
+        """Return a task's encoder, and the batches of this rank that it takes."""
+        matching = any(PROTOCOLS[protocol].matching for protocol in data.task.protocols)
+        encoder = make_encoder(self.towers, self.device, self.precision, matching, self.batch)
+        if self.cache is None:
+            return encoder, self._images(data, stream)
+        cached = self.cache.encoder(data, encoder)
+        return cached, cached.batches() if self._caches_images else self._images(data, stream)
+
+    @property
+    def _caches_images(self) -> bool:
+        return self.cache is not None and "image" in self.cache.trunks
 
     def _images(self, data: TaskData, stream: Iterable[ImageBatch]) -> Iterable[ImageBatch]:
         """Return a task's decoded batches of this rank: from memory, or from the stream and kept where they fit."""
@@ -232,6 +253,7 @@ def evaluate(
     batch: int = 256,
     progress: ProgressCallback | None = None,
     data_root: Path | None = None,
+    cache: FeatureCache | None = None,
 ) -> dict[str, Scores]:
     """Score the towers on tasks; every rank calls this and gets the same results.
 
@@ -241,6 +263,7 @@ def evaluate(
         batch: images or texts embedded at once.
         progress: called with ("texts" or a task's name, batches embedded by this rank, batches of this rank).
         data_root: where the data of tasks lies that does not ship with the package.
+        cache: features of locked towers, of these towers; None = they are run in full.
 
     Returns:
         Scores by task, of tasks with captions a `TaskResult`.
@@ -250,7 +273,7 @@ def evaluate(
     """
     loaded = load_tasks(tasks, data_root)
     sink = ScoresInMemory()
-    evaluator = Evaluator(towers, torch.device(device), batch=batch, keep_pixels=True)
+    evaluator = Evaluator(towers, torch.device(device), batch=batch, keep_pixels=True, cache=cache)
     by_task = {data.task: data for data in loaded}
     evaluator.run(list(by_task), by_task.__getitem__, sink, progress)
     return sink.results

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -81,6 +82,15 @@ class ResultsOutput(ABC):
 
     def begin(self, task: Task) -> None:
         self.line.begin(task)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the line away inside, where another progress is shown."""
+        self.line.stop()
+        try:
+            yield
+        finally:
+            self.line.start()
 
     def progress(self, what: str, done: int, of: int) -> None:
         """Show a batch more. Raises Preempted where this rank was told to stop: here no rank waits for it in vain."""

@@ -98,13 +98,17 @@ class EvaluationSample:
 
     def image(self) -> Image.Image:
         """Decode the RGB image. Raises UnreadableImage where the bytes are none, OSError where they cannot be read."""
+        return decode(self.encoded(), self.plain)
+
+    def encoded(self) -> bytes:
+        """Return the encoded image. Raises as `image`."""
         if self.size > MAX_BYTES:
             raise UnreadableImage(f"over {MAX_BYTES:,} bytes")
         if self.size < 0:
-            return decode(read_regular(self.shard, MAX_BYTES), self.plain)
+            return read_regular(self.shard, MAX_BYTES)
         descriptor = open_regular(self.shard)
         try:
-            return decode(os.pread(descriptor, self.size, self.offset), self.plain)
+            return os.pread(descriptor, self.size, self.offset)
         finally:
             os.close(descriptor)
 

@@ -114,6 +114,11 @@ class _UncachedSide(PairDataset):
         return self.pairs[key]
 
 
+def folder_of(config: Config) -> Path:
+    """Return the folder that a run's features are kept in."""
+    return Path(config.train.cache_folder) if config.train.cache_folder else cache_folder() / FOLDER
+
+
 def with_cached_features(
     config: Config, data: TrainingData, towers: Towers, device: torch.device, autocast: torch.dtype | None
 ) -> tuple[CachedData, dict[str, Trunk]]:
@@ -139,7 +144,7 @@ def with_cached_features(
     # validation samples have features too: runs with and without it share them
     whole = source.base if isinstance(source, HeldOut) else source
     how = Build(whole, device, config.eval.batch, config.data.workers, autocast, end)
-    parent = Path(config.train.cache_folder) if config.train.cache_folder else cache_folder() / FOLDER
+    parent = folder_of(config)
     trunks = {side: trunk_of(towers, side) for side in config.cached_sides}
     passes: list[Pass] = []
     if "image" in trunks:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,26 +28,39 @@ from disttempnet import distributed
 from disttempnet.data.augment import TrainTransform
 from disttempnet.data.images import UnreadableImage
 from disttempnet.data.loader import CAPTION_CHARACTERS, batches_of, random_bits, start_worker
-from disttempnet.data.source import Source, UnreadableCaption
+from disttempnet.data.source import UnreadableCaption
 from disttempnet.data.workers import fit_prefetch, lost_workers_named, share_tensor
 from disttempnet.errors import UserError, notice
 from disttempnet.features.store import FeatureStore, cache_error_named, refuse_small_disk
 from disttempnet.io.files import WRITING
 from disttempnet.io.progress import Meter
 from disttempnet.models.text import trimming
-from disttempnet.models.trunk import Trunk
+from disttempnet.models.trunk import Trunk, filled
 
 CLAIMS = ".lock"
 WAIT_SECONDS = 0.5  # until the shards of other processes are looked for again
-# Matrix kernels choose by the number of rows, and round differently for a few: batches are filled up to this many, so
-# that a sample's features do not depend on how many samples are left. Measured on CPU: 16 and more rows are bit-equal.
-LEAST_BATCH = 32
 AHEAD = 2  # batches that a loader worker holds ready
 VIEW_SEED = 0  # of a view's augmentation: runs with other seeds share it
 
 
+class Samples(Protocol):
+    """Samples to embed: a `Source`, or as much of one as the images or texts of a task are."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def usable(self) -> NDArray[np.int64]: ...
+
+    def image_bytes(self, sample: int) -> bytes: ...
+
+    def captions(self, sample: int) -> tuple[str, ...]: ...
+
+
+AnySamples = TypeVar("AnySamples", bound=Samples, covariant=True)
+
+
 @dataclass(frozen=True)
-class Build:
+class Build(Generic[AnySamples]):
     """Settings of the computation of features.
 
     Attributes:
@@ -59,7 +72,7 @@ class Build:
         end: shards that hold the ids below this are needed.
     """
 
-    source: Source
+    source: AnySamples
     device: torch.device
     batch: int
     workers: int
@@ -92,7 +105,7 @@ class Part(NamedTuple):
     unreadable: Mapping[int, str]
 
 
-def build(passes: Sequence[Pass], how: Build, advice: str, also_bytes: int = 0) -> None:
+def build(passes: Sequence[Pass], how: Build[Samples], advice: str, also_bytes: int = 0) -> None:
     """Write the shards that stores lack, then verify all of them. Every rank calls this.
 
     Args:
@@ -119,18 +132,18 @@ def build(passes: Sequence[Pass], how: Build, advice: str, also_bytes: int = 0) 
         one.store.verify(how.end)
 
 
-def usable_mask(source: Source) -> NDArray[np.bool_]:
+def usable_mask(source: Samples) -> NDArray[np.bool_]:
     """Return whether each sample is usable, bool [N]; works for sources that are made of others as well."""
     mask = np.zeros(len(source), dtype=bool)
     mask[source.usable] = True
     return mask
 
 
-def _missing(store: FeatureStore, how: Build) -> list[int]:
+def _missing(store: FeatureStore, how: Build[Samples]) -> list[int]:
     return [number for number in store.shards(how.end) if not store.path(number).is_file()]
 
 
-def _write_missing(one: Pass, how: Build) -> None:
+def _write_missing(one: Pass, how: Build[Samples]) -> None:
     """Write the shards that one store lacks, together with the other ranks and processes."""
     store, trunk = one.store, one.trunk
     if not (missing := _missing(store, how)):
@@ -239,7 +252,7 @@ class _Claims:
 class _Embedding:
     """One pass of a trunk over shards of a source."""
 
-    def __init__(self, trunk: Trunk, how: Build, transform: TrainTransform | None, view: int) -> None:
+    def __init__(self, trunk: Trunk, how: Build[Samples], transform: TrainTransform | None, view: int) -> None:
         self.trunk, self.how, self.transform, self.view = trunk, how, transform, view
         self._usable = usable_mask(how.source)  # bool [N]
 
@@ -321,10 +334,8 @@ class _Embedding:
     def embed(self, inputs: Tensor) -> Tensor:
         """A batch of images or tokens → features, float32 [b, F] on the CPU."""
         count = len(inputs)
-        if count < LEAST_BATCH:
-            inputs = torch.cat([inputs, inputs[:1].expand(LEAST_BATCH - count, *inputs.shape[1:])])
         with torch.autocast(self.how.device.type, dtype=self.how.autocast, enabled=self.how.autocast is not None):
-            features = self.trunk(inputs.to(self.how.device, non_blocking=True))
+            features = self.trunk(filled(inputs).to(self.how.device, non_blocking=True))
         if features.ndim != 2:
             raise UserError(
                 f"the features of the {self.trunk.side} tower cannot be cached: its head pools a map of them, "
@@ -333,7 +344,7 @@ class _Embedding:
         return features[:count].float().cpu()
 
 
-def width_of(trunk: Trunk, how: Build) -> int:
+def width_of(trunk: Trunk, how: Build[Samples]) -> int:
     """F, the width of a trunk's features."""
     size = trunk.towers.image_size
     inputs = torch.zeros(1, 3, size, size, dtype=torch.uint8)
@@ -346,7 +357,7 @@ def width_of(trunk: Trunk, how: Build) -> int:
 class _Decoder(Dataset[Part]):
     """(shard, ids) → their pixels; an unreadable image is black."""
 
-    def __init__(self, source: Source, transform: TrainTransform, size: int, view: int) -> None:
+    def __init__(self, source: Samples, transform: TrainTransform, size: int, view: int) -> None:
         self.source, self.transform, self.size, self.view = source, transform, size, view
 
     def __getitem__(self, request: tuple[int, list[int]]) -> Part:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from open_clip.hf_model import HFTextEncoder
@@ -29,6 +29,8 @@ from disttempnet.data.source import Source
 from disttempnet.models.trunk import Trunk
 
 FEATURES_VERSION = 1  # raise it when a transform, tokenization or a tower's arithmetic changes
+_T = TypeVar("_T")
+
 LOOKERS = 16  # threads that look at files: they mostly wait for a network disk
 FILES_AT_ONCE = 1000  # files that a thread looks at before it takes the next
 
@@ -41,15 +43,24 @@ def facts_of(trunk: Trunk, source: Source, autocast: torch.dtype | None) -> dict
         source: the samples.
         autocast: dtype of the tower's arithmetic; None = that of its weights.
     """
-    # nodes may hold copies with other times: the files of rank 0 count
-    states = distributed.together(lambda: file_states(source, trunk.side) if distributed.is_main() else [])
+    files = of_main(lambda: file_states(source, trunk.side))
+    return trunk_facts(trunk, autocast) | {"index": source.digest, "files": files}
+
+
+def trunk_facts(trunk: Trunk, autocast: torch.dtype | None) -> dict[str, Any]:
+    """Return all that the features of any sample depend on, apart from the sample and the transform of its image."""
     return trunk.facts() | {
-        "index": source.digest,
-        "files": distributed.gather_objects(states)[0],
         "precision": str(autocast or torch.float32).removeprefix("torch."),
         "code": FEATURES_VERSION,
         "versions": {package: version(package) for package in _packages(trunk)},
     }
+
+
+def of_main(known: Callable[[], _T]) -> _T:
+    """Return what rank 0 finds out about its files: nodes may hold copies with other times. Every rank calls this."""
+    found = distributed.together(lambda: known() if distributed.is_main() else None)
+    value: _T = distributed.gather_objects(found)[0]
+    return value
 
 
 def _packages(trunk: Trunk) -> Iterator[str]:
@@ -76,12 +87,12 @@ def file_states(source: Source, side: str) -> list[list[str]]:
         # a shard's fingerprint covers its size and both ends; a remote one is not changed in place
         if not isinstance(source.store, LocalStore):
             return []
-        return [["", _hash_of([[source.folder / shard.name for shard in source.shards]])]]
+        return [["", hash_of_files([[source.folder / shard.name for shard in source.shards]])]]
     if isinstance(source, Listing) and side == "image":
         if isinstance(source.images, ParquetImages):
-            return [["", _hash_of([source.images.paths])]]
+            return [["", hash_of_files([source.images.paths])]]
         if isinstance(source.images, ImageFiles):
-            return [[str(source.images.root.resolve()), _hash_of(_image_paths(source, source.images))]]
+            return [[str(source.images.root.resolve()), hash_of_files(_image_paths(source, source.images))]]
     return []
 
 
@@ -93,7 +104,7 @@ def _image_paths(source: Listing, images: ImageFiles) -> Iterator[Iterable[str]]
         yield (images.path(source.columns.row(sample)[0]) for sample in ids)
 
 
-def _hash_of(files: Iterable[Iterable[str | Path]]) -> str:
+def hash_of_files(files: Iterable[Iterable[str | Path]]) -> str:
     """Hex digest of the sizes and times of change of files, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     with ThreadPoolExecutor(LOOKERS) as pool:

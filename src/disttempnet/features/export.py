@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 from disttempnet import distributed
 from disttempnet.data.augment import train_transform
 from disttempnet.data.listings.parquet import need_pyarrow
+from disttempnet.data.source import Source
 from disttempnet.errors import UserError
 from disttempnet.features.build import Build, Pass, build, usable_mask, width_of
 from disttempnet.features.cache_key import facts_of
@@ -83,7 +84,7 @@ def check_output(out: Path, kind: str) -> None:
 
 
 def embed_source(
-    towers: Towers, how: Build, out: Path, kind: str = "safetensors", dtype: str = "float32", model: str = ""
+    towers: Towers, how: Build[Source], out: Path, kind: str = "safetensors", dtype: str = "float32", model: str = ""
 ) -> Export:
     """Write the embeddings of all samples of a source; every rank calls this.
 
@@ -195,7 +196,9 @@ def _write_about(out: Path, about: dict[str, Any]) -> None:
     write_output(out / ABOUT, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def _rows(how: Build, usable: NDArray[np.bool_], images: FeatureStore, texts: FeatureStore, number: int) -> Rows:
+def _rows(
+    how: Build[Source], usable: NDArray[np.bool_], images: FeatureStore, texts: FeatureStore, number: int
+) -> Rows:
     """The readable samples of a shard, with unit features; usable: bool [N]."""
     source, shard = how.source, images.ids(number)
     unreadable = images.unreadable.keys() | texts.unreadable.keys()

@@ -23,11 +23,16 @@ def prepare_towers(module: open_clip.CLIP, config: ModelConfig, chunks: int = 1)
     Raises:
         UserError: a BatchNorm that cannot be trained this way (see `prepare_batch_norm`).
     """
+    lock_towers(module, config)
+    prepare_batch_norm(module, config, chunks)
+
+
+def lock_towers(module: open_clip.CLIP, config: ModelConfig) -> None:
+    """Lock what `[model]` locks, in place."""
     if config.lock_image:
         lock_image_tower(module, config.unlocked_image_groups)
     if config.lock_text:
         lock_text_tower(module, config.unlocked_text_layers)
-    prepare_batch_norm(module, config, chunks)
 
 
 def lock_image_tower(module: open_clip.CLIP, unlocked_groups: int = 0) -> None:

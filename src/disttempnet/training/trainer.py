@@ -24,11 +24,13 @@ from disttempnet.config import Config, dump_config
 from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.distributed import fsdp
 from disttempnet.errors import Preempted, UserError
+from disttempnet.evaluation.cached import FeatureCache
+from disttempnet.evaluation.encoder import FeatureEncoder
 from disttempnet.evaluation.evaluator import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import TaskData, task_title
 from disttempnet.evaluation.validation import validation_data
-from disttempnet.features.batches import CachedData, with_cached_features
+from disttempnet.features.batches import CachedData, folder_of, with_cached_features
 from disttempnet.io.files import write_atomically
 from disttempnet.io.machine import memory_named
 from disttempnet.losses import LossOutput
@@ -134,10 +136,14 @@ class Trainer:
         self.skipped = run_log.Skipped(len(self.data.source), min(usable, config.data.limit or usable), state.skipped)
 
         # Compute the features of locked towers, or find them on disk: batches hold them from here on.
+        self.cache: FeatureCache | None = None
         encoder: nn.Module = DualEncoder(self.towers, self._autocast(), self.frozen)
         if config.train.cache_features:
             with run_folder.claimed(self.folder):  # a second start is refused before hours of work
                 self.data, trunks = with_cached_features(config, self.data, self.towers, device, self._autocast())
+                self.cache = FeatureCache(trunks, folder_of(config), config.train.cache_dtype, config.data.workers)
+                plain = FeatureEncoder(self.towers, device, config.eval.batch)
+                self.cache.prepare(load_tasks(self.tasks, data_root), plain)
             encoder = CachedEncoder(self.towers, trunks, self._autocast())
 
         # Wrap towers and objective into the model whose gradient a step takes, at once or in chunks.
@@ -230,6 +236,8 @@ class Trainer:
         yield run_info.plan_line(self.config, self.data, self.step)
         if isinstance(self.data, CachedData):
             yield self.data.describe()
+        if self.cache is not None and self.tasks:
+            yield self.cache.describe()
         yield from run_info.about_data(run_info.data_facts(self.data.source))
         if self.optim != self.config.optim:
             yield (
@@ -348,7 +356,7 @@ class Trainer:
 
         # Ranks embed different numbers of batches, and sharded towers would wait for each other: gather them first.
         towers = replace(self.towers, module=fsdp.full_module(self.towers.module, self.device))
-        results = evaluate(towers, self.tasks, device=self.device, batch=config.batch, data_root=root)
+        results = evaluate(towers, self.tasks, device=self.device, batch=config.batch, data_root=root, cache=self.cache)
         self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
         if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
             self._save_temperatures(pairs[0])

@@ -23,9 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from disttempnet.data.images import UnreadableImage, decode
+from disttempnet.data.images import UnreadableImage
 from disttempnet.data.listings.listed import read_listing
 from disttempnet.data.listings.readers import FolderLayout
 from disttempnet.data.shards.names import resolve_shards
@@ -67,13 +65,12 @@ class ReadSample(EvaluationSample):
 
     read: Callable[[], bytes] = field(default=bytes, compare=False, repr=False)
 
-    def image(self) -> Image.Image:
+    def encoded(self) -> bytes:
         try:
             with _READING:
-                content = self.read()
+                return self.read()
         except UserError as error:  # in training it ends a run; here it is one image that counts as missing
             raise UnreadableImage(str(error)) from None
-        return decode(content, self.plain)
 
 
 class OwnSamples(NamedTuple):
