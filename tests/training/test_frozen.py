@@ -138,6 +138,31 @@ def test_what_cannot_be_trained_is_refused(
     assert not (tmp_path / "debug").exists()
 
 
+def locked(out: Path, pretrained: Path, objective: str, *overrides: str) -> Config:
+    given = [f"model.pretrained={pretrained}", "eval.tasks=[]", f"loss={objective}", "data.transform=evaluation"]
+    return debug(out, *given, "model.lock_image=true", "model.lock_text=true", *overrides)
+
+
+@pytest.mark.parametrize("cached", ["train.cache_features=false", "train.cache_features=true"])
+def test_locks_that_leave_nothing_to_train_are_refused(cached: str, pretrained: Path, tmp_path: Path) -> None:
+    """open_clip's own towers have no head that a lock leaves."""
+    message = (
+        "model.lock_image and model.lock_text leave nothing to train: objective sogclr learns no temperature; "
+        "demo-vit-32 has no head to train: unlock a tower, or take one that does"
+    )
+    with pytest.raises(UserError, match=message):
+        train(locked(tmp_path, pretrained, "{name='sogclr'}", cached))
+    assert not (tmp_path / "debug").exists()
+
+
+def test_a_temperature_is_trained_on_locked_towers(pretrained: Path, tmp_path: Path) -> None:
+    trainer = Trainer(locked(tmp_path, pretrained, "{name='clip'}"), torch.device("cpu"))
+    start = [p.detach().clone() for p in trainer.loss.parameters()]
+    trainer.train_step(next(trainer.data.loader_from(0)))
+    assert float(trainer._norm) > 0, "the gradient norm is that of the temperature"
+    assert all(not torch.equal(p, before) for p, before in zip(trainer.loss.parameters(), start, strict=True))
+
+
 def test_a_run_folder_without_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="empty: holds no checkpoint"):

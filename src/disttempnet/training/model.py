@@ -170,19 +170,28 @@ def values_out_of_bounds(config: Config) -> dict[str, str]:
     return faults
 
 
-def refuse_if_nothing_is_trained(config: Config, loss: Objective) -> None:
-    """Raise UserError if frozen towers would be random, or would leave nothing to train."""
-    if config.train.freeze != "towers":
-        return
-    if is_random(config.model.name, config.model.pretrained):
+def refuse_if_nothing_is_trained(config: Config, towers: nn.Module, loss: Objective) -> None:
+    """Raise UserError if frozen towers would be random, or if locks leave nothing to train.
+
+    Args:
+        config: of the run.
+        towers: the module, with its locks set.
+        loss: the objective; its samples may be fewer than the run's.
+    """
+    frozen = config.train.freeze == "towers"
+    if frozen and is_random(config.model.name, config.model.pretrained):
         raise UserError(
             'train.freeze = "towers" needs trained towers: set model.pretrained to an open_clip tag, a checkpoint '
             "folder or a run folder"
         )
-    if not any(p.requires_grad for p in loss.parameters()) and loss.tracked_temperatures() is None:
+    if any(p.requires_grad for part in (towers, loss) for p in part.parameters()):
+        return
+    if loss.tracked_temperatures() is None:
+        locks = 'train.freeze = "towers" leaves' if frozen else "model.lock_image and model.lock_text leave"
+        one = "take one" if frozen else f"{config.model.name} has no head to train: unlock a tower, or take one"
         raise UserError(
-            f'train.freeze = "towers" leaves nothing to train: objective {config.loss.name} learns no temperature; '
-            "take one that does, such as disttempnet-v1 (network), fastclip-v3 (global τ) or isogclr (per-sample τ)"
+            f"{locks} nothing to train: objective {config.loss.name} learns no temperature; {one} that does, such as "
+            "disttempnet-v1 (network), fastclip-v3 (global τ) or isogclr (per-sample τ)"
         )
 
 

@@ -93,12 +93,15 @@ class Trainer:
         checkpoint.refuse_out_of_bounds(config, found)
         torch.manual_seed(config.train.seed)
 
-        # Load the towers, then check that the objective has something to train before any shard is read.
+        # Load and lock the towers, then check that something is left to train before any shard is read.
         pretrained = "" if found else run_folder.weights_folder(config.model.pretrained)
         data_root = Path(config.eval.data_root) if config.eval.data_root else None
         load_tasks(config.eval.tasks, data_root)  # checks that they exist
         self.towers = self._load_towers(found, pretrained)
-        refuse_if_nothing_is_trained(config, build_objective(config, 1, self.towers.embed_dim, bounds=False))
+        self.frozen = config.train.freeze == "towers"
+        self._lock_towers()
+        module = self.towers.module
+        refuse_if_nothing_is_trained(config, module, build_objective(config, 1, self.towers.embed_dim, bounds=False))
 
         # Open the data: the source with its N samples, the epoch plan, the loader of this rank, the validation task.
         self.data = open_training_data(
@@ -110,14 +113,18 @@ class Trainer:
         if config.train.accumulate > rows:
             raise UserError(f"train.accumulate = {config.train.accumulate} is more than the {rows} rows of a process")
 
-        # Freeze, lock and place the towers: whole on this device, or sharded over all ranks.
-        self.frozen = config.train.freeze == "towers"
-        self._prepare_towers()
+        # Place the towers: whole on this device, or sharded over all ranks.
+        if config.train.shard:
+            fsdp.shard(module, device)
+        else:
+            module.to(device)
 
         # Build the objective with its per-sample state [N], and the optimizers.
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim, bounds=False).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
-        self._clipped = [p for p in (self.loss if self.frozen else self.towers.module).parameters() if p.requires_grad]
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self._moves = bool(trained)
+        self._clipped = trained or [p for p in self.loss.parameters() if p.requires_grad]
 
         # Count the steps.
         self.steps_per_epoch = self.data.plan.steps
@@ -174,8 +181,8 @@ class Trainer:
             head=wanted.head,
         )
 
-    def _prepare_towers(self) -> None:
-        """Freeze, lock and move the towers, in place."""
+    def _lock_towers(self) -> None:
+        """Freeze or lock the towers, in place."""
         module = self.towers.module
         module.train(not self.frozen).requires_grad_(not self.frozen)
         if not self.frozen:
@@ -184,10 +191,6 @@ class Trainer:
         for exported in (module.logit_scale, getattr(module, "logit_bias", None)):
             if exported is not None:
                 exported.requires_grad_(False)
-        if self.config.train.shard:
-            fsdp.shard(module, self.device)
-        else:
-            module.to(self.device)
 
     def run(self) -> bool:
         """Train to the end, or to a stop signal; returns whether the end was reached.
@@ -304,7 +307,7 @@ class Trainer:
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
 
-        # Forward and backward; the gradient norm is the towers', or the objective's where they are frozen.
+        # Forward and backward; the gradient norm is the towers', or the objective's where nothing of them is trained.
         output = self.gradients(batch.images, batch.tokens, batch.ids)
         limit = self.config.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self._clipped, limit) if self._clipped else output.total.new_zeros(())
@@ -361,9 +364,9 @@ class Trainer:
         if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
             self._save_temperatures(pairs[0])
 
-        # The best step has the best mean score. Frozen towers always score alike: their best checkpoint is the last.
+        # The best step has the best mean score. Towers that stand still score alike: their best checkpoint is the last.
         score = float(np.mean([result.headline for result in results.values()]))
-        if score > self.best.get("mean_recall", -math.inf) and not self.frozen:
+        if score > self.best.get("mean_recall", -math.inf) and self._moves:
             self.best = {"step": self.step, "mean_recall": score}
         self.log.say(f"{self.folder.name}  epoch {epochs_done}/{self.config.train.epochs}  {_one_line(results)}")
 
