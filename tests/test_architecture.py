@@ -161,7 +161,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"cyclip", "onlineclr", "siglip", "vicreg"},
     ],
     "losses/temperature": [
-        {"scalar"},
+        {"lead", "scalar"},
         {"network"},
     ],
     "models": [

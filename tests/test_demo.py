@@ -33,7 +33,7 @@ def test_no_temperature_of_the_demo_ends_at_a_bound(tmp_path: Path) -> None:
     assert train(config)
     bounds = {**OBJECTIVES[config.loss.name].arguments, **config.loss.arguments}
     low, high = bounds["tau_min"], bounds["tau_max"]
-    moving = [m for m in lines(config.folder / "metrics.jsonl") if m["epoch"] > bounds["tau_start_epoch"]]
+    moving = [m for m in lines(config.folder / "metrics.jsonl") if m["tau_started"]]
     assert len(moving) > 20
     for metrics in moving:
         for side in ("image", "text"):

@@ -233,7 +233,7 @@ def test_every_number_of_an_objective_has_a_range(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rho": -0.5}, "rho must be a number from 0 to 100, got -0.5"),
+        ({"rho": -0.5}, "rho must be a number above 0 and at most 100, got -0.5"),
         ({"num_samples": True}, "num_samples must be a whole number from 1 to 1,000,000,000,000, got True"),
         ({"embed_dim": 8.5}, "embed_dim must be a whole number from 1 to 65,536, got 8.5"),
         ({"seed": -1}, "seed must be a whole number from 0"),

@@ -38,6 +38,7 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "tau_min": 0.02,
     "tau_max": 0.3,
     "tau_lr": 0.01,
+    "tau_start": "epoch",
     "gamma_decay_epochs": 2.0,
     "prototypes": 13,  # the first batch starts eight of them
     "dropout": 0.5,
@@ -49,6 +50,7 @@ EVERY = {
 VARIANTS = {  # arguments that are off in every row
     "sogclr ε drift": {**EVERY["sogclr"], "eps": 1e-3, "drift": 0.3},
     "isogclr ε drift": {**EVERY["isogclr"], "eps": 1e-3, "drift": 0.3},
+    "disttempnet-v1 ahead": {**EVERY["disttempnet-v1"], "tau_start": "ahead"},
 }
 every_objective = pytest.mark.parametrize(
     "recipe", [*EVERY.values(), *VARIANTS.values()], ids=[*EVERY.keys(), *VARIANTS.keys()]

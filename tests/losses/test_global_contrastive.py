@@ -87,16 +87,16 @@ def test_network_temperature_follows_the_twin(gamma: float, mode: str) -> None:
 
 @pytest.mark.parametrize(("name", "mode"), [*(("disttempnet-v1", mode) for mode in MODES), ("clip-network", "fcco")])
 def test_the_mlp_as_it_comes_follows_the_twin(name: str, mode: str) -> None:
-    """Its network (features times √D) and bounds, with ρ = .3 log(B − 1) and γ(epoch), or in CLIP's cross-entropy.
+    """Its network (features times √D) and bounds, with a ρ for eight rows and γ(epoch), or in CLIP's cross-entropy.
 
     The networks start with every τ alike, and no gradient in their first layer: the later steps have both.
     """
     recipe = {**OBJECTIVES[name].arguments, "name": name}
-    assert (recipe["network"], recipe["feature_scale"], recipe.get("rho", 0.0)) == ("mlp", 0.0, 0.0)
+    assert (recipe["network"], recipe["feature_scale"]) == ("mlp", 0.0)
     robust = name == "disttempnet-v1"
     if robust:
-        recipe.update(tau_gradient=mode, gamma_min=0.2, gamma_decay_epochs=2.0)
-    loss, twin = make(recipe), Twin(0.3 * math.log(B - 1) if robust else 0.0, mode, robust)
+        recipe.update(tau_gradient=mode, gamma_min=0.2, gamma_decay_epochs=2.0, rho=0.6)
+    loss, twin = make(recipe), Twin(0.6 if robust else 0.0, mode, robust)
     for number, batch in enumerate(stream(5)):
         actual, parameters = step(loss, batch), weights_of(loss)
         tau = twin_taus(parameters, batch.x, batch.y, recipe)

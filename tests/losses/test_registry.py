@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 
 import numpy as np
@@ -12,6 +13,7 @@ import disttempnet
 import disttempnet.losses
 from disttempnet import OBJECTIVES, Features, build_loss
 from disttempnet.config import CONFIG_FOLDER
+from disttempnet.losses import with_later_arguments
 from tests.losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch, values
 
 NAMES = (
@@ -95,7 +97,7 @@ PUBLISHED = {  # temperature, γ, values
     "disttempnet-v1": (
         NETWORK_KIND,
         "cosine",
-        {"gamma_min": 0.8, "gamma_decay_epochs": 20, "tau_lr_decay": 0.9, "network": "mlp", "rho": 0},
+        {"gamma_min": 0.8, "gamma_decay_epochs": 20, "tau_lr_decay": 0.9, "network": "mlp", "rho": 2.9},
     ),
     "fastclip-v0": (ONE, "cosine", {"temperature": 0.07, **COSINE, "tau_lr": 0}),
     "fastclip-v1": (CONSTANT, "cosine", COSINE),
@@ -219,6 +221,7 @@ def test_missing_argument_is_named(missing: str) -> None:
         ("tempnet", "dropout", 1.0),
         ("tempnet", "dropout", -0.1),
         ("tempnet", "prototypes", 0),
+        ("tempnet", "rho", 0.0),
         ("disttempnet-v1", "gamma_min", 0.0),
         ("disttempnet-v1", "gamma_min", 1.2),
         ("disttempnet-v1", "gamma_decay_epochs", 0),
@@ -248,7 +251,12 @@ def test_values_out_of_range_are_named(name: str, argument: str, value: float) -
 
 
 @pytest.mark.parametrize(
-    ("argument", "choices"), [("tau_gradient", ("fcco", "batch")), ("network", ("icml24", "dist", "mlp"))]
+    ("argument", "choices"),
+    [
+        ("tau_gradient", ("fcco", "batch")),
+        ("network", ("icml24", "dist", "mlp")),
+        ("tau_start", ("epoch", "ahead")),
+    ],
 )
 def test_wrong_choice_lists_the_choices(argument: str, choices: tuple[str, ...]) -> None:
     with refused("'fast'") as caught:
@@ -290,6 +298,20 @@ def test_wrong_batches_are_refused(name: str, broken: str) -> None:
         ids = ids.float()
     with pytest.raises(ValueError, match=r"features|ids"):
         build_loss(name, num_samples=N, embed_dim=D)(Features.unit(x, y), ids)
+
+
+def test_arguments_that_a_saved_run_lacks_are_those_of_its_time() -> None:
+    """ρ = 0 stood for a share of log(B − 1) then; a run of this version is left alone."""
+    old = {"rho": 0.0, "tau_start_epoch": 2}
+    assert with_later_arguments("disttempnet-v1", old, 128) == {
+        "tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch", "tau_start_epoch": 2,
+        "rho": 0.3 * math.log(127),
+    }  # fmt: skip
+    assert with_later_arguments("sogclr", {"gamma": 0.8}, 128) == {"gamma": 0.8, "eps": 0.0, "drift": 0.0}
+    assert with_later_arguments("clip", {"tau_lr": 0.0}, 128) == {"tau_lr": 0.0}
+    assert with_later_arguments("none", {"rho": 0.0}, 128) == {"rho": 0.0}
+    for name, row in OBJECTIVES.items():
+        assert with_later_arguments(name, row.arguments, 128) == row.arguments
 
 
 # ---- scalars of numpy and torch ----

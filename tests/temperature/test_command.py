@@ -245,7 +245,7 @@ def test_one_temperature_for_all_is_said(tmp_path: Path) -> None:
 
 
 def test_a_network_without_prototypes_says_so(tmp_path: Path) -> None:
-    learns = 'loss={name="disttempnet-v1", tau_start_epoch=0, tau_lr=0.1}'
+    learns = 'loss={name="disttempnet-v1", tau_start="epoch", tau_lr=0.1}'
     run = trained(tmp_path, "name=mlp", learns, "train.stop_after_steps=2")
     write_temperatures(str(run), TemperatureSource(), tmp_path / "tau.csv", gallery=tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from disttempnet import Features, build_loss
-from disttempnet.config import CONFIG_FOLDER, load_config
+from disttempnet.config import CONFIG_FOLDER, Config, LossConfig, load_config
 from disttempnet.errors import UserError
 from disttempnet.losses import LossOutput, Objective
 from disttempnet.models import encode_images, load_model
-from disttempnet.training.model import Contrast, build_objective, compile_failure_named, refuse_without_compiler
+from disttempnet.training.model import (
+    Contrast,
+    build_objective,
+    compile_failure_named,
+    continued,
+    refuse_without_compiler,
+    resolved,
+)
 from tests.losses.scenario import pairs
 
 
@@ -30,6 +37,26 @@ def test_a_missing_compiler_is_found_before_the_data(tmp_path: Path, monkeypatch
         refuse_without_compiler(torch.device("cpu"))
     (tmp_path / "mine").touch(mode=0o755)
     refuse_without_compiler(torch.device("cpu"))
+
+
+def test_a_run_goes_on_with_the_defaults_that_it_began_with() -> None:
+    """Of a version whose DistTempNet-v1 had other defaults and fewer arguments; what the config names is its own."""
+
+    def config(**loss: object) -> Config:
+        base = load_config(CONFIG_FOLDER / "demo.toml")
+        return base.model_copy(update={"loss": LossConfig(name="disttempnet-v1", **loss)})
+
+    now = resolved(config()).loss.arguments
+    later = ("tau_gradient_limit", "eps", "drift", "tau_start")
+    then = {key: value for key, value in now.items() if key not in later} | {"rho": 0.0, "tau_start_epoch": 2}
+    begun = resolved(continued(config(), config(**then))).loss.arguments
+    changed = {key: value for key, value in begun.items() if value != now[key]}
+    assert changed.pop("rho") == pytest.approx(1.4533, abs=1e-4)  # .3 log(128 − 1)
+    assert changed == {"tau_gradient_limit": 5.0, "tau_start": "epoch", "tau_start_epoch": 2}
+    assert continued(config(tau_lr=0.5), config(**then)).loss.arguments["tau_lr"] == 0.5
+    assert continued(config(), config(**now)) == config(), "a run of this version has its own"
+    clip = config().model_copy(update={"loss": LossConfig(name="clip")})
+    assert continued(clip, config(**then)) == clip, "another objective is refused later"
 
 
 @pytest.mark.parametrize("name", ["seed", "num_samples", "steps_per_epoch", "shard_state"])

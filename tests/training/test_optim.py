@@ -90,7 +90,7 @@ def test_a_run_with_values_that_no_new_one_may_have_is_opened_and_goes_on(
     _edit(run, of_before)
     with pytest.warns(UserNotice, match=r"lr_end 0.002 is above lr 0.001") as told:
         assert load_run(run).loss.rho == -1
-    assert any("rho must be a number from 0 to 100, got -1.0" in str(one.message) for one in told)
+    assert any("rho must be a number above 0 and at most 100, got -1.0" in str(one.message) for one in told)
 
     capsys.readouterr()
     same = ["optim.lr_end=2e-3", "loss.rho=-1.0"]
@@ -102,7 +102,7 @@ def test_a_run_with_values_that_no_new_one_may_have_is_opened_and_goes_on(
     for wrong, said in {
         ("train.keep=0", *same): "key 'train.keep': must be a whole number from 1 to",
         ("optim.lr_end=3e-3", "loss.rho=-1.0"): "lr_end 0.003 is above lr 0.001",
-        ("optim.lr_end=2e-3", "loss.rho=-2.0"): "rho must be a number from 0 to 100, got -2.0",
+        ("optim.lr_end=2e-3", "loss.rho=-2.0"): "rho must be a number above 0 and at most 100, got -2.0",
         ("name=new", *same): "lr_end 0.002 is above lr 0.001",
     }.items():
         assert main([*command, *wrong]) == 2

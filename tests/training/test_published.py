@@ -34,6 +34,7 @@ EVERY = {
     "loss.tau_lr": 3e-5,
     "loss.tau_lr_decay": 0.9,
     "loss.tau_start_epoch": 0,
+    "loss.tau_start": "epoch",
     "loss.tau_min": 0.001,
     "loss.network": "dist",
     "loss.prototypes": 512,
@@ -70,7 +71,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 WITH_TWIN = ("cc12m_vitb32_v1", "dfn12m_vitb32_v1", "cc3m_rn50_distilbert")
-CORRECTED = {"rho": 0.0, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 1e-4}
+CORRECTED = {"rho": 2.9, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 1e-4}
 
 
 def table(name: str) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def test_cc3m_is_read_as_the_published_code_lays_it_out() -> None:
 def test_a_corrected_twin_differs_in_its_temperature_only(name: str) -> None:
     found, published = table(f"{name}_corrected"), table(name)
     differing = {key for key in found | published if found.get(key) != published.get(key)}
-    assert differing - {"name"} <= {f"loss.{key}" for key in [*CORRECTED, "tau_min", "tau_start_epoch", "prototypes"]}
+    assert differing - {"name"} <= {f"loss.{key}" for key in [*CORRECTED, "tau_min", "tau_start", "prototypes"]}
     assert {key: found[f"loss.{key}"] for key in CORRECTED} == CORRECTED
     assert {key: found[f"loss.{key}"] for key in OBJECTIVES["disttempnet-v1"].arguments if "gamma" not in key} == {
         key: value for key, value in OBJECTIVES["disttempnet-v1"].arguments.items() if "gamma" not in key

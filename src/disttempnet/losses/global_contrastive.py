@@ -54,7 +54,6 @@ from disttempnet.losses.schedule import Gamma, NoMemory
 from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature
 
 C = 0.5  # weight of a side: image and text anchors are averaged
-RHO_SHARE = 0.3  # of log(B − 1): where τ has an optimum inside its bounds (docs/results.md)
 
 TauGradient = Literal["fcco", "batch"]
 TAU_GRADIENTS: tuple[str, ...] = ("fcco", "batch")
@@ -91,7 +90,7 @@ class GlobalContrastiveLoss(Objective):
             including the pair itself and equal ids, as in CLIP's cross-entropy. `NoMemory`: no past and no state; the
             pair itself and equal ids are left out.
         robust: ω(τ) = τ if true, else 1.
-        rho: ρ of the robust form, where τ is learned; 0 = 0.3 · log(B − 1), with B the global batch.
+        rho: ρ of the robust form, where τ is learned.
         tau_gradient: form of the gradient with respect to τ.
             `fcco`: h = log u + ρ − Σ_j p_ij d_ij / τ, with u as tracked.
             `batch`: h = ρ − KL(softmax of the batch ‖ uniform), which is bounded.
@@ -198,7 +197,7 @@ class GlobalContrastiveLoss(Objective):
         return self.temperature.learning_rate(epoch)
 
     def current_rate(self) -> float:
-        return self.rate_at(self.epoch)
+        return 0.0 if self.temperature.started is False else self.rate_at(self.epoch)
 
     def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Compute one step of the estimator.
@@ -212,6 +211,7 @@ class GlobalContrastiveLoss(Objective):
             total: c · mean_i ω(τ_i) (log u_i + ρ) over the global batch, both sides; the same on every rank. In
                 evaluation u is the batch's own g.
             metrics: loss, gamma, and mean, min, max, std of tau, mean of log_u and of the τ gradient, both sides;
+                tau_started: 0 while a network waits to be `ahead`, then 1;
                 rows_not_finite: rows of either side that kept their state because a new value was not finite, since
                 the process began.
 
@@ -233,7 +233,9 @@ class GlobalContrastiveLoss(Objective):
         all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
         all_ids = distributed.all_gather(ids)
         x, y = (side.to(dtype) for side in sent)
-        rho = self._resolve_rho(len(all_ids))
+        rho = self.rho if self.robust and learns else 0.0
+        if rho:
+            self._warn_of_rho(len(all_ids))
 
         # temperatures of this rank's anchors: tau1, tau2 [b]
         batch = AnchorBatch(x, y, all_image, all_text, all_ids, self.step)
@@ -290,6 +292,7 @@ class GlobalContrastiveLoss(Objective):
         if self.training:
             if h is not None:
                 self.temperature.learn(all_ids, h, has_negatives)
+                self.temperature.observe(log_g, moment, has_negatives, self.epoch)
             self.step += 1
         return LossOutput(total, self._metrics(value, tau, log_u, h))
 
@@ -374,6 +377,8 @@ class GlobalContrastiveLoss(Objective):
             visited = log_u.abs() < math.inf
             mean = torch.where(visited, log_u, 0.0).sum(1) / visited.sum(1).clamp(min=1)
             metrics["log_u/image_mean"], metrics["log_u/text_mean"] = mean
+        if self.temperature.started is not None:
+            metrics["tau_started"] = value.new_full((), float(self.temperature.started))
         if h is not None:
             metrics["tau_gradient/image_mean"], metrics["tau_gradient/text_mean"] = h.mean(1)
 
@@ -385,28 +390,24 @@ class GlobalContrastiveLoss(Objective):
             metrics["rows_not_finite"] = torch.stack([table.rows_not_finite for table in tables]).amax()
         return metrics
 
-    def _resolve_rho(self, batch: int) -> float:
-        """Return ρ at this global batch; warn once where τ has no optimum at it.
+    def _warn_of_rho(self, batch: int) -> None:
+        """Warn once where τ has no optimum at this ρ.
 
         The optimum has KL(weights ‖ uniform) = ρ. The KL is at most log(B − 1) over the batch, log(N − 1) over the data
         set, which a tracked u stands for.
         """
-        if not (self.robust and self.temperature.learns):
-            return 0.0
-        rho = self.rho or RHO_SHARE * math.log(max(batch - 1, 1))
         if self._warned:
-            return rho
+            return
         self._warned = True
         remembers = self.gamma is not None and self.gamma.remembers and self.tau_gradient == "fcco"
         count, symbol = (self.num_samples, "N") if remembers else (batch, "B")
         limit = math.log(max(count - 1, 1))
-        if self.rho and self.rho >= limit:
+        if self.rho >= limit:
             of = f"{count:,} samples" if remembers else f"a global batch of {count:,}, without memory of earlier ones"
             self._notice(
                 f"rho = {self.rho:g} is not below log({symbol} − 1) = {limit:.3g} of {of}: the gradient of the "
                 f"temperature is then never negative and every τ falls to its lower bound; choose rho < {limit:.3g}"
             )
-        return rho
 
     @torch.no_grad()
     def temperatures(self, image: Tensor, text: Tensor, ids: IdsLike | None = None) -> Tensor | None:

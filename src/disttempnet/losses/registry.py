@@ -7,6 +7,7 @@ get a row of `ARGUMENT_RANGES`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,7 @@ def _family(
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
     if not robust:
         of_temperature.pop("rho", None)  # there is no ρ; the network `dist` divides by its own default
+        of_temperature.pop("tau_start", None)  # cross-entropy's τ rises while all similarities are alike
     of_loss = []
     if temperature.learns and robust:
         of_loss.append("rho")
@@ -158,7 +160,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     "disttempnet-v1": _family(
         "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445",
-        rho=0.0, **_MLP, tau_lr=1e-4, tau_start_epoch=2,
+        rho=2.9, **_MLP, tau_lr=1e-4, tau_start="ahead",
     ),
     "fastclip-v0": _family(
         "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP
@@ -205,7 +207,7 @@ ARGUMENT_RANGES: dict[str, Range] = {
     **dict.fromkeys(("in_modal", "cross_modal", "invariance", "variance", "covariance"), _WEIGHT),
     "gamma_decay_epochs": Range(0, 10**6, above=True),
     "tau_start_epoch": integers(0, 10**6),
-    "rho": Range(0, 100),
+    "rho": Range(0, 100, above=True),  # at 0 the best τ is infinite
     "tau_gradient_limit": Range(0, 10**6),
     "eps": Range(0, 1),
     "drift": Range(0, 1),
@@ -215,7 +217,7 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "bias": Range(-1000, 1000),
 }
 # Arguments that came after runs had been saved without them: the value that those runs were trained with.
-LATER_ARGUMENTS: dict[str, Any] = {"tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0}
+LATER_ARGUMENTS: dict[str, Any] = {"tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch"}
 
 _SIZES = {
     "num_samples": integers(1, 10**12),
@@ -312,15 +314,21 @@ def rebuild_loss(
     return _build(name, sizes, shard_state, dict(arguments), bounds=False)
 
 
-def with_later_arguments(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def with_later_arguments(name: str, arguments: dict[str, Any], global_batch: int) -> dict[str, Any]:
     """Return the arguments of a saved run, with those that its version did not have yet, as it was trained.
+
+    In versions without `tau_gradient_limit` ρ = 0 stood for .3 · log(B − 1).
 
     Args:
         name: the objective's; an unknown one has no later arguments.
         arguments: all that the run was saved with.
+        global_batch: B of that run.
     """
     known = OBJECTIVES[name].arguments if name in OBJECTIVES else {}
-    return {key: value for key, value in LATER_ARGUMENTS.items() if key in known} | arguments
+    completed = {key: value for key, value in LATER_ARGUMENTS.items() if key in known} | arguments
+    if "tau_gradient_limit" in known and "tau_gradient_limit" not in arguments and completed.get("rho") == 0:
+        completed["rho"] = 0.3 * math.log(max(global_batch - 1, 1))
+    return completed
 
 
 def _build(

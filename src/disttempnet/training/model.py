@@ -142,7 +142,7 @@ def resolved(config: Config, bounds: bool = True) -> Config:
 
 def as_trained(config: Config) -> Config:
     """Return the resolved config of a saved run with the arguments that its version had no name for."""
-    arguments = with_later_arguments(config.loss.name, config.loss.arguments)
+    arguments = with_later_arguments(config.loss.name, config.loss.arguments, config.data.global_batch)
     return config.model_copy(update={"loss": LossConfig(name=config.loss.name, **arguments)})
 
 

@@ -379,15 +379,6 @@ def test_networks_wait_at_rate_zero_and_decay_from_their_start() -> None:
     assert [network.learning_rate(epoch) for epoch in range(5)] == pytest.approx([0, 0, 1e-3, 9e-4, 8.1e-4])
 
 
-def test_rho_zero_is_a_share_of_the_batchs_limit() -> None:
-    """ρ = .3 · log(B − 1): the value of a fresh objective differs from that without ρ by c Σ_sides mean τ ρ."""
-    batch = unique_batch(3)
-    actual = step(make(NETWORK, rho=0.0), batch)
-    told = step(make(NETWORK, rho=0.3 * math.log(B - 1)), batch)
-    assert_same_steps([actual], [told], tolerance=1e-12)
-    assert step(make(NETWORK, rho=0.1), batch).total < actual.total
-
-
 def test_feature_scale_zero_is_root_width() -> None:
     x, y = pairs(4)
     automatic, told = (make(NETWORK, feature_scale=scale) for scale in (0.0, D**0.5))

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from disttempnet.losses.objective import ObjectiveContext, as_numbers, as_tensor, exact_arithmetic
 from disttempnet.losses.own_parameters import refuse_second_gradient
+from disttempnet.losses.temperature.lead import Lead, LeadNumbers
 from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature, check_bounds
 
 NetworkForm = Literal["icml24", "dist", "mlp"]
+TauStart = Literal["epoch", "ahead"]
+TAU_STARTS: tuple[str, ...] = ("epoch", "ahead")
 
 KEPT_ROWS = 4096  # of a rank, up to which the networks' activations are kept for the backward pass
 CHUNK_ROWS = 256
@@ -40,6 +43,8 @@ class NetworkTemperature(Temperature):
         tau_lr, tau_lr_decay: learning rate, and the factor on it an epoch after the first.
         tau_start_epoch: the networks wait until then, at rate 0. Before the towers have moved, all similarities are
             alike and the robust objective's best τ is below tau_min; a network that follows it there hardly returns.
+        tau_start: `epoch`: they wait for that epoch alone. `ahead`: also until the pairs are ahead of their hard
+            negatives (`Lead`), which is safe from step 0 whatever the loop.
 
     Dropout masks are drawn for the global batch from (seed, step, side) and sliced: a mask belongs to a row of the
     global batch, so that world size changes nothing.
@@ -72,6 +77,7 @@ class NetworkTemperature(Temperature):
         tau_lr: float = 3e-5,
         tau_lr_decay: float = 0.9,
         tau_start_epoch: int = 0,
+        tau_start: TauStart = "epoch",
     ) -> None:
         super().__init__()
         if network not in NETWORKS:
@@ -90,6 +96,9 @@ class NetworkTemperature(Temperature):
         self.feature_scale = feature_scale or math.sqrt(context.embed_dim)
         if tau_start_epoch < 0:
             raise ValueError(f"tau_start_epoch must not be negative, got {tau_start_epoch}")
+        if tau_start not in TAU_STARTS:
+            raise ValueError(f"unknown tau_start '{tau_start}'; known: {', '.join(TAU_STARTS)}")
+        self.lead = Lead(rho) if tau_start == "ahead" else None
         self.tau_lr, self.tau_lr_decay, self.tau_start_epoch = tau_lr, tau_lr_decay, tau_start_epoch
         generator = torch.Generator().manual_seed(context.seed)
         form = NETWORKS[network]
@@ -100,8 +109,18 @@ class NetworkTemperature(Temperature):
         self.prototypes_started = 0
 
     def learning_rate(self, epoch: float) -> float:
-        trained = int(epoch) - self.tau_start_epoch
-        return self.tau_lr * self.tau_lr_decay**trained if trained >= 0 else 0.0
+        if int(epoch) < self.tau_start_epoch:
+            return 0.0
+        start = max(self.tau_start_epoch, self.lead.epoch if self.lead is not None else 0)
+        return self.tau_lr * self.tau_lr_decay ** max(0, int(epoch) - start)
+
+    @property
+    def started(self) -> bool | None:
+        return None if self.lead is None else self.lead.reached
+
+    def observe(self, log_g: Tensor, moment: Tensor, counted: Tensor, epoch: float) -> None:
+        if self.lead is not None and not self.lead.reached:
+            self.lead.observe(log_g, moment, counted, epoch)
 
     @property
     def changes(self) -> bool:
@@ -180,10 +199,15 @@ class NetworkTemperature(Temperature):
         self.prototypes_started = start + count
 
     def get_extra_state(self) -> Tensor:
-        return as_tensor(self.prototypes_started)
+        lead = self.lead.numbers if self.lead is not None else ()
+        return as_tensor(self.prototypes_started, *lead)
 
     def set_extra_state(self, state: Tensor | Mapping[str, float]) -> None:
-        (started,) = as_numbers(state, "prototypes_started")
+        if self.lead is None:
+            (started,) = as_numbers(state, "prototypes_started")
+        else:  # a state that was saved without begins to measure
+            started, *lead = as_numbers(state, "prototypes_started", later=LeadNumbers()._asdict())
+            self.lead.numbers = LeadNumbers(*lead)
         self.prototypes_started = round(started)
 
 

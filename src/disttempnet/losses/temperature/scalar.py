@@ -85,6 +85,20 @@ class Temperature(nn.Module):
         return self.tau_lr
 
     @property
+    def started(self) -> bool | None:
+        """True from when a measure of the batches let its parameters learn, false before; None = there is none."""
+        return None
+
+    def observe(self, log_g: Tensor, moment: Tensor, counted: Tensor, epoch: float) -> None:
+        """Measure a training step, where the parameters wait for it.
+
+        Args:
+            log_g, moment: ℓ and m = Σ_j softmax_ij d_ij / τ of the global batch [2, B].
+            counted: bool [B], false for rows without negatives.
+            epoch: the current one.
+        """
+
+    @property
     def changes(self) -> bool:
         """True where `learning_rate` depends on the epoch."""
         return False

@@ -257,7 +257,9 @@ def _key(config: dict[str, Any], without_batch: bool = False) -> str:
     left_out = {*NO_EFFECT_ON_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
     arguments = dict(config.get("loss", {}))  # an evaluation may know nothing of the training
     objective = arguments.pop("name", "")
-    arguments = with_later_arguments(objective, arguments)
+    if objective:
+        batch = 2 if without_batch else config["data"]["global_batch"]  # one for the family: an old ρ followed the batch
+        arguments = with_later_arguments(objective, arguments, batch)
     if arguments.get("tau_gradient") == "batch":
         left_out.add("loss.tau_gradient_limit")  # it bounds a part that only `fcco` adds
     table = defaults() | flat({**config, "loss": {"name": objective, **arguments}} if objective else config)
