@@ -21,7 +21,7 @@ from torch import Tensor
 
 from disttempnet.losses.sample_state import NEVER
 
-KEPT = 0.95  # share of the running means of m and KL that a step keeps
+SMOOTHING = 0.95  # share of the running means of m and KL that a step keeps
 FIRST_STEPS = 20  # that are measured at least
 
 
@@ -85,7 +85,7 @@ class Lead:
         totals = [torch.where(finite, part, 0.0).sum() for part in (moment, divergence)]
         means = torch.stack(totals) / count.clamp(min=1)
         old = self._means.to(means)
-        new = torch.where(old.isfinite(), KEPT * old + (1 - KEPT) * means, means)
+        new = torch.where(old.isfinite(), SMOOTHING * old + (1 - SMOOTHING) * means, means)
         self._means = torch.where(count > 0, new, old)
         self.steps += 1
 
