@@ -34,7 +34,7 @@ def test_no_temperature_of_the_demo_ends_at_a_bound(tmp_path: Path) -> None:
     bounds = {**OBJECTIVES[config.loss.name].arguments, **config.loss.arguments}
     low, high = bounds["tau_min"], bounds["tau_max"]
     moving = [m for m in lines(config.folder / "metrics.jsonl") if m["tau_started"]]
-    assert len(moving) > 20
+    assert len(moving) > 10  # the network starts half-way
     for metrics in moving:
         for side in ("image", "text"):
             mean, least, most = (metrics[f"tau/{side}_{what}"] for what in ("mean", "min", "max"))
