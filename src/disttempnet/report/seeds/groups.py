@@ -258,7 +258,8 @@ def _key(config: dict[str, Any], without_batch: bool = False) -> str:
     arguments = dict(config.get("loss", {}))  # an evaluation may know nothing of the training
     objective = arguments.pop("name", "")
     if objective:
-        batch = 2 if without_batch else config["data"]["global_batch"]  # one for the family: an old ρ followed the batch
+        # an old ρ followed the batch: one for the family
+        batch = 2 if without_batch else config["data"]["global_batch"]
         arguments = with_later_arguments(objective, arguments, batch)
     if arguments.get("tau_gradient") == "batch":
         left_out.add("loss.tau_gradient_limit")  # it bounds a part that only `fcco` adds
