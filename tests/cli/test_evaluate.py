@@ -258,6 +258,88 @@ def test_a_path_with_a_comma_and_an_image_that_cannot_be_read(here: Path, capsys
     assert json.loads(Path("old.json").read_text())["task_notes"] == {"folder:old": ["left out, without images: owl"]}
 
 
+class StopAt:
+    """SIGUSR1 to this process while it embeds images for the n-th time; counts the times."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number, self.seen = number, 0
+
+    def __enter__(self) -> StopAt:
+        encode = FeatureEncoder.images
+
+        def told(encoder: FeatureEncoder, pixels: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            if self.seen == self.number:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return encode(encoder, pixels)
+
+        self._patch = mock.patch.object(FeatureEncoder, "images", told)
+        self._patch.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.__exit__(None, None, None)
+
+
+def three_folders(here: Path) -> list[str]:
+    return [f"folder:{write_photos(here / name).name}" for name in ("a", "b", "c")]
+
+
+def test_a_file_of_results_keeps_what_is_finished_and_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = three_folders(here)
+    arguments = ["evaluate", MODEL, "--tasks", *tasks, "--batch", "2", "--out", "out.json"]
+    with StopAt(3) as stop:  # two batches a task: in the first of the second
+        assert main(arguments) == 138
+    assert stop.seen == 3
+    assert capsys.readouterr().out.endswith("stopped: the same command goes on with the task that was cut off\n")
+    kept = json.loads(Path("out.json").read_text())
+    assert (list(kept["results"]), kept["unfinished"]) == (tasks[:1], tasks[1:])
+
+    with StopAt() as again:
+        assert main(arguments) == 0
+    assert again.seen == 4, "the first task is not run again"
+    shown = capsys.readouterr().out
+    assert "out.json: folder:a finished before the stop: goes on with the others" in shown
+    assert all(f"{name} (3 images)" in shown for name in "abc")
+    whole = json.loads(Path("out.json").read_text())
+    assert list(whole["results"]) == tasks
+    assert whole["results"]["folder:a"] == kept["results"]["folder:a"]
+    assert "unfinished" not in whole
+
+    with StopAt() as anew:
+        assert main(arguments) == 0
+    assert anew.seen == 6, "a command that reached its end is not gone on with"
+
+
+def test_an_error_keeps_what_is_finished(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = three_folders(here)
+    for image in (here / "b").rglob("*.png"):
+        image.write_bytes(b"no image")
+    arguments = ["evaluate", MODEL, "--tasks", *tasks, "--out", "out.json"]
+    assert main(arguments) == 2
+    assert "none of its 3 samples can be read" in capsys.readouterr().err
+    write_photos(here / "b")
+    with StopAt() as again:
+        assert main(arguments) == 0
+    assert again.seen == 2
+
+
+def test_a_stop_in_the_last_task_when_that_is_finished_is_no_stop(here: Path) -> None:
+    tasks = three_folders(here)
+    with mock.patch("disttempnet.evaluation.outputs.ResultsFile.progress"), StopAt(3):  # not asked after a batch
+        assert main(["evaluate", MODEL, "--tasks", *tasks, "--out", "out.json"]) == 0
+    assert "unfinished" not in json.loads(Path("out.json").read_text())
+
+
+def test_a_stop_of_what_is_only_printed_is_not_started_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """138 would put a job back into the queue, for ever."""
+    with StopAt(2):
+        assert main(["evaluate", MODEL, "--tasks", *three_folders(here)]) == 2
+    message = "disttempnet: stopped: nothing is kept; with --out FILE the same command would go on\n"
+    assert capsys.readouterr().err == message
+    assert not list(here.glob("*.json"))
+
+
 def test_an_own_task_needs_a_path(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("folder", "shards", "captions"):
         for rest in ("", " ", "?label=x"):

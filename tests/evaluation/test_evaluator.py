@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -226,3 +227,10 @@ def test_another_cache_folder_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> N
         assert evaluator.load_tasks(["scenes"], None) == [data]
     assert read == ["/first", "/second"]
     evaluator._loaded.cache_clear()
+
+
+def test_one_process_compares_its_data_with_nobodys(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [("red", "red", "red"), ("blue", "blue", "blue")])
+    with mock.patch("disttempnet.evaluation.evaluator.digest") as asked:
+        evaluate_toy(tmp_path)
+    asked.assert_not_called()

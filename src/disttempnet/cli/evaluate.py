@@ -105,7 +105,7 @@ def _words(given: Sequence[str]) -> list[str]:
 def _evaluate(options: argparse.Namespace) -> int:
     from disttempnet.evaluation.command import EvaluationRequest, check_request, run_evaluation
     from disttempnet.evaluation.results.tables import tasks_list
-    from disttempnet.evaluation.tasks import VALIDATION_TASK, all_tasks, choose_tasks
+    from disttempnet.evaluation.tasks import VALIDATION_TASK, choose_tasks
     from disttempnet.training.signals import StopSignal
 
     # What to evaluate on; with --list no more than print it.
@@ -115,7 +115,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     words = _words(options.tasks)
     chosen = choose_tasks([word for word in words if word != VALIDATION_TASK], _words(options.tags))
     if options.list:
-        say("\n".join(tasks_list(chosen or [task for task in all_tasks().values() if task.below_root], root)))
+        say("\n".join(tasks_list(EvaluationRequest(tasks=chosen).below_root, root)))
         return 0
 
     # Flags that do not go together.

@@ -36,7 +36,6 @@ class ClassFeatures:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self.embedded = 0  # prompts that were run through the tower
         self._known: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
     def features(
@@ -71,7 +70,6 @@ class ClassFeatures:
 
     def _embed(self, texts: Sequence[str], encoder: FeatureEncoder, progress: ProgressCallback | None) -> Tensor:
         """Return unit features [t, D] of prompts. Raises UserError where they are not finite."""
-        self.embedded += len(texts)
         table = distributed.all_sum(distributed.together(lambda: encoder.texts(texts, progress)))
         if not table.isfinite().all():
             raise UserError("the text tower gives features that are not finite")

@@ -72,7 +72,7 @@ class EvaluationRequest:
         root: the data root; results are a folder then, else one JSON file.
         out: that folder or file; None = a place beside the run.
         precision: "" = bf16 on a GPU, else fp32; without a data root always fp32.
-        compat: "" or one of `datasets.open.COMPATIBLE`.
+        compat: see `load_task`.
         workers: decoding processes of each rank with a data root; None = a GPU's share of the cores, else threads.
         cache_features: folder of cached features; "" = as the run's config has it, `NO_CACHE` = towers are run in full.
     """
@@ -133,6 +133,8 @@ def run_evaluation(model: OpenedModel, request: EvaluationRequest, stopped: Call
             with sink:
                 evaluator.run(tasks, sink.load, sink, sink.progress)
         except Preempted:
+            if not sink.keeps:  # started again it would never end
+                raise UserError(sink.after_stop) from None
             if distributed.is_main():
                 say(sink.after_stop)
             raise

@@ -22,7 +22,6 @@ from disttempnet.models.text import trimming
 from disttempnet.models.trunk import LEAST_BATCH, filled
 
 ProgressCallback = Callable[[str, int, int], None]
-PRECISIONS = ("fp32", "bf16", "datacomp")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class FeatureEncoder:
 
 
 def make_encoder(towers: Towers, device: torch.device, precision: str, matching: bool, batch: int) -> FeatureEncoder:
-    """Return an encoder of one of `PRECISIONS`.
+    """Return an encoder of a precision.
 
     Args:
         precision: `fp32`; `bf16`, everything under autocast; `datacomp`, as DataComp's evaluation computes: texts

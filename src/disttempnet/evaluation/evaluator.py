@@ -102,7 +102,7 @@ class Evaluator:
 
     Attributes:
         towers: with their module on `device`; its training modes are restored at the end.
-        precision: one of `encoder.PRECISIONS`.
+        precision: see `make_encoder`.
         batch: images or texts that a rank embeds at once.
         workers: processes that decode for a rank; 0 = threads.
         known: class features that are embedded already, and where they are kept.
@@ -183,10 +183,8 @@ class Evaluator:
             return loaded
 
         try:
-            # All ranks must see the same samples: the rows that each of them fills are those of one table.
             data = distributed.together(there)
-            if len(set(distributed.gather_objects(digest(data)))) > 1:
-                raise UserError("the ranks see different data: its copies on the nodes differ, or it is being written")
+            refuse_different(data)
             # Class features [C, D] and text features [t, D], then one pass over the images.
             encoder, images = self._encoder(data, stream)
             heads, texts = embed_task_texts(data, encoder, self.known, progress)
@@ -299,6 +297,15 @@ def load_tasks(tasks: Sequence[str | TaskData], data_root: Path | None) -> list[
 def _loaded(task: Task, data_root: Path | None, cache: Path) -> TaskData:
     """Return a task's data, kept: training evaluates again and again. Tasks that ship lie in the cache folder."""
     return load_task(task, data_root)
+
+
+def refuse_different(data: TaskData) -> None:
+    """Raise UserError unless all ranks see the same samples: the rows that each of them fills are those of one table.
+
+    Every rank calls this.
+    """
+    if distributed.world_size() > 1 and len(set(distributed.gather_objects(digest(data)))) > 1:
+        raise UserError("the ranks see different data: its copies on the nodes differ, or it is being written")
 
 
 def digest(data: TaskData) -> int:

@@ -16,12 +16,13 @@ from disttempnet.evaluation.datasets.open import has_data, load_task, sizes_of, 
 from disttempnet.evaluation.evaluator import TaskOutcome, load_tasks, reported_scores
 from disttempnet.evaluation.progress import EvaluationProgress
 from disttempnet.evaluation.results.averages import counted_tags
-from disttempnet.evaluation.results.file import refuse_other, write_results
+from disttempnet.evaluation.results.file import finished_results, refuse_other, write_results
 from disttempnet.evaluation.results.records import MAIN, RESULTS_FILE, TaskRecord, append_record, read_records
 from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject, read_subject, write_summary
 from disttempnet.evaluation.results.tables import records_table, results_table
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import Task, TaskData, all_tasks
+from disttempnet.io.files import is_device
 from disttempnet.terminal import console, say
 
 SAMPLES_SHOWN = 5  # unreadable samples that an error line names
@@ -42,16 +43,19 @@ class ResultsOutput(ABC):
 
     Attributes:
         failed: whether a task failed, or was not seen as a whole.
+        keeps: whether the same command goes on after a stop.
+        line: made by `unfinished`.
     """
 
-    after_stop = "stopped: nothing is written"
+    keeps = True
+    after_stop = "stopped: the same command goes on with the task that was cut off"
+    line: EvaluationProgress
 
     def __init__(
         self, subject: Subject, device: torch.device, batch: int = 256, stopped: Callable[[], object] = bool
     ) -> None:
         self.subject, self.device, self.batch, self.stopped = subject, device, batch, stopped
         self.failed = False
-        self.line = EvaluationProgress((), {}, batch)
 
     @abstractmethod
     def claim(self) -> None:
@@ -112,10 +116,8 @@ class ResultsFolder(ResultsOutput):
         folder: made if it is not there.
         root: the data root.
         tasks: those that are wanted; what is not below the root is reported.
-        subject: its `compat` is "" or one of `datasets.open.COMPATIBLE`.
+        subject: its `compat` is as for `load_task`.
     """
-
-    after_stop = "stopped: the same command goes on with the task that was cut off"
 
     def __init__(
         self,
@@ -155,9 +157,7 @@ class ResultsFolder(ResultsOutput):
         sizes = distributed.together(lambda: sizes_of(self.root))
         expected = {task.name: sizes.get(task.name, task.size) for task in self.tasks}
         self.done = {
-            key: record
-            for key, record in found.items()
-            if record.complete and not record.error and (record.expected or 0) == expected.get(key)
+            key: record for key, record in found.items() if record.whole and (record.expected or 0) == expected.get(key)
         }
         present = distributed.gather_objects([task for task in self.tasks if has_data(task, self.root)])[0]
         finished = {task.name: _counted(self.done[task.name]) for task in present if task.name in self.done}
@@ -207,6 +207,8 @@ class ResultsFolder(ResultsOutput):
 class ResultsFile(ResultsOutput):
     """One JSON file with the scores of a few tasks, beside those of other tasks that it has. An error ends the command.
 
+    After a stop or an error the same command goes on: until all tasks are finished, the file names those that are left.
+
     Args:
         path: None = only print the table.
         tasks: names or data, in the order of the table; called on every rank.
@@ -225,6 +227,9 @@ class ResultsFile(ResultsOutput):
     ) -> None:
         super().__init__(subject, device, batch, stopped)
         self.path, self.data_root, self._tasks = path, data_root, tasks
+        self.keeps = path is not None and not is_device(path)
+        if not self.keeps:
+            self.after_stop = "stopped: nothing is kept; with --out FILE the same command would go on"
         self.results: dict[str, Scores] = {}
         self._data: dict[Task, TaskData] = {}
 
@@ -234,28 +239,50 @@ class ResultsFile(ResultsOutput):
 
     def unfinished(self) -> list[Task]:
         self._data = {data.task: data for data in load_tasks(self._tasks(), self.data_root)}
-        self.line = EvaluationProgress(list(self._data), {}, self.batch, lines=False)
-        return list(self._data)
+        # Rank 0's file decides: other ranks may see it later.
+        kept = finished_results(self.path, self.subject) if self.path and self.keeps and distributed.is_main() else {}
+        found = distributed.gather_objects(kept)[0]
+        self.results = {task.name: found[task.name] for task in self._data if task.name in found}
+        if self.results and distributed.is_main():
+            say(f"{self.path}: {', '.join(self.results)} finished before the stop: goes on with the others")
+        self.failed = not all(scores.complete for scores in self.results.values())
+        self.line = EvaluationProgress(list(self._data), dict.fromkeys(self.results), self.batch, lines=False)
+        return self._left()
+
+    def _left(self) -> list[Task]:
+        return [task for task in self._data if task.name not in self.results]
 
     def load(self, task: Task) -> TaskData:
         return self._data[task]
 
     def add(self, outcome: TaskOutcome) -> None:
-        if self.told_to_stop():
-            raise Preempted
-        if outcome.error is not None:
+        stop = self.told_to_stop()
+        if outcome.error is None:
+            self._keep(outcome)
+        elif not stop:
             raise outcome.error
-        scores = reported_scores(outcome)
-        self.results[outcome.task.name] = scores
+        if stop and self._left():
+            raise Preempted
+
+    def _keep(self, outcome: TaskOutcome) -> None:
+        scores = self.results[outcome.task.name] = reported_scores(outcome)
         self.line.finish(outcome.task, None, "done")
         self.failed |= not scores.complete
+        left = [task.name for task in self._left()]
+        if left and self.keeps:
+            distributed.together(lambda: self._write(left) if distributed.is_main() else None)
+
+    def _write(self, left: Sequence[str] = ()) -> None:
+        assert self.path is not None
+        in_order = {task.name: self.results[task.name] for task in self._data if task.name in self.results}
+        write_results(self.path, self.subject, in_order, left)
 
     def show(self, title: str) -> None:
         """Print the table, and write the file."""
-        console().print(results_table({title: self.results}))
+        console().print(results_table({title: {task.name: self.results[task.name] for task in self._data}}))
         _print_notes(self.subject)
         if self.path is not None:
-            write_results(self.path, self.subject, self.results)
+            self._write()
             say(f"results: {self.path}")
 
 

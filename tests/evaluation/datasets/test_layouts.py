@@ -11,7 +11,7 @@ from PIL import Image
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation import evaluate
-from disttempnet.evaluation.datasets.open import MissingData, find_data, folder_names, load_task
+from disttempnet.evaluation.datasets.open import find_data, folder_names, load_task
 from disttempnet.evaluation.evaluator import load_tasks
 from disttempnet.evaluation.tasks import find_task
 from tests.evaluation.colours import COLOURS
@@ -67,15 +67,15 @@ def test_a_csv_is_data_of_raw_sets_only(key: str, folder: str, raw: bool, tmp_pa
 def test_what_is_missing_is_said_before_the_work(tmp_path: Path) -> None:
     assert folder_names(find_task("cifar10")) == ["wds_cifar10_test", "wds_cifar10"]
     with pytest.raises(
-        MissingData,
+        UserError,
         match=r"none of wds_cifar10_test, wds_cifar10 below .* holds test/\*\.tar; get huggingface\.co",
     ):
         load_tasks(["emoji-concepts", "cifar10"], tmp_path)
     raw = r"test/\*\.tar or a CSV with its images; get .*nlphuji/winogavil: its CSV and its images, unzipped, in "
-    with pytest.raises(MissingData, match=rf"{raw}{tmp_path / 'winogavil'}$"):
+    with pytest.raises(UserError, match=rf"{raw}{tmp_path / 'winogavil'}$"):
         load_tasks([WINO], tmp_path)
     (tmp_path / "hf_cache").mkdir()
-    with pytest.raises(MissingData, match=rf"{tmp_path / 'winogavil'}; {tmp_path / 'hf_cache'} is not read$"):
+    with pytest.raises(UserError, match=rf"{tmp_path / 'winogavil'}; {tmp_path / 'hf_cache'} is not read$"):
         load_tasks([WINO], tmp_path)
     with pytest.raises(UserError, match=r"task 'cifar10' needs its data: set --data-root, or eval\.data_root"):
         load_tasks(["cifar10"], None)

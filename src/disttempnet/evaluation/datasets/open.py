@@ -26,11 +26,6 @@ from disttempnet.evaluation.tars import has_tars
 from disttempnet.evaluation.tasks import OWN_DATA, OWN_SHARDS, Task, TaskData, all_tasks, embedded_data
 
 HF_CACHE = "hf_cache"  # where DataComp's download keeps raw sets, in a form of `datasets` that only it reads
-COMPATIBLE = ("datacomp-1.4",)  # CLIP_benchmark 1.4, which DataComp pins: blank lines are no class names
-
-
-class MissingData(UserError):
-    """A task whose data is not below the data root; the message says where to get it."""
 
 
 def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskData:
@@ -39,11 +34,10 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
     Args:
         task: a row of tasks.toml.
         root: the data root; tasks whose data ships with the package need none.
-        compat: "" or one of `COMPATIBLE`.
+        compat: "", or `datacomp-1.4`: as in CLIP_benchmark 1.4, which DataComp pins, blank lines are no class names.
 
     Raises:
-        MissingData: it is not below the data root.
-        UserError: it cannot be read, or does not fit the task.
+        UserError: it is not below the data root (the message says where to get it), cannot be read, or does not fit.
     """
     if task.data.startswith(OWN_DATA):
         return own_data(task)
@@ -56,7 +50,7 @@ def load_task(task: Task, root: Path | None = None, compat: str = "") -> TaskDat
     folder = find_data(task, root)
     if folder is None:
         looked = f"none of {', '.join(folder_names(task))} below {root} holds "
-        raise MissingData(f"{looked}{' or '.join(_patterns(task))}; get {where_to_get(task, root)}")
+        raise UserError(f"{looked}{' or '.join(_patterns(task))}; get {where_to_get(task, root)}")
     size = sizes_of(root).get(task.name, task.size)
     data = read_folder(task, folder, compat)
     notes = [*data.notes]

@@ -94,7 +94,7 @@ def why_not(record: TaskRecord | None) -> str:
         return NOT_RUN
     if record.failed:
         return f"failed: {record.error}"
-    if record.error or not record.complete:
+    if not record.whole:
         return f"incomplete: {record.error or f'{record.samples:,} samples'}"
     return "" if record.counts else "its main metric is not defined"
 

@@ -44,7 +44,7 @@ def read_model_results(folder: Path) -> ModelResults:
 
 def left_out(evaluated: ModelResults) -> list[str]:
     """Return a line for each task that no export holds."""
-    return [f"{r.dataset} {why_not(r)}" for r in evaluated.records.values() if r.error or not r.complete]
+    return [f"{r.dataset} {why_not(r)}" for r in evaluated.records.values() if not r.whole]
 
 
 def clip_benchmark_files(evaluated: ModelResults) -> dict[str, str]:
@@ -52,7 +52,7 @@ def clip_benchmark_files(evaluated: ModelResults) -> dict[str, str]:
     model, pretrained = evaluated.subject.model, evaluated.subject.pretrained
     files = {}
     for key, record in evaluated.records.items():
-        if record.error or not record.complete:
+        if not record.whole:
             continue
         task = _kind(record)
         line = {

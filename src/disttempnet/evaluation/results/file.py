@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.io.files import is_device, read_regular, refuse_unwritable, write_output
 
 RESULTS = "results.json"
+UNFINISHED = "unfinished"  # key of the tasks that are left while a command is at work
 
 
 def refuse_other(path: Path, subject: Subject) -> None:
@@ -43,11 +44,32 @@ def default_place(run: Path, name: str, step: str, subject: Subject) -> Path:
     return places[-1]
 
 
-def write_results(path: Path, subject: Subject, results: Mapping[str, Scores]) -> None:
-    """Write scores, beside those of other tasks that the file has. Raises UserError: it cannot be written."""
+def write_results(path: Path, subject: Subject, results: Mapping[str, Scores], left: Sequence[str] = ()) -> None:
+    """Write scores, beside those of other tasks that the file has.
+
+    Args:
+        path: of the file.
+        subject: what was evaluated.
+        results: scores by task.
+        left: tasks that the command has not finished; see `finished_results`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     known = _known(path, subject) if _holds(path) else None
-    head = {"model": subject.title, "checkpoint": subject.checkpoint, "notes": list(subject.notes)}
+    head: dict[str, Any] = {"model": subject.title, "checkpoint": subject.checkpoint, "notes": list(subject.notes)}
+    if left:
+        head[UNFINISHED] = list(left)
     write_output(path, json.dumps({**head, **to_record({**(known or {}), **results})}, indent=2) + "\n")
+
+
+def finished_results(path: Path, subject: Subject) -> dict[str, Scores]:
+    """Return what a command that did not reach its end has finished, with all samples seen; else nothing."""
+    left = _read(path).get(UNFINISHED) if _holds(path) else None
+    if not isinstance(left, list):
+        return {}
+    known = _known(path, subject) or {}
+    return {task: scores for task, scores in known.items() if scores.complete and task not in left}
 
 
 def _holds(path: Path) -> bool:

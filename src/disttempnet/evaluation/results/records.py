@@ -65,9 +65,14 @@ class TaskRecord:
         return bool(self.error) and all(value is None for value in self.metrics.values())
 
     @property
+    def whole(self) -> bool:
+        """True where all of the task was seen, and nothing went wrong."""
+        return self.complete and not self.error
+
+    @property
     def counts(self) -> bool:
         """True where the task may be in an average."""
-        return self.complete and not self.error and self.value is not None
+        return self.whole and self.value is not None
 
 
 def read_records(path: Path) -> dict[str, TaskRecord]:

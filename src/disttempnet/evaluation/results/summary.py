@@ -64,7 +64,7 @@ def write_summary(
         UserError: it cannot be written.
     """
     path = folder / SUMMARY_FILE
-    incomplete = {key: why_not(r) for key, r in records.items() if r.error or not r.complete}
+    incomplete = {key: why_not(r) for key, r in records.items() if not r.whole}
     table = {
         **asdict(subject),
         "averages": {

@@ -83,7 +83,7 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
         table.add_column(head, justify="right" if number else "left", no_wrap=True)
     # A row a task.
     for record in records.values():
-        wrong = bool(record.error or not record.complete or (record.key in tags and why_not(record)))
+        wrong = not record.whole or bool(record.key in tags and why_not(record))
         table.add_row(
             Text(record.dataset),
             Text(metric_title(record.main_metric_name) or "–", "dim"),
