@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +120,34 @@ class Source(ABC):
         if not 0 <= sample < len(self):
             raise IndexError(f"sample id {sample} is not in [0, {len(self)})")
         return int(np.searchsorted(self.first, sample, side="right")) - 1
+
+
+class IndexedSource(Source):
+    """Source that one index describes: its status is a code for each sample.
+
+    Attributes:
+        reasons: the reason in words for each code.
+    """
+
+    reasons: ClassVar[Sequence[str]]
+
+    def reason(self, sample: int) -> str:
+        return self.reasons[self.status[sample]]
+
+    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
+        """Return (reason, number of samples, first names) of unusable samples, by code."""
+        found = []
+        for code in np.unique(self.status[self.status != OK]):
+            samples = np.flatnonzero(self.status == code)
+            found.append((self.reasons[code], len(samples), [self.name(int(sample)) for sample in samples[:names]]))
+        return found
+
+    def problems(self, names: int = 3) -> str:
+        lines = []
+        for reason, samples, shown in self.left_out(names):
+            more = ", …" if samples > len(shown) else ""
+            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
+        return "\n".join(lines)
 
 
 def visible_text(text: str) -> str:

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,12 +55,33 @@ def check_table(path: Path, facts: Sequence[str]) -> None:
 
 @contextmanager
 def open_table(path: Path, facts: Sequence[str]) -> Iterator[TemperatureTable]:
-    """Open a table to write to; the file is renamed into place when the block ends without an error."""
-    with unwritable_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = _parquet if path.suffix == ".parquet" else _csv
-        with atomic(path) as temporary, writer(temporary, (*TABLE_COLUMNS, *facts)) as table:
-            yield table
+    """Open a table to write to; the file is renamed into place when the block ends without an error.
+
+    Errors of the block itself, which reads what is measured, pass as they are.
+
+    Raises:
+        UserError: the table cannot be written.
+    """
+    writer = _parquet if path.suffix == ".parquet" else _csv
+    with ExitStack() as opened:
+        with unwritable_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = opened.enter_context(atomic(path))
+            table = opened.enter_context(writer(temporary, (*TABLE_COLUMNS, *facts)))
+        yield _NamedTable(table, path)
+        with unwritable_named(path):
+            opened.close()
+
+
+class _NamedTable:
+    """Table whose errors name its path."""
+
+    def __init__(self, table: TemperatureTable, path: Path) -> None:
+        self.table, self.path = table, path
+
+    def write(self, columns: dict[str, list[Any]]) -> None:
+        with unwritable_named(self.path):
+            self.table.write(columns)
 
 
 @contextmanager

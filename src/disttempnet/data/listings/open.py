@@ -33,7 +33,7 @@ from disttempnet.data.listings.index import (
 from disttempnet.data.listings.parquet import ParquetImages, ParquetLayout
 from disttempnet.data.listings.readers import TABLE_SUFFIXES, FolderLayout, Layout, TableLayout, holds_images
 from disttempnet.data.shards.remote import is_remote
-from disttempnet.data.source import OK, Source, hash_of, usable_captions
+from disttempnet.data.source import OK, IndexedSource, hash_of, usable_captions
 from disttempnet.errors import UserError, UserNotice
 from disttempnet.io.files import UnfitFile, read_regular
 from disttempnet.io.machine import cause
@@ -98,7 +98,7 @@ class ImageFiles:
         """Nothing is kept open."""
 
 
-class Listing(Source):
+class Listing(IndexedSource):
     """Rows of a listing as samples; a group is a run of rows, or a Parquet row group.
 
     Attributes:
@@ -108,6 +108,8 @@ class Listing(Source):
         status: uint8 [N], index into `ROW_REASONS`.
         digest: hex sha256 over rows and status; for Parquet also over the files.
     """
+
+    reasons = ROW_REASONS
 
     def __init__(self, path: Path, where: Path, columns: ListingColumns, images: Images) -> None:
         self.path, self.where, self.columns, self.images = path, str(where), columns, images
@@ -139,24 +141,6 @@ class Listing(Source):
     def hashes(self) -> NDArray[np.uint64]:
         """Hash the image names of the rows."""
         return np.array([hash_of(self.columns.row(sample)[0]) for sample in range(len(self))], np.uint64)
-
-    def reason(self, sample: int) -> str:
-        return ROW_REASONS[self.status[sample]]
-
-    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
-        """Return (reason, number of samples, first names) of unusable samples."""
-        found = []
-        for code in np.unique(self.status[self.status != OK]):
-            samples = np.flatnonzero(self.status == code)
-            found.append((ROW_REASONS[code], len(samples), [self.name(int(sample)) for sample in samples[:names]]))
-        return found
-
-    def problems(self, names: int = 3) -> str:
-        lines = []
-        for reason, samples, shown in self.left_out(names):
-            more = ", …" if samples > len(shown) else ""
-            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
-        return "\n".join(lines)
 
     def notes(self) -> list[str]:
         notes = self.columns.format_notes() + (self.images.path_notes() if isinstance(self.images, ImageFiles) else [])

@@ -24,7 +24,7 @@ from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.data.shards.scan import REASONS, Tally, json_captions
 from disttempnet.data.shards.store import LocalStore, ShardState, ShardStore
 from disttempnet.data.shards.tar import BrokenTar, read_member, sample_key
-from disttempnet.data.source import MAX_TEXT, OK, Source, UnreadableCaption, hash_of, mix_bits, usable_captions
+from disttempnet.data.source import MAX_TEXT, IndexedSource, UnreadableCaption, hash_of, mix_bits, usable_captions
 from disttempnet.errors import UserError
 from disttempnet.io.columns import ColumnType, ColumnWriter, map_columns
 from disttempnet.io.machine import cause, open_files
@@ -71,7 +71,7 @@ class Shard:
         return {key: value for key, value in asdict(self).items() if key not in NOT_IN_THE_DIGEST}
 
 
-class ShardIndex(Source):
+class ShardIndex(IndexedSource):
     """Samples of webdataset shards in tar order, as columns; a group is a shard.
 
     Attributes:
@@ -85,6 +85,8 @@ class ShardIndex(Source):
         caption_key: key of the samples' .json that holds their captions; empty = .txt.
         digest: hex sha256 over shard names, sizes, fingerprints, counts, the caption key and the columns.
     """
+
+    reasons = REASONS
 
     def __init__(
         self,
@@ -141,23 +143,9 @@ class ShardIndex(Source):
         shards = np.array([hash_of(Path(shard.name).name) for shard in self.shards], np.uint64)
         return mix_bits(np.repeat(shards, np.diff(self.first)) + self.start.astype(np.uint64))
 
-    def reason(self, sample: int) -> str:
-        return REASONS[self.status[sample]]
-
-    def left_out(self, names: int = 3) -> list[tuple[str, int, list[str]]]:
-        """Return (reason, number of samples, first names) of unusable samples."""
-        found = []
-        for code, reason in enumerate(REASONS):
-            if code != OK and len(samples := np.flatnonzero(self.status == code)):
-                found.append((reason, len(samples), [self.name(int(sample)) for sample in samples[:names]]))
-        return found
-
     def problems(self, names: int = 3) -> str:
         """Return a line for each reason why samples are left out, and for each damaged shard."""
-        lines = []
-        for reason, samples, shown in self.left_out(names):
-            more = ", …" if samples > len(shown) else ""
-            lines.append(f"{samples:,} samples left out, {reason}: {', '.join(shown)}{more}")
+        lines = super().problems(names).splitlines()
         for shard in self.shards:
             if shard.note:
                 lines.append(f"{shard.name}: {shard.note}; {shard.samples:,} samples before it")
