@@ -245,9 +245,9 @@ def test_frozen_towers_are_evaluated_as_embeddings(tmp_path: Path) -> None:
     start = tmp_path / "start"
     start.mkdir()
     save_model(load_model("demo-vit-32"), start, logit_scale=10.0)
-    own = [f"model.pretrained={start}", "train.freeze=towers", f"train.cache_folder={tmp_path / 'features'}"]
+    own = [f"model.pretrained={start}", "train.freeze=towers"]
     found = []
-    for name, more in (("uncached", []), ("cached", [CACHED])):
+    for name, more in (("uncached", []), ("cached", [CACHED, f"train.cache_folder={tmp_path / 'features'}"])):
         config = load_config(
             CONFIG_FOLDER / "debug.toml", [f"out={tmp_path / name}", *own, *more, TASKS, "data.transform=evaluation"]
         )

@@ -15,6 +15,7 @@ from disttempnet.training.run_folder import list_checkpoints
 from tests import parts
 
 RANDOM_HEADS = 5  # seed of torch, so that two runs begin with the same heads
+CACHED = "train.cache_features=true"
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Towers:
             "model.image_pretrained": str(self.image),
             "model.text_pretrained": str(self.text),
             "data.transform": "evaluation",
-            "train.cache_folder": str(self.cache),
         }
+        if CACHED in overrides:
+            own["train.cache_folder"] = str(self.cache)
         given = [f"{key}={json.dumps(value)}" for key, value in own.items()]
         locks = ["model.lock_image=true", "model.lock_text=true", "eval.tasks=[]"]
         return load_config(CONFIG_FOLDER / "debug.toml", [*given, *locks, *overrides])

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from disttempnet.config import CONFIG_FOLDER, Config, load_config
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 from disttempnet.features.batches import CachedData
 from disttempnet.models import load_model, save_model
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import Trainer, train
 from tests.data.pictures import encoded, gradient
-from tests.features.locked import Towers, final_weights, same_weights, write_towers
+from tests.features.locked import CACHED, Towers, final_weights, same_weights, write_towers
 from tests.gloo import Pools
 from tests.training.test_trainer import losses
 
 import open_clip  # isort: skip (after disttempnet.models)
-
-CACHED = "train.cache_features=true"
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +69,12 @@ def test_frozen_towers_are_cached_as_embeddings(tmp_path: Path) -> None:
     save_model(load_model("demo-vit-32"), start, logit_scale=10.0)
 
     def config(out: str, *given: str) -> Config:
-        own = [f"out={tmp_path / out}", f"model.pretrained={start}", f"train.cache_folder={tmp_path / 'features'}"]
+        own = [f"out={tmp_path / out}", f"model.pretrained={start}"]
         frozen = ["train.freeze=towers", "data.transform=evaluation", "train.stop_after_steps=6", "eval.tasks=[]"]
         return load_config(CONFIG_FOLDER / "debug.toml", [*own, *frozen, *given])
 
     assert train(config("uncached"))
-    trainer = Trainer(config("cached", CACHED), torch.device("cpu"))
+    trainer = Trainer(config("cached", CACHED, f"train.cache_folder={tmp_path / 'features'}"), torch.device("cpu"))
     assert isinstance(trainer.data, CachedData)
     assert {store.width for store in (*trainer.data.images, trainer.data.texts) if store} == {trainer.towers.embed_dim}
     assert trainer.run()
@@ -157,7 +156,8 @@ def test_a_finished_run_is_a_whole_model(towers: Towers, tmp_path: Path) -> None
     start.mkdir()
     save_model(load_model("demo-vit-32"), start, logit_scale=10.0)
     own = [f"out={tmp_path}", f"model.pretrained={start}", f"train.cache_folder={tmp_path / 'features'}", CACHED]
-    config = load_config(CONFIG_FOLDER / "debug.toml", [*own, "train.freeze=towers", "train.stop_after_steps=2"])
+    own += ["data.transform=evaluation", "train.freeze=towers", "train.stop_after_steps=2"]
+    config = load_config(CONFIG_FOLDER / "debug.toml", own)
     assert train(config)
     checkpoint = list_checkpoints(config.folder)[-1]
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{checkpoint}")
@@ -187,6 +187,14 @@ def test_heads_may_be_mlps(towers: Towers, tmp_path: Path) -> None:
         (["data.views=2", "data.transform=emoji"], "data.views is for a cached image tower"),
         (["data.views=2", CACHED], "all views are alike"),
         (["train.shard=true", CACHED], "shard and cache_features"),
+        (
+            ["data.transform=emoji", CACHED],
+            r"debug.toml: data.transform = 'emoji' has no effect on an image tower that is cached once: set "
+            "data.transform = 'evaluation', or data.views to the number of augmented views that are cached$",
+        ),
+        (["train.compile=true", CACHED], "train.compile has nothing to compile where both towers are cached"),
+        (["train.cache_dtype=float16"], r"\[train\] cache_dtype is for cached features: set cache_features = true"),
+        (["train.cache_folder=/features"], r"\[train\] cache_folder is for cached features"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -194,3 +202,26 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         towers.config(tmp_path, *overrides)
+
+
+def test_keys_of_one_cached_side_leave_the_other_free(towers: Towers, tmp_path: Path) -> None:
+    """A text tower alone is cached: images are augmented as ever, and their tower may be compiled."""
+    given = [CACHED, "model.lock_image=false", "data.transform=emoji", "train.compile=true"]
+    assert towers.config(tmp_path, *given).cached_sides == ("text",)
+
+
+@pytest.mark.filterwarnings("always::disttempnet.errors.UserNotice")
+def test_a_run_of_an_older_version_that_ignored_its_transform_goes_on(towers: Towers, tmp_path: Path) -> None:
+    config = towers.config(tmp_path, CACHED)
+    data = config.data.model_copy(update={"transform": "emoji"})
+    older = config.model_copy(update={"data": data, "train": config.train.model_copy(update={"stop_after_steps": 1})})
+    with pytest.raises(UserError, match=r"^data.transform = 'emoji' has no effect"):
+        train(older)
+    with mock.patch("disttempnet.training.checkpoint.refuse_out_of_bounds"):
+        assert train(older)
+    longer = older.model_copy(update={"train": config.train.model_copy(update={"stop_after_steps": 2})})
+    with pytest.warns(UserNotice, match=r"data.transform = 'emoji' has no effect.*: kept, as the run began with this"):
+        assert train(longer, resume="auto")
+    other = longer.model_copy(update={"optim": longer.optim.model_copy(update={"lr": 0.5})})
+    with pytest.raises(UserError, match=r"^data.transform = 'emoji' has no effect"):
+        train(other, resume="auto")

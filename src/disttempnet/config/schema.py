@@ -98,7 +98,7 @@ class DataConfig(Section):
     views: Annotated[int, integers(0, 1000)] = Field(
         0,
         description="train.cache_features: how many augmented views of each image are cached, epoch e reads view "
-        "e mod this; 0 = the evaluation transform",
+        "e mod this; 0 = one, of transform = evaluation",
     )
     draft: StrictBool = Field(
         False,
@@ -308,6 +308,13 @@ class TrainConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _describes_a_cache_that_is_used(self, info: ValidationInfo) -> TrainConfig:
+        for key in ("cache_dtype", "cache_folder") if bounded(info) and not self.cache_features else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for cached features: set cache_features = true, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _shards_trained_towers(self) -> TrainConfig:
         if self.shard and self.freeze:
             raise ValueError(f'shard is for trained towers: leave it out with freeze = "{self.freeze}"')
@@ -352,7 +359,7 @@ class Config(Section):
         return tuple(side for side, whole in locked.items() if whole) if self.train.cache_features else ()
 
     @model_validator(mode="after")
-    def _caches_what_is_locked(self) -> Config:
+    def _caches_what_is_locked(self, info: ValidationInfo) -> Config:
         sides = self.cached_sides
         if self.train.cache_features and not sides:
             raise ValueError(
@@ -363,6 +370,14 @@ class Config(Section):
             raise ValueError("data.views is for a cached image tower: set train.cache_features and model.lock_image")
         if self.data.views and self.data.transform == "evaluation":
             raise ValueError("data.views has no use with data.transform = 'evaluation', where all views are alike")
+        # an older version took no notice of these keys
+        if bounded(info) and "image" in sides and not self.data.views and self.data.transform != "evaluation":
+            raise ValueError(
+                f"data.transform = '{self.data.transform}' has no effect on an image tower that is cached once: set "
+                "data.transform = 'evaluation', or data.views to the number of augmented views that are cached"
+            )
+        if bounded(info) and self.train.compile and len(sides) == 2:
+            raise ValueError("train.compile has nothing to compile where both towers are cached: leave it out")
         return self
 
     @field_validator("name")
@@ -501,9 +516,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _message(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     message = _MESSAGES.get(fault["type"], fault["msg"]).removeprefix("Value error, ").replace("Input should", "must")
-    return (
-        f"[{where}] {message}" if fault["type"] == "value_error" else f"key '{where}': {message} {got(fault['input'])}"
-    )
+    if fault["type"] != "value_error":
+        return f"key '{where}': {message} {got(fault['input'])}"
+    return f"[{where}] {message}" if where else message  # a rule between sections has no place
 
 
 def got(value: Any) -> str:

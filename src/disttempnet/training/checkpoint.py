@@ -382,7 +382,9 @@ def refuse_out_of_bounds(config: Config, checkpoint: Path | None) -> None:
     old = public_table(_config_of(checkpoint, _read(checkpoint / "trainer.pt")))
     new = public_table(config)
     for key, fault in faults.items():
-        if value_at(old, key) != value_at(new, key):
+        # a rule between sections has no key: the whole config counts
+        was, now = (value_at(table, key) if key else {} for table in (old, new))
+        if was != now or (not key and config_differences(old, new, MAY_CHANGE_ON_RESUME)):
             raise UserError(fault)
         notice(f"{checkpoint}: {fault}: kept, as the run began with this value")
 
