@@ -3,13 +3,14 @@
     python benchmarks/step.py --out benchmarks/results/step.json
 
 Operations: torch's counter over a real forward and backward of open_clip's ViT-B-32 (a few pairs), and over each
-objective alone; then by formula for b rows a rank on K ranks. Time: whole steps with DistTempNet-v1 and with plain CLIP
-(both this package's), alternating, one thread; ratio = median over the pairs. Bytes: two gloo processes whose
-collectives are counted, beside the formula.
+objective alone; then by formula for b rows a rank on K ranks. Time: whole steps with DistTempNet-v1 and with plain CLIP,
+with NeuCLIP (4,096 prototypes) and with SogCLR (all this package's), alternating, one thread; ratio = median over the
+pairs. Bytes: two gloo processes whose collectives are counted, beside the formula.
 """
 
 import argparse
 import json
+import operator
 import os
 import platform
 import statistics
@@ -27,11 +28,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.utils.flop_counter import FlopCounterMode, mm_flop
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
 
 from disttempnet import OBJECTIVES, Features, build_loss, distributed
 
-MEASURED = ("clip", "sogclr", "disttempnet-v1")
+MEASURED = ("clip", "sogclr", "disttempnet-v1", "neuclip")
+RATIOS = {"disttempnet-v1": "clip", "neuclip": "sogclr"}  # whole steps of the first over those of the second
+PROTOTYPES, INNER_STEPS = 4096, 10  # NeuCLIP's
 LAYOUTS = ((512, 8), (512, 64), (4096, 8))  # rows a rank, ranks
 
 
@@ -48,13 +51,22 @@ def objective_flops(b: int, B: int, D: int, hidden: int) -> int:
     return contrast + 2 * 2 * 2 * b * D * hidden
 
 
+def predicted_flops(B: int, ranks: int, D: int, prototypes: int, steps: int) -> int:
+    """Of the products, a rank, that move NeuCLIP's prototypes and predict with them: both sides, each rank its part."""
+    return 4 * (2 * steps + 1) * B * D * prototypes // ranks
+
+
 def count(step: Callable[[], Any]) -> int:
     """FLOP of the products in a call, a multiplication and an addition each."""
 
     def addmm(result: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
         return mm_flop(left, right)
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
+    def baddbmm(result: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+        return bmm_flop(left, right)
+
+    in_place = {torch.ops.aten.addmm_: addmm, torch.ops.aten.baddbmm_: baddbmm}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step()
     return counter.get_total_flops()
 
@@ -106,6 +118,7 @@ def operations(model: nn.Module) -> dict[str, Any]:
     result: dict[str, Any] = {"towers_gflop_a_pair": round(pair / 1e9, 2), "layouts": []}
     for b, ranks in LAYOUTS:
         clip, ours = (objective_flops(b, b * ranks, width, hidden) for hidden in (0, 256))
+        predicted = predicted_flops(b * ranks, ranks, width, PROTOTYPES, INNER_STEPS)
         result["layouts"].append(
             {
                 "rows_a_rank": b,
@@ -113,17 +126,20 @@ def operations(model: nn.Module) -> dict[str, Any]:
                 "clip_per_cent": round(100 * clip / (b * pair), 3),
                 "disttempnet_v1_per_cent": round(100 * ours / (b * pair), 3),
                 "overhead_per_cent": round(100 * (ours - clip) / (b * pair + clip), 3),
+                "neuclip_overhead_per_cent": round(100 * predicted / (b * pair + clip), 3),
             }
         )
     return result
 
 
 def timing(model: nn.Module, pairs: int, rounds: int) -> dict[str, float]:
-    """Seconds of CPU of whole steps, and the objective's overhead over plain CLIP."""
+    """Seconds of CPU of whole steps, and each objective's overhead over its peer."""
     images, tokens = batch_of(pairs)
-    losses = {name: build_loss(name, num_samples=pairs, embed_dim=512) for name in ("clip", "disttempnet-v1")}
+    losses = {name: build_loss(name, num_samples=pairs, embed_dim=512) for name in MEASURED}
     for loss in losses.values():
         loss.set_epoch(0)
+    features = Features.unit(*unit_rows(PROTOTYPES, 512))
+    losses["neuclip"](features)  # fills its prototypes
     spent: dict[str, list[float]] = {name: [] for name in losses}
     for number in range(rounds + 1):
         for name, loss in losses.items():
@@ -131,16 +147,27 @@ def timing(model: nn.Module, pairs: int, rounds: int) -> dict[str, float]:
             tower_step(model, images, tokens, loss)
             if number:
                 spent[name].append(time.process_time() - begin)
-    ratios = [ours / clip for clip, ours in zip(spent["clip"], spent["disttempnet-v1"], strict=True)]
     seconds = {f"{name}_cpu_s": round(statistics.median(times), 3) for name, times in spent.items()}
-    return {"pairs": pairs, "rounds": rounds, **seconds, "ratio": round(statistics.median(ratios), 4)}
+    ratios = {
+        f"{name}_over_{peer}": round(statistics.median(map(operator.truediv, spent[name], spent[peer])), 4)
+        for name, peer in RATIOS.items()
+    }
+    return {"pairs": pairs, "rounds": rounds, **seconds, **ratios}
 
 
 # --- bytes between ranks ----------------------------------------------------------------------------------------------
 
 
 def communication(
-    name: str, b: int, ranks: int, width: int, *, item: int = 4, state_columns: int = 0, parameters: int
+    name: str,
+    b: int,
+    ranks: int,
+    width: int,
+    *,
+    item: int = 4,
+    state_columns: int = 0,
+    prototypes: int = PROTOTYPES,
+    parameters: int,
 ) -> dict[str, int]:
     """Bytes a rank receives of the others in the gathers of a step, and those of the tensors that are all-reduced.
 
@@ -148,12 +175,16 @@ def communication(
     The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where
     τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
     The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
-    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features.
+    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features. NeuCLIP gathers two
+    float32 an anchor and pass over its prototypes, and sums these and AdaGrad's sums.
     """
     features = 2 * width * item
     family = features + 8 + 4 * (5 if OBJECTIVES[name].temperature == "constant" else 7)
     row = {"siglip": features, "vicreg": 0, "onlineclr": features + 8 + 4 * 2}.get(name, family)
     summed = {"siglip": 4, "cyclip": 12 * width**2, "vicreg": 12 * width + 8 * width**2}
+    if name == "neuclip":
+        row += 2 * 4 * ranks * (INNER_STEPS + 1)
+        summed[name] = 4 * 2 * 2 * prototypes * width
     return {
         "gathered": (ranks - 1) * (b * row + 3 * 8),
         "reduced": summed.get(name, 8 * b * ranks * state_columns) + 4 * parameters,
@@ -200,7 +231,7 @@ class Pair(nn.Module):
 
 
 def traffic(name: str, b: int, width: int) -> tuple[dict[str, int], int]:
-    """Bytes of one step of this rank under data parallelism, and the number of parameters."""
+    """Bytes of the second step of this rank under data parallelism, and the number of parameters."""
     K, rank = distributed.world_size(), distributed.rank()
     towers = Pair(width)
     loss = build_loss(name, num_samples=K * b, embed_dim=width, shard_state=True)  # as in a run
@@ -209,8 +240,9 @@ def traffic(name: str, b: int, width: int) -> tuple[dict[str, int], int]:
     parallel.register_comm_hook(None, default_hooks.allreduce_hook)  # what it does anyway, where it can be counted
     mine = slice(rank * b, (rank + 1) * b)
     x, y = (side[mine] for side in unit_rows(K * b, width))
-    with counted() as seen:
-        loss(Features.of(*parallel(x, y)), torch.arange(K * b)[mine]).total.backward()
+    for _ in range(2):  # the first has no prototypes yet
+        with counted() as seen:
+            loss(Features.of(*parallel(x, y)), torch.arange(K * b)[mine]).total.backward()
     return seen, sum(p.numel() for model in (towers, loss) for p in model.parameters())
 
 
@@ -239,18 +271,22 @@ def show(results: dict[str, Any]) -> None:
     """Tables for docs/performance.md."""
     operations, timed = results["operations"], results.get("timing")
     print(f"towers: {operations['towers_gflop_a_pair']} GFLOP a pair\n")
-    print("| rows a rank × ranks | CLIP, % of the towers | DistTempNet-v1 | more than a step with CLIP, % |")
-    print("|---|---|---|---|")
+    print(
+        "| rows a rank × ranks | CLIP, % of the towers | DistTempNet-v1 | more than a step with CLIP, % "
+        "| NeuCLIP, more than a step with SogCLR, % |"
+    )
+    print("|---|---|---|---|---|")
     for row in operations["layouts"]:
         print(
             f"| {row['rows_a_rank']} × {row['ranks']} | {row['clip_per_cent']} | {row['disttempnet_v1_per_cent']} "
-            f"| {row['overhead_per_cent']} |"
+            f"| {row['overhead_per_cent']} | {row['neuclip_overhead_per_cent']} |"
         )
     if timed:
-        print(
-            f"\nmeasured, {timed['pairs']} pairs: {timed['disttempnet-v1_cpu_s']} s of CPU a step against "
-            f"{timed['clip_cpu_s']} s with CLIP; median ratio {timed['ratio']}"
-        )
+        print(f"\n| s of CPU, whole steps of {timed['pairs']} pairs | over | median ratio |")
+        print("|---|---|---|")
+        for name, peer in RATIOS.items():
+            ratio = timed[f"{name}_over_{peer}"]
+            print(f"| {name} {timed[f'{name}_cpu_s']} | {peer} {timed[f'{peer}_cpu_s']} | {ratio} |")
     moved = results["bytes"]
     layout = f"{moved['rows_a_rank']} rows × {moved['ranks']} ranks"
     print(f"\n| bytes, {layout} | gathered | all-reduced | of that, gradients |")

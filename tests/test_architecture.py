@@ -147,7 +147,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "losses": [
         {"own_parameters", "sample_state", "schedule"},
         {"contrast", "drift", "objective"},
-        {"temperature"},
+        {"normaliser", "temperature"},
         {"global_contrastive"},
         {"minibatch"},
         {"registry"},
@@ -159,6 +159,9 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "losses/minibatch": [
         {"cyclip", "onlineclr", "siglip", "vicreg"},
+    ],
+    "losses/normaliser": [
+        {"prototypes"},
     ],
     "losses/temperature": [
         {"lead", "scalar"},

@@ -106,6 +106,15 @@ def test_counted_operations_are_those_of_the_formula(name: str, kept: bool, monk
     assert expected - 2 * rows**2 * width * kept <= counted <= expected - 2 * rows**2 * width * kept + vector
 
 
+def test_counted_operations_of_the_prediction_are_those_of_the_formula() -> None:
+    """All prototypes are filled after the first batch; bmm and baddbmm are counted by torch."""
+    step = benchmark("step")
+    rows, width, prototypes, inner = 96, 32, 40, 3
+    run = step.objective_step("neuclip", rows, width, prototypes=prototypes, normaliser_steps=inner, rho=1.0)
+    first, second = step.count(run), step.count(run)
+    assert second - first == step.predicted_flops(rows, 1, width, prototypes, inner)
+
+
 def traffic(rows: int, width: int) -> dict[str, tuple[dict[str, int], int]]:
     step = benchmark("step")
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # published ρ are for larger batches
@@ -121,7 +130,8 @@ def test_counted_bytes_are_those_of_the_formula(gloo, ranks: int) -> None:
         for name, (seen, parameters) in rank.items():
             loss = build_loss(name, num_samples=8, embed_dim=8)
             columns = sum(len(module.columns) for module in loss.modules() if isinstance(module, SampleState))
-            expected = step.communication(name, rows, ranks, width, state_columns=columns, parameters=parameters)
+            sizes = {"state_columns": columns, "prototypes": rows * ranks, "parameters": parameters}
+            expected = step.communication(name, rows, ranks, width, **sizes)
             assert seen == expected, name
 
 

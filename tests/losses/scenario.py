@@ -42,6 +42,7 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "gamma_decay_epochs": 2.0,
     "prototypes": 13,  # the first batch starts eight of them
     "dropout": 0.5,
+    "normaliser_restart": 3,
 }
 EVERY = {
     name: {"name": name, **{key: value for key, value in SMALL.items() if key in row.arguments}}

@@ -31,13 +31,16 @@ NAMES = (
     "fastclip-v3",
     "fastclip-v3-constant-gamma",
     "isogclr",
+    "neuclip",
     "onlineclr",
     "siglip",
     "sogclr",
     "tempnet",
     "vicreg",
 )
-WITHOUT_STATE = {"clip", "clip-constant", "clip-network", "clip-per-sample", "cyclip", "dcl", "siglip", "vicreg"}
+WITHOUT_STATE = {
+    "clip", "clip-constant", "clip-network", "clip-per-sample", "cyclip", "dcl", "neuclip", "siglip", "vicreg",
+}  # fmt: skip
 WITH_NETWORKS = ("clip-network", "disttempnet", "disttempnet-v1", "tempnet")
 
 
@@ -117,6 +120,18 @@ PUBLISHED = {  # temperature, γ, values
     ),
     "fastclip-v3": (ONE, "cosine", {**COSINE, "rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03, "temperature": 0.07}),
     "fastclip-v3-constant-gamma": (ONE, "constant", {"gamma": 0.2, "rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}),
+    "neuclip": (
+        ONE,
+        "predicted",
+        {
+            "prototypes": 4096,
+            "normaliser_steps": 10,
+            "normaliser_restart": 500,
+            "rho": 6.5,
+            "tau_lr": 2e-4,
+            "tau_threshold": 0.03,
+        },
+    ),
     "siglip": (ONE, "–", {"temperature": 0.1, "bias": -10}),
     "cyclip": (ONE, "–", {"in_modal": 0.25, "cross_modal": 0.25, "temperature": 0.07, "tau_min": 0.01, "tau_max": 1}),
     "vicreg": ("–", "–", {"invariance": 25, "variance": 25, "covariance": 1}),
@@ -133,7 +148,7 @@ def test_published_defaults(name: str) -> None:
     row, (temperature, gamma, values) = OBJECTIVES[name], PUBLISHED[name]
     assert (row.temperature, row.gamma) == (temperature, gamma)
     assert {key: row.arguments[key] for key in values} == values
-    with_rho = "isogclr", "tempnet", "disttempnet", "disttempnet-v1", "fastclip-v2", "fastclip-v3"
+    with_rho = "isogclr", "tempnet", "disttempnet", "disttempnet-v1", "fastclip-v2", "fastclip-v3", "neuclip"
     assert ("rho" in row.arguments) == (name.removesuffix("-constant-gamma") in with_rho)
     assert row.title
     assert row.source.startswith("arXiv ")
@@ -141,7 +156,7 @@ def test_published_defaults(name: str) -> None:
     assert bool(row.arguments.get("tau_gradient_limit")) == clamped
     loss = build_loss(name, num_samples=N, embed_dim=D)
     assert row.bytes_a_sample() == BYTES_A_SAMPLE.get(
-        name, 8 if hasattr(loss, "state") and gamma not in ("–", "1") else 0
+        name, 8 if hasattr(loss, "state") and gamma not in ("–", "1", "predicted") else 0
     )
 
 

@@ -35,6 +35,7 @@ from disttempnet.errors import UserNotice
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients, use_kernel
 from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
 from disttempnet.losses.drift import Drift, Numbers
+from disttempnet.losses.normaliser.prototypes import PrototypeNormaliser
 from disttempnet.losses.objective import (
     Features,
     IdsLike,
@@ -89,6 +90,8 @@ class GlobalContrastiveLoss(Objective):
         gamma: the inner learning rate as a function of the epoch. None: no past and no state; every column counts,
             including the pair itself and equal ids, as in CLIP's cross-entropy. `NoMemory`: no past and no state; the
             pair itself and equal ids are left out.
+        predicted: predicts log (ε + E_j …) of every anchor, as NeuCLIP does, in place of the batch's own; with
+            `NoMemory`.
         robust: ω(τ) = τ if true, else 1.
         rho: ρ of the robust form, where τ is learned.
         tau_gradient: form of the gradient with respect to τ.
@@ -144,6 +147,7 @@ class GlobalContrastiveLoss(Objective):
         temperature: Temperature,
         gamma: Gamma | None,
         *,
+        predicted: PrototypeNormaliser | None = None,
         robust: bool = True,
         rho: float = 0.0,
         tau_gradient: TauGradient = "fcco",
@@ -160,6 +164,7 @@ class GlobalContrastiveLoss(Objective):
             raise ValueError(f"need eps >= 0 and 0 <= drift <= 1, got {eps} and {drift}")
         self.temperature = temperature
         self.gamma = gamma
+        self.predicted = predicted
         self.robust, self.rho = robust, rho
         self.tau_gradient, self.tau_gradient_limit = tau_gradient, tau_gradient_limit
         self.eps = eps
@@ -260,14 +265,20 @@ class GlobalContrastiveLoss(Objective):
 
         # normalisers log u and log (ε + u), weights ω and the gradient h of τ [2, B]; the value, 0-d
         has_negatives = negatives > 0
-        log_u = self._track(all_ids, log_g, pairs.distinct)
-        log_v = self._with_eps(log_u)
+        if self.predicted is not None and self.training:
+            log_v = log_u = self.predicted(
+                torch.stack([all_image, all_text]), all_positive, tau, self._with_eps(log_g), has_negatives
+            )
+        else:
+            log_u = self._track(all_ids, log_g, pairs.distinct)
+            log_v = self._with_eps(log_u)
+        excess = self._excess(log_g, log_v)
         weight = tau if self.robust else torch.ones_like(tau)
-        h = self._tau_gradient(rho, tau, log_v, log_g, moment, has_negatives) if learns else None
-        value = C * torch.where(has_negatives, weight * (log_v + rho), 0.0).sum(0).mean()
+        h = self._tau_gradient(rho, tau, log_v, log_g, moment, excess, has_negatives) if learns else None
+        value = C * torch.where(has_negatives, weight * (log_v + excess + rho), 0.0).sum(0).mean()
         if self.gamma is None:
             value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
-        elif isinstance(self.gamma, NoMemory):  # so does its decoupled form
+        elif isinstance(self.gamma, NoMemory) and self.predicted is None:  # so does its decoupled form
             value = value + torch.where(has_negatives, negatives.to(dtype).log(), 0.0).mean()
 
         # gradient of the features: column j has the weight ω/τ · p_ij, the positive pair
@@ -294,7 +305,7 @@ class GlobalContrastiveLoss(Objective):
                 self.temperature.learn(all_ids, h, has_negatives)
                 self.temperature.observe(log_g, moment, has_negatives, self.epoch)
             self.step += 1
-        return LossOutput(total, self._metrics(value, tau, log_u, h))
+        return LossOutput(total, self._metrics(value, tau, log_u, excess, h))
 
     def _follow_epoch(self, batch: int) -> None:
         """Begin the epoch of this step where `set_epoch` is not called; warn once if a schedule needs it."""
@@ -345,14 +356,28 @@ class GlobalContrastiveLoss(Objective):
         """Return log (ε + u)."""
         return torch.logaddexp(log_u, log_u.new_full((), math.log(self.eps))) if self.eps else log_u
 
+    def _excess(self, log_g: Tensor, log_v: Tensor) -> Tensor:
+        """Return e^−α (ε + g) − 1 of predicted α [2, B]: its mean over batches is the relative error of e^α; else 0."""
+        if self.predicted is None or not self.training:
+            return log_v.new_zeros(())
+        return torch.expm1(self._with_eps(log_g) - log_v)
+
     def _tau_gradient(
-        self, rho: float, tau: Tensor, log_v: Tensor, log_g: Tensor, moment: Tensor, has_negatives: Tensor
+        self,
+        rho: float,
+        tau: Tensor,
+        log_v: Tensor,
+        log_g: Tensor,
+        moment: Tensor,
+        excess: Tensor,
+        has_negatives: Tensor,
     ) -> Tensor:
         """Return h = ∂F_i/∂τ_i [2, B]; 0 for a row without negatives.
 
         Args:
             log_v, log_g: log (ε + u), log g of the batch.
             moment: m = Σ_j softmax_ij d_ij / τ.
+            excess: of a predicted normaliser, [2, B].
         """
         # Σ_j p_ij d_ij / τ with the batch's own u, and the part that an old u adds
         fresh = self._with_eps(log_g)
@@ -360,7 +385,7 @@ class GlobalContrastiveLoss(Objective):
         stale_moment = torch.expm1(fresh - log_v) * fresh_moment
         if self.robust:
             # without ε: ρ − KL(softmax ‖ uniform)
-            h, staleness = rho + fresh - fresh_moment, (log_v - fresh) - stale_moment
+            h, staleness = rho + fresh - fresh_moment, (log_v - fresh) - stale_moment + excess
         else:
             h, staleness = -fresh_moment, -stale_moment
         if self.tau_gradient == "fcco":
@@ -370,10 +395,17 @@ class GlobalContrastiveLoss(Objective):
             h = h / tau
         return torch.where(has_negatives, h, 0.0)
 
-    def _metrics(self, value: Tensor, tau: Tensor, log_u: Tensor, h: Tensor | None) -> dict[str, Tensor]:
+    def _metrics(
+        self, value: Tensor, tau: Tensor, log_u: Tensor, excess: Tensor, h: Tensor | None
+    ) -> dict[str, Tensor]:
         metrics = {"loss": value, **tau_metrics(tau)}
-        if self.gamma is not None:
+        if excess.ndim:
+            finite = excess.isfinite()
+            mean = torch.where(finite, excess, 0.0).sum(1) / finite.sum(1).clamp(min=1)
+            metrics["normaliser_excess/image_mean"], metrics["normaliser_excess/text_mean"] = mean
+        if self.gamma is not None and self.predicted is None:
             metrics["gamma"] = value.new_full((), self.gamma(self.epoch))  # filled on the device: no transfer
+        if self.gamma is not None:
             visited = log_u.abs() < math.inf
             mean = torch.where(visited, log_u, 0.0).sum(1) / visited.sum(1).clamp(min=1)
             metrics["log_u/image_mean"], metrics["log_u/text_mean"] = mean
@@ -399,7 +431,8 @@ class GlobalContrastiveLoss(Objective):
         if self._warned:
             return
         self._warned = True
-        remembers = self.gamma is not None and self.gamma.remembers and self.tau_gradient == "fcco"
+        follows = self.predicted is not None or (self.gamma is not None and self.gamma.remembers)
+        remembers = follows and self.tau_gradient == "fcco"
         count, symbol = (self.num_samples, "N") if remembers else (batch, "B")
         limit = math.log(max(count - 1, 1))
         if self.rho >= limit:

@@ -22,6 +22,7 @@ from disttempnet.losses.minibatch.cyclip import CyClipLoss
 from disttempnet.losses.minibatch.onlineclr import OnlineClrLoss
 from disttempnet.losses.minibatch.siglip import SigLipLoss
 from disttempnet.losses.minibatch.vicreg import VicRegLoss
+from disttempnet.losses.normaliser.prototypes import PrototypeNormaliser
 from disttempnet.losses.objective import Objective, ObjectiveContext
 from disttempnet.losses.sample_state import SampleState
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma, NoMemory
@@ -76,13 +77,18 @@ def _family(
     source: str,
     /,
     *,
+    predicted: type[PrototypeNormaliser] | None = None,
     robust: bool = True,
     note: str = "",
     **defaults: Any,
 ) -> ObjectiveSpec:
-    """Build a row of the family: the estimator × a temperature × a schedule of γ. `defaults` are published values."""
-    # arguments of the three parts, and their defaults
+    """Build a row of the family: the estimator × a temperature × a schedule of γ. `defaults` are published values.
+
+    `predicted` predicts the normaliser, in place of a table that follows γ.
+    """
+    # arguments of the parts, and their defaults
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
+    of_predicted = _own(predicted) if predicted else {}
     if not robust:
         of_temperature.pop("rho", None)  # there is no ρ; the network `dist` divides by its own default
         of_temperature.pop("tau_start", None)  # cross-entropy's τ rises while all similarities are alike
@@ -93,8 +99,10 @@ def _family(
         of_loss += ["tau_gradient", "tau_gradient_limit"]
     if gamma in (ConstantGamma, CosineGamma):
         of_loss += ["eps", "drift"]
+    if predicted:
+        of_loss.append("eps")
     own = _own(GlobalContrastiveLoss)
-    arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_temperature}
+    arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_predicted, **of_temperature}
     assert defaults.keys() <= arguments.keys()
     arguments |= defaults
 
@@ -103,6 +111,7 @@ def _family(
             context,
             temperature(context, **{name: given[name] for name in of_temperature}),
             gamma(**{name: given[name] for name in of_gamma}) if gamma else None,
+            predicted=predicted(context, **{name: given[name] for name in of_predicted}) if predicted else None,
             robust=robust,
             **{name: given[name] for name in of_loss},
         )
@@ -112,13 +121,12 @@ def _family(
         None: "log Σ_{j in batch} exp(d_ij/τ)",
         NoMemory: "log Σ_{j≠i in batch} exp(d_ij/τ)",
     }
-    expectation = sums.get(gamma, "log E_j exp(d_ij/τ)")
+    expectation = "log E_j exp(d_ij/τ)" if predicted else sums.get(gamma, "log E_j exp(d_ij/τ)")
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
     kinds = {None: "–", NoMemory: "1", ConstantGamma: "constant", CosineGamma: "cosine"}
-    return ObjectiveSpec(
-        title, f"½ mean Σ {expectation}", temperature.kind, kinds[gamma], source, arguments, build, note
-    )
+    kind = "predicted" if predicted else kinds[gamma]
+    return ObjectiveSpec(title, f"½ mean Σ {expectation}", temperature.kind, kind, source, arguments, build, note)
 
 
 def _minibatch(
@@ -178,6 +186,11 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "fastclip-v3-constant-gamma": _family(
         "FastCLIP-v3, constant γ", LearnableTemperature, ConstantGamma, "arXiv 2407.01445", **_V3, gamma=0.2
     ),
+    "neuclip": _family(
+        "NeuCLIP", LearnableTemperature, NoMemory, "arXiv 2511.08417", predicted=PrototypeNormaliser, **_V3,
+        note="log E_j exp(d_ij/τ) is predicted by prototypes; their rate is not published, nor ε and ρ: those here are "
+        "FastCLIP-v3's",
+    ),
     "siglip": _minibatch(
         "SigLIP", SigLipLoss, "−(1/B) Σ_ij log σ(±(s_ij/τ + b))", "arXiv 2303.15343",
         temperature=LearnableTemperature.kind,
@@ -215,6 +228,9 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "feature_scale": Range(0, 10**4),
     "prototypes": integers(1, 2**20),
     "bias": Range(-1000, 1000),
+    "normaliser_steps": integers(0, 10**4),
+    "normaliser_lr": _POSITIVE,
+    "normaliser_restart": integers(1, 10**12),
 }
 # Arguments that came after runs had been saved without them: the value that those runs were trained with.
 LATER_ARGUMENTS: dict[str, Any] = {"tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch"}
