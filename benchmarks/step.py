@@ -3,8 +3,8 @@
     python benchmarks/step.py --out benchmarks/results/step.json
 
 Operations: torch's counter over a real forward and backward of open_clip's ViT-B-32 (a few pairs), and over each
-objective alone; then by formula for b rows a rank on K ranks. Time: whole steps with DistTempNet-v1 and with plain CLIP,
-with NeuCLIP (4,096 prototypes) and with SogCLR (all this package's), alternating, one thread; ratio = median over the
+objective alone; then by formula for b rows a rank on K ranks. Time: whole steps with DistTempNet-v1 and plain CLIP,
+with NeuCLIP (4,096 prototypes) and SogCLR (all this package's), alternating, one thread; ratio = median over the
 pairs. Bytes: two gloo processes whose collectives are counted, beside the formula.
 """
 

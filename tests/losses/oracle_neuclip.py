@@ -4,7 +4,7 @@
     α_i(W)      = log (ε + mean_j exp((cos(x_i, W_j) − s_ii)/τ_i))
     W           ← AdaGrad on mean_i τ_i (e^−α_i(W) (ε + g_i) + α_i(W) − 1), features, τ and g constant, before F
 
-Until there are prototypes α_i = log (ε + g_i). After the first step, and after every R-th, all m prototypes wait for the
+Until there are prototypes α_i = log (ε + g_i). After the first step, and after every R-th, all prototypes wait for the
 features of the other modality; a batch of B fills B of them, from rows spread evenly. A row without negatives counts 0.
 """
 

@@ -19,7 +19,7 @@ MODULES = sorted(
 WITH_EXAMPLE = {  # what users build, and what they build it from
     "build_loss", "gather_state", "Features", "SampleState", "GlobalContrastiveLoss", "SigLipLoss", "CyClipLoss",
     "VicRegLoss", "OnlineClrLoss", "ConstantTemperature", "LearnableTemperature", "PerSampleTemperature",
-    "NetworkTemperature", "ConstantGamma", "CosineGamma", "Learner.parameter_groups",
+    "NetworkTemperature", "PrototypeNormaliser", "ConstantGamma", "CosineGamma", "Learner.parameter_groups",
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Predicted normalisers by prototypes that stand for the data (NeuCLIP, arXiv 2511.08417): no table, no ids.
 
-log (ε + g) = min over α of e^−α (ε + g) + α − 1 is linear in g at a fixed α, so that a batch gives an unbiased gradient.
+log (ε + g) = min over α of e^−α (ε + g) + α − 1 is linear in g at a fixed α: a batch gives an unbiased gradient.
 α of an anchor is predicted from its feature, by m prototypes W in place of all columns of the data set:
 
     α_i = log (ε + (1/m) Σ_j exp((cos(x_i, W_j) − s_ii) / τ_i))
