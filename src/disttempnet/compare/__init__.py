@@ -6,6 +6,7 @@ The code knows no objective: the grid file names them. Every run is an ordinary 
 display.py   progress of the whole grid
 grid.py      grid file → configs; the state of each run
 pool.py      worker processes, and what happens when one dies
+tuning.py    trials of settings, and the choice of the best
 worker.py    a worker: trains one run after another
 """
 
@@ -22,6 +23,8 @@ from rich.text import Text
 from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.grid import Grid, RunState, load_grid, run_state
 from disttempnet.compare.pool import GridOutcome, Pool
+from disttempnet.compare.tuning import CellTuning, settings_of, trials, tuning_of, write_tuning
+from disttempnet.config import Config
 from disttempnet.distributed.launcher import launched
 from disttempnet.errors import TERMINATED, UserError
 from disttempnet.io.files import locked
@@ -51,7 +54,7 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
         raise UserError(f"compare starts its own processes: call it without {launch.launcher}, and give --jobs N")
     grid = load_grid(path, overrides)
     if only_list:
-        _print_list(grid, _states(grid))
+        _print_list(grid)
         return 0
     run_folder.refuse_unwritable_folder(grid.out)
     with _alone_in(grid.out):
@@ -59,24 +62,35 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
 
 
 def _run(grid: Grid, jobs: int) -> int:
-    states = _states(grid)
-    for name, state in states.items():
-        if state.kind == "differs":
-            raise UserError(f"{name}: {state.why}")
-    outcome = _train(grid, states, jobs)
+    # settings first: each round of trials may ask for another, beyond the edge that holds the best
+    tunings = tuning_of(grid)
+    while waiting := trials(grid, tunings):
+        say(f"tuning by {grid.tune and grid.tune.metric}: {len(waiting)} trials to run")
+        outcome = _train(waiting, jobs, grid.out)
+        if outcome.stopped or outcome.failed:
+            return _end(outcome, len(waiting))
+        tunings = tuning_of(grid)
+    grid = grid.chosen(settings_of(tunings))
+
+    # then the runs of all seeds
+    outcome = _train(grid.configs, jobs, grid.out)
+    done = [config.folder for config in grid.configs if run_state(config).kind == "done"]
+    if done and not outcome.stopped:
+        _report(done, grid, tunings)
+    return _end(outcome, len(grid.configs))
+
+
+def _end(outcome: GridOutcome, total: int) -> int:
+    """Print what failed or was stopped, and return the exit code."""
+    _print_failed(outcome, total)
     if outcome.stopped:
-        _print_failed(outcome, len(grid.configs))
         say("stopped: resume with the same command")
         return TERMINATED
-    done = [config.folder for config in grid.configs if run_state(config).kind == "done"]
-    if done:
-        _report(done, grid.out)
-    _print_failed(outcome, len(grid.configs))
     return 1 if outcome.failed else 0
 
 
-def _states(grid: Grid) -> dict[str, RunState]:
-    return {config.name: run_state(config) for config in grid.configs}
+def _states(configs: Sequence[Config]) -> dict[str, RunState]:
+    return {config.name: run_state(config) for config in configs}
 
 
 @contextmanager
@@ -93,12 +107,17 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def _train(grid: Grid, states: dict[str, RunState], jobs: int) -> GridOutcome:
-    left = [config for config in grid.configs if states[config.name].kind != "done"]
+def _train(configs: Sequence[Config], jobs: int, out: Path) -> GridOutcome:
+    """Train what is left of these runs. Raises UserError where a folder holds another run."""
+    states = _states(configs)
+    for name, state in states.items():
+        if state.kind == "differs":
+            raise UserError(f"{name}: {state.why}")
+    left = [config for config in configs if states[config.name].kind != "done"]
     if not left:
         return GridOutcome()
-    with GridDisplay(len(grid.configs), len(grid.configs) - len(left)) as display:
-        return Pool(left, jobs, _gpus(), display, grid.out / "workers.log").run()
+    with GridDisplay(len(configs), len(configs) - len(left)) as display:
+        return Pool(left, jobs, _gpus(), display, out / "workers.log").run()
 
 
 def _gpus() -> list[str]:
@@ -110,14 +129,17 @@ def _gpus() -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-def _report(folders: Sequence[Path], out: Path) -> None:
-    """Print the table over seeds; write OUT/results.jsonl and OUT/report.html."""
+def _report(folders: Sequence[Path], grid: Grid, tunings: Sequence[CellTuning]) -> None:
+    """Print the table over seeds; write OUT/results.jsonl, OUT/tuning.jsonl and OUT/report.html."""
     from disttempnet.report.compact import read_results, write_compact
     from disttempnet.report.page import publish
     from disttempnet.report.seeds.groups import compare_groups
     from disttempnet.report.seeds.page import comparison_page
     from disttempnet.report.seeds.tables import text_table
 
+    out = grid.out
+    if tunings:
+        publish(out / "tuning.jsonl", write_tuning(grid, tunings))  # first: results name the keys that were tuned
     results = read_results(folders)
     comparison = compare_groups(results)
     console().print(text_table(comparison))  # first, so that a full disk does not lose it
@@ -134,14 +156,23 @@ def _print_failed(outcome: GridOutcome, total: int) -> None:
         say(f"  {name}: {reason}")
 
 
-def _print_list(grid: Grid, states: dict[str, RunState]) -> None:
+def _print_list(grid: Grid) -> None:
+    tunings = tuning_of(grid)
+    grid = grid.chosen(settings_of(tunings))
     table = Table(box=None)
     for heading in ("run", "objective", "state"):
         table.add_column(heading)
+    for tuning in tunings:
+        chosen = dict(zip(tuning.cell.tuned, tuning.best, strict=True)) if not tuning.waiting else {}
+        words = ", ".join(f"{key} = {value}" for key, value in chosen.items()) or f"{len(tuning.waiting)} trials left"
+        table.add_row(Text(tuning.cell.name), Text("tuning"), Text(words))
+    states = _states(grid.configs)
     for config in grid.configs:
         state = states[config.name]
         words = f"{state.kind}: {state.why}" if state.why else state.kind
         table.add_row(Text(config.name), Text(config.loss.name), Text(words))
+    for cell in grid.untuned:
+        table.add_row(Text(cell.name), Text(cell.table["loss"]["name"]), Text("waits for its tuning"))
     console().print(table)
     done = sum(state.kind == "done" for state in states.values())
-    say(f"{done} of {len(states)} runs are done, in {grid.out}")
+    say(f"{done} of {len(grid.cells) * len(grid.seeds)} runs are done, in {grid.out}")

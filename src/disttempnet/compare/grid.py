@@ -6,6 +6,9 @@
     [common]                  overrides for every run
     [runs.NAME]               overrides of one run
     [vary]                    "section.key" = [values]: every run at each of them
+    [tune]                    metric = "TASK/METRIC", by which each run's settings are chosen, for each value of vary
+    [tune.values]             "section.key" = [values]: tried for every run
+    [runs.NAME.tune]          "section.key" = [values]: tried for this run, beside those
 
 Sections may be nested tables or dotted keys. Later wins, key by key: base, common, run, vary, command line. `loss` is
 special, since its arguments belong to an objective: where common, run or vary give `loss.name`, the base's `loss` is
@@ -16,8 +19,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -39,14 +43,24 @@ from disttempnet.config import (
 from disttempnet.config.identity import NO_EFFECT_ON_RESULT, config_differences
 from disttempnet.config.toml import apply_override, base_path, find_config, merge, read_run_table, read_table
 from disttempnet.errors import UserError
-from disttempnet.evaluation.tasks import find_task
-from disttempnet.io.ranges import SEEDS
+from disttempnet.evaluation.tasks import VALIDATION_TASK, find_task
+from disttempnet.io.ranges import SEEDS, integers
 from disttempnet.training.model import as_trained, continued, resolved
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.run_info import read_facts
 
 MOST_RUNS = 10_000
+TUNING = "tuning"  # folder of the trials, in `out`
 SET_BY_GRID = {"name": "the table's own name", "out": "out at the top of the file", "train.seed": "seeds"}
+
+
+class TuneSection(Section):
+    """[tune]: settings that are chosen for each run, by one metric, on a seed that is not reported."""
+
+    metric: str = Field(pattern=r"^.+/.+$")
+    seed: Annotated[int, SEEDS] = 0
+    values: dict[str, Any] = Field(default_factory=dict)
+    widen: Annotated[int, integers(0, 10)] = 2
 
 
 class GridFile(Section):
@@ -57,20 +71,88 @@ class GridFile(Section):
     seeds: tuple[Annotated[int, SEEDS], ...] = Field(min_length=1)
     common: dict[str, Any] = Field(default_factory=dict)
     vary: dict[str, Any] = Field(default_factory=dict)
+    tune: TuneSection | None = None
     runs: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
+class GridCell:
+    """A run of the file at one choice of the varied values, to be trained with several seeds.
+
+    Attributes:
+        name: of its runs, without the seed: RUN--KEY-VALUE.
+        run: its name in the file.
+        varied: key → value.
+        table: its config as a plain table, without name, out and seed.
+        tuned: key → values to try, in the order of the file; empty where nothing is tuned.
+        where: the file, for messages.
+    """
+
+    name: str
+    run: str
+    varied: Mapping[str, Any]
+    table: Mapping[str, Any]
+    tuned: Mapping[str, tuple[Any, ...]]
+    where: str
+
+    def config(self, out: str, seed: int, setting: Sequence[Any] = (), trial: bool = False) -> Config:
+        """Return the config of one of its runs.
+
+        Args:
+            out: folder of run folders.
+            seed: of training.
+            setting: a value for each key of `tuned`.
+            trial: name the run after the setting.
+
+        Raises:
+            UserError: a value that its key cannot have.
+        """
+        table = copy.deepcopy(dict(self.table))
+        chosen = dict(zip(self.tuned, setting, strict=True)) if setting else {}
+        merge(table, _nested(chosen))
+        name = _run_name(self.name, chosen if trial else {}, f"seed-{seed}")
+        table |= {"name": name, "out": out}
+        table.setdefault("train", {})["seed"] = seed
+        return config_from_table(table, f"{self.where}: {name}")
+
+
+@dataclass(frozen=True)
 class Grid:
-    """All runs of a comparison, in the order in which they are trained.
+    """All runs of a comparison.
 
     Attributes:
         out: folder of the run folders.
-        configs: checked, with [loss] as written. A default that changed since a run began is thus that of the run.
+        seeds: of the runs that are reported.
+        cells: of the grid, in the order of the file.
+        tune: how settings are chosen; None where nothing is tuned.
+        settings: name of a cell → its chosen setting.
     """
 
     out: Path
-    configs: tuple[Config, ...]
+    seeds: tuple[int, ...]
+    cells: tuple[GridCell, ...]
+    tune: TuneSection | None = None
+    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def untuned(self) -> tuple[GridCell, ...]:
+        """The cells whose setting is yet to be chosen."""
+        return tuple(cell for cell in self.cells if cell.tuned and cell.name not in self.settings)
+
+    @cached_property
+    def configs(self) -> tuple[Config, ...]:
+        """A config for each run, in the order in which they are trained; none of `untuned` cells.
+
+        They are checked, with [loss] as written. A default that changed since a run began is thus that of the run.
+        """
+        ready = [cell for cell in self.cells if not cell.tuned or cell.name in self.settings]
+        return tuple(
+            cell.config(str(self.out), seed, self.settings.get(cell.name, ())) for seed in self.seeds for cell in ready
+        )
+
+    def chosen(self, settings: Mapping[str, tuple[Any, ...]]) -> Grid:
+        """Return the grid with these settings."""
+        return replace(self, settings=settings)
 
 
 @dataclass(frozen=True)
@@ -107,12 +189,12 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     # the configs, with all other overrides
     rest = [override for override in overrides if override not in own]
     _refuse_set_by_grid("command line", {override.partition("=")[0].strip(): None for override in rest})
-    configs = tuple(_configs(path, file, rest))
-    names = [config.name for config in configs]
+    grid = Grid(Path(file.out), file.seeds, tuple(_cells(path, file, rest)), file.tune)
+    names = [cell.name for cell in grid.cells]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{path}: two runs have the name {min(twice)}; rename one")
-    _check(path, configs)
-    return Grid(Path(file.out), configs)
+        raise UserError(f"{path}: two runs have the name {min(twice)}--seed-{file.seeds[0]}; rename one")
+    _check(path, grid)
+    return grid
 
 
 def run_state(config: Config) -> RunState:
@@ -139,49 +221,95 @@ def run_state(config: Config) -> RunState:
     )
 
 
-def _configs(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Config]:
+def _cells(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[GridCell]:
     # base, common keys and varied keys, each checked
     base = read_run_table(base_path(path, file.config))
     config_from_table(base, file.config)  # errors of the base name the base
     common, vary = _nested(file.common), flat(_nested(file.vary))
     _refuse_set_by_grid(f"{path}: common", flat(common))
     _refuse_set_by_grid(f"{path}: vary", vary)
-    for key, values in vary.items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{path}: vary: '{key}' is not a list of values")
+    _refuse_no_list(f"{path}: vary", vary)
     count = len(file.seeds) * len(file.runs) * prod(map(len, vary.values()))
     if count > MOST_RUNS:
         raise UserError(f"{path}: {count:,} runs, over {MOST_RUNS:,}: give fewer seeds, runs or values in vary")
 
-    # one config for each seed, choice of values and run; later layers win
-    labels = _labels(list(vary))
-    for seed, values, (run, own) in product(file.seeds, product(*vary.values()), file.runs.items()):
-        changes = _nested(own)
+    # one cell for each choice of values and run; later layers win
+    for values, (run, own) in product(product(*vary.values()), file.runs.items()):
+        changes = _nested({key: value for key, value in own.items() if key != "tune"})
         _refuse_set_by_grid(f"{path}: runs.{run}", flat(changes))
         table = copy.deepcopy(base)
-        layers = [common, changes, _nested(dict(zip(vary, values, strict=True)))]
+        varied = dict(zip(vary, values, strict=True))
+        layers = [common, changes, _nested(varied)]
         if any("loss.name" in flat(layer) for layer in layers):
             table.pop("loss", None)
         for layer in layers:
             merge(table, layer)
         for override in overrides:
             apply_override(table, override, is_text)
-        varied = [f"{label}-{_word(value)}" for label, value in zip(labels, values, strict=True)]
-        table["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join([run, *varied, f"seed-{seed}"]))
-        table["out"] = file.out
-        table.setdefault("train", {})["seed"] = seed
-        yield config_from_table(table, f"{path}: {table['name']}")
+        tuned = _tuned(path, file, run, [*vary, *(override.partition("=")[0].strip() for override in overrides)])
+        yield GridCell(_run_name(run, varied), run, varied, table, tuned, str(path))
 
 
-def _check(path: Path, configs: Sequence[Config]) -> None:
-    """Raise UserError for a wrong [loss] or an unknown task, before the first run starts."""
-    for config in configs:
-        try:
-            for task in config.eval.tasks:
-                find_task(task)
-            resolved(config)
-        except UserError as error:
-            raise UserError(f"{path}: {config.name}: {error}") from None
+def _tuned(path: Path, file: GridFile, run: str, given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Return the keys that are tuned for a run with the values to try; `given` keys have a value already."""
+    own = file.runs[run].get("tune", {})
+    where = f"{path}: runs.{run}.tune"
+    if not isinstance(own, dict):
+        raise UserError(f"{where} is not a table of keys")
+    if own and file.tune is None:
+        raise UserError(f"{where}: tuning needs a [tune] with metric, the TASK/METRIC to choose by")
+    tuned = flat(_nested(file.tune.values if file.tune else {})) | flat(_nested(own))
+    _refuse_set_by_grid(where, tuned)
+    _refuse_no_list(where, tuned)
+    for key in tuned:
+        if key in given:
+            raise UserError(f"{where}: '{key}' is tuned, and given a value too: leave one of them out")
+    if file.tune and prod(map(len, tuned.values())) > MOST_RUNS:
+        raise UserError(f"{where}: over {MOST_RUNS:,} trials: give fewer values")
+    return {key: tuple(values) for key, values in tuned.items()}
+
+
+def _check(path: Path, grid: Grid) -> None:
+    """Raise UserError for a wrong [loss], an unknown task or metric, before the first run starts."""
+    if grid.tune and grid.tune.seed in grid.seeds:
+        raise UserError(f"{path}: tune.seed = {grid.tune.seed} is one of seeds: settings are chosen on another one")
+    for cell in grid.cells:
+        trials = list(product(*cell.tuned.values()))
+        for seed, setting in (
+            [(grid.tune.seed, trial) for trial in trials]
+            if cell.tuned and grid.tune
+            else [(seed, ()) for seed in grid.seeds]
+        ):
+            config = cell.config(str(grid.out), seed, setting, trial=bool(setting))
+            try:
+                for task in config.eval.tasks:
+                    find_task(task)
+                resolved(config)
+            except UserError as error:
+                raise UserError(f"{path}: {config.name}: {error}") from None
+            if setting and grid.tune and not _measures(config, grid.tune.metric):
+                task = grid.tune.metric.rpartition("/")[0]
+                raise UserError(
+                    f"{path}: tune.metric: no run evaluates '{task}': add it to eval.tasks"
+                    + (", or give data.validation a share" if task == VALIDATION_TASK else "")
+                )
+
+
+def _measures(config: Config, metric: str) -> bool:
+    task = metric.rpartition("/")[0]
+    return task in config.eval.tasks or (task == VALIDATION_TASK and bool(config.data.validation))
+
+
+def _refuse_no_list(where: str, table: Mapping[str, Any]) -> None:
+    for key, values in table.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}: '{key}' is not a list of values")
+
+
+def _run_name(run: str, values: Mapping[str, Any], *last: str) -> str:
+    """Return RUN--KEY-VALUE, as the name of a folder."""
+    varied = [f"{label}-{_word(value)}" for label, value in zip(_labels(list(values)), values.values(), strict=True)]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join([run, *varied, *last]))
 
 
 def _refuse_set_by_grid(where: str, flat: dict[str, Any]) -> None:
