@@ -48,10 +48,16 @@ COMPARE = """The file defines the runs: a base config, seeds, and one table for 
   [vary]                                   every run at each value:   data.global_batch = [32, 128, 512]
   [runs.clip]                              one table for each run; its loss replaces the base's completely
   loss = { name = "clip" }
+  [tune]                                   chooses settings of each run, at each value of vary, before the seeds:
+  metric = "validation/mean_recall"        TASK/METRIC to choose by; other tasks are not asked by the trials
+  seed = 0                                 of the trials; widen = 2: values that may be added beyond an edge
+  [tune.values]                            tried for every run:  optim.lr = [3e-4, 1e-3, 3e-3]
+  [runs.clip.tune]                         tried for this run:   loss.temperature = [0.02, 0.05, 0.1]
 
 All configs are checked before the first run starts. Finished runs are skipped. After Ctrl-C or a kill the same command
 resumes every run. At the end it prints the table of mean (std) over seeds and writes OUT/report.html and
-OUT/results.jsonl (a line for each run; `disttempnet report` reads it without the run folders).
+OUT/results.jsonl (a line for each run; `disttempnet report` reads it without the run folders). OUT/tuning.jsonl holds the
+trials and what was chosen.
 
 examples:
   disttempnet compare configs/compare.toml --list

@@ -131,7 +131,7 @@ def _gpus() -> list[str]:
 
 def _report(folders: Sequence[Path], grid: Grid, tunings: Sequence[CellTuning]) -> None:
     """Print the table over seeds; write OUT/results.jsonl, OUT/tuning.jsonl and OUT/report.html."""
-    from disttempnet.report.compact import read_results, write_compact
+    from disttempnet.report.compact import TUNING_FILE, read_results, write_compact
     from disttempnet.report.page import publish
     from disttempnet.report.seeds.groups import compare_groups
     from disttempnet.report.seeds.page import comparison_page
@@ -139,7 +139,7 @@ def _report(folders: Sequence[Path], grid: Grid, tunings: Sequence[CellTuning]) 
 
     out = grid.out
     if tunings:
-        publish(out / "tuning.jsonl", write_tuning(grid, tunings))  # first: results name the keys that were tuned
+        publish(out / TUNING_FILE, write_tuning(grid, tunings))  # first: results name the keys that were tuned
     results = read_results(folders)
     comparison = compare_groups(results)
     console().print(text_table(comparison))  # first, so that a full disk does not lose it

@@ -49,6 +49,7 @@ class CellTuning:
     def record(self, metric: str, seed: int) -> dict[str, Any]:
         """Return the tuning as plain values, a line of tuning.jsonl."""
         return {
+            "name": self.cell.name,
             "run": self.cell.run,
             "varied": dict(self.cell.varied),
             "metric": metric,
@@ -172,7 +173,7 @@ def _allowed(cell: GridCell, setting: Setting) -> bool:
     from disttempnet.training.model import resolved
 
     try:
-        resolved(cell.config("", 0, setting))
+        resolved(cell.config("runs", 0, setting))
     except UserError:
         return False
     return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import numpy as np
 from disttempnet.config import public_table
 from disttempnet.errors import UserError
 from disttempnet.evaluation.scores import Scores, from_record, to_record
-from disttempnet.io.files import read_regular
+from disttempnet.io.files import read_json_lines, read_regular
 from disttempnet.report.bins import binned, evenly_spread
 from disttempnet.report.read import Evaluation, RunRecord, Temperatures, read_run
 from disttempnet.sanitize import one_line
 
+TUNING_FILE = "tuning.jsonl"  # of a comparison
 COMPACT_FORMAT = 1  # of a line; other formats are refused
 CURVE_POINTS = 32  # of the τ trajectory
 KEPT_FACTS = (
@@ -45,6 +46,7 @@ class CompactResult:
         tau_by_frequency: final τ against the training frequency of a pair's concept: "frequency" (median of the bin),
             "image", "text" (median τ of the bin), of equal length; "spearman" of [image, text] over the pairs. Empty
             where all τ are equal or frequencies are unknown.
+        tuned: config key → value that `compare` chose by trials; runs that differ in these alone are of one family.
     """
 
     name: str
@@ -55,6 +57,7 @@ class CompactResult:
     tau: dict[str, list[float]]
     tau_curve: dict[str, list[float]]
     tau_by_frequency: dict[str, list[float]]
+    tuned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -120,11 +123,25 @@ def compact(run: RunRecord) -> CompactResult:
             key: values[shown].tolist() for key, values in zip(("epoch", "mean", "min", "max"), parts, strict=True)
         }
     by_frequency = _by_frequency(run.temperatures[-1]) if run.temperatures else {}
+    tuned = _tuned(run.folder.parent / TUNING_FILE, run.config.name)
 
     # config without credentials and local paths
     table = public_table(run.config)
     table["out"] = Path(table["out"]).name
-    return CompactResult(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency)
+    return CompactResult(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency, tuned)
+
+
+def _tuned(path: Path, name: str) -> dict[str, Any]:
+    """Return the settings that were chosen for a run, from the tuning.jsonl of its comparison; none without one."""
+    stem = name.partition("--seed-")[0]
+    chosen = [line["chosen"] for _, line in read_json_lines(path, check_tuning) if line["name"] == stem]
+    return dict(chosen[0]) if chosen else {}
+
+
+def check_tuning(line: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError for an object that is no line of tuning.jsonl."""
+    if not isinstance(line["name"], str) or not isinstance(line["chosen"], dict):
+        raise TypeError
 
 
 def _by_frequency(last: Temperatures) -> dict[str, list[float]]:
@@ -162,6 +179,7 @@ def _to_line(result: CompactResult) -> dict[str, Any]:
         "tau": result.tau,
         "tau_curve": result.tau_curve,
         "tau_by_frequency": result.tau_by_frequency,
+        "tuned": result.tuned,
     }
 
 
@@ -194,6 +212,7 @@ def _from_line(line: dict[str, Any]) -> CompactResult:
         tau=line["tau"],
         tau_curve=line["tau_curve"],
         tau_by_frequency=line["tau_by_frequency"],
+        tuned=line.get("tuned", {}),  # older files have none
     )
     if result.seed != line["seed"] or not result.objective:
         raise ValueError
@@ -204,5 +223,5 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(inner) if key != "config" else inner for key, inner in value.items()}
+        return {key: _rounded(inner) if key not in ("config", "tuned") else inner for key, inner in value.items()}
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -204,7 +204,7 @@ def families(groups: Sequence[SeedGroup]) -> list[list[SeedGroup]]:
     """Return families of two or more groups that differ only in the global batch, in order of batch."""
     found: dict[str, list[SeedGroup]] = {}
     for group in groups:
-        found.setdefault(_key(group.results[0].config, without_batch=True), []).append(group)
+        found.setdefault(_key(group.results[0], without_batch=True), []).append(group)
     return [sorted(family, key=lambda g: g.batch) for family in found.values() if len(family) > 1]
 
 
@@ -212,7 +212,7 @@ def by_config(results: Sequence[CompactResult]) -> list[list[CompactResult]]:
     """Return runs grouped by config, in the order of the first run of each."""
     members: dict[str, list[CompactResult]] = {}
     for result in results:
-        members.setdefault(_key(result.config), []).append(result)
+        members.setdefault(_key(result), []).append(result)
     return list(members.values())
 
 
@@ -249,12 +249,14 @@ def _titles(firsts: Sequence[CompactResult]) -> list[tuple[str, str]]:
     ]
 
 
-def _key(config: dict[str, Any], without_batch: bool = False) -> str:
+def _key(result: CompactResult, without_batch: bool = False) -> str:
     """Return the keys that affect the result, except the seed, as text.
 
-    Keys that an old config lacks are defaults; arguments of its objective are as it was trained.
+    Keys that an old config lacks are defaults; arguments of its objective are as it was trained. Tuned keys count as
+    tuned, whatever was chosen.
     """
-    left_out = {*NO_EFFECT_ON_RESULT, "train.seed"} | ({"data.global_batch"} if without_batch else set())
+    config = result.config
+    left_out = {*NO_EFFECT_ON_RESULT, "train.seed", *result.tuned} | ({"data.global_batch"} if without_batch else set())
     arguments = dict(config.get("loss", {}))  # an evaluation may know nothing of the training
     objective = arguments.pop("name", "")
     if objective:
@@ -264,7 +266,8 @@ def _key(config: dict[str, Any], without_batch: bool = False) -> str:
     if arguments.get("tau_gradient") == "batch":
         left_out.add("loss.tau_gradient_limit")  # it bounds a part that only `fcco` adds
     table = defaults() | flat({**config, "loss": {"name": objective, **arguments}} if objective else config)
-    return json.dumps({key: value for key, value in table.items() if key not in left_out}, sort_keys=True)
+    kept = {key: value for key, value in table.items() if key not in left_out}
+    return json.dumps([kept, sorted(result.tuned)], sort_keys=True)
 
 
 def _columns(results: Sequence[CompactResult], metrics: Sequence[str]) -> tuple[Column, ...]:
