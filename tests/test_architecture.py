@@ -63,7 +63,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "compare": [
         {"display", "grid", "worker"},
-        {"pool"},
+        {"pool", "tuning"},
     ],
     "config": [
         {"identity", "toml"},
