@@ -169,7 +169,7 @@ def _beyond(tuning: CellTuning, widen: int) -> Iterator[Setting]:
 
 
 def _allowed(cell: GridCell, setting: Setting) -> bool:
-    """Whether a config may have this setting."""
+    """Return true if a config may have this setting."""
     from disttempnet.training.model import resolved
 
     try:
