@@ -11,7 +11,7 @@ import pytest
 from disttempnet.cli.main import main
 from disttempnet.compare import tuning
 from disttempnet.compare.grid import Grid, load_grid
-from disttempnet.compare.tuning import CellTuning, settings_of, trials, tuning_of
+from disttempnet.compare.tuning import CellTuning, chosen_settings, trials, tuning_of
 from disttempnet.config import Config
 from disttempnet.errors import UserError
 from disttempnet.report.compact import read_results
@@ -73,7 +73,7 @@ def test_the_best_is_chosen_and_edges_are_widened(
     assert found.best == chosen
     assert len(found.scores) == tried
     assert found.at_edge == at_edge
-    configs = grid.chosen(settings_of([found])).configs
+    configs = grid.chosen(chosen_settings([found])).configs
     assert [(c.name, c.optim.lr, c.loss.arguments["temperature"]) for c in configs] == [
         (f"clip--seed-{seed}", *chosen) for seed in (1, 2)
     ]

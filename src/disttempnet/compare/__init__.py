@@ -23,7 +23,7 @@ from rich.text import Text
 from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.grid import Grid, RunState, load_grid, run_state
 from disttempnet.compare.pool import GridOutcome, Pool
-from disttempnet.compare.tuning import CellTuning, settings_of, trials, tuning_of, write_tuning
+from disttempnet.compare.tuning import CellTuning, chosen_settings, trials, tuning_of, write_tuning
 from disttempnet.config import Config
 from disttempnet.distributed.launcher import launched
 from disttempnet.errors import TERMINATED, UserError
@@ -70,7 +70,7 @@ def _run(grid: Grid, jobs: int) -> int:
         if outcome.stopped or outcome.failed:
             return _end(outcome, len(waiting))
         tunings = tuning_of(grid)
-    grid = grid.chosen(settings_of(tunings))
+    grid = grid.chosen(chosen_settings(tunings))
 
     # then the runs of all seeds
     outcome = _train(grid.configs, jobs, grid.out)
@@ -158,7 +158,7 @@ def _print_failed(outcome: GridOutcome, total: int) -> None:
 
 def _print_list(grid: Grid) -> None:
     tunings = tuning_of(grid)
-    grid = grid.chosen(settings_of(tunings))
+    grid = grid.chosen(chosen_settings(tunings))
     table = Table(box=None)
     for heading in ("run", "objective", "state"):
         table.add_column(heading)

@@ -20,7 +20,7 @@ from disttempnet.training.run_info import read_facts
 from disttempnet.training.run_log import LOGS
 
 Setting = tuple[Any, ...]  # a value for each tuned key
-DIGITS = 3  # of a value beyond the edge
+_DIGITS = 3  # of a value beyond the edge
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def trials(grid: Grid, tunings: Sequence[CellTuning]) -> list[Config]:
     return [_trial(grid, tuning.cell, setting) for tuning in tunings for setting in tuning.waiting]
 
 
-def settings_of(tunings: Sequence[CellTuning]) -> dict[str, Setting]:
+def chosen_settings(tunings: Sequence[CellTuning]) -> dict[str, Setting]:
     """Return the chosen setting of each cell that waits for no trial."""
     return {tuning.cell.name: tuning.best for tuning in tunings if not tuning.waiting}
 
@@ -156,7 +156,7 @@ def _beyond(tuning: CellTuning, widen: int) -> Iterator[Setting]:
         line = _line(tuning, number)
         first, second = (line[0], line[1]) if edge < 0 else (line[-1], line[-2])
         added = sum(value not in values for value in line)
-        value = float(f"{first * first / second:.{DIGITS}g}")
+        value = float(f"{first * first / second:.{_DIGITS}g}")
         if isinstance(first, int) and isinstance(second, int):
             value = round(value)
         if (
