@@ -63,7 +63,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "compare": [
         {"display", "grid", "worker"},
-        {"pool", "tuning"},
+        {"pool", "trials"},
     ],
     "config": [
         {"identity", "toml"},

@@ -56,8 +56,8 @@ COMPARE = """The file defines the runs: a base config, seeds, and one table for 
 
 All configs are checked before the first run starts. Finished runs are skipped. After Ctrl-C or a kill the same command
 resumes every run. At the end it prints the table of mean (std) over seeds and writes OUT/report.html and
-OUT/results.jsonl (a line for each run; `disttempnet report` reads it without the run folders). OUT/tuning.jsonl holds the
-trials and what was chosen.
+OUT/results.jsonl (a line for each run; `disttempnet report` reads it without the run folders). OUT/tuning.jsonl holds
+the trials and what was chosen.
 
 examples:
   disttempnet compare configs/compare.toml --list

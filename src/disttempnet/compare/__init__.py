@@ -6,7 +6,7 @@ The code knows no objective: the grid file names them. Every run is an ordinary 
 display.py   progress of the whole grid
 grid.py      grid file → configs; the state of each run
 pool.py      worker processes, and what happens when one dies
-tuning.py    trials of settings, and the choice of the best
+trials.py    trials of settings, and the choice of the best
 worker.py    a worker: trains one run after another
 """
 
@@ -23,7 +23,7 @@ from rich.text import Text
 from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.grid import Grid, RunState, load_grid, run_state
 from disttempnet.compare.pool import GridOutcome, Pool
-from disttempnet.compare.tuning import CellTuning, chosen_settings, trials, tuning_of, write_tuning
+from disttempnet.compare.trials import CellTuning, chosen_settings, trials, tuning_of, write_tuning
 from disttempnet.config import Config
 from disttempnet.distributed.launcher import launched
 from disttempnet.errors import TERMINATED, UserError

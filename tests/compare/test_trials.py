@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from disttempnet.cli.main import main
-from disttempnet.compare import tuning
+from disttempnet.compare import trials as module
 from disttempnet.compare.grid import Grid, load_grid
-from disttempnet.compare.tuning import CellTuning, chosen_settings, trials, tuning_of
+from disttempnet.compare.trials import CellTuning, chosen_settings, trials, tuning_of
 from disttempnet.config import Config
 from disttempnet.errors import UserError
 from disttempnet.report.compact import read_results
@@ -42,7 +42,7 @@ def finish(grid: Grid, monkeypatch: pytest.MonkeyPatch, peak: tuple[float, float
         at = math.log(config.optim.lr / peak[0]) ** 2 + math.log(config.loss.arguments["temperature"] / peak[1]) ** 2
         scores[config.name] = -at
 
-    monkeypatch.setattr(tuning, "_score", lambda config, metric: scores.get(config.name))
+    monkeypatch.setattr(module, "_score", lambda config, metric: scores.get(config.name))
     while waiting := trials(grid, found := tuning_of(grid)):
         for config in waiting:
             run(config)
