@@ -11,7 +11,7 @@ import pytest
 from disttempnet.cli.main import main
 from disttempnet.compare import trials as module
 from disttempnet.compare.grid import Grid, load_grid
-from disttempnet.compare.trials import CellTuning, chosen_settings, trials, tuning_of
+from disttempnet.compare.trials import CellTuning, chosen_settings, missing_trials, tuning_of
 from disttempnet.config import Config
 from disttempnet.errors import UserError
 from disttempnet.report.compact import read_results
@@ -43,7 +43,7 @@ def finish(grid: Grid, monkeypatch: pytest.MonkeyPatch, peak: tuple[float, float
         scores[config.name] = -at
 
     monkeypatch.setattr(module, "_score", lambda config, metric: scores.get(config.name))
-    while waiting := trials(grid, found := tuning_of(grid)):
+    while waiting := missing_trials(grid, found := tuning_of(grid)):
         for config in waiting:
             run(config)
     return found
@@ -94,7 +94,7 @@ def test_every_cell_has_a_choice_of_its_own(tmp_path: Path, monkeypatch: pytest.
         "clip--global_batch-16", "sogclr--global_batch-16", "clip--global_batch-32", "sogclr--global_batch-32"
     ]  # fmt: skip
     assert [list(cell.tuned) for cell in grid.cells][:2] == [["optim.lr", "loss.temperature"], ["optim.lr"]]
-    waiting = trials(grid, tuning_of(grid))
+    waiting = missing_trials(grid, tuning_of(grid))
     assert len(waiting) == 2 * (4 + 2)
     assert {config.eval.tasks for config in waiting} == {("emoji-concepts",)}  # the other is asked once, at the end
     assert {config.train.seed for config in waiting} == {0}

@@ -23,7 +23,7 @@ from rich.text import Text
 from disttempnet.compare.display import GridDisplay
 from disttempnet.compare.grid import Grid, RunState, load_grid, run_state
 from disttempnet.compare.pool import GridOutcome, Pool
-from disttempnet.compare.trials import CellTuning, chosen_settings, trials, tuning_of, write_tuning
+from disttempnet.compare.trials import CellTuning, chosen_settings, missing_trials, tuning_of, write_tuning
 from disttempnet.config import Config
 from disttempnet.distributed.launcher import launched
 from disttempnet.errors import TERMINATED, UserError
@@ -64,7 +64,7 @@ def run_compare(path: Path, overrides: Sequence[str], jobs: int = 1, only_list: 
 def _run(grid: Grid, jobs: int) -> int:
     # settings first: each round of trials may ask for another, beyond the edge that holds the best
     tunings = tuning_of(grid)
-    while waiting := trials(grid, tunings):
+    while waiting := missing_trials(grid, tunings):
         say(f"tuning by {grid.tune and grid.tune.metric}: {len(waiting)} trials to run")
         outcome = _train(waiting, jobs, grid.out)
         if outcome.stopped or outcome.failed:

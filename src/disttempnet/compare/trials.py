@@ -68,7 +68,7 @@ def tuning_of(grid: Grid) -> list[CellTuning]:
     return [_tuning(grid, cell) for cell in grid.cells if cell.tuned]
 
 
-def trials(grid: Grid, tunings: Sequence[CellTuning]) -> list[Config]:
+def missing_trials(grid: Grid, tunings: Sequence[CellTuning]) -> list[Config]:
     """Return the runs that the choices wait for."""
     return [_trial(grid, tuning.cell, setting) for tuning in tunings for setting in tuning.waiting]
 
