@@ -56,7 +56,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"__main__"},
     ],
     "cli": [
-        {"model"},
+        {"model", "source"},
         {"embed", "evaluate", "export", "slurm", "task"},
         {"data", "launch"},
         {"main"},

@@ -211,3 +211,27 @@ def test_notes_are_printed_and_kept(
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert ["to which they were interpolated" in note for note in about["notes"]] == [True]
     assert about["notes"][0] in capsys.readouterr().out
+
+
+def test_a_source_is_named_as_in_a_config(embed: Embed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mixture, whose ids lie one after another, and a listing whose keys and images have to be named."""
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name, count in (("one", 3), ("two", 2)):
+        rows = [json.dumps({"photo": f"{number:02d}.png", "said": f"{name} {number}"}) for number in range(count)]
+        (lists / f"{name}.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+    keys = ["--caption-key", "said", "--image-key", "photo", "--images", str(tmp_path / "images")]
+    both = f"{lists / 'one.jsonl'}::{lists / 'two.jsonl'}"
+    assert embed(tmp_path / "out", *keys, source=both) == 0
+    assert "features of 5 samples of 5" in capsys.readouterr().out
+    with safe_open(tmp_path / "out" / "features-00000.safetensors", "pt") as file:
+        assert file.get_tensor("ids").tolist() == [0, 1, 2, 3, 4]
+        assert json.loads(file.metadata()["captions"]) == [["one 0"], ["one 1"], ["one 2"], ["two 0"], ["two 1"]]
+        image = file.get_tensor("image")
+    assert torch.equal(image[0], image[3])
+
+    index = tmp_path / "elsewhere.index"
+    assert embed(tmp_path / "single", *keys, "--index", str(index), source=str(lists / "two.jsonl")) == 0
+    assert index.is_file()
+    assert embed(tmp_path / "wrong", *keys, "--index", str(index), source=both) == 2
+    assert "--index names one index, but there are 2 data sets" in capsys.readouterr().err

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from disttempnet.cli.source import add_source, sources_of
 from disttempnet.cli.task import add_task_command
 from disttempnet.errors import UserError
 from disttempnet.io.files import refuse_unwritable, unwritable_named
 from disttempnet.io.machine import cores
 from disttempnet.io.paths import path_argument
-from disttempnet.io.ranges import GIGABYTES, SAMPLES, SEEDS, WORKERS, integers
+from disttempnet.io.ranges import SAMPLES, SEEDS, WORKERS, integers
 from disttempnet.terminal import console, say
 
 if TYPE_CHECKING:
-    from disttempnet.config import SourceConfig
     from disttempnet.data.tools.unreadable import Fault
 
 SAMPLE_COUNT = integers(1, 10**9)
-SPEC_HELP = "shards or another layout, as in data.train"
 
 INDEX_HELP = """\
 Reads every shard once and writes a small index beside them: samples, byte ranges, unusable samples and why. Training
@@ -102,7 +101,7 @@ def _add_index(commands: Any) -> None:
         description=INDEX_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_source(index, several=True)
+    add_source(index, several=True)
     index.add_argument(
         "--checksum", action="store_true", help="hash all bytes of every shard (sha256) and compare with stored hashes"
     )
@@ -117,7 +116,7 @@ def run_index(options: argparse.Namespace) -> int:
     from disttempnet.data.tools.summary import index_summary, listing_summary
 
     workers, shown = options.workers, console()
-    for source in _sources(options):
+    for source in sources_of(options):
         if is_listing(source):
             if options.checksum:
                 raise UserError(f"{source.path}: --checksum is for shards; a listing is always compared by content")
@@ -129,50 +128,9 @@ def run_index(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Add the arguments that name and open a source."""
-    if several:
-        parser.add_argument("spec", nargs="+", type=path_argument, metavar="SPEC", help=SPEC_HELP)
-    else:
-        parser.add_argument("spec", type=path_argument, metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument("--caption-key", default="", metavar="KEY", help="key of the captions in .json or rows")
-    parser.add_argument("--images", type=path_argument, metavar="DIR", help="listings: root of relative image paths")
-    parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")
-    parser.add_argument(
-        "--join-rows",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="listings: join rows of the same image into one sample with all its captions (default)",
-    )
-    parser.add_argument(
-        "--index", type=path_argument, metavar="FILE", help="file of the index (default: beside the data)"
-    )
-    parser.add_argument("--cache", type=path_argument, metavar="DIR", help="remote shards: folder of the local cache")
-    parser.add_argument(
-        "--cache-gb",
-        type=GIGABYTES.parse,
-        metavar="GB",
-        help="remote shards: limit of the cache in GB (default: 100)",
-    )
-
-
-def _sources(options: argparse.Namespace) -> list[SourceConfig]:
-    from disttempnet.config import SourceConfig
-
-    given = [options.spec] if isinstance(options.spec, str) else options.spec
-    specs = [spec for one in given for spec in one.split("::")]
-    if not all(spec.strip() for spec in specs):
-        raise UserError(f"'{'::'.join(given)}' names an empty source beside '::': leave it out")
-    if options.index and len(specs) > 1:
-        raise UserError(f"--index names one index, but there are {len(specs)} data sets; index them one by one")
-    keys = ("caption_key", "images", "image_key", "join_rows", "index", "cache", "cache_gb")
-    values = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
-    return [SourceConfig(path=spec, **values) for spec in specs]
-
-
 def _add_preview(parts: Any) -> None:
     preview = parts.add_parser("preview", help="write random samples with captions and ids on one sheet")
-    _add_source(preview)
+    add_source(preview)
     preview.add_argument(
         "--out", type=path_argument, default="preview.png", metavar="FILE", help=".png or .html (default: preview.png)"
     )
@@ -186,7 +144,7 @@ def _preview(options: argparse.Namespace) -> int:
     from disttempnet.data.tools.preview import write_preview
 
     out = Path(options.out)
-    note = write_preview(open_source(_sources(options)), out, options.count, options.seed)
+    note = write_preview(open_source(sources_of(options)), out, options.count, options.seed)
     say(f"preview: {out.resolve()}")
     if note:
         say(f"  {note}")
@@ -208,7 +166,7 @@ def _add_verify(parts: Any) -> None:
         description=VERIFY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_source(verify, several=True)
+    add_source(verify, several=True)
     verify.add_argument(
         "--sample",
         type=SAMPLES.parse,
@@ -233,7 +191,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.out:
         refuse_unwritable(Path(options.out))
     with stopped_by_sigterm():
-        for source in _sources(options):
+        for source in sources_of(options):
             checked, faults = verify(source, workers, options.sample, options.seed)
             say(f"{source.path}: {checked:,} samples read, {_count_faults(faults)}")
             if faults:
@@ -258,7 +216,7 @@ def _add_shard(parts: Any) -> None:
         description=SHARD_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_source(shard)
+    add_source(shard)
     shard.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="folder for the shards")
     shard.add_argument(
         "--samples-per-shard", type=SAMPLE_COUNT.parse, default=10_000, metavar="N", help="default: 10000"
@@ -295,7 +253,7 @@ def _shard(options: argparse.Namespace) -> int:
     settings = WriteSettings(options.samples_per_shard, options.resize, options.quality, options.captions)
     out, workers = Path(options.out), _workers(options)
     with stopped_by_sigterm():
-        written = write_shards(open_source(_sources(options)), out, settings, workers)
+        written = write_shards(open_source(sources_of(options)), out, settings, workers)
         say(f"{out.resolve()}: {written.shards:,} shards, {written.samples:,} samples, {decimal(written.size)}")
         if written.faults:
             say(f"{len(written.faults):,} samples are left out; {out / SKIPPED} lists all of them:")

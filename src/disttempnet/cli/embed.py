@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disttempnet.cli.model import TARGETS, add_resize_positions, open_target
+from disttempnet.cli.source import add_source, sources_of
 from disttempnet.io.paths import path_argument
 from disttempnet.io.ranges import BATCH, WORKERS
 from disttempnet.terminal import say
@@ -22,7 +23,7 @@ torchrun shares the work between GPUs.
 
 examples:
   disttempnet embed runs/mine '/cc3m/{00000..00331}.tar' --out cc3m-features
-  disttempnet embed ViT-B-32/openai photos.csv --out photos --format parquet --dtype float16
+  disttempnet embed ViT-B-32/openai photos.csv --images /photos --out photos --format parquet --dtype float16
 """
 
 
@@ -36,7 +37,7 @@ def add_embed_command(commands: Any) -> None:
     )
     embed.add_argument("target", type=path_argument, help=f"one of: {TARGETS}")
     add_resize_positions(embed)
-    embed.add_argument("source", type=path_argument, metavar="SOURCE", help="shards or a listing, as in data.train")
+    add_source(embed)
     embed.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the files")
     embed.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors", help="of the files")
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the features")
@@ -51,16 +52,15 @@ def add_embed_command(commands: Any) -> None:
 
 def _embed(options: argparse.Namespace) -> int:
     from disttempnet import distributed
-    from disttempnet.config import SourceConfig
     from disttempnet.data import open_source
     from disttempnet.features.build import Build
     from disttempnet.features.export import check_output, embed_source
 
-    out = Path(options.out)
+    out, sources = Path(options.out), sources_of(options)
     check_output(out, options.format)
     model = open_target(options.target, options.resize_positions, random=False)
     with distributed.session(timeout_minutes=60.0) as device:
-        source = open_source((SourceConfig(path=options.source),))
+        source = open_source(sources)
         model.towers.module.to(device)
         if distributed.is_main():
             for note in model.notes:
