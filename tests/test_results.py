@@ -73,7 +73,7 @@ def test_results_are_the_whole_grid_with_its_configs(path: Path) -> None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_shipped_grid_is_valid_and_named_on_the_page(path: Path) -> None:
-    assert load_grid(path).configs
+    assert load_grid(path).cells
     assert f"configs/{path.name}" in PAGE.read_text(encoding="utf-8")
 
 
