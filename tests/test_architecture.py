@@ -191,7 +191,9 @@ FLOORS: dict[str, list[set[str]]] = {
         {"page"},
     ],
     "report/seeds": [
+        {"intervals"},
         {"groups"},
+        {"comparison"},
         {"tau_tables"},
         {"plots", "tables"},
         {"page"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from disttempnet.cli.main import main
+from disttempnet.compare import _report
 from disttempnet.compare.grid import load_grid
 from disttempnet.training.trainer import train
 from tests.compare.grids import losses, write
@@ -47,6 +48,24 @@ def test_finished_runs_are_skipped(finished: Path, capsys: pytest.CaptureFixture
     assert "DistTempNet-v1" in capsys.readouterr().out
     assert main(["compare", str(finished), "--list"]) == 0
     assert "4 of 4 runs are done" in capsys.readouterr().out
+
+
+def test_differences_to_the_baseline(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = finished.parent / "out" / "report.html"
+    for name, title in (("v1", "DistTempNet-v1"), ("clip", "CLIP")):
+        assert main(["compare", str(finished), f"baseline={name}"]) == 0
+        out = " ".join(capsys.readouterr().out.replace("│", " ").replace("┃", " ").split())
+        assert "difference in points, paired by seed" in out
+        assert f"difference to {title}, 95 %" in page.read_text(encoding="utf-8")
+
+
+def test_a_baseline_without_a_finished_run_is_named(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = load_grid(finished)
+    folders = [config.folder for config in grid.configs if config.name.startswith("v1")]
+    _report(folders, grid, ())
+    assert "no run of the baseline 'clip' is finished: differences are to the first run" in capsys.readouterr().out
+    _report([config.folder for config in grid.configs], grid, ())
+    assert "no run of the baseline" not in capsys.readouterr().out
 
 
 def test_a_folder_with_another_config_is_an_error(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

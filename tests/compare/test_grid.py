@@ -25,6 +25,17 @@ def test_the_shipped_grid_is_valid_and_the_first_seed_comes_first() -> None:
     assert grid.configs[-1].train.seed == 3
 
 
+def test_the_baseline_is_the_first_run_or_the_named_one(tmp_path: Path) -> None:
+    path = write(tmp_path, GRID + '[runs."long run"]\noptim.lr = 5e-4\n')
+    assert load_grid(path).baseline == "clip"
+    assert load_grid(path, ["baseline=v1"]).baseline == "v1"
+    grid = load_grid(path, ["baseline=long run"])
+    assert grid.baseline == "long-run"
+    assert any(config.name.startswith(f"{grid.baseline}--") for config in grid.configs)
+    with pytest.raises(UserError, match=r"grid.toml: unknown baseline 'clop'. Did you mean 'clip'\?"):
+        load_grid(path, ["baseline=clop"])
+
+
 def test_a_run_lays_its_keys_over_the_base_and_replaces_its_loss(tmp_path: Path) -> None:
     path = write(
         tmp_path, GRID + '[runs.slow]\noptim.lr = 5e-4\nloss.name = "sogclr"\n[vary]\n"loss.temperature" = [0.1]'

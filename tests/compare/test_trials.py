@@ -15,7 +15,8 @@ from disttempnet.compare.trials import CellTuning, chosen_settings, missing_tria
 from disttempnet.config import Config
 from disttempnet.errors import UserError
 from disttempnet.report.compact import read_results
-from disttempnet.report.seeds.groups import compare_groups, families
+from disttempnet.report.seeds.comparison import compare_groups
+from disttempnet.report.seeds.groups import families
 from tests.compare.grids import write
 
 TUNED = """

@@ -10,7 +10,7 @@ import pytest
 
 from disttempnet.report import write_report
 from disttempnet.report.compact import read_results, write_compact
-from disttempnet.report.seeds.groups import compare_groups
+from disttempnet.report.seeds.comparison import compare_groups
 from disttempnet.report.seeds.page import comparison_page
 from disttempnet.report.seeds.tables import markdown_table
 from tests.report.pages import Page

@@ -27,6 +27,37 @@ def test_a_page_and_compact_results_of_damaged_runs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.jsonl").read_text())["seconds"] is None
 
 
+def test_runs_are_read_once(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write("no JSON\n")
+    with pytest.warns(UserNotice) as told:
+        write_report(folders, tmp_path / "page.html")
+    assert [str(notice.message).partition(": ")[0] for notice in told] == [str(f / "metrics.jsonl") for f in folders]
+
+
+def test_the_baseline_of_every_report(tmp_path: Path) -> None:
+    for name, title, acc1 in (("a", "A", 0.4), ("b", "B", 0.3)):
+        for seed in (1, 2):
+            folder = write_run(tmp_path / "grid" / f"{name}--seed-{seed}", title, acc1=acc1)
+            config = (folder / "config.toml").read_text().replace("seed = 2024", f"seed = {seed}")
+            (folder / "config.toml").write_text(config.replace("rho = 2.0", f"rho = {1 if name == 'a' else 2}.0"))
+    for ending in ("html", "md", "csv"):
+        for name, title in (("", "A"), ("a", "A"), ("b", "B")):
+            text = write_report([tmp_path / "grid"], tmp_path / f"r.{ending}", (), name).read_text(encoding="utf-8")
+            assert (f"difference to {title}, 95 %" if ending != "csv" else f",{title},") in text
+            assert ("10.0" if title == "B" else "−10.0") in text or ending == "csv"
+    with pytest.raises(UserError, match="unknown baseline 'c'"):
+        write_report([tmp_path / "grid"], tmp_path / "r.md", (), "c")
+    # single runs
+    singles = [tmp_path / "grid" / f"{name}--seed-1" for name in "ab"]
+    for name, words in (("", "Differences to A are"), ("b--seed-1", "Differences to B are"), ("B", "Differences to B")):
+        assert words in write_report(singles, tmp_path / "r.html", (), name).read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"unknown baseline 'b--seed-2'. Did you mean 'b--seed-1'\?"):
+        write_report(singles, tmp_path / "r.html", (), "b--seed-2")
+
+
 FORMULA = "=HYPERLINK(1)|<b>x</b>\n| % \\input{x} \x1b[2J"
 
 

@@ -43,6 +43,7 @@ COMPARE = """The file defines the runs: a base config, seeds, and one table for 
 
   config = "demo.toml"                     base config of all runs
   out = "runs/compare"                     folder of run folders, RUN--seed-S
+  baseline = "clip"                        the run that the others are compared with (default: the first)
   seeds = [1, 2, 3]                        all runs of the first seed come first
   [common]                                 config keys of every run:  train.epochs = 4
   [vary]                                   every run at each value:   data.global_batch = [32, 128, 512]
@@ -55,9 +56,10 @@ COMPARE = """The file defines the runs: a base config, seeds, and one table for 
   [runs.clip.tune]                         tried for this run:   loss.temperature = [0.02, 0.05, 0.1]
 
 All configs are checked before the first run starts. Finished runs are skipped. After Ctrl-C or a kill the same command
-resumes every run. At the end it prints the table of mean (std) over seeds and writes OUT/report.html and
-OUT/results.jsonl (a line for each run; `disttempnet report` reads it without the run folders). OUT/tuning.jsonl holds
-the trials and what was chosen.
+resumes every run. At the end it prints the table over seeds: mean (std), and the difference of each run to the
+baseline, paired by seed, with its 95 % confidence interval. It writes OUT/report.html and OUT/results.jsonl (a line for
+each run; `disttempnet report` reads it without the run folders). OUT/tuning.jsonl holds the trials and what was chosen.
+With [vary], the baseline has the same varied values.
 
 examples:
   disttempnet compare configs/compare.toml --list
@@ -76,18 +78,20 @@ REPORT = """The ending of --out selects the report:
 
   .html    run folders with different configs: a page about these runs in depth, the first one leading;
            several seeds of a config, a folder of run folders, or compact results: a page about groups of seeds
-  .md .tex .csv    the table over seeds: mean (standard deviation), the best in bold, those within one standard
-           deviation of it marked (csv: raw numbers)
+  .md .tex .csv    the table over seeds: mean (standard deviation), and the difference to the baseline, paired by
+           seed, with its 95 % confidence interval, in bold where that excludes zero (csv: raw numbers)
   .jsonl   compact results, a line for each run: enough to make all tables again without the run folders
 
+Differences need the same training data, the same evaluation, and two seeds that both runs have.
+
 For folders that `evaluate --data-root` wrote (or an eval_results.jsonl): averages beside published ones, ImageNet &
-variants, retrieval, every task, and the differences of all others to the first; runs that differ only in the seed share
-a row. --metrics takes TASK/METRIC and averages/datacomp, imagenet, shifts, vtab, retrieval.
+variants, retrieval, every task, and the differences of all others to the baseline; runs that differ only in the seed
+share a row. --metrics takes TASK/METRIC and averages/datacomp, imagenet, shifts, vtab, retrieval.
 
 examples:
   disttempnet report runs/demo runs/demo-clip --out report.html
   disttempnet report runs/compare --out table.tex --metrics emoji-concepts/acc1 emoji-concepts/mean_recall
-  disttempnet report docs/results/compare.jsonl --out table.md
+  disttempnet report docs/results/compare.jsonl --out table.md --baseline clip
   disttempnet report runs/*/evaluation evaluation/ViT-B-32-openai --out evaluation.html
 """
 
@@ -227,6 +231,12 @@ def _add_report(commands: Any) -> None:
         help=".html .md .tex .csv .jsonl (default: report.html)",
     )
     report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
+    report.add_argument(
+        "--baseline",
+        default="",
+        metavar="NAME",
+        help="the run, without its seed, that others are compared with (default: the first)",
+    )
     report.set_defaults(run=_report)
 
 
@@ -402,7 +412,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from disttempnet.report import write_report
 
-    path = write_report([Path(run) for run in options.runs], Path(options.out), options.metrics)
+    path = write_report([Path(run) for run in options.runs], Path(options.out), options.metrics, options.baseline)
     say(f"report: {path.resolve()}")
     return 0
 

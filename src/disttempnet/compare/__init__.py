@@ -133,15 +133,19 @@ def _report(folders: Sequence[Path], grid: Grid, tunings: Sequence[CellTuning]) 
     """Print the table over seeds; write OUT/results.jsonl, OUT/tuning.jsonl and OUT/report.html."""
     from disttempnet.report.compact import TUNING_FILE, read_results, write_compact
     from disttempnet.report.page import publish
-    from disttempnet.report.seeds.groups import compare_groups
+    from disttempnet.report.seeds.comparison import compare_groups
+    from disttempnet.report.seeds.groups import name_parts
     from disttempnet.report.seeds.page import comparison_page
     from disttempnet.report.seeds.tables import text_table
 
-    out = grid.out
+    out, baseline = grid.out, grid.baseline
     if tunings:
         publish(out / TUNING_FILE, write_tuning(grid, tunings))  # first: results name the keys that were tuned
     results = read_results(folders)
-    comparison = compare_groups(results)
+    if baseline not in {name_parts(result.name)[0] for result in results}:
+        say(f"no run of the baseline '{baseline}' is finished: differences are to the first run that is")
+        baseline = ""
+    comparison = compare_groups(results, baseline=baseline)
     console().print(text_table(comparison))  # first, so that a full disk does not lose it
     publish(out / "results.jsonl", write_compact(results))
     publish(out / "report.html", comparison_page(comparison))

@@ -2,6 +2,7 @@
 
     config = "demo.toml"      base of all runs: a path relative to the file, or a shipped config
     out = "runs/compare"      folder of run folders
+    baseline = "clip"         the run that the others are compared with (default: the first)
     seeds = [1, 2, 3]         train.seed; all runs of the first seed come first
     [common]                  overrides for every run
     [runs.NAME]               overrides of one run
@@ -42,7 +43,7 @@ from disttempnet.config import (
 )
 from disttempnet.config.identity import NO_EFFECT_ON_RESULT, config_differences
 from disttempnet.config.toml import apply_override, base_path, find_config, merge, read_run_table, read_table
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation.tasks import VALIDATION_TASK, find_task
 from disttempnet.io.ranges import SEEDS, integers
 from disttempnet.training.model import as_trained, continued, resolved
@@ -68,6 +69,7 @@ class GridFile(Section):
 
     config: PathOrName
     out: PathOrName = "runs/compare"
+    baseline: str = ""
     seeds: tuple[Annotated[int, SEEDS], ...] = Field(min_length=1)
     common: dict[str, Any] = Field(default_factory=dict)
     vary: dict[str, Any] = Field(default_factory=dict)
@@ -124,6 +126,7 @@ class Grid:
         out: folder of the run folders.
         seeds: of the runs that are reported.
         cells: of the grid, in the order of the file.
+        baseline: the run that the others are compared with, as it stands in names of runs.
         tune: how settings are chosen; None where nothing is tuned.
         settings: name of a cell → its chosen setting.
     """
@@ -131,6 +134,7 @@ class Grid:
     out: Path
     seeds: tuple[int, ...]
     cells: tuple[GridCell, ...]
+    baseline: str
     tune: TuneSection | None = None
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -178,18 +182,21 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     table = read_table(path)
     own = [override for override in overrides if re.split(r"[.=]", override)[0].strip() in GridFile.model_fields]
     for override in own:
-        apply_override(table, override, {"config", "out"}.__contains__)
+        apply_override(table, override, {"config", "out", "baseline"}.__contains__)
     try:
         file = GridFile.model_validate(table)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, GridFile)}") from None
     if len(set(file.seeds)) < len(file.seeds):
         raise UserError(f"{path}: seeds holds a number twice")
+    baseline = file.baseline or next(iter(file.runs))
+    if baseline not in file.runs:
+        raise UserError(f"{path}: {unknown_name('baseline', baseline, file.runs)}")
 
     # the configs, with all other overrides
     rest = [override for override in overrides if override not in own]
     _refuse_set_by_grid("command line", {override.partition("=")[0].strip(): None for override in rest})
-    grid = Grid(Path(file.out), file.seeds, tuple(_cells(path, file, rest)), file.tune)
+    grid = Grid(Path(file.out), file.seeds, tuple(_cells(path, file, rest)), _run_name(baseline, {}), file.tune)
     names = [cell.name for cell in grid.cells]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path}: two runs have the name {min(twice)}--seed-{file.seeds[0]}; rename one")

@@ -30,6 +30,13 @@ def open_template(name: str) -> Template:
     return environment.get_template(name)
 
 
+def signed(share: float, digits: int, plus: str = "+") -> str:
+    """Return a difference of shares in percentage points with its sign; no sign for what rounds to zero."""
+    value = round(100 * share, digits)
+    sign = "−" if value < 0 else plus if value > 0 else ""
+    return f"{sign}{abs(value):.{digits}f}"
+
+
 def publish(out: Path, text: str) -> Path:
     """Write a file of a report, without credentials that runs of earlier versions may hold.
 

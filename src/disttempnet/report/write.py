@@ -7,12 +7,14 @@ from pathlib import Path
 
 from disttempnet.errors import UserError
 from disttempnet.io.files import refuse_unwritable
-from disttempnet.report.compact import CompactResult, read_results, write_compact
+from disttempnet.report.compact import CompactResult, compact, read_results, write_compact
 from disttempnet.report.evaluations.compare import holds_evaluations, read_evaluations
 from disttempnet.report.evaluations.page import evaluation_report
 from disttempnet.report.page import publish
-from disttempnet.report.runs.page import build_report
-from disttempnet.report.seeds.groups import by_config, compare_groups
+from disttempnet.report.read import read_run
+from disttempnet.report.runs.page import runs_page
+from disttempnet.report.seeds.comparison import compare_groups
+from disttempnet.report.seeds.groups import by_config
 from disttempnet.report.seeds.page import comparison_page
 from disttempnet.report.seeds.tables import csv_table, latex_table, markdown_table
 
@@ -20,7 +22,7 @@ TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
 REPORT_SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
 
 
-def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) -> Path:
+def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = (), baseline: str = "") -> Path:
     """Write the report that the ending of `out` asks for.
 
     A page shows single runs in depth if run folders are given and no config has two seeds; otherwise it shows groups of
@@ -31,9 +33,11 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) 
             folders, eval_results.jsonl.
         out: .html for a page, .md .tex .csv for the table over seeds, .jsonl for compact results (of runs only).
         metrics: `TASK/METRIC` columns; empty = the main metrics of every task.
+        baseline: the run, without its seed, that the others are compared with; empty = the first one.
 
     Raises:
-        UserError: a path that is no run, an unknown ending or metric, a damaged file, or `out` cannot be written.
+        UserError: a path that is no run, an unknown ending, metric or baseline, a damaged file, or `out` cannot be
+            written.
     """
     if out.suffix not in REPORT_SUFFIXES:
         raise UserError(f"{out}: unknown ending; give one of {', '.join(REPORT_SUFFIXES)}")
@@ -41,14 +45,17 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = ()) 
     if any(holds_evaluations(path) for path in paths):
         if out.suffix == ".jsonl":
             raise UserError(f"{out}: evaluations are compact as they are; give one of .html, .md, .tex, .csv")
-        return publish(out, evaluation_report(read_evaluations(paths), out.suffix, metrics))
-    results = read_results(paths)
+        return publish(out, evaluation_report(read_evaluations(paths), out.suffix, metrics, baseline))
+    if out.suffix == ".html" and not metrics and all((path / "config.toml").is_file() for path in paths):
+        runs = [read_run(path) for path in paths]
+        results = [compact(run) for run in runs]
+        if not _have_seeds(results):
+            return publish(out, runs_page(runs, baseline))
+    else:
+        results = read_results(paths)
     if out.suffix == ".jsonl":
         return publish(out, write_compact(results))
-    single = all((path / "config.toml").is_file() for path in paths)
-    if out.suffix == ".html" and single and not metrics and not _have_seeds(results):
-        return build_report(paths, out)
-    comparison = compare_groups(results, metrics)
+    comparison = compare_groups(results, metrics, baseline)
     text = comparison_page(comparison) if out.suffix == ".html" else TABLES[out.suffix](comparison)
     return publish(out, text)
 

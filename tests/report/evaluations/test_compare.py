@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from disttempnet.report.evaluations.compare import (
     sections,
 )
 from disttempnet.report.seeds.groups import AVERAGES, Column
+from disttempnet.report.seeds.intervals import PairedDifference, mean_interval
 from tests.evaluation import published
 from tests.report.evaluations.records import (
     CLIP,
@@ -61,11 +61,16 @@ def test_differences_by_hand(grid: Path) -> None:
     )
     first, second = score_differences(clip, tempnet, [pets, flickr])
     assert (first.column, second.column) == (flickr, pets)
-    assert first.mean == pytest.approx(2 * (0.32 - 0.22))
-    assert second.std == pytest.approx((statistics.variance(CLIP) + statistics.variance(TEMPNET)) ** 0.5)
-    assert second.clear
-    assert not score_differences(clip, clip, [pets])[0].clear
-    assert not score_differences(replace(clip, results=clip.results[:1]), tempnet, [pets])[0].clear
+    assert first.paired.mean == pytest.approx(2 * (0.32 - 0.22))
+    by_seed = [b - a for a, b in zip(CLIP, TEMPNET, strict=True)]
+    assert second.paired.interval == pytest.approx(mean_interval(by_seed))
+    assert (second.paired.sign, second.paired.n) == (1, 3)
+    assert score_differences(clip, clip, [pets])[0].paired.sign == 0
+    one_seed = replace(clip, results=clip.results[:1])
+    (alone,) = score_differences(one_seed, tempnet, [pets])
+    assert alone.paired == PairedDifference(pytest.approx(0.1), None, 1)
+    (unpaired,) = score_differences(one_seed, replace(tempnet, results=tempnet.results[1:]), [pets])
+    assert unpaired.paired == PairedDifference(pytest.approx(0.33 - 0.20), None, 0)
 
 
 def test_every_task_is_in_one_section(grid: Path) -> None:

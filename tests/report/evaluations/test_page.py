@@ -51,27 +51,31 @@ def test_csv_by_hand(grid: Path) -> None:
 def test_markdown(grid: Path) -> None:
     text = write_report(folders(grid), grid / "r.md").read_text()
     lines = text.splitlines()
-    assert lines[2] == "|  | seeds | Average over 38 | ImageNet & variants | Retrieval | ImageNet shifts | VTAB |"
-    assert lines[4] == "| CLIP | 3 | 23.74 (2.85) | 22.00 (2.65) | 44.00 (5.29) | 22.00 (2.65) | 22.00 (2.65) |"
-    assert lines[5].startswith("| DistTempNet-v1 | 3 | **34.53 (2.16)** | **32.00 (2.00)** | **64.00 (4.00)** |")
-    assert (
-        "| FastCLIP-v3 (CC12M, ViT-B/32, 2048) [2] | published | 31.60 (0.46) | 24.78 (0.28) | 34.88 (0.28) | – | – |"
-        in lines
+    words = ["Average over 38", "ImageNet & variants", "Retrieval", "ImageNet shifts", "VTAB"]
+    assert lines[2] == "|  | seeds | " + "".join(f"{word} | difference to CLIP, 95 % | " for word in words).strip()
+    assert lines[4].startswith("| CLIP | 3 | 23.74 (2.85) | baseline | 22.00 (2.65) | baseline | 44.00 (5.29) |")
+    # .10, .11, .09 by seed: 10 ± 4.303 · 1 / √3
+    assert lines[5].startswith(
+        "| DistTempNet-v1 | 3 | **34.53 (2.16)** | **+10.79 [8.11, 13.47]** | **32.00 (2.00)** "
+        "| **+10.00 [7.52, 12.48]** | **64.00 (4.00)** | **+20.00 [15.03, 24.97]** |"
     )
-    assert "| DistTempNet-v1 (CC12M, ViT-B/32, 4096) [2, 3, 4] | published | 31.78 | 25.94 | 33.10 | – | – |" in lines
+    v3 = "| FastCLIP-v3 (CC12M, ViT-B/32, 2048) [2] | published | 31.60 (0.46) |  | 24.78 (0.28) |  | 34.88 (0.28) |"
+    assert any(line.startswith(v3) for line in lines)
+    v1 = "| DistTempNet-v1 (CC12M, ViT-B/32, 4096) [2, 3, 4] | published | 31.78 |  | 25.94 |  | 33.10 |  | – |"
+    assert any(line.startswith(v1) for line in lines)
     assert any(line.startswith("[3] one run, 4096 samples a step") for line in lines)
     headings = [line for line in lines if line.startswith("## ")]
     assert headings == ["## Averages", "## ImageNet & variants", "## Retrieval", "## Tasks", "## DistTempNet-v1 − CLIP"]
     assert text.count("| published |") == len(read_published())
     assert "| Flickr | mean R@1 | 44.00 (5.29) | **64.00 (4.00)** |" in lines
-    assert "| Retrieval | 44.00 (5.29) | 64.00 (4.00) | **+20.00 (6.63)** |" in lines
+    assert "| Retrieval | 44.00 (5.29) | 64.00 (4.00) | **+20.00 [15.03, 24.97]** |" in lines
 
 
 def test_latex_is_one_table_a_heading(grid: Path) -> None:
     text = write_report(folders(grid), grid / "r.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
     assert r"\multicolumn{5}{c}{}" not in text
-    assert r"CLIP & 3 & 23.74 (2.85) & 22.00 (2.65) & 44.00 (5.29)" in text
+    assert r"CLIP & 3 & 23.74 (2.85) & baseline & 22.00 (2.65) & baseline & 44.00 (5.29)" in text
     assert r"FastCLIP-v3, constant $\gamma$ (CC12M, ViT-B/32, 2048) [2] & pub. & 29.46 (0.39)" in text
     assert text.count("{") == text.count("}")
 
@@ -83,7 +87,14 @@ def test_page(grid: Path) -> None:
     html = write_report([*folders(grid), grid / "odd"], grid / "r.html").read_text()
     page = Page(html)
     assert_self_contained(page)
-    shown = ["23.74 (2.85)", "31.60 (0.46)", "DistTempNet-v1 − CLIP", "+20.00 (6.63)", "ViT<i> a<b>&c", "feedfeedfeed"]
+    shown = [
+        "23.74 (2.85)",
+        "31.60 (0.46)",
+        "DistTempNet-v1 − CLIP",
+        "+20.00 [15.03, 24.97]",
+        "ViT<i> a<b>&c",
+        "feedfeedfeed",
+    ]
     for words in shown:
         assert words in page.text, words
     lacking = "Left out: Stanford Cars incomplete: 1 unreadable: <x>"
@@ -97,7 +108,9 @@ def test_partial_runs_are_in_no_average(grid: Path) -> None:
     text = write_report(folders(grid), grid / "r.md").read_text()
     two = [average_of(value) for value in CLIP[:2]]
     mean, std = 100 * statistics.mean(two), 100 * statistics.stdev(two)
-    assert f"| CLIP | 3 | {mean:.2f} ({std:.2f}) n=2 | 22.00 (2.65) | 44.00 (5.29) |" in text
+    row = f"| CLIP | 3 | {mean:.2f} ({std:.2f}) n=2 | baseline | 22.00 (2.65) | baseline | 44.00 (5.29) | baseline |"
+    assert row in text
+    assert "| **+11.33 [4.47, 18.18] n=2** |" in text
     assert "| FMoW | top-1, worst region | 20.50 (0.71) n=2 |" in text
     rest = (38 * average_of(0.25) - 0.25) / 37
     assert (
@@ -144,7 +157,7 @@ def test_published_model_against_its_row(tmp_path: Path) -> None:
 
 def test_metrics_choose_columns(grid: Path) -> None:
     text = write_report(folders(grid), grid / "r.md", ["averages/vtab", "vtab/dtd/acc1"]).read_text()
-    assert "|  | seeds | VTAB | Describable Textures: zero-shot top-1 |" in text
+    assert "|  | seeds | VTAB | difference to CLIP, 95 % | Describable Textures: zero-shot top-1 | diff" in text
     assert "## Tasks" not in text
     with pytest.raises(UserError, match="unknown metric 'vtab/dtd/acc5'"):
         write_report(folders(grid), grid / "r.md", ["vtab/dtd/acc5"])

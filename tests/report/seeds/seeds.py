@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from disttempnet.report.seeds.groups import compare_groups
+from disttempnet.report.seeds.comparison import compare_groups
 from disttempnet.report.seeds.tables import csv_table
 from tests.report.invented import result
 

@@ -1,4 +1,4 @@
-"""Groups of seeds: what belongs together, mean and spread against NumPy, the marking rule by hand."""
+"""Groups of seeds: what belongs together, mean and spread against NumPy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from disttempnet.config import DataConfig, EvalConfig, TrainConfig
 from disttempnet.errors import UserError
 from disttempnet.losses import OBJECTIVES
 from disttempnet.losses.registry import LATER_ARGUMENTS
-from disttempnet.report.seeds.groups import Cell, Column, cell_of, compare_groups, families, mark
+from disttempnet.report.seeds.comparison import compare_groups
+from disttempnet.report.seeds.groups import Cell, cell_of, families
 from tests.report.invented import result
 
 TASK = "emoji-concepts"
@@ -28,23 +29,6 @@ def test_mean_and_sample_deviation_are_numpys() -> None:
     assert cell.n == 7
     assert cell_of([0.25]) == Cell(0.25, None, 1)
     assert cell_of([]) is None
-
-
-@pytest.mark.parametrize(
-    ("cells", "marks"),
-    [
-        # best 0.50 ± 0.02: 0.48 lies on the edge, 0.47 outside by its own 0.01, 0.46 inside by its own 0.05
-        ([(0.48, 0.01), (0.50, 0.02), (0.47, 0.01), (0.46, 0.05)], ["near", "best", "", "near"]),
-        ([(0.50, None), (0.49, None)], ["best", ""]),
-        ([(0.50, None), (0.50, None)], ["best", "best"]),
-        ([(0.50, 0.1), None], ["", None]),
-        ([None, (0.3, 0.0), (0.4, 0.0)], [None, "", "best"]),
-    ],
-)
-def test_the_marking_rule_by_hand(cells: list[tuple[float, float | None] | None], marks: list[str | None]) -> None:
-    marked = mark([None if cell is None else Cell(*cell, n=3) for cell in cells])
-    assert [None if cell is None else cell.mark for cell in marked] == marks
-    assert [cell and cell[:2] for cell in marked] == cells
 
 
 def test_runs_that_differ_only_in_seed_name_and_place_are_one_group() -> None:
@@ -117,23 +101,6 @@ def test_what_varies_is_in_the_title_and_batches_form_families() -> None:
     found = families(groups)
     assert [[group.batch for group in family] for family in found] == [[32, 512], [32, 512]]
     assert [family[0].line for family in found] == ["CLIP, lr 1e-3", "SogCLR, lr 1e-3"]
-
-
-def test_columns_are_the_main_metrics_or_those_asked_for() -> None:
-    runs = [result("clip", 1, scores(0.1, acc5=0.3, acc1_tail=0.05, acc1_head=0.2, mean_recall=0.4))]
-    chosen = [column.metric for column in compare_groups(runs).columns]
-    assert chosen == ["acc1", "mean_recall", "acc1_head", "acc1_tail"]
-    assert compare_groups(runs, [f"{TASK}/acc5"]).columns == (Column(TASK, "acc5"),)
-    with pytest.raises(UserError, match=f"unknown metric '{TASK}/acc6'. Did you mean '{TASK}/acc"):
-        compare_groups(runs, [f"{TASK}/acc6"])
-
-
-def test_a_metric_that_some_groups_lack_is_left_empty() -> None:
-    runs = [result("clip", 1, scores(0.1)), result("sogclr", 1, scores(0.2, mean_recall=0.5))]
-    (_, missing), (_, alone) = compare_groups(runs).cells
-    assert missing is None
-    assert alone is not None
-    assert alone.mark == ""  # nothing to be better than
 
 
 def test_nothing_finished_and_a_seed_given_twice_are_errors() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from disttempnet.report.seeds.groups import compare_groups
+from disttempnet.report.seeds.comparison import compare_groups
 from disttempnet.report.seeds.page import comparison_page
 from tests.report.invented import result
 from tests.report.pages import Page, assert_self_contained
@@ -17,7 +17,12 @@ def test_the_page_over_seeds_is_self_contained_and_escaped() -> None:
         assert part in page.text, part
     assert "Left out, because unfinished: late--seed-1." in page.text
     assert "90.0" not in page.text
-    assert [a["class"] for tag, a in page.tags if tag == "td" and a.get("class") in ("best", "near")] == ["best"]
+    classes = [a.get("class") for tag, a in page.tags if tag == "td"]
+    assert [word for word in classes if word and word not in ("n", "mono")] == [
+        "difference", "best", "difference ahead", "difference behind",
+    ]  # fmt: skip
+    for part in ("difference to CLIP, 95 %", "+3.0 [3.0, 3.0]", "−20.50 [−31.94, −9.06] n=2"):
+        assert part in page.text, part
 
 
 def test_the_page_of_runs_without_evaluations() -> None:

@@ -7,7 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from disttempnet.report.seeds import plots as comparison_plots
-from disttempnet.report.seeds.groups import Column, compare_groups, families
+from disttempnet.report.seeds.comparison import compare_groups
+from disttempnet.report.seeds.groups import Column, families
 from disttempnet.report.seeds.page import comparison_page
 from disttempnet.report.seeds.plots import batch_series, frequency_panel, learning_series
 from tests.report.invented import result

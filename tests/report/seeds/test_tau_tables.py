@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from disttempnet.report.seeds.groups import compare_groups
+from disttempnet.report.seeds.comparison import compare_groups
 from disttempnet.report.seeds.tables import latex_table, markdown_table
 from disttempnet.report.seeds.tau_tables import tau_series
 from tests.report.invented import result

@@ -20,15 +20,9 @@ from disttempnet.evaluation.tasks import all_tasks
 from disttempnet.io.files import open_regular
 from disttempnet.report.compact import CompactResult
 from disttempnet.report.read import Evaluation
-from disttempnet.report.seeds.groups import (
-    AVERAGES,
-    Cell,
-    Column,
-    GroupComparison,
-    Published,
-    SeedGroup,
-    compare_groups,
-)
+from disttempnet.report.seeds.comparison import GroupComparison, Published, compare_groups, group_difference
+from disttempnet.report.seeds.groups import AVERAGES, Cell, Column, SeedGroup
+from disttempnet.report.seeds.intervals import PairedDifference
 
 PUBLISHED_FILE = Path(__file__).with_name("published.toml")
 HEADLINES = ("datacomp", "imagenet", "retrieval", "shifts", "vtab")
@@ -58,29 +52,16 @@ class EvaluatedModel(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference of two groups in a column, other − base."""
+    """The difference of two groups in a column, other − base.
+
+    Attributes:
+        paired: over shared seeds; of groups that share none, the difference of the means, without an interval.
+    """
 
     column: Column
     base: Cell
     other: Cell
-
-    @property
-    def mean(self) -> float:
-        return self.other.mean - self.base.mean
-
-    @property
-    def std(self) -> float | None:
-        """Of the difference of two independent runs; None where either group has one run."""
-        if self.base.std is None or self.other.std is None:
-            return None
-        return float((self.base.std**2 + self.other.std**2) ** 0.5)
-
-    @property
-    def clear(self) -> bool:
-        """True if both standard deviations are known and the difference exceeds the larger one."""
-        if self.base.std is None or self.other.std is None:
-            return False
-        return abs(self.mean) > max(self.base.std, self.other.std)
+    paired: PairedDifference
 
 
 def holds_evaluations(path: Path) -> bool:
@@ -158,28 +139,30 @@ def _result(
     raise UserError(f"{path}: {SUMMARY_FILE} does not hold a run's config and objective")
 
 
-def compare_columns(every: Sequence[EvaluatedModel], columns: Sequence[Column | str]) -> GroupComparison:
+def compare_columns(
+    every: Sequence[EvaluatedModel], columns: Sequence[Column | str], baseline: str = ""
+) -> GroupComparison:
     """Return a table of columns, given as such or as `TASK/METRIC` and `averages/TAG`, with published averages below.
 
     Raises:
-        UserError: an unknown column, or one seed of a config twice.
+        UserError: an unknown column or baseline, or one seed of a config twice.
     """
     names = [column if isinstance(column, str) else "/".join(column) for column in columns]
-    table = compare_groups([one.result for one in every], names)
+    table = compare_groups([one.result for one in every], names, baseline)
     shown = {column for column in table.columns if column.task == AVERAGES}
     rows = tuple(row for row in read_published() if shown & row.values.keys())
     return replace(table, digits=DIGITS, published=rows)
 
 
-def headline_tables(every: Sequence[EvaluatedModel]) -> list[tuple[str, GroupComparison]]:
+def headline_tables(every: Sequence[EvaluatedModel], baseline: str = "") -> list[tuple[str, GroupComparison]]:
     """Return (heading, table) of averages, ImageNet & variants and retrieval, where there are columns."""
     known = known_columns(every)
     means = [column for column in known if column.task == AVERAGES]
-    tables = [("Averages", compare_columns(every, means))] if means else []
+    tables = [("Averages", compare_columns(every, means, baseline))] if means else []
     for tag in ("imagenet", "retrieval"):
         columns = [column for column in known if column == Column(AVERAGES, tag) or tag in _tags(column)]
         if columns:
-            table = replace(compare_columns(every, columns), published=())  # the first table has them
+            table = replace(compare_columns(every, columns, baseline), published=())  # the first table has them
             tables.append((GROUPS[tag], table))
     return tables
 
@@ -203,9 +186,13 @@ def sections(columns: Iterable[Column]) -> list[tuple[str, list[Column]]]:
 
 def score_differences(base: SeedGroup, other: SeedGroup, columns: Sequence[Column]) -> list[Difference]:
     """Return other − base for the columns that both have, the greatest gain first."""
-    pairs = [(column, base.cell(column), other.cell(column)) for column in columns]
-    found = [Difference(column, a, b) for column, a, b in pairs if a is not None and b is not None]
-    return sorted(found, key=lambda difference: -difference.mean)
+    found = []
+    for column in columns:
+        a, b = base.cell(column), other.cell(column)
+        if a is not None and b is not None:
+            paired = group_difference(other, base, column) or PairedDifference(b.mean - a.mean, None, 0)
+            found.append(Difference(column, a, b, paired))
+    return sorted(found, key=lambda difference: -difference.paired.mean)
 
 
 def warnings(every: Sequence[EvaluatedModel]) -> list[str]:

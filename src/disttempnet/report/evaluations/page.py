@@ -19,12 +19,18 @@ from disttempnet.report.evaluations.compare import (
 )
 from disttempnet.report.page import UNKNOWN, open_template
 from disttempnet.report.runs.plots import RUN_COLOURS
-from disttempnet.report.seeds.groups import AVERAGES, GroupComparison, SeedGroup
+from disttempnet.report.seeds.comparison import GroupComparison
+from disttempnet.report.seeds.groups import AVERAGES, SeedGroup
+from disttempnet.report.seeds.intervals import CONFIDENCE
 from disttempnet.report.seeds.tables import (
+    DifferenceText,
     cell_text,
     csv_table,
+    difference_row,
+    difference_text,
     latex_table,
     legend,
+    markdown_difference,
     markdown_score,
     markdown_table,
     pipes,
@@ -34,29 +40,37 @@ from disttempnet.sanitize import markdown_cell
 
 MOST_CHARTED = len(RUN_COLOURS)  # groups in the chart of tasks: a colour each
 Differences = list[tuple[SeedGroup, SeedGroup, list[Difference]]]
+DIFFERENCE_RULE = (
+    f"percentage points, paired by seed, with the {100 * CONFIDENCE:g} % confidence interval (Student's t), bold where "
+    "it excludes zero; no interval where fewer than two seeds are shared"
+)
 
 
-def evaluation_report(every: Sequence[EvaluatedModel], ending: str, metrics: Sequence[str] = ()) -> str:
+def evaluation_report(
+    every: Sequence[EvaluatedModel], ending: str, metrics: Sequence[str] = (), baseline: str = ""
+) -> str:
     """Return the text of the report.
 
     Args:
         ending: .html, .md, .tex or .csv; .csv is one table of all averages and tasks.
         metrics: `TASK/METRIC` or `averages/TAG`: only these columns, in one table.
+        baseline: the run or model that the others are compared with; empty = the first one.
     """
     if ending == ".csv":
-        return csv_table(compare_columns(every, metrics or known_columns(every)))
-    tables = [("Results", compare_columns(every, metrics))] if metrics else headline_tables(every)
+        return csv_table(compare_columns(every, metrics or known_columns(every), baseline))
+    tables = [("Results", compare_columns(every, metrics, baseline))] if metrics else headline_tables(every, baseline)
     if ending == ".tex":
         return "\n".join(f"% {heading}\n{latex_table(table)}" for heading, table in tables)
     columns = [column for column in known_columns(every) if column.task != AVERAGES]
-    tasks = compare_columns(every, columns) if columns and not metrics else None
+    tasks = compare_columns(every, columns, baseline) if columns and not metrics else None
     return _page(every, tables, tasks) if ending == ".html" else _markdown(every, tables, tasks)
 
 
 def _differences(every: Sequence[EvaluatedModel], tasks: GroupComparison) -> Differences:
-    """Return the differences of every other group to the first."""
-    base, *others = tasks.groups
-    return [(base, other, score_differences(base, other, known_columns(every))) for other in others]
+    """Return the differences of every other group to its baseline."""
+    pairs = zip(tasks.baselines, tasks.groups, strict=True)
+    columns = known_columns(every)
+    return [(base, other, score_differences(base, other, columns)) for base, other in pairs if base is not None]
 
 
 def _markdown(
@@ -73,33 +87,28 @@ def _markdown(
             rows.append([markdown_cell(task_title(column.task)), markdown_cell(column.head), *scores])
         parts.append(f"## Tasks\n\n{pipes(head, rows, texts=2)}\n{legend(tasks)}\n")
 
-        # differences of every other group to the first
+        # differences of every other group to the baseline
         for base, other, found in _differences(every, tasks):
             head = ["", markdown_cell(base.title), markdown_cell(other.title), "difference"]
             rows = []
             for one in found:
                 first, second, change = _difference_words(one, base, other)
-                rows.append([markdown_cell(one.column.title), first, second, f"**{change}**" if one.clear else change])
+                rows.append([markdown_cell(one.column.title), first, second, markdown_difference(change)])
             heading = f"{markdown_cell(other.title)} − {markdown_cell(base.title)}"
-            parts.append(f"## {heading}\n\n{pipes(head, rows)}\npercentage points; {_rule()}\n")
+            parts.append(f"## {heading}\n\n{pipes(head, rows)}\n{DIFFERENCE_RULE}\n")
     lines = warnings(every)
     if lines:
         parts.append("## What to know\n\n" + "".join(f"- {markdown_cell(line)}\n" for line in lines))
     return "\n".join(parts)
 
 
-def _rule() -> str:
-    return "bold: more than the larger standard deviation of the two; unmarked where one of them has one seed"
-
-
-def _difference_words(one: Difference, base: SeedGroup, other: SeedGroup) -> tuple[str, str, str]:
+def _difference_words(one: Difference, base: SeedGroup, other: SeedGroup) -> tuple[str, str, DifferenceText]:
     """Return base, other and the signed difference as text."""
-    sign = "−" if one.mean < 0 else "+"
-    spread = f" ({100 * one.std:.{DIGITS}f})" if one.std is not None else ""
+    ours, theirs = len(other.results), len(base.results)
     return (
-        cell_text(one.base, len(base.results), DIGITS),
-        cell_text(one.other, len(other.results), DIGITS),
-        f"{sign}{abs(100 * one.mean):.{DIGITS}f}{spread}",
+        cell_text(one.base, theirs, DIGITS),
+        cell_text(one.other, ours, DIGITS),
+        DifferenceText(difference_text(one.paired, max(ours, theirs), DIGITS), one.paired.sign),
     )
 
 
@@ -118,6 +127,8 @@ def _page(
         legend=legend,
         cell=cell_text,
         published_cells=published_cells,
+        difference_row=difference_row,
+        difference_rule=DIFFERENCE_RULE,
         not_shown=[group.title for group in groups[MOST_CHARTED:]],
         chart_of_tasks=plots.task_chart(shown, parts) if tasks else "",
         differences=[_difference_part(*pair) for pair in (_differences(every, tasks) if tasks else []) if pair[2]],
@@ -127,7 +138,7 @@ def _page(
 
 def _difference_part(
     base: SeedGroup, other: SeedGroup, found: list[Difference]
-) -> tuple[str, str, str, list[tuple[Difference, tuple[str, str, str]]]]:
+) -> tuple[str, str, str, list[tuple[Difference, tuple[str, str, DifferenceText]]]]:
     rows = [(one, _difference_words(one, base, other)) for one in found]
     return base.title, other.title, plots.difference_chart(found), rows
 

@@ -52,15 +52,18 @@ def task_chart(groups: Sequence[SeedGroup], sections: Sequence[tuple[str, Sequen
 
 @styled
 def difference_chart(found: Sequence[Difference]) -> str:
-    """Draw other − base in percentage points, the greatest gain on top; pale within the spread of the seeds."""
+    """Draw other − base in percentage points with confidence intervals, the greatest gain on top.
+
+    Grey bars are not told from zero: their interval includes it, or they have none.
+    """
     figure, cells = grid(1, 1, height=0.9 + 0.23 * len(found))
     axis = cells[0][0]
     for y, one in enumerate(found):
-        colour = RUN_COLOURS[0] if one.mean >= 0 else RUN_COLOURS[1]
-        pale = one.std is not None and not one.clear
-        axis.barh(y, 100 * one.mean, height=0.62, color=colour, alpha=0.35 if pale else 0.9, linewidth=0, zorder=2)
-        if one.std is not None:
-            axis.errorbar(100 * one.mean, y, xerr=100 * one.std, color=INK, elinewidth=1.0, capsize=2, zorder=3)
+        colour = {1: RUN_COLOURS[0], -1: RUN_COLOURS[1]}.get(one.paired.sign, FAINT)
+        axis.barh(y, 100 * one.paired.mean, height=0.62, color=colour, alpha=0.8, linewidth=0, zorder=2)
+        if one.paired.interval is not None:
+            low, high = one.paired.interval
+            axis.hlines(y, 100 * low, 100 * high, color=INK, linewidth=1.0, zorder=3)
     axis.axvline(0, color=FAINT, linewidth=1.0, zorder=4)
     names = [one.column.head if one.column.task == AVERAGES else task_title(one.column.task) for one in found]
     _task_rows(axis, names, [one.column.task == AVERAGES for one in found])

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from disttempnet.config import dump_config, public_table
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, unknown_name
 from disttempnet.evaluation import tasks as readers
 from disttempnet.evaluation.datasets.open import has_data
-from disttempnet.evaluation.scores import BETTER_RULE, compare, tasks_of
+from disttempnet.evaluation.scores import compare, tasks_of
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.losses import OBJECTIVES
-from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance_rows, publish
+from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance_rows, publish, signed
 from disttempnet.report.read import RunRecord, distinct_titles, read_run
 from disttempnet.report.runs import examples, plots
 from disttempnet.training.checkpoint import Run
+
+FULL_BARS = (0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 11)))  # values at which bars may be full
 
 
 def build_report(run_folders: Sequence[Path], out: Path) -> Path:
@@ -36,14 +38,25 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: a folder that is no run, or a damaged config.
     """
-    runs = [read_run(Path(folder)) for folder in run_folders]
+    return publish(out, runs_page([read_run(Path(folder)) for folder in run_folders]))
+
+
+def runs_page(runs: Sequence[RunRecord], baseline: str = "") -> str:
+    """Return the HTML page that shows runs side by side.
+
+    Args:
+        baseline: the name or title of the run that the others are compared with; empty = the first one.
+
+    Raises:
+        UserError: no run, or an unknown baseline.
+    """
     if not runs:
         raise UserError("no run folder was given")
     titles = distinct_titles(runs)
     models = [examples.open_model(run) for run in runs]
-    page = open_template("runs.html").render(
+    return open_template("runs.html").render(
         runs=[_run_facts(i, run, title) for i, (run, title) in enumerate(zip(runs, titles, strict=True))],
-        **_results(runs, titles),
+        **_results(runs, _place_of(baseline, runs, titles)),
         **_charts(runs, titles),
         galleries=_galleries(runs, titles, models),
         examples=_examples(runs, titles, models),
@@ -51,7 +64,6 @@ def build_report(run_folders: Sequence[Path], out: Path) -> Path:
         differences=differing_keys([public_table(run.config) for run in runs], ("name", "out")),
         configs=[dump_config(run.config) for run in runs],
     )
-    return publish(out, page)
 
 
 def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
@@ -67,30 +79,37 @@ def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
     }
 
 
-def _results(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:
-    """Return the tables of results, and a sentence about which run is ahead."""
+def _place_of(baseline: str, runs: Sequence[RunRecord], titles: Sequence[str]) -> int:
+    """Return the place of the baseline among the runs."""
+    names = [run.config.name for run in runs]
+    for known in (names, titles):
+        if baseline in known:
+            return known.index(baseline)
+    if baseline:
+        raise UserError(unknown_name("baseline", baseline, names))
+    return 0
+
+
+def _results(runs: Sequence[RunRecord], base: int) -> dict[str, Any]:
+    """Return the tables of results, the place of the baseline, and the value at which a bar is full."""
     final = [run.final for run in runs]
-    tables, wins, rows = [], [0] * len(runs), 0
+    tables: list[dict[str, Any]] = []
     for task in tasks_of(final):
-        comparisons = compare(final, task)
-        for row in comparisons:
-            rows += 1
-            if row.best is not None:
-                wins[row.best] += 1
         samples = max(scores[task].samples for scores in final if task in scores)
         about = readers.all_tasks()[task].about if task in readers.all_tasks() else ""
-        tables.append({"title": task_title(task), "about": about, "samples": samples, "rows": comparisons})
-    return {"tables": tables, "verdict": _verdict(titles, wins, rows), "better_rule": BETTER_RULE}
+        rows = [(row, _differences(row.values, base)) for row in compare(final, task)]
+        tables.append({"title": task_title(task), "about": about, "samples": samples, "rows": rows})
+    shown = [value for table in tables for row, _ in table["rows"] for value in row.values if value is not None]
+    full = next(step for step in FULL_BARS if step >= max(shown, default=1.0))
+    return {"tables": tables, "base": base, "full": full}
 
 
-def _verdict(titles: Sequence[str], wins: Sequence[int], rows: int) -> str:
-    """Return a sentence about which run is ahead where; empty for a single run."""
-    if len(titles) < 2:
-        return ""
-    ahead = [f"{title} is clearly ahead in {n}" for title, n in zip(titles, wins, strict=True) if n]
-    if not ahead:
-        return f"In all {rows} measurements the runs are too close to tell." if rows else ""
-    return f"Of {rows} measurements, {', '.join(ahead)}; in {rows - sum(wins)} the runs are too close to tell."
+def _differences(values: Sequence[float | None], base: int) -> list[str]:
+    """Return value − baseline of each run in percentage points, with the decimals of the values."""
+    first = values[base]
+    known = [value for value in values if value is not None]
+    digits = 2 if any(value < 0.01 for value in known) else 1
+    return [UNKNOWN if first is None or value is None else signed(value - first, digits) for value in values]
 
 
 def _charts(runs: Sequence[RunRecord], titles: Sequence[str]) -> dict[str, Any]:

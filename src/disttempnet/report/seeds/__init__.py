@@ -1,6 +1,8 @@
 """Tables and the page over groups of seeds.
 
-groups.py       groups of runs that differ only in the seed: mean, standard deviation, marks
+intervals.py    confidence intervals of means and of paired differences
+groups.py       groups of runs that differ only in the seed: mean, standard deviation
+comparison.py   groups × metrics, and differences to a baseline
 tables.py       the table as text, Markdown, LaTeX and CSV
 tau_tables.py   tables of τ
 page.py         the page

@@ -8,8 +8,9 @@ from disttempnet.evaluation.tasks import task_title
 from disttempnet.report.compact import CompactResult
 from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance_rows
 from disttempnet.report.seeds import plots
-from disttempnet.report.seeds.groups import Column, GroupComparison, SeedGroup, families
-from disttempnet.report.seeds.tables import cell_text, legend, published_cells
+from disttempnet.report.seeds.comparison import GroupComparison
+from disttempnet.report.seeds.groups import Column, SeedGroup, families
+from disttempnet.report.seeds.tables import cell_text, difference_row, legend, published_cells
 from disttempnet.report.seeds.tau_tables import correlations, final_tau, groups_with_tau
 
 
@@ -29,6 +30,7 @@ def comparison_page(comparison: GroupComparison) -> str:
         legend=legend,
         published_cells=published_cells,
         cell=cell_text,
+        difference_row=difference_row,
         learning=[
             (column.title, plots.line_chart([plots.learning_series(g, column) for g in groups], chance, False))
             for column, chance in headlines

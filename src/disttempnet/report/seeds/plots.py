@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, SIDE_COLOURS, epoch_axis, grid, styled, svg
-from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Cell, Column, GroupComparison, SeedGroup, cell_of
+from disttempnet.report.seeds.comparison import GroupComparison
+from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Cell, Column, SeedGroup, cell_of
 from disttempnet.report.seeds.tau_tables import tau_series
 
 if TYPE_CHECKING:

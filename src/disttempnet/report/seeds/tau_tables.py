@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disttempnet.report.seeds.groups import Cell, GroupComparison, SeedGroup, cell_of
+from disttempnet.report.seeds.comparison import GroupComparison
+from disttempnet.report.seeds.groups import Cell, SeedGroup, cell_of
 
 TAU_SIDES = ("image", "text")
 OF_PAIRS = ("mean", "min", "max", "std")  # of `CompactResult.tau`, over the pairs of a run
