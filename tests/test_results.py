@@ -17,6 +17,7 @@ from disttempnet.config import CONFIG_FOLDER, LossConfig, defaults, flat
 from disttempnet.config.identity import NO_EFFECT_ON_RESULT
 from disttempnet.losses import with_later_arguments
 from disttempnet.report.compact import CompactResult, read_results
+from disttempnet.report.seeds.comparison import compare_groups
 from disttempnet.training.model import resolved
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +121,26 @@ def test_the_network_leads_and_shuffling_costs_as_the_page_says() -> None:
             ]
             assert round(sum(leads) / 5, 1) == points, (other, metric)
             assert sum(lead > 0 for lead in leads) == ahead, (other, metric)
+
+
+def test_the_intervals_exclude_zero_where_the_page_says() -> None:
+    """All of the network's leads but that of top-1 to τ = .06; on the tail the shuffle alone; 4 of 68 to CLIP."""
+    columns = [f"scenes-test/{metric}" for metric in ("acc1", "mean_recall", "acc1_tail")]
+    found = read_results([ROOT / "docs" / "results" / "compare-personal.jsonl"])
+    comparison = compare_groups(found, columns, "network")
+    signs = {
+        group.run: [one.sign for one in row if one is not None]
+        for group, row in zip(comparison.groups, comparison.differences, strict=True)
+    }
+    assert signs == {
+        "clip-06": [0, -1, 0],
+        "clip-08": [-1, -1, 0],
+        "learned": [-1, -1, 0],
+        "mlp": [-1, -1, 0],
+        "network": [],
+        "network-shuffled": [-1, -1, -1],
+    }
+    assert "where that excludes zero: 4 of 68 " in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_correlations_of_the_network_are_those_of_the_file_beside_the_page() -> None:
