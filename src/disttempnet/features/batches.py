@@ -146,9 +146,9 @@ def with_cached_features(
     how = Build(whole, device, config.eval.batch, config.data.workers, autocast, end)
     parent = folder_of(config)
     trunks = {side: trunk_of(towers, side) for side in config.cached_sides}
+    facts = facts_of(trunks, source, autocast)
     passes: list[Pass] = []
     if "image" in trunks:
-        facts = facts_of(trunks["image"], source, autocast)
         width = width_of(trunks["image"], how)
         # without views images are seen as evaluation sees them
         name = config.data.transform if config.data.views else "evaluation"
@@ -159,11 +159,12 @@ def with_cached_features(
             seen: dict[str, Any] = {"name": name}
             if config.data.views:
                 seen |= {"view": view, "draft": config.data.draft}
-            store = store_in(parent, facts | {"transform": seen}, len(source), width, config.train.cache_dtype)
+            store = store_in(parent, facts["image"] | {"transform": seen}, len(source), width, config.train.cache_dtype)
             passes.append(Pass(store, trunks["image"], transform, view))
     if "text" in trunks:
-        facts, width = facts_of(trunks["text"], source, autocast), width_of(trunks["text"], how)
-        passes.append(Pass(store_in(parent, facts, len(source), width, config.train.cache_dtype), trunks["text"]))
+        width = width_of(trunks["text"], how)
+        store = store_in(parent, facts["text"], len(source), width, config.train.cache_dtype)
+        passes.append(Pass(store, trunks["text"]))
 
     # write what is missing, and see that all is whole
     smaller = 'set train.cache_dtype = "float16", ' if config.train.cache_dtype == "float32" else ""

@@ -101,7 +101,7 @@ def embed_source(
     """
     towers.module.requires_grad_(False)  # nothing is trained: the trunk is all of a tower
     trunks = {side: trunk_of(towers, side) for side in TOWER_SIDES}
-    facts = {side: facts_of(trunk, how.source, how.autocast) for side, trunk in trunks.items()}
+    facts = facts_of(trunks, how.source, how.autocast)
     facts["image"]["transform"] = {"name": "evaluation"}
     about: dict[str, Any] = {"features": facts, "dtype": dtype, "format": kind}
     digest = features_digest(about)

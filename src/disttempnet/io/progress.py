@@ -100,10 +100,19 @@ class Meter(ProgressDisplay):
         done: units that were done before; they do not count for the rate.
         active: show anything.
         sizes: units are bytes.
+        transient: remove the bar at the end.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, active: bool = True, sizes: bool = False) -> None:
-        super().__init__(active=active)
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        done: int = 0,
+        active: bool = True,
+        sizes: bool = False,
+        transient: bool = False,
+    ) -> None:
+        super().__init__(active=active, transient=transient)
         self.what, self.total, self.done, self._before = what, total, done, done
         self._number: Callable[[int], str] = decimal if sizes else "{:,}".format
         self._begun = time.monotonic()
