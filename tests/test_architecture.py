@@ -145,7 +145,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"columns", "files", "jobs", "machine", "paths", "progress", "ranges"},
     ],
     "losses": [
-        {"own_parameters", "sample_state", "schedule"},
+        {"own_parameters", "schedule"},
+        {"sample_state"},
         {"contrast", "drift", "objective"},
         {"normaliser", "temperature"},
         {"global_contrastive"},

@@ -26,6 +26,7 @@ Linear sums are safe: |d/τ| ≤ 2/.005 = 400 and float64 holds e^±700.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,8 +69,13 @@ class Twin:
         ]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def step(self, x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, gamma: float | None) -> Step:
-        """Update u and return value and gradients of the estimator. tau: [2, B], a constant is repeated."""
+    def step(
+        self, x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, gamma: float | Callable[[float], float] | None
+    ) -> Step:
+        """Update u and return value and gradients of the estimator.
+
+        tau: [2, B], a constant is repeated. gamma: a number, or a function of a sample's ε + u before the visit.
+        """
         x, y, tau = x.detach().double(), y.detach().double(), tau.detach().double()
         ids = [int(i) for i in ids]
         B = len(ids)
@@ -91,7 +97,8 @@ class Twin:
                         u[sample] *= math.exp(self.means[side][-1] - self.mean_at[side][sample])
                     if self.drift:
                         self.mean_at[side][sample] = self.means[side][-1]
-                    u[sample] = (1 - gamma) * u[sample] + gamma * mean if sample in u else mean
+                    rate = gamma(self.eps + u.get(sample, mean)) if callable(gamma) else gamma
+                    u[sample] = (1 - rate) * u[sample] + rate * mean if sample in u else mean
             for i in range(B):
                 n, t = len(negatives[i]), float(tau[side, i])
                 if n == 0:

@@ -43,6 +43,7 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "prototypes": 13,  # the first batch starts eight of them
     "dropout": 0.5,
     "normaliser_restart": 3,
+    "scent_log_a": 2.0,
 }
 EVERY = {
     name: {"name": name, **{key: value for key, value in SMALL.items() if key in row.arguments}}
@@ -51,6 +52,8 @@ EVERY = {
 VARIANTS = {  # arguments that are off in every row
     "sogclr ε drift": {**EVERY["sogclr"], "eps": 1e-3, "drift": 0.3},
     "isogclr ε drift": {**EVERY["isogclr"], "eps": 1e-3, "drift": 0.3},
+    "sogclr scent drift": {**EVERY["sogclr"], "scent": True, "scent_log_a": 3.0, "eps": 1e-3, "drift": 0.3},
+    "disttempnet-v1 scent": {**EVERY["disttempnet-v1"], "scent": True, "scent_log_a": 2.0},
     "disttempnet-v1 ahead": {**EVERY["disttempnet-v1"], "tau_start": "ahead"},
 }
 every_objective = pytest.mark.parametrize(

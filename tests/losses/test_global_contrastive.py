@@ -161,6 +161,50 @@ def test_eps_and_drift_follow_the_twin(gamma: float, eps: float, drift: float, m
     assert abs(other.value - expected.value) > 1e-4 * abs(expected.value), "the case says little"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "learns"),
+    [
+        ({"name": "scent", "temperature": 0.06, "rho": 1.2, "eps": 1e-3, "scent_log_a": 3.0}, True),
+        ({**CONSTANT, "scent": True, "scent_log_a": 2.0}, False),
+        ({**CONSTANT, "scent": True, "scent_log_a": 3.0, "eps": 0.01, "drift": 0.3}, False),
+    ],
+    ids=["scent", "sogclr", "sogclr ε drift"],
+)
+def test_a_gamma_of_each_sample_follows_the_twin(recipe: dict, learns: bool) -> None:
+    """γ_i = σ(log (ε + u_i) + log a), with the u before the visit: value, gradients, table."""
+    loss = make(recipe)
+    twin = Twin(recipe.get("rho", 0.0), eps=recipe.get("eps", 0.0), drift=recipe.get("drift", 0.0))
+    one = math.exp(-loss.temperature.logit_scale.item()) if learns else recipe["temperature"]
+    tau, rates, a = torch.full((2, B), one, dtype=torch.float64), [], math.exp(recipe["scent_log_a"])
+
+    def rate(v: float) -> float:
+        rates.append(a * v / (1 + a * v))
+        return rates[-1]
+
+    for batch in stream(6):
+        actual, expected = step(loss, batch), twin.step(batch.x, batch.y, batch.ids, tau, rate)
+        assert actual.total.item() == pytest.approx(expected.value, rel=1e-11)
+        close(actual.grad_x, expected.grad_x, **TIGHT)
+        close(actual.grad_y, expected.grad_y, **TIGHT)
+        close(actual.log_u, expected.log_u, **TIGHT)
+        for gradient in actual.parameters.values():
+            close(gradient, -one * expected.grad_tau.sum(), rtol=1e-9, atol=1e-11)
+    assert min(rates) < 0.3
+    assert max(rates) > 0.7
+
+
+def test_the_gamma_that_is_logged_is_the_mean_of_all_rows() -> None:
+    """First visits have γ = 1, also with ε, whose logarithm is no visit."""
+    for eps in (0.0, 0.1):
+        loss = make({**CONSTANT, "scent": True, "scent_log_a": 2.0, "eps": eps})
+        first, second = unique_batch(1), unique_batch(2)
+        assert step(loss, first).metrics["gamma"] == 1
+        u = loss.state.read(second.ids).exp()
+        expected = torch.where(u > 0, 1 / (1 + math.exp(-2.0) / (eps + u)), 1.0).mean()
+        close(step(loss, second).metrics["gamma"], expected, rtol=1e-12, atol=0)
+        assert 0 < (u > 0).sum() < u.numel()
+
+
 def test_a_common_move_of_all_normalisers_is_undone_at_drift_one() -> None:
     """A waits while all log g of the others fall by 3: its u is read as if it had fallen with them."""
     loss = make({**CONSTANT, "gamma": 0.5, "drift": 1.0})
@@ -169,7 +213,7 @@ def test_a_common_move_of_all_normalisers_is_undone_at_drift_one() -> None:
     loss._track(a, first.double(), distinct=True)
     loss._track(b, second.double(), distinct=True)
     g = torch.tensor([[-4.0, -5.0], [1.5, 1.5]]).double()
-    log_u = loss._track(a, g, distinct=True)
+    log_u, _ = loss._track(a, g, distinct=True)
     # image side: M from −1.5 to −4.5, u from −1 to −4 = g; text side: M from −1 to 1.5, u from −1 to 1.5 = g
     close(log_u, g, rtol=0, atol=1e-12)
 

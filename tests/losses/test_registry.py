@@ -33,6 +33,7 @@ NAMES = (
     "isogclr",
     "neuclip",
     "onlineclr",
+    "scent",
     "siglip",
     "sogclr",
     "tempnet",
@@ -132,6 +133,11 @@ PUBLISHED = {  # temperature, γ, values
             "tau_threshold": 0.03,
         },
     ),
+    "scent": (
+        ONE,
+        "per sample",
+        {"scent_log_a": 10, "rho": 11, "tau_lr": 6.25e-5, "tau_threshold": 0.03, "eps": 1e-6, "temperature": 0.07},
+    ),
     "siglip": (ONE, "–", {"temperature": 0.1, "bias": -10}),
     "cyclip": (ONE, "–", {"in_modal": 0.25, "cross_modal": 0.25, "temperature": 0.07, "tau_min": 0.01, "tau_max": 1}),
     "vicreg": ("–", "–", {"invariance": 25, "variance": 25, "covariance": 1}),
@@ -148,7 +154,7 @@ def test_published_defaults(name: str) -> None:
     row, (temperature, gamma, values) = OBJECTIVES[name], PUBLISHED[name]
     assert (row.temperature, row.gamma) == (temperature, gamma)
     assert {key: row.arguments[key] for key in values} == values
-    with_rho = "isogclr", "tempnet", "disttempnet", "disttempnet-v1", "fastclip-v2", "fastclip-v3", "neuclip"
+    with_rho = "isogclr", "tempnet", "disttempnet", "disttempnet-v1", "fastclip-v2", "fastclip-v3", "neuclip", "scent"
     assert ("rho" in row.arguments) == (name.removesuffix("-constant-gamma") in with_rho)
     assert row.title
     assert row.source.startswith("arXiv ")
@@ -320,9 +326,10 @@ def test_arguments_that_a_saved_run_lacks_are_those_of_its_time() -> None:
     old = {"rho": 0.0, "tau_start_epoch": 2}
     assert with_later_arguments("disttempnet-v1", old, 128) == {
         "tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch", "tau_start_epoch": 2,
-        "rho": 0.3 * math.log(127),
+        "scent": False, "scent_log_a": 10.0, "rho": 0.3 * math.log(127),
     }  # fmt: skip
-    assert with_later_arguments("sogclr", {"gamma": 0.8}, 128) == {"gamma": 0.8, "eps": 0.0, "drift": 0.0}
+    later = {"eps": 0.0, "drift": 0.0, "scent": False, "scent_log_a": 10.0}
+    assert with_later_arguments("sogclr", {"gamma": 0.8}, 128) == {"gamma": 0.8, **later}
     assert with_later_arguments("clip", {"tau_lr": 0.0}, 128) == {"tau_lr": 0.0}
     assert with_later_arguments("none", {"rho": 0.0}, 128) == {"rho": 0.0}
     for name, row in OBJECTIVES.items():

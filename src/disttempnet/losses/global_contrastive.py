@@ -265,12 +265,13 @@ class GlobalContrastiveLoss(Objective):
 
         # normalisers log u and log (ε + u), weights ω and the gradient h of τ [2, B]; the value, 0-d
         has_negatives = negatives > 0
+        gamma: Tensor | None = None
         if self.predicted is not None and self.training:
             log_v = log_u = self.predicted(
                 torch.stack([all_image, all_text]), all_positive, tau, self._with_eps(log_g), has_negatives
             )
         else:
-            log_u = self._track(all_ids, log_g, pairs.distinct)
+            log_u, gamma = self._track(all_ids, log_g, pairs.distinct)
             log_v = self._with_eps(log_u)
         excess = self._excess(log_g, log_v)
         weight = tau if self.robust else torch.ones_like(tau)
@@ -305,7 +306,7 @@ class GlobalContrastiveLoss(Objective):
                 self.temperature.learn(all_ids, h, has_negatives)
                 self.temperature.observe(log_g, moment, has_negatives, self.epoch)
             self.step += 1
-        return LossOutput(total, self._metrics(value, tau, log_u, excess, h))
+        return LossOutput(total, self._metrics(value, tau, log_u, gamma, excess, h))
 
     def _follow_epoch(self, batch: int) -> None:
         """Begin the epoch of this step where `set_epoch` is not called; warn once if a schedule needs it."""
@@ -328,29 +329,33 @@ class GlobalContrastiveLoss(Objective):
         if distributed.is_main():
             warnings.warn(message, UserNotice, stacklevel=7)  # the line that called the module
 
-    def _track(self, ids: Tensor, log_g: Tensor, distinct: bool) -> Tensor:
-        """Return new log u [2, B] from the tracked ones and the batch's log g [2, B]; store it when training.
+    def _track(self, ids: Tensor, log_g: Tensor, distinct: bool) -> tuple[Tensor, Tensor | None]:
+        """Return new log u [2, B] from the tracked ones and the batch's log g [2, B], and the mean γ; store u in training.
 
         First visit: log u = log g. Later: logaddexp(log(1−γ) + log u, log γ + log g). Equal ids share the mean of
         their g and are written once. A row without negatives keeps its log u. So does a row whose new log u is not
         finite: the value and gradient of this step are not finite, those of later steps are. In evaluation log u is
         log g, because ids may belong to other samples. With `drift` the table keeps log u less what M has moved.
         """
-        if self.gamma is None or self.state is None:
-            return log_g
+        if self.gamma is None:
+            return log_g, None
+        alone = log_g.new_ones(())  # γ = 1
+        if self.state is None:
+            return log_g, alone
         if not distinct:
             log_g = log_mean_over_equal_ids(ids, log_g)
         if not self.training:
-            return log_g
-        tracked = self.state.read(ids, checked=True).to(log_g.dtype)
-        if self.drift is None:
-            new = log_moving_average(tracked, log_g, self.gamma(self.epoch))
-            self.state.write(ids, new)
-            return new
-        moved = self.drift.follow(log_g)
-        new = log_moving_average(tracked + moved, log_g, self.gamma(self.epoch))
+            return log_g, alone
+
+        # u as read, γ of this epoch or of each row, and the new u
+        moved = self.drift.follow(log_g) if self.drift is not None else 0.0
+        tracked = self.state.read(ids, checked=True).to(log_g.dtype) + moved
+        visited = torch.where(tracked == NEVER, tracked, self._with_eps(tracked))
+        shares = self.gamma.shares(self.epoch, visited)
+        new = log_moving_average(tracked, log_g, shares)
         self.state.write(ids, new - moved)
-        return new
+        gamma = shares.new.exp().mean() if isinstance(shares.new, Tensor) else log_g.new_full((), math.exp(shares.new))
+        return new, gamma
 
     def _with_eps(self, log_u: Tensor) -> Tensor:
         """Return log (ε + u)."""
@@ -396,15 +401,15 @@ class GlobalContrastiveLoss(Objective):
         return torch.where(has_negatives, h, 0.0)
 
     def _metrics(
-        self, value: Tensor, tau: Tensor, log_u: Tensor, excess: Tensor, h: Tensor | None
+        self, value: Tensor, tau: Tensor, log_u: Tensor, gamma: Tensor | None, excess: Tensor, h: Tensor | None
     ) -> dict[str, Tensor]:
         metrics = {"loss": value, **tau_metrics(tau)}
         if excess.ndim:
             finite = excess.isfinite()
             mean = torch.where(finite, excess, 0.0).sum(1) / finite.sum(1).clamp(min=1)
             metrics["normaliser_excess/image_mean"], metrics["normaliser_excess/text_mean"] = mean
-        if self.gamma is not None and self.predicted is None:
-            metrics["gamma"] = value.new_full((), self.gamma(self.epoch))  # filled on the device: no transfer
+        if gamma is not None:
+            metrics["gamma"] = gamma
         if self.gamma is not None:
             visited = log_u.abs() < math.inf
             mean = torch.where(visited, log_u, 0.0).sum(1) / visited.sum(1).clamp(min=1)

@@ -25,7 +25,7 @@ from disttempnet.losses.minibatch.vicreg import VicRegLoss
 from disttempnet.losses.normaliser.prototypes import PrototypeNormaliser
 from disttempnet.losses.objective import Objective, ObjectiveContext
 from disttempnet.losses.sample_state import SampleState
-from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma, NoMemory
+from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma, NoMemory, ScentGamma
 from disttempnet.losses.temperature.network import NetworkTemperature
 from disttempnet.losses.temperature.scalar import (
     ConstantTemperature,
@@ -89,6 +89,7 @@ def _family(
     # arguments of the parts, and their defaults
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
     of_predicted = _own(predicted) if predicted else {}
+    of_scent = {"scent": False, **_own(ScentGamma)} if gamma in (ConstantGamma, CosineGamma) else {}
     if not robust:
         of_temperature.pop("rho", None)  # there is no ρ; the network `dist` divides by its own default
         of_temperature.pop("tau_start", None)  # cross-entropy's τ rises while all similarities are alike
@@ -97,21 +98,21 @@ def _family(
         of_loss.append("rho")
     if temperature.learns and gamma is not None:
         of_loss += ["tau_gradient", "tau_gradient_limit"]
-    if gamma in (ConstantGamma, CosineGamma):
-        of_loss += ["eps", "drift"]
     if predicted:
         of_loss.append("eps")
+    elif gamma not in (None, NoMemory):
+        of_loss += ["eps", "drift"]
     own = _own(GlobalContrastiveLoss)
-    arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_predicted, **of_temperature}
+    arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_scent, **of_predicted, **of_temperature}
     assert defaults.keys() <= arguments.keys()
     arguments |= defaults
 
     def build(context: ObjectiveContext, **given: Any) -> Objective:
         return GlobalContrastiveLoss(
             context,
-            temperature(context, **{name: given[name] for name in of_temperature}),
-            gamma(**{name: given[name] for name in of_gamma}) if gamma else None,
-            predicted=predicted(context, **{name: given[name] for name in of_predicted}) if predicted else None,
+            _part(temperature, given, context),
+            _part(ScentGamma if given.get("scent") else gamma, given) if gamma else None,
+            predicted=_part(predicted, given, context) if predicted else None,
             robust=robust,
             **{name: given[name] for name in of_loss},
         )
@@ -124,9 +125,14 @@ def _family(
     expectation = "log E_j exp(d_ij/τ)" if predicted else sums.get(gamma, "log E_j exp(d_ij/τ)")
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
-    kinds = {None: "–", NoMemory: "1", ConstantGamma: "constant", CosineGamma: "cosine"}
+    kinds = {None: "–", NoMemory: "1", ConstantGamma: "constant", CosineGamma: "cosine", ScentGamma: "per sample"}
     kind = "predicted" if predicted else kinds[gamma]
     return ObjectiveSpec(title, f"½ mean Σ {expectation}", temperature.kind, kind, source, arguments, build, note)
+
+
+def _part(part: Callable[..., Any], given: dict[str, Any], *context: ObjectiveContext) -> Any:
+    """Build a part from those of the objective's arguments that are its own."""
+    return part(*context, **{name: given[name] for name in _own(part) if name in given})
 
 
 def _minibatch(
@@ -186,6 +192,10 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "fastclip-v3-constant-gamma": _family(
         "FastCLIP-v3, constant γ", LearnableTemperature, ConstantGamma, "arXiv 2407.01445", **_V3, gamma=0.2
     ),
+    "scent": _family(
+        "SCENT", LearnableTemperature, ScentGamma, "arXiv 2602.02877",
+        rho=11.0, tau_lr=6.25e-5, tau_threshold=0.03, eps=1e-6,
+    ),
     "neuclip": _family(
         "NeuCLIP", LearnableTemperature, NoMemory, "arXiv 2511.08417", predicted=PrototypeNormaliser, **_V3,
         note="log E_j exp(d_ij/τ) is predicted by prototypes; their rate is not published, nor ε and ρ: those here are "
@@ -218,6 +228,7 @@ ARGUMENT_RANGES: dict[str, Range] = {
     **dict.fromkeys(("tau_beta", "tau_beta2"), Range(0, 1, above=True, below=True)),
     **dict.fromkeys(("gamma", "gamma_min", "tau_lr_decay"), _SHARE),
     **dict.fromkeys(("in_modal", "cross_modal", "invariance", "variance", "covariance"), _WEIGHT),
+    "scent_log_a": Range(-100, 100),
     "gamma_decay_epochs": Range(0, 10**6, above=True),
     "tau_start_epoch": integers(0, 10**6),
     "rho": Range(0, 100, above=True),  # at 0 the best τ is infinite
@@ -233,7 +244,10 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "normaliser_restart": integers(1, 10**12),
 }
 # Arguments that came after runs had been saved without them: the value that those runs were trained with.
-LATER_ARGUMENTS: dict[str, Any] = {"tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch"}
+LATER_ARGUMENTS: dict[str, Any] = {
+    "tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch", "scent": False,
+    "scent_log_a": 10.0,
+}  # fmt: skip
 
 _SIZES = {
     "num_samples": integers(1, 10**12),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from disttempnet import distributed
 from disttempnet.distributed import fsdp
 from disttempnet.errors import UserNotice
+from disttempnet.losses.schedule import Shares
 
 NEVER = float("-inf")  # log u of a sample that was never visited; also fills slots behind the last sample
 LARGE = 2 << 30  # bytes of a complete table on every rank, from which on a warning suggests sharding
@@ -395,13 +396,12 @@ def _shards_of(column: str, state: dict[str, Any]) -> dict[tuple[int, int], Tens
     return found
 
 
-def log_moving_average(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
-    """Return log((1−γ) u + γ g) from log u and log g of one shape.
+def log_moving_average(log_u: Tensor, log_g: Tensor, shares: Shares) -> Tensor:
+    """Return log((1−γ) u + γ g) from log u and log g of one shape, and the shares of both.
 
     log g at the first visit (log u = −inf), and log u where the batch had no negatives (log g = −inf).
     """
-    kept = math.log1p(-gamma) if gamma < 1 else -math.inf
-    blended = torch.logaddexp(log_u + kept, log_g + math.log(gamma))
+    blended = torch.logaddexp(log_u + shares.old, log_g + shares.new)
     new = torch.where(log_u.isfinite(), blended, log_g)  # the average of two −inf is NaN, and no visit either
     return torch.where(log_g == -math.inf, log_u, new)
 

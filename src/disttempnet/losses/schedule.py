@@ -4,10 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Shares(NamedTuple):
+    """Logarithms of the shares of the old u and of the batch's g in the new u: numbers, or [2, B].
+
+    Attributes:
+        old: log (1 − γ).
+        new: log γ.
+    """
+
+    old: float | Tensor
+    new: float | Tensor
+
+    @classmethod
+    def of(cls, gamma: float) -> Shares:
+        """Take γ in (0, 1]."""
+        return cls(math.log1p(-gamma) if gamma < 1 else -math.inf, math.log(gamma))
+
+
+class _Scheduled:
+    """Part of schedules whose γ is the same for all samples."""
+
+    def __call__(self, epoch: float) -> float:
+        raise NotImplementedError
+
+    def shares(self, epoch: float, log_u: Tensor) -> Shares:
+        """Return the shares of an epoch; `log_u` [2, B] is not used."""
+        return Shares.of(self(epoch))
 
 
 @dataclass(frozen=True)
-class ConstantGamma:
+class ConstantGamma(_Scheduled):
     """Constant γ(e) = gamma (SogCLR, arXiv 2202.12387); γ = 1 forgets the past: the mini-batch objective.
 
     Example:
@@ -35,7 +68,7 @@ class ConstantGamma:
 
 
 @dataclass(frozen=True)
-class CosineGamma:
+class CosineGamma(_Scheduled):
     """Cosine decay from 1 to γ_min over E epochs (FastCLIP, arXiv 2407.01445, eq. 6).
 
     γ(e) = ½ (1 + cos(π e / E)) (1 − γ_min) + γ_min for e < E, then γ_min
@@ -75,7 +108,7 @@ class CosineGamma:
 
 
 @dataclass(frozen=True)
-class NoMemory:
+class NoMemory(_Scheduled):
     """γ = 1 without a table: every normaliser is the batch's own, and nothing is kept.
 
     Example:
@@ -90,7 +123,34 @@ class NoMemory:
         return 1.0
 
 
-Gamma = ConstantGamma | CosineGamma | NoMemory
+@dataclass(frozen=True)
+class ScentGamma:
+    """γ of each sample from its own normaliser: γ_i = σ(log (ε + u_i) + log a) (SCENT, arXiv 2602.02877).
+
+    The proximal step of stochastic mirror descent on log (ε + u): samples with a small u, whose g has the larger relative
+    noise, keep more of the past.
+
+    Args:
+        scent_log_a: log a.
+
+    Example:
+        >>> gamma = ScentGamma(scent_log_a=10.0)
+        >>> gamma.shares(epoch=3, log_u=torch.tensor([-20.0, -10.0, 0.0])).new.exp()
+        tensor([4.5398e-05, 5.0000e-01, 9.9995e-01])
+    """
+
+    scent_log_a: float = 10.0
+
+    changes = False
+    remembers = True
+
+    def shares(self, epoch: float, log_u: Tensor) -> Shares:
+        """Return the shares of every row from its log (ε + u) before the visit [2, B]; −inf: never visited, γ = 1."""
+        logit = torch.where(log_u == -math.inf, math.inf, log_u + self.scent_log_a)
+        return Shares(F.logsigmoid(-logit), F.logsigmoid(logit))
+
+
+Gamma = ConstantGamma | CosineGamma | NoMemory | ScentGamma
 
 
 def _check(name: str, value: float) -> None:

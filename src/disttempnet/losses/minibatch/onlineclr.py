@@ -30,7 +30,7 @@ from disttempnet.losses.objective import (
     with_gradient,
 )
 from disttempnet.losses.sample_state import NEVER, log_moving_average
-from disttempnet.losses.schedule import ConstantGamma
+from disttempnet.losses.schedule import ConstantGamma, Shares
 from disttempnet.losses.temperature.scalar import check_start
 
 POSITIVE_FACTOR = 10.0  # τp / τn
@@ -121,7 +121,7 @@ class OnlineClrLoss(Objective):
         log_g = torch.stack([log_negative, log_positive])
         log_u = log_g  # in evaluation, the batch's own
         if self.training:
-            log_u = log_moving_average(self.log_u.to(dtype), log_g, self.gamma.gamma)
+            log_u = log_moving_average(self.log_u.to(dtype), log_g, Shares.of(self.gamma.gamma))
             usable = log_u < math.inf  # −inf: never seen
             self.log_u.copy_(torch.where(usable, log_u, self.log_u))
             self.rows_not_finite += (~usable).sum()
