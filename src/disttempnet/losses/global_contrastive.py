@@ -330,7 +330,7 @@ class GlobalContrastiveLoss(Objective):
             warnings.warn(message, UserNotice, stacklevel=7)  # the line that called the module
 
     def _track(self, ids: Tensor, log_g: Tensor, distinct: bool) -> tuple[Tensor, Tensor | None]:
-        """Return new log u [2, B] from the tracked ones and the batch's log g [2, B], and the mean γ; store u in training.
+        """Return new log u [2, B] from the tracked and the batch's log g [2, B], and the mean γ; store u in training.
 
         First visit: log u = log g. Later: logaddexp(log(1−γ) + log u, log γ + log g). Equal ids share the mean of
         their g and are written once. A row without negatives keeps its log u. So does a row whose new log u is not

@@ -127,8 +127,7 @@ class NoMemory(_Scheduled):
 class ScentGamma:
     """γ of each sample from its own normaliser: γ_i = σ(log (ε + u_i) + log a) (SCENT, arXiv 2602.02877).
 
-    The proximal step of stochastic mirror descent on log (ε + u): samples with a small u, whose g has the larger relative
-    noise, keep more of the past.
+    A sample with a large u forgets it, one with a small u keeps it.
 
     Args:
         scent_log_a: log a.
