@@ -35,8 +35,9 @@ def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
         raise UserError("demo: the names of its two runs are fixed; use --out FOLDER for another place")
 
     from disttempnet.evaluation.results.tables import results_table
-    from disttempnet.report import build_report
+    from disttempnet.report.page import publish
     from disttempnet.report.read import read_run
+    from disttempnet.report.runs.page import runs_page
     from disttempnet.training.trainer import train
 
     for config in configs:
@@ -46,6 +47,6 @@ def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
             return False
     runs = [read_run(config.folder) for config in configs]
     console().print(results_table({run.title: run.final for run in runs}))
-    page = build_report([config.folder for config in configs], Path(configs[0].out) / "demo-report.html")
+    page = publish(Path(configs[0].out) / "demo-report.html", runs_page(runs))
     say(f"report: {page.resolve()}")
     return True
