@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,36 @@ def test_a_build_that_was_killed_goes_on(
     assert contents(images) == contents(whole[0])
     assert contents(texts) == contents(whole[1])
     assert not list(folder.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_one_line(
+    number: signal.Signals,
+    towers: Towers,
+    whole: tuple[FeatureStore, FeatureStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = towers.config(tmp_path, *ALL, f"train.cache_folder={tmp_path / 'features'}")
+    write, written = FeatureStore.write, []
+
+    def stopped(store: FeatureStore, *given: Any) -> None:
+        write(store, *given)
+        written.append(given[0])
+        if len(written) == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(FeatureStore, "write", stopped)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+        Trainer(config, torch.device("cpu"))
+    assert end.type is KeyboardInterrupt or end.value.code == 143
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("stopped")]
+    assert line == "stopped: 2 of 4 shards of image features are kept; the same command goes on"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    images, _ = built(config)
+    assert contents(images) == contents(whole[0])
 
 
 def test_ranks_share_the_work(

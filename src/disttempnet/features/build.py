@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -33,9 +34,11 @@ from disttempnet.data.workers import fit_prefetch, lost_workers_named, share_ten
 from disttempnet.errors import UserError, notice
 from disttempnet.features.store import FeatureStore, cache_error_named, refuse_small_disk
 from disttempnet.io.files import WRITING
+from disttempnet.io.jobs import stopped_by_sigterm
 from disttempnet.io.progress import Meter
 from disttempnet.models.text import trimming
 from disttempnet.models.trunk import Trunk, filled
+from disttempnet.terminal import say
 
 CLAIMS = ".lock"
 WAIT_SECONDS = 0.5  # until the shards of other processes are looked for again
@@ -151,8 +154,26 @@ def _write_missing(one: Pass, how: Build[Samples]) -> None:
     total = sum(len(store.ids(number)) for number in store.shards(how.end))
     what = f"{trunk.side} features" + (f", view {one.view}" if one.view else "")
     meter = Meter(what, total, total - _samples(store, missing), active=distributed.is_main())
-    with in_evaluation_mode(trunk), meter, _Claims(store) as claims:
+    with _stop_named(store, what, how), in_evaluation_mode(trunk), meter, _Claims(store) as claims:
         _write(store, missing, claims, meter, _Embedding(trunk, how, one.transform, one.view))
+
+
+@contextmanager
+def _stop_named(store: FeatureStore, what: str, how: Build[Samples]) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the command with a line that says what is kept; a run has not begun yet.
+
+    A handler of SIGTERM that is there already keeps its say.
+    """
+    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    try:
+        with stopped_by_sigterm() if is_free else nullcontext():
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        if distributed.is_main():
+            shards = len(store.shards(how.end))
+            kept = shards - len(_missing(store, how))
+            say(f"stopped: {kept:,} of {shards:,} shards of {what} are kept; the same command goes on", error=True)
+        raise
 
 
 def _samples(store: FeatureStore, numbers: Sequence[int]) -> int:

@@ -229,9 +229,6 @@ class FeatureStore:
     def _open(self) -> dict[int, MappedFeatures]:
         return {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_open"}
-
 
 def store_in(
     parent: Path, facts: Mapping[str, Any], samples: int, width: int, dtype: str, elsewhere: str = CACHE_ELSEWHERE

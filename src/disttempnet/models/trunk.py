@@ -141,12 +141,6 @@ def filled(inputs: Tensor, rows: int = LEAST_BATCH) -> Tensor:
     return torch.cat([inputs, inputs[:1].expand(lacking, *inputs.shape[1:])])
 
 
-def is_split(towers: Towers, side: str) -> bool:
-    """Return whether a tower of this kind has a head that a lock leaves trained."""
-    module = towers.module
-    return isinstance(module.visual if side == "image" else getattr(module, "text", None), (TimmModel, HFTextEncoder))
-
-
 def _weights_of(trunk: Trunk) -> dict[str, Tensor]:
     """Parameters and buffers of the trunk, by their names in open_clip's model."""
     module, image = trunk.towers.module, trunk.side == "image"
