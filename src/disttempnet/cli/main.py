@@ -80,6 +80,7 @@ REPORT = """The ending of --out selects the report:
            several seeds of a config, a folder of run folders, or compact results: a page about groups of seeds
   .md .tex .csv    the table over seeds: mean (standard deviation), and the difference to the baseline, paired by
            seed, with its 95 % confidence interval, in bold where that excludes zero (csv: raw numbers)
+  .svg     a figure of one metric, its differences, and τ over batch sizes, for a page of your own (light and dark)
   .jsonl   compact results, a line for each run: enough to make all tables again without the run folders
 
 Differences need the same training data, the same evaluation, and two seeds that both runs have.
@@ -92,6 +93,7 @@ examples:
   disttempnet report runs/demo runs/demo-clip --out report.html
   disttempnet report runs/compare --out table.tex --metrics emoji-concepts/acc1 emoji-concepts/mean_recall
   disttempnet report docs/results/compare.jsonl --out table.md --baseline clip
+  disttempnet report docs/results/compare-level.jsonl --out level.svg --metrics scenes/acc1
   disttempnet report runs/*/evaluation evaluation/ViT-B-32-openai --out evaluation.html
 """
 
@@ -228,7 +230,7 @@ def _add_report(commands: Any) -> None:
         type=path_argument,
         default="report.html",
         metavar="FILE",
-        help=".html .md .tex .csv .jsonl (default: report.html)",
+        help=".html .md .tex .csv .svg .jsonl (default: report.html)",
     )
     report.add_argument("--metrics", nargs="+", default=(), metavar="TASK/METRIC", help="columns of the table")
     report.add_argument(

@@ -14,12 +14,15 @@ from disttempnet.report.page import publish
 from disttempnet.report.read import read_run
 from disttempnet.report.runs.page import runs_page
 from disttempnet.report.seeds.comparison import compare_groups
+from disttempnet.report.seeds.figure import figure_svg
 from disttempnet.report.seeds.groups import by_config
 from disttempnet.report.seeds.page import comparison_page
 from disttempnet.report.seeds.tables import csv_table, latex_table, markdown_table
 
-TABLES = {".md": markdown_table, ".tex": latex_table, ".csv": csv_table}
-REPORT_SUFFIXES = (".html", ".md", ".tex", ".csv", ".jsonl")
+WRITERS = {
+    ".html": comparison_page, ".md": markdown_table, ".tex": latex_table, ".csv": csv_table, ".svg": figure_svg
+}  # fmt: skip
+REPORT_SUFFIXES = (*WRITERS, ".jsonl")
 
 
 def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = (), baseline: str = "") -> Path:
@@ -31,7 +34,8 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = (), 
     Args:
         paths: run folders, folders of run folders, compact files; or evaluations: their folders, folders of such
             folders, eval_results.jsonl.
-        out: .html for a page, .md .tex .csv for the table over seeds, .jsonl for compact results (of runs only).
+        out: .html for a page, .md .tex .csv for the table over seeds, .svg for a figure of one metric, .jsonl for
+            compact results; the last two of runs only.
         metrics: `TASK/METRIC` columns; empty = the main metrics of every task.
         baseline: the run, without its seed, that the others are compared with; empty = the first one.
 
@@ -43,8 +47,9 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = (), 
         raise UserError(f"{out}: unknown ending; give one of {', '.join(REPORT_SUFFIXES)}")
     refuse_unwritable(out)
     if any(holds_evaluations(path) for path in paths):
-        if out.suffix == ".jsonl":
-            raise UserError(f"{out}: evaluations are compact as they are; give one of .html, .md, .tex, .csv")
+        if out.suffix in (".jsonl", ".svg"):
+            why = "evaluations are compact as they are" if out.suffix == ".jsonl" else "a figure is of runs"
+            raise UserError(f"{out}: {why}; give one of .html, .md, .tex, .csv")
         return publish(out, evaluation_report(read_evaluations(paths), out.suffix, metrics, baseline))
     if out.suffix == ".html" and not metrics and all((path / "config.toml").is_file() for path in paths):
         runs = [read_run(path) for path in paths]
@@ -55,9 +60,7 @@ def write_report(paths: Sequence[Path], out: Path, metrics: Sequence[str] = (), 
         results = read_results(paths)
     if out.suffix == ".jsonl":
         return publish(out, write_compact(results))
-    comparison = compare_groups(results, metrics, baseline)
-    text = comparison_page(comparison) if out.suffix == ".html" else TABLES[out.suffix](comparison)
-    return publish(out, text)
+    return publish(out, WRITERS[out.suffix](compare_groups(results, metrics, baseline)))
 
 
 def _have_seeds(results: Sequence[CompactResult]) -> bool:

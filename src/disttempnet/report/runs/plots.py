@@ -221,8 +221,12 @@ def _mixed(colour: str, strength: float) -> tuple[float, ...]:
 
 
 def svg(figure: Figure) -> str:
-    """Return the figure as an SVG data URI. Text stays text in the font of the page; equal data give equal bytes."""
+    """Return the figure as an SVG data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg_text(figure).encode()).decode()
+
+
+def svg_text(figure: Figure) -> str:
+    """Return the figure as SVG. Text stays text in the font of the page; equal data give equal bytes."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    svg = re.sub(r"'DejaVu Sans'[^;]*sans-serif", "system-ui, sans-serif", buffer.getvalue())
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None}, transparent=True)
+    return re.sub(r"'DejaVu Sans'[^;]*sans-serif", "system-ui, sans-serif", buffer.getvalue())

@@ -1,0 +1,155 @@
+"""A figure of one metric over groups of seeds, an SVG file for a page of your own, in light and dark.
+
+Left the metric, right its difference to the baseline, both with confidence intervals: against the batch size where the
+groups differ in that, else a row for each group. Over batches a third panel shows τ at the end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from disttempnet.errors import UserError
+from disttempnet.evaluation.tasks import task_title
+from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, RUN_STYLES, grid, styled, svg_text
+from disttempnet.report.seeds.comparison import GroupComparison
+from disttempnet.report.seeds.groups import Column, SeedGroup, families
+from disttempnet.report.seeds.intervals import CONFIDENCE, Interval, mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT, ROW = 10.0, 3.8, 0.3  # inches
+TITLE = 10.0  # points
+MARKS = "osD^vP"
+DARK = {INK: "#e6e9ef", FAINT: "#9aa4b2", "#c9ced6": "#4a5261", "#e9ecf0": "#2c323c", RUN_COLOURS[5]: "#b8bec8"}
+
+
+class Point(NamedTuple):
+    """A value with its interval, None for one seed."""
+
+    value: float
+    interval: Interval | None
+
+
+def figure_svg(comparison: GroupComparison) -> str:
+    """Return the figure as the text of an SVG file. Its colours follow the reader's light or dark scheme.
+
+    Raises:
+        UserError: the table has not exactly one column.
+    """
+    if len(comparison.columns) != 1:
+        raise UserError("an .svg shows one metric: name it with --metrics TASK/METRIC")
+    same = families(comparison.groups)
+    return _with_dark(_over_batches(comparison, same) if same else _rows(comparison))
+
+
+@styled
+def _over_batches(comparison: GroupComparison, same: Sequence[Sequence[SeedGroup]]) -> str:
+    column = comparison.columns[0]
+    taus = [[_tau(group) for group in family] for family in same]
+    has_tau = any(tau is not None for own in taus for tau in own)
+    figure, ((*axes,),) = grid(1, 2 + has_tau, height=HEIGHT, width=WIDTH)
+    for i, family in enumerate(same):
+        x = [group.batch for group in family]
+        label = family[0].line
+        _line(axes[0], x, [_score(group, column) for group in family], i, label)
+        _line(axes[1], x, [_difference(comparison, group) for group in family], i, label)
+        if has_tau:
+            points = [None if tau is None else Point(tau, None) for tau in taus[i]]
+            _line(axes[2], x, points, i, label)
+
+    # the axes, and one legend below
+    ticks = sorted({group.batch for family in same for group in family})
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{x:,}" for x in ticks])
+        axis.minorticks_off()
+        axis.set(xlabel="global batch")
+    _titles(axes, comparison)
+    if has_tau:
+        axes[2].set_title("τ\nat the end of training", fontsize=TITLE)
+        axes[2].set_ylim(bottom=0)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    return svg_text(figure)
+
+
+@styled
+def _rows(comparison: GroupComparison) -> str:
+    column, groups = comparison.columns[0], comparison.groups
+    figure, ((*axes,),) = grid(1, 2, height=1.0 + ROW * len(groups), width=WIDTH, sharey=True)
+    for place, group in enumerate(groups):
+        for axis, point in zip(axes, (_score(group, column), _difference(comparison, group)), strict=True):
+            if point is not None:
+                reach = None if point.interval is None else _reach([point])
+                axis.errorbar([point.value], [place], xerr=reach, color=RUN_COLOURS[0], marker="o", capsize=3)
+    axes[0].set_yticks(range(len(groups)), [group.title for group in groups], color=INK)
+    axes[0].set_ylim(len(groups) - 0.5, -0.5)
+    _titles(axes, comparison)
+    axes[1].axvline(0, color=FAINT, linewidth=1.1)
+    return svg_text(figure)
+
+
+def _titles(axes: Sequence[Axes], comparison: GroupComparison) -> None:
+    column = comparison.columns[0]
+    base = next((group.run_title for group in comparison.groups if comparison.is_baseline(group)), "")
+    axes[0].set_title(f"{task_title(column.task)}\n{column.head}, %", fontsize=TITLE)
+    axes[1].set_title(f"difference to {base}\npoints, {100 * CONFIDENCE:g} % intervals", fontsize=TITLE)
+
+
+def _line(axis: Axes, x: Sequence[int], points: Sequence[Point | None], i: int, label: str) -> None:
+    known = [(batch, point) for batch, point in zip(x, points, strict=True) if point is not None]
+    if not known:
+        return
+    shift = 1.0 + 0.03 * (i - 2)  # so that intervals do not lie over each other
+    where, values = [shift * batch for batch, _ in known], [point for _, point in known]
+    axis.errorbar(
+        where, [point.value for point in values], _reach(values), color=RUN_COLOURS[i % len(RUN_COLOURS)],
+        linestyle=RUN_STYLES[i % len(RUN_STYLES)], marker=MARKS[i % len(MARKS)], markersize=4.5, capsize=2.5,
+        linewidth=1.6, label=label,
+    )  # fmt: skip
+
+
+def _reach(points: Sequence[Point]) -> np.ndarray:
+    """Return how far each interval reaches below and above its value, [2, n]; zeros without one."""
+    ends = [point.interval or Interval(point.value, point.value) for point in points]
+    return np.array(
+        [
+            [point.value - end.low for point, end in zip(points, ends, strict=True)],
+            [end.high - point.value for point, end in zip(points, ends, strict=True)],
+        ]
+    )
+
+
+def _score(group: SeedGroup, column: Column) -> Point | None:
+    values = [100 * value for value in group.values(column)]
+    return Point(float(np.mean(values)), mean_interval(values)) if values else None
+
+
+def _difference(comparison: GroupComparison, group: SeedGroup) -> Point | None:
+    if comparison.is_baseline(group):
+        return Point(0.0, None)
+    (one,) = comparison.differences[comparison.groups.index(group)]
+    if one is None:
+        return None
+    return Point(100 * one.mean, one.interval and Interval(100 * one.interval.low, 100 * one.interval.high))
+
+
+def _tau(group: SeedGroup) -> float | None:
+    """Return τ at the end of training, averaged over the seeds; None where it was not logged."""
+    ends = [result.tau_curve["mean"][-1] for result in group.results if result.tau_curve]
+    return float(np.mean(ends)) if ends else None
+
+
+def _with_dark(text: str) -> str:
+    """Return an SVG whose colours change with the reader's scheme."""
+    rules = "".join(
+        f'[style*="fill: {light}"]{{fill:{dark}!important}}[style*="stroke: {light}"]{{stroke:{dark}!important}}'
+        for light, dark in DARK.items()
+    )
+    style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
+    return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + style, text, count=1)
