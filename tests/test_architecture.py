@@ -196,7 +196,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"groups"},
         {"comparison"},
         {"tau_tables"},
-        {"plots", "tables"},
+        {"figure", "plots", "tuned_table"},
+        {"tables"},
         {"page"},
     ],
     "temperature": [

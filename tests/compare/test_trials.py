@@ -148,7 +148,7 @@ def test_trials_then_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     # one family over both batches, whatever was chosen, from folders and from the compact file alike
     for given in (out, out / "results.jsonl"):
         results = read_results([given])
-        assert [result.tuned for result in results] == [
+        assert [result.tuned and result.tuned.chosen for result in results] == [
             next(line["chosen"] for line in lines if result.name.startswith(line["name"] + "--")) for result in results
         ]
         (family,) = families(compare_groups(results).groups)

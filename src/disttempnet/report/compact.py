@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,24 @@ KEPT_FACTS = (
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """Settings that `compare` chose by trials.
+
+    Attributes:
+        chosen: config key → value.
+        metric, seed: what the trials were compared by.
+        trials: their number.
+        at_edge: keys whose chosen value is the lowest or highest that was tried.
+    """
+
+    chosen: dict[str, Any]
+    metric: str
+    seed: int
+    trials: int
+    at_edge: list[str]
+
+
+@dataclass(frozen=True)
 class CompactResult:
     """The result of a run, for comparisons.
 
@@ -46,7 +64,7 @@ class CompactResult:
         tau_by_frequency: final τ against the training frequency of a pair's concept: "frequency" (median of the bin),
             "image", "text" (median τ of the bin), of equal length; "spearman" of [image, text] over the pairs. Empty
             where all τ are equal or frequencies are unknown.
-        tuned: config key → value that `compare` chose by trials; runs that differ in these alone are of one family.
+        tuned: how `compare` chose settings by trials; None where it chose none.
     """
 
     name: str
@@ -57,7 +75,7 @@ class CompactResult:
     tau: dict[str, list[float]]
     tau_curve: dict[str, list[float]]
     tau_by_frequency: dict[str, list[float]]
-    tuned: dict[str, Any] = field(default_factory=dict)
+    tuned: Tuned | None = None
 
     @property
     def seed(self) -> int:
@@ -131,17 +149,16 @@ def compact(run: RunRecord) -> CompactResult:
     return CompactResult(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency, tuned)
 
 
-def _tuned(path: Path, name: str) -> dict[str, Any]:
-    """Return the settings that were chosen for a run, from the tuning.jsonl of its comparison; none without one."""
+def _tuned(path: Path, name: str) -> Tuned | None:
+    """Return how the settings of a run were chosen, from the tuning.jsonl of its comparison; None without one."""
     stem = name.partition("--seed-")[0]
-    chosen = [line["chosen"] for _, line in read_json_lines(path, check_tuning) if line["name"] == stem]
-    return dict(chosen[0]) if chosen else {}
+    lines = [line for _, line in read_json_lines(path, _from_tuning) if line["name"] == stem]
+    return _from_tuning(lines[0]) if lines else None
 
 
-def check_tuning(line: dict[str, Any]) -> None:
+def _from_tuning(line: dict[str, Any]) -> Tuned:
     """Raise KeyError or TypeError for an object that is no line of tuning.jsonl."""
-    if not isinstance(line["name"], str) or not isinstance(line["chosen"], dict):
-        raise TypeError
+    return Tuned(dict(line["chosen"]), line["metric"], line["seed"], len(line["trials"]), list(line["at_edge"]))
 
 
 def _by_frequency(last: Temperatures) -> dict[str, list[float]]:
@@ -179,7 +196,7 @@ def _to_line(result: CompactResult) -> dict[str, Any]:
         "tau": result.tau,
         "tau_curve": result.tau_curve,
         "tau_by_frequency": result.tau_by_frequency,
-        "tuned": result.tuned,
+        "tuned": result.tuned and asdict(result.tuned),
     }
 
 
@@ -212,7 +229,7 @@ def _from_line(line: dict[str, Any]) -> CompactResult:
         tau=line["tau"],
         tau_curve=line["tau_curve"],
         tau_by_frequency=line["tau_by_frequency"],
-        tuned=line.get("tuned", {}),  # older files have none
+        tuned=Tuned(**line["tuned"]) if line.get("tuned") else None,  # older files lack the key
     )
     if result.seed != line["seed"] or not result.objective:
         raise ValueError

@@ -176,8 +176,8 @@ def _key(result: CompactResult, without_batch: bool = False) -> str:
     Keys that an old config lacks are defaults; arguments of its objective are as it was trained. Tuned keys count as
     tuned, whatever was chosen.
     """
-    config = result.config
-    left_out = {*NO_EFFECT_ON_RESULT, "train.seed", *result.tuned} | ({"data.global_batch"} if without_batch else set())
+    config, tuned = result.config, sorted(result.tuned.chosen) if result.tuned else []
+    left_out = {*NO_EFFECT_ON_RESULT, "train.seed", *tuned} | ({"data.global_batch"} if without_batch else set())
     arguments = dict(config.get("loss", {}))  # an evaluation may know nothing of the training
     objective = arguments.pop("name", "")
     if objective:
@@ -188,4 +188,4 @@ def _key(result: CompactResult, without_batch: bool = False) -> str:
         left_out.add("loss.tau_gradient_limit")  # it bounds a part that only `fcco` adds
     table = defaults() | flat({**config, "loss": {"name": objective, **arguments}} if objective else config)
     kept = {key: value for key, value in table.items() if key not in left_out}
-    return json.dumps([kept, sorted(result.tuned)], sort_keys=True)
+    return json.dumps([kept, tuned], sort_keys=True)

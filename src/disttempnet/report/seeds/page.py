@@ -12,6 +12,7 @@ from disttempnet.report.seeds.comparison import GroupComparison
 from disttempnet.report.seeds.groups import Column, SeedGroup, families
 from disttempnet.report.seeds.tables import cell_text, difference_row, legend, published_cells
 from disttempnet.report.seeds.tau_tables import correlations, final_tau, groups_with_tau
+from disttempnet.report.seeds.tuned_table import tuned_table
 
 
 def comparison_page(comparison: GroupComparison) -> str:
@@ -44,6 +45,7 @@ def comparison_page(comparison: GroupComparison) -> str:
         tau=plots.tau_chart(with_tau) if with_tau else "",
         frequency=plots.frequency_chart(with_frequency) if with_frequency else "",
         frequency_rows=[(group.title, *correlations(group)) for group in with_frequency],
+        tuned=tuned_table(comparison),
         tau_rows=[(group.title, *final_tau(group)) for group in groups],
         differences=differing_keys([g.results[0].config for g in groups], ("name", "out", "train.seed")),
         provenance=_provenance([result for group in groups for result in group.results]),

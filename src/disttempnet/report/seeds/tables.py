@@ -20,7 +20,8 @@ from disttempnet.report.page import signed
 from disttempnet.report.seeds.comparison import GroupComparison
 from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Cell, Column, SeedGroup
 from disttempnet.report.seeds.intervals import CONFIDENCE, PairedDifference, mean_interval
-from disttempnet.report.seeds.tau_tables import TauTable, groups_with_tau, tau_cells, tau_tables
+from disttempnet.report.seeds.tau_tables import NotedTable, groups_with_tau, tau_cells, tau_tables
+from disttempnet.report.seeds.tuned_table import tuned_table
 from disttempnet.sanitize import csv_cell, markdown_cell, one_line
 
 _TEX = {
@@ -190,14 +191,20 @@ def _sections(comparison: GroupComparison, style: _Style) -> list[list[list[str]
 
 
 def markdown_table(comparison: GroupComparison) -> str:
-    """Return a pipe table, a difference beside each score; below it notes of published rows, and τ."""
+    """Return a pipe table, a difference beside each score; below it notes of published rows, chosen settings, τ."""
     titles = [column.title for column in comparison.columns]
     titles = _side_by_side(comparison, titles, [comparison.difference_head] * len(titles))
     head = ["", "seeds", *map(markdown_cell, titles)]
     sections = _sections(comparison, _Style(markdown_cell, markdown_score, markdown_difference, "published"))
     notes = "".join(f"\n[{number}] {note}\n" for number, note in enumerate(comparison.notes, 1))
-    tau = "".join(_tau_markdown(table) for table in tau_tables(comparison))
-    return f"{pipes(head, chain(*sections))}\n{legend(comparison)}\n{notes}{tau}"
+    more = "".join(map(_noted_markdown, _noted_tables(comparison)))
+    return f"{pipes(head, chain(*sections))}\n{legend(comparison)}\n{notes}{more}"
+
+
+def _noted_tables(comparison: GroupComparison) -> list[NotedTable]:
+    """Return the tables below the main one: chosen settings, τ."""
+    tuned = tuned_table(comparison)
+    return [*([tuned] if tuned else []), *tau_tables(comparison)]
 
 
 def markdown_score(cell: Cell | None, seeds: int, digits: int) -> str:
@@ -223,13 +230,13 @@ def pipes(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) ->
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, rules, *rows))
 
 
-def _tau_markdown(table: TauTable) -> str:
+def _noted_markdown(table: NotedTable) -> str:
     head, *rows = ([markdown_cell(word) for word in row] for row in (table.head, *table.rows))
     return f"\n{pipes(head, rows)}\n{table.note}\n"
 
 
 def latex_table(comparison: GroupComparison) -> str:
-    """Return a booktabs tabular, and one for each table of τ; needs \\usepackage{booktabs}."""
+    """Return a booktabs tabular, and one for the chosen settings and each table of τ; needs \\usepackage{booktabs}."""
     # head: titles of tasks with rules below them, then headings of columns
     columns = [column.head for column in comparison.columns]
     short = f"difference, {100 * CONFIDENCE:g} %"  # a row says which is the baseline
@@ -246,7 +253,7 @@ def latex_table(comparison: GroupComparison) -> str:
         *(f"% [{number}] {one_line(note)}" for number, note in enumerate(comparison.notes, 1)),
         *_tabular(head, _sections(comparison, _Style(_tex, _tex_score, _tex_difference, "pub.")), 1 + len(columns)),
     ]
-    for table in tau_tables(comparison):
+    for table in _noted_tables(comparison):
         first, *rows = ([_tex(word) for word in row] for row in (table.head, *table.rows))
         lines += ["", f"% {table.note}", *_tabular([_tex_row(first)], [rows], len(first) - 1)]
     return "\n".join(lines) + "\n"

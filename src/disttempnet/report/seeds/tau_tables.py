@@ -19,8 +19,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the run, where the trajectory is samp
 SHARE_HEADS = ("at the start", "after a quarter", "half", "three quarters", "at the end")
 
 
-class TauTable(NamedTuple):
-    """A table: head, rows of equal length, and a note about the numbers."""
+class NotedTable(NamedTuple):
+    """A table of texts: head, rows of equal length, and a note about them."""
 
     head: list[str]
     rows: list[list[str]]
@@ -32,12 +32,12 @@ def groups_with_tau(comparison: GroupComparison) -> list[SeedGroup]:
     return [group for group in comparison.groups if any(result.tau_by_frequency for result in group.results)]
 
 
-def tau_tables(comparison: GroupComparison) -> list[TauTable]:
+def tau_tables(comparison: GroupComparison) -> list[NotedTable]:
     """Return tables of the final τ and of the trajectory; empty where no τ differs between pairs."""
     shown = groups_with_tau(comparison)
     if not shown:
         return []
-    final = TauTable(
+    final = NotedTable(
         ["τ at the end", "image side", "text side", "rank correlation with frequency, image", "text"],
         [[group.title, *final_tau(group), *correlations(group)] for group in shown],
         "τ of the first task's pairs: mean ± std over the pairs, range; then Spearman's correlation with the training "
@@ -46,7 +46,7 @@ def tau_tables(comparison: GroupComparison) -> list[TauTable]:
     trained = [group for group in shown if any(result.tau_curve for result in group.results)]
     if not trained:
         return [final]
-    trajectory = TauTable(
+    trajectory = NotedTable(
         ["τ in training", *SHARE_HEADS],
         [[group.title, *(_words(cell, 4) for cell in trajectory_cells(group))] for group in trained],
         "mean τ of the image side's training batches after that share of the run, mean (standard deviation) over the "
