@@ -5,6 +5,8 @@ groups.py       groups of runs that differ only in the seed: mean, standard devi
 comparison.py   groups × metrics, and differences to a baseline
 tables.py       the table as text, Markdown, LaTeX and CSV
 tau_tables.py   tables of τ
+tuned_table.py  the table of settings that were chosen by trials
+figure.py       a figure of one metric, as an SVG file
 page.py         the page
 plots.py        its charts
 """

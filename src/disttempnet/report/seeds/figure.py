@@ -22,10 +22,10 @@ from disttempnet.report.seeds.intervals import CONFIDENCE, Interval, mean_interv
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT, ROW = 10.0, 3.8, 0.3  # inches
-TITLE = 10.0  # points
-MARKS = "osD^vP"
-DARK = {INK: "#e6e9ef", FAINT: "#9aa4b2", "#c9ced6": "#4a5261", "#e9ecf0": "#2c323c", RUN_COLOURS[5]: "#b8bec8"}
+_WIDTH, _HEIGHT, _ROW = 10.0, 3.8, 0.3  # inches
+_TITLE = 10.0  # points
+_MARKS = "osD^vP"
+_DARK = {INK: "#e6e9ef", FAINT: "#9aa4b2", "#c9ced6": "#4a5261", "#e9ecf0": "#2c323c", RUN_COLOURS[5]: "#b8bec8"}
 
 
 class Point(NamedTuple):
@@ -52,7 +52,7 @@ def _over_batches(comparison: GroupComparison, same: Sequence[Sequence[SeedGroup
     column = comparison.columns[0]
     taus = [[_tau(group) for group in family] for family in same]
     has_tau = any(tau is not None for own in taus for tau in own)
-    figure, ((*axes,),) = grid(1, 2 + has_tau, height=HEIGHT, width=WIDTH)
+    figure, ((*axes,),) = grid(1, 2 + has_tau, height=_HEIGHT, width=_WIDTH)
     for i, family in enumerate(same):
         x = [group.batch for group in family]
         label = family[0].line
@@ -71,7 +71,7 @@ def _over_batches(comparison: GroupComparison, same: Sequence[Sequence[SeedGroup
         axis.set(xlabel="global batch")
     _titles(axes, comparison)
     if has_tau:
-        axes[2].set_title("τ\nat the end of training", fontsize=TITLE)
+        axes[2].set_title("τ\nat the end of training", fontsize=_TITLE)
         axes[2].set_ylim(bottom=0)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
@@ -81,7 +81,7 @@ def _over_batches(comparison: GroupComparison, same: Sequence[Sequence[SeedGroup
 @styled
 def _rows(comparison: GroupComparison) -> str:
     column, groups = comparison.columns[0], comparison.groups
-    figure, ((*axes,),) = grid(1, 2, height=1.0 + ROW * len(groups), width=WIDTH, sharey=True)
+    figure, ((*axes,),) = grid(1, 2, height=1.0 + _ROW * len(groups), width=_WIDTH, sharey=True)
     for place, group in enumerate(groups):
         for axis, point in zip(axes, (_score(group, column), _difference(comparison, group)), strict=True):
             if point is not None:
@@ -97,8 +97,8 @@ def _rows(comparison: GroupComparison) -> str:
 def _titles(axes: Sequence[Axes], comparison: GroupComparison) -> None:
     column = comparison.columns[0]
     base = next((group.run_title for group in comparison.groups if comparison.is_baseline(group)), "")
-    axes[0].set_title(f"{task_title(column.task)}\n{column.head}, %", fontsize=TITLE)
-    axes[1].set_title(f"difference to {base}\npoints, {100 * CONFIDENCE:g} % intervals", fontsize=TITLE)
+    axes[0].set_title(f"{task_title(column.task)}\n{column.head}, %", fontsize=_TITLE)
+    axes[1].set_title(f"difference to {base}\npoints, {100 * CONFIDENCE:g} % intervals", fontsize=_TITLE)
 
 
 def _line(axis: Axes, x: Sequence[int], points: Sequence[Point | None], i: int, label: str) -> None:
@@ -109,7 +109,7 @@ def _line(axis: Axes, x: Sequence[int], points: Sequence[Point | None], i: int, 
     where, values = [shift * batch for batch, _ in known], [point for _, point in known]
     axis.errorbar(
         where, [point.value for point in values], _reach(values), color=RUN_COLOURS[i % len(RUN_COLOURS)],
-        linestyle=RUN_STYLES[i % len(RUN_STYLES)], marker=MARKS[i % len(MARKS)], markersize=4.5, capsize=2.5,
+        linestyle=RUN_STYLES[i % len(RUN_STYLES)], marker=_MARKS[i % len(_MARKS)], markersize=4.5, capsize=2.5,
         linewidth=1.6, label=label,
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def _with_dark(text: str) -> str:
     """Return an SVG whose colours change with the reader's scheme."""
     rules = "".join(
         f'[style*="fill: {light}"]{{fill:{dark}!important}}[style*="stroke: {light}"]{{stroke:{dark}!important}}'
-        for light, dark in DARK.items()
+        for light, dark in _DARK.items()
     )
     style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
     return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + style, text, count=1)
