@@ -232,6 +232,21 @@ def test_rows_are_those_of_the_samples(tmp_path: Path) -> None:
         assert torch.equal(row, features[number][begin + sample % (end - begin)])
 
 
+def test_features_are_those_of_any_batch_of_16_or_more(towers: Towers, tmp_path: Path) -> None:
+    """What lets a cache be built in other batches than a run trains with."""
+    trainer = Trainer(towers.config(tmp_path), torch.device("cpu"))
+    trainer.towers.module.eval()
+    size = trainer.towers.image_size
+    pixels = torch.randint(0, 256, (64, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
+    tokens = trainer.towers.tokenizer([f"a red cat {number}" for number in range(64)])
+    for side, inputs in (("image", pixels), ("text", tokens)):
+        trunk = trunk_of(trainer.towers, side)
+        with torch.inference_mode():
+            whole = trunk(inputs)
+            for rows in (16, 17, 32, 50):
+                assert torch.equal(trunk(inputs[:rows]), whole[:rows]), (side, rows)
+
+
 def test_a_trained_tower_is_not_cached(towers: Towers, tmp_path: Path) -> None:
     trainer = Trainer(towers.config(tmp_path, *ALL), torch.device("cpu"))
     config = trainer.config.model.model_copy(update={"unlocked_image_groups": 1})

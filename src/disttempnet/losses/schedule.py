@@ -93,8 +93,8 @@ class CosineGamma(_Scheduled):
 
     @property
     def remembers(self) -> bool:
-        """True where γ is ever below 1."""
-        return self.gamma_min < 1
+        """True where γ is ever below 1: there it changes."""
+        return self.changes
 
     def __post_init__(self) -> None:
         _check("gamma_min", self.gamma_min)
