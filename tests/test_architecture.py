@@ -150,6 +150,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"contrast", "drift", "objective"},
         {"normaliser", "temperature"},
         {"global_contrastive"},
+        {"normaliser_error"},
         {"minibatch"},
         {"registry"},
     ],

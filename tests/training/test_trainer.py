@@ -98,6 +98,25 @@ def test_golden_losses(straight: Path) -> None:
     np.testing.assert_allclose([measured[int(step)] for step, _ in golden], golden[:, 1], rtol=GOLDEN_TOLERANCE)
 
 
+def test_measuring_normalisers_changes_nothing_else(straight: Path, tmp_path: Path) -> None:
+    """Over the first two batches of the next epoch, read by workers that stay; chunks and loader go on as without."""
+    assert train(debug(tmp_path, "eval.normaliser_samples=50", "eval.every_epochs=1", "data.workers=1"))
+    same_ending(tmp_path / "debug", straight)
+    lines = [json.loads(line) for line in (tmp_path / "debug" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: {key: value for key, value in line.items() if "normaliser" in key} for line in lines}
+    assert [step for step, numbers in found.items() if numbers] == [10, 20]
+    assert found[10].keys() == found[20].keys()
+    assert len(found[10]) == 6
+    assert found[10]["normaliser_error/visited"] == 1
+    assert 0 < found[20]["normaliser_error/image_log_rms"] < 1
+    assert losses(tmp_path / "debug") == losses(straight)
+
+
+def test_normalisers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^eval.normaliser_samples: objective siglip has no normaliser"):
+        train(debug(tmp_path, "loss={name='siglip'}", "eval.normaliser_samples=50"))
+
+
 def test_a_run_leaves_what_it_promises(straight: Path) -> None:
     for name in ("config.toml", "run.json", "metrics.jsonl", "eval.jsonl", "tensorboard", "checkpoints/best.json"):
         assert (straight / name).exists(), name

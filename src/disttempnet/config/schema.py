@@ -334,6 +334,11 @@ class EvalConfig(Section):
     data_root: OptionalPath = Field("", description="folder of the data of DataComp's tasks; see docs/evaluation.md")
     every_epochs: Annotated[int, integers(1, 10**6)] = 1
     batch: Annotated[int, BATCH] = Field(256, description="images a forward pass")
+    normaliser_samples: Annotated[int, integers(0, 2**20)] = Field(
+        0,
+        description="training samples, rounded up to batches, over which the error of the objective's normalisers is "
+        "measured at each evaluation (normaliser_error/ in metrics.jsonl); 0 = none",
+    )
 
 
 class Config(Section):

@@ -8,6 +8,8 @@
     schedule.py             the inner learning rate γ
     contrast/               statistics and gradients of all pairs
     temperature/            constant, learnable, per sample, by a network
+    normaliser/             predicted normalisers, in place of a table
+    normaliser_error.py     the error of normalisers, measured over a sample
     minibatch/              siglip, cyclip, vicreg, onlineclr
 
 The mathematics: docs/objectives.md.
@@ -16,6 +18,7 @@ The mathematics: docs/objectives.md.
 from __future__ import annotations
 
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
+from disttempnet.losses.normaliser_error import has_normalisers, normaliser_errors
 from disttempnet.losses.objective import Features, LossOutput, Objective
 from disttempnet.losses.registry import (
     ARGUMENT_RANGES,
@@ -37,6 +40,8 @@ __all__ = [
     "ObjectiveSpec",
     "build_loss",
     "gather_state",
+    "has_normalisers",
+    "normaliser_errors",
     "rebuild_loss",
     "with_later_arguments",
 ]

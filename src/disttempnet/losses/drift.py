@@ -66,6 +66,13 @@ class Drift:
         return torch.where(self._mean.isfinite(), self._mean - self._first, 0.0)[:, None]
 
     @property
+    def moved(self) -> Tensor:
+        """How far M has moved since its first step [2, 1]. Reading it may wait for the device."""
+        first_image, first_text, image, text = self.numbers
+        moved = torch.tensor([[image - first_image], [text - first_text]], dtype=torch.float64)
+        return torch.where(moved.isfinite(), moved, 0.0)  # −inf before the first
+
+    @property
     def numbers(self) -> Numbers:
         """M at the first step and now, for a saved state."""
         if self._numbers is not None:

@@ -268,11 +268,11 @@ class GlobalContrastiveLoss(Objective):
         gamma: Tensor | None = None
         if self.predicted is not None and self.training:
             log_v = log_u = self.predicted(
-                torch.stack([all_image, all_text]), all_positive, tau, self._with_eps(log_g), has_negatives
+                torch.stack([all_image, all_text]), all_positive, tau, self.with_eps(log_g), has_negatives
             )
         else:
             log_u, gamma = self._track(all_ids, log_g, pairs.distinct)
-            log_v = self._with_eps(log_u)
+            log_v = self.with_eps(log_u)
         excess = self._excess(log_g, log_v)
         weight = tau if self.robust else torch.ones_like(tau)
         h = self._tau_gradient(rho, tau, log_v, log_g, moment, excess, has_negatives) if learns else None
@@ -350,14 +350,14 @@ class GlobalContrastiveLoss(Objective):
         # u as read, γ of this epoch or of each row, and the new u
         moved = self.drift.follow(log_g) if self.drift is not None else 0.0
         tracked = self.state.read(ids, checked=True).to(log_g.dtype) + moved
-        visited = torch.where(tracked == NEVER, tracked, self._with_eps(tracked))
+        visited = torch.where(tracked == NEVER, tracked, self.with_eps(tracked))
         shares = self.gamma.shares(self.epoch, visited)
         new = log_moving_average(tracked, log_g, shares)
         self.state.write(ids, new - moved)
         gamma = shares.new.exp().mean() if isinstance(shares.new, Tensor) else log_g.new_full((), math.exp(shares.new))
         return new, gamma
 
-    def _with_eps(self, log_u: Tensor) -> Tensor:
+    def with_eps(self, log_u: Tensor) -> Tensor:
         """Return log (ε + u)."""
         return torch.logaddexp(log_u, log_u.new_full((), math.log(self.eps))) if self.eps else log_u
 
@@ -365,7 +365,7 @@ class GlobalContrastiveLoss(Objective):
         """Return e^−α (ε + g) − 1 of predicted α [2, B]: its mean over batches is the relative error of e^α; else 0."""
         if self.predicted is None or not self.training:
             return log_v.new_zeros(())
-        return torch.expm1(self._with_eps(log_g) - log_v)
+        return torch.expm1(self.with_eps(log_g) - log_v)
 
     def _tau_gradient(
         self,
@@ -385,7 +385,7 @@ class GlobalContrastiveLoss(Objective):
             excess: of a predicted normaliser, [2, B].
         """
         # Σ_j p_ij d_ij / τ with the batch's own u, and the part that an old u adds
-        fresh = self._with_eps(log_g)
+        fresh = self.with_eps(log_g)
         fresh_moment = (log_g - fresh).exp() * moment if self.eps else moment
         stale_moment = torch.expm1(fresh - log_v) * fresh_moment
         if self.robust:
@@ -456,6 +456,27 @@ class GlobalContrastiveLoss(Objective):
 
     def tracked_temperatures(self) -> Tensor | None:
         return self.temperature.tracked()
+
+    @torch.no_grad()
+    def log_normalisers(self, image: Tensor, text: Tensor, ids: Tensor, tau: Tensor) -> Tensor | None:
+        """Return log (ε + u) of training samples as it is kept, or predicted, now [2, n].
+
+        Args:
+            image, text: unit features [n, D], of which a prediction is made; every rank passes the same ones.
+            ids: int64 [n]; what is kept goes by them.
+            tau: [2, n].
+
+        Returns:
+            −inf where a sample was never visited; None where nothing is kept.
+        """
+        if self.predicted is not None:
+            return self.predicted.predict(torch.stack([image, text]), (image * text).sum(1), tau)
+        if self.state is None:
+            return None
+        log_u = self.state.read(ids).to(tau.dtype)
+        if self.drift is not None:
+            log_u = log_u + self.drift.moved.to(log_u)
+        return torch.where(log_u == NEVER, log_u, self.with_eps(log_u))
 
     def get_extra_state(self) -> Tensor:
         moved = self.drift.numbers if self.drift is not None else ()

@@ -19,6 +19,7 @@ from disttempnet.losses import (
     LossOutput,
     Objective,
     build_loss,
+    has_normalisers,
     rebuild_loss,
     with_later_arguments,
 )
@@ -192,6 +193,15 @@ def refuse_if_nothing_is_trained(config: Config, towers: nn.Module, loss: Object
         raise UserError(
             f"{locks} nothing to train: objective {config.loss.name} learns no temperature; {one} that does, such as "
             "disttempnet-v1 (network), fastclip-v3 (global τ) or isogclr (per-sample τ)"
+        )
+
+
+def refuse_if_no_normaliser(config: Config, loss: Objective) -> None:
+    """Raise UserError if eval.normaliser_samples asks for the error of normalisers that the objective does not have."""
+    if config.eval.normaliser_samples and not has_normalisers(loss):
+        raise UserError(
+            f"eval.normaliser_samples: objective {config.loss.name} has no normaliser that leaves the pair out: take "
+            "another objective of the family, such as sogclr, or leave the key out"
         )
 
 

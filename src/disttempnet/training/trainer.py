@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from disttempnet.distributed import fsdp
 from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.cached import FeatureCache
 from disttempnet.evaluation.encoder import FeatureEncoder
+from disttempnet.evaluation.encoder import evaluation_mode
 from disttempnet.evaluation.evaluator import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import TaskData, task_title
@@ -33,7 +35,7 @@ from disttempnet.evaluation.validation import validation_data
 from disttempnet.features.batches import CachedData, folder_of, with_cached_features
 from disttempnet.io.files import write_atomically
 from disttempnet.io.machine import memory_named
-from disttempnet.losses import LossOutput
+from disttempnet.losses import Features, GlobalContrastiveLoss, LossOutput, normaliser_errors
 from disttempnet.models import Towers, load_model
 from disttempnet.models.locks import prepare_towers
 from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log
@@ -46,6 +48,7 @@ from disttempnet.training.model import (
     build_objective,
     compile_failure_named,
     compile_towers,
+    refuse_if_no_normaliser,
     refuse_if_nothing_is_trained,
     refuse_without_compiler,
     resolved,
@@ -101,7 +104,9 @@ class Trainer:
         self.frozen = config.train.freeze == "towers"
         self._lock_towers()
         module = self.towers.module
-        refuse_if_nothing_is_trained(config, module, build_objective(config, 1, self.towers.embed_dim, bounds=False))
+        objective = build_objective(config, 1, self.towers.embed_dim, bounds=False)
+        refuse_if_nothing_is_trained(config, module, objective)
+        refuse_if_no_normaliser(config, objective)
 
         # Open the data: the source with its N samples, the epoch plan, the loader of this rank, the validation task.
         self.data = open_training_data(
@@ -263,14 +268,15 @@ class Trainer:
             output = self.train_step(batch)
             self._unnamed += batch.skipped
 
-            # Log, with the mean time of the steps since the last line.
-            if self.step % self.config.train.log_every == 0 or self.step == self.last_step:
-                now, done = time.perf_counter(), self.step - logged
-                self._log(output, (now - clock) / done, wait / done)
+            # Measure normalisers where an evaluation follows. Log, with the mean time of the steps since the last line.
+            epoch_ends = self.step % self.steps_per_epoch == 0
+            now, done = time.perf_counter(), self.step - logged
+            measured = self._measure_normalisers(epoch + 1) if epoch_ends and self._due(epoch + 1) else {}
+            if self.step % self.config.train.log_every == 0 or self.step == self.last_step or measured:
+                self._log(output, (now - clock) / done, wait / done, measured)
                 clock, wait, logged = now, 0.0, self.step
 
             # Evaluate and save at the end of an epoch, save every so many steps within it.
-            epoch_ends = self.step % self.steps_per_epoch == 0
             save_due = bool(every) and self.step % every == 0
             if epoch_ends or self.step == self.last_step:
                 self._end_epoch(epoch + 1, evaluated=epoch_ends)
@@ -285,6 +291,8 @@ class Trainer:
                 if not (epoch_ends or save_due):
                     self._save()
                 return False
+            if epoch_ends:
+                return True  # the loader may have read other batches since, for the normalisers
             waited_since = time.perf_counter()
         return True
 
@@ -322,8 +330,36 @@ class Trainer:
         self._metrics, self.lr = output.metrics, rates[0]
         return output
 
-    def _log(self, output: LossOutput, seconds: float, wait: float) -> None:
-        """Log the last step; `seconds` is the mean time of a step, and `wait` its part spent waiting for the batch."""
+    def _measure_normalisers(self, epoch: int) -> dict[str, float]:
+        """Return the errors of the objective's normalisers over the first batches of an epoch; empty if not wanted.
+
+        These are the samples that are visited next, with a u as old as any.
+        """
+        wanted = self.config.eval.normaliser_samples
+        if not wanted:
+            return {}
+        assert isinstance(self.loss, GlobalContrastiveLoss)
+        steps = min(-(-wanted // self.config.data.global_batch), self.steps_per_epoch)
+        batches = []
+        with evaluation_mode(self.gradients.model):
+            for batch in islice(self.data.loader_from(epoch), steps):
+                batch = batch.to(self.device)
+                features = Features.of(*self.gradients.model.encoder(batch.images, batch.tokens))
+                image, text, ids = map(distributed.all_gather, (features.image, features.text, batch.ids))
+                batches.append((image, text, ids))
+            return normaliser_errors(self.loss, batches)
+
+    def _log(
+        self, output: LossOutput, seconds: float, wait: float, measured: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Log the last step.
+
+        Args:
+            output: of the step.
+            seconds: mean time of a step.
+            wait: its part spent waiting for the batch.
+            measured: more numbers of this step.
+        """
         names = list(output.metrics)
         *values, norm = torch.stack([*(output.metrics[name].float() for name in names), self._norm.float()]).tolist()
         metrics = dict(zip(names, values, strict=True))
@@ -333,6 +369,7 @@ class Trainer:
         rate = self.config.data.global_batch / seconds
         metrics |= {"lr": self.lr, "grad_norm": norm, "samples_per_second": rate, "step_seconds": seconds}
         metrics |= {"data_wait": max(waits), "skipped": self.skipped.total}  # the others wait for the slowest rank
+        metrics |= measured
         self.log.step(self.step, self.step / self.steps_per_epoch, metrics)
 
     def _name_skipped(self) -> None:
@@ -347,10 +384,13 @@ class Trainer:
         self._name_skipped()
         if self.skipped.total:
             self.log.say(self.skipped.summary())
-        due = epochs_done % self.config.eval.every_epochs == 0 or epochs_done == self.config.train.epochs
-        if self.tasks and evaluated and due:
+        if self.tasks and evaluated and self._due(epochs_done):
             self._evaluate(epochs_done)
         self._save()
+
+    def _due(self, epochs_done: int) -> bool:
+        """Return True where an evaluation follows an epoch."""
+        return epochs_done % self.config.eval.every_epochs == 0 or epochs_done == self.config.train.epochs
 
     def _evaluate(self, epochs_done: int) -> None:
         """Evaluate the towers on all tasks; log the scores and note the best step."""

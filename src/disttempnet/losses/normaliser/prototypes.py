@@ -113,13 +113,26 @@ class PrototypeNormaliser(nn.Module):
         usable = counted & log_g.isfinite() & positive.isfinite() & features.isfinite().all(2)
         alpha = log_g
         if self.filled:
-            x = torch.where(usable[..., None], features, 0.0)
-            slope = LOG2E / tau
-            anchors = _Anchors(x, slope, torch.where(usable, -positive * slope, 0.0), usable)
+            anchors = _Anchors.of(features, positive, tau, usable)
             alpha = torch.where(usable, self._descend(anchors, torch.where(usable, log_g, 0.0)), log_g)
         self.step += 1
         self._refill(features)
         return alpha
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, positive: Tensor, tau: Tensor) -> Tensor:
+        """Return α [2, n] of any pairs, and move nothing; −inf before the first step.
+
+        Args:
+            features, positive, tau: as of `forward`; of any rows, without communication.
+        """
+        usable = positive.isfinite() & features.isfinite().all(2)
+        if not self.filled:
+            return torch.full_like(tau, -torch.inf)
+        anchors = _Anchors.of(features, positive, tau, usable)
+        unit = F.normalize(self.prototypes[:, : self.filled].to(features.dtype), dim=2)
+        alpha = torch.cat([block[-1] for block in self._predicted(anchors, unit, self.filled, exchange=False)], dim=1)
+        return torch.where(usable, alpha, torch.nan)
 
     def _descend(self, anchors: _Anchors, log_g: Tensor) -> Tensor:
         """Move this rank's prototypes by all steps, exchange them, and return α [2, B]."""
@@ -224,3 +237,9 @@ class _Anchors(NamedTuple):
     slope: Tensor
     offset: Tensor
     usable: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, positive: Tensor, tau: Tensor, usable: Tensor) -> _Anchors:
+        slope = LOG2E / tau
+        offset = torch.where(usable, -positive * slope, 0.0)
+        return cls(torch.where(usable[..., None], features, 0.0), slope, offset, usable)

@@ -1,0 +1,98 @@
+"""Error of normalisers: what an objective keeps, or predicts, against the exact value over a sample of the data.
+
+With n pairs the exact normaliser of anchor i is ε + g_i, g_i the mean of exp(d_ij / τ_i) over the other n − 1 pairs as
+they are embedded now. The error of a kept ε + u_i is (ε + g_i)/(ε + u_i) − 1, NeuCLIP's diagnostic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from disttempnet import distributed
+from disttempnet.losses.contrast.backend import anchor_statistics
+from disttempnet.losses.contrast.pairs import BatchPairs
+from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
+from disttempnet.losses.objective import Objective, compute_dtype, exact_arithmetic
+
+GlobalBatch = tuple[Tensor, Tensor, Tensor]  # unit features of images and texts [B, D], ids [B]
+
+
+def has_normalisers(loss: Objective) -> bool:
+    """Return True for objectives whose normaliser leaves the pair out, as the exact one does."""
+    return isinstance(loss, GlobalContrastiveLoss) and loss.gamma is not None
+
+
+@torch.no_grad()
+def normaliser_errors(loss: GlobalContrastiveLoss, batches: Sequence[GlobalBatch]) -> dict[str, float]:
+    """Measure normalisers over the pairs of some global batches; every rank calls this with the same ones.
+
+    Nothing of the objective is changed. Memory: the features, and blocks of similarities.
+
+    Args:
+        loss: an objective of the family that leaves the pair out (`has_normalisers`).
+        batches: of training samples, such as steps have; their sizes are multiples of the world size.
+
+    Returns:
+        Name → value. Of samples that were visited, where the objective keeps or predicts normalisers:
+        `normaliser_error/image_mean`, `/text_mean`: mean of (ε + g)/(ε + u) − 1: 0 where u is right on average.
+        `/image_log_rms`, `/text_log_rms`: root mean square of log (ε + u) − log (ε + g).
+        `/visited`: share of the samples, of both sides.
+        And `/batch_log_rms`: the same root mean square of each batch's own g, which needs no table: both sides.
+
+    Example:
+        >>> from disttempnet import build_loss
+        >>> from torch.nn.functional import normalize
+        >>> image, text = (normalize(torch.randn(8, 4), dim=1) for _ in range(2))
+        >>> batches = [(image[:4], text[:4], torch.arange(4)), (image[4:], text[4:], torch.arange(4, 8))]
+        >>> sorted(normaliser_errors(build_loss("dcl", num_samples=8, embed_dim=4), batches))
+        ['normaliser_error/batch_log_rms']
+    """
+    image, text, ids = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with exact_arithmetic(image.device):
+        dtype = compute_dtype(image)
+        image, text = image.to(dtype), text.to(dtype)
+        tau = loss.temperatures(image, text, ids)
+        assert tau is not None
+
+        # log (ε + g) over all pairs, each rank a part of the anchors, and over each batch alone: [2, n]
+        size = len(ids) // distributed.world_size()
+        own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+        part = _log_g(image, text, ids, tau, own)
+        exact = loss.with_eps(distributed.all_gather(part.T).T)
+        sizes = [len(batch[2]) for batch in batches]
+        parts = zip(image.split(sizes), text.split(sizes), ids.split(sizes), tau.split(sizes, dim=1), strict=True)
+        alone = torch.cat([_log_g(*part, slice(0, len(part[2]))) for part in parts], dim=1)
+        kept = loss.log_normalisers(image, text, ids, tau)
+
+        # differences of the rows that have both
+        found: dict[str, float] = {}
+        if kept is not None:
+            usable = kept.isfinite() & exact.isfinite()
+            for side, name in enumerate(("image", "text")):
+                log_error = (kept - exact)[side, usable[side]].double()
+                if len(log_error):
+                    found[f"normaliser_error/{name}_mean"] = float(torch.expm1(-log_error).mean())
+                    found[f"normaliser_error/{name}_log_rms"] = _rms(log_error)
+            found["normaliser_error/visited"] = float(kept.isfinite().double().mean())
+        both = loss.with_eps(alone)
+        usable = both.isfinite() & exact.isfinite()
+        if usable.any():
+            found["normaliser_error/batch_log_rms"] = _rms((both - exact)[usable].double())
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _log_g(image: Tensor, text: Tensor, ids: Tensor, tau: Tensor, rows: slice) -> Tensor:
+    """Return log g [2, r] of some rows of a batch as anchors, over all its columns of other ids."""
+    pairs, negatives = BatchPairs.of((image, text), (image, text), ids, kernel=False)
+    pairs = pairs._replace(image=image[rows], text=text[rows], first_row=rows.start)
+    positive = (image * text).sum(1)[rows]
+    sides, _ = anchor_statistics(pairs, positive, tau[:, rows], negatives[rows], moments=False, keep=False)
+    return torch.stack([side.log_mean for side in sides])
