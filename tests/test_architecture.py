@@ -30,6 +30,7 @@ TESTED_ELSEWHERE = {
     "evaluation/score.py": "evaluation/test_evaluator.py",
     "features/store.py": "features/test_build.py",
     "losses/contrast/pairs.py": "losses/contrast/test_blocks.py",
+    "losses/drift.py": "losses/test_global_contrastive.py",
     "models/trunk.py": "features/test_build.py",
     "report/runs/plots.py": "report/runs/test_page.py",
     "temperature/measure.py": "temperature/test_command.py",

@@ -85,7 +85,7 @@ def test_errors_are_those_of_the_sums_written_out(recipe: dict, monkeypatch: pyt
     else:
         u = loss.state.read(ids)
         if loss.drift is not None:
-            first = torch.tensor(loss.drift.numbers).reshape(2, 2)
+            first = torch.tensor(loss.drift.numbers, dtype=torch.float64).reshape(2, 2)
             u = u + (first[1] - first[0])[:, None]
         kept = torch.where(u.isfinite(), (eps + u.exp()).log(), u)
     seen = kept.isfinite()

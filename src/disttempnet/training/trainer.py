@@ -26,8 +26,7 @@ from disttempnet.data import Batch, Skip, lost_workers_named, open_training_data
 from disttempnet.distributed import fsdp
 from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.cached import FeatureCache
-from disttempnet.evaluation.encoder import FeatureEncoder
-from disttempnet.evaluation.encoder import evaluation_mode
+from disttempnet.evaluation.encoder import FeatureEncoder, evaluation_mode
 from disttempnet.evaluation.evaluator import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
 from disttempnet.evaluation.tasks import TaskData, task_title
