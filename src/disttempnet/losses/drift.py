@@ -67,7 +67,7 @@ class Drift:
 
     @property
     def moved(self) -> Tensor:
-        """How far M has moved since its first step [2, 1]. Reading it may wait for the device."""
+        """Distance of M from its first value [2, 1]. Reading it may wait for the device."""
         first_image, first_text, image, text = self.numbers
         moved = torch.tensor([[image - first_image], [text - first_text]], dtype=torch.float64)
         return torch.where(moved.isfinite(), moved, 0.0)  # −inf before the first
