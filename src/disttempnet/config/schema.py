@@ -182,10 +182,14 @@ class ModelConfig(Section):
         "best checkpoint), hf-hub:ORG/NAME or local-dir:FOLDER; empty = random",
     )
     image_pretrained: OptionalPath = Field(
-        "", description="weights of a timm image tower alone: a file, or a name (resnet50.tv_in1k) to download"
+        "",
+        description="weights of a timm image tower alone: a file, a name (resnet50.tv_in1k) to download, or "
+        "package:MODULE/PATH, a file in an installed Python package",
     )
     text_pretrained: OptionalPath = Field(
-        "", description="weights of a Hugging Face text tower alone: a folder, or a name (distilbert-base-uncased)"
+        "",
+        description="weights of a Hugging Face text tower alone: a folder, a name (distilbert-base-uncased), or "
+        "package:MODULE/PATH",
     )
     resize_positions: StrictBool = Field(
         False,

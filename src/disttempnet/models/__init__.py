@@ -6,6 +6,7 @@ weights.py       files of weights → state dicts, without running code from the
 transformers_clip.py  CLIPModel folders of transformers under open_clip's names
 efficientnet.py  efficientnet-pytorch's names of weights → timm's
 pretrained.py    a timm image tower, a Hugging Face text tower, from checkpoints of their own
+package.py       weights inside an installed Python package
 text.py          captions → features, short sequences cut
 locks.py         locked layers
 batch_norm.py    BatchNorm with the statistics of the global batch, or frozen

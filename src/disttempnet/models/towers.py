@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from disttempnet.errors import UserError
+from disttempnet.models.package import package_path
 from disttempnet.models.weights import misfit, read_weights, refusal, without_prefix
 from disttempnet.sanitize import brief
 
@@ -138,8 +139,10 @@ def load_model(
         pretrained: weights of both towers: an open_clip tag, the path of a file (.safetensors, .pt), a folder written
             by save_model, open_clip or transformers (CLIPModel), `hf-hub:…` or `local-dir:…`. Their preprocessing is
             taken over.
-        image_pretrained: weights of a timm image tower alone, with their normalisation: a file, or a name in timm.
-        text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, or a name on the Hub.
+        image_pretrained: weights of a timm image tower alone, with their normalisation: a file, a name in timm, or
+            `package:MODULE/PATH`, a file in an installed package.
+        text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, a name on the Hub, or
+            `package:MODULE/PATH`.
         resize_positions: accept weights of another image size, and interpolate their position embeddings.
         head: projection on timm and Hugging Face towers, `linear` or `mlp`; empty = the architecture's own.
 
@@ -150,6 +153,9 @@ def load_model(
         >>> towers = load_model("ViT-B-32", "openai")
         >>> features = encode_texts(towers, towers.tokenizer(["a photo of a cat"]))  # [1, 512]
     """
+    image_pretrained = package_path(image_pretrained, "model.image_pretrained")
+    text_pretrained = package_path(text_pretrained, "model.text_pretrained")
+
     # Silence libraries that warn about random weights, which may be intended here.
     silenced, root = logging.root.manager.disable, logging.getLogger()
     handlers = list(root.handlers)
