@@ -16,6 +16,7 @@ from disttempnet.cli.embed import add_embed_command
 from disttempnet.cli.evaluate import add_evaluate_command
 from disttempnet.cli.export import add_export_command
 from disttempnet.cli.launch import add_launch_command
+from disttempnet.cli.search import add_search_commands
 from disttempnet.errors import TERMINATED, Preempted, UserError, show_notices_plainly, unknown_name
 from disttempnet.io.machine import memory_named, open_files, open_files_named
 from disttempnet.io.paths import path_argument
@@ -35,6 +36,7 @@ EXAMPLES = """examples:
   disttempnet objectives                                  values of [loss] name
   disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
   disttempnet evaluate runs/demo
+  disttempnet search runs/demo photos "a red apple"       the nearest images; classify: classes of your own
   disttempnet report runs/demo runs/demo-clip --out report.html
   disttempnet temperature runs/demo --gallery temperatures.html
 """
@@ -149,6 +151,7 @@ def build_parser() -> Parser:
     add_evaluate_command(commands)
     add_embed_command(commands)
     add_export_command(commands)
+    add_search_commands(commands)
     _add_report(commands)
     _add_temperature(commands)
     add_data_commands(commands)

@@ -62,6 +62,7 @@ def open_target(target: str, resize_positions: bool, random: bool = True) -> Ope
         folder=run.folder,
         name=f"step-{run.step:08d}",
         config=run.config,
+        loss=run.loss,
         objective={"name": run.config.loss.name, "title": spec.title, "formula": spec.formula},
         step=run.step,
         versions=process_provenance()["versions"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
 from disttempnet.io.paths import path_argument
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 SPEC_HELP = "shards or another layout, as in data.train"
 
 
-def add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Add the arguments that name and open a source."""
-    if several:
-        parser.add_argument("spec", nargs="+", type=path_argument, metavar="SPEC", help=SPEC_HELP)
-    else:
-        parser.add_argument("spec", type=path_argument, metavar="SPEC", help=SPEC_HELP)
+def add_source(
+    parser: argparse.ArgumentParser, several: bool = False, metavar: str = "SPEC", about: str = SPEC_HELP
+) -> None:
+    """Add the arguments that name and open a source; `metavar` and `about` are of the one that names it."""
+    many: dict[str, Any] = {"nargs": "+"} if several else {}
+    parser.add_argument("spec", type=path_argument, metavar=metavar, help=about, **many)
     parser.add_argument("--caption-key", default="", metavar="KEY", help="key of the captions in .json or rows")
     parser.add_argument("--images", type=path_argument, metavar="DIR", help="listings: root of relative image paths")
     parser.add_argument("--image-key", default="", metavar="KEY", help="listings: key or column of the image")

@@ -178,7 +178,7 @@ class FeatureCache:
         facts, width = self._facts[side, dtype]
         store = store_in(self.folder, {**facts, **about}, len(items), width, self.dtype, self.elsewhere)
 
-        there = sum(len(store.ids(number)) for number in store.shards() if store.path(number).is_file())
+        there = store.samples_there
         self.read, self.computed = self.read + there, self.computed + len(items) - there
         with self.aside():
             build([Pass(store, trunk, transform)], how, self.elsewhere)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from disttempnet import distributed
+from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.errors import UserError
 from disttempnet.evaluation.encoder import FeatureEncoder, ProgressCallback
 from disttempnet.evaluation.protocols import classifier, prompts
@@ -24,6 +25,7 @@ from disttempnet.evaluation.tasks import Head
 from disttempnet.io.files import atomic
 from disttempnet.terminal import say
 
+KEPT_IN = "text"  # in the user's cache
 PROMPTS_AT_ONCE = 8192  # bounds the memory that prompts take before they are averaged
 
 
@@ -104,3 +106,14 @@ class ClassFeatures:
             why = getattr(error, "strerror", None) or " ".join(str(error).split())
             say(f"disttempnet: {path}: text features are not kept: {why}", error=True)
             self.folder = None
+
+
+def kept_class_features(checkpoint: str, dtype: torch.dtype | None = None) -> ClassFeatures:
+    """Return class features that are kept in the user's cache.
+
+    Args:
+        checkpoint: digest of the towers, see `checkpoint_hash`.
+        dtype: of the texts' autocast; None = that of the weights.
+    """
+    kept = f"{checkpoint}-{str(dtype or torch.float32).removeprefix('torch.')}"
+    return ClassFeatures(cache_folder() / KEPT_IN / kept)

@@ -10,10 +10,9 @@ import torch
 
 from disttempnet import distributed
 from disttempnet.config import Config, public_table
-from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.errors import Preempted, UserError
 from disttempnet.evaluation.cached import FeatureCache
-from disttempnet.evaluation.class_features import ClassFeatures
+from disttempnet.evaluation.class_features import kept_class_features
 from disttempnet.evaluation.datasets.open import has_data
 from disttempnet.evaluation.encoder import checkpoint_hash, make_encoder
 from disttempnet.evaluation.evaluator import Evaluator
@@ -27,6 +26,7 @@ from disttempnet.features.cache_key import of_main
 from disttempnet.features.store import STORE_ABOUT
 from disttempnet.io.files import refuse_unwritable
 from disttempnet.io.machine import cores
+from disttempnet.losses import Objective
 from disttempnet.models import Towers
 from disttempnet.models.locks import lock_towers
 from disttempnet.models.trunk import TOWER_SIDES, trunk_of
@@ -44,7 +44,7 @@ class OpenedModel:
     Attributes:
         title: for a reader; model, pretrained: names of the towers and of their weights.
         folder: that results go below, by `name`.
-        config: of a run; objective, step: from its run.json and its checkpoint.
+        config, loss: of a run, the objective on the CPU; objective, step: from its run.json and its checkpoint.
         versions: package → version.
         notes: what a reader of scores has to know of the weights.
     """
@@ -56,6 +56,7 @@ class OpenedModel:
     folder: Path
     name: str
     config: Config | None = None
+    loss: Objective | None = None
     objective: Mapping[str, str] | None = None
     step: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -184,8 +185,7 @@ def _evaluator(
     if request.root is None:
         return Evaluator(model.towers, device, batch=request.batch, cache=cache)
     text_dtype = make_encoder(model.towers, device, subject.precision, False, 1).text_dtype
-    kept = f"{subject.checkpoint}-{str(text_dtype or 'torch.float32').removeprefix('torch.')}"
-    known = ClassFeatures(cache_folder() / "text" / kept)
+    known = kept_class_features(subject.checkpoint, text_dtype)
     workers = _default_workers(device) if request.workers is None else request.workers
     return Evaluator(model.towers, device, subject.precision, request.batch, workers, known, cache=cache)
 

@@ -22,6 +22,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 
 from disttempnet import distributed
+from disttempnet.data.folder import PictureFolder
 from disttempnet.data.held_out import HeldOut
 from disttempnet.data.listings.open import ImageFiles, Listing
 from disttempnet.data.listings.parquet import ParquetImages
@@ -147,6 +148,8 @@ def _parts(source: Source) -> Iterator[Files]:
             yield Files(IMAGES, len(tables), lambda start, stop: tables[start:stop])
         if isinstance(source.images, ImageFiles):
             yield _images_of(source, source.images)
+    elif isinstance(source, PictureFolder):
+        yield Files(IMAGES, len(source), lambda start, stop: map(source.path, range(start, stop)))
 
 
 def _images_of(source: Listing, images: ImageFiles) -> Files:

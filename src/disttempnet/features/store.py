@@ -86,6 +86,11 @@ class FeatureStore:
         """Numbers of the shards that hold the ids below `end`; of all, where that is None."""
         return range(-(-(self.samples if end is None else end) // self.rows))
 
+    @property
+    def samples_there(self) -> int:
+        """Number of samples whose shards are on disk."""
+        return sum(len(self.ids(number)) for number in self.shards() if self.path(number).is_file())
+
     # writing
 
     def create(self) -> None:
@@ -200,6 +205,19 @@ class FeatureStore:
                 rows = self._caption_rows(shard.first, rows, ids[places], choose)
             result[places] = shard.features[rows]
         return torch.from_numpy(result).float()
+
+    def by_shard(self, usable: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Yield ids [n] and features, float32 [n, F], of the verified samples; no shard stays mapped.
+
+        Args:
+            usable: bool [N]; samples that are not, and unreadable ones, are left out.
+        """
+        for number in self.shards():
+            ids = [sample for sample in self.ids(number) if usable[sample] and sample not in self._unreadable]
+            if ids:
+                order = np.array(ids, np.int64)
+                yield order, self.read(order)
+                self._open.pop(number, None)
 
     @staticmethod
     def _caption_rows(

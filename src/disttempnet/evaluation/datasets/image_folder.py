@@ -11,11 +11,11 @@ Whatever is left out is named: hidden and empty folders, files that are not imag
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from disttempnet.data.folder import FolderScan, is_dead_link, is_hidden, scan_folder
 from disttempnet.data.images import DECODED_SUFFIXES, is_image
 from disttempnet.data.listings.readers import leads_to_folder
 from disttempnet.errors import UserError
@@ -33,16 +33,6 @@ from disttempnet.sanitize import one_line
 
 EVALUATED = ("test", "val", "valid", "validation", "dev")  # folders that are splits of a data set, best first
 SPLIT_FOLDERS = frozenset({*EVALUATED, "train", "training"})
-
-
-@dataclass
-class FolderScan:
-    """Contents of folders: images; hidden folders and images; dead links; counts of other files by suffix."""
-
-    images: list[Path] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -97,15 +87,14 @@ def _class_folders(folder: Path) -> ClassFolders:
     top, notes = _split_of(folder)
     found, every = ClassFolders(notes=notes), FolderScan()
     for path in _folders_in(top, every):
-        seen = FolderScan()
-        _look(path, seen, ())
+        seen = scan_folder(path)
         every.hidden += [str(Path(path.name, name)) for name in seen.hidden]
         every.dead += [str(Path(path.name, name)) for name in seen.dead]
         every.others += seen.others
         if not seen.images:
             found.empty.append(path.name)
             continue
-        for file in sorted(seen.images):
+        for file in sorted(path / name for name in seen.images):
             name = one_line(file.relative_to(folder).as_posix())
             found.samples.append(EvaluationSample(name, file, 0, -1, (), "", plain=True))
             found.labels.append(len(found.keys))
@@ -121,16 +110,20 @@ def _class_folders(folder: Path) -> ClassFolders:
         else []
     )
     if every.others:
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(every.others.items()))
-        notes.append(f"left out, not images that can be read: {kinds}")
+        notes.append(f"left out, not images that can be read: {every.kinds}")
     return found
 
 
 def _refuse_no_classes(folder: Path, classes: Sequence[str], outside: Sequence[str], seen: FolderScan) -> None:
     if len(classes) > 1:
         return
-    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(seen.others.items()))
-    there = f"; there are {kinds}" if kinds else f"; {len(outside):,} images lie beside each other" if outside else ""
+    there = (
+        f"; there are {seen.kinds}"
+        if seen.others
+        else f"; {len(outside):,} images lie beside each other"
+        if outside
+        else ""
+    )
     if not classes:
         raise UserError(f"{folder}: no images in folders of classes ({', '.join(sorted(DECODED_SUFFIXES))}){there}")
     raise UserError(
@@ -146,7 +139,7 @@ def _split_of(folder: Path) -> tuple[Path, list[str]]:
         return folder, []
     names = ", ".join(sorted(path.name for path in inside.values()))
     for split in EVALUATED:
-        if split in inside and any(_holds_images(path) for path in _folders_in(inside[split], FolderScan())):
+        if split in inside and any(scan_folder(path).images for path in _folders_in(inside[split], FolderScan())):
             return inside[split], [f"{inside[split].name}/ is evaluated, of the splits {names}"]
     raise UserError(f"{folder}: holds the splits {names}, none to evaluate on; name one: {OWN_FOLDER}{folder}/…")
 
@@ -156,47 +149,10 @@ def _folders_in(folder: Path, seen: FolderScan) -> list[Path]:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if not leads_to_folder(entry):
-                if _is_dead(entry):
+                if is_dead_link(entry):
                     seen.dead.append(entry.name)
-            elif _is_hidden(entry.name):
+            elif is_hidden(entry.name):
                 seen.hidden.append(entry.name)
             else:
                 found.append(folder / entry.name)
     return found
-
-
-def _look(folder: Path, seen: FolderScan, above: tuple[tuple[int, int], ...], inside: str = "") -> None:
-    """Scan all files below a folder; links are followed, except those that lead back."""
-    status = folder.stat()
-    here = status.st_dev, status.st_ino
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = inside + entry.name
-            if _is_hidden(entry.name):
-                if leads_to_folder(entry) or is_image(entry.name, DECODED_SUFFIXES):
-                    seen.hidden.append(name)
-            elif leads_to_folder(entry):
-                _look(folder / entry.name, seen, (*above, here), f"{name}/")
-            elif is_image(entry.name, DECODED_SUFFIXES):  # a dead link, a pipe: images that cannot be read
-                seen.images.append(folder / entry.name)
-            elif _is_dead(entry):
-                seen.dead.append(name)
-            else:
-                seen.others[Path(entry.name).suffix.lower() or "without suffix"] += 1
-
-
-def _holds_images(folder: Path) -> bool:
-    seen = FolderScan()
-    _look(folder, seen, ())
-    return bool(seen.images)
-
-
-def _is_dead(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a dead link, or a link to itself."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"

@@ -193,10 +193,10 @@ def temperature_gallery(run: Run, batch: int) -> Gallery | None:
 
 
 @lru_cache(maxsize=4096)
-def picture(sample: EvaluationSample) -> str:
-    """Return the image of a sample as a small WebP in a data URI."""
+def picture(sample: EvaluationSample, side: int = PICTURE_SIDE) -> str:
+    """Return the image of a sample as a WebP of at most `side` pixels in a data URI."""
     image = sample.image()
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=90)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
