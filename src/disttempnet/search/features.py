@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,26 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from disttempnet import distributed
 from disttempnet.config import SourceConfig
 from disttempnet.data import open_source
 from disttempnet.data.augment import train_transform
 from disttempnet.data.builtin.cache import cache_folder
 from disttempnet.data.folder import is_picture_folder, open_picture_folder
 from disttempnet.data.source import Source
-from disttempnet.errors import TERMINATED, UserError
+from disttempnet.errors import UserError
 from disttempnet.features.batches import FOLDER
 from disttempnet.features.build import Build, Pass, build, usable_mask
 from disttempnet.features.cache_key import facts_of
 from disttempnet.features.store import FeatureStore, store_in
-from disttempnet.io.jobs import stopped_by_sigterm
 from disttempnet.models import Towers
 from disttempnet.models.trunk import trunk_of
 from disttempnet.sanitize import one_line
-from disttempnet.terminal import say
 
 OTHER_FOLDER = "name another folder with --cache-features"
-INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells report it
 UNREADABLE_NAMED = 5
 
 
@@ -122,7 +117,6 @@ def embed_images(towers: Towers, source: Source, how: Embedding) -> ImageFeature
 
     Raises:
         UserError: no room on the disk, a damaged file, or no image that can be read.
-        SystemExit: stopped by a signal; finished shards are kept, and a line has said so.
     """
     # what the features depend on names their store
     towers.module.requires_grad_(False)  # the trunk is all of a tower
@@ -135,24 +129,10 @@ def embed_images(towers: Towers, source: Source, how: Embedding) -> ImageFeature
     missing = len(source) - store.samples_there
     transform = train_transform("evaluation", towers.image_size, resizing=towers.resizing)
     work = Build(source, how.device, how.batch, how.workers, None, len(source))
-    with _stop_named(store):
-        build([Pass(store, trunk, transform)], work, OTHER_FOLDER)
+    build([Pass(store, trunk, transform)], work, OTHER_FOLDER)
 
     found = ImageFeatures(source, store, missing)
     if not len(found):
         first = next((f": {source.name(sample)}: {why}" for sample, why in found.unreadable.items()), "")
         raise UserError(f"{source.where}: none of its {len(source):,} images can be read{first}")
     return found
-
-
-@contextmanager
-def _stop_named(store: FeatureStore) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM end the command with one line about what is kept."""
-    try:
-        with stopped_by_sigterm():
-            yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if distributed.is_main():
-            kept = f"features of {store.samples_there:,} of {store.samples:,} images are kept"
-            say(f"stopped: {kept}, the same command goes on with the rest: {store.folder}", error=True)
-        raise SystemExit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED) from None
