@@ -160,6 +160,17 @@ def test_a_run_is_measured_on_what_it_never_saw(
         train(config_of(photos, tmp_path, "data.validation=0.1", "train.epochs=2"), resume="auto")
 
 
+def test_validation_alone_chooses_the_best_checkpoint(photos: Path, tmp_path: Path) -> None:
+    """Never a benchmark that is evaluated beside it."""
+    tasks = "eval.tasks=['emoji-concepts']"
+    assert train(config_of(photos, tmp_path, "data.validation=0.2", "eval.every_epochs=1", tasks))
+    run = tmp_path / "debug"
+    logged = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [set(line["results"]) for line in logged] == [{"validation", "emoji-concepts"}] * 2
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best["mean_recall"] == max(line["results"]["validation"]["mean_recall"] for line in logged)
+
+
 def test_a_source_of_its_own(photos: Path, tmp_path: Path) -> None:
     for spec in (photos / "list.csv", f"captions:{photos / 'list.csv'}"):
         data = validation_data(config_of(photos, tmp_path, f"data.validation={json.dumps(str(spec))}").data)

@@ -17,6 +17,8 @@ side 1 = text anchors, τ [2, B], u the running estimate of g, γ its learning r
 Not robust: without the leading τ_i and without ρ, so that p gets a factor 1/τ_i and τ_i h is −Σ_j p_ij d_ij/τ_i,
 clamped alike. Without γ (CLIP): every column counts, also i itself, nothing is kept, and g is a sum.
 
+Margin m: ℓ_ij = [d_ij + m]₊² stands in place of d_ij everywhere but in ∇d_ij, which is multiplied by 2 [d_ij + m]₊.
+
 Drift: M of a side ← the mean of log g over the batch at first, then M + drift (mean − M). A u that was kept at M_old is
 u exp(M − M_old) when it is read.
 
@@ -57,6 +59,7 @@ class Twin:
     limit: float = math.inf
     eps: float = 0.0
     drift: float = 0.0
+    margin: float | None = None
     u: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
     means: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # M after every step
     mean_at: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))  # M at the last visit
@@ -85,6 +88,10 @@ class Twin:
             u = self.u[side]
             negatives = [[j for j in range(B) if ids[j] != ids[i] or gamma is None] for i in range(B)]
             d = [[float(anchors[i] @ (columns[j] - columns[i])) for j in range(B)] for i in range(B)]
+            slope = [[1.0] * B for _ in range(B)]
+            if self.margin is not None:
+                slope = [[2 * max(0.0, one + self.margin) for one in row] for row in d]
+                d = [[max(0.0, one + self.margin) ** 2 for one in row] for row in d]
             e = [[math.exp(d[i][j] / float(tau[side, i])) for j in range(B)] for i in range(B)]
             g = [sum(e[i][j] for j in negatives[i]) / len(negatives[i]) if negatives[i] else None for i in range(B)]
             if self.drift and gamma is not None:
@@ -114,7 +121,7 @@ class Twin:
                     batch_d += e[i][j] / (n * (self.eps + g[i])) * d[i][j] / t
                     kl += q * math.log(q * n) if q > 0 else 0.0
                     # d_ij = a_i·(z_j − z_i): the anchor a_i, its negative z_j, its positive z_i
-                    pull = C / B * p * weight / t
+                    pull = C / B * p * weight / t * slope[i][j]
                     grads[side][i] += pull * (columns[j] - columns[i])
                     grads[1 - side][j] += pull * anchors[i]
                     grads[1 - side][i] -= pull * anchors[i]

@@ -44,6 +44,7 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "dropout": 0.5,
     "normaliser_restart": 3,
     "scent_log_a": 2.0,
+    "margin": 0.6,
 }
 EVERY = {
     name: {"name": name, **{key: value for key, value in SMALL.items() if key in row.arguments}}

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from disttempnet import OBJECTIVES, Features, distributed
+from disttempnet.errors import UserError
+from disttempnet.losses.contrast import blocks
 from tests.losses.oracle import Twin, inner_rate, written_objective, written_objective_repeated
 from tests.losses.scenario import (
     CONSTANT,
@@ -203,6 +205,61 @@ def test_the_gamma_that_is_logged_is_the_mean_of_all_rows() -> None:
         expected = torch.where(u > 0, 1 / (1 + math.exp(-2.0) / (eps + u)), 1.0).mean()
         close(step(loss, second).metrics["gamma"], expected, rtol=1e-12, atol=0)
         assert 0 < (u > 0).sum() < u.numel()
+
+
+# ---- the hinge form ----
+
+TUNECLIP = {"name": "tuneclip", "temperature": 0.05, "margin": 0.1}
+
+
+@pytest.mark.parametrize(("margin", "temperature"), [(0.1, 0.05), (0.6, 0.3), (2.0, 0.5), (0.0, 0.1)])
+@pytest.mark.parametrize("gamma", [1.0, 0.2])
+def test_the_hinge_form_follows_the_twin(
+    gamma: float, margin: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of 5 × 3; margins from that of no negative within reach to that of all."""
+    monkeypatch.setitem(blocks.BLOCKS, "cpu", (5, 3))
+    recipe = {**TUNECLIP, "margin": margin, "temperature": temperature, "gamma": gamma, "eps": 0.01, "scent": False}
+    loss, twin = make(recipe), Twin(eps=0.01, margin=margin)
+    tau, gradients = torch.full((2, B), temperature, dtype=torch.float64), []
+    for batch in stream(6):
+        expected, actual = twin.step(batch.x, batch.y, batch.ids, tau, gamma), step(loss, batch)
+        assert actual.total.item() == pytest.approx(expected.value, rel=1e-11)
+        close(actual.grad_x, expected.grad_x, **TIGHT)
+        close(actual.grad_y, expected.grad_y, **TIGHT)
+        close(actual.log_u, expected.log_u, **TIGHT)
+        gradients.append(expected.grad_x.abs().max().item())
+    assert max(gradients) > 1e-3
+
+
+def test_the_hinge_form_is_autograd_of_the_objective() -> None:
+    """τ mean log (ε + mean_j exp([d_ij + m]₊²/τ)), at γ = 1; a pair that leads all negatives by m has no gradient."""
+    m, tau, eps = 0.3, 0.1, 0.02
+    x, y = leaves(unique_batch(7))
+    total = x.new_zeros(())
+    for s in (x @ y.T, y @ x.T):
+        gaps = (s - s.diagonal()[:, None] + m)[~torch.eye(B, dtype=torch.bool)].view(B, B - 1).clamp(min=0)
+        total = total + 0.5 * tau * (eps + (gaps**2 / tau).exp().mean(1)).log().mean()
+    total.backward()
+    loss = make({**TUNECLIP, "margin": m, "temperature": tau, "eps": eps, "gamma": 1.0})
+    step(loss, unique_batch(6))
+    actual = step(loss, unique_batch(7))
+    close(actual.total, total.detach(), **TIGHT)
+    close(actual.grad_x, x.grad, **TIGHT)
+    close(actual.grad_y, y.grad, **TIGHT)
+    axes = GlobalBatch(torch.eye(D, dtype=torch.float64), torch.eye(D, dtype=torch.float64), torch.arange(D))
+    far = step(make({**TUNECLIP, "margin": 0.9}), axes)
+    assert far.total == 0
+    assert not far.grad_x.any()
+    close(far.log_u, torch.zeros(2, D, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_the_kernels_have_no_hinge_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTTEMPNET_KERNEL", "triton")
+    with pytest.raises(UserError, match="triton: the kernels have no hinge form"):
+        step(make(TUNECLIP), unique_batch(1))
+    monkeypatch.setenv("DISTTEMPNET_KERNEL", "auto")
+    step(make(TUNECLIP), unique_batch(1))
 
 
 def test_a_common_move_of_all_normalisers_is_undone_at_drift_one() -> None:

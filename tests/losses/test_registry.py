@@ -37,6 +37,7 @@ NAMES = (
     "siglip",
     "sogclr",
     "tempnet",
+    "tuneclip",
     "vicreg",
 )
 WITHOUT_STATE = {
@@ -61,7 +62,8 @@ def test_defaults_train(name: str) -> None:
     loss = build_loss(name, num_samples=N, embed_dim=D)
     loss.set_epoch(2)
     batch = unique_batch(1)
-    x, y = (rows.float().requires_grad_() for rows in (batch.x, batch.y))
+    # pairs that do not lead: the default margin leaves nothing of those that do
+    x, y = (rows.float().requires_grad_() for rows in (batch.x, batch.y.roll(1, 0)))
     out = loss(Features.unit(x, y), batch.ids)
     out.total.backward()
     assert out.total.dtype == torch.float32
@@ -138,6 +140,7 @@ PUBLISHED = {  # temperature, γ, values
         "per sample",
         {"scent_log_a": 10, "rho": 11, "tau_lr": 6.25e-5, "tau_threshold": 0.03, "eps": 1e-6, "temperature": 0.07},
     ),
+    "tuneclip": (CONSTANT, "constant", {"margin": 0.1}),
     "siglip": (ONE, "–", {"temperature": 0.1, "bias": -10}),
     "cyclip": (ONE, "–", {"in_modal": 0.25, "cross_modal": 0.25, "temperature": 0.07, "tau_min": 0.01, "tau_max": 1}),
     "vicreg": ("–", "–", {"invariance": 25, "variance": 25, "covariance": 1}),

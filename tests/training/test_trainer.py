@@ -30,6 +30,7 @@ from disttempnet.training.trainer import Trainer, train
 
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
 GOLDEN_TOLERANCE = 2e-3  # relative; other processors and thread counts sum in another order
+CPU = torch.device("cpu")
 WORLD_SIZE_TOLERANCE = 2e-4  # relative, float32, over 20 steps
 
 
@@ -196,6 +197,64 @@ def test_a_waiting_temperature_neither_moves_nor_gathers_moments(tmp_path: Path)
     trainer.train_step(next(trainer.data.loader_from(1)))
     moved = (networks.weight - first).abs()
     assert moved.max().item() == pytest.approx(1e-3, rel=1e-2), "Adam's first step is as long as its rate"
+
+
+def test_statistics_move_while_the_weights_stand_still(tmp_path: Path) -> None:
+    """Moments and normalisers, but neither towers nor networks; then the schedules of a run of the epoch that is left."""
+    trainer = Trainer(debug(tmp_path, "train.warm_statistics=1", "optim.warmup_steps=4", "eval.tasks=[]"), CPU)
+    plain = Trainer(debug(tmp_path / "1", "train.epochs=1", "optim.warmup_steps=4", "eval.tasks=[]"), CPU)
+    towers = [p.detach().clone() for p in trainer.towers.module.parameters()]
+    networks = [p.detach().clone() for p in trainer.loss.parameters()]
+    prototypes = {"temperature.image.prototypes", "temperature.text.prototypes"}  # begin as features
+    for batch in trainer.data.loader_from(0):
+        trainer.train_step(batch)
+        assert trainer.lr == 0
+    assert all(map(torch.equal, trainer.towers.module.parameters(), towers))
+    for (name, p), first in zip(trainer.loss.named_parameters(), networks, strict=True):
+        assert torch.equal(p, first) != (name in prototypes), name
+    ids = torch.arange(len(trainer.data.source))
+    assert trainer.loss.state.read(ids).isfinite().sum() == 2 * 320
+    for optimizer in trainer.optimizers:
+        moments = [state["exp_avg"].abs().max() > 0 for state in optimizer.state.values()]
+        assert sum(moments) > 0.9 * len(moments)
+        assert all(state["step"] == 10 for state in optimizer.state.values())
+    rates = []
+    for run, epoch in ((trainer, 1), (plain, 0)):
+        run.loss.set_epoch(epoch)
+        rates.append([])
+        for batch in run.data.loader_from(epoch):
+            run.train_step(batch)
+            rates[-1].append(run.lr)
+    assert rates[0] == rates[1]
+    assert rates[0][:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert sum(map(torch.equal, trainer.towers.module.parameters(), towers)) == 1, "open_clip's own logit scale"
+
+
+def test_temperatures_of_a_table_stand_still_too(tmp_path: Path) -> None:
+    given = [f"loss={{name='{name}', rho=1.5, tau_max=0.15}}" for name in ("isogclr", "fastclip-v2")]
+    for number, loss in enumerate(given):
+        run = Trainer(debug(tmp_path / str(number), loss, "train.warm_statistics=1", "eval.tasks=[]"), CPU)
+        table = run.loss.temperature.state
+        for batch in islice(run.data.loader_from(0), 2):
+            run.train_step(batch)
+        tau, *moments = table.read(batch.ids).unflatten(0, (-1, 2))
+        assert (tau == run.loss.temperature.start).all()
+        assert all(part.any() for part in moments)
+
+
+def test_a_run_with_warm_statistics_resumes_where_it_stopped(tmp_path: Path) -> None:
+    warm = ["train.warm_statistics=1", "optim.warmup_steps=3"]
+    assert train(debug(tmp_path / "a", *warm))
+    for stop in (4, 10, 15):
+        assert train(debug(tmp_path / "b", *warm, f"train.stop_after_steps={stop}"), resume="auto")
+    assert train(debug(tmp_path / "b", *warm), resume="auto")
+    assert losses(tmp_path / "a" / "debug") == losses(tmp_path / "b" / "debug")
+    same_ending(tmp_path / "a" / "debug", tmp_path / "b" / "debug")
+
+
+def test_epochs_to_train_in_are_needed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.*warm_statistics 2 leaves none of 2 epochs to train in"):
+        debug(tmp_path, "train.warm_statistics=2")
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:

@@ -274,6 +274,11 @@ class TrainConfig(Section):
     """Training: length, precision, memory, checkpoints."""
 
     epochs: Annotated[int, integers(1, 10**6)]
+    warm_statistics: Annotated[int, integers(0, 10**6)] = Field(
+        0,
+        description="first epochs in which all weights stand still, and the optimizers' moments and the objective's "
+        "normalisers move: for fine-tuning; schedules of learning rates begin after them",
+    )
     freeze: Literal["", "towers"] = Field(
         "", description="towers: freeze those of model.pretrained and train the temperature only"
     )
@@ -310,6 +315,12 @@ class TrainConfig(Section):
     timeout_minutes: Annotated[float, Range(0, 10_080, above=True)] = Field(
         10.0, description="how long a rank waits for the others"
     )
+
+    @model_validator(mode="after")
+    def _trains_after_the_warm_statistics(self, info: ValidationInfo) -> TrainConfig:
+        if bounded(info) and self.warm_statistics >= self.epochs:
+            raise ValueError(f"warm_statistics {self.warm_statistics} leaves none of {self.epochs} epochs to train in")
+        return self
 
     @model_validator(mode="after")
     def _describes_a_cache_that_is_used(self, info: ValidationInfo) -> TrainConfig:

@@ -11,7 +11,8 @@ log u ← log((1−γ) u + γ g) with g the mean over the batch's negatives (Sog
 with ρ and learned τ: RGCL, arXiv 2305.11965, and TempNet, arXiv 2404.04575). Everything is kept as a logarithm.
 With ε > 0, log (ε + E_j …) stands in place of log E_j … (FastCLIP, arXiv 2407.01445).
 Without γ nothing is tracked and E_j is over the batch, the pair itself included: cross-entropy, CLIP. With γ = 1 and
-no table (`NoMemory`) the pair itself is left out: the decoupled contrastive loss, arXiv 2110.06848.
+no table (`NoMemory`) the pair itself is left out: the decoupled contrastive loss, arXiv 2110.06848. With a margin m,
+[d_ij + m]₊² stands in place of d_ij: TuneCLIP, arXiv 2601.09859.
 
 Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
@@ -68,6 +69,7 @@ class FeatureGradientInputs(NamedTuple):
         ids: int64 [B]; None where every column counts.
         anchors: weights of image and text anchors [2, B].
         positive_weight: r, weight of the positive pair [b].
+        positive: s_ii of all ranks [B], of the hinge form; else None.
         similarities: blocks of similarities that were kept, or none.
     """
 
@@ -76,6 +78,7 @@ class FeatureGradientInputs(NamedTuple):
     ids: Tensor | None
     anchors: Anchors
     positive_weight: Tensor
+    positive: Tensor | None
     similarities: list[Tensor]
 
 
@@ -102,6 +105,8 @@ class GlobalContrastiveLoss(Objective):
             0 = none. Where u is fresh (γ = 1) h is exact at any limit.
         eps: ε: the objective is ω(τ) (log (ε + u) + ρ), and p_ij = exp(d_ij / τ) / (n (ε + u)). It takes weight from
             anchors whose u is small beside it: those that all negatives trail.
+        margin: m of the hinge form, [d_ij + m]₊² in place of d_ij: negatives that trail the pair by more than m have no
+            weight. None: the linear form.
         drift: share of the running mean M of log g that a step replaces; u of a sample visited long ago is shifted by
             what M has moved since. 0 = u stays as it was at the visit.
 
@@ -154,6 +159,7 @@ class GlobalContrastiveLoss(Objective):
         tau_gradient_limit: float = 0.0,
         eps: float = 0.0,
         drift: float = 0.0,
+        margin: float | None = None,
     ) -> None:
         super().__init__()
         if tau_gradient not in TAU_GRADIENTS:
@@ -167,7 +173,9 @@ class GlobalContrastiveLoss(Objective):
         self.predicted = predicted
         self.robust, self.rho = robust, rho
         self.tau_gradient, self.tau_gradient_limit = tau_gradient, tau_gradient_limit
-        self.eps = eps
+        if margin is not None and (margin < 0 or gamma is None):
+            raise ValueError(f"margin must not be negative, and needs a γ: got {margin} and {gamma}")
+        self.eps, self.margin = eps, margin
         self.drift = Drift(drift) if drift else None
         self.state = None
         if gamma is not None and not isinstance(gamma, NoMemory):
@@ -224,7 +232,7 @@ class GlobalContrastiveLoss(Objective):
             ValueError, IndexError: see `checked`.
         """
         ids = self.checked(features, ids)
-        kernel = use_kernel(features.image_embedding)
+        kernel = use_kernel(features.image_embedding, hinge=self.margin is not None)
         with exact_arithmetic(features.image.device):
             return self._step(features.image, features.text, ids, kernel)
 
@@ -249,7 +257,7 @@ class GlobalContrastiveLoss(Objective):
 
         # statistics of this rank's anchors over all columns: ℓ and m, each [b] a side; n of all anchors [B]
         counted_ids = all_ids if self.gamma is not None else None
-        pairs, negatives = BatchPairs.of((x, y), (all_image, all_text), counted_ids, kernel)
+        pairs, negatives = BatchPairs.of((x, y), (all_image, all_text), counted_ids, kernel, self.margin)
         positive = (x * y).sum(1)
         keep = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
         sides, similarities = anchor_statistics(
@@ -285,16 +293,21 @@ class GlobalContrastiveLoss(Objective):
         # gradient of the features: column j has the weight ω/τ · p_ij, the positive pair
         # r_i = Σ_j ω/τ (p1_ij + p2_ij) [b], in closed form from the statistics
         share = weight / tau
-        r = torch.where(has_negatives, (log_g - log_v).exp() * share, 0.0).sum(0)[pairs.local]
+        r = torch.where(has_negatives, (log_g - log_v).exp() * share, 0.0)[:, pairs.local]
+        if self.margin is not None:
+            r = r * torch.stack([side.mean_pull for side in sides if side.mean_pull is not None])
+        shift = all_positive if self.margin is None else torch.zeros_like(all_positive)
         inputs = FeatureGradientInputs(
             all_image=None if pairs.single_rank else all_image,
             all_text=None if pairs.single_rank else all_text,
             ids=pairs.ids,
-            anchors=Anchors.of(tau, all_positive, log_v - share.log(), negatives),
-            positive_weight=r,
+            anchors=Anchors.of(tau, shift, log_v - share.log(), negatives),
+            positive_weight=r.sum(0),
+            positive=None if self.margin is None else all_positive,
             similarities=similarities,
         )
-        total = _WithFeatureGradient.apply(value, image, text, inputs, pairs.first_row, pairs.distinct, kernel)
+        form = pairs.first_row, pairs.distinct, kernel, self.margin
+        total = _WithFeatureGradient.apply(value, image, text, inputs, *form)
         assert isinstance(total, Tensor)
 
         # gradient of τ: parameters through the graph of tau1, tau2; per-sample τ in its table
@@ -303,7 +316,7 @@ class GlobalContrastiveLoss(Objective):
             total = with_own_gradient(total, term, self)
         if self.training:
             if h is not None:
-                self.temperature.learn(all_ids, h, has_negatives)
+                self.temperature.learn(all_ids, h, has_negatives, self.still)
                 self.temperature.observe(log_g, moment, has_negatives, self.epoch)
             self.step += 1
         return LossOutput(total, self._metrics(value, tau, log_u, gamma, excess, h))
@@ -507,17 +520,18 @@ class _WithFeatureGradient(torch.autograd.Function):
         first_row: int,
         distinct: bool,
         kernel: bool,
+        margin: float | None,
     ) -> Tensor:
-        ctx.first_row, ctx.distinct, ctx.kernel = first_row, distinct, kernel
-        *fixed, anchors, positive_weight, similarities = inputs
-        ctx.save_for_backward(image, text, *fixed, *anchors, positive_weight, *similarities)
+        ctx.first_row, ctx.distinct, ctx.kernel, ctx.margin = first_row, distinct, kernel, margin
+        *fixed, anchors, positive_weight, positive, similarities = inputs
+        ctx.save_for_backward(image, text, *fixed, *anchors, positive_weight, positive, *similarities)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return (c/b) (M·Y − r⊙y) and (c/b) (Mᵀ·X − r⊙x) with M = A + Cᵀ, each [b, D], times `upstream`."""
         refuse_second_gradient()
-        image, text, all_image, all_text, ids, slope, offset, r, *similarities = ctx.saved_tensors
+        image, text, all_image, all_text, ids, slope, offset, r, positive, *similarities = ctx.saved_tensors
         with exact_arithmetic(image.device):
             x, y = (rounded(side, ctx.kernel).to(r.dtype) for side in (image, text))
             pairs = BatchPairs(
@@ -529,9 +543,11 @@ class _WithFeatureGradient(torch.autograd.Function):
                 ids,
                 ctx.distinct,
                 ctx.kernel,
+                ctx.margin,
+                positive,
             )
             image_anchors, text_anchors = Anchors(slope[0], offset[0]), Anchors(slope[1], offset[1])
             image_gradient, text_gradient = feature_gradients(pairs, image_anchors, text_anchors, r, similarities)
             scale = upstream * (C / len(x))
             image_gradient, text_gradient = image_gradient.mul_(scale), text_gradient.mul_(scale)
-        return None, image_gradient.to(image.dtype), text_gradient.to(text.dtype), None, None, None, None
+        return None, image_gradient.to(image.dtype), text_gradient.to(text.dtype), *(None for _ in range(5))

@@ -61,11 +61,11 @@ def normaliser_errors(loss: GlobalContrastiveLoss, batches: Sequence[GlobalBatch
         # log (ε + g) over all pairs, each rank a part of the anchors, and over each batch alone: [2, n]
         size = len(ids) // distributed.world_size()
         own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
-        part = _log_g(image, text, ids, tau, own)
+        part = _log_g(image, text, ids, tau, own, loss.margin)
         exact = loss.with_eps(distributed.all_gather(part.T).T)
         sizes = [len(batch[2]) for batch in batches]
         parts = zip(image.split(sizes), text.split(sizes), ids.split(sizes), tau.split(sizes, dim=1), strict=True)
-        alone = torch.cat([_log_g(*part, slice(0, len(part[2]))) for part in parts], dim=1)
+        alone = torch.cat([_log_g(*part, slice(0, len(part[2])), loss.margin) for part in parts], dim=1)
         kept = loss.log_normalisers(image, text, ids, tau)
 
         # differences of the rows that have both
@@ -89,9 +89,9 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _log_g(image: Tensor, text: Tensor, ids: Tensor, tau: Tensor, rows: slice) -> Tensor:
+def _log_g(image: Tensor, text: Tensor, ids: Tensor, tau: Tensor, rows: slice, margin: float | None) -> Tensor:
     """Return log g [2, r] of some rows of a batch as anchors, over all its columns of other ids."""
-    pairs, negatives = BatchPairs.of((image, text), (image, text), ids, kernel=False)
+    pairs, negatives = BatchPairs.of((image, text), (image, text), ids, kernel=False, margin=margin)
     pairs = pairs._replace(image=image[rows], text=text[rows], first_row=rows.start)
     positive = (image * text).sum(1)[rows]
     sides, _ = anchor_statistics(pairs, positive, tau[:, rows], negatives[rows], moments=False, keep=False)

@@ -105,6 +105,12 @@ class Objective(Learner):
     def set_epoch(self, epoch: float) -> None:
         """Begin an epoch; objectives with schedules override it."""
 
+    def set_still(self, still: bool) -> None:
+        """Set `still` of this objective and its parts; every rank passes the same."""
+        for part in self.modules():
+            if isinstance(part, Learner):
+                part.still = still
+
     def forward(self, features: Features, ids: IdsLike | None = None) -> LossOutput:
         """Return loss and metrics of this rank's rows [b, D] and their sample ids [b]; `checked` says what is refused.
 

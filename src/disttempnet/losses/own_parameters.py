@@ -36,7 +36,14 @@ NO_SECOND_GRADIENT = (
 
 
 class Learner(nn.Module):
-    """Module that computes the gradient of its own parameters."""
+    """Module that computes the gradient of its own parameters.
+
+    Attributes:
+        still: true while all weights stand still and statistics move, as in `train.warm_statistics`: optimizers make their
+            steps at rate 0 for their moments, and temperatures of a table stay where they are.
+    """
+
+    still = False
 
     @property
     def own_rate(self) -> float:
@@ -212,7 +219,8 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not watch.warned_shared:
             watch.warned_shared = _warn_if_shared(groups, own, learner.own_rate)
         if not watch.warned_forgotten:
-            _count_step(watch, groups, waits=learner.current_rate() == 0 < learner.own_rate)
+            waits = learner.still or learner.current_rate() == 0 < learner.own_rate
+            _count_step(watch, groups, waits)
 
 
 def _count_step(watch: _Watch, groups: list[ParameterGroup], waits: bool) -> None:

@@ -78,13 +78,14 @@ def _family(
     /,
     *,
     predicted: type[PrototypeNormaliser] | None = None,
+    hinge: bool = False,
     robust: bool = True,
     note: str = "",
     **defaults: Any,
 ) -> ObjectiveSpec:
     """Build a row of the family: the estimator × a temperature × a schedule of γ. `defaults` are published values.
 
-    `predicted` predicts the normaliser, in place of a table that follows γ.
+    `predicted` predicts the normaliser, in place of a table that follows γ. `hinge`: [d + m]₊² stands for d.
     """
     # arguments of the parts, and their defaults
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
@@ -102,6 +103,8 @@ def _family(
         of_loss.append("eps")
     elif gamma not in (None, NoMemory):
         of_loss += ["eps", "drift"]
+    if hinge:
+        of_loss.append("margin")
     own = _own(GlobalContrastiveLoss)
     arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_scent, **of_predicted, **of_temperature}
     assert defaults.keys() <= arguments.keys()
@@ -123,6 +126,8 @@ def _family(
         NoMemory: "log Σ_{j≠i in batch} exp(d_ij/τ)",
     }
     expectation = "log E_j exp(d_ij/τ)" if predicted else sums.get(gamma, "log E_j exp(d_ij/τ)")
+    if hinge:
+        expectation = expectation.replace("d_ij", "[d_ij + m]₊²")
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
     kinds = {None: "–", NoMemory: "1", ConstantGamma: "constant", CosineGamma: "cosine", ScentGamma: "per sample"}
@@ -201,6 +206,11 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         note="log E_j exp(d_ij/τ) is predicted by prototypes; their rate is not published, nor ε and ρ: those here are "
         "FastCLIP-v3's",
     ),
+    "tuneclip": _family(
+        "TuneCLIP", ConstantTemperature, ConstantGamma, "arXiv 2601.09859", hinge=True, margin=0.1, temperature=0.01,
+        note="τ and γ are not said in the paper's summary that was at hand; meant for a pretrained CLIP, after "
+        "train.warm_statistics epochs",
+    ),
     "siglip": _minibatch(
         "SigLIP", SigLipLoss, "−(1/B) Σ_ij log σ(±(s_ij/τ + b))", "arXiv 2303.15343",
         temperature=LearnableTemperature.kind,
@@ -234,6 +244,7 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "rho": Range(0, 100, above=True),  # at 0 the best τ is infinite
     "tau_gradient_limit": Range(0, 10**6),
     "eps": Range(0, 1),
+    "margin": Range(0, 2),
     "drift": Range(0, 1),
     "dropout": Range(0, 1, below=True),
     "feature_scale": Range(0, 10**4),

@@ -29,7 +29,7 @@ from disttempnet.evaluation.cached import FeatureCache
 from disttempnet.evaluation.encoder import FeatureEncoder, evaluation_mode
 from disttempnet.evaluation.evaluator import TaskResult, evaluate, load_tasks
 from disttempnet.evaluation.scores import Scores
-from disttempnet.evaluation.tasks import TaskData, task_title
+from disttempnet.evaluation.tasks import VALIDATION_TASK, TaskData, task_title
 from disttempnet.evaluation.validation import validation_data
 from disttempnet.features.batches import CachedData, folder_of, with_cached_features
 from disttempnet.io.files import write_atomically
@@ -133,6 +133,7 @@ class Trainer:
         # Count the steps.
         self.steps_per_epoch = self.data.plan.steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.still_steps = config.train.warm_statistics * self.steps_per_epoch
         self.last_step = min(config.train.stop_after_steps or self.total_steps, self.total_steps)
 
         # Restore the checkpoint. The warm-up is fixed when a run begins: a resumed one keeps it.
@@ -140,7 +141,7 @@ class Trainer:
         if found is not None:
             state = checkpoint.load_checkpoint(found, **self._restorable())
         self.step, self.best = state.step, dict(state.best)
-        self.optim = optim.shortened_warmup(config.optim, self.total_steps)
+        self.optim = optim.shortened_warmup(config.optim, self.total_steps - self.still_steps)
         if state.warmup_steps is not None:
             self.optim = config.optim.model_copy(update={"warmup_steps": state.warmup_steps})
         usable = int(self.data.source.usable_counts.sum())
@@ -249,7 +250,7 @@ class Trainer:
         if self.optim != self.config.optim:
             yield (
                 f"optim.warmup_steps = {self.config.optim.warmup_steps} would take up the whole run of "
-                f"{self.total_steps} steps: shortened to {self.optim.warmup_steps}, a tenth of it"
+                f"{self.total_steps - self.still_steps} steps: shortened to {self.optim.warmup_steps}, a tenth of it"
             )
         if self.loss.own_rate and not self.loss.rate_at(self.config.train.epochs - 1):
             yield "the temperature network waits longer than the run lasts (loss.tau_start_epoch): τ stays"
@@ -307,9 +308,13 @@ class Trainer:
         batch = batch.to(self.device)
 
         # Set the learning rates: the towers', and that of a temperature with its own schedule.
-        rates = [optim.learning_rate(self.optim, self.step, self.total_steps)]
+        # While weights stand still they are 0, and the schedules begin after that.
+        trained = self.step - self.still_steps
+        self.loss.set_still(trained < 0)
+        rates = [optim.learning_rate(self.optim, trained, self.total_steps - self.still_steps)]
         if self.loss.own_rate:
-            rates.append(optim.temperature_learning_rate(self.optim, self.step, self.loss.own_rate))
+            rates.append(optim.temperature_learning_rate(self.optim, trained, self.loss.own_rate))
+        rates = [0.0] * len(rates) if trained < 0 else rates
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
@@ -403,8 +408,10 @@ class Trainer:
         if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
             self._save_temperatures(pairs[0])
 
-        # The best step has the best mean score. Towers that stand still score alike: their best checkpoint is the last.
-        score = float(np.mean([result.headline for result in results.values()]))
+        # The best step has the best validation score, or mean score where there is no validation. Towers that stand still
+        # score alike: their best checkpoint is the last.
+        chosen = [results[VALIDATION_TASK]] if VALIDATION_TASK in results else list(results.values())
+        score = float(np.mean([result.headline for result in chosen]))
         if score > self.best.get("mean_recall", -math.inf) and self._moves:
             self.best = {"step": self.step, "mean_recall": score}
         self.log.say(f"{self.folder.name}  epoch {epochs_done}/{self.config.train.epochs}  {_one_line(results)}")

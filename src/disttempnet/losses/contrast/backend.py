@@ -16,11 +16,15 @@ from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, Statistics
 KERNEL_SETTING = "DISTTEMPNET_KERNEL"  # environment: auto, torch, triton
 
 
-def use_kernel(embeddings: Tensor) -> bool:
+def use_kernel(embeddings: Tensor, hinge: bool = False) -> bool:
     """Return True where the Triton kernels compute this step, as DISTTEMPNET_KERNEL chooses: auto, torch or triton.
 
     auto: on a GPU that can run them, where the run is in half precision already (autocast, or half embeddings),
     because the kernels round features to bf16. Call it before autocast is switched off.
+
+    Args:
+        embeddings: of a tower.
+        hinge: whether the hinge form is contrasted, which the kernels do not have.
 
     Raises:
         UserError: an unknown setting, or triton where it cannot run.
@@ -30,7 +34,7 @@ def use_kernel(embeddings: Tensor) -> bool:
         raise UserError(f"{KERNEL_SETTING} must be auto, torch or triton, got '{setting}'")
     if setting == "torch" or (setting == "auto" and not embeddings.is_cuda):
         return False
-    reason = _unusable(embeddings)
+    reason = "the kernels have no hinge form" if hinge else _unusable(embeddings)
     if setting == "triton" and reason:
         raise UserError(f"{KERNEL_SETTING}=triton: {reason}")
     half = embeddings.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(embeddings.device.type)
@@ -68,11 +72,11 @@ def anchor_statistics(
         return blocks.block_statistics(pairs, positive, taus, negatives, moments=moments, keep=keep)
     from disttempnet.losses.contrast import triton
 
-    sides = [blocks.RunningStatistics(tau, moments) for tau in taus]
+    sides = [blocks.RunningStatistics(tau, moments, positive) for tau in taus]
     features = (pairs.image, pairs.all_text), (pairs.text, pairs.all_image)
     for side, (rows, columns) in zip(sides, features, strict=False):
         side.largest, side.total, side.moment = triton.row_statistics(rows, columns, side.slope, pairs)
-    return [side.result(positive, negatives) for side in sides], []
+    return [side.result(negatives) for side in sides], []
 
 
 def feature_gradients(

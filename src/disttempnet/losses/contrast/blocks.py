@@ -25,8 +25,8 @@ def block_statistics(
 ) -> tuple[list[Statistics], list[Tensor]]:
     """Implement `backend.anchor_statistics`."""
     single_rank = pairs.single_rank
-    sides = [RunningStatistics(tau, moments) for tau in taus]
-    scratch = [_block_memory(pairs) for _ in range(1 + moments)]
+    sides = [RunningStatistics(tau, moments, positive, pairs.margin) for tau in taus]
+    scratch = [_block_memory(pairs) for _ in range(1 + moments + (0 if pairs.margin is None else 2))]
 
     # similarities are kept where the matrix, or both of them, fit
     kept: list[Tensor] = []
@@ -44,7 +44,7 @@ def block_statistics(
     if not single_rank and len(sides) == 2:
         for r, _, s in _similarities(pairs.text, pairs.all_image, pairs, [], keep_in):
             sides[1].add(s, 1, r, scratch)
-    return [side.result(positive, negatives) for side in sides], kept
+    return [side.result(negatives) for side in sides], kept
 
 
 def add_block_gradients(
@@ -52,18 +52,19 @@ def add_block_gradients(
 ) -> None:
     """Add Σ_j (p_ij + p'_ji) column_j of every local row to both sides' gradients [b, D]."""
     single_rank = pairs.single_rank
-    scratch = [_block_memory(pairs) for _ in range(2)]
+    scratch = [_block_memory(pairs) for _ in range(2 if pairs.margin is None else 3)]
     half = len(kept) // (1 if single_rank else 2)
     own = image.rows(pairs.local)
     for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, kept[:half], None):
-        weight = _weights(s, own.rows(r), text.rows(c), scratch)
+        weight = _weights(s, own.rows(r), text.rows(c), pairs, r, c, scratch)
         image_gradient[r].addmm_(weight, pairs.all_text[c])
         if single_rank:
             text_gradient[c].addmm_(weight.T, pairs.all_image[r])
     if not single_rank:
         own = text.rows(pairs.local)
         for r, c, s in _similarities(pairs.text, pairs.all_image, pairs, kept[half:], None):
-            text_gradient[r].addmm_(_weights(s, own.rows(r), image.rows(c), scratch), pairs.all_image[c])
+            weight = _weights(s, own.rows(r), image.rows(c), pairs, r, c, scratch)
+            text_gradient[r].addmm_(weight, pairs.all_image[c])
 
 
 def block_slices(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -109,42 +110,75 @@ def _shaped(memory: Tensor, r: slice, c: slice) -> Tensor:
     return memory[: high * wide].view(high, wide)
 
 
-def _weights(s: Tensor, rows: Anchors, columns: Anchors, scratch: list[Tensor]) -> Tensor:
-    """Return p_ij + p'_ji of a block, in scratch memory: two passes and an exp2 each."""
-    by_row, by_column = (memory[: s.numel()].view(s.shape) for memory in scratch)
-    torch.mul(s, LOG2E * rows.slope[:, None], out=by_row).add_(LOG2E * rows.offset[:, None]).exp2_()
-    torch.mul(s, LOG2E * columns.slope, out=by_column).add_(LOG2E * columns.offset).exp2_()
+def _weights(
+    s: Tensor, rows: Anchors, columns: Anchors, pairs: BatchPairs, r: slice, c: slice, scratch: list[Tensor]
+) -> Tensor:
+    """Return p_ij + p'_ji of a block, in scratch memory: two passes and an exp2 each.
+
+    In the hinge form each is multiplied by its pull, which is 0 for an excluded pair.
+    """
+    by_row, by_column, *gaps = (memory[: s.numel()].view(s.shape) for memory in scratch)
+    if pairs.margin is None:
+        torch.mul(s, LOG2E * rows.slope[:, None], out=by_row).add_(LOG2E * rows.offset[:, None]).exp2_()
+        torch.mul(s, LOG2E * columns.slope, out=by_column).add_(LOG2E * columns.offset).exp2_()
+        return by_row.add_(by_column)
+    assert pairs.positive is not None
+    for out, anchors, positive, dim in (
+        (by_row, rows, pairs.positive[pairs.local][r], 1),
+        (by_column, columns, pairs.positive[c], 0),
+    ):
+        gap = _gap(s, positive.unsqueeze(dim), pairs.margin, gaps[0])
+        torch.mul(gap, gap, out=out).mul_(LOG2E * anchors.slope.unsqueeze(dim))
+        out.add_(LOG2E * anchors.offset.unsqueeze(dim)).exp2_().mul_(gap).mul_(2)
     return by_row.add_(by_column)
 
 
-class RunningStatistics:
-    """Log-sum-exp and moment of anchors [n], block after block: exponents (s − largest) / τ, in base 2."""
+def _gap(s: Tensor, positive: Tensor, margin: float, out: Tensor) -> Tensor:
+    """Return [s − s_ii + m]₊ of a block; 0 for excluded pairs."""
+    return torch.sub(s, positive, out=out).add_(margin).clamp_(min=0)
 
-    def __init__(self, tau: Tensor, moments: bool) -> None:
+
+class RunningStatistics:
+    """Log-sum-exp and moment of anchors [n], block after block: exponents (s − largest) / τ, in base 2.
+
+    In the hinge form of a margin [d + m]₊² stands in place of s, and the mean pull is added up.
+    """
+
+    def __init__(self, tau: Tensor, moments: bool, positive: Tensor, margin: float | None = None) -> None:
         self.tau, self.moments, self.slope = tau, moments, LOG2E / tau
+        self.positive, self.margin = positive, margin
         self.largest = torch.full_like(tau, EXCLUDED)
-        self.total, self.moment = torch.zeros_like(tau), torch.zeros_like(tau)
+        self.total, self.moment, self.pull = (torch.zeros_like(tau) for _ in range(3))
 
     def add(self, s: Tensor, dim: int, piece: slice, scratch: list[Tensor]) -> None:
         """Add a block of s for the anchors of a piece, summed over dimension `dim`."""
+        if self.margin is not None:
+            gap, squares = (memory[: s.numel()].view(s.shape) for memory in scratch[-2:])
+            _gap(s, self.positive[piece].unsqueeze(dim), self.margin, gap)
+            s = torch.mul(gap, gap, out=squares).masked_fill_(s == EXCLUDED, EXCLUDED)
+
         # sums so far are rescaled to the new maximum
         before, slope, total = self.largest[piece], self.slope[piece], self.total[piece]
         largest = torch.maximum(before, s.amax(dim))
         step = (before - largest) * slope
         factor = step.exp2()
-        exponent, weight = (memory[: s.numel()].view(s.shape) for memory in (scratch[0], scratch[-1]))
+        exponent, weight = (memory[: s.numel()].view(s.shape) for memory in (scratch[0], scratch[int(self.moments)]))
         torch.sub(s, largest.unsqueeze(dim), out=exponent).mul_(slope.unsqueeze(dim))
         torch.exp2(exponent, out=weight)
         added = weight.sum(dim)
+        if self.margin is not None:
+            self.pull[piece] = factor * self.pull[piece] + 2 * gap.mul_(weight).sum(dim)
         if self.moments:
             shifted = factor * (self.moment[piece] + step * total)
             self.moment[piece] = shifted + weight.mul_(exponent).sum(dim)
         self.total[piece] = factor * total + added
         self.largest[piece] = largest
 
-    def result(self, positive: Tensor, negatives: Tensor) -> Statistics:
-        """Return ℓ and m from s_ii and n; −inf and 0 for anchors without negatives."""
-        alone, ahead = negatives == 0, (self.largest - positive) / self.tau
+    def result(self, negatives: Tensor) -> Statistics:
+        """Return ℓ, m and the mean pull from n; −inf and 0 for anchors without negatives."""
+        shift = self.positive if self.margin is None else 0.0
+        alone, ahead = negatives == 0, (self.largest - shift) / self.tau
         log_mean = ahead + self.total.log() - negatives.log()
         mean = ahead + self.moment / self.total / LOG2E if self.moments else torch.zeros_like(ahead)
-        return Statistics(torch.where(alone, -torch.inf, log_mean), torch.where(alone, 0.0, mean))
+        pull = None if self.margin is None else torch.where(alone, 0.0, self.pull / self.total)
+        return Statistics(torch.where(alone, -torch.inf, log_mean), torch.where(alone, 0.0, mean), pull)

@@ -1,7 +1,8 @@
 """Pairs of a batch, and the weights and statistics of their anchors.
 
 Shapes: b local rows, B global columns, D width. A row i is an anchor (an image, or a text) whose exponents are
-e_ij = (s_ij − s_ii) / τ_i, with the similarity s_ij = row_i · column_j.
+e_ij = d_ij / τ_i, d_ij = s_ij − s_ii, with the similarity s_ij = row_i · column_j. In the hinge form of margin m they are
+e_ij = [d_ij + m]₊² / τ_i, and a weight p_ij pulls with 2 [d_ij + m]₊ p_ij.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ class Statistics(NamedTuple):
     Attributes:
         log_mean: ℓ_i = log mean_j exp(e_ij).
         mean_exponent: m_i = Σ_j softmax_ij e_ij; 0 where it was not requested.
+        mean_pull: Σ_j softmax_ij 2 [d_ij + m]₊ of the hinge form; None of the linear one, where it is 1.
     """
 
     log_mean: Tensor
     mean_exponent: Tensor
+    mean_pull: Tensor | None = None
 
 
 class Anchors(NamedTuple):
-    """Weights of anchors in the form p = exp(s · slope + offset).
+    """Weights of anchors in the form p = exp(s · slope + offset), with [d + m]₊² for s in the hinge form.
 
     Attributes:
         slope: 1/τ, [rows]; with `of`, [2, rows] holds image and text anchors.
-        offset: −s_ii/τ − log u − log n, of the same shape.
+        offset: −s_ii/τ − log u − log n, of the same shape; in the hinge form without s_ii.
     """
 
     slope: Tensor
@@ -62,6 +65,8 @@ class BatchPairs(NamedTuple):
             None: all columns count.
         distinct: ids are known to differ, so that only the pair itself is left out. False is always correct.
         kernel: whether the Triton kernels compute (`backend.use_kernel`).
+        margin: m of the hinge form; None: the linear form.
+        positive: s_ii of the global batch [B], where a gradient of the hinge form is computed.
     """
 
     image: Tensor
@@ -72,20 +77,27 @@ class BatchPairs(NamedTuple):
     ids: Tensor | None = None
     distinct: bool = False
     kernel: bool = False
+    margin: float | None = None
+    positive: Tensor | None = None
 
     @classmethod
     def of(
-        cls, local: tuple[Tensor, Tensor], everyone: tuple[Tensor, Tensor], ids: Tensor | None, kernel: bool
+        cls,
+        local: tuple[Tensor, Tensor],
+        everyone: tuple[Tensor, Tensor],
+        ids: Tensor | None,
+        kernel: bool,
+        margin: float | None = None,
     ) -> tuple[BatchPairs, Tensor]:
         """Return the pairs of this rank's and all ranks' (image, text), and n of every row of the global batch [B]."""
         size, first_row = len(everyone[0]), distributed.rank() * len(local[0])
         columns = everyone[0].new_full((size,), size)
         if ids is None:
-            return cls(*local, *everyone, first_row, kernel=kernel), columns
+            return cls(*local, *everyone, first_row, kernel=kernel, margin=margin), columns
         times = multiplicity(ids)
         # on a GPU this check would cost a synchronisation a step
         distinct = ids.device.type == "cpu" and bool((times == 1).all())
-        return cls(*local, *everyone, first_row, ids, distinct, kernel), columns - times
+        return cls(*local, *everyone, first_row, ids, distinct, kernel, margin), columns - times
 
     @property
     def local(self) -> slice:

@@ -63,13 +63,14 @@ class Temperature(nn.Module):
         """Return τ of this rank's image and text anchors, each [b]; differentiable in the parameters."""
         raise NotImplementedError
 
-    def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor) -> None:
+    def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor, still: bool = False) -> None:
         """Move temperatures that are no parameters along their gradient.
 
         Args:
             ids: int64 [B], of the global batch.
             gradient: h = ∂F_i/∂τ_i [2, B].
             counted: bool [B], false for rows without negatives, whose τ stays.
+            still: move the moments alone.
         """
 
     def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor | None:
@@ -305,7 +306,7 @@ class PerSampleTemperature(Temperature):
         return torch.where(count > 0, mean, self.start)[:, None]
 
     @torch.no_grad()
-    def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor) -> None:
+    def learn(self, ids: Tensor, gradient: Tensor, counted: Tensor, still: bool = False) -> None:
         # rows of the batch before this step: τ [2, B] and the moments, each [2, B]
         assert self._rows is not None, "learn follows forward"
         gradient = mean_over_equal_ids(ids, gradient)
@@ -325,7 +326,8 @@ class PerSampleTemperature(Temperature):
             step = first / (1 - beta1**visits) / ((second / (1 - beta2**visits)).sqrt() + 1e-8)
 
         # rows without negatives keep their values
-        tau = (tau - self.rate * step).clamp(self.tau_min, self.tau_max)
+        if not still:
+            tau = (tau - self.rate * step).clamp(self.tau_min, self.tau_max)
         self.state.write(ids, torch.where(counted, torch.cat([tau, *moments]), self._rows))
 
     def predict(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor | None:
