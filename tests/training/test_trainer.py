@@ -200,7 +200,7 @@ def test_a_waiting_temperature_neither_moves_nor_gathers_moments(tmp_path: Path)
 
 
 def test_statistics_move_while_the_weights_stand_still(tmp_path: Path) -> None:
-    """Moments and normalisers, but neither towers nor networks; then the schedules of a run of the epoch that is left."""
+    """Moments and normalisers, but neither towers nor networks; then the schedules of a run of one epoch."""
     trainer = Trainer(debug(tmp_path, "train.warm_statistics=1", "optim.warmup_steps=4", "eval.tasks=[]"), CPU)
     plain = Trainer(debug(tmp_path / "1", "train.epochs=1", "optim.warmup_steps=4", "eval.tasks=[]"), CPU)
     towers = [p.detach().clone() for p in trainer.towers.module.parameters()]

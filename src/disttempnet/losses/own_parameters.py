@@ -39,8 +39,8 @@ class Learner(nn.Module):
     """Module that computes the gradient of its own parameters.
 
     Attributes:
-        still: true while all weights stand still and statistics move, as in `train.warm_statistics`: optimizers make their
-            steps at rate 0 for their moments, and temperatures of a table stay where they are.
+        still: true while all weights stand still and statistics move, as in `train.warm_statistics`: optimizers step
+            at rate 0 for their moments, and temperatures of a table stay where they are.
     """
 
     still = False

@@ -408,8 +408,8 @@ class Trainer:
         if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
             self._save_temperatures(pairs[0])
 
-        # The best step has the best validation score, or mean score where there is no validation. Towers that stand still
-        # score alike: their best checkpoint is the last.
+        # The best step has the best validation score, or mean score where there is no validation. Towers that stand
+        # still score alike: their best checkpoint is the last.
         chosen = [results[VALIDATION_TASK]] if VALIDATION_TASK in results else list(results.values())
         score = float(np.mean([result.headline for result in chosen]))
         if score > self.best.get("mean_recall", -math.inf) and self._moves:

@@ -1,8 +1,8 @@
 """Pairs of a batch, and the weights and statistics of their anchors.
 
 Shapes: b local rows, B global columns, D width. A row i is an anchor (an image, or a text) whose exponents are
-e_ij = d_ij / τ_i, d_ij = s_ij − s_ii, with the similarity s_ij = row_i · column_j. In the hinge form of margin m they are
-e_ij = [d_ij + m]₊² / τ_i, and a weight p_ij pulls with 2 [d_ij + m]₊ p_ij.
+e_ij = d_ij / τ_i, d_ij = s_ij − s_ii, with the similarity s_ij = row_i · column_j. In the hinge form of margin m they
+are e_ij = [d_ij + m]₊² / τ_i, and a weight p_ij pulls with 2 [d_ij + m]₊ p_ij.
 """
 
 from __future__ import annotations
