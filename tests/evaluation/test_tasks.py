@@ -19,6 +19,8 @@ def test_shipped_tasks_have_the_promised_sizes() -> None:
     sizes = {name: load_task(task) for name, task in ship.items()}
     assert {name: (len(data.samples), len(data.class_names)) for name, data in sizes.items()} == {
         "emoji-renderings": (1172, 1914),
+        "emoji-renderings-tune": (615, 1914),
+        "emoji-renderings-test": (557, 1914),
         "emoji-concepts": (332, 83),
         "scenes": (1200, 200),
         "scenes-test": (4000, 200),
@@ -31,6 +33,15 @@ def test_shipped_tasks_have_the_promised_sizes() -> None:
     for data in sizes.values():
         ranges = [[f for f, t in zip(data.frequency, data.third, strict=True) if t == third] for third in range(3)]
         assert min(ranges[0]) >= max(ranges[1]) >= min(ranges[1]) >= max(ranges[2])
+
+
+def test_halves_have_no_concept_in_common_and_all_together() -> None:
+    whole, tune, test = (load_task(find_task(f"emoji-renderings{half}")) for half in ("", "-tune", "-test"))
+    labels = [{sample.label for sample in data.samples} for data in (whole, tune, test)]
+    assert labels[1] | labels[2] == labels[0]
+    assert not labels[1] & labels[2]
+    assert {s.key for s in tune.samples} | {s.key for s in test.samples} == {s.key for s in whole.samples}
+    assert [tune.class_names[label] for label in tune.labels] == [sample.label for sample in tune.samples]
 
 
 WINO = "misc/winogavil"

@@ -7,6 +7,7 @@ an image is read from its byte range when it is decoded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,7 @@ class Task(Section):
     frequency_by: str = "label"
     frequency_bounds: tuple[int, ...] = ()
     label_key: str = "label"
+    half: Literal["", "tune", "test"] = ""
     main: str = ""
     metadata: tuple[str, ...] = ()
     size: int = 0
@@ -233,7 +235,7 @@ def embedded_data(task: Task) -> TaskData:
         UserError: missing or broken shards; a sample without label, or with one that is no class name; one
             without the value that frequencies are counted of.
     """
-    samples = read_samples(task.data)
+    samples = tuple(sample for sample in read_samples(task.data) if not task.half or half_of(sample.label) == task.half)
     sources = task.classes_from or (task.data,)
     class_names = tuple(sorted({s.label for source in sources for s in read_samples(source)}))
     index = {name: i for i, name in enumerate(class_names)}
@@ -244,6 +246,11 @@ def embedded_data(task: Task) -> TaskData:
     frequency, third = _frequencies(task, samples) if task.frequency_from else ((), ())
     heads = (Head(class_names, task.templates),)
     return TaskData(task, samples, heads, tuple(index[s.label] for s in samples), frequency, third)
+
+
+def half_of(label: str) -> str:
+    """Return the half that a class belongs to, `tune` or `test`, by a hash of its name: the same on every machine."""
+    return ("tune", "test")[hashlib.blake2b(label.encode(), digest_size=1).digest()[0] % 2]
 
 
 def _frequencies(task: Task, samples: Sequence[EvaluationSample]) -> tuple[tuple[int, ...], tuple[int, ...]]:
