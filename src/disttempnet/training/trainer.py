@@ -309,12 +309,13 @@ class Trainer:
 
         # Set the learning rates: the towers', and that of a temperature with its own schedule.
         # While weights stand still they are 0, and the schedules begin after that.
-        trained = self.step - self.still_steps
-        self.loss.set_still(trained < 0)
+        still, trained = self.step < self.still_steps, max(0, self.step - self.still_steps)
+        self.loss.set_still(still)
         rates = [optim.learning_rate(self.optim, trained, self.total_steps - self.still_steps)]
         if self.loss.own_rate:
             rates.append(optim.temperature_learning_rate(self.optim, trained, self.loss.own_rate))
-        rates = [0.0] * len(rates) if trained < 0 else rates
+        if still:
+            rates = [0.0] * len(rates)
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             optim.set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
