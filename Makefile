@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-minimum test-slow lint format clean
+.PHONY: demo test test-minimum test-slow docs lint format clean
 
 demo: .venv/installed
 	$(BIN)/disttempnet demo
@@ -18,6 +18,10 @@ test-minimum: .venv-minimum/installed
 
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -m slow -rs
+
+# The site, in build/docs/html. Warnings are errors; `make test` builds it too.
+docs: .venv/installed
+	$(BIN)/python -m tools.build_site
 
 lint: .venv/installed
 	$(BIN)/ruff check .
