@@ -60,7 +60,7 @@ def quantiles(page: Path) -> tuple[float, float]:
 def test_sentences_are_found_as_a_reader_finds_them() -> None:
     text = """# A heading of no account
 
-A first sentence, with `code of three words` and [a link](https://example.org/a.b). And a second one, e.g. with .07 in it!
+A first sentence, with `code of three words` and [a link](https://example.org/a.b). And a second, e.g. with .07!
 
 ```sh
 never. a sentence. in code
@@ -73,7 +73,7 @@ never. a sentence. in code
   goes on. It ends here.
 - **Short.** A second item without its stop
 """
-    assert [length(sentence) for sentence in sentences(text)] == [8, 9, 8, 3, 6]
+    assert [length(sentence) for sentence in sentences(text)] == [8, 6, 8, 3, 6]
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
@@ -89,4 +89,4 @@ def test_sentences_are_short(page: Path) -> None:
 
 
 def test_the_list_of_long_pages_names_pages() -> None:
-    assert TOO_LONG <= {name_of(page) for page in pages()}
+    assert {name_of(page) for page in pages()} >= TOO_LONG
