@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from disttempnet.losses import Features as Features
     from disttempnet.losses import build_loss as build_loss
     from disttempnet.losses import gather_state as gather_state
+    from disttempnet.models import encode_images as encode_images
+    from disttempnet.models import encode_texts as encode_texts
     from disttempnet.models import load_model as load_model
     from disttempnet.training.checkpoint import load_run as load_run
 
@@ -23,6 +25,8 @@ _HOMES = {
     "Features": "disttempnet.losses",
     "OBJECTIVES": "disttempnet.losses",
     "build_loss": "disttempnet.losses",
+    "encode_images": "disttempnet.models",
+    "encode_texts": "disttempnet.models",
     "gather_state": "disttempnet.losses",
     "load_config": "disttempnet.config",
     "load_model": "disttempnet.models",
@@ -34,6 +38,8 @@ __all__ = [
     "Features",
     "__version__",
     "build_loss",
+    "encode_images",
+    "encode_texts",
     "gather_state",
     "load_config",
     "load_model",

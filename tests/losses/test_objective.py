@@ -277,3 +277,32 @@ def test_what_one_rank_refuses_ends_no_other_in_a_collective(gloo, what: str, na
 def test_losses_that_differ_between_ranks_are_refused_at_the_first_step(gloo, what: str, name: str, named: str) -> None:
     for message, _ in gloo(2, refusal, EVERY[name], what):
         assert f"the loss of rank 1 has other {named} than that of rank 0" in message
+
+
+def warnings_of_a_first_step(what: str) -> list[str]:
+    """Warnings of two steps in which every rank has the samples of rank 0, or its own; `eval` does not train."""
+    loss = make(EVERY["sogclr"]).train(what != "eval")
+    ids = torch.arange(4) + (4 * distributed.rank() if what == "own" else 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            loss(Features.unit(*pairs(4, seed=seed)), None if what == "none" else ids)
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("what", ["same", "own", "eval"])
+def test_ranks_that_train_on_the_same_samples_are_told_so_once(gloo, what: str) -> None:
+    """A loader without a DistributedSampler; evaluations may well have the same samples everywhere."""
+    first, second = gloo(2, warnings_of_a_first_step, what)
+    assert second == []
+    assert len(first) == (what == "same")
+    if first:
+        assert first[0].startswith("all 2 ranks have the same samples in their first step: give every rank its own")
+
+
+def test_data_parallel_is_refused() -> None:
+    """As torch replicates a module where there are several GPUs."""
+    whole = torch.nn.ModuleDict({"loss": make(EVERY["clip"])})
+    with pytest.raises(RuntimeError, match="start one process a GPU"):
+        for module in whole.modules():
+            module._replicate_for_data_parallel()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disttempnet import distributed
+from disttempnet.errors import notice
 from disttempnet.losses.own_parameters import Learner, refuse_second_gradient
 from disttempnet.losses.sample_state import SampleState
 
@@ -140,6 +141,8 @@ class Objective(Learner):
             raise failure or AssertionError
         if unverified:
             self._check_equal_on_all_ranks()
+            if ids is not None and self.training:
+                _warn_of_equal_samples(result)
         return result
 
     def _checked_alone(self, features: Features, ids: IdsLike | None) -> Tensor:
@@ -237,6 +240,17 @@ class Objective(Learner):
                 )
         self._verified, self._state_loaded = True, False
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse nn.DataParallel, whose copies on other GPUs would each contrast a part of the batch.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "nn.DataParallel copies the loss to every GPU, and each copy sees a part of the batch: start one process "
+            "a GPU (torchrun, accelerate launch), or leave the loss out of what DataParallel wraps"
+        )
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._verified, self._state_loaded = False, True  # the next step compares
@@ -256,6 +270,20 @@ class Objective(Learner):
     def tracked_temperatures(self) -> Tensor | None:
         """Return τ [2, n] of the visited training samples that this rank holds; None where τ is not per-sample."""
         return None
+
+
+def _warn_of_equal_samples(ids: Tensor) -> None:
+    """Warn where all ranks train on the same samples; every rank calls this, in its first step.
+
+    Args:
+        ids: int64 [b], of this rank's rows.
+    """
+    checksums = distributed.gather_objects(_checksum([ids]))
+    if len(ids) > 1 and len(set(checksums)) == 1 and distributed.is_main():
+        notice(
+            f"all {len(checksums)} ranks have the same samples in their first step: give every rank its own "
+            "(DistributedSampler, accelerator.prepare(loader)), or the batch is no larger than that of one rank"
+        )
 
 
 def as_tensor(*numbers: float) -> Tensor:
