@@ -151,7 +151,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"own_parameters", "schedule"},
         {"sample_state"},
         {"contrast", "drift", "objective"},
-        {"normaliser", "temperature"},
+        {"distillation", "normaliser", "temperature"},
         {"global_contrastive"},
         {"normaliser_error"},
         {"minibatch"},

@@ -19,6 +19,8 @@ clamped alike. Without γ (CLIP): every column counts, also i itself, nothing is
 
 Margin m: ℓ_ij = [d_ij + m]₊² stands in place of d_ij everywhere but in ∇d_ij, which is multiplied by 2 [d_ij + m]₊.
 
+Reference model: d_ij − d^ref_ij stands in place of d_ij everywhere but in ∇d_ij.
+
 Drift: M of a side ← the mean of log g over the batch at first, then M + drift (mean − M). A u that was kept at M_old is
 u exp(M − M_old) when it is read.
 
@@ -73,11 +75,18 @@ class Twin:
         return torch.tensor(rows, dtype=torch.float64)
 
     def step(
-        self, x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, gamma: float | Callable[[float], float] | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        tau: Tensor,
+        gamma: float | Callable[[float], float] | None,
+        reference: tuple[Tensor, Tensor] | None = None,
     ) -> Step:
         """Update u and return value and gradients of the estimator.
 
         tau: [2, B], a constant is repeated. gamma: a number, or a function of a sample's ε + u before the visit.
+        reference: features of another model on the same pairs.
         """
         x, y, tau = x.detach().double(), y.detach().double(), tau.detach().double()
         ids = [int(i) for i in ids]
@@ -88,6 +97,9 @@ class Twin:
             u = self.u[side]
             negatives = [[j for j in range(B) if ids[j] != ids[i] or gamma is None] for i in range(B)]
             d = [[float(anchors[i] @ (columns[j] - columns[i])) for j in range(B)] for i in range(B)]
+            if reference is not None:
+                theirs, others = reference[side].double(), reference[1 - side].double()
+                d = [[d[i][j] - float(theirs[i] @ (others[j] - others[i])) for j in range(B)] for i in range(B)]
             slope = [[1.0] * B for _ in range(B)]
             if self.margin is not None:
                 slope = [[2 * max(0.0, one + self.margin) for one in row] for row in d]

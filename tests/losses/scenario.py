@@ -55,6 +55,7 @@ VARIANTS = {  # arguments that are off in every row
     "isogclr ε drift": {**EVERY["isogclr"], "eps": 1e-3, "drift": 0.3},
     "sogclr scent drift": {**EVERY["sogclr"], "scent": True, "scent_log_a": 3.0, "eps": 1e-3, "drift": 0.3},
     "disttempnet-v1 scent": {**EVERY["disttempnet-v1"], "scent": True, "scent_log_a": 2.0},
+    "drrho-learnable distilled": {**EVERY["drrho-learnable"], "distillation": 0.7, "eps": 1e-3},
     "disttempnet-v1 ahead": {**EVERY["disttempnet-v1"], "tau_start": "ahead"},
 }
 every_objective = pytest.mark.parametrize(
@@ -143,8 +144,28 @@ def local_rows(rows: Tensor) -> Tensor:
 
 
 def make(recipe: dict, num_samples: int = N, embed_dim: int = D, **changes: object) -> nn.Module:
+    """An objective; one that needs a reference model is given `reference_of` its own features."""
     arguments = {**recipe, **changes}
-    return build_loss(arguments.pop("name"), num_samples=num_samples, embed_dim=embed_dim, **arguments).double()
+    loss = build_loss(arguments.pop("name"), num_samples=num_samples, embed_dim=embed_dim, **arguments).double()
+    if getattr(loss, "referenced", False):
+        loss.register_forward_pre_hook(_with_reference)
+    return loss
+
+
+def reference_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of a reference model [n, 5], which sees the pairs a little differently: linear maps of both sides."""
+    maps = torch.randn(2, x.shape[1], 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    maps[1] = 0.7 * maps[0] + 0.3 * maps[1]
+    image, text = (side.detach().to(torch.promote_types(side.dtype, torch.float32)) for side in (x, y))
+    maps = maps.to(image.device).to(image.dtype)
+    with torch.autocast("cpu", enabled=False) if image.device.type == "cpu" else contextlib.nullcontext():
+        return F.normalize(image @ maps[0], dim=1), F.normalize(text @ maps[1], dim=1)
+
+
+def _with_reference(loss: nn.Module, arguments: tuple) -> tuple:
+    features, *rest = arguments
+    image, text = reference_of(features.image, features.text)
+    return (features._replace(reference_image=image, reference_text=text), *rest)
 
 
 def step(loss: nn.Module, batch: GlobalBatch, autocast: bool = False) -> StepResult:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from disttempnet import Features, build_loss
 from disttempnet.losses import has_normalisers, normaliser_errors
 from disttempnet.losses.contrast import blocks
-from tests.losses.scenario import EVERY, B, D, GlobalBatch, N, make, pairs, step, stream, unique_batch
+from tests.losses.scenario import EVERY, B, D, GlobalBatch, N, make, pairs, reference_of, step, stream, unique_batch
 
 close = torch.testing.assert_close
 RECIPES = {
@@ -21,6 +21,8 @@ RECIPES = {
     "isogclr": EVERY["isogclr"],
     "tempnet": EVERY["tempnet"],
     "neuclip": {**EVERY["neuclip"], "eps": 1e-3},
+    "tuneclip": EVERY["tuneclip"],
+    "drrho": EVERY["drrho"],
     "dcl": EVERY["dcl"],
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
@@ -35,6 +37,11 @@ def sample(sizes: tuple[int, ...] = (6, 6, 4)) -> list[GlobalBatch]:
     return [GlobalBatch(*part) for part in zip(x.split(sizes), y.split(sizes), ids.split(sizes), strict=True)]
 
 
+def given(batch: GlobalBatch) -> tuple[Features, Tensor]:
+    image, text = reference_of(batch.x, batch.y)
+    return Features.unit(batch.x, batch.y)._replace(reference_image=image, reference_text=text), batch.ids
+
+
 def trained(recipe: dict) -> nn.Module:
     loss = make(recipe)
     for batch in stream(4, seed=2):
@@ -43,20 +50,24 @@ def trained(recipe: dict) -> nn.Module:
 
 
 def measured(recipe: dict, batches: list[GlobalBatch]) -> dict[str, float]:
-    return normaliser_errors(trained(recipe), [(batch.x, batch.y, batch.ids) for batch in batches])
+    return normaliser_errors(trained(recipe), [given(batch) for batch in batches])
 
 
-def log_mean(x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, eps: float) -> Tensor:
-    """log (ε + g) of every anchor by loops [2, n]."""
+def log_mean(x: Tensor, y: Tensor, ids: Tensor, tau: Tensor, recipe: dict) -> Tensor:
+    """log (ε + g) of every anchor by loops [2, n]; with the hinge, or less the reference's d, as the recipe says."""
     found = torch.zeros(2, len(ids), dtype=torch.float64)
+    theirs = reference_of(x, y)
     for side, (anchors, columns) in enumerate(((x, y), (y, x))):
         for i in range(len(ids)):
-            terms = [
-                math.exp(float(anchors[i] @ (columns[j] - columns[i])) / float(tau[side, i]))
-                for j in range(len(ids))
-                if ids[j] != ids[i]
-            ]
-            found[side, i] = math.log(eps + sum(terms) / len(terms))
+            terms = []
+            for j in [j for j in range(len(ids)) if ids[j] != ids[i]]:
+                d = float(anchors[i] @ (columns[j] - columns[i]))
+                if "margin" in recipe:
+                    d = max(0.0, d + recipe["margin"]) ** 2
+                if recipe["name"] == "drrho":
+                    d -= float(theirs[side][i] @ (theirs[1 - side][j] - theirs[1 - side][i]))
+                terms.append(math.exp(d / float(tau[side, i])))
+            found[side, i] = math.log(recipe.get("eps", 0.0) + sum(terms) / len(terms))
     return found
 
 
@@ -66,10 +77,10 @@ def test_errors_are_those_of_the_sums_written_out(recipe: dict, monkeypatch: pyt
     batches, loss, eps = sample(), trained(recipe), recipe.get("eps", 0.0)
     x, y, ids = (torch.cat([getattr(batch, key) for batch in batches]) for key in ("x", "y", "ids"))
     tau = loss.temperatures(x, y, ids).double()
-    exact = log_mean(x, y, ids, tau, eps)
+    exact = log_mean(x, y, ids, tau, recipe)
     sizes = [len(batch.ids) for batch in batches]
     alone = torch.cat(
-        [log_mean(b.x, b.y, b.ids, part, eps) for b, part in zip(batches, tau.split(sizes, 1), strict=True)], 1
+        [log_mean(b.x, b.y, b.ids, part, recipe) for b, part in zip(batches, tau.split(sizes, 1), strict=True)], 1
     )
     found = measured(recipe, batches)
     assert found.pop("normaliser_error/batch_log_rms") == pytest.approx((alone - exact).square().mean().sqrt().item())
@@ -113,7 +124,7 @@ def test_world_size_is_invisible(gloo, recipe: dict, ranks: int) -> None:
 def test_measuring_changes_nothing(recipe: dict) -> None:
     loss = trained(recipe)
     before = copy.deepcopy(loss.state_dict())
-    batches = [(batch.x, batch.y, batch.ids) for batch in sample()]
+    batches = [given(batch) for batch in sample()]
     assert normaliser_errors(loss, batches) == normaliser_errors(loss, batches)
     close(loss.state_dict(), before, rtol=0, atol=0)
 
@@ -121,12 +132,12 @@ def test_measuring_changes_nothing(recipe: dict) -> None:
 def test_a_fresh_normaliser_over_the_same_batch_has_no_error() -> None:
     """γ = 1 and the batch that was just seen; before any visit there is only the batch's own, which is exact there."""
     loss, batch = make({"name": "sogclr", "gamma": 1.0}), unique_batch(1)
-    given = [(batch.x, batch.y, batch.ids)]
-    assert normaliser_errors(loss, given) == pytest.approx(
+    measure = [given(batch)]
+    assert normaliser_errors(loss, measure) == pytest.approx(
         {"normaliser_error/visited": 0.0, "normaliser_error/batch_log_rms": 0.0}, abs=1e-12
     )
     step(loss, batch)
-    found = normaliser_errors(loss, given)
+    found = normaliser_errors(loss, measure)
     assert found.pop("normaliser_error/visited") == 1
     assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=1e-12)
     assert len(found) == 5
@@ -135,7 +146,7 @@ def test_a_fresh_normaliser_over_the_same_batch_has_no_error() -> None:
 def test_a_batch_of_one_id_measures_nothing() -> None:
     loss = trained(EVERY["sogclr"])
     ids = torch.full((B,), 3)
-    assert normaliser_errors(loss, [(*pairs(B, 1), ids)]).keys() <= {"normaliser_error/visited"}
+    assert normaliser_errors(loss, [(Features.unit(*pairs(B, 1)), ids)]).keys() <= {"normaliser_error/visited"}
 
 
 def test_objectives_whose_normaliser_holds_the_pair_have_none() -> None:
@@ -149,5 +160,5 @@ def test_float32_losses_measure_too() -> None:
     loss.set_epoch(0)
     batch = unique_batch(1)
     loss(Features.unit(batch.x.float(), batch.y.float()), batch.ids)
-    found = normaliser_errors(loss, [(batch.x.float(), batch.y.float(), batch.ids)])
+    found = normaliser_errors(loss, [given(batch.to(torch.float32))])
     assert abs(found["normaliser_error/image_mean"]) < 1e-5

@@ -14,7 +14,7 @@ import disttempnet.losses
 from disttempnet import OBJECTIVES, Features, build_loss
 from disttempnet.config import CONFIG_FOLDER
 from disttempnet.losses import with_later_arguments
-from tests.losses.scenario import NETWORK, B, D, N, make, pairs, unique_batch, values
+from tests.losses.scenario import NETWORK, B, D, N, make, pairs, reference_of, unique_batch, values
 
 NAMES = (
     "clip",
@@ -25,6 +25,8 @@ NAMES = (
     "dcl",
     "disttempnet",
     "disttempnet-v1",
+    "drrho",
+    "drrho-learnable",
     "fastclip-v0",
     "fastclip-v1",
     "fastclip-v2",
@@ -64,7 +66,7 @@ def test_defaults_train(name: str) -> None:
     batch = unique_batch(1)
     # pairs that do not lead: the default margin leaves nothing of those that do
     x, y = (rows.float().requires_grad_() for rows in (batch.x, batch.y.roll(1, 0)))
-    out = loss(Features.unit(x, y), batch.ids)
+    out = loss(Features.of(x, y, reference=reference_of(x, y)), batch.ids)
     out.total.backward()
     assert out.total.dtype == torch.float32
     assert x.grad.isfinite().all()
@@ -141,6 +143,8 @@ PUBLISHED = {  # temperature, γ, values
         {"scent_log_a": 10, "rho": 11, "tau_lr": 6.25e-5, "tau_threshold": 0.03, "eps": 1e-6, "temperature": 0.07},
     ),
     "tuneclip": (CONSTANT, "constant", {"margin": 0.1}),
+    "drrho": (CONSTANT, "cosine", {"temperature": 0.01, "distillation": 0}),
+    "drrho-learnable": (ONE, "cosine", {"distillation": 0, "rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}),
     "siglip": (ONE, "–", {"temperature": 0.1, "bias": -10}),
     "cyclip": (ONE, "–", {"in_modal": 0.25, "cross_modal": 0.25, "temperature": 0.07, "tau_min": 0.01, "tau_max": 1}),
     "vicreg": ("–", "–", {"invariance": 25, "variance": 25, "covariance": 1}),
@@ -157,7 +161,17 @@ def test_published_defaults(name: str) -> None:
     row, (temperature, gamma, values) = OBJECTIVES[name], PUBLISHED[name]
     assert (row.temperature, row.gamma) == (temperature, gamma)
     assert {key: row.arguments[key] for key in values} == values
-    with_rho = "isogclr", "tempnet", "disttempnet", "disttempnet-v1", "fastclip-v2", "fastclip-v3", "neuclip", "scent"
+    with_rho = (
+        "drrho-learnable",
+        "scent",
+        "neuclip",
+        "isogclr",
+        "tempnet",
+        "disttempnet",
+        "disttempnet-v1",
+        "fastclip-v2",
+        "fastclip-v3",
+    )
     assert ("rho" in row.arguments) == (name.removesuffix("-constant-gamma") in with_rho)
     assert row.title
     assert row.source.startswith("arXiv ")

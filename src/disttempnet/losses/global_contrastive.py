@@ -12,7 +12,8 @@ with ρ and learned τ: RGCL, arXiv 2305.11965, and TempNet, arXiv 2404.04575). 
 With ε > 0, log (ε + E_j …) stands in place of log E_j … (FastCLIP, arXiv 2407.01445).
 Without γ nothing is tracked and E_j is over the batch, the pair itself included: cross-entropy, CLIP. With γ = 1 and
 no table (`NoMemory`) the pair itself is left out: the decoupled contrastive loss, arXiv 2110.06848. With a margin m,
-[d_ij + m]₊² stands in place of d_ij: TuneCLIP, arXiv 2601.09859.
+[d_ij + m]₊² stands in place of d_ij: TuneCLIP, arXiv 2601.09859. With a reference model d_ij − d^ref_ij does:
+DRRho-CLIP, arXiv 2505.06699.
 
 Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from disttempnet import distributed
 from disttempnet.errors import UserNotice
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients, use_kernel
 from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
+from disttempnet.losses.distillation import Distilled, distill
 from disttempnet.losses.drift import Drift, Numbers
 from disttempnet.losses.normaliser.prototypes import PrototypeNormaliser
 from disttempnet.losses.objective import (
@@ -49,6 +51,7 @@ from disttempnet.losses.objective import (
     exact_arithmetic,
     int64_ids,
     tau_metrics,
+    with_gradient,
 )
 from disttempnet.losses.own_parameters import refuse_second_gradient, with_own_gradient
 from disttempnet.losses.sample_state import NEVER, SampleState, log_mean_over_equal_ids, log_moving_average
@@ -65,7 +68,8 @@ class FeatureGradientInputs(NamedTuple):
     """Tensors from which the backward pass computes the feature gradient.
 
     Attributes:
-        all_image, all_text: features of all ranks [B, D]; None where the local rows are the global batch.
+        all_image, all_text: what is compared, of all ranks [B, D + R]: features, and behind them those of a
+            reference; None where these are the local features.
         ids: int64 [B]; None where every column counts.
         anchors: weights of image and text anchors [2, B].
         positive_weight: r, weight of the positive pair [b].
@@ -107,6 +111,9 @@ class GlobalContrastiveLoss(Objective):
             anchors whose u is small beside it: those that all negatives trail.
         margin: m of the hinge form, [d_ij + m]₊² in place of d_ij: negatives that trail the pair by more than m have no
             weight. None: the linear form.
+        referenced: take d_ij − d^ref_ij in place of d_ij, with the features of a reference model (`Features.of`), which
+            have no gradient.
+        distillation: weight of the cross-entropy with the reference's softmax over the batch (losses/distillation.py).
         drift: share of the running mean M of log g that a step replaces; u of a sample visited long ago is shifted by
             what M has moved since. 0 = u stays as it was at the visit.
 
@@ -160,6 +167,8 @@ class GlobalContrastiveLoss(Objective):
         eps: float = 0.0,
         drift: float = 0.0,
         margin: float | None = None,
+        referenced: bool = False,
+        distillation: float = 0.0,
     ) -> None:
         super().__init__()
         if tau_gradient not in TAU_GRADIENTS:
@@ -176,6 +185,7 @@ class GlobalContrastiveLoss(Objective):
         if margin is not None and (margin < 0 or gamma is None):
             raise ValueError(f"margin must not be negative, and needs a γ: got {margin} and {gamma}")
         self.eps, self.margin = eps, margin
+        self.referenced, self.distillation = referenced, distillation
         self.drift = Drift(drift) if drift else None
         self.state = None
         if gamma is not None and not isinstance(gamma, NoMemory):
@@ -234,18 +244,37 @@ class GlobalContrastiveLoss(Objective):
         ids = self.checked(features, ids)
         kernel = use_kernel(features.image_embedding, hinge=self.margin is not None)
         with exact_arithmetic(features.image.device):
-            return self._step(features.image, features.text, ids, kernel)
+            return self._step(features, ids, kernel)
 
-    def _step(self, image: Tensor, text: Tensor, ids: Tensor, kernel: bool) -> LossOutput:
+    def check_reference(self, features: Features) -> None:
+        if not self.referenced:
+            return
+        image, text = features.reference_image, features.reference_text
+        if image is None or text is None:
+            raise ValueError(
+                "features of a reference model are needed: Features.of(image, text, reference=(image, text))"
+            )
+        rows = len(features.image)
+        if image.ndim != 2 or image.shape != text.shape or len(image) != rows:
+            raise ValueError(
+                f"features of the reference must both be [{rows}, R], got {tuple(image.shape)} and {tuple(text.shape)}"
+            )
+
+    def _step(self, features: Features, ids: Tensor, kernel: bool) -> LossOutput:
+        image, text = features.image, features.text
         dtype, b, learns = compute_dtype(image), len(image), self.temperature.learns
         if self.training:
             self._follow_epoch(b * distributed.world_size())
 
-        # features and ids: x, y [b, D] of this rank; all_image, all_text [B, D] and all_ids [B] of all ranks
-        sent = rounded(image, kernel), rounded(text, kernel)
-        all_image, all_text = (distributed.all_gather(side).to(dtype) for side in sent)
+        # features and ids: x, y [b, D] of this rank; all_image, all_text [B, D] and all_ids [B] of all ranks; and what
+        # is compared, which with a reference is [b, D + R] and [B, D + R]
+        sent = [rounded(side, kernel) for side in self.compared(features)]
+        compared = [distributed.all_gather(side).to(dtype) for side in sent]
+        own = [side.to(dtype) for side in sent]
         all_ids = distributed.all_gather(ids)
-        x, y = (side.to(dtype) for side in sent)
+        width = image.shape[1]
+        all_image, all_text = (side[:, :width] for side in compared)
+        x, y = (side[:, :width] for side in own)
         rho = self.rho if self.robust and learns else 0.0
         if rho:
             self._warn_of_rho(len(all_ids))
@@ -257,8 +286,8 @@ class GlobalContrastiveLoss(Objective):
 
         # statistics of this rank's anchors over all columns: ℓ and m, each [b] a side; n of all anchors [B]
         counted_ids = all_ids if self.gamma is not None else None
-        pairs, negatives = BatchPairs.of((x, y), (all_image, all_text), counted_ids, kernel, self.margin)
-        positive = (x * y).sum(1)
+        pairs, negatives = BatchPairs.of((own[0], own[1]), (compared[0], compared[1]), counted_ids, kernel, self.margin)
+        positive = (own[0] * own[1]).sum(1)
         keep = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
         sides, similarities = anchor_statistics(
             pairs, positive, local_tau, negatives[pairs.local], moments=learns, keep=keep
@@ -298,8 +327,8 @@ class GlobalContrastiveLoss(Objective):
             r = r * torch.stack([side.mean_pull for side in sides if side.mean_pull is not None])
         shift = all_positive if self.margin is None else torch.zeros_like(all_positive)
         inputs = FeatureGradientInputs(
-            all_image=None if pairs.single_rank else all_image,
-            all_text=None if pairs.single_rank else all_text,
+            all_image=None if pairs.single_rank and not self.referenced else compared[0],
+            all_text=None if pairs.single_rank and not self.referenced else compared[1],
             ids=pairs.ids,
             anchors=Anchors.of(tau, shift, log_v - share.log(), negatives),
             positive_weight=r.sum(0),
@@ -310,6 +339,14 @@ class GlobalContrastiveLoss(Objective):
         total = _WithFeatureGradient.apply(value, image, text, inputs, *form)
         assert isinstance(total, Tensor)
 
+        # cross-entropy with the reference
+        distilled = self._distilled(own, compared, width, tau) if self.distillation else None
+        if distilled is not None:
+            weighed = [self.distillation * part for part in distilled]
+            total = total + with_gradient(weighed[0], image, text, weighed[1], weighed[2])
+            value = value + weighed[0]
+            h = h + weighed[3] if h is not None else None
+
         # gradient of τ: parameters through the graph of tau1, tau2; per-sample τ in its table
         if h is not None and (tau1.requires_grad or tau2.requires_grad):
             term = C / b * (h[0, pairs.local] @ tau1 + h[1, pairs.local] @ tau2)
@@ -319,7 +356,32 @@ class GlobalContrastiveLoss(Objective):
                 self.temperature.learn(all_ids, h, has_negatives, self.still)
                 self.temperature.observe(log_g, moment, has_negatives, self.epoch)
             self.step += 1
-        return LossOutput(total, self._metrics(value, tau, log_u, gamma, excess, h))
+        metrics = self._metrics(value, tau, log_u, gamma, excess, h)
+        if distilled is not None:
+            metrics["distillation"] = distilled.value
+        return LossOutput(total, metrics)
+
+    def compared(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Return images and texts [b, D], or [b, D + R] whose products are s_ij − s^ref_ij."""
+        image, text = features.image.detach(), features.text.detach()
+        if not self.referenced:
+            return image, text
+        first, second = features.reference_image, features.reference_text
+        assert first is not None
+        assert second is not None
+        dtype = compute_dtype(image)
+        sides = (image, first), (text, -second)
+        both = [torch.cat([ours.to(dtype), theirs.to(dtype)], dim=1) for ours, theirs in sides]
+        return both[0], both[1]
+
+    def _distilled(self, own: Sequence[Tensor], compared: Sequence[Tensor], width: int, tau: Tensor) -> Distilled:
+        """Return the cross-entropy with the reference, of all columns of the batch."""
+
+        def pairs_of(columns: slice, sign: int) -> BatchPairs:
+            local, everyone = ([side[:, columns] for side in sides] for sides in (own, compared))
+            return BatchPairs.of((local[0], sign * local[1]), (everyone[0], sign * everyone[1]), None, kernel=False)[0]
+
+        return distill(pairs_of(slice(0, width), 1), pairs_of(slice(width, None), -1), tau)
 
     def _follow_epoch(self, batch: int) -> None:
         """Begin the epoch of this step where `set_epoch` is not called; warn once if a schedule needs it."""
@@ -533,21 +595,24 @@ class _WithFeatureGradient(torch.autograd.Function):
         refuse_second_gradient()
         image, text, all_image, all_text, ids, slope, offset, r, positive, *similarities = ctx.saved_tensors
         with exact_arithmetic(image.device):
-            x, y = (rounded(side, ctx.kernel).to(r.dtype) for side in (image, text))
+            if all_image is None:
+                all_image, all_text = (rounded(side, ctx.kernel).to(r.dtype) for side in (image, text))
+            local, width = slice(ctx.first_row, ctx.first_row + len(image)), image.shape[1]
             pairs = BatchPairs(
-                x,
-                y,
-                x if all_image is None else all_image,
-                y if all_text is None else all_text,
+                all_image[local],
+                all_text[local],
+                all_image,
+                all_text,
                 ctx.first_row,
                 ids,
                 ctx.distinct,
                 ctx.kernel,
                 ctx.margin,
                 positive,
+                None if all_image.shape[1] == width else (all_image[:, :width], all_text[:, :width]),
             )
             image_anchors, text_anchors = Anchors(slope[0], offset[0]), Anchors(slope[1], offset[1])
             image_gradient, text_gradient = feature_gradients(pairs, image_anchors, text_anchors, r, similarities)
-            scale = upstream * (C / len(x))
+            scale = upstream * (C / len(image))
             image_gradient, text_gradient = image_gradient.mul_(scale), text_gradient.mul_(scale)
         return None, image_gradient.to(image.dtype), text_gradient.to(text.dtype), *(None for _ in range(5))

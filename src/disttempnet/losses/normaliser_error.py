@@ -16,9 +16,9 @@ from disttempnet import distributed
 from disttempnet.losses.contrast.backend import anchor_statistics
 from disttempnet.losses.contrast.pairs import BatchPairs
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
-from disttempnet.losses.objective import Objective, compute_dtype, exact_arithmetic
+from disttempnet.losses.objective import Features, Objective, compute_dtype, exact_arithmetic
 
-GlobalBatch = tuple[Tensor, Tensor, Tensor]  # unit features of images and texts [B, D], ids [B]
+GlobalBatch = tuple[Features, Tensor]  # of all ranks: features [B, D] and ids [B]
 
 
 def has_normalisers(loss: Objective) -> bool:
@@ -44,28 +44,33 @@ def normaliser_errors(loss: GlobalContrastiveLoss, batches: Sequence[GlobalBatch
         And `/batch_log_rms`: the same root mean square of each batch's own g, which needs no table: both sides.
 
     Example:
-        >>> from disttempnet import build_loss
+        >>> from disttempnet import Features, build_loss
         >>> from torch.nn.functional import normalize
         >>> image, text = (normalize(torch.randn(8, 4), dim=1) for _ in range(2))
-        >>> batches = [(image[:4], text[:4], torch.arange(4)), (image[4:], text[4:], torch.arange(4, 8))]
+        >>> batches = [(Features.unit(image[i : i + 4], text[i : i + 4]), torch.arange(i, i + 4)) for i in (0, 4)]
         >>> sorted(normaliser_errors(build_loss("dcl", num_samples=8, embed_dim=4), batches))
         ['normaliser_error/batch_log_rms']
     """
-    image, text, ids = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    with exact_arithmetic(image.device):
-        dtype = compute_dtype(image)
-        image, text = image.to(dtype), text.to(dtype)
+    features, all_ids = zip(*batches, strict=True)
+    dtype, ids = compute_dtype(features[0].image), torch.cat(all_ids)
+    with exact_arithmetic(ids.device):
+        # features [n, D], and what is compared [n, D] or, with a reference, [n, D + R]; τ [2, n]
+        image, text = (torch.cat(sides).to(dtype) for sides in zip(*((f.image, f.text) for f in features), strict=True))
+        sides = [torch.cat(parts).to(dtype) for parts in zip(*map(loss.compared, features), strict=True)]
+        compared = sides[0], sides[1]
         tau = loss.temperatures(image, text, ids)
         assert tau is not None
 
         # log (ε + g) over all pairs, each rank a part of the anchors, and over each batch alone: [2, n]
         size = len(ids) // distributed.world_size()
         own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
-        part = _log_g(image, text, ids, tau, own, loss.margin)
+        part = _log_g(compared, ids, tau, own, loss.margin)
         exact = loss.with_eps(distributed.all_gather(part.T).T)
-        sizes = [len(batch[2]) for batch in batches]
-        parts = zip(image.split(sizes), text.split(sizes), ids.split(sizes), tau.split(sizes, dim=1), strict=True)
-        alone = torch.cat([_log_g(*part, slice(0, len(part[2])), loss.margin) for part in parts], dim=1)
+        sizes = [len(part) for part in all_ids]
+        parts = zip(*(side.split(sizes) for side in compared), all_ids, tau.split(sizes, dim=1), strict=True)
+        alone = torch.cat(
+            [_log_g((x, y), own_ids, at, slice(0, len(x)), loss.margin) for x, y, own_ids, at in parts], dim=1
+        )
         kept = loss.log_normalisers(image, text, ids, tau)
 
         # differences of the rows that have both
@@ -89,9 +94,10 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _log_g(image: Tensor, text: Tensor, ids: Tensor, tau: Tensor, rows: slice, margin: float | None) -> Tensor:
+def _log_g(compared: tuple[Tensor, Tensor], ids: Tensor, tau: Tensor, rows: slice, margin: float | None) -> Tensor:
     """Return log g [2, r] of some rows of a batch as anchors, over all its columns of other ids."""
-    pairs, negatives = BatchPairs.of((image, text), (image, text), ids, kernel=False, margin=margin)
+    image, text = compared
+    pairs, negatives = BatchPairs.of(compared, compared, ids, kernel=False, margin=margin)
     pairs = pairs._replace(image=image[rows], text=text[rows], first_row=rows.start)
     positive = (image * text).sum(1)[rows]
     sides, _ = anchor_statistics(pairs, positive, tau[:, rows], negatives[rows], moments=False, keep=False)

@@ -31,6 +31,8 @@ class Features(NamedTuple):
     Attributes:
         image, text: unit rows [b, D], which the contrastive objectives compare.
         image_embedding, text_embedding: the same rows [b, D] before normalising, which VICReg compares.
+        reference_image, reference_text: unit rows [b, R] of a reference model on the same pairs, for objectives that
+            are steered by one; without gradient.
 
     Example:
         >>> features = Features.of(image_embedding=2 * torch.eye(3), text_embedding=torch.ones(3, 3))
@@ -44,12 +46,25 @@ class Features(NamedTuple):
     text: Tensor
     image_embedding: Tensor
     text_embedding: Tensor
+    reference_image: Tensor | None = None
+    reference_text: Tensor | None = None
 
     @classmethod
-    def of(cls, image_embedding: Tensor, text_embedding: Tensor) -> Features:
-        """Normalise the towers' output [b, D], of any norm and floating dtype; half precision in float32."""
+    def of(
+        cls, image_embedding: Tensor, text_embedding: Tensor, reference: tuple[Tensor, Tensor] | None = None
+    ) -> Features:
+        """Normalise the towers' output [b, D], of any norm and floating dtype; half precision in float32.
+
+        Args:
+            image_embedding, text_embedding: of the towers.
+            reference: image and text embeddings [b, R] of a reference model on the same pairs, of any norm.
+        """
         image, text = (side.to(compute_dtype(side)) for side in (image_embedding, text_embedding))
-        return cls(F.normalize(image, dim=-1), F.normalize(text, dim=-1), image_embedding, text_embedding)
+        unit = cls(F.normalize(image, dim=-1), F.normalize(text, dim=-1), image_embedding, text_embedding)
+        if reference is None:
+            return unit
+        sides = (F.normalize(side.detach().to(compute_dtype(side)), dim=-1) for side in reference)
+        return unit._replace(**dict(zip(("reference_image", "reference_text"), sides, strict=True)))
 
     @classmethod
     def unit(cls, image: Tensor, text: Tensor) -> Features:
@@ -148,6 +163,7 @@ class Objective(Learner):
     def _checked_alone(self, features: Features, ids: IdsLike | None) -> Tensor:
         """Check this rank's batch; see `checked`."""
         image, text = features.image, features.text
+        self.check_reference(features)
         if image.ndim != 2 or image.shape != text.shape:
             raise ValueError(f"features must both be [b, D], got {tuple(image.shape)} and {tuple(text.shape)}")
         if not len(image):
@@ -168,6 +184,9 @@ class Objective(Learner):
             for table in tables:
                 table.check_ids(given)
         return given.to(image.device, non_blocking=True)
+
+    def check_reference(self, features: Features) -> None:
+        """Raise ValueError where reference features are needed and missing, or of another shape."""
 
     def _check_step(self, rows: int, device: torch.device) -> bool:
         """Exchange rows, epoch and state of verification; True if the ranks have to compare their objectives.

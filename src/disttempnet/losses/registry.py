@@ -79,6 +79,7 @@ def _family(
     *,
     predicted: type[PrototypeNormaliser] | None = None,
     hinge: bool = False,
+    referenced: bool = False,
     robust: bool = True,
     note: str = "",
     **defaults: Any,
@@ -86,6 +87,7 @@ def _family(
     """Build a row of the family: the estimator × a temperature × a schedule of γ. `defaults` are published values.
 
     `predicted` predicts the normaliser, in place of a table that follows γ. `hinge`: [d + m]₊² stands for d.
+    `referenced`: d − d^ref does.
     """
     # arguments of the parts, and their defaults
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
@@ -105,6 +107,8 @@ def _family(
         of_loss += ["eps", "drift"]
     if hinge:
         of_loss.append("margin")
+    if referenced:
+        of_loss.append("distillation")
     own = _own(GlobalContrastiveLoss)
     arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_scent, **of_predicted, **of_temperature}
     assert defaults.keys() <= arguments.keys()
@@ -117,6 +121,7 @@ def _family(
             _part(ScentGamma if given.get("scent") else gamma, given) if gamma else None,
             predicted=_part(predicted, given, context) if predicted else None,
             robust=robust,
+            referenced=referenced,
             **{name: given[name] for name in of_loss},
         )
 
@@ -128,6 +133,8 @@ def _family(
     expectation = "log E_j exp(d_ij/τ)" if predicted else sums.get(gamma, "log E_j exp(d_ij/τ)")
     if hinge:
         expectation = expectation.replace("d_ij", "[d_ij + m]₊²")
+    if referenced:
+        expectation = expectation.replace("d_ij", "(d_ij − d^ref_ij)")
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
     kinds = {None: "–", NoMemory: "1", ConstantGamma: "constant", CosineGamma: "cosine", ScentGamma: "per sample"}
@@ -201,6 +208,16 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         "SCENT", LearnableTemperature, ScentGamma, "arXiv 2602.02877",
         rho=11.0, tau_lr=6.25e-5, tau_threshold=0.03, eps=1e-6,
     ),
+    "drrho": _family(
+        "DRRho-CLIP", ConstantTemperature, CosineGamma, "arXiv 2505.06699",
+        referenced=True, temperature=0.01, gamma_min=0.33, gamma_decay_epochs=33.0,
+        note="needs the features of a reference model, the section [reference] of a run",
+    ),
+    "drrho-learnable": _family(
+        "DRRho-CLIP, learnable τ", LearnableTemperature, CosineGamma, "arXiv 2505.06699",
+        referenced=True, gamma_min=0.33, gamma_decay_epochs=33.0, **_V3,
+        note="as drrho; ρ and the rate of τ are FastCLIP-v3's",
+    ),
     "neuclip": _family(
         "NeuCLIP", LearnableTemperature, NoMemory, "arXiv 2511.08417", predicted=PrototypeNormaliser, **_V3,
         note="log E_j exp(d_ij/τ) is predicted by prototypes; their rate is not published, nor ε and ρ: those here are "
@@ -245,6 +262,7 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "tau_gradient_limit": Range(0, 10**6),
     "eps": Range(0, 1),
     "margin": Range(0, 2),
+    "distillation": _WEIGHT,
     "drift": Range(0, 1),
     "dropout": Range(0, 1, below=True),
     "feature_scale": Range(0, 10**4),

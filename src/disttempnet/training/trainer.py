@@ -351,7 +351,7 @@ class Trainer:
                 batch = batch.to(self.device)
                 features = Features.of(*self.gradients.model.encoder(batch.images, batch.tokens))
                 image, text, ids = map(distributed.all_gather, (features.image, features.text, batch.ids))
-                batches.append((image, text, ids))
+                batches.append((Features.unit(image, text), ids))
             return normaliser_errors(self.loss, batches)
 
     def _log(

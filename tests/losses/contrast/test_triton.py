@@ -23,7 +23,7 @@ from disttempnet.errors import UserError
 from disttempnet.losses.contrast import backend
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients
 from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
-from tests.losses.scenario import pairs
+from tests.losses.scenario import pairs, reference_of
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -92,7 +92,7 @@ def test_statistics_and_gradients(kernels: ModuleType, case: str, own: slice) ->
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["sogclr", "disttempnet-v1", "clip", "onlineclr"])
+@pytest.mark.parametrize("name", ["sogclr", "disttempnet-v1", "clip", "onlineclr", "drrho"])
 def test_the_objectives_step_is_that_of_the_rounded_features(kernels: ModuleType, name: str) -> None:
     """Value, state and temperature to float32, the features' gradient to the rounding of its weights."""
     x, y = (side.bfloat16() for side in pairs(ROWS, width=WIDTH))
@@ -104,7 +104,11 @@ def test_the_objectives_step_is_that_of_the_rounded_features(kernels: ModuleType
         loss = build_loss(name, num_samples=ROWS, embed_dim=WIDTH, seed=1)
         for _ in range(2):
             features = [side.to(dtype).requires_grad_() for side in (x, y)]
-            total = loss(Features.unit(*features), ids).total
+            given = Features.unit(*features)
+            if name == "drrho":  # no rounding of the reference's features either
+                theirs = [side.bfloat16().to(dtype) for side in reference_of(x.double(), y.double())]
+                given = given._replace(reference_image=theirs[0], reference_text=theirs[1])
+            total = loss(given, ids).total
             total.backward()
         gradients.append([side.grad.double() for side in features])
         totals.append(total.detach().double())

@@ -92,12 +92,18 @@ def feature_gradients(
         positive_weight: weight of the positive pair [b].
         similarities: from `anchor_statistics`.
     """
-    if pairs.kernel and pairs.ids is None:  # the pair's own weight nearly cancels: bf16 would lose it
+    # the pair's own weight nearly cancels: bf16 would lose it
+    if pairs.kernel and pairs.ids is None and pairs.pulled is None:
         positive_weight = positive_weight - _own_weight(pairs, image) - _own_weight(pairs, text)
-    gradients = pairs.text * -positive_weight[:, None], pairs.image * -positive_weight[:, None]
+    images, texts = (side[pairs.local] for side in pairs.pull)
+    gradients = texts * -positive_weight[:, None], images * -positive_weight[:, None]
     if not pairs.kernel:
         blocks.add_block_gradients(pairs, image, text, *gradients, similarities)
         return gradients
+    if pairs.pulled is not None:  # the kernels pull with what they compare, of which this is the beginning
+        width = images.shape[1]
+        by_image, by_text = feature_gradients(pairs._replace(pulled=None), image, text, positive_weight, similarities)
+        return by_image[:, :width], by_text[:, :width]
     from disttempnet.losses.contrast import triton
 
     triton.add_kernel_gradients(pairs.image, pairs.all_text, image.rows(pairs.local), text, pairs, gradients[0])

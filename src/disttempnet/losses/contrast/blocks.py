@@ -55,16 +55,17 @@ def add_block_gradients(
     scratch = [_block_memory(pairs) for _ in range(2 if pairs.margin is None else 3)]
     half = len(kept) // (1 if single_rank else 2)
     own = image.rows(pairs.local)
+    images, texts = pairs.pull
     for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, kept[:half], None):
         weight = _weights(s, own.rows(r), text.rows(c), pairs, r, c, scratch)
-        image_gradient[r].addmm_(weight, pairs.all_text[c])
+        image_gradient[r].addmm_(weight, texts[c])
         if single_rank:
-            text_gradient[c].addmm_(weight.T, pairs.all_image[r])
+            text_gradient[c].addmm_(weight.T, images[r])
     if not single_rank:
         own = text.rows(pairs.local)
         for r, c, s in _similarities(pairs.text, pairs.all_image, pairs, kept[half:], None):
             weight = _weights(s, own.rows(r), image.rows(c), pairs, r, c, scratch)
-            text_gradient[r].addmm_(weight, pairs.all_image[c])
+            text_gradient[r].addmm_(weight, images[c])
 
 
 def block_slices(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -67,6 +67,8 @@ class BatchPairs(NamedTuple):
         kernel: whether the Triton kernels compute (`backend.use_kernel`).
         margin: m of the hinge form; None: the linear form.
         positive: s_ii of the global batch [B], where a gradient of the hinge form is computed.
+        pulled: images and texts of all ranks [B, D'] that the weights multiply in the gradient, where these are not the
+            features that are compared.
     """
 
     image: Tensor
@@ -79,6 +81,7 @@ class BatchPairs(NamedTuple):
     kernel: bool = False
     margin: float | None = None
     positive: Tensor | None = None
+    pulled: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -103,6 +106,11 @@ class BatchPairs(NamedTuple):
     def local(self) -> slice:
         """This rank's rows of the global batch."""
         return slice(self.first_row, self.first_row + len(self.image))
+
+    @property
+    def pull(self) -> tuple[Tensor, Tensor]:
+        """Images and texts of all ranks that the weights multiply in the gradient."""
+        return self.pulled if self.pulled is not None else (self.all_image, self.all_text)
 
     @property
     def single_rank(self) -> bool:
