@@ -175,10 +175,10 @@ def communication(
     The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where
     τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
     The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
-    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features. NeuCLIP gathers two
+    three rows of D and two D × D matrices; DRRho gathers features of a reference too, of width D here; onlineCLR gathers ids and two float32 with the features. NeuCLIP gathers two
     float32 an anchor and pass over its prototypes, and sums these and AdaGrad's sums.
     """
-    features = 2 * width * item
+    features = 2 * width * item * (2 if name.startswith("drrho") else 1)
     family = features + 8 + 4 * (5 if OBJECTIVES[name].temperature == "constant" else 7)
     row = {"siglip": features, "vicreg": 0, "onlineclr": features + 8 + 4 * 2}.get(name, family)
     summed = {"siglip": 4, "cyclip": 12 * width**2, "vicreg": 12 * width + 8 * width**2}
@@ -242,7 +242,8 @@ def traffic(name: str, b: int, width: int) -> tuple[dict[str, int], int]:
     x, y = (side[mine] for side in unit_rows(K * b, width))
     for _ in range(2):  # the first has no prototypes yet
         with counted() as seen:
-            loss(Features.of(*parallel(x, y)), torch.arange(K * b)[mine]).total.backward()
+            reference = (x, y) if name.startswith("drrho") else None
+            loss(Features.of(*parallel(x, y), reference), torch.arange(K * b)[mine]).total.backward()
     return seen, sum(p.numel() for model in (towers, loss) for p in model.parameters())
 
 

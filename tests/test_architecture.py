@@ -143,6 +143,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"cache_key", "store"},
         {"build"},
         {"batches", "export"},
+        {"reference"},
     ],
     "io": [
         {"columns", "files", "jobs", "machine", "paths", "progress", "ranges"},
@@ -221,6 +222,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "training": [
         {"atomic_folder", "model", "nan_check", "optim", "run_info", "run_log", "signals"},
         {"gradients", "run_folder"},
+        {"reference"},
         {"checkpoint"},
         {"trainer"},
     ],

@@ -245,6 +245,27 @@ class LossConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class ReferenceConfig(Section):
+    """A reference model, of objectives that are steered by one (drrho)."""
+
+    model: OptionalPath = Field("", description="as model.name; empty = none")
+    pretrained: OptionalPath = Field("", description="its weights, as model.pretrained")
+    cached: StrictBool = Field(
+        False,
+        description="embed each sample once, as evaluation sees it, and read that from disk; else every batch as it is "
+        "augmented, which needs the image size and tokenizer of the towers",
+    )
+    cache_folder: OptionalPath = Field("", description="folder of the cached embeddings; empty = the user's cache")
+
+    @model_validator(mode="after")
+    def _describes_a_model(self, info: ValidationInfo) -> ReferenceConfig:
+        if not self.model and (self.pretrained or self.cached):
+            raise ValueError("pretrained and cached are of a reference model: set model too")
+        if bounded(info) and self.cache_folder and not self.cached:
+            raise ValueError("cache_folder is for cached embeddings: set cached = true, or leave it out")
+        return self
+
+
 class OptimConfig(Section):
     """AdamW for the towers: linear warm-up, then a cosine. The temperature's own rate is in [loss]."""
 
@@ -367,6 +388,7 @@ class Config(Section):
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
 
     @property
     def cached_sides(self) -> tuple[str, ...]:

@@ -3,5 +3,6 @@
 store.py     shards of features on disk: written atomically, verified, memory-mapped
 build.py     samples → shards, over ranks, processes and loader workers; resumable
 batches.py   a run's batches, with features in place of what a locked tower would take
+reference.py embeddings of a reference model (drrho)
 export.py    features of a data set as files for your own use
 """

@@ -71,6 +71,12 @@ class Features(NamedTuple):
         """Take rows [b, D] that have norm 1 already; nothing is normalised again."""
         return cls(image, text, image, text)
 
+    def gathered(self) -> Features:
+        """Return the rows of all ranks in rank order [B, D], without gradient; every rank calls this."""
+        image, text, image_embedding, text_embedding = (distributed.all_gather(side) for side in self[:4])
+        theirs = (None if side is None else distributed.all_gather(side) for side in self[4:])
+        return Features(image, text, image_embedding, text_embedding, *theirs)
+
 
 class ObjectiveContext(NamedTuple):
     """Facts of a run that objectives are built from.

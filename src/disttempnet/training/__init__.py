@@ -9,6 +9,7 @@ checkpoint.py      what a run saves, and how it continues
 atomic_folder.py   folders that all ranks write together
 run_folder.py      checkpoints of a run, and its lock
 run_info.py        run.json
+reference.py       the reference model of drrho
 run_log.py         progress, metrics.jsonl, eval.jsonl, TensorBoard
 signals.py         signals that stop a run
 """

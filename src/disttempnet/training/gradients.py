@@ -27,14 +27,16 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 class WholeBatch:
-    """The gradient of this rank's rows in one pass; called with images, tokens and ids."""
+    """The gradient of this rank's rows in one pass; called with images, tokens, ids, and a reference's embeddings."""
 
     def __init__(self, model: ContrastiveModel, device: torch.device) -> None:
         # DDP or FSDP2 averages the towers' gradients; the objective averages its own
         self.model = ContrastiveModel(distributed.data_parallel(model.encoder, device), model.contrast)
 
-    def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
-        output: LossOutput = self.model(images, tokens, ids)
+    def __call__(
+        self, images: Tensor, tokens: Tensor, ids: Tensor, reference: tuple[Tensor, Tensor] | None = None
+    ) -> LossOutput:
+        output: LossOutput = self.model(images, tokens, ids, reference)
         if output.total.requires_grad:  # not with frozen towers and per-sample τ: the objective has updated its table
             output.total.backward()
         return output
@@ -53,7 +55,9 @@ class InChunks:
         self.model, self.device, self.chunks = model, device, chunks
         self.encoder = distributed.data_parallel(model.encoder, device)  # the objective averages its own gradients
 
-    def __call__(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
+    def __call__(
+        self, images: Tensor, tokens: Tensor, ids: Tensor, reference: tuple[Tensor, Tensor] | None = None
+    ) -> LossOutput:
         # Embed every chunk without a graph, and remember the random state at its start.
         parts = list(zip(images.tensor_split(self.chunks), tokens.tensor_split(self.chunks), strict=True))
         starts: list[RandomState] = []
@@ -66,7 +70,7 @@ class InChunks:
         # The objective on all embeddings [b, D]: its value, and the gradient of every embedding.
         trained = any(p.requires_grad for p in self.model.encoder.parameters())
         image, text = (torch.cat(side).requires_grad_(trained) for side in zip(*embeddings, strict=True))
-        output: LossOutput = self.model.contrast(image, text, ids)
+        output: LossOutput = self.model.contrast(image, text, ids, reference)
         if output.total.requires_grad:
             output.total.backward()
 

@@ -72,15 +72,17 @@ class CachedEncoder(nn.Module):
 
 
 class Contrast(nn.Module):
-    """The objective on embeddings [b, D] of any norm and ids [b]."""
+    """The objective on embeddings [b, D] of any norm and ids [b], and on embeddings [b, R] of a reference model."""
 
     def __init__(self, loss: Objective, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.loss, self.autocast = loss, autocast
 
-    def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> LossOutput:
+    def forward(
+        self, image: Tensor, text: Tensor, ids: Tensor, reference: tuple[Tensor, Tensor] | None = None
+    ) -> LossOutput:
         with autocast_to(self.autocast, image):  # the objective switches it off, but reads the precision from it
-            output: LossOutput = self.loss(Features.of(image, text), ids)
+            output: LossOutput = self.loss(Features.of(image, text, reference), ids)
         return output
 
 
@@ -91,8 +93,10 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.encoder, self.contrast = encoder, contrast
 
-    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor) -> LossOutput:
-        output: LossOutput = self.contrast(*self.encoder(images, tokens), ids)
+    def forward(
+        self, images: Tensor, tokens: Tensor, ids: Tensor, reference: tuple[Tensor, Tensor] | None = None
+    ) -> LossOutput:
+        output: LossOutput = self.contrast(*self.encoder(images, tokens), ids, reference)
         return output
 
 

@@ -53,6 +53,7 @@ from disttempnet.training.model import (
     resolved,
 )
 from disttempnet.training.nan_check import NanCheck
+from disttempnet.training.reference import Reference, open_reference, refuse_reference
 from disttempnet.training.signals import LONGEST_WAIT, StopSignal
 
 MEMORY = (
@@ -106,6 +107,7 @@ class Trainer:
         objective = build_objective(config, 1, self.towers.embed_dim, bounds=False)
         refuse_if_nothing_is_trained(config, module, objective)
         refuse_if_no_normaliser(config, objective)
+        refuse_reference(config, objective)
 
         # Open the data: the source with its N samples, the epoch plan, the loader of this rank, the validation task.
         self.data = open_training_data(
@@ -157,6 +159,12 @@ class Trainer:
                 plain = FeatureEncoder(self.towers, device, config.eval.batch)
                 self.cache.prepare(load_tasks(self.tasks, data_root), plain)
             encoder = CachedEncoder(self.towers, trunks, self._autocast())
+
+        # Load the reference model, if the objective is steered by one.
+        self.reference: Reference | None = None
+        if config.reference.model:
+            with run_folder.claimed(self.folder):
+                self.reference = open_reference(config, self.data, self.towers, device, self._autocast())
 
         # Wrap towers and objective into the model whose gradient a step takes, at once or in chunks.
         if config.train.compile:
@@ -321,7 +329,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
 
         # Forward and backward; the gradient norm is the towers', or the objective's where nothing of them is trained.
-        output = self.gradients(batch.images, batch.tokens, batch.ids)
+        output = self.gradients(batch.images, batch.tokens, batch.ids, self._referred(batch))
         limit = self.config.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self._clipped, limit) if self._clipped else output.total.new_zeros(())
         self._norm = fsdp.full_tensor(norm)
@@ -334,6 +342,12 @@ class Trainer:
         self._finite.note(self.step, output, self._norm, batch.ids)
         self._metrics, self.lr = output.metrics, rates[0]
         return output
+
+    def _referred(self, batch: Batch, epoch: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return the reference's embeddings [b, R] of a batch of an epoch, by default the current one."""
+        if self.reference is None:
+            return None
+        return self.reference(batch, self.step // self.steps_per_epoch if epoch is None else epoch)
 
     def _measure_normalisers(self, epoch: int) -> dict[str, float]:
         """Return the errors of the objective's normalisers over the first batches of an epoch; empty if not wanted.
@@ -349,9 +363,9 @@ class Trainer:
         with evaluation_mode(self.gradients.model):
             for batch in islice(self.data.loader_from(epoch), steps):
                 batch = batch.to(self.device)
-                features = Features.of(*self.gradients.model.encoder(batch.images, batch.tokens))
-                image, text, ids = map(distributed.all_gather, (features.image, features.text, batch.ids))
-                batches.append((Features.unit(image, text), ids))
+                image, text = self.gradients.model.encoder(batch.images, batch.tokens)
+                features = Features.of(image, text, self._referred(batch, epoch))
+                batches.append((features.gathered(), distributed.all_gather(batch.ids)))
             return normaliser_errors(self.loss, batches)
 
     def _log(
