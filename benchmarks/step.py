@@ -174,9 +174,10 @@ def communication(
     Every objective gathers what each rank is at: rows, epoch, whether it has been compared (three float64).
     The family: features of both sides, ids (8 bytes), five float32 a sample (s_ii, τ and ℓ of both sides), seven where
     τ is learned (and m). Reduced: the state's rows of the global batch, 2 numbers a column and sample; the gradients.
+    Of the family, DRRho gathers features of a reference too, of width D here; NeuCLIP gathers two float32 an anchor and
+    pass over its prototypes, and sums these and AdaGrad's sums.
     The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
-    three rows of D and two D × D matrices; DRRho gathers features of a reference too, of width D here; onlineCLR gathers ids and two float32 with the features. NeuCLIP gathers two
-    float32 an anchor and pass over its prototypes, and sums these and AdaGrad's sums.
+    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features.
     """
     features = 2 * width * item * (2 if name.startswith("drrho") else 1)
     family = features + 8 + 4 * (5 if OBJECTIVES[name].temperature == "constant" else 7)

@@ -132,7 +132,7 @@ def test_a_live_reference_needs_the_inputs_of_the_towers(teacher: Path, tmp_path
     with pytest.raises(UserError, match=r"takes images of 64 pixels, the batches have 32: set reference.cached"):
         _refuse_other_inputs(other, run.towers)
     shorter = replace(run.towers, tokenizer=lambda texts: run.towers.tokenizer(texts)[:, :8])
-    with pytest.raises(UserError, match="has another tokenizer than model.name"):
+    with pytest.raises(UserError, match=r"has another tokenizer than model\.name"):
         _refuse_other_inputs(shorter, run.towers)
 
 

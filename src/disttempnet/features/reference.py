@@ -19,7 +19,7 @@ from disttempnet.features.store import FeatureStore, store_in
 from disttempnet.models import Towers
 from disttempnet.models.trunk import TOWER_SIDES, trunk_of
 
-ELSEWHERE = "name another folder with reference.cache_folder"
+REFERENCE_ELSEWHERE = "name another folder with reference.cache_folder"
 
 
 class ReferenceStores(NamedTuple):
@@ -58,11 +58,11 @@ def reference_stores(
     transform = train_transform("evaluation", towers.image_size, False, towers.resizing)
     passes = [
         Pass(
-            store_in(parent, facts[side], len(source), width_of(trunk, how), "float32", ELSEWHERE),
+            store_in(parent, facts[side], len(source), width_of(trunk, how), "float32", REFERENCE_ELSEWHERE),
             trunk,
             transform if side == "image" else None,
         )
         for side, trunk in trunks.items()
     ]
-    build(passes, how, ELSEWHERE)
+    build(passes, how, REFERENCE_ELSEWHERE)
     return ReferenceStores(passes[0].store, passes[1].store)

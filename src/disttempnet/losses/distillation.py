@@ -1,4 +1,4 @@
-"""Distillation from a reference model: its softmax over the batch as the target of ours (as in DRRho-CLIP's code).
+"""Distillation from a reference model: its softmax over the batch as a target (as in DRRho-CLIP's code).
 
     D = c · mean_i Σ_sides −Σ_j T_ij log softmax_j(s_ij / τ_i),    T_ij = softmax_j(s^ref_ij / .01),    c = ½
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients
 from disttempnet.losses.contrast.pairs import EXCLUDED, Anchors, BatchPairs
+from disttempnet.losses.objective import SIDE_WEIGHT
 
-C = 0.5
 REFERENCE_TAU = 0.01
 
 
@@ -76,8 +76,8 @@ def distill(pairs: BatchPairs, reference: BatchPairs, tau: Tensor) -> Distilled:
     # cross-entropies and derivatives with respect to τ of this rank's anchors [2, b]
     entropy = ours.log_mean + math.log(size) + ours.positive / own - agreement
     slope = (agreement - ours.moment - ours.positive / own) / own
-    value = C * distributed.all_mean([entropy.sum(0).mean()])[0]
-    scale = C / b
+    value = SIDE_WEIGHT * distributed.all_mean([entropy.sum(0).mean()])[0]
+    scale = SIDE_WEIGHT / b
     return Distilled(
         value,
         scale * (image - by_image[0] - by_text[0]),

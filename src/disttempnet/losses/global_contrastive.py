@@ -40,6 +40,7 @@ from disttempnet.losses.distillation import Distilled, distill
 from disttempnet.losses.drift import Drift, Numbers
 from disttempnet.losses.normaliser.prototypes import PrototypeNormaliser
 from disttempnet.losses.objective import (
+    SIDE_WEIGHT,
     Features,
     IdsLike,
     LossOutput,
@@ -57,8 +58,6 @@ from disttempnet.losses.own_parameters import refuse_second_gradient, with_own_g
 from disttempnet.losses.sample_state import NEVER, SampleState, log_mean_over_equal_ids, log_moving_average
 from disttempnet.losses.schedule import Gamma, NoMemory
 from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature
-
-C = 0.5  # weight of a side: image and text anchors are averaged
 
 TauGradient = Literal["fcco", "batch"]
 TAU_GRADIENTS: tuple[str, ...] = ("fcco", "batch")
@@ -313,7 +312,7 @@ class GlobalContrastiveLoss(Objective):
         excess = self._excess(log_g, log_v)
         weight = tau if self.robust else torch.ones_like(tau)
         h = self._tau_gradient(rho, tau, log_v, log_g, moment, excess, has_negatives) if learns else None
-        value = C * torch.where(has_negatives, weight * (log_v + excess + rho), 0.0).sum(0).mean()
+        value = SIDE_WEIGHT * torch.where(has_negatives, weight * (log_v + excess + rho), 0.0).sum(0).mean()
         if self.gamma is None:
             value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
         elif isinstance(self.gamma, NoMemory) and self.predicted is None:  # so does its decoupled form
@@ -349,7 +348,7 @@ class GlobalContrastiveLoss(Objective):
 
         # gradient of τ: parameters through the graph of tau1, tau2; per-sample τ in its table
         if h is not None and (tau1.requires_grad or tau2.requires_grad):
-            term = C / b * (h[0, pairs.local] @ tau1 + h[1, pairs.local] @ tau2)
+            term = SIDE_WEIGHT / b * (h[0, pairs.local] @ tau1 + h[1, pairs.local] @ tau2)
             total = with_own_gradient(total, term, self)
         if self.training:
             if h is not None:
@@ -613,6 +612,6 @@ class _WithFeatureGradient(torch.autograd.Function):
             )
             image_anchors, text_anchors = Anchors(slope[0], offset[0]), Anchors(slope[1], offset[1])
             image_gradient, text_gradient = feature_gradients(pairs, image_anchors, text_anchors, r, similarities)
-            scale = upstream * (C / len(image))
+            scale = upstream * (SIDE_WEIGHT / len(image))
             image_gradient, text_gradient = image_gradient.mul_(scale), text_gradient.mul_(scale)
         return None, image_gradient.to(image.dtype), text_gradient.to(text.dtype), *(None for _ in range(5))

@@ -19,6 +19,7 @@ from disttempnet.errors import notice
 from disttempnet.losses.own_parameters import Learner, refuse_second_gradient
 from disttempnet.losses.sample_state import SampleState
 
+SIDE_WEIGHT = 0.5  # c: image and text anchors are averaged
 IdsLike = Tensor | np.ndarray | Sequence[int]  # integers of any width, on any device
 INTEGER_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,

@@ -21,8 +21,8 @@ from disttempnet.models.trunk import tokenizer_digest
 from disttempnet.training.model import autocast_to
 from disttempnet.training.run_folder import weights_folder
 
-Pair = tuple[Tensor, Tensor]  # image and text embeddings [b, R]
-Reference = Callable[[Batch, int], Pair]  # of this rank's rows, in an epoch
+Embedded = tuple[Tensor, Tensor]  # image and text embeddings [b, R]
+Reference = Callable[[Batch, int], Embedded]  # of this rank's rows, in an epoch
 
 
 def refuse_reference(config: Config, loss: Objective) -> None:
@@ -84,7 +84,7 @@ def _refuse_other_inputs(reference: Towers, towers: Towers) -> None:
 
 
 @torch.no_grad()
-def _embed(reference: Towers, chunks: int, autocast: torch.dtype | None, batch: Batch, epoch: int) -> Pair:
+def _embed(reference: Towers, chunks: int, autocast: torch.dtype | None, batch: Batch, epoch: int) -> Embedded:
     """Embed a batch as it is augmented, in as many chunks as the towers do."""
     tokens = batch.tokens
     whole = getattr(reference.tokenizer, "context_length", None)
@@ -97,7 +97,7 @@ def _embed(reference: Towers, chunks: int, autocast: torch.dtype | None, batch: 
     return torch.cat(images), torch.cat(texts)
 
 
-def _read(stores: ReferenceStores, seed: int, batch: Batch, epoch: int) -> Pair:
+def _read(stores: ReferenceStores, seed: int, batch: Batch, epoch: int) -> Embedded:
     """Read the embeddings of a batch's images, and of the captions that the epoch reads."""
     ids = batch.ids.cpu().numpy()
     for store in stores:
