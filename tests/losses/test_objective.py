@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 
 import numpy as np
 import pytest
@@ -303,6 +304,6 @@ def test_ranks_that_train_on_the_same_samples_are_told_so_once(gloo, what: str) 
 def test_data_parallel_is_refused() -> None:
     """As torch replicates a module where there are several GPUs."""
     whole = torch.nn.ModuleDict({"loss": make(EVERY["clip"])})
+    parts = list(whole.modules())
     with pytest.raises(RuntimeError, match="start one process a GPU"):
-        for module in whole.modules():
-            module._replicate_for_data_parallel()
+        deque((part._replicate_for_data_parallel() for part in parts), maxlen=0)
