@@ -74,14 +74,81 @@ WITH_TWIN = ("cc12m_vitb32_v1", "dfn12m_vitb32_v1", "cc3m_rn50_distilbert")
 CORRECTED = {"rho": 2.9, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 1e-4}
 
 
+# github.com/Optimization-AI: fast_clip (README.md, training/params.py), SCENT (contrastive/README.md), DRRho-CLIP
+# (README.md); arXiv 2407.01445 for CC12M and LAION-400M.
+RESNET = {"model.name": "RN50", "optim.beta2": 0.999, "optim.eps": 1e-8}
+TRANSFORMER = {"optim.beta2": 0.98, "optim.eps": 1e-6}
+CC3M = {
+    **RESNET,
+    "data.global_batch": 1024,
+    "data.transform": "open_clip",
+    "train.epochs": 37,
+    "train.seed": 2024,
+    "optim.lr": 1e-3,
+    "optim.lr_end": 0.0,
+    "optim.weight_decay": 0.1,
+    "optim.warmup_steps": 10_000,
+    "optim.grad_clip": 0.0,
+    "loss.gamma_min": 0.2,
+    "loss.gamma_decay_epochs": 18.0,
+    "eval.tasks": (),
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "cc3m_rn50_fastclip_v0": {**CC3M, "loss.name": "fastclip-v0", "loss.temperature": 0.07, "loss.tau_lr": 0.0},
+    "cc3m_rn50_fastclip_v1": {**CC3M, "loss.name": "fastclip-v1", "loss.temperature": 0.07},
+    "cc3m_rn50_fastclip_v2": {
+        **CC3M, "loss.name": "fastclip-v2", "loss.temperature": 0.03, "loss.tau_lr": 0.0133, "loss.rho": 7.0,
+    },
+    "cc3m_rn50_fastclip_v3": {
+        **CC3M, "loss.name": "fastclip-v3", "loss.temperature": 0.07, "loss.tau_lr": 2e-4, "loss.rho": 6.5,
+        "loss.tau_threshold": 0.03,
+    },
+    "cc12m_vitb32_fastclip_v3": {
+        **TRANSFORMER, "model.name": "ViT-B-32", "data.global_batch": 2048, "train.epochs": 33, "optim.lr": 4e-4,
+        "loss.name": "fastclip-v3", "loss.tau_lr": 1e-4, "loss.rho": 8.5, "loss.gamma_min": 0.2,
+        "loss.gamma_decay_epochs": 16.0,
+    },
+    "laion400m_vitb16_fastclip_v3": {
+        **TRANSFORMER, "model.name": "ViT-B-16", "data.global_batch": 5120, "optim.lr": 2e-4, "optim.lr_end": 4e-5,
+        "loss.name": "fastclip-v3", "loss.tau_lr": 5e-5, "loss.rho": 16.0, "loss.gamma_min": 0.8,
+        "loss.gamma_decay_epochs": 10.0,
+    },
+    "dfn14m_vitb32_scent": {
+        **TRANSFORMER, "model.name": "ViT-B-32", "data.global_batch": 4096, "train.epochs": 24, "train.seed": 2026,
+        "optim.lr": 5e-4, "optim.weight_decay": 0.2, "optim.warmup_steps": 500, "loss.name": "scent",
+        "loss.scent_log_a": 10.0, "loss.rho": 11.0, "loss.tau_lr": 6.25e-5, "loss.eps": 1e-6,
+    },
+    "dfn192m_vitb16_drrho": {
+        **TRANSFORMER, "model.name": "ViT-B-16", "data.global_batch": 5120, "train.epochs": 7, "train.seed": 2025,
+        "optim.lr": 3.125e-4, "optim.weight_decay": 0.2, "optim.warmup_steps": 500, "loss.name": "drrho",
+        "loss.temperature": 0.01, "loss.gamma_min": 1.0, "loss.eps": 1e-4, "loss.distillation": 0.0,
+        "reference.pretrained": "openai", "reference.cached": False,
+    },
+}  # fmt: skip
+
+
 def table(name: str) -> dict[str, Any]:
     return flat(resolved(load_config(CONFIG_FOLDER / f"{name}.toml")).model_dump())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS])
 def test_the_numbers_are_the_published_ones(name: str) -> None:
-    found = table(name)
-    assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+    found, expected = table(name), {**PUBLISHED, **OTHERS}[name]
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_those_of_other_papers_train(name: str, tmp_path: Path) -> None:
+    """A step with small towers, on shards as theirs; the reference is a run."""
+    overrides = [*small("cc12m", tmp_path), "data.lanes=8", "train.stop_after_steps=1"]
+    if "drrho" in name:
+        teacher = [*overrides, f"out={json.dumps(str(tmp_path / 'teacher'))}", "name=one"]
+        go("cc12m_vitb32_fastclip_v3", teacher)
+        weights = json.dumps(str(tmp_path / "teacher" / "one"))
+        overrides += ["reference.model=demo-vit-32", f"reference.pretrained={weights}"]
+    go(name, [*overrides, f"out={json.dumps(str(tmp_path / 'runs'))}"])
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["step"] for line in metrics(run)] == [1]
 
 
 def test_cc3m_is_read_as_the_published_code_lays_it_out() -> None:
@@ -101,10 +168,10 @@ def test_a_corrected_twin_differs_in_its_temperature_only(name: str) -> None:
     }, "our defaults"
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *(f"{name}_corrected" for name in WITH_TWIN)])
+@pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS, *(f"{name}_corrected" for name in WITH_TWIN)])
 def test_every_objective_builds(name: str) -> None:
     config = load_config(CONFIG_FOLDER / f"{name}.toml")
-    assert build_objective(config, 10, 16).temperatures(torch.eye(2, 16), torch.eye(2, 16)) is not None
+    assert build_objective(config, 10, 16).temperatures(torch.eye(2, 16), torch.eye(2, 16), torch.arange(2)) is not None
 
 
 def write_tars(folder: Path, names: list[str], size: int = 40) -> None:
