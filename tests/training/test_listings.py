@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER, Config, SourceConfig, load_config
 from disttempnet.data import open_source
+from disttempnet.data.held_out import HeldOut
 from disttempnet.errors import UserError
 from disttempnet.temperature.command import TemperatureSource, write_temperatures
 from disttempnet.training.run_folder import list_checkpoints
@@ -172,3 +174,26 @@ def test_another_listing_does_not_fit_the_run(cc3m: Path, straight: Path, tmp_pa
     finally:
         listing.write_bytes(before)
         index.write_bytes(kept)
+
+
+def test_the_shipped_config_for_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of images and captions is enough: augmentation, evaluation and search know nothing of emoji."""
+    monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    emoji = open_source((SourceConfig(path="embedded:emoji/train"),), progress=False)
+    photos = tmp_path / "photos" / "summer"
+    photos.mkdir(parents=True)
+    for n in range(40):
+        (photos / f"{n:02d}.jpg").write_bytes(emoji.image_bytes(n))
+        (photos / f"{n:02d}.txt").write_text(emoji.captions(n)[0], encoding="utf-8")
+    assert main(["train", "own", "data.train=photos"]) == 2, "more than the images of a folder"
+    shorter = ["data.global_batch=16", "train.epochs=1", "data.workers=0"]
+    assert main(["train", "own", "data.train=photos", *shorter]) == 0
+    run = tmp_path / "runs" / "own"
+    config = load_config(run / "config.toml")
+    assert (config.data.transform, config.eval.tasks, config.data.validation) == ("tempnet", (), 0.1)
+    held_out = HeldOut(open_source(config.data.sources, progress=False), 0.1)
+    rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [set(row["results"]) for row in rows] == [{"validation"}]
+    assert 0 < 40 - len(held_out.usable) < 12
+    assert main(["search", "runs/own", "photos", "a face", "--top", "3", "--workers", "0"]) == 0
