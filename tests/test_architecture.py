@@ -152,7 +152,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"own_parameters", "schedule"},
         {"sample_state"},
         {"contrast", "drift", "objective"},
-        {"distillation", "normaliser", "temperature"},
+        {"distillation", "normaliser", "popularity", "temperature"},
         {"global_contrastive"},
         {"normaliser_error"},
         {"minibatch"},

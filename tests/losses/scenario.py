@@ -45,6 +45,8 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "normaliser_restart": 3,
     "scent_log_a": 2.0,
     "margin": 0.6,
+    "zeta_lr": 0.02,
+    "zeta_start_epoch": 1,
 }
 EVERY = {
     name: {"name": name, **{key: value for key, value in SMALL.items() if key in row.arguments}}

@@ -19,7 +19,7 @@ MODULES = sorted(
 WITH_EXAMPLE = {  # what users build, and what they build it from
     "build_loss", "gather_state", "Features", "SampleState", "GlobalContrastiveLoss", "SigLipLoss", "CyClipLoss",
     "VicRegLoss", "OnlineClrLoss", "ConstantTemperature", "LearnableTemperature", "PerSampleTemperature",
-    "NetworkTemperature", "PrototypeNormaliser", "ConstantGamma", "CosineGamma", "ScentGamma",
+    "NetworkTemperature", "PrototypeNormaliser", "Popularity", "ConstantGamma", "CosineGamma", "ScentGamma",
     "Learner.parameter_groups",
 }  # fmt: skip
 

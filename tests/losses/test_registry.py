@@ -34,6 +34,7 @@ NAMES = (
     "fastclip-v3-constant-gamma",
     "isogclr",
     "neuclip",
+    "nuclr",
     "onlineclr",
     "scent",
     "siglip",
@@ -145,6 +146,11 @@ PUBLISHED = {  # temperature, γ, values
     "tuneclip": (CONSTANT, "constant", {"margin": 0.1}),
     "drrho": (CONSTANT, "cosine", {"temperature": 0.01, "distillation": 0}),
     "drrho-learnable": (ONE, "cosine", {"distillation": 0, "rho": 6.5, "tau_lr": 2e-4, "tau_threshold": 0.03}),
+    "nuclr": (
+        CONSTANT,
+        "constant",
+        {"temperature": 0.01, "gamma": 0.8, "zeta": -0.05, "zeta_lr": 5e-6, "zeta_theta": 0.9, "zeta_start_epoch": 5},
+    ),
     "siglip": (ONE, "–", {"temperature": 0.1, "bias": -10}),
     "cyclip": (ONE, "–", {"in_modal": 0.25, "cross_modal": 0.25, "temperature": 0.07, "tau_min": 0.01, "tau_max": 1}),
     "vicreg": ("–", "–", {"invariance": 25, "variance": 25, "covariance": 1}),
@@ -153,7 +159,7 @@ PUBLISHED = {  # temperature, γ, values
 
 
 # two sides × 4 bytes × columns: log u; τ and its momentum, or τ, two moments and the visits
-BYTES_A_SAMPLE = {"isogclr": 24, "fastclip-v2": 40, "clip-per-sample": 32}
+BYTES_A_SAMPLE = {"nuclr": 24, "isogclr": 24, "fastclip-v2": 40, "clip-per-sample": 32}
 
 
 @pytest.mark.parametrize("name", NAMES)

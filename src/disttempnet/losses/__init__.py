@@ -5,6 +5,7 @@
     global_contrastive.py   the estimator and its exact surrogate: CLIP, SogCLR … DistTempNet-v1
     sample_state.py         tables of log u, τ … of every sample, sharded over the ranks
     distillation.py         cross-entropy with a reference model
+    popularity.py           a learned offset of every sample as a negative
     drift.py                how far the normalisers have moved since a visit
     schedule.py             the inner learning rate γ
     contrast/               statistics and gradients of all pairs

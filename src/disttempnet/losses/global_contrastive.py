@@ -13,7 +13,7 @@ With ε > 0, log (ε + E_j …) stands in place of log E_j … (FastCLIP, arXiv 
 Without γ nothing is tracked and E_j is over the batch, the pair itself included: cross-entropy, CLIP. With γ = 1 and
 no table (`NoMemory`) the pair itself is left out: the decoupled contrastive loss, arXiv 2110.06848. With a margin m,
 [d_ij + m]₊² stands in place of d_ij: TuneCLIP, arXiv 2601.09859. With a reference model d_ij − d^ref_ij does:
-DRRho-CLIP, arXiv 2505.06699.
+DRRho-CLIP, arXiv 2505.06699. With a learned popularity of negatives d_ij − ζ_j does: NUCLR, arXiv 2410.09156.
 
 Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from disttempnet import distributed
 from disttempnet.errors import UserNotice
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients, use_kernel
-from disttempnet.losses.contrast.pairs import Anchors, BatchPairs, rounded
+from disttempnet.losses.contrast.pairs import EXCLUDED, Anchors, BatchPairs, rounded
 from disttempnet.losses.distillation import Distilled, distill
 from disttempnet.losses.drift import Drift, Numbers
 from disttempnet.losses.normaliser.prototypes import PrototypeNormaliser
@@ -55,6 +55,7 @@ from disttempnet.losses.objective import (
     with_gradient,
 )
 from disttempnet.losses.own_parameters import refuse_second_gradient, with_own_gradient
+from disttempnet.losses.popularity import Popularity
 from disttempnet.losses.sample_state import NEVER, SampleState, log_mean_over_equal_ids, log_moving_average
 from disttempnet.losses.schedule import Gamma, NoMemory
 from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature
@@ -68,7 +69,7 @@ class FeatureGradientInputs(NamedTuple):
 
     Attributes:
         all_image, all_text: what is compared, of all ranks [B, D + R]: features, and behind them those of a
-            reference; None where these are the local features.
+            reference, or popularities; None where these are the local features.
         ids: int64 [B]; None where every column counts.
         anchors: weights of image and text anchors [2, B].
         positive_weight: r, weight of the positive pair [b].
@@ -112,6 +113,7 @@ class GlobalContrastiveLoss(Objective):
             weight. None: the linear form.
         referenced: take d_ij − d^ref_ij in place of d_ij, with the features of a reference model (`Features.of`), which
             have no gradient.
+        popularity: ζ of every sample, subtracted where it is a negative; with a constant τ.
         distillation: weight of the cross-entropy with the reference's softmax over the batch (losses/distillation.py).
         drift: share of the running mean M of log g that a step replaces; u of a sample visited long ago is shifted by
             what M has moved since. 0 = u stays as it was at the visit.
@@ -168,6 +170,7 @@ class GlobalContrastiveLoss(Objective):
         margin: float | None = None,
         referenced: bool = False,
         distillation: float = 0.0,
+        popularity: Popularity | None = None,
     ) -> None:
         super().__init__()
         if tau_gradient not in TAU_GRADIENTS:
@@ -185,6 +188,7 @@ class GlobalContrastiveLoss(Objective):
             raise ValueError(f"margin must not be negative, and needs a γ: got {margin} and {gamma}")
         self.eps, self.margin = eps, margin
         self.referenced, self.distillation = referenced, distillation
+        self.popularity = popularity
         self.drift = Drift(drift) if drift else None
         self.state = None
         if gamma is not None and not isinstance(gamma, NoMemory):
@@ -272,6 +276,12 @@ class GlobalContrastiveLoss(Objective):
         own = [side.to(dtype) for side in sent]
         all_ids = distributed.all_gather(ids)
         width = image.shape[1]
+        zeta: Tensor | None = None
+        if self.popularity is not None:
+            zeta = self.popularity.read(all_ids, dtype, self.training)
+            compared = list(_with_popularity(compared, zeta))
+            first_row = distributed.rank() * b
+            own = [side[first_row : first_row + b] for side in compared]
         all_image, all_text = (side[:, :width] for side in compared)
         x, y = (side[:, :width] for side in own)
         rho = self.rho if self.robust and learns else 0.0
@@ -287,9 +297,10 @@ class GlobalContrastiveLoss(Objective):
         counted_ids = all_ids if self.gamma is not None else None
         pairs, negatives = BatchPairs.of((own[0], own[1]), (compared[0], compared[1]), counted_ids, kernel, self.margin)
         positive = (own[0] * own[1]).sum(1)
+        exponent_zero = positive if zeta is None else positive + zeta.flip(0)[:, pairs.local]
         keep = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
         sides, similarities = anchor_statistics(
-            pairs, positive, local_tau, negatives[pairs.local], moments=learns, keep=keep
+            pairs, exponent_zero, local_tau, negatives[pairs.local], moments=learns, keep=keep
         )
 
         # the same of all anchors: s_ii [B]; τ, ℓ and, where τ is learned, m, each [2, B]
@@ -301,6 +312,7 @@ class GlobalContrastiveLoss(Objective):
 
         # normalisers log u and log (ε + u), weights ω and the gradient h of τ [2, B]; the value, 0-d
         has_negatives = negatives > 0
+        log_eps = None if self.popularity is None or zeta is None else self.popularity.log_eps(zeta, tau)
         gamma: Tensor | None = None
         if self.predicted is not None and self.training:
             log_v = log_u = self.predicted(
@@ -308,11 +320,13 @@ class GlobalContrastiveLoss(Objective):
             )
         else:
             log_u, gamma = self._track(all_ids, log_g, pairs.distinct)
-            log_v = self.with_eps(log_u)
+            log_v = self.with_eps(log_u) if log_eps is None else torch.logaddexp(log_u, log_eps)
         excess = self._excess(log_g, log_v)
         weight = tau if self.robust else torch.ones_like(tau)
         h = self._tau_gradient(rho, tau, log_v, log_g, moment, excess, has_negatives) if learns else None
         value = SIDE_WEIGHT * torch.where(has_negatives, weight * (log_v + excess + rho), 0.0).sum(0).mean()
+        if zeta is not None:
+            value = value + SIDE_WEIGHT * torch.where(has_negatives, zeta, 0.0).sum(0).mean()
         if self.gamma is None:
             value = value + math.log(len(all_ids))  # cross-entropy sums over the batch
         elif isinstance(self.gamma, NoMemory) and self.predicted is None:  # so does its decoupled form
@@ -325,9 +339,11 @@ class GlobalContrastiveLoss(Objective):
         if self.margin is not None:
             r = r * torch.stack([side.mean_pull for side in sides if side.mean_pull is not None])
         shift = all_positive if self.margin is None else torch.zeros_like(all_positive)
+        shift = shift if zeta is None else shift + zeta.flip(0)
+        wide = compared[0].shape[1] > width
         inputs = FeatureGradientInputs(
-            all_image=None if pairs.single_rank and not self.referenced else compared[0],
-            all_text=None if pairs.single_rank and not self.referenced else compared[1],
+            all_image=None if pairs.single_rank and not wide else compared[0],
+            all_text=None if pairs.single_rank and not wide else compared[1],
             ids=pairs.ids,
             anchors=Anchors.of(tau, shift, log_v - share.log(), negatives),
             positive_weight=r.sum(0),
@@ -354,10 +370,16 @@ class GlobalContrastiveLoss(Objective):
             if h is not None:
                 self.temperature.learn(all_ids, h, has_negatives, self.still)
                 self.temperature.observe(log_g, moment, has_negatives, self.epoch)
+            if self.popularity is not None and zeta is not None and not self.still:
+                popular = _popular(pairs, Anchors.of(tau, shift, log_v, torch.ones_like(negatives)))
+                itself = (-zeta.flip(0) / tau - log_v).exp().flip(0)
+                self.popularity.learn(all_ids, (popular + itself) / len(all_ids), has_negatives, self.epoch)
             self.step += 1
         metrics = self._metrics(value, tau, log_u, gamma, excess, h)
         if distilled is not None:
             metrics["distillation"] = distilled.value
+        if zeta is not None:
+            metrics["zeta/image_mean"], metrics["zeta/text_mean"] = zeta.mean(1)
         return LossOutput(total, metrics)
 
     def compared(self, features: Features) -> tuple[Tensor, Tensor]:
@@ -563,6 +585,25 @@ class GlobalContrastiveLoss(Objective):
             step, self.epoch, *moved = as_numbers(state, "step", "epoch", later=Numbers()._asdict())
             self.drift.numbers = Numbers(*moved)
         self.step = round(step)
+
+
+def _with_popularity(compared: Sequence[Tensor], zeta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images and texts of all ranks [B, D + 2] whose products are s_ij − ζ_i − ζ_j, of image i and text j."""
+    image, text = compared
+    one = torch.ones_like(zeta[0])
+    return torch.cat([image, torch.stack([one, -zeta[0]], 1)], 1), torch.cat([text, torch.stack([-zeta[1], one], 1)], 1)
+
+
+def _popular(pairs: BatchPairs, anchors: Anchors) -> Tensor:
+    """Return the weights of images and texts as negatives, summed over all anchors of the other side [2, B]."""
+    ones = torch.ones_like(pairs.all_image[:, :1])
+    summed = pairs._replace(pulled=(ones, ones), kernel=False)
+    nothing = torch.zeros_like(pairs.image[:, 0])
+    silent = Anchors(torch.zeros_like(anchors.slope[0]), torch.full_like(anchors.offset[0], EXCLUDED))
+    first, second = (Anchors(anchors.slope[side], anchors.offset[side]) for side in (0, 1))
+    of_text = feature_gradients(summed, first, silent, nothing, [])[1]  # image anchors' columns
+    of_image = feature_gradients(summed, silent, second, nothing, [])[0]
+    return distributed.all_gather(torch.cat([of_image, of_text], dim=1)).T
 
 
 class _WithFeatureGradient(torch.autograd.Function):

@@ -23,7 +23,7 @@ GlobalBatch = tuple[Features, Tensor]  # of all ranks: features [B, D] and ids [
 
 def has_normalisers(loss: Objective) -> bool:
     """Return True for objectives whose normaliser leaves the pair out, as the exact one does."""
-    return isinstance(loss, GlobalContrastiveLoss) and loss.gamma is not None
+    return isinstance(loss, GlobalContrastiveLoss) and loss.gamma is not None and loss.popularity is None
 
 
 @torch.no_grad()

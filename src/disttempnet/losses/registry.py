@@ -24,6 +24,7 @@ from disttempnet.losses.minibatch.siglip import SigLipLoss
 from disttempnet.losses.minibatch.vicreg import VicRegLoss
 from disttempnet.losses.normaliser.prototypes import PrototypeNormaliser
 from disttempnet.losses.objective import Objective, ObjectiveContext
+from disttempnet.losses.popularity import Popularity
 from disttempnet.losses.sample_state import SampleState
 from disttempnet.losses.schedule import ConstantGamma, CosineGamma, Gamma, NoMemory, ScentGamma
 from disttempnet.losses.temperature.network import NetworkTemperature
@@ -80,6 +81,7 @@ def _family(
     predicted: type[PrototypeNormaliser] | None = None,
     hinge: bool = False,
     referenced: bool = False,
+    popularity: bool = False,
     robust: bool = True,
     note: str = "",
     **defaults: Any,
@@ -87,7 +89,7 @@ def _family(
     """Build a row of the family: the estimator × a temperature × a schedule of γ. `defaults` are published values.
 
     `predicted` predicts the normaliser, in place of a table that follows γ. `hinge`: [d + m]₊² stands for d.
-    `referenced`: d − d^ref does.
+    `referenced`: d − d^ref does. `popularity`: d_ij − ζ_j does.
     """
     # arguments of the parts, and their defaults
     of_temperature, of_gamma = _own(temperature), _own(gamma) if gamma else {}
@@ -96,6 +98,7 @@ def _family(
     if not robust:
         of_temperature.pop("rho", None)  # there is no ρ; the network `dist` divides by its own default
         of_temperature.pop("tau_start", None)  # cross-entropy's τ rises while all similarities are alike
+    of_popularity = _own(Popularity) if popularity else {}
     of_loss = []
     if temperature.learns and robust:
         of_loss.append("rho")
@@ -104,13 +107,20 @@ def _family(
     if predicted:
         of_loss.append("eps")
     elif gamma not in (None, NoMemory):
-        of_loss += ["eps", "drift"]
+        of_loss += ["drift"] if popularity else ["eps", "drift"]
     if hinge:
         of_loss.append("margin")
     if referenced:
         of_loss.append("distillation")
     own = _own(GlobalContrastiveLoss)
-    arguments = {**{name: own[name] for name in of_loss}, **of_gamma, **of_scent, **of_predicted, **of_temperature}
+    arguments = {
+        **{name: own[name] for name in of_loss},
+        **of_gamma,
+        **of_scent,
+        **of_predicted,
+        **of_temperature,
+        **of_popularity,
+    }
     assert defaults.keys() <= arguments.keys()
     arguments |= defaults
 
@@ -122,6 +132,7 @@ def _family(
             predicted=_part(predicted, given, context) if predicted else None,
             robust=robust,
             referenced=referenced,
+            popularity=_part(Popularity, given, context) if popularity else None,
             **{name: given[name] for name in of_loss},
         )
 
@@ -135,6 +146,8 @@ def _family(
         expectation = expectation.replace("d_ij", "[d_ij + m]₊²")
     if referenced:
         expectation = expectation.replace("d_ij", "(d_ij − d^ref_ij)")
+    if popularity:
+        expectation = expectation.replace("E_j exp(d_ij/τ)", "(ε_i + E_j exp((d_ij − ζ_j)/τ))") + " + ζ_i"
     if robust:
         expectation = f"τ ({expectation} + ρ)" if temperature.learns else f"τ {expectation}"
     kinds = {None: "–", NoMemory: "1", ConstantGamma: "constant", CosineGamma: "cosine", ScentGamma: "per sample"}
@@ -218,6 +231,9 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         referenced=True, gamma_min=0.33, gamma_decay_epochs=33.0, **_V3,
         note="as drrho; ρ and the rate of τ are FastCLIP-v3's",
     ),
+    "nuclr": _family(
+        "NUCLR", ConstantTemperature, ConstantGamma, "arXiv 2410.09156", popularity=True, temperature=0.01,
+    ),
     "neuclip": _family(
         "NeuCLIP", LearnableTemperature, NoMemory, "arXiv 2511.08417", predicted=PrototypeNormaliser, **_V3,
         note="log E_j exp(d_ij/τ) is predicted by prototypes; their rate is not published, nor ε and ρ: those here are "
@@ -262,6 +278,10 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "tau_gradient_limit": Range(0, 10**6),
     "eps": Range(0, 1),
     "margin": Range(0, 2),
+    "zeta": Range(-10, 10),
+    "zeta_lr": _RATE,
+    "zeta_theta": _SHARE,
+    "zeta_start_epoch": integers(0, 10**6),
     "distillation": _WEIGHT,
     "drift": Range(0, 1),
     "dropout": Range(0, 1, below=True),

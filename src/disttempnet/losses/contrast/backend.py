@@ -61,7 +61,8 @@ def anchor_statistics(
     """Return statistics of this rank's image and text anchors, and similarities for `feature_gradients` to reuse.
 
     Args:
-        positive, negatives: s_ii and n_i [b].
+        positive: s_ii [b], or [2, b] where it differs between image and text anchors.
+        negatives: n_i [b].
         taus: [2, b], of image and text anchors; [1, b] where only image anchors are wanted.
         moments: whether m is wanted.
         keep: whether a gradient will be computed.
@@ -72,7 +73,9 @@ def anchor_statistics(
         return blocks.block_statistics(pairs, positive, taus, negatives, moments=moments, keep=keep)
     from disttempnet.losses.contrast import triton
 
-    sides = [blocks.RunningStatistics(tau, moments, positive) for tau in taus]
+    sides = [
+        blocks.RunningStatistics(tau, moments, own) for tau, own in zip(taus, positive.expand_as(taus), strict=True)
+    ]
     features = (pairs.image, pairs.all_text), (pairs.text, pairs.all_image)
     for side, (rows, columns) in zip(sides, features, strict=False):
         side.largest, side.total, side.moment = triton.row_statistics(rows, columns, side.slope, pairs)

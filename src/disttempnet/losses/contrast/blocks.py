@@ -25,7 +25,10 @@ def block_statistics(
 ) -> tuple[list[Statistics], list[Tensor]]:
     """Implement `backend.anchor_statistics`."""
     single_rank = pairs.single_rank
-    sides = [RunningStatistics(tau, moments, positive, pairs.margin) for tau in taus]
+    sides = [
+        RunningStatistics(tau, moments, own, pairs.margin)
+        for tau, own in zip(taus, positive.expand_as(taus), strict=True)
+    ]
     scratch = [_block_memory(pairs) for _ in range(1 + moments + (0 if pairs.margin is None else 2))]
 
     # similarities are kept where the matrix, or both of them, fit
