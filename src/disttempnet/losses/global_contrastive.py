@@ -370,10 +370,11 @@ class GlobalContrastiveLoss(Objective):
             if h is not None:
                 self.temperature.learn(all_ids, h, has_negatives, self.still)
                 self.temperature.observe(log_g, moment, has_negatives, self.epoch)
-            if self.popularity is not None and zeta is not None and not self.still:
+            learning = self.popularity is not None and self.popularity.learns_in(self.epoch) and not self.still
+            if self.popularity is not None and zeta is not None and learning:
                 popular = _popular(pairs, Anchors.of(tau, shift, log_v, torch.ones_like(negatives)))
                 itself = (-zeta.flip(0) / tau - log_v).exp().flip(0)
-                self.popularity.learn(all_ids, (popular + itself) / len(all_ids), has_negatives, self.epoch)
+                self.popularity.learn(all_ids, (popular + itself) / len(all_ids), has_negatives)
             self.step += 1
         metrics = self._metrics(value, tau, log_u, gamma, excess, h)
         if distilled is not None:

@@ -36,7 +36,7 @@ class Popularity(nn.Module):
     Example:
         >>> popularity = Popularity(ObjectiveContext(num_samples=10, embed_dim=4), zeta=-0.05, zeta_lr=0.1)
         >>> ids = torch.tensor([3, 5])
-        >>> popularity.learn(ids, torch.tensor([[0.9, 0.0], [0.0, 1.8]]), torch.tensor([True, True]), epoch=5)
+        >>> popularity.learn(ids, torch.tensor([[0.9, 0.0], [0.0, 1.8]]), torch.tensor([True, True]))
         >>> popularity.read(ids, torch.float32, training=True)
         tensor([[-0.0500, -0.1500],
                 [-0.1500,  0.0500]])
@@ -71,18 +71,19 @@ class Popularity(nn.Module):
         """Return log ε [2, B] of image and text anchors: with ζ of the partner."""
         return -zeta.flip(0) / tau - math.log(self.others)
 
+    def learns_in(self, epoch: float) -> bool:
+        """Return True from `zeta_start_epoch` on."""
+        return epoch >= self.start_epoch
+
     @torch.no_grad()
-    def learn(self, ids: Tensor, weight: Tensor, counted: Tensor, epoch: float) -> None:
-        """Move ζ of the batch's samples from `zeta_start_epoch` on.
+    def learn(self, ids: Tensor, weight: Tensor, counted: Tensor) -> None:
+        """Move ζ of the batch's samples.
 
         Args:
             ids: int64 [B].
             weight: of images and texts as negatives [2, B]: mean_i [exp((d_ij − ζ_j)/τ) / (ε_i + u_i)].
             counted: bool [B], false for rows without negatives, which stay.
-            epoch: the current one.
         """
-        if epoch < self.start_epoch:
-            return
         rows = self.state.read(ids, checked=True).to(weight.dtype)
         zeta, z = rows[:2], rows[2:]
         gradient = 1 - (self.others + 1) / self.others * mean_over_equal_ids(ids, weight)
