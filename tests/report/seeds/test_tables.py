@@ -134,6 +134,20 @@ def test_terminal() -> None:
     assert "50.0" not in text
 
 
+def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
+    tasks = ("emoji-renderings", "emoji-concepts", "scenes")
+    made = [
+        result(loss, s, {task: {"acc1": v + s * v / 9, "mean_recall": v} for task in tasks}, title=f"{loss} " * 4)
+        for loss, v in (("clip", 0.4), ("sogclr", 0.1))
+        for s in (1, 2, 3)
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(text_table(compare_groups(made)))
+    text = console.export_text()
+    assert text.count("−36.7 [−44.9, −28.4]") == text.count("40.0 (0.0)") == 3
+    assert all(title in text for title in ("Unseen renderings", "Unseen concepts", "Scenes"))
+
+
 def test_runs_without_evaluations_have_every_table() -> None:
     comparison = compare_groups([result("clip", s, {}) for s in (1, 2)])
     console = Console(width=200, record=True, file=io.StringIO())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -134,20 +135,26 @@ def published_cells(
     ]
 
 
-def text_table(comparison: GroupComparison) -> Table:
-    """Return a table for a terminal: a row for each group, chance last; below a score its difference to the baseline.
+def text_table(comparison: GroupComparison) -> Group:
+    """Return a table for each task, for a terminal: a row for each group, chance last; differences below the scores.
 
     Head, middle and tail are only on the page.
     """
-    rest = [column for column in comparison.columns if column.metric not in HEAD_TO_TAIL]
-    whole, comparison = comparison, comparison.only(rest or comparison.columns[:1])
-    more = "; head, middle and tail are on the page" if len(comparison.columns) < len(whole.columns) else ""
-    table = Table(caption=legend(comparison) + more, caption_justify="left")
+    shown = comparison.only([c for c in comparison.columns if c.metric not in HEAD_TO_TAIL] or comparison.columns[:1])
+    tasks = dict.fromkeys(column.task for column in shown.columns)
+    tables = [_task_table(shown.only([c for c in shown.columns if c.task == task]), task) for task in tasks]
+    more = "; head, middle and tail are on the page" if len(shown.columns) < len(comparison.columns) else ""
+    return Group(*(tables or [_task_table(shown, "")]), Text(legend(shown) + more, "dim italic"))
+
+
+def _task_table(comparison: GroupComparison, task: str) -> Table:
+    """Return the table of one task; narrow, so that nothing is cut off in a narrow terminal."""
+    table = Table(title=Text(task_title(task), "bold") if task else None, title_justify="left")
     table.add_column("", min_width=16, overflow="fold")
     table.add_column("seeds", justify="right", style="dim")
     for column, has in zip(comparison.columns, comparison.with_difference, strict=True):
         below = f"\n{comparison.difference_head}" if has else ""
-        table.add_column(Text(f"{task_title(column.task)}\n{column.head}{below}"), justify="right")
+        table.add_column(Text(column.head + below), justify="right", overflow="fold")
     for group, cells in comparison.rows:
         n = len(group.results)
         texts = [_styled(cell, n, comparison.digits) for cell in cells]
