@@ -26,7 +26,7 @@ def open_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4g}".format}
+    environment.filters |= {"percent": percent, "metric": metric_title, "number": "{:,}".format, "tau": "{:.4f}".format}
     return environment.get_template(name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from disttempnet.report.bins import Binned, evenly_spread
-from disttempnet.report.runs.plots import FAINT, INK, PAGE_WIDTH, SIDE_COLOURS, grid, styled, svg
+from disttempnet.report.runs.plots import FAINT, INK, PAGE_WIDTH, PALETTE, SIDE_COLOURS, grid, styled, svg
 from disttempnet.temperature.analysis import Cluster, Parameter, Projection
 
 POINTS = 4000  # of a scatter plot
@@ -103,7 +103,7 @@ def projection_chart(found: Mapping[str, Projection]) -> str:
             label="features of this side, coloured by τ",
         )  # fmt: skip
         x, y = projection.prototypes.T
-        axis.scatter(x, y, s=22, color="#d1005c", marker="x", linewidth=1.0, label="prototypes")
+        axis.scatter(x, y, s=22, color=PALETTE["prototype"], marker="x", linewidth=1.0, label="prototypes")
         figure.colorbar(points, ax=axis, label="τ", shrink=0.8)
         first, second = (f"{100 * share:.0f} %" for share in projection.explained)
         axis.set(title=f"{side} side", xlabel=f"first axis ({first} of the variance)", ylabel=f"second axis ({second})")

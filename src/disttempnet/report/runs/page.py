@@ -70,7 +70,7 @@ def _run_facts(i: int, run: RunRecord, title: str) -> dict[str, Any]:
     last = run.steps[-1] if run.steps else {"step": 0, "epoch": 0.0}
     return {
         "title": title,
-        "colour": plots.run_colour(i),
+        "colour": plots.page_colour(i),
         "finished": run.finished,
         "step": last["step"],
         "epoch": last["epoch"],
@@ -184,7 +184,7 @@ def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence
         )
     return {
         "titles": [title for title, _ in opened],
-        "colours": [plots.run_colour(titles.index(title)) for title, _ in opened],
+        "colours": [plots.page_colour(titles.index(title)) for title, _ in opened],
         "steps": [model.step for _, model in opened],
         "tasks": tasks,
     }

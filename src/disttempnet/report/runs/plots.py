@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -18,6 +18,7 @@ import numpy as np
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.report.bins import evenly_spread
+from disttempnet.report.page import TEMPLATES
 from disttempnet.report.read import RunRecord, Temperatures
 
 if TYPE_CHECKING:
@@ -25,12 +26,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Arguments = ParamSpec("Arguments")
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5C00", "#555555")
+_BLOCKS = (TEMPLATES / "colours.css").read_text(encoding="utf-8").split("@media")  # light, dark
+PALETTE, DARK_PALETTE = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in _BLOCKS)
+RUN_COLOURS = tuple(colour for name, colour in PALETTE.items() if name.startswith("run-"))
 RUN_STYLES = ("-", "--", "-.", ":")
-SIDE_COLOURS = {"image": "#2A9FD6", "text": "#E69F00"}
-INK, FAINT = "#2b2f36", "#8a919c"
+SIDE_COLOURS = {side: PALETTE[side] for side in ("image", "text")}
+PAPER, INK, FAINT = PALETTE["paper"], PALETTE["ink"], PALETTE["faint"]
 RIDGES = 7  # snapshots shown at most
 PANELS = 4  # in a row
+TRAINING_CURVES = {
+    "gamma": "inner learning rate γ",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tau_gradient/image_mean": "τ gradient, image side",
+    "tau_gradient/text_mean": "τ gradient, text side",
+    "samples_per_second": "samples per second",
+    "data_wait": "waiting for data, % of the time",
+}
+SIGNED_CURVES = {"tau_gradient/image_mean", "tau_gradient/text_mean"}
 PAGE_WIDTH = 11.0  # inches of a chart that fills the page
 _STYLE = {
     "font.family": "sans-serif",
@@ -40,15 +53,17 @@ _STYLE = {
     "axes.titlelocation": "left",
     "axes.titlecolor": INK,
     "axes.labelcolor": FAINT,
-    "axes.edgecolor": "#c9ced6",
+    "axes.edgecolor": PALETTE["axis"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e9ecf0",
+    "grid.color": PALETTE["grid"],
     "axes.axisbelow": True,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "text.color": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
     "svg.fonttype": "none",
     "svg.hashsalt": "disttempnet",
 }
@@ -69,6 +84,11 @@ def styled(chart: Callable[Arguments, str]) -> Callable[Arguments, str]:
 
 def run_colour(i: int) -> str:
     return RUN_COLOURS[i % len(RUN_COLOURS)]
+
+
+def page_colour(i: int) -> str:
+    """Return the colour of a run for a page's style: it follows the screen from light to dark."""
+    return f"var(--run-{i % len(RUN_COLOURS)})"
 
 
 @styled
@@ -96,8 +116,10 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
 
 @styled
 def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
-    """Draw the loss of each run on its own axis (objectives have different units), then γ and the learning rate."""
-    panels, columns = len(runs) + 2, min(len(runs) + 2, PANELS)
+    """Draw the loss of each run on its own axis (objectives have different units), then what all runs logged."""
+    known = [(key, name) for key, name in TRAINING_CURVES.items() if any(len(_curve(run, key)[0]) for run in runs)]
+    panels = len(runs) + len(known)
+    columns = min(panels, PANELS)
     figure, cells = grid(-(-panels // columns), columns, height=2.5)
     axes = [axis for row in cells for axis in row]
     for unused in axes[panels:]:
@@ -105,16 +127,24 @@ def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
     for i, (run, title, axis) in enumerate(zip(runs, titles, axes, strict=False)):
         _line(axis, *run.series("loss"), i, title)
         epoch_axis(axis, f"loss: {title}")
-    for axis, key, name in (
-        (axes[panels - 2], "gamma", "inner learning rate γ"),
-        (axes[panels - 1], "lr", "learning rate"),
-    ):
+    for axis, (key, name) in zip(axes[len(runs) :], known, strict=False):
         for i, (run, title) in enumerate(zip(runs, titles, strict=True)):
-            _line(axis, *run.series(key), i, title)
+            _line(axis, *_curve(run, key), i, title)
         epoch_axis(axis, name)
-        if key == "gamma":
-            axis.set_ylim(0, 1.05)
+        if key not in SIGNED_CURVES:
+            axis.set_ylim(bottom=0)
     return svg(figure)
+
+
+def _curve(run: RunRecord, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return (epochs, values) of one of `TRAINING_CURVES`."""
+    epochs, values = run.series(key)
+    if key == "data_wait":
+        seconds = run.series("step_seconds")[1]
+        if len(seconds) != len(values):
+            return epochs[:0], values[:0]
+        values = 100 * values / seconds
+    return epochs, values
 
 
 @styled
@@ -132,8 +162,26 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
         epoch_axis(axis, f"τ: {title}")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("τ")
+    tau_bounds(axes[0], [run.config.loss.arguments for run in runs])
     _legend(figure, axes[0][0])
     return svg(figure)
+
+
+def tau_bounds(axes: Sequence[Axes], arguments: Sequence[Mapping[str, Any]]) -> None:
+    """Write the bounds of τ into panels of one y axis, and draw those that lie on it. Call it last.
+
+    Args:
+        arguments: of the objective of each panel.
+    """
+    limits = axes[0].get_ylim()
+    for axis, of_panel in zip(axes, arguments, strict=True):
+        bounds = [of_panel[key] for key in ("tau_min", "tau_max") if key in of_panel]
+        for bound in bounds:
+            axis.axhline(bound, color=INK, linestyle=(0, (1, 3)), linewidth=1.0)
+        if bounds:
+            words = "bounds " + " and ".join(f"{bound:g}" for bound in bounds)
+            axis.text(0.98, 0.97, words, transform=axis.transAxes, ha="right", va="top", fontsize=8.0, color=FAINT)
+    axes[0].set_ylim(limits)
 
 
 @styled
@@ -150,7 +198,8 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
             height = place + 1.5 * density / density.max()
             order = 2 * (len(arrays) - place)  # earlier ridges in front of later ones
             opacity = 0.35 + 0.6 * (place + 1) / len(arrays)
-            axis.fill_between(centres, place, height, color=_mixed(colour, opacity), zorder=order, linewidth=0)
+            axis.fill_between(centres, place, height, color=PAPER, zorder=order, linewidth=0)  # hides those behind
+            axis.fill_between(centres, place, height, color=colour, alpha=opacity, zorder=order, linewidth=0)
             axis.plot(centres, height, color=INK, linewidth=0.8, zorder=order + 1)
         labels = [f"epoch {snapshot.epoch:.3g}" for snapshot in chosen]
         axis.set_yticks(range(len(chosen)), labels)
@@ -167,7 +216,7 @@ def scatter_chart(image_tau: np.ndarray, text_tau: np.ndarray) -> str:
     figure, axes = grid(1, 1, height=3.6, width=3.9)
     shown = list(evenly_spread(len(image_tau), 4000))
     points = image_tau[shown], text_tau[shown]
-    axes[0][0].scatter(*points, s=5, color=RUN_COLOURS[0], alpha=0.25, linewidth=0, rasterized=True)
+    axes[0][0].scatter(*points, s=5, color=SIDE_COLOURS["image"], alpha=0.35, linewidth=0, rasterized=True)
     axes[0][0].set(xlabel="τ, image side", ylabel="τ, text side")
     return svg(figure)
 
@@ -214,19 +263,24 @@ def _smooth(counts: np.ndarray) -> np.ndarray:
     return np.convolve(counts, kernel / kernel.sum(), mode="same")
 
 
-def _mixed(colour: str, strength: float) -> tuple[float, ...]:
-    """Return a colour mixed with white. It is opaque, so that a ridge hides the one behind it."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return tuple(1 - strength * (1 - part) for part in parts)
-
-
 def svg(figure: Figure) -> str:
     """Return the figure as an SVG data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg_text(figure).encode()).decode()
 
 
 def svg_text(figure: Figure) -> str:
-    """Return the figure as SVG. Text stays text in the font of the page; equal data give equal bytes."""
+    """Return the figure as SVG, dark on a dark screen; equal data give equal bytes.
+
+    Text stays text in the font of the page.
+    """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None}, transparent=True)
-    return re.sub(r"'DejaVu Sans'[^;]*sans-serif", "system-ui, sans-serif", buffer.getvalue())
+    figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    text = re.sub(r"'DejaVu Sans'[^;]*sans-serif", "system-ui, sans-serif", buffer.getvalue())
+    rules = "".join(
+        f'[style*="{what}: {light}"]{{{what}:{DARK_PALETTE[name]}!important}}'
+        for name, light in PALETTE.items()
+        for what in ("fill", "stroke")
+        if f"{what}: {light}" in text
+    )
+    style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
+    return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, text, count=1)

@@ -6,7 +6,6 @@ groups differ in that, else a row for each group. Over batches a third panel sho
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT, _ROW = 10.0, 3.8, 0.3  # inches
 _TITLE = 10.0  # points
 _MARKS = "osD^vP"
-_DARK = {INK: "#e6e9ef", FAINT: "#9aa4b2", "#c9ced6": "#4a5261", "#e9ecf0": "#2c323c", RUN_COLOURS[5]: "#b8bec8"}
 
 
 class Point(NamedTuple):
@@ -44,7 +42,7 @@ def figure_svg(comparison: GroupComparison) -> str:
     if len(comparison.columns) != 1:
         raise UserError("an .svg shows one metric: name it with --metrics TASK/METRIC")
     same = families(comparison.groups)
-    return _with_dark(_over_batches(comparison, same) if same else _rows(comparison))
+    return _over_batches(comparison, same) if same else _rows(comparison)
 
 
 @styled
@@ -143,13 +141,3 @@ def _tau(group: SeedGroup) -> float | None:
     """Return τ at the end of training, averaged over the seeds; None where it was not logged."""
     ends = [result.tau_curve["mean"][-1] for result in group.results if result.tau_curve]
     return float(np.mean(ends)) if ends else None
-
-
-def _with_dark(text: str) -> str:
-    """Return an SVG whose colours change with the reader's scheme."""
-    rules = "".join(
-        f'[style*="fill: {light}"]{{fill:{dark}!important}}[style*="stroke: {light}"]{{stroke:{dark}!important}}'
-        for light, dark in _DARK.items()
-    )
-    style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
-    return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + style, text, count=1)

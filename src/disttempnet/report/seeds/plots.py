@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, SIDE_COLOURS, epoch_axis, grid, styled, svg
+from disttempnet.report.runs.plots import (
+    FAINT,
+    INK,
+    PALETTE,
+    RUN_COLOURS,
+    SIDE_COLOURS,
+    epoch_axis,
+    grid,
+    styled,
+    svg,
+    tau_bounds,
+)
 from disttempnet.report.seeds.comparison import GroupComparison
 from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Cell, Column, SeedGroup, cell_of
 from disttempnet.report.seeds.tau_tables import tau_series
@@ -19,7 +30,6 @@ if TYPE_CHECKING:
 
 
 PANELS_IN_A_ROW = 5
-BACKGROUND_GREY = "#d3d8df"
 HEAD_TO_TAIL_MARKS = dict(zip(HEAD_TO_TAIL, (("head", "o"), ("middle", "s"), ("tail", "^")), strict=True))
 
 
@@ -69,7 +79,7 @@ def line_chart(series: Sequence[Series], chance: float | None, over_batch: bool)
     for axis, own in zip(axes, series, strict=True):
         for other in series:
             if other is not own:
-                axis.plot(other.x, other.mean, color=BACKGROUND_GREY, linewidth=1.0, zorder=1)
+                axis.plot(other.x, other.mean, color=PALETTE["others"], linewidth=1.0, zorder=1)
         if over_batch:
             axis.errorbar(own.x, own.mean, own.std, color=RUN_COLOURS[0], marker="o", markersize=4, capsize=3, zorder=3)
             axis.set_xscale("log", base=2)
@@ -118,6 +128,7 @@ def tau_chart(groups: Sequence[SeedGroup]) -> str:
     for axis, group in zip(axes, groups, strict=True):
         _tau_panel(axis, group)
     _from_zero(axes)
+    tau_bounds(axes, [group.results[0].config["loss"] for group in groups])
     return svg(figure)
 
 
