@@ -9,6 +9,7 @@ import numpy as np
 
 from disttempnet.config import config_from_table, dump_config
 
+BOUNDS = {"tau_min": 0.005, "tau_max": 0.2}
 FORMULA = "½ mean_i Σ_sides τ_i (log E_j exp(d_ij/τ_i) + ρ) <b>"
 
 
@@ -30,7 +31,9 @@ def write_run(
             "name": folder.name,
             "data": {"train": train, "global_batch": 16},
             "model": {"name": "demo-convnext-32"},
-            "loss": {"name": "disttempnet-v1", "rho": 2.0} if spread else {"name": "clip"},
+            "loss": {"name": "disttempnet-v1", "rho": 2.0, "tau_min": 0.005, "tau_max": 0.2}
+            if spread
+            else {"name": "clip"},
             "optim": {"lr": 1e-3},
             "train": {"epochs": 4},
             "eval": {"tasks": list(tasks)},
@@ -54,6 +57,7 @@ def write_run(
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(1, 10 * epochs + 1):
             line = {"step": step, "epoch": step / 10, "loss": 5 / step, "lr": 1e-3, "samples_per_second": 100.0 + step}
+            line |= {"grad_norm": 2.0 / step, "step_seconds": 0.5, "data_wait": 0.1}
             for side in ("image", "text"):
                 line |= {f"tau/{side}_mean": 0.04, f"tau/{side}_min": 0.04 - spread, f"tau/{side}_max": 0.04 + spread}
             file.write(json.dumps(line | ({"gamma": 0.9} if spread else {})) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import importlib.util
 import io
@@ -24,13 +25,16 @@ from disttempnet.errors import UserError
 from disttempnet.report import items
 from disttempnet.report.runs import examples
 from disttempnet.temperature import measure
+from disttempnet.temperature.analysis import Parameter
 from disttempnet.temperature.command import TemperatureSource, write_temperatures
+from disttempnet.temperature.plots import parameter_chart
 from disttempnet.temperature.table import TABLE_COLUMNS
 from disttempnet.training.checkpoint import load_run
 from disttempnet.training.run_folder import list_checkpoints
 from disttempnet.training.trainer import train
 from tests.evaluation.toy import COLOURS, write_shard
 from tests.gloo import Pools
+from tests.report.browser import assert_readable, needs_browser
 from tests.report.pages import EVIL, Page, assert_self_contained
 
 SAMPLES = 96
@@ -113,7 +117,7 @@ def test_the_page_shows_everything(measured: tuple[list[Row], Page]) -> None:
     assert_self_contained(page)
     sections = ["distribution", "extremes", "frequency", "clusters", "prototypes", "parameters"]
     assert [name for name in page.ids if name != "ambiguity"] == sections
-    low, high = (f"{value:.4g}" for value in (numbers(rows, "tau_image").min(), numbers(rows, "tau_image").max()))
+    low, high = (f"{value:.4f}" for value in (numbers(rows, "tau_image").min(), numbers(rows, "tau_image").max()))
     for part in (
         low,
         high,
@@ -124,10 +128,22 @@ def test_the_page_shows_everything(measured: tuple[list[Row], Page]) -> None:
     ):
         assert part in page.text, part
     assert sum(tag == "figure" for tag, _ in page.tags) > 4 * 20
-    charts = [attributes["alt"] for tag, attributes in page.tags if attributes.get("class") == "chart"]
+    charts = [attributes["alt"] for tag, attributes in page.tags if attributes.get("class", "").startswith("chart")]
     assert len(charts) >= 6
     assert "temperature has none" not in page.text
     assert "could not be read" not in page.text
+
+
+def test_the_axis_of_equal_parameters_is_readable() -> None:
+    """A bias that is still zero: not a range of 1e-12 around it."""
+    zeros = Parameter("bias", "", np.zeros(4), (4,))
+    svg = base64.b64decode(parameter_chart({"image": [zeros]}).partition(",")[2]).decode()
+    assert "1e" not in "".join(re.findall(r"<text[^>]*>([^<]*)<", svg))
+
+
+@needs_browser
+def test_the_page_is_readable_on_a_desk_and_a_phone(measured: tuple[list[Row], Page]) -> None:
+    assert_readable({"temperatures": measured[1].html})
 
 
 def test_other_shards_have_no_ids_and_unreadable_images_are_named(

@@ -20,7 +20,7 @@ def distribution_chart(tau: Mapping[str, np.ndarray]) -> str:
     """Draw the distribution of τ: a histogram, and all values in order."""
     figure, axes = grid(1, 2, height=3.0)
     values = np.concatenate(list(tau.values()))
-    edges = np.linspace(values.min(), values.max() + 1e-12, 61).tolist()
+    edges = _edges(values)
     for side, of_side in tau.items():
         style: dict[str, Any] = {"color": SIDE_COLOURS[side], "linestyle": SIDE_STYLES[side], "label": f"{side} side"}
         axes[0][0].hist(of_side, edges, color=SIDE_COLOURS[side], alpha=0.3)
@@ -124,10 +124,18 @@ def parameter_chart(found: Mapping[str, Sequence[Parameter]]) -> str:
     for axis, name in zip(axes, names, strict=False):
         shown = {side: p.values for side, of_side in found.items() for p in of_side if p.name == name}
         values = np.concatenate(list(shown.values()))
-        edges = np.linspace(values.min(), values.max() + 1e-12, 61).tolist()
+        edges = _edges(values)
         for side, of_side in shown.items():
             style: dict[str, Any] = {"color": SIDE_COLOURS.get(side, INK), "linestyle": SIDE_STYLES.get(side, "-")}
             axis.hist(of_side, edges, histtype="step", linewidth=1.4, label=f"{side} side", **style)
         axis.set(title=name, yticks=[])
+        axis.locator_params(axis="x", nbins=4)
     axes[0].legend(frameon=False, fontsize=8)
     return svg(figure)
+
+
+def _edges(values: np.ndarray) -> list[float]:
+    """Return the edges of 60 bins; around equal values they are wide enough to read."""
+    low, high = float(values.min()), float(values.max())
+    margin = 0.0 if high - low > 1e-6 * max(abs(low), abs(high)) else 0.5 * (abs(high) or 1.0)
+    return np.linspace(low - margin, high + margin + 1e-12, 61).tolist()

@@ -97,6 +97,10 @@ def test_page(grid: Path) -> None:
     ]
     for words in shown:
         assert words in page.text, words
+    assert "CLIP: Average over 38 23.74 (2.85)." in page.text
+    assert "DistTempNet-v1: Average over 38 34.53 (2.16), +10.79 [8.11, 13.47] to CLIP." in page.text
+    assert "ViT<i> a<b>&c is partial: 1/38 tasks with a plain mean of 50.00." in page.text
+    assert not any(tag == "details" for tag, _ in page.tags)
     lacking = "Left out: Stanford Cars incomplete: 1 unreadable: <x>"
     assert f"partial, 1/38 tasks with a plain mean of 50.00. {lacking}" in page.text
     assert "**" not in page.text
@@ -133,7 +137,7 @@ def test_notes_warn(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path / "e", {"mnist": 0.5}, model_subject("openai"))
     append_record(folder / RESULTS_FILE, record("cars", 0.2, notes=("6 class names, the task has 196",) * 12))
     text = write_report([folder], tmp_path / "r.md").read_text()
-    assert f"- {folder}: may not compare with others. Stanford Cars: 6 class names, the task has 196; " in text
+    assert "- ViT-B-32 openai: may not compare with others. Stanford Cars: 6 class names, the task has 196; " in text
     assert text.count("Stanford Cars: 6 class names") == 10
     assert "and 2 more notes" in text
 

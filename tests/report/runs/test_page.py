@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from disttempnet.report import build_report
-from disttempnet.report.runs import examples
+from disttempnet.report import build_report, read_run
+from disttempnet.report.runs import examples, plots
 from tests.report.pages import EVIL, SECTIONS, assert_self_contained, page_of
 from tests.report.synthetic import write_run
 
@@ -41,6 +45,38 @@ def test_two_runs_without_checkpoints(tmp_path: Path) -> None:
 
 
 FORMULA_TAIL = "+ ρ) <b>"  # shown as text: escaped in the source
+
+
+def test_what_is_logged_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "svg", lambda figure: figures.append(figure) or "")
+    runs = [read_run(write_run(tmp_path / name)) for name in "ab"]
+    plots.training_chart(runs, ["A", "B"])
+    shown = [axis.get_title(loc="left") for axis in figures[0].axes if axis.get_visible()]
+    assert shown == [
+        "loss: A", "loss: B", "inner learning rate γ", "learning rate", "gradient norm", "samples per second",
+        "waiting for data, % of the time",
+    ]  # fmt: skip
+    waiting = figures[0].axes[shown.index("waiting for data, % of the time")].lines[0]
+    np.testing.assert_allclose(waiting.get_ydata(), 20.0)
+    # bounds .005 and .2 of τ at .04: the axis stays, and says them
+    plots.temperature_chart(runs, ["A", "B"])
+    axis = figures[1].axes[0]
+    assert axis.get_ylim()[1] < 0.1
+    assert [text.get_text() for text in axis.texts] == ["bounds 0.005 and 0.2"]
+    assert sorted(float(line.get_ydata()[0]) for line in axis.lines[-2:]) == [0.005, 0.2]
+
+
+def test_charts_take_their_colours_from_the_page(tmp_path: Path) -> None:
+    chart = plots.training_chart([read_run(write_run(tmp_path / "a"))], ["A"])
+    svg = base64.b64decode(chart.partition(",")[2]).decode()
+    rules = svg.partition("@media (prefers-color-scheme: dark)")[2].partition("</style>")[0]
+    drawn = svg.partition("</style>")[2]
+    for name in ("ink", "faint", "axis", "run-0"):
+        light, dark = plots.PALETTE[name], plots.DARK_PALETTE[name]
+        assert light in drawn, name
+        assert any(f'{what}: {light}"]{{{what}:{dark}!important}}' in rules for what in ("fill", "stroke")), name
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) <= set(plots.PALETTE.values())  # none is left light
 
 
 def test_equal_runs_give_equal_pages(tmp_path: Path) -> None:

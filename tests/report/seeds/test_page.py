@@ -25,6 +25,20 @@ def test_the_page_over_seeds_is_self_contained_and_escaped() -> None:
         assert part in page.text, part
 
 
+def test_the_page_opens_with_the_differences_that_exclude_zero() -> None:
+    page = Page(comparison_page(compare_groups(runs())))
+    assert (
+        "Unseen concepts, zero-shot top-1: ahead of CLIP: A_B & τ|<b> (+3.0 [3.0, 3.0]); behind CLIP: SogCLR "
+        "(−20.5 [−31.9, −9.1])."
+    ) in page.text
+    noisy = [result(loss, s, {TASK: {"acc1": v}}) for loss in ("clip", "sogclr") for s, v in ((1, 0.2), (2, 0.3))]
+    text = Page(comparison_page(compare_groups(noisy))).text
+    assert "Unseen concepts, zero-shot top-1: none of 1 differences to CLIP excludes zero." in text
+    single = [result(loss, 1, {TASK: {"acc1": v}}) for loss, v in (("clip", 0.2), ("sogclr", 0.3))]
+    text = Page(comparison_page(compare_groups(single))).text
+    assert "No two seeds are shared: differences have no interval, and nothing is claimed." in text
+
+
 def test_the_page_of_runs_without_evaluations() -> None:
     page = Page(comparison_page(compare_groups([result("clip", s, {}) for s in (1, 2)])))
     assert page.ids == ["results", "learning", "temperatures", "frequency", "provenance"]

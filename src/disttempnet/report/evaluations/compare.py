@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -198,16 +199,27 @@ def score_differences(base: SeedGroup, other: SeedGroup, columns: Sequence[Colum
 def warnings(every: Sequence[EvaluatedModel]) -> list[str]:
     """Return a line for each model with an incomplete average, and the notes on tasks."""
     lines = []
-    for one in every:
+    for one, name in zip(every, model_names(every), strict=True):
         average = one.averages["datacomp"]
-        lines += [f"{one.result.config['out']}: {note}" for note in (one.subject.notes if one.subject else ())]
+        lines += [f"{name}: {note}" for note in (one.subject.notes if one.subject else ())]
         if noted := notes(one.records):
-            lines.append(f"{one.result.config['out']}: may not compare with others. {'; '.join(noted)}")
+            lines.append(f"{name}: may not compare with others. {'; '.join(noted)}")
         if not average.complete:
-            mean = "" if average.mean is None else f" with a plain mean of {100 * average.mean:.{DIGITS}f}"
             lacking = "; ".join(average.lacking)
-            lines.append(f"{one.result.config['out']}: partial, {average.coverage} tasks{mean}. Left out: {lacking}")
+            lines.append(f"{name}: partial, {partial_mean(average)}. Left out: {lacking}")
     return lines
+
+
+def partial_mean(average: Average) -> str:
+    """Return how many tasks an incomplete average has, and their plain mean."""
+    mean = "" if average.mean is None else f" with a plain mean of {100 * average.mean:.{DIGITS}f}"
+    return f"{average.coverage} tasks{mean}"
+
+
+def model_names(every: Sequence[EvaluatedModel]) -> list[str]:
+    """Return a name for each evaluation: that of its run or model, its folder where another one has that name."""
+    counts = Counter(one.result.name for one in every)
+    return [one.result.name if counts[one.result.name] == 1 else str(one.result.config["out"]) for one in every]
 
 
 def read_published() -> tuple[Published, ...]:

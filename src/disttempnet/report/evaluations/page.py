@@ -13,6 +13,8 @@ from disttempnet.report.evaluations.compare import (
     compare_columns,
     headline_tables,
     known_columns,
+    model_names,
+    partial_mean,
     score_differences,
     sections,
     warnings,
@@ -20,7 +22,7 @@ from disttempnet.report.evaluations.compare import (
 from disttempnet.report.page import UNKNOWN, open_template
 from disttempnet.report.runs.plots import RUN_COLOURS
 from disttempnet.report.seeds.comparison import GroupComparison
-from disttempnet.report.seeds.groups import AVERAGES, SeedGroup
+from disttempnet.report.seeds.groups import AVERAGES, Cell, Column, SeedGroup
 from disttempnet.report.seeds.intervals import CONFIDENCE
 from disttempnet.report.seeds.tables import (
     DifferenceText,
@@ -118,29 +120,55 @@ def _page(
     groups = (tasks or (tables[0][1] if tables else compare_columns(every, ()))).groups
     shown = groups[:MOST_CHARTED]
     parts = sections(tasks.columns) if tasks else []
+    found = _differences(every, tasks) if tasks else []
     return open_template("evaluation.html").render(
         title="Zero-shot evaluation" + (f" of {groups[0].title}" if len(groups) == 1 else ""),
+        headline=_headline(every, tables),
         groups=groups,
         tables=tables,
         tasks=tasks,
+        sections=[(heading, _task_rows(tasks, columns)) for heading, columns in parts] if tasks else [],
         warnings=warnings(every),
         legend=legend,
         cell=cell_text,
         published_cells=published_cells,
         difference_row=difference_row,
-        difference_rule=DIFFERENCE_RULE,
         not_shown=[group.title for group in groups[MOST_CHARTED:]],
         chart_of_tasks=plots.task_chart(shown, parts) if tasks else "",
-        differences=[_difference_part(*pair) for pair in (_differences(every, tasks) if tasks else []) if pair[2]],
+        differences=[(base.title, other.title, plots.difference_chart(rows)) for base, other, rows in found if rows],
         provenance=_evaluation_rows(every),
     )
 
 
-def _difference_part(
-    base: SeedGroup, other: SeedGroup, found: list[Difference]
-) -> tuple[str, str, str, list[tuple[Difference, tuple[str, str, DifferenceText]]]]:
-    rows = [(one, _difference_words(one, base, other)) for one in found]
-    return base.title, other.title, plots.difference_chart(found), rows
+def _headline(every: Sequence[EvaluatedModel], tables: Sequence[tuple[str, GroupComparison]]) -> list[str]:
+    """Return a sentence for each group: its first column, and the difference to the baseline; else what is partial."""
+    sentences = []
+    comparison = tables[0][1] if tables else None
+    if comparison is not None and comparison.columns:
+        first = comparison.only(comparison.columns[:1])
+        for group, (cell,) in first.rows:
+            if cell is not None:
+                (difference,) = difference_row(first, group)
+                change = f", {difference.text} to {first.baseline_title}" if difference.text[0] in "+−0" else ""
+                score = cell_text(cell, len(group.results), DIGITS)
+                sentences.append(f"{group.title}: {first.columns[0].title} {score}{change}.")
+    for one, name in zip(every, model_names(every), strict=True):
+        average = one.averages["datacomp"]
+        if not average.complete:
+            sentences.append(f"{name} is partial: {partial_mean(average)}.")
+    return sentences[:MOST_CHARTED]
+
+
+def _task_rows(
+    tasks: GroupComparison, columns: Sequence[Column]
+) -> list[tuple[Column, list[tuple[Cell | None, int, DifferenceText | None]]]]:
+    """Return for each column the cell of each group, its number of seeds and, of no baseline, its difference."""
+    part = tasks.only(columns)
+    rows: dict[Column, list[tuple[Cell | None, int, DifferenceText | None]]] = {column: [] for column in part.columns}
+    for (group, cells), base in zip(part.rows, part.baselines, strict=True):
+        for column, cell, one in zip(part.columns, cells, difference_row(part, group), strict=True):
+            rows[column].append((cell, len(group.results), None if base is None else one))
+    return list(rows.items())
 
 
 def _evaluation_rows(every: Sequence[EvaluatedModel]) -> list[list[str]]:

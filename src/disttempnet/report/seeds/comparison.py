@@ -107,11 +107,15 @@ class GroupComparison:
         return list(dict.fromkeys(base.title for base in self.baselines if base is not None))
 
     @property
+    def baseline_title(self) -> str:
+        """The title of the baseline: without varied keys where there are several, empty where there is none."""
+        titles = self.baseline_titles
+        return titles[0] if len(titles) == 1 else next((base.run_title for base in self.baselines if base), "")
+
+    @property
     def difference_head(self) -> str:
         """The heading of a column of differences."""
-        titles = self.baseline_titles
-        run = next((base.run_title for base in self.baselines if base is not None), "")
-        return f"difference to {titles[0] if len(titles) == 1 else run}, {100 * CONFIDENCE:g} %"
+        return f"difference to {self.baseline_title}, {100 * CONFIDENCE:g} %"
 
     @property
     def has_chance(self) -> bool:
