@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,35 @@ RESULTS = sorted((ROOT / "docs" / "results").glob("*.jsonl"))
 GRIDS = sorted(CONFIG_FOLDER.glob("compare*.toml"))
 
 
-def test_every_table_is_what_its_command_gives(capsys: pytest.CaptureFixture[str]) -> None:
+def tool_of_the_page() -> Any:
     spec = importlib.util.spec_from_file_location("fill_results", ROOT / "tools" / "fill_results.py")
     assert spec is not None
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_every_table_is_what_its_command_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    tool = tool_of_the_page()
     text = PAGE.read_text(encoding="utf-8")
     assert tool.filled(text) == text
     emptied = re.sub(r"(<!-- disttempnet [^\n]* -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.DOTALL)
     assert emptied != text, "no table was filled"
     assert tool.filled(emptied) == text
+
+
+def test_every_figure_shows_its_results(tmp_path: Path) -> None:
+    """By the words in it: points depend on the version of the drawing library."""
+    tool = tool_of_the_page()
+    paths = tool.draw(PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert paths
+    for path in paths:
+        drawn, kept = (
+            re.findall(r"<text[^>]*>([^<]*)", (folder / path).read_text("utf-8")) for folder in (tmp_path, ROOT)
+        )
+        assert drawn == kept
+        assert f"]({path.relative_to('docs')})" in PAGE.read_text(encoding="utf-8")
 
 
 def grid_of(results: Path) -> Grid:
@@ -49,6 +68,14 @@ def grid_of(results: Path) -> Grid:
             if grid.out.name == results.stem:
                 return grid
     raise AssertionError(f"no grid's head has the command that makes {results.name}")
+
+
+def with_choices(grid: Grid, results: Sequence[CompactResult]) -> Grid:
+    """The grid with the settings that its results were trained with, where trials chose them."""
+    tuned = {result.name.partition("--seed-")[0]: result.tuned for result in results if result.tuned}
+    return grid.chosen(
+        {cell.name: tuple(tuned[cell.name].chosen[key] for key in cell.tuned) for cell in grid.cells if cell.tuned}
+    )
 
 
 def what_it_depends_on(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,11 +92,24 @@ def what_it_depends_on(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_are_the_whole_grid_with_its_configs(path: Path) -> None:
     results = {result.name: result for result in read_results([path])}
-    expected = {config.name: json.loads(resolved(config).model_dump_json()) for config in grid_of(path).configs}
+    grid = with_choices(grid_of(path), list(results.values()))
+    expected = {config.name: json.loads(resolved(config).model_dump_json()) for config in grid.configs}
     assert sorted(results) == sorted(expected)
     assert all(result.finished for result in results.values())
     for name, config in expected.items():
         assert what_it_depends_on(results[name].config) == what_it_depends_on(config), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results" / "tuning").glob("*.jsonl")), ids=lambda p: p.stem)
+def test_results_have_the_best_of_all_trials(path: Path) -> None:
+    results = {result.name.partition("--seed-")[0]: result for result in read_results([path.parents[1] / path.name])}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert {line["name"] for line in lines} == set(results)
+    for line in lines:
+        tuned = results[line["name"]].tuned
+        assert tuned is not None
+        assert tuned.chosen == line["chosen"] == max(line["trials"], key=lambda trial: trial["score"])["setting"]
+        assert (tuned.trials, tuned.metric) == (len(line["trials"]), line["metric"])
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)

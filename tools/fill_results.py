@@ -1,4 +1,4 @@
-"""Fill the tables of docs/results.md from the compact results beside it: `fill_results.py [--check]`.
+"""Fill the tables and draw the figures of docs/results.md from compact results: `fill_results.py [--check]`.
 
 A table stands between `<!-- disttempnet report FILE.jsonl … -->`, the command that makes it (with --out table.md), and
 `<!-- end -->`, so no number is typed by hand. --check changes nothing and fails where a table differs from the output
@@ -15,6 +15,7 @@ from disttempnet.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
+FIGURE = re.compile(r"<!-- figure: disttempnet (report [^\n]*) -->")
 TABLE = re.compile(r"(<!-- disttempnet (report [^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -26,6 +27,18 @@ def table(command: str) -> str:
         if main([*words, "--out", str(out)]):
             raise SystemExit(f"{PAGE}: this command failed: disttempnet {command}")
         return out.read_text(encoding="utf-8")
+
+
+def draw(text: str, folder: Path = ROOT) -> list[Path]:
+    """Draw the page's figures below a folder; return their paths."""
+    paths = []
+    for command in FIGURE.findall(text):
+        *words, out = [str(ROOT / word) if word.endswith(".jsonl") else word for word in shlex.split(command)]
+        (folder / out).parent.mkdir(parents=True, exist_ok=True)
+        if main([*words, str(folder / out)]):
+            raise SystemExit(f"{PAGE}: this command failed: disttempnet {command}")
+        paths.append(Path(out))
+    return paths
 
 
 def filled(text: str) -> str:
@@ -41,3 +54,4 @@ if __name__ == "__main__":
             raise SystemExit(f"{PAGE}: a table differs from the output of its command; run tools/fill_results.py")
     else:
         PAGE.write_text(after, encoding="utf-8")
+        draw(after)
