@@ -177,11 +177,14 @@ def communication(
     Of the family, DRRho gathers features of a reference too, of width D here; NeuCLIP gathers two float32 an anchor and
     pass over its prototypes, and sums these and AdaGrad's sums.
     The others: SigLIP gathers features and sums its value; CyCLIP sums three D × D matrices beside CLIP; VICReg sums
-    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features.
+    three rows of D and two D × D matrices; onlineCLR gathers ids and two float32 with the features,
+    AmorLIP ids and six.
     """
     features = 2 * width * item * (2 if name.startswith("drrho") else 1)
     family = features + 8 + 4 * (5 if OBJECTIVES[name].temperature == "constant" else 7)
-    row = {"siglip": features, "vicreg": 0, "onlineclr": features + 8 + 4 * 2}.get(name, family)
+    row = {"siglip": features, "vicreg": 0, "amorlip": features + 8 + 4 * 6, "onlineclr": features + 8 + 4 * 2}.get(
+        name, family
+    )
     summed = {"siglip": 4, "cyclip": 12 * width**2, "vicreg": 12 * width + 8 * width**2}
     if name == "neuclip":
         row += 2 * 4 * ranks * (INNER_STEPS + 1)

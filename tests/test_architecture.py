@@ -164,10 +164,10 @@ FLOORS: dict[str, list[set[str]]] = {
         {"backend"},
     ],
     "losses/minibatch": [
-        {"cyclip", "onlineclr", "siglip", "vicreg"},
+        {"amorlip", "cyclip", "onlineclr", "siglip", "vicreg"},
     ],
     "losses/normaliser": [
-        {"prototypes"},
+        {"amortised", "prototypes"},
     ],
     "losses/temperature": [
         {"lead", "scalar"},

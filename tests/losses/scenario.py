@@ -45,6 +45,9 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "normaliser_restart": 3,
     "scent_log_a": 2.0,
     "margin": 0.6,
+    "rho_flip_epoch": 1,
+    "partition_share_epochs": 2.0,
+    "partition_steps": 1,
     "zeta_lr": 0.02,
     "zeta_start_epoch": 1,
 }

@@ -19,7 +19,8 @@ MODULES = sorted(
 WITH_EXAMPLE = {  # what users build, and what they build it from
     "build_loss", "gather_state", "Features", "SampleState", "GlobalContrastiveLoss", "SigLipLoss", "CyClipLoss",
     "VicRegLoss", "OnlineClrLoss", "ConstantTemperature", "LearnableTemperature", "PerSampleTemperature",
-    "NetworkTemperature", "PrototypeNormaliser", "Popularity", "ConstantGamma", "CosineGamma", "ScentGamma",
+    "NetworkTemperature", "PrototypeNormaliser", "Popularity",
+    "AmortisedPartition", "AmorLipLoss", "ConstantGamma", "CosineGamma", "ScentGamma",
     "Learner.parameter_groups",
 }  # fmt: skip
 

@@ -198,11 +198,23 @@ def test_what_is_kept_is_what_the_objective_needs() -> None:
         tables |= {name} if found.keys() - named else set()
         buffers |= {name} if named else set()
         parameters |= {name} if list(loss.parameters()) else set()
-    assert buffers == {"neuclip", "onlineclr"}
-    no_tables = {"clip", "clip-constant", "clip-network", "dcl", "neuclip", "siglip", "cyclip", "vicreg", "onlineclr"}
+    assert buffers == {"amorlip", "neuclip", "onlineclr"}
+    no_tables = {
+        "amorlip",
+        "clip",
+        "clip-constant",
+        "clip-network",
+        "dcl",
+        "neuclip",
+        "siglip",
+        "cyclip",
+        "vicreg",
+        "onlineclr",
+    }
     assert set(EVERY) - tables == no_tables
     no_parameters = {"clip-constant", "clip-per-sample", "dcl", "sogclr", "isogclr", "fastclip-v1", "fastclip-v2"}
-    assert set(EVERY) - parameters == no_parameters | {"vicreg", "onlineclr"}
+    no_parameters |= {"drrho", "nuclr", "tuneclip", "vicreg", "onlineclr"}
+    assert set(EVERY) - parameters == no_parameters
 
 
 # ---- graph, memory, metrics ----

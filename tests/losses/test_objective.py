@@ -66,7 +66,7 @@ def test_an_epoch_that_nobody_tells_is_named_once(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in (*SCHEDULED, "disttempnet", "clip-network")])
 def test_who_has_no_schedule_or_was_told_hears_nothing(name: str) -> None:
     loss = make(EVERY[name])
-    if "gamma_min" in OBJECTIVES[name].arguments or OBJECTIVES[name].arguments.get("tau_threshold"):
+    if loss.scheduled or OBJECTIVES[name].arguments.get("tau_threshold"):
         loss.set_epoch(0)
     for batch in stream(8):
         loss(Features.unit(batch.x, batch.y), batch.ids)

@@ -22,7 +22,7 @@ OWN_RATE = {
     "clip": 0.01, "fastclip-v0": 0.01, "fastclip-v3": 0.01, "fastclip-v3-constant-gamma": 0.01,
     "neuclip": 0.01, "scent": 0.01, "drrho-learnable": 0.01,
 }  # fmt: skip
-WITH_TOWERS = {"siglip", "cyclip"}
+WITH_TOWERS = {"amorlip", "siglip", "cyclip"}
 NETWORK = {**EVERY["disttempnet-v1"], "dropout": 0.0, "tau_start_epoch": 1, "tau_lr_decay": 0.5}
 
 
@@ -54,7 +54,7 @@ def test_published_rates() -> None:
     assert rates == {
         "clip": None, "clip-network": 1e-3, "tempnet": 3e-5, "disttempnet": 3e-5, "disttempnet-v1": 1e-4,
         "fastclip-v0": None, "fastclip-v3": 2e-4, "fastclip-v3-constant-gamma": 2e-4, "siglip": None, "cyclip": None,
-        "neuclip": 2e-4, "scent": 6.25e-5, "drrho-learnable": 2e-4,
+        "neuclip": 2e-4, "scent": 6.25e-5, "drrho-learnable": 2e-4, "amorlip": None,
     }  # fmt: skip
 
 

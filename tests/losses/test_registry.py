@@ -17,6 +17,7 @@ from disttempnet.losses import with_later_arguments
 from tests.losses.scenario import NETWORK, B, D, N, make, pairs, reference_of, unique_batch, values
 
 NAMES = (
+    "amorlip",
     "clip",
     "clip-constant",
     "clip-network",
@@ -43,7 +44,7 @@ NAMES = (
     "tuneclip",
     "vicreg",
 )
-WITHOUT_STATE = {
+WITHOUT_STATE = {"amorlip"} | {
     "clip", "clip-constant", "clip-network", "clip-per-sample", "cyclip", "dcl", "neuclip", "siglip", "vicreg",
 }  # fmt: skip
 WITH_NETWORKS = ("clip-network", "disttempnet", "disttempnet-v1", "tempnet")
@@ -151,6 +152,19 @@ PUBLISHED = {  # temperature, γ, values
         "constant",
         {"temperature": 0.01, "gamma": 0.8, "zeta": -0.05, "zeta_lr": 5e-6, "zeta_theta": 0.9, "zeta_start_epoch": 5},
     ),
+    "amorlip": (
+        ONE,
+        "amortised",
+        {
+            "rho": 8.5,
+            "rho_flip_epoch": 11,
+            "partition_lr": 1e-3,
+            "partition_steps": 3,
+            "partition_average": 0.92,
+            "partition_share": 0.8,
+            "partition_share_epochs": 16,
+        },
+    ),
     "siglip": (ONE, "–", {"temperature": 0.1, "bias": -10}),
     "cyclip": (ONE, "–", {"in_modal": 0.25, "cross_modal": 0.25, "temperature": 0.07, "tau_min": 0.01, "tau_max": 1}),
     "vicreg": ("–", "–", {"invariance": 25, "variance": 25, "covariance": 1}),
@@ -168,6 +182,7 @@ def test_published_defaults(name: str) -> None:
     assert (row.temperature, row.gamma) == (temperature, gamma)
     assert {key: row.arguments[key] for key in values} == values
     with_rho = (
+        "amorlip",
         "drrho-learnable",
         "scent",
         "neuclip",

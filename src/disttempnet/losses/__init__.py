@@ -12,7 +12,7 @@
     temperature/            constant, learnable, per sample, by a network
     normaliser/             predicted normalisers, in place of a table
     normaliser_error.py     the error of normalisers, measured over a sample
-    minibatch/              siglip, cyclip, vicreg, onlineclr
+    minibatch/              siglip, cyclip, vicreg, onlineclr, amorlip
 
 The mathematics: docs/objectives.md.
 """

@@ -25,7 +25,6 @@ over ranks (what DDP takes) is the gradient of the estimator above, for towers a
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +32,6 @@ import torch
 from torch import Tensor
 
 from disttempnet import distributed
-from disttempnet.errors import UserNotice
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients, use_kernel
 from disttempnet.losses.contrast.pairs import EXCLUDED, Anchors, BatchPairs, rounded
 from disttempnet.losses.distillation import Distilled, distill
@@ -197,23 +195,15 @@ class GlobalContrastiveLoss(Objective):
         self.epoch = 0.0
         self.num_samples = context.num_samples
         self._warned = False
-        self._epoch_settled = False  # set_epoch was called, or a warning said that it was not
-        self._rows_unsettled = 0  # rows of the global batches before that
 
-    def set_epoch(self, epoch: float) -> None:
-        """Set the epoch of the schedules of γ and τ; call it at the start of every epoch.
-
-        After the first call the objective no longer counts `steps_per_epoch` itself.
-        """
-        self._epoch_settled = True
-        self._begin_epoch(epoch)
-
-    def _begin_epoch(self, epoch: float) -> None:
-        if not epoch >= 0:
-            raise ValueError(f"epoch must not be negative, got {epoch}")
+    def begin_epoch(self, epoch: float) -> None:
         if epoch != self.epoch:  # a resumed run sets the same epoch again: that begins none
             self.temperature.set_epoch(epoch)
         self.epoch = float(epoch)
+
+    @property
+    def scheduled(self) -> bool:
+        return (self.gamma is not None and self.gamma.changes) or self.temperature.changes
 
     @property
     def own_rate(self) -> float:
@@ -267,7 +257,7 @@ class GlobalContrastiveLoss(Objective):
         image, text = features.image, features.text
         dtype, b, learns = compute_dtype(image), len(image), self.temperature.learns
         if self.training:
-            self._follow_epoch(b * distributed.world_size())
+            self.follow_epoch(b * distributed.world_size())
 
         # features and ids: x, y [b, D] of this rank; all_image, all_text [B, D] and all_ids [B] of all ranks; and what
         # is compared, which with a reference is [b, D + R] and [B, D + R]
@@ -405,27 +395,6 @@ class GlobalContrastiveLoss(Objective):
 
         return distill(pairs_of(slice(0, width), 1), pairs_of(slice(width, None), -1), tau)
 
-    def _follow_epoch(self, batch: int) -> None:
-        """Begin the epoch of this step where `set_epoch` is not called; warn once if a schedule needs it."""
-        if self._epoch_settled:
-            return
-        if self.steps_per_epoch:
-            self._begin_epoch(self.step // self.steps_per_epoch)
-            return
-        self._rows_unsettled += batch
-        scheduled = (self.gamma is not None and self.gamma.changes) or self.temperature.changes
-        if scheduled and self._rows_unsettled > self.num_samples + batch:
-            self._epoch_settled = True
-            self._notice(
-                f"more than the {self.num_samples} samples of an epoch have passed and set_epoch was never called: "
-                f"the schedules of γ and of the temperature's rate stay at epoch {self.epoch:g}; call "
-                "loss.set_epoch(epoch) at the start of every epoch, or build_loss(…, steps_per_epoch=len(loader))"
-            )
-
-    def _notice(self, message: str) -> None:
-        if distributed.is_main():
-            warnings.warn(message, UserNotice, stacklevel=7)  # the line that called the module
-
     def _track(self, ids: Tensor, log_g: Tensor, distinct: bool) -> tuple[Tensor, Tensor | None]:
         """Return new log u [2, B] from the tracked and the batch's log g [2, B], and the mean γ; store u in training.
 
@@ -539,7 +508,7 @@ class GlobalContrastiveLoss(Objective):
         limit = math.log(max(count - 1, 1))
         if self.rho >= limit:
             of = f"{count:,} samples" if remembers else f"a global batch of {count:,}, without memory of earlier ones"
-            self._notice(
+            self.notice(
                 f"rho = {self.rho:g} is not below log({symbol} − 1) = {limit:.3g} of {of}: the gradient of the "
                 f"temperature is then never negative and every τ falls to its lower bound; choose rho < {limit:.3g}"
             )

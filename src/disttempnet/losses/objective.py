@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disttempnet import distributed
-from disttempnet.errors import notice
+from disttempnet.errors import UserNotice, notice
 from disttempnet.losses.own_parameters import Learner, refuse_second_gradient
 from disttempnet.losses.sample_state import SampleState
 
@@ -113,20 +114,64 @@ class Objective(Learner):
     Attributes:
         arguments: the arguments that it was built with, as text; equal on all ranks.
         steps_per_epoch: training steps of an epoch; 0 = the loop calls `set_epoch`.
+        num_samples: N, where the objective has schedules.
     """
 
     arguments = ""
     steps_per_epoch = 0
+    num_samples = 0
     step = 0  # training steps so far, where the objective counts them
     epoch = 0.0
     _is_accelerate_prepared = False
     _sent: tuple[float, ...] | None = None  # numbers that this rank sent to the others in the previous step
     _sent_tensor: Tensor  # the same, on the features' device
+    _epoch_settled = False  # set_epoch was called, or a warning said that it was not
+    _rows_unsettled = 0  # rows of the global batches before that
     _verified = False  # all ranks hold the same objective
     _state_loaded = False  # since it was verified
 
     def set_epoch(self, epoch: float) -> None:
+        """Begin an epoch of the schedules; call it at the start of every epoch.
+
+        After the first call the objective no longer counts `steps_per_epoch` itself.
+        """
+        if not epoch >= 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}")
+        self._epoch_settled = True
+        self.begin_epoch(epoch)
+
+    def begin_epoch(self, epoch: float) -> None:
         """Begin an epoch; objectives with schedules override it."""
+
+    @property
+    def scheduled(self) -> bool:
+        """True where something depends on the epoch."""
+        return False
+
+    def follow_epoch(self, batch: int) -> None:
+        """Begin the epoch of this step where `set_epoch` is not called; warn once if a schedule needs it.
+
+        Args:
+            batch: rows of the global batch.
+        """
+        if self._epoch_settled:
+            return
+        if self.steps_per_epoch:
+            self.begin_epoch(self.step // self.steps_per_epoch)
+            return
+        self._rows_unsettled += batch
+        if self.scheduled and self._rows_unsettled > self.num_samples + batch:
+            self._epoch_settled = True
+            self.notice(
+                f"more than the {self.num_samples} samples of an epoch have passed and set_epoch was never called: "
+                f"the schedules of γ and of the temperature's rate stay at epoch {self.epoch:g}; call "
+                "loss.set_epoch(epoch) at the start of every epoch, or build_loss(…, steps_per_epoch=len(loader))"
+            )
+
+    def notice(self, message: str) -> None:
+        """Warn the line that called the module; of a helper of a step's function, on rank 0."""
+        if distributed.is_main():
+            warnings.warn(message, UserNotice, stacklevel=7)
 
     def set_still(self, still: bool) -> None:
         """Set `still` of this objective and its parts; every rank passes the same."""

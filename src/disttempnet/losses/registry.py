@@ -18,6 +18,7 @@ import torch
 from disttempnet.errors import unknown_name
 from disttempnet.io.ranges import SEEDS, Range, integers
 from disttempnet.losses.global_contrastive import GlobalContrastiveLoss
+from disttempnet.losses.minibatch.amorlip import AmorLipLoss
 from disttempnet.losses.minibatch.cyclip import CyClipLoss
 from disttempnet.losses.minibatch.onlineclr import OnlineClrLoss
 from disttempnet.losses.minibatch.siglip import SigLipLoss
@@ -259,6 +260,10 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         "onlineCLR", OnlineClrLoss, "τ log E_neg exp(s/τ) + 10 τ log E_pos exp(−s/10τ)", "arXiv 2305.11965 (code)",
         temperature=ConstantTemperature.kind, gamma="constant",
     ),
+    "amorlip": _minibatch(
+        "AmorLIP", AmorLipLoss, "½ mean Σ (−s_ii + τ Σ_j w_ij exp(s_ij/τ) / Z̃_i) + ½ ρ τ", "arXiv 2505.18983",
+        temperature=LearnableTemperature.kind, gamma="amortised",
+    ),
 }  # fmt: skip
 
 
@@ -289,6 +294,11 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "prototypes": integers(1, 2**20),
     "bias": Range(-1000, 1000),
     "normaliser_steps": integers(0, 10**4),
+    "partition_steps": integers(0, 10**4),
+    "partition_lr": _POSITIVE,
+    **dict.fromkeys(("partition_average", "partition_share"), Range(0, 1, below=True)),
+    "partition_share_epochs": Range(0, 10**6, above=True),
+    "rho_flip_epoch": integers(0, 10**6),
     "normaliser_lr": _POSITIVE,
     "normaliser_restart": integers(1, 10**12),
 }
