@@ -32,6 +32,7 @@ TESTED_ELSEWHERE = {
     "features/store.py": "features/test_build.py",
     "losses/contrast/pairs.py": "losses/contrast/test_blocks.py",
     "losses/drift.py": "losses/test_global_contrastive.py",
+    "losses/normaliser/amortised.py": "losses/minibatch/test_amorlip.py",
     "models/trunk.py": "features/test_build.py",
     "report/runs/plots.py": "report/runs/test_page.py",
     "search/page.py": "search/test_command.py",

@@ -1,1 +1,1 @@
-"""Objectives outside the family, one a file: siglip, cyclip, vicreg, onlineclr."""
+"""Objectives outside the family, one a file: siglip, cyclip, vicreg, onlineclr, amorlip."""
