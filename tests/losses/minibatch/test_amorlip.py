@@ -143,7 +143,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.stack(pairs(20, 1))
     log_z = 3 + x[..., 0]
     whole.fit(x, log_z)
-    monkeypatch.setattr(amortised, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(amortised, "FITTED_ROWS", 7)
     parts.fit(x, log_z)
     close(parts.networks, whole.networks, rtol=1e-9, atol=1e-11)
     close(parts.target(x, log_z, 1), whole.target(x, log_z, 1), rtol=1e-11, atol=0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from disttempnet.losses.objective import ObjectiveContext, as_numbers, as_tensor
 
-CHUNK_ROWS = 4096
+FITTED_ROWS = 4096
 ADAM = (0.9, 0.999, 1e-8)
 AVERAGE_EVERY = 2  # batches
 
@@ -124,7 +124,7 @@ class AmortisedPartition(nn.Module):
         beta = self.beta(epoch)
         if beta == 0:
             return log_z
-        parts = features.split(CHUNK_ROWS, dim=1)
+        parts = features.split(FITTED_ROWS, dim=1)
         log_before = torch.cat([self._log_partition(self.before.to(log_z.dtype), part) for part in parts], dim=1)
         return torch.logaddexp(log_before + math.log(beta), log_z + math.log1p(-beta))
 
@@ -165,8 +165,8 @@ class AmortisedPartition(nn.Module):
         total = torch.zeros_like(networks)
         with torch.enable_grad():
             leaf = networks.detach().requires_grad_()
-            for start in range(0, x.shape[1], CHUNK_ROWS):
-                rows = slice(start, start + CHUNK_ROWS)
+            for start in range(0, x.shape[1], FITTED_ROWS):
+                rows = slice(start, start + FITTED_ROWS)
                 error = torch.where(usable[:, rows], self._log_partition(leaf, x[:, rows]) - wanted[:, rows], 0.0)
                 total += torch.autograd.grad(error.square().sum() / x.shape[1], leaf)[0]
         return total
