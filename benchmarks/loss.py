@@ -9,7 +9,9 @@ counted, their gradients counted; each is measured in a fresh process that has m
 
 Cases: `core` is SogCLR (τ given); `network` DistTempNet-v1, `network-icml24` TempNet (the published network, dropout).
 `dense`, `dense-network` are the first code's way (benchmarks/dense.py), its networks with as many prototypes as ours;
-`open_clip` is its ClipLoss. D = 512. Unit features, y near x, all ids different.
+`open_clip` is its ClipLoss. D = 512. Unit features, y near x, all ids different. The others are objectives by name,
+asked for with --cases: `neuclip` with as many prototypes as rows, `drrho` with a reference of width 512; their steps are
+the second and later ones, at epoch 6.
 """
 
 from __future__ import annotations
@@ -38,8 +40,11 @@ PEERS = {  # case → the peer that its ratio is against
     "network": ("dense-network",),
     "network-icml24": ("dense-network",),
 }
+BY_NAME = ("dcl", "scent", "tuneclip", "drrho", "neuclip", "nuclr", "amorlip")
+PEERS |= dict.fromkeys(BY_NAME, ("core",))
 CASES = (*PEERS, "dense", "dense-network", "open_clip")
 OURS = {"core": "sogclr", "network": "disttempnet-v1", "network-icml24": "tempnet", "clip": "clip"}  # case → objective
+OURS |= {name: name for name in BY_NAME}
 WARM = 64  # rows of the step that loads the code
 
 
@@ -74,8 +79,11 @@ def make_objective(case: str, batch: int, device: str = "cpu") -> Callable[[Tens
     from disttempnet import Features, build_loss
 
     arguments = {"prototypes": PROTOTYPES, "rho": 2.0} if case.startswith("network") else {}
+    arguments |= {"neuclip": {"prototypes": batch, "rho": 2.0}, "scent": {"rho": 2.0}}.get(case, {})
     loss = build_loss(OURS[case], num_samples=batch, embed_dim=D, **arguments).to(device)
-    loss.set_epoch(0)
+    loss.set_epoch(6 if case in BY_NAME else 0)
+    if case == "drrho":
+        return lambda x, y, ids: loss(Features.of(x, y, reference=(y, x)), ids).total
     return lambda x, y, ids: loss(Features.unit(x, y), ids).total
 
 
@@ -99,6 +107,8 @@ def serve(case: str, batch: int) -> None:
     """Answer `time` with the cost of a step and `memory` with its peak, in lines of JSON."""
     step = make_step(case, batch)
     step(min(WARM, batch))
+    if case in BY_NAME:  # prototypes are filled, tables visited
+        step(batch)
     for line in sys.stdin:
         print("\n" + json.dumps({"time": timed, "memory": peak}[line.strip()](lambda: step(batch))), flush=True)
 
@@ -234,7 +244,8 @@ def show(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    usual = [case for case in CASES if case not in BY_NAME]
+    parser.add_argument("--cases", nargs="+", default=usual, choices=CASES)
     parser.add_argument(
         "--rounds", type=int, default=5, help="steps that count of each case; 0 = the one of the memory"
     )
