@@ -10,8 +10,8 @@ counted, their gradients counted; each is measured in a fresh process that has m
 Cases: `core` is SogCLR (τ given); `network` DistTempNet-v1, `network-icml24` TempNet (the published network, dropout).
 `dense`, `dense-network` are the first code's way (benchmarks/dense.py), its networks with as many prototypes as ours;
 `open_clip` is its ClipLoss. D = 512. Unit features, y near x, all ids different. The others are objectives by name,
-asked for with --cases: `neuclip` with as many prototypes as rows, `drrho` with a reference of width 512; at epoch 6, and
-from their second step on.
+asked for with --cases: `neuclip` with as many prototypes as rows, `drrho` with a reference of width 512; at epoch 6,
+and from their second step on.
 """
 
 from __future__ import annotations
