@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from disttempnet.report import write_report
+from disttempnet.report.page import open_template
 from disttempnet.report.seeds.comparison import compare_groups
 from disttempnet.report.seeds.page import comparison_page
 from tests.report.browser import assert_readable, needs_browser, rendered
@@ -47,6 +49,23 @@ def test_every_page_is_readable(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / "a", LONG), write_run(tmp_path / "b", "CLIP", spread=0.0, acc1=0.3)]
     runs = write_report(folders, tmp_path / "runs.html").read_text(encoding="utf-8")
     assert_readable({"runs": runs, "seeds": seeds_page(), **evaluation_pages(tmp_path / "evaluations")})
+
+
+@needs_browser
+def test_pages_of_search_and_classify_are_readable() -> None:
+    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+    hit = SimpleNamespace(picture=pixel, name=f"folder/{'x' * 70}.jpg", number=0.3)
+    values = {"title": "t", "where": "/data/" + "y" * 80, "model": "runs/a", "unreadable": "z" * 90, "count": 9}
+    of_class = {"images": 3, "mean": 0.4, "doubtful": 2, "surest": [hit] * 4, "least_sure": [hit]}
+    sections = [SimpleNamespace(name=f"class {'c' * 60}", **of_class)] * 2
+    assert_readable(
+        {
+            "search": open_template("search.html").render(**values, results=[("a red apple " * 9, [hit] * 7)] * 2),
+            "classify": open_template("classify.html").render(
+                **values, sections=sections, tau="τ is .07", templates=["a photo of {c}"], doubtful=0.5
+            ),
+        }
+    )
 
 
 @needs_browser

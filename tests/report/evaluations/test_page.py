@@ -97,8 +97,8 @@ def test_page(grid: Path) -> None:
     ]
     for words in shown:
         assert words in page.text, words
-    assert "CLIP: Average over 38 23.74 (2.85)." in page.text
-    assert "DistTempNet-v1: Average over 38 34.53 (2.16), +10.79 [8.11, 13.47] to CLIP." in page.text
+    assert "Average over 38: CLIP 23.74 (2.85)." in page.text
+    assert "Average over 38: DistTempNet-v1 34.53 (2.16), +10.79 [8.11, 13.47] to CLIP." in page.text
     assert "ViT<i> a<b>&c is partial: 1/38 tasks with a plain mean of 50.00." in page.text
     assert not any(tag == "details" for tag, _ in page.tags)
     lacking = "Left out: Stanford Cars incomplete: 1 unreadable: <x>"

@@ -151,7 +151,7 @@ def _headline(every: Sequence[EvaluatedModel], tables: Sequence[tuple[str, Group
                 (difference,) = difference_row(first, group)
                 change = f", {difference.text} to {first.baseline_title}" if difference.text[0] in "+−0" else ""
                 score = cell_text(cell, len(group.results), DIGITS)
-                sentences.append(f"{group.title}: {first.columns[0].title} {score}{change}.")
+                sentences.append(f"{first.columns[0].title}: {group.title} {score}{change}.")
     for one, name in zip(every, model_names(every), strict=True):
         average = one.averages["datacomp"]
         if not average.complete:
