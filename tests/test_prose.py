@@ -1,4 +1,4 @@
-"""README and docs/ are written in short sentences: the middle one has at most 17 words, nine of ten at most 30."""
+"""README, CHANGELOG and docs/ have short sentences: the middle one has at most 17 words, nine of ten at most 30."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ END = re.compile(r"(?<=[.!?])[\"”)*]*\s+")
 
 
 def pages() -> list[Path]:
-    return sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+    return sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def sentences(text: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from disttempnet.cli.main import build_parser
 from disttempnet.config import Config, Section
 from disttempnet.losses import OBJECTIVES
 from tools.build_site import ROOT, build, collect
+from tools.draw_concepts import DRAWN, FIGURES
 
 pytest.importorskip("zensical", reason="the extra `docs` is not installed")
 # Attributes that make a browser fetch something at once; links that a reader clicks are free.
@@ -147,3 +148,17 @@ def test_the_reference_has_every_objective_with_its_arguments(site: Path) -> Non
 def test_the_reference_has_every_public_name(site: Path) -> None:
     anchors = {attributes.get("id") for _, attributes in Tags(site / "reference" / "api.html").tags}
     assert {f"disttempnet.{name}" for name in disttempnet.__all__ if not name.startswith("_")} <= anchors
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_figures_are_what_their_script_draws(name: str) -> None:
+    """By what they say: coordinates may differ in the last digit elsewhere."""
+    kept = (FIGURES / name).read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark" in kept
+    texts = re.findall(r"<text[^>]*>([^<]*)", kept)
+    assert len(texts) > 20
+    assert texts == re.findall(r"<text[^>]*>([^<]*)", DRAWN[name]())
+
+
+def test_every_figure_has_a_script() -> None:
+    assert {path.name for path in FIGURES.iterdir()} == DRAWN.keys()

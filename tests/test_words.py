@@ -52,7 +52,15 @@ def sources() -> list[Path]:
 def texts() -> list[Path]:
     """Return every file with words for readers: code, templates, configs, docs."""
     found = [path for suffix in ("py", "toml", "html", "sbatch", "jinja", "j2") for path in SOURCE.rglob(f"*.{suffix}")]
-    return sorted({*found, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md", *(ROOT / "benchmarks").glob("*.py")})
+    return sorted(
+        {
+            *found,
+            *(ROOT / "docs").rglob("*.md"),
+            ROOT / "README.md",
+            ROOT / "CHANGELOG.md",
+            *(ROOT / "benchmarks").glob("*.py"),
+        }
+    )
 
 
 def name_of(path: Path) -> str:

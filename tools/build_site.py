@@ -23,6 +23,7 @@ def collect(folder: Path) -> None:
         raise SystemExit(f"{folder} is not empty: name a new folder")
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(ROOT / "mkdocs.yml", folder)
+    shutil.copy(ROOT / "CHANGELOG.md", folder / "docs" / "changelog.md")
     for path in (folder / "docs").rglob("*.md"):
         _bring_linked_files(path, folder / "docs")
     from tools.reference_pages import pages  # imports the package, which takes seconds
