@@ -26,6 +26,8 @@ COMMANDS = [
     "evaluate runs/ok --tasks folder:classes --out out.json --batch 8",
     "evaluate runs/ok --tasks captions:table/list.json --out out.json",
     "evaluate --list",
+    "search runs/ok photos dog cat --top 3 --html page.html --workers 0",
+    "classify runs/ok shards --classes dog,cat --out table.csv --html page.html --workers 0",
     "export scores.json --to openclip-csv --out row.csv",
     "report runs/ok runs/other --out report.html",
     "report runs/ok runs/other --out table.md --metrics folder:classes/acc1",

@@ -172,6 +172,16 @@ def test_classes_are_those_of_a_plain_loop(
     assert "(45 rows)" in said.err
 
 
+def test_words_that_are_not_unicode_are_escaped(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = os.fsdecode(b"\xff\x1b[2J")
+    assert main(["search", model, str(photos), odd, "--html", "a.html", *FAST]) == 0
+    assert capsys.readouterr().out.startswith("\\udcff\\x1b[2J\n")
+    assert "\\udcff\\x1b[2J" in Page(Path("a.html").read_text(encoding="utf-8")).text
+    assert main(["classify", model, str(photos), "--classes", f"{odd},cat", "--html", "b.html", *FAST]) == 0
+    assert {row["class"] for row in rows_of(Path("classified.csv"))} <= {"\\udcff\\x1b[2J", "cat"}
+    assert "\\udcff\\x1b[2J" in Page(Path("b.html").read_text(encoding="utf-8")).text
+
+
 def test_templates_and_a_csv_on_standard_output(
     model: str, towers: Towers, photos: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +233,13 @@ def test_listings_and_shards_are_searched_too(model: str, photos: Path, capsys: 
     assert "left out, unreadable: 1 images: list.jsonl:corrupt.jpg (cannot identify image)" in said.err
 
 
+def test_a_query_that_is_cut_is_said(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fits, long = "dog " * 18, "dog " * 18 + "and cat"  # of twenty tokens two are marks
+    assert main(["search", model, str(photos), fits.strip(), long, "dog", *FAST]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "cut off" in line]
+    assert said == [f"longer than the text tower reads, its end is cut off: {long}"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_keeps_finished_shards_and_says_so(
     number: signal.Signals,
@@ -262,7 +279,8 @@ def test_a_stop_keeps_finished_shards_and_says_so(
     [
         (["search", "MODEL", "photos", " "], 'search: an empty query: say what to look for, "a red apple"'),
         (["search", "MODEL", "photos"], "the following arguments are required: QUERY"),
-        (["search", "MODEL", "nowhere", "x"], "nowhere"),
+        (["search", "MODEL", "nowhere", "x"], "disttempnet: nowhere: no such folder of images, shard or listing"),
+        (["search", "MODEL", "no/{0..3}.tar", "x"], "no: no such folder, named by data.train"),
         (["search", "MODEL", "empty", "x"], "empty: no images in it (bmp, gif, "),
         (["search", "MODEL", "broken", "x"], "broken: none of its 1 images can be read: a.jpg: cannot identify image"),
         (["search", "MODEL", "photos", "x", "--image-key", "k"], "is a folder of images, --image-key is for listings"),

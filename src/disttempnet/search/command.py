@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from disttempnet.evaluation.command import OpenedModel
 from disttempnet.evaluation.encoder import FeatureEncoder, checkpoint_hash, evaluation_mode
 from disttempnet.evaluation.tasks import Head
 from disttempnet.io.files import atomic, is_device, unwritable_named
+from disttempnet.models.text import Tokenizer
 from disttempnet.sanitize import csv_cell, one_line
 from disttempnet.search.classes import Classified, ClassTally, classify
 from disttempnet.search.features import Embedding, ImageFeatures, embed_images, open_images
@@ -57,6 +59,9 @@ def run_search(
     """
     with distributed.session(timeout_minutes=60.0) as device:
         model.towers.module.to(device)
+        if distributed.is_main():
+            for query in filter(partial(_is_cut, model.towers.tokenizer), queries):
+                say(f"longer than the text tower reads, its end is cut off: {one_line(query)}", error=True)
         texts = embed_captions(model.towers, queries, device=device, batch=request.batch).cpu()
         if not texts.isfinite().all():
             raise UserError("the text tower gives features that are not finite")
@@ -128,6 +133,12 @@ def _features(model: OpenedModel, request: ImagesRequest, device: torch.device) 
     return features
 
 
+def _is_cut(tokenizer: Tokenizer, query: str) -> bool:
+    """Return whether a text tower reads no word at the end of a query."""
+    words = query.split()
+    return len(words) > 1 and torch.equal(tokenizer([query]), tokenizer([" ".join(words[:-1])]))
+
+
 def _say_hits(features: ImageFeatures, queries: Sequence[str], found: Sequence[Sequence[Hit]]) -> None:
     """Print a ranking a query: rank, cosine, name, in lines that are never cut."""
     for query, hits in zip(queries, found, strict=True):
@@ -168,7 +179,8 @@ def _open_csv(out: Path) -> Iterator[Callable[[Iterable[Sequence[object]]], None
 
 def _rows(features: ImageFeatures, classes: Sequence[str], part: Classified) -> Iterator[tuple[object, ...]]:
     """Rows of the table, as `COLUMNS` names them."""
+    cells = [csv_cell(one_line(name)) for name in classes]
     values = zip(part.ids.tolist(), part.classes.tolist(), part.probabilities.tolist(), strict=True)
     for sample, (first, second), (probability, other) in values:
         name = csv_cell(features.source.name(sample))
-        yield name, csv_cell(classes[first]), f"{probability:.6g}", csv_cell(classes[second]), f"{other:.6g}"
+        yield name, cells[first], f"{probability:.6g}", cells[second], f"{other:.6g}"

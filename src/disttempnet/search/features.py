@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from disttempnet.sanitize import one_line
 
 OTHER_FOLDER = "name another folder with --cache-features"
 UNREADABLE_NAMED = 5
+PATTERN = re.compile(r"[{}*?\[\]:]")  # in a name that is no path: a pattern, a URL, embedded:emoji/train
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ def open_images(sources: Sequence[SourceConfig]) -> Source:
     Raises:
         UserError: no images, or data that has changed since it was indexed.
     """
+    for source in sources:
+        if not os.path.exists(source.path) and not PATTERN.search(source.path):
+            raise UserError(f"{source.path}: no such folder of images, shard or listing")
     if len(sources) == 1 and is_picture_folder(sources[0].path):
         for key in ("caption_key", "images", "image_key", "index"):
             if getattr(sources[0], key):

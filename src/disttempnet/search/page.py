@@ -12,6 +12,7 @@ from disttempnet.data.source import Source
 from disttempnet.report.items import Item
 from disttempnet.report.page import open_template, publish
 from disttempnet.report.runs.examples import picture
+from disttempnet.sanitize import one_line
 from disttempnet.search.classes import DOUBTFUL, ClassTally
 from disttempnet.search.features import ImageFeatures
 from disttempnet.search.nearest import Hit
@@ -55,7 +56,9 @@ def write_search_page(
     """
     hits = [thumbnails(features.source, [(hit.cosine, hit.sample) for hit in of_query]) for of_query in found]
     page = open_template("search.html").render(
-        title=" · ".join(queries), results=list(zip(queries, hits, strict=True)), **_about(model, features)
+        title=one_line(" · ".join(queries)),
+        results=list(zip(map(one_line, queries), hits, strict=True)),
+        **_about(model, features),
     )
     return publish(out, page)
 
@@ -85,7 +88,7 @@ def write_classes_page(
     order = sorted(range(len(classes)), key=lambda number: (-int(tally.count[number]), number))
     sections = [
         ClassSection(
-            classes[number],
+            one_line(classes[number]),
             int(tally.count[number]),
             tally.mean(number),
             int(tally.doubtful[number]),
@@ -97,7 +100,7 @@ def write_classes_page(
     page = open_template("classify.html").render(
         title=f"{len(features):,} images in {len(classes):,} classes",
         sections=sections,
-        templates=templates,
+        templates=list(map(one_line, templates)),
         tau=tau,
         doubtful=DOUBTFUL,
         **_about(model, features),
@@ -120,8 +123,8 @@ def _picture(source: Source, sample: int) -> str:
 
 def _about(model: str, features: ImageFeatures) -> dict[str, object]:
     return {
-        "model": model,
-        "where": features.source.where,
+        "model": one_line(model),
+        "where": one_line(features.source.where),
         "count": len(features),
         "unreadable": features.describe_unreadable(),
     }

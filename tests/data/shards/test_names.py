@@ -114,6 +114,8 @@ def test_names_that_climb_are_names_only(tmp_path: Path) -> None:
         ("{" + "a" * 300 + ",b}", r"no such folder of shards"),
         ("pipe:cat /d/{00..03}.tar", r"commands are not run; name the shards: /d/\{00\.\.03\}\.tar"),
         ("pipe:aws s3 cp s3://b/{0..3}.tar -", r"name the shards: s3://b/\{0\.\.3\}\.tar"),
+        ("s3://", "a URL of no place: name the bucket or host"),
+        ("s3://{a,b}/0.tar", "a URL of no place"),
         ("s3://bucket/*.tar", r"wildcards do not work in a URL; name the folder"),
         ("s3://bucket/{a,b}", r"a URL with braces has to end in \.tar"),
         ("s3://bucket/{a,a}.tar", "names a shard twice"),

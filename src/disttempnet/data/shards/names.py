@@ -139,6 +139,8 @@ def _shards_named(folder: Path, pattern: str) -> Iterator[str]:
 
 def _resolve_remote(spec: str, cache: str, cache_gb: float) -> ShardList:
     spec, credentials = detached(spec)
+    if not spec.partition("{")[0].partition("://")[2].strip("/"):
+        raise UserError(f"'{spec}': a URL of no place: name the bucket or host, s3://BUCKET/FOLDER")
     if any(character in spec for character in "*["):
         raise UserError(
             f"'{spec}': wildcards do not work in a URL; name the folder for all its shards, or write {{00000..01242}}"
