@@ -114,6 +114,7 @@ def training(case: dict[str, Any], folder: Path) -> tuple[Any, Any]:
         f"train.precision={case['precision']}",
         f"train.compile={json.dumps(case['compile'])}",
         "loss.tau_start=epoch",  # the temperature's optimizer is part of the step
+        "loss.rho=1",  # below log(N − 1) of the few pairs
     ]
     config = load_config(CONFIG_FOLDER / "cc12m_vitb32_v1_corrected.toml", overrides)
     trainer = Trainer(config, torch.device(case["device"]))

