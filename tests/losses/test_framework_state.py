@@ -241,6 +241,47 @@ def test_shards_go_through_dcp_at_their_own_world_size(gloo: Pools, tmp_path: Pa
     check(gloo, tmp_path, [(True, "dcp")], (2,))
 
 
+@pytest.mark.parametrize("epochs", [1, 3], ids=["waits", "has started"])
+def test_moments_go_through_dcp_where_the_loss_is_loaded_first(epochs: int, tmp_path: Path) -> None:
+    """torch makes empty moments to load into: a network that waits gets none, one that has started does."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as states
+
+    def begun() -> tuple[Model, torch.optim.Optimizer]:
+        model = Model({**EVERY["disttempnet-v1"], "tau_start_epoch": 1})
+        groups = [{"params": model.tower.parameters()}, *model.loss.parameter_groups()]
+        return model, torch.optim.AdamW(groups, lr=0.1)
+
+    def train(model: Model, optimizer: torch.optim.Optimizer, epochs: range) -> None:
+        for epoch in epochs:
+            model.loss.set_epoch(epoch)
+            batch = stream(1, seed=epoch)[0]
+            optimizer.zero_grad()
+            model(batch.x, batch.y, batch.ids)["loss"].backward()
+            optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
+        first, moved = begun()
+        train(first, moved, range(epochs))
+        dcp.save(
+            dict(zip(("model", "moments"), states.get_state_dict(first, moved), strict=True)), checkpoint_id=tmp_path
+        )
+
+        second, other = begun()
+        saved = {"model": states.get_model_state_dict(second)}
+        dcp.load(saved, checkpoint_id=tmp_path)
+        states.set_model_state_dict(second, saved["model"])
+        saved = {"moments": states.get_optimizer_state_dict(second, other)}
+        dcp.load(saved, checkpoint_id=tmp_path)
+        states.set_optimizer_state_dict(second, other, saved["moments"], options=states.StateDictOptions(strict=False))
+    held = [len(optimizer.state) for optimizer in (moved, other)]
+    assert held == [len(list((first if epochs > 1 else first.tower).parameters()))] * 2
+    for model, optimizer in ((first, moved), (second, other)):
+        train(model, optimizer, range(epochs, epochs + 2))
+    close(whole(second), whole(first), rtol=0, atol=0)
+
+
 # ---- what every tool expects of a state_dict ----
 
 
