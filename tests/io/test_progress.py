@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from disttempnet.io import progress
@@ -50,7 +52,8 @@ def test_sizes_are_bytes(now: list[float], capsys: pytest.CaptureFixture[str]) -
 def test_bars_are_drawn_in_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], now: list[float]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     with ProgressDisplay() as display:
         bar = display.add("a [name]", total=4)
@@ -63,6 +66,18 @@ def test_bars_are_drawn_in_a_terminal_only(
     assert "2/4" in shown
     assert "a plain line" not in shown
     assert shown.index("a line") < shown.rindex("2/4")
+
+
+def test_colours_that_are_forced_make_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], now: list[float]
+) -> None:
+    """Jupyter and CI set FORCE_COLOR, which rich takes for a terminal: a log would hold every bar that is drawn."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with ProgressDisplay() as display:
+        display.update(display.add("name", total=4), 2, "2/4")
+        now[0] = 60.0
+        display.plain_line("a plain line")
+    assert capsys.readouterr().err == "a plain line\n"
 
 
 def test_nothing_is_shown_where_it_is_off(capsys: pytest.CaptureFixture[str], now: list[float]) -> None:

@@ -39,6 +39,8 @@ class ProgressDisplay:
         self, *, active: bool = True, stderr: bool = True, elapsed: bool = False, transient: bool = False
     ) -> None:
         self.console = console(stderr=stderr, quiet=not active)
+        # FORCE_COLOR asks for colours (Jupyter and CI set it), and bars would fill what is no terminal
+        self._terminal = self.console.is_terminal and self.console.file.isatty()
         text = TextColumn("{task.fields[text]}", markup=False)
         columns = [TextColumn("{task.description}", markup=False), BarColumn(), text]
         self.bars = Progress(
@@ -46,7 +48,7 @@ class ProgressDisplay:
             *([TimeElapsedColumn()] if elapsed else []),
             console=self.console,
             transient=transient,
-            disable=not active or not self.console.is_terminal,
+            disable=not active or not self._terminal,
         )
         self._last_line = time.monotonic()
 
@@ -86,7 +88,7 @@ class ProgressDisplay:
     def plain_line(self, text: str, due: bool = False) -> None:
         """Print a line in place of the bars: every PLAIN_LINE_SECONDS, or if it is `due`; never in a terminal."""
         now = time.monotonic()
-        if not self.console.is_terminal and (due or now - self._last_line > PLAIN_LINE_SECONDS):
+        if not self._terminal and (due or now - self._last_line > PLAIN_LINE_SECONDS):
             self._last_line = now
             self.say(text)
 
