@@ -59,6 +59,7 @@ def texts() -> list[Path]:
             ROOT / "README.md",
             ROOT / "CHANGELOG.md",
             *(ROOT / "benchmarks").glob("*.py"),
+            *(ROOT / "examples").glob("*.*"),
         }
     )
 
