@@ -41,7 +41,7 @@ class ZeroShot(TrainerCallback):
     def on_train_end(self, args, state, control, model, **kwargs) -> None:
         result = zero_shot(model.towers)
         if state.is_world_process_zero:
-            print(result)
+            print(f"\n{result}")  # below the progress bar
 
 
 def main() -> None:
