@@ -113,6 +113,15 @@ def test_measuring_normalisers_changes_nothing_else(straight: Path, tmp_path: Pa
     assert losses(tmp_path / "debug") == losses(straight)
 
 
+def test_a_network_that_never_started_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten steps are fewer than are measured; where it starts from the first step on nothing is said."""
+    short = ("data.validation=0", "train.epochs=1", "eval.tasks=[]")
+    assert train(debug(tmp_path, *short, "loss.tau_start=ahead"))
+    assert "the temperature network never started: its τ stays where it began" in capsys.readouterr().err
+    assert train(debug(tmp_path, *short, "name=other"))
+    assert "never started" not in capsys.readouterr().err
+
+
 def test_normalisers_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^eval.normaliser_samples: objective siglip has no normaliser"):
         train(debug(tmp_path, "loss={name='siglip'}", "eval.normaliser_samples=50"))

@@ -65,6 +65,7 @@ class CompactResult:
             "image", "text" (median τ of the bin), of equal length; "spearman" of [image, text] over the pairs. Empty
             where all τ are equal or frequencies are unknown.
         tuned: how `compare` chose settings by trials; None where it chose none.
+        tau_started: whether a temperature network that waits for its pairs started; None where there is no such one.
     """
 
     name: str
@@ -76,6 +77,7 @@ class CompactResult:
     tau_curve: dict[str, list[float]]
     tau_by_frequency: dict[str, list[float]]
     tuned: Tuned | None = None
+    tau_started: bool | None = None
 
     @property
     def seed(self) -> int:
@@ -146,7 +148,11 @@ def compact(run: RunRecord) -> CompactResult:
     # config without credentials and local paths
     table = public_table(run.config)
     table["out"] = Path(table["out"]).name
-    return CompactResult(run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency, tuned)
+    _, waits = run.series("tau_started")
+    started = bool(waits[-1]) if len(waits) else None
+    return CompactResult(
+        run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency, tuned, started
+    )
 
 
 def _tuned(path: Path, name: str) -> Tuned | None:
@@ -197,6 +203,7 @@ def _to_line(result: CompactResult) -> dict[str, Any]:
         "tau_curve": result.tau_curve,
         "tau_by_frequency": result.tau_by_frequency,
         "tuned": result.tuned and asdict(result.tuned),
+        "tau_started": result.tau_started,
     }
 
 
@@ -229,7 +236,8 @@ def _from_line(line: dict[str, Any]) -> CompactResult:
         tau=line["tau"],
         tau_curve=line["tau_curve"],
         tau_by_frequency=line["tau_by_frequency"],
-        tuned=Tuned(**line["tuned"]) if line.get("tuned") else None,  # older files lack the key
+        tuned=Tuned(**line["tuned"]) if line.get("tuned") else None,  # older files lack these keys
+        tau_started=line.get("tau_started"),
     )
     if result.seed != line["seed"] or not result.objective:
         raise ValueError

@@ -236,6 +236,8 @@ class Trainer:
                     f"stopped at step {self.step} of {self.total_steps} (train.stop_after_steps): "
                     "continue with a larger one, or 0, and --resume auto"
                 )
+            elif self.loss.current_rate() == 0 < self.loss.own_rate:
+                log.say("the temperature network never started: its τ stays where it began (docs/objectives.md)")
         finally:
             log.close()
 

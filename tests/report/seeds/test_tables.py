@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,16 @@ from rich.console import Console
 from disttempnet.report.seeds.comparison import compare_groups
 from disttempnet.report.seeds.intervals import paired_difference, t_quantile
 from disttempnet.report.seeds.page import comparison_page
-from disttempnet.report.seeds.tables import difference_text, latex_table, markdown_table, text_table
+from disttempnet.report.seeds.tables import difference_text, latex_table, legend, markdown_table, text_table
 from tests.report.invented import result
 from tests.report.pages import Page
 from tests.report.seeds.seeds import CLIP, OTHER, TASK, TEMPNET, csv_rows, runs
+
+
+def test_networks_that_never_started_are_named() -> None:
+    made = [replace(one, tau_started=one.seed > 0 if one.name.startswith("clip") else True) for one in runs()]
+    assert "the temperature network never started in CLIP (1 of 3 seeds): τ stayed" in legend(compare_groups(made))
+    assert "never started" not in legend(compare_groups(runs()))
 
 
 def test_markdown() -> None:

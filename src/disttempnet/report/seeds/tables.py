@@ -102,7 +102,20 @@ def legend(comparison: GroupComparison) -> str:
         parts.append("highest in bold")
     if comparison.published:
         parts.append("published rows are not marked")
-    return "; ".join([f"per cent, {parts[0]}", *parts[1:], *_about_differences(comparison)])
+    return "; ".join(
+        [f"per cent, {parts[0]}", *parts[1:], *_about_differences(comparison), *_about_networks(comparison)]
+    )
+
+
+def _about_networks(comparison: GroupComparison) -> list[str]:
+    """Return which groups have temperature networks that waited to the end; nothing where all started."""
+    waited = {group.title: sum(one.tau_started is False for one in group.results) for group in comparison.groups}
+    found = [
+        f"{group.title} ({waited[group.title]} of {len(group.results)} seeds)"
+        for group in comparison.groups
+        if waited[group.title]
+    ]
+    return [f"the temperature network never started in {', '.join(found)}: τ stayed where it began"] if found else []
 
 
 def _about_differences(comparison: GroupComparison) -> list[str]:
