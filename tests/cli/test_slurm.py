@@ -52,7 +52,7 @@ def test_only_what_was_told_to_save_is_requeued(
     assert "#SBATCH --requeue\n" in text
     assert "#SBATCH --signal=USR1@120\n" in text
     script = batch(text, *given, FAKE_CODE=str(code))
-    printed, _ = script.communicate(timeout=60)
+    printed, _ = script.communicate(timeout=300)
     assert script.returncode == code, printed
     (call,) = calls(cluster)
     assert call["arguments"][-len(called) - 2 :] == ["-m", "disttempnet", *called]
@@ -64,7 +64,7 @@ def test_only_what_was_told_to_save_is_requeued(
 def test_an_array_is_a_run_a_seed(cluster: Path) -> None:
     for command, arguments in (("train", [DEBUG]), ("evaluate", ["runs/demo", "--tasks", "emoji-concepts"])):
         script = batch(published(command), *arguments, SLURM_ARRAY_TASK_ID="3", FAKE_CODE="0")
-        printed, _ = script.communicate(timeout=60)
+        printed, _ = script.communicate(timeout=300)
         assert script.returncode == 0, printed
     train, evaluate = (call["arguments"] for call in calls(cluster))
     assert train[-5:] == [DEBUG, "name=demo--seed-3", "train.seed=3", "--resume", "auto"]
@@ -73,20 +73,20 @@ def test_an_array_is_a_run_a_seed(cluster: Path) -> None:
 
 def test_evaluate_asks_for_a_run(cluster: Path) -> None:
     script = batch(published("evaluate"))
-    printed, _ = script.communicate(timeout=60)
+    printed, _ = script.communicate(timeout=300)
     assert script.returncode
     assert "which run? give its folder" in printed
 
 
 def told_to_stop(script: subprocess.Popen[str], cluster: Path, written: Path, lines: int) -> str:
     """What a script prints that gets SIGUSR1 when its tasks have written so many lines; it must requeue its job."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 300
     while not (written.exists() and written.read_text().count("\n") >= lines):
         assert time.monotonic() < deadline
         assert script.poll() is None, script.communicate()
         time.sleep(0.02)
     subprocess.run(["kill", "-USR1", *(cluster / "pids").read_text().split()], check=True)
-    printed, _ = script.communicate(timeout=240)
+    printed, _ = script.communicate(timeout=300)
     assert script.returncode == 138, printed
     assert (cluster / "scontrol").read_text() == "requeue 4711\n"
     return printed
@@ -104,7 +104,7 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(cluster: Path) -> No
     assert stopped < 100
 
     again = batch(text, *wanted, PYTHON=sys.executable)
-    printed, _ = again.communicate(timeout=240)
+    printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
     assert f"from step {stopped}" in printed
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 101))
@@ -125,7 +125,7 @@ def test_an_evaluation_that_is_told_to_stop_is_requeued_and_goes_on(cluster: Pat
     assert "Traceback" not in printed
 
     again = batch(published("evaluate"), *wanted, **cache)
-    printed, _ = again.communicate(timeout=240)
+    printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
     lines = results.read_text().splitlines()
     assert lines[: len(finished)] == finished

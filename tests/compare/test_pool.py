@@ -103,7 +103,7 @@ def test_failed_killed_and_interrupted_runs_do_not_end_the_others_and_lose_nothi
         os.kill(workers[0], signal.SIGKILL)
         wait_for_step(second.folder, 3, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 143
     assert "resume with the same command" in out
     assert "clip--seed-1  FAILED: its process ended unexpectedly (SIGKILL)" in err

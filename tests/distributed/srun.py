@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TIMEOUT_S = 150.0
+TIMEOUT_S = 300.0
 
 
 class Ended(NamedTuple):

@@ -320,7 +320,7 @@ def test_a_signal_to_every_process_of_the_job_saves_and_ends(number: int, code: 
 
 
 def wait_until(condition: Callable[[], bool], ranks: Srun) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, ranks.printed()
         assert all(process.exitcode is None for process in ranks.processes), ranks.printed()

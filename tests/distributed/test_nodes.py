@@ -76,7 +76,7 @@ def test_two_nodes_meet_and_train_the_same_curve(launcher: str, nodes: list[str]
     out, srun = tmp_path / "two", launcher == "srun"
     both = [start(node, number, out, "train.stop_after_steps=4", srun=srun) for number, node in enumerate(nodes)]
     try:
-        printed = [process.communicate(timeout=240)[0] for process in both]
+        printed = [process.communicate(timeout=300)[0] for process in both]
     finally:
         for process in both:
             process.kill()
@@ -104,7 +104,7 @@ def test_a_node_that_fails_ends_the_other(nodes: list[str], tmp_path: Path) -> N
                 continue
             raise AssertionError(both[0].communicate()[0])
         kill_workers(both[1].pid)
-        printed = [process.communicate(timeout=120)[0] for process in both]
+        printed = [process.communicate(timeout=300)[0] for process in both]
     finally:
         for process in both:
             process.kill()

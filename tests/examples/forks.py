@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-TIMEOUT_S = 180.0
+TIMEOUT_S = 300.0
 
 
 def environment() -> dict[str, str]:

@@ -166,7 +166,7 @@ def test_names_of_the_hub_mean_what_its_cache_holds(made: Made, tmp_path: Path) 
         env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr, "no bars of other libraries"

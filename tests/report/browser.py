@@ -80,7 +80,7 @@ def rendered(pages: Mapping[str, str], dark: bool = False) -> dict[tuple[str, in
         path.write_text(f"<!doctype html><meta charset=utf-8><body>{frames}{script}</body>", encoding="utf-8")
         mode = ["--blink-settings=preferredColorScheme=0"] if dark else []
         command = [CHROMIUM, *OPTIONS, *mode, f"--user-data-dir={folder}/profile", "--dump-dom", path.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not messages, "\n".join(messages)
     (text,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -131,7 +131,7 @@ def test_what_is_left_out_of_shards_and_of_a_mixture(cc3m: Path, tmp_path: Path)
 def test_two_processes_with_loader_workers_train_the_same_curve(cc3m: Path, straight: Path, tmp_path: Path) -> None:
     config = str(CONFIG_FOLDER / "debug.toml")
     launched = command("train", config, *overrides(cc3m, tmp_path), "data.workers=1", processes=2)
-    done = subprocess.run(launched, timeout=240, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(launched, timeout=300, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(list_checkpoints(tmp_path / "debug")[-1].glob("shard-*-of-00002.pt"))) == 2
     together, alone = losses(tmp_path / "debug"), losses(straight)

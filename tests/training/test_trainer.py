@@ -176,7 +176,7 @@ def test_two_processes_train_the_same_curve_and_continue_as_one(straight: Path, 
     config = str(CONFIG_FOLDER / "debug.toml")
     arguments = ["train", config, f"out={tmp_path}", "train.stop_after_steps=13"]
     launched = command(*arguments, processes=2)
-    done = subprocess.run(launched, timeout=240, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(launched, timeout=300, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = list_checkpoints(tmp_path / "debug")[-1]
     assert sorted(p.name for p in last.glob("shard-*")) == ["shard-00000-of-00002.pt", "shard-00001-of-00002.pt"]
@@ -268,7 +268,7 @@ def test_epochs_to_train_in_are_needed(tmp_path: Path) -> None:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
@@ -286,7 +286,7 @@ def test_a_killed_run_ends_with_the_same_weights(number: signal.Signals, straigh
     with subprocess.Popen(start, env=environment(), stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
         wait_for_step(run, 8, process)
         os.killpg(process.pid, number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     if number != signal.SIGKILL:
         assert process.returncode == 143
         assert len(losses(run)) == int(list_checkpoints(run)[-1].name.removeprefix("step-")), "saved where it stopped"
@@ -303,7 +303,7 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line_and_it_goes_on(straight
         wait_for_step(run, 4, process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert re.fullmatch(
         r"disttempnet: loader worker \d+ died( \(Killed\))?, .* --resume auto .*", errors.splitlines()[-1]

@@ -77,7 +77,7 @@ def test_processes_that_race_see_one_whole_folder(tmp_path: Path, monkeypatch: p
     processes = [context.Process(target=_make, args=(barrier, answers)) for _ in range(4)]
     for process in processes:
         process.start()
-    results = {answers.get(timeout=20) for _ in processes}
+    results = {answers.get(timeout=300) for _ in processes}
     for process in processes:
         process.join(20)
     assert [process.exitcode for process in processes] == [0] * 4

@@ -86,7 +86,7 @@ def test_workers_change_nothing(package: Path, built: Path, tmp_path: Path) -> N
 def test_a_killed_build_goes_on(package: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(package)])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (done := list(out.glob(f"{BUILDING}/drawn-*/*.parquet"))) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)

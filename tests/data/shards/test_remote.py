@@ -268,7 +268,7 @@ def test_two_processes_fetch_a_shard_once(server: Server, store: RemoteStore) ->
     server.pause = 0.02
     processes = [start(store, NAMES) for _ in range(2)]
     for process, sizes in processes:
-        assert [sizes.get(timeout=60) for _ in NAMES] == [SIZE] * len(NAMES)
+        assert [sizes.get(timeout=300) for _ in NAMES] == [SIZE] * len(NAMES)
         process.join()
         assert process.exitcode == 0
     assert sorted(server.wholes) == NAMES

@@ -242,7 +242,7 @@ def test_a_stopped_command_leaves_whole_shards_and_goes_on(tmp_path: Path) -> No
         running = command(EMOJI, out, "--workers", workers, "--resize", "32", "--quality", "80")
         wait_for(out, kept + 2, running)
         running.send_signal(number)
-        said = running.communicate(timeout=60)[1]
+        said = running.communicate(timeout=300)[1]
         if number == signal.SIGTERM:
             assert running.returncode == 128 + number
             assert "of 12 shards are complete" in said
