@@ -202,7 +202,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"groups"},
         {"comparison"},
         {"tau_tables"},
-        {"figure", "plots", "tuned_table"},
+        {"figure", "normaliser_table", "plots", "tuned_table"},
         {"tables"},
         {"page"},
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from disttempnet.sanitize import one_line
 TUNING_FILE = "tuning.jsonl"  # of a comparison
 COMPACT_FORMAT = 1  # of a line; other formats are refused
 CURVE_POINTS = 32  # of the τ trajectory
+ERROR_PREFIX = "normaliser_error/"  # in metrics.jsonl
 KEPT_FACTS = (
     "objective", "versions", "git", "device", "world_size", "index_digest", "num_samples", "parameters", "started",
     "finished",
@@ -66,6 +67,7 @@ class CompactResult:
             where all τ are equal or frequencies are unknown.
         tuned: how `compare` chose settings by trials; None where it chose none.
         tau_started: whether a temperature network that waits for its pairs started; None where there is no such one.
+        normaliser_error: name → last measured value (losses/normaliser_error.py); empty where it was not measured.
     """
 
     name: str
@@ -78,6 +80,7 @@ class CompactResult:
     tau_by_frequency: dict[str, list[float]]
     tuned: Tuned | None = None
     tau_started: bool | None = None
+    normaliser_error: dict[str, float] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -151,8 +154,24 @@ def compact(run: RunRecord) -> CompactResult:
     _, waits = run.series("tau_started")
     started = bool(waits[-1]) if len(waits) else None
     return CompactResult(
-        run.config.name, table, facts, seconds, run.evaluations, tau, curve, by_frequency, tuned, started
+        run.config.name,
+        table,
+        facts,
+        seconds,
+        run.evaluations,
+        tau,
+        curve,
+        by_frequency,
+        tuned,
+        started,
+        _normaliser_error(run),
     )
+
+
+def _normaliser_error(run: RunRecord) -> dict[str, float]:
+    """Return the last error of the run's normalisers, by its name without the prefix."""
+    names = {name for line in run.steps for name in line if name.startswith(ERROR_PREFIX)}
+    return {name.removeprefix(ERROR_PREFIX): float(run.series(name)[1][-1]) for name in sorted(names)}
 
 
 def _tuned(path: Path, name: str) -> Tuned | None:
@@ -204,6 +223,7 @@ def _to_line(result: CompactResult) -> dict[str, Any]:
         "tau_by_frequency": result.tau_by_frequency,
         "tuned": result.tuned and asdict(result.tuned),
         "tau_started": result.tau_started,
+        "normaliser_error": result.normaliser_error,
     }
 
 
@@ -238,6 +258,7 @@ def _from_line(line: dict[str, Any]) -> CompactResult:
         tau_by_frequency=line["tau_by_frequency"],
         tuned=Tuned(**line["tuned"]) if line.get("tuned") else None,  # older files lack these keys
         tau_started=line.get("tau_started"),
+        normaliser_error=dict(line.get("normaliser_error", {})),
     )
     if result.seed != line["seed"] or not result.objective:
         raise ValueError

@@ -10,6 +10,7 @@ from disttempnet.report.page import UNKNOWN, differing_keys, open_template, prov
 from disttempnet.report.seeds import plots
 from disttempnet.report.seeds.comparison import GroupComparison
 from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Column, SeedGroup, families
+from disttempnet.report.seeds.normaliser_table import normaliser_table
 from disttempnet.report.seeds.tables import cell_text, difference_row, difference_text, legend, published_cells
 from disttempnet.report.seeds.tau_tables import correlations, final_tau, groups_with_tau
 from disttempnet.report.seeds.tuned_table import tuned_table
@@ -53,7 +54,14 @@ def comparison_page(comparison: GroupComparison) -> str:
         tau=plots.tau_chart(with_tau) if with_tau else "",
         frequency=plots.frequency_chart(with_frequency) if with_frequency else "",
         frequency_rows=[(group.title, *correlations(group)) for group in with_frequency],
-        tuned=tuned_table(comparison),
+        noted_tables=[
+            (place, heading, table, mono)
+            for place, heading, table, mono in (
+                ("tuning", "Settings", tuned_table(comparison), True),  # columns are config keys
+                ("normalisers", "Normalisers", normaliser_table(comparison), False),
+            )
+            if table
+        ],
         tau_rows=[(group.title, *final_tau(group)) for group in groups],
         differences=differing_keys([g.results[0].config for g in groups], ("name", "out", "train.seed")),
         provenance=_provenance([result for group in groups for result in group.results]),

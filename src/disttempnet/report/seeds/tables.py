@@ -21,6 +21,7 @@ from disttempnet.report.page import signed
 from disttempnet.report.seeds.comparison import GroupComparison
 from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Cell, Column, SeedGroup
 from disttempnet.report.seeds.intervals import CONFIDENCE, PairedDifference, mean_interval
+from disttempnet.report.seeds.normaliser_table import normaliser_table
 from disttempnet.report.seeds.tau_tables import NotedTable, groups_with_tau, tau_cells, tau_tables
 from disttempnet.report.seeds.tuned_table import tuned_table
 from disttempnet.sanitize import csv_cell, markdown_cell, one_line
@@ -211,7 +212,7 @@ def _sections(comparison: GroupComparison, style: _Style) -> list[list[list[str]
 
 
 def markdown_table(comparison: GroupComparison) -> str:
-    """Return a pipe table, a difference beside each score; below it notes of published rows, chosen settings, τ."""
+    """Return a pipe table, a difference beside each score; below it notes, chosen settings, errors, τ."""
     titles = [column.title for column in comparison.columns]
     titles = _side_by_side(comparison, titles, [comparison.difference_head] * len(titles))
     head = ["", "seeds", *map(markdown_cell, titles)]
@@ -222,9 +223,9 @@ def markdown_table(comparison: GroupComparison) -> str:
 
 
 def _noted_tables(comparison: GroupComparison) -> list[NotedTable]:
-    """Return the tables below the main one: chosen settings, τ."""
-    tuned = tuned_table(comparison)
-    return [*([tuned] if tuned else []), *tau_tables(comparison)]
+    """Return the tables below the main one: chosen settings, errors of normalisers, τ."""
+    one_each = [tuned_table(comparison), normaliser_table(comparison)]
+    return [*(table for table in one_each if table), *tau_tables(comparison)]
 
 
 def markdown_score(cell: Cell | None, seeds: int, digits: int) -> str:
