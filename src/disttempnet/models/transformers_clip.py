@@ -1,9 +1,8 @@
-"""CLIPModel folders of the library transformers: the same towers under open_clip's names."""
+"""CLIPModel folders of the library transformers: the same towers under open_clip's names, and back."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +23,35 @@ VISION = {
 }  # fmt: skip
 COMMON = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-PARAMETER_NAMES = (  # pattern in transformers' names → open_clip's
-    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
-    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-    (r"\.layer_norm([12])\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+PREFIXES = (  # of parameters: transformers' and open_clip's
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
 )
+LAYERS = (  # inside a layer
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+)
+PROJECTIONS = (("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))  # transposed
+TOP_KEYS = ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias", "init_logit_scale")
+IGNORED = {
+    "vision_cfg": {"patch_dropout", "timm_model_pretrained"},
+    "text_cfg": {"hf_model_pretrained", "pad_id", "eos_id"},
+}
+TRANSLATED = {  # keys of open_clip that a CLIPModel has a place for
+    "vision_cfg": {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+}
 
 
 def open_clip_architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -113,12 +125,10 @@ def open_clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         if key.endswith("position_ids"):  # a counter that older versions saved
             continue
-        if key in ("visual_projection.weight", "text_projection.weight"):
-            found["visual.proj" if key.startswith("visual") else "text_projection"] = value.T
-            continue
-        for pattern, name in PARAMETER_NAMES:
-            key = re.sub(pattern, name, key)
-        found[key] = value
+        if key in dict(PROJECTIONS):
+            found[dict(PROJECTIONS)[key]] = value.T
+        else:
+            found[_renamed(key, PREFIXES, LAYERS)] = value
 
     # open_clip keeps the projections of queries, keys and values as one matrix [3·D, D].
     for key in [key for key in found if ".self_attn.q_proj." in key]:
@@ -127,6 +137,141 @@ def open_clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             joined = key.replace(".self_attn.q_proj.", ".attn.in_proj_")
             found[joined] = torch.cat([found.pop(part) for part in parts])
     return found
+
+
+def _renamed(key: str, prefixes: Sequence[tuple[str, str]], layers: Sequence[tuple[str, str]]) -> str:
+    """Return a parameter's name with the first prefix and the part of a layer replaced that it has."""
+    for before, after in prefixes:
+        if key.startswith(before):
+            key = after + key.removeprefix(before)
+            break
+    for before, after in layers:
+        key = key.replace(before, after)
+    return key
+
+
+def why_no_clip_model(architecture: Mapping[str, Any]) -> str:
+    """Return why open_clip's `model_cfg` is not that of CLIP's own towers; empty if a CLIPModel computes the same."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    # Towers of other libraries, and ResNets, are named by what they are.
+    vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+    if vision.get("timm_model_name"):
+        return f"its image tower is timm's {vision['timm_model_name']}"
+    if text.get("hf_model_name"):
+        return f"its text tower is Hugging Face's {text['hf_model_name']}"
+    if "multimodal_cfg" in architecture:
+        return "it is a CoCa, with a decoder"
+    if not isinstance(vision.get("layers", 12), int):
+        return "its image tower is a ResNet"
+    for key in ("image_size", "patch_size"):
+        if key in vision and not isinstance(vision[key], int):
+            return f"vision_cfg.{key} = {vision[key]!r} is no square"
+    if text.get("vocab_size", VOCABULARY) != VOCABULARY:
+        return f"its vocabulary of {text['vocab_size']:,} is not that of CLIP's tokenizer"
+
+    # Whatever has no place in a CLIPModel has to have the value that CLIP has.
+    for section, known in (("vision_cfg", CLIPVisionCfg()), ("text_cfg", CLIPTextCfg())):
+        for key, value in architecture[section].items():
+            if key in TRANSLATED[section] | IGNORED[section]:
+                continue
+            if value != getattr(known, key, None) and value not in (None, {}):
+                return f"{section}.{key} = {value!r} has no counterpart in CLIPModel"
+    for key, value in architecture.items():
+        if value and key not in TOP_KEYS:
+            return f"{key} = {value!r} has no counterpart in CLIPModel"
+    return ""
+
+
+def clip_model_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of transformers' CLIPConfig for open_clip's `model_cfg`; see `why_no_clip_model`."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(**architecture["vision_cfg"])
+    text = CLIPTextCfg(**architecture["text_cfg"])
+    common = {**COMMON, "hidden_act": "quick_gelu" if architecture.get("quick_gelu") else "gelu"}
+    dim = architecture["embed_dim"]
+    return {
+        "projection_dim": dim,
+        "vision_config": {
+            "hidden_size": vision.width,
+            "intermediate_size": int(vision.width * vision.mlp_ratio),
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.width // vision.head_width,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "projection_dim": dim,
+            **common,
+        },
+        "text_config": {
+            "hidden_size": text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "max_position_embeddings": text.context_length,
+            "vocab_size": VOCABULARY,
+            "projection_dim": dim,
+            # the feature is read at the end of the text; transformers' tokenizer pads with the same token
+            "bos_token_id": VOCABULARY - 2,
+            "eos_token_id": VOCABULARY - 1,
+            "pad_token_id": VOCABULARY - 1,
+            **common,
+        },
+    }
+
+
+def clip_model_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return open_clip's state dict under the names of a CLIPModel: the inverse of `open_clip_state`.
+
+    A logit bias has no place there and is left out.
+    """
+    ours = {own: theirs for theirs, own in PROJECTIONS}
+    prefixes = [(own, theirs) for theirs, own in PREFIXES]
+    layers = [(own, theirs) for theirs, own in LAYERS]
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key == "logit_bias":
+            continue
+        if key in ours:
+            found[ours[key]] = value.T.contiguous()
+            continue
+        key = _renamed(key, prefixes, layers)
+        before, joined, kind = key.partition(".attn.in_proj_")
+        if joined:  # one matrix [3·D, D] of queries, keys and values
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                found[f"{before}.self_attn.{part}_proj.{kind}"] = rows.contiguous()
+        else:
+            found[key] = value
+    return found
+
+
+def clip_processor_config(
+    size: int, mean: Sequence[float], std: Sequence[float], mode: str, interpolation: str
+) -> dict[str, Any]:
+    """Return transformers' `preprocessor_config.json`, with the resizing that evaluation does.
+
+    Raises:
+        UserError: images are padded, which its CLIPImageProcessor does not do.
+    """
+    if mode not in ("shortest", "squash"):
+        raise UserError(
+            f"resize_mode '{mode}' pads images to a square, which transformers' CLIPImageProcessor cannot do"
+        )
+    square = {"height": size, "width": size}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if mode == "shortest" else square,
+        "resample": {name: number for number, name in RESAMPLING.items()}[interpolation],
+        "do_center_crop": mode == "shortest",
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def is_clip_model_state(state: Mapping[str, Tensor]) -> bool:
