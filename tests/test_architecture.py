@@ -17,6 +17,7 @@ TESTED_ELSEWHERE = {
     "cli/data.py": "data/tools/test_verify.py",
     "cli/embed.py": "features/test_export.py",
     "cli/export.py": "export/test_clip_model.py",
+    "cli/migrate.py": "migrate/test_command.py",
     "cli/model.py": "features/test_export.py",
     "cli/search.py": "search/test_command.py",
     "data/__init__.py": "data/test_open.py",
@@ -56,13 +57,13 @@ FLOORS: dict[str, list[set[str]]] = {
         {"evaluation"},
         {"training"},
         {"report"},
-        {"compare", "demo", "export", "search", "temperature"},
+        {"compare", "demo", "export", "migrate", "search", "temperature"},
         {"cli"},
         {"__main__"},
     ],
     "cli": [
         {"model", "source"},
-        {"embed", "evaluate", "export", "search", "slurm", "task"},
+        {"embed", "evaluate", "export", "migrate", "search", "slurm", "task"},
         {"data", "launch"},
         {"main"},
     ],
@@ -178,6 +179,13 @@ FLOORS: dict[str, list[set[str]]] = {
     "losses/temperature": [
         {"lead", "scalar"},
         {"network"},
+    ],
+    "migrate": [
+        {"script", "settings"},
+        {"flags", "launcher"},
+        {"first_code"},
+        {"open_clip"},
+        {"command"},
     ],
     "models": [
         {"batch_norm", "package", "text", "transformers_clip", "weights"},

@@ -16,7 +16,7 @@ FIRST, LAST = "src/disttempnet/\n", "  configs/"  # the generated lines stand be
 # from the lowest floor to the highest
 ORDER = (
     *("sanitize.py", "terminal.py", "errors.py", "io", "config", "distributed", "losses", "models", "data", "features"),
-    *("evaluation", "training", "report", "search", "temperature", "compare", "export", "demo.py", "cli"),
+    *("evaluation", "training", "report", "search", "temperature", "compare", "export", "migrate", "demo.py", "cli"),
 )
 
 

@@ -16,6 +16,7 @@ from disttempnet.cli.embed import add_embed_command
 from disttempnet.cli.evaluate import add_evaluate_command
 from disttempnet.cli.export import add_export_command
 from disttempnet.cli.launch import add_launch_command
+from disttempnet.cli.migrate import add_migrate_commands
 from disttempnet.cli.search import add_search_commands
 from disttempnet.errors import TERMINATED, Preempted, UserError, show_notices_plainly, unknown_name
 from disttempnet.io.machine import memory_named, open_files, open_files_named
@@ -156,6 +157,7 @@ def build_parser() -> Parser:
     _add_temperature(commands)
     add_data_commands(commands)
     add_launch_command(commands)
+    add_migrate_commands(commands)
     return parser
 
 
