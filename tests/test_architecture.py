@@ -188,7 +188,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"command"},
     ],
     "models": [
-        {"batch_norm", "package", "text", "transformers_clip", "weights"},
+        {"batch_norm", "depth", "package", "text", "transformers_clip", "weights"},
         {"efficientnet", "locks", "origin"},
         {"pretrained"},
         {"towers"},

@@ -267,19 +267,36 @@ class ReferenceConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW for the towers: linear warm-up, then a cosine. The temperature's own rate is in [loss]."""
+    """Optimizer of the towers, and its learning rate. The temperature's own rate is in [loss]."""
 
+    name: str = Field(
+        "adamw", description="adamw, or another of timm's optimizers: lion, muon, lamb, adafactorbv, sgd, …"
+    )
     lr: Annotated[float, Range(0, 10, above=True)]
     weight_decay: Annotated[float, Range(0, 10)] = Field(
         0.02, description="on matrices only: not on gains, biases, embeddings' scale"
     )
-    beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    beta1: Annotated[float, Range(0, 1, below=True)] = Field(0.9, description="the momentum, of optimizers with one")
     beta2: Annotated[float, Range(0, 1, below=True)] = 0.98
     eps: Annotated[float, Range(0, 1, above=True)] = 1e-6
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = Field(
+        1.0, description="factor of the rate for each layer below a tower's last: for fine-tuning; 1 = one rate for all"
+    )
     warmup_steps: Annotated[int, STEPS] = Field(
         0, description="steps over which the rate rises to lr; shortened if it is as long as the run or longer"
     )
-    lr_end: Annotated[float, Range(0, 10)] = Field(0.0, description="where the cosine ends; at most lr")
+    warmup_share: Annotated[float, Range(0, 1, below=True)] = Field(
+        0.0, description="the same as a share of the run's steps; give one of the two"
+    )
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine",
+        description="of the rate after the warm-up: cosine falls to lr_end; constant stays; wsd (warm-up, stable, "
+        "decay) stays and falls to lr_end on a line at the end of the run",
+    )
+    decay_share: Annotated[float, Range(0, 1, above=True)] = Field(
+        0.2, description="schedule = wsd: share of the run's steps in which the rate falls"
+    )
+    lr_end: Annotated[float, Range(0, 10)] = Field(0.0, description="where the schedule ends; at most lr")
     grad_clip: Annotated[float, Range(0, 10**6)] = Field(
         0.0, description="largest gradient norm of the towers (frozen: of the rest); 0 = none"
     )
@@ -288,6 +305,18 @@ class OptimConfig(Section):
     def _falls(self, info: ValidationInfo) -> OptimConfig:
         if bounded(info) and self.lr_end > self.lr:
             raise ValueError(f"lr_end {self.lr_end:g} is above lr {self.lr:g}: set optim.lr_end too")
+        return self
+
+    @model_validator(mode="after")
+    def _describes_one_schedule(self) -> OptimConfig:
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("give warmup_steps or warmup_share, not both: set the other one to 0")
+        if self.schedule == "constant" and self.lr_end:
+            raise ValueError('lr_end is for a schedule that falls: leave it out with schedule = "constant"')
+        if self.schedule != "wsd" and self.decay_share != type(self).model_fields["decay_share"].default:
+            raise ValueError('decay_share is for schedule = "wsd": set that, or leave decay_share out')
+        if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ValueError("warmup_share and decay_share are more than the run together: lower one of them")
         return self
 
 

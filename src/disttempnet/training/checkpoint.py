@@ -327,9 +327,10 @@ def _restore_optimizers(
                     if value is None:
                         entries[name] = moments[f"{number}.{index}.{name}"] = torch.zeros_like(parameters[index])
                         continue
-                    if not isinstance(value, Tensor) or value.shape not in (torch.Size(), parameters[index].shape):
+                    if not _is_state_of(parameters[index], value, optimizer):
                         raise TypeError(f"{name} of parameter {index} is no tensor of its shape")
-                    entries[name] = fsdp.sharded_like(value, parameters[index])
+                    if isinstance(value, Tensor):
+                        entries[name] = fsdp.sharded_like(value, parameters[index])
 
     # Fill them: torch.distributed.checkpoint reads each rank's rows, from files of any world size.
     if moments:
@@ -338,8 +339,23 @@ def _restore_optimizers(
     # Hand the state dicts to the optimizers.
     with _misfit_named(checkpoint / "trainer.pt"):
         for optimizer, state in zip(optimizers, states, strict=True):
-            # groups are those of the config, which is the same; the learning rate is set at every step
-            optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+            # groups are those of the config, which is the same; some optimizers count their steps there; the learning
+            # rate is set at every step
+            groups = [
+                {**saved, **own}
+                for saved, own in zip(state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+            ]
+            optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def _is_state_of(parameter: Tensor, value: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a saved value can be an optimizer's state of a parameter; not whether it is the right one."""
+    if isinstance(value, Tensor) and value.shape in (torch.Size(), parameter.shape):
+        return True
+    if isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam)):
+        return False
+    # timm's: counts and flags as numbers; moments that are factored into rows and columns
+    return isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.numel() < parameter.numel())
 
 
 def _refuse_other_run(checkpoint: Path, trainer: dict[str, Any], config: Config, index_digest: str) -> None:

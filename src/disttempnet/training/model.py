@@ -25,6 +25,7 @@ from disttempnet.losses import (
 )
 from disttempnet.models import Towers, encode_images, encode_texts, is_random
 from disttempnet.models.trunk import TOWER_SIDES, Trunk
+from disttempnet.training.optim import refuse_unusable
 
 
 class DualEncoder(nn.Module):
@@ -133,14 +134,17 @@ def build_objective(config: Config, num_samples: int, embed_dim: int, bounds: bo
 def resolved(config: Config, bounds: bool = True) -> Config:
     """Return the config with every argument of its objective filled in: defaults may change, a run's config must not.
 
+    The name of its optimizer is checked too, before anything is read.
+
     Args:
         config: as read from a file.
         bounds: as for `build_objective`.
 
     Raises:
-        UserError: an unknown objective or argument, or a value out of range.
+        UserError: an unknown objective, argument or optimizer, or a value out of range.
     """
     build_objective(config, 1, 8, bounds)
+    refuse_unusable(config.optim, config.train.shard)
     arguments = {**OBJECTIVES[config.loss.name].arguments, **config.loss.arguments}
     return config.model_copy(update={"loss": LossConfig(name=config.loss.name, **arguments)})
 

@@ -143,7 +143,7 @@ class Trainer:
         if found is not None:
             state = checkpoint.load_checkpoint(found, **self._restorable())
         self.step, self.best = state.step, dict(state.best)
-        self.optim = optim.shortened_warmup(config.optim, self.total_steps - self.still_steps)
+        self.optim = optim.with_warmup_steps(config.optim, self.total_steps - self.still_steps)
         if state.warmup_steps is not None:
             self.optim = config.optim.model_copy(update={"warmup_steps": state.warmup_steps})
         usable = int(self.data.source.usable_counts.sum())
@@ -257,7 +257,9 @@ class Trainer:
         if self.cache is not None and self.tasks:
             yield self.cache.describe()
         yield from run_info.about_data(run_info.data_facts(self.data.source))
-        if self.optim != self.config.optim:
+        if line := optim.settings_line(self.optimizers[0], self.config.optim):
+            yield line
+        if 0 < self.optim.warmup_steps < self.config.optim.warmup_steps:
             yield (
                 f"optim.warmup_steps = {self.config.optim.warmup_steps} would take up the whole run of "
                 f"{self.total_steps - self.still_steps} steps: shortened to {self.optim.warmup_steps}, a tenth of it"
