@@ -17,6 +17,7 @@ TESTED_ELSEWHERE = {
     "cli/data.py": "data/tools/test_verify.py",
     "cli/embed.py": "features/test_export.py",
     "cli/export.py": "export/test_clip_model.py",
+    "cli/push.py": "export/test_hub.py",
     "cli/migrate.py": "migrate/test_command.py",
     "cli/model.py": "features/test_export.py",
     "cli/search.py": "search/test_command.py",
@@ -63,7 +64,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "cli": [
         {"model", "source"},
-        {"embed", "evaluate", "export", "migrate", "search", "slurm", "task"},
+        {"embed", "evaluate", "export", "migrate", "push", "search", "slurm", "task"},
         {"data", "launch"},
         {"main"},
     ],
@@ -129,8 +130,9 @@ FLOORS: dict[str, list[set[str]]] = {
         {"command"},
     ],
     "export": [
-        {"check", "folder"},
+        {"check", "folder", "model_card"},
         {"clip_model", "onnx"},
+        {"hub"},
     ],
     "evaluation/datasets": [
         {"cifar", "class_names", "retrieval"},

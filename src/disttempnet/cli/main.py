@@ -17,6 +17,7 @@ from disttempnet.cli.evaluate import add_evaluate_command
 from disttempnet.cli.export import add_export_command
 from disttempnet.cli.launch import add_launch_command
 from disttempnet.cli.migrate import add_migrate_commands
+from disttempnet.cli.push import add_push_command
 from disttempnet.cli.search import add_search_commands
 from disttempnet.errors import TERMINATED, Preempted, UserError, show_notices_plainly, unknown_name
 from disttempnet.io.machine import memory_named, open_files, open_files_named
@@ -152,6 +153,7 @@ def build_parser() -> Parser:
     add_evaluate_command(commands)
     add_embed_command(commands)
     add_export_command(commands)
+    add_push_command(commands)
     add_search_commands(commands)
     _add_report(commands)
     _add_temperature(commands)
