@@ -1,4 +1,4 @@
-"""Fill the tables and draw the figures of docs/results.md from compact results: `fill_results.py [--check]`.
+"""Fill the tables and draw the figures of docs/results*.md from compact results: `fill_results.py [--check]`.
 
 A table stands between `<!-- disttempnet report FILE.jsonl … -->`, the command that makes it (with --out table.md), and
 `<!-- end -->`, so no number is typed by hand. --check changes nothing and fails where a table differs from the output
@@ -14,7 +14,7 @@ from pathlib import Path
 from disttempnet.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "results.md"
+PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "results_scratch.md"]
 FIGURE = re.compile(r"<!-- figure: disttempnet (report [^\n]*) -->")
 TABLE = re.compile(r"(<!-- disttempnet (report [^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -25,7 +25,7 @@ def table(command: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "table.md")
         if main([*words, "--out", str(out)]):
-            raise SystemExit(f"{PAGE}: this command failed: disttempnet {command}")
+            raise SystemExit(f"this command failed: disttempnet {command}")
         return out.read_text(encoding="utf-8")
 
 
@@ -36,7 +36,7 @@ def draw(text: str, folder: Path = ROOT) -> list[Path]:
         *words, out = [str(ROOT / word) if word.endswith(".jsonl") else word for word in shlex.split(command)]
         (folder / out).parent.mkdir(parents=True, exist_ok=True)
         if main([*words, str(folder / out)]):
-            raise SystemExit(f"{PAGE}: this command failed: disttempnet {command}")
+            raise SystemExit(f"this command failed: disttempnet {command}")
         paths.append(Path(out))
     return paths
 
@@ -47,11 +47,11 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    before = PAGE.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv[1:]:
-        if before != after:
-            raise SystemExit(f"{PAGE}: a table differs from the output of its command; run tools/fill_results.py")
-    else:
-        PAGE.write_text(after, encoding="utf-8")
-        draw(after)
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
+        if "--check" not in sys.argv[1:]:
+            page.write_text(after, encoding="utf-8")
+            draw(after)
+        elif before != after:
+            raise SystemExit(f"{page}: a table differs from the output of its command; run tools/fill_results.py")
