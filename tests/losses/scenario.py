@@ -38,6 +38,7 @@ SMALL = {  # values for eight rows; each objective takes those that it has
     "tau_min": 0.02,
     "tau_max": 0.3,
     "tau_lr": 0.01,
+    "tau_initial": 0.0,
     "tau_start": "epoch",
     "gamma_decay_epochs": 2.0,
     "prototypes": 13,  # the first batch starts eight of them

@@ -206,7 +206,8 @@ def test_published_defaults(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_NETWORKS)
 def test_seed_decides_the_start(name: str) -> None:
-    one, same, other = (build_loss(name, num_samples=N, embed_dim=D, seed=seed, network="icml24") for seed in (3, 3, 4))
+    sizes = {"num_samples": N, "embed_dim": D}
+    one, same, other = (build_loss(name, **sizes, seed=seed, network="icml24", tau_initial=0) for seed in (3, 3, 4))
     x, y = pairs(4)
     torch.testing.assert_close(one.temperatures(x, y), same.temperatures(x, y), rtol=0, atol=0)
     assert not torch.equal(one.temperatures(x, y), other.temperatures(x, y))
@@ -364,7 +365,7 @@ def test_arguments_that_a_saved_run_lacks_are_those_of_its_time() -> None:
     old = {"rho": 0.0, "tau_start_epoch": 2}
     assert with_later_arguments("disttempnet-v1", old, 128) == {
         "tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch", "tau_start_epoch": 2,
-        "scent": False, "scent_log_a": 10.0, "rho": 0.3 * math.log(127),
+        "scent": False, "scent_log_a": 10.0, "tau_initial": 0.0, "rho": 0.3 * math.log(127),
     }  # fmt: skip
     later = {"eps": 0.0, "drift": 0.0, "scent": False, "scent_log_a": 10.0}
     assert with_later_arguments("sogclr", {"gamma": 0.8}, 128) == {"gamma": 0.8, **later}

@@ -49,7 +49,7 @@ def test_one_number_of_an_objective(name: str, arguments: dict, own: Towers, ima
 
 
 def test_a_network_gives_a_tau_of_each_image(own: Towers, images: torch.Tensor) -> None:
-    loss = objective("disttempnet-v1", own.embed_dim, network="icml24", feature_scale=8.0)
+    loss = objective("disttempnet-v1", own.embed_dim, network="icml24", tau_initial=0, feature_scale=8.0)
     tau = ImageTau(own, loss, "disttempnet-v1")
     expected = loss.temperatures(images, torch.zeros_like(images))[0].double()
     assert expected.std() > 0

@@ -47,12 +47,12 @@ def test_a_run_goes_on_with_the_defaults_that_it_began_with() -> None:
         return base.model_copy(update={"loss": LossConfig(name="disttempnet-v1", **loss)})
 
     now = resolved(config()).loss.arguments
-    later = ("tau_gradient_limit", "eps", "drift", "tau_start")
+    later = ("tau_gradient_limit", "eps", "drift", "tau_start", "tau_initial")
     then = {key: value for key, value in now.items() if key not in later} | {"rho": 0.0, "tau_start_epoch": 2}
     begun = resolved(continued(config(), config(**then))).loss.arguments
     changed = {key: value for key, value in begun.items() if value != now[key]}
     assert changed.pop("rho") == pytest.approx(1.4533, abs=1e-4)  # .3 log(128 − 1)
-    assert changed == {"tau_gradient_limit": 5.0, "tau_start": "epoch", "tau_start_epoch": 2}
+    assert changed == {"tau_gradient_limit": 5.0, "tau_start": "epoch", "tau_start_epoch": 2, "tau_initial": 0.0}
     assert continued(config(tau_lr=0.5), config(**then)).loss.arguments["tau_lr"] == 0.5
     assert continued(config(), config(**now)) == config(), "a run of this version has its own"
     clip = config().model_copy(update={"loss": LossConfig(name="clip")})

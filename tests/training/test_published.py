@@ -71,7 +71,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 WITH_TWIN = ("cc12m_vitb32_v1", "dfn12m_vitb32_v1", "cc3m_rn50_distilbert")
-CORRECTED = {"rho": 2.9, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_lr": 1e-4}
+CORRECTED = {
+    "rho": 2.9, "network": "mlp", "feature_scale": 0.0, "dropout": 0.0, "tau_max": 0.2, "tau_initial": 0.065,
+    "tau_lr": 1e-4,
+}  # fmt: skip
 
 
 # github.com/Optimization-AI: fast_clip (README.md, training/params.py), SCENT (contrastive/README.md), DRRho-CLIP

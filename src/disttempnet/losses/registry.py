@@ -200,7 +200,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     "disttempnet-v1": _family(
         "DistTempNet-v1", NetworkTemperature, CosineGamma, "arXiv 2404.04575, 2407.01445",
-        rho=2.9, **_MLP, tau_lr=1e-4, tau_start="ahead",
+        rho=2.9, **_MLP, tau_initial=0.065, tau_lr=1e-4, tau_start="ahead",
     ),
     "fastclip-v0": _family(
         "FastCLIP-v0", LearnableTemperature, CosineGamma, "arXiv 2407.01445", robust=False, **_FASTCLIP
@@ -281,6 +281,7 @@ ARGUMENT_RANGES: dict[str, Range] = {
     "tau_start_epoch": integers(0, 10**6),
     "rho": Range(0, 100, above=True),  # at 0 the best τ is infinite
     "tau_gradient_limit": Range(0, 10**6),
+    "tau_initial": Range(0, 10),
     "eps": Range(0, 1),
     "margin": Range(0, 2),
     "zeta": Range(-10, 10),
@@ -305,7 +306,7 @@ ARGUMENT_RANGES: dict[str, Range] = {
 # Arguments that came after runs had been saved without them: the value that those runs were trained with.
 LATER_ARGUMENTS: dict[str, Any] = {
     "tau_gradient_limit": 5.0, "eps": 0.0, "drift": 0.0, "tau_start": "epoch", "scent": False,
-    "scent_log_a": 10.0,
+    "scent_log_a": 10.0, "tau_initial": 0.0,
 }  # fmt: skip
 
 _SIZES = {

@@ -379,6 +379,23 @@ def test_networks_wait_at_rate_zero_and_decay_from_their_start() -> None:
     assert [network.learning_rate(epoch) for epoch in range(5)] == pytest.approx([0, 0, 1e-3, 9e-4, 8.1e-4])
 
 
+@pytest.mark.parametrize("tau", [0.06, 0.19])
+def test_an_mlp_starts_at_the_initial_temperature(tau: float) -> None:
+    x, y = pairs(4)
+    made = {"num_samples": N, "embed_dim": D, "tau_max": 0.2}
+    x, y = x.float(), y.float()
+    close(build_loss("disttempnet-v1", **made, tau_initial=tau).temperatures(x, y), torch.full((2, len(x)), tau))
+    close(build_loss("disttempnet-v1", **made, tau_initial=0).temperatures(x, y), torch.full((2, len(x)), 0.1025))
+
+
+def test_an_initial_temperature_is_of_an_mlp_and_inside_its_bounds() -> None:
+    made = {"num_samples": N, "embed_dim": D}
+    with pytest.raises(ValueError, match=r"tau_initial is for network = 'mlp'"):
+        build_loss("tempnet", **made, tau_initial=0.03)
+    with pytest.raises(ValueError, match=r"tau_initial = 0.2 must lie between tau_min = 0.005 and tau_max = 0.2; 0 = "):
+        build_loss("disttempnet-v1", **made, tau_initial=0.2)
+
+
 def test_feature_scale_zero_is_root_width() -> None:
     x, y = pairs(4)
     automatic, told = (make(NETWORK, feature_scale=scale) for scale in (0.0, D**0.5))

@@ -34,6 +34,8 @@ class NetworkTemperature(Temperature):
         network: `icml24` and `dist` are the published forms; `mlp` is a plain one that distinguishes samples better.
         prototypes: M of the published forms; hidden units of the mlp.
         tau_min, tau_max: open bounds of τ.
+        tau_initial: τ of every anchor until the mlp learns; 0 = the middle of the bounds. A network keeps it while it
+            waits.
         rho: ρ of the robust objective; only the `dist` form divides by it (in `clip-network` by the default here).
         dropout: share of the hidden (mlp: input) units that are dropped in training.
         feature_scale: factor on the unit features; 0 = √D, which gives entries of unit size. At 1, as published, the
@@ -70,6 +72,7 @@ class NetworkTemperature(Temperature):
         prototypes: int = 256,
         tau_min: float = 0.005,
         tau_max: float = 0.05,
+        tau_initial: float = 0.0,
         rho: float = 7.0,
         dropout: float = 0.5,
         feature_scale: float = 1.0,
@@ -105,8 +108,16 @@ class NetworkTemperature(Temperature):
         self.image, self.text = (
             form(context.embed_dim, prototypes, tau_min, tau_max, rho, generator) for _ in range(2)
         )
+        if tau_initial:
+            self._start_at(tau_initial)
         self.prototypes_wanted = prototypes if form.starts_from_features else 0
         self.prototypes_started = 0
+
+    def _start_at(self, tau: float) -> None:
+        for network in (self.image, self.text):
+            if not isinstance(network, MlpNetwork):
+                raise ValueError("tau_initial is for network = 'mlp': at 0 the other forms start as published")
+            network.start_at(tau)
 
     def learning_rate(self, epoch: float) -> float:
         if int(epoch) < self.tau_start_epoch:
@@ -322,7 +333,7 @@ class DistNetwork(_PrototypeNetwork):
 
 
 class MlpNetwork(_BoundedNetwork):
-    """Two layers: o = v · gelu(W x + a) + c. v starts at 0, so that every τ starts in the middle of its range."""
+    """Two layers: o = v · gelu(W x + a) + c. v starts at 0: every τ starts alike, in the middle of its range."""
 
     def __init__(
         self, embed_dim: int, hidden: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
@@ -332,6 +343,21 @@ class MlpNetwork(_BoundedNetwork):
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.out_weight = nn.Parameter(torch.zeros(hidden))
         self.out_bias = nn.Parameter(torch.zeros(()))
+
+    @torch.no_grad()
+    def start_at(self, tau: float) -> None:
+        """Give every anchor this τ, until the network learns.
+
+        Raises:
+            ValueError: τ is not inside the bounds.
+        """
+        if not self.tau_min < tau < self.tau_max:
+            raise ValueError(
+                f"tau_initial = {tau} must lie between tau_min = {self.tau_min} and tau_max = {self.tau_max}; "
+                "0 = their middle"
+            )
+        share = (tau - self.tau_min) / (self.tau_max - self.tau_min)
+        self.out_bias.fill_(math.log(share / (1 - share)))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         hidden = F.gelu(F.linear(x if mask is None else x * mask, self.weight.to(x.dtype), self.bias.to(x.dtype)))
