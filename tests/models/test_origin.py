@@ -397,3 +397,13 @@ def test_a_run_keeps_what_its_weights_wanted(
     assert "--resize-positions is for named weights" in capsys.readouterr().err
     assert cli.main([*given, "model.resize_positions=true"]) == 2
     assert "resize_positions is for the weights of pretrained" in capsys.readouterr().err
+
+
+def test_open_clips_other_kinds_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since version 4 it also lists towers for audio and generators of captions."""
+    sizes = {"embed_dim": 16, "text_cfg": {"width": 16}}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda _: {**sizes, "audio_cfg": {}})
+    assert refused("CLAP-tiny") == "model 'CLAP-tiny' has no image tower (it has audio_cfg, embed_dim, text_cfg)"
+    path = tmp_path / "generator.json"
+    path.write_text(json.dumps({**sizes, "vision_cfg": {}, "genlip_cfg": {}}), encoding="utf-8")
+    assert refused(str(path)).startswith(f"{path} generates captions: it has no text tower")

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from disttempnet.data import decode, embedded_shards, eval_transform, open_index
 from disttempnet.errors import UserError
 from disttempnet.models import Towers, encode_images, encode_texts, load_model, save_model
+from disttempnet.models.pretrained import build_with_hf_text
 from tests import parts
 
 import timm  # isort: skip (after disttempnet.models)
@@ -339,6 +340,32 @@ def test_real_image_weights_recognise_what_random_ones_do_not(made: Made, tmp_pa
     blind = found_by_another_artist(load_model(name, text_pretrained=str(made.text)))
     assert real > 0.5  # measured 0.58 to 0.71 over seeds and sizes; random weights 0.13 to 0.44 (colours tell a lot)
     assert real > blind + 0.15
+
+
+def test_tokens_are_padded_after_the_text(made: Made, tmp_path: Path) -> None:
+    """A decoder's tokenizer pads in front, where the towers pool; open_clip corrects it since version 4."""
+    left = shutil.copytree(made.text, tmp_path / "left")
+    config = json.loads((left / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (left / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}), encoding="utf-8")
+    towers = load_model(made.name, text_pretrained=str(left))
+    assert torch.equal(towers.tokenizer(CAPTIONS), made.load().tokenizer(CAPTIONS))
+
+
+def small_mt5(folder: Path) -> str:
+    """The config of an encoder with a decoder, as transformers writes it."""
+    from transformers import MT5Config
+
+    MT5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(folder)
+    return str(folder)
+
+
+def test_of_an_encoder_with_a_decoder_the_encoder_is_taken(made: Made, tmp_path: Path) -> None:
+    architecture = json.loads(Path(made.name).read_text(encoding="utf-8"))["model_cfg"]
+    architecture["text_cfg"] |= {"hf_pooler_type": "mean_pooler", "hf_model_config": {"num_layers": 3}}
+    module = build_with_hf_text(architecture, small_mt5(tmp_path / "mt5"), with_weights=False)
+    assert module.encode_text(torch.ones(2, 5, dtype=torch.long)).shape == (2, 16)
+    assert not [name for name, _ in module.named_parameters() if "decoder" in name]
+    assert len(module.text.transformer.block) == 3, "hf_model_config changes what the source says"
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_towers_that_look_ahead_are_left_alone(custom: bool, text: dict) -> None
     before = module.encode_text(PLAIN(PROMPTS))
     accept_trimmed(module)
     assert trimming(module) is None
-    assert "encode_text" not in module.__dict__
+    assert not {"encode_text", "_encode_text"} & module.__dict__.keys()
     assert not any(part._forward_pre_hooks for part in module.modules())
     assert torch.equal(module.encode_text(PLAIN(PROMPTS)), before)
 

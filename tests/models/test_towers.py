@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from disttempnet.errors import UserError
-from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, encode_images, load_model, save_model
+from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, encode_images, encode_texts, load_model, save_model
+from disttempnet.models import towers as towers_module
 from disttempnet.models.towers import open_clip
 
 
@@ -65,3 +66,62 @@ def test_text_positions_are_not_stretched(name: str, tmp_path: Path) -> None:
         load_model("demo-vit-32", str(tmp_path / name))
     again = load_model(f"local-dir:{tmp_path}").module.state_dict()["positional_embedding"]
     assert torch.equal(again, towers.module.state_dict()["positional_embedding"])
+
+
+def architecture(path: Path, **changes: dict) -> str:
+    """An architecture of two small towers, with changes to its sections; the name that `load_model` takes."""
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 16},
+        "text_cfg": {"context_length": 12, "width": 16, "heads": 2, "layers": 1},
+    }
+    path.write_text(
+        json.dumps(
+            {
+                key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
+                for key, value in config.items()
+            }
+        ),
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+def test_modern_text_towers_need_an_open_clip_that_has_them(tmp_path: Path) -> None:
+    name = architecture(tmp_path / "modern.json", text_cfg={"text_arch": "modern", "pool_type": "eos", "eos_id": 49407})
+    if not hasattr(open_clip, "ModernTextTransformer"):
+        with pytest.raises(UserError, match=r"open_clip cannot build its architecture: .*'text_arch'"):
+            load_model(name)
+        return
+    towers = load_model(name)
+    assert isinstance(towers.module, open_clip.CustomTextCLIP)
+    assert encode_texts(towers, towers.tokenizer(["a red apple", "two"])).shape == (2, 16)
+
+
+class Tiktoken:
+    """Stand-in for open_clip's class, which downloads its vocabulary."""
+
+    def __init__(self, **arguments: object) -> None:
+        self.arguments = arguments
+
+
+def test_a_kind_of_tokenizer_is_never_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP's own in its place would give other tokens without a word."""
+    config = {"tokenizer_type": "tiktoken", "tiktoken_name": "r50k_base", "context_length": 12}
+    with pytest.raises(UserError, match="a text tower of tokenizer_type 'words'; known: tiktoken"):
+        towers_module._tokenizer("x", {**config, "tokenizer_type": "words"}, None)
+    monkeypatch.setattr(towers_module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="needs tiktoken: python -m pip install tiktoken"):
+        towers_module._tokenizer("x", config, None)
+    monkeypatch.setattr(towers_module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(open_clip.tokenizer, "TikTokenTokenizer", Tiktoken, raising=False)
+    made = towers_module._tokenizer("x", {**config, "tokenizer_kwargs": {"clean": "lower", "other": 1}}, None)
+    assert made.arguments == {"encoding_name": "r50k_base", "context_length": 12, "clean": "lower"}
+
+
+def test_a_tower_for_images_of_any_shape_is_said_to_see_squares() -> None:
+    naflex = {"vision_cfg": {"timm_model_name": "naflexvit_base_patch16_siglip", "image_size": 384}}
+    assert towers_module._squared(naflex) == [
+        "NaFlex: images are squares of 384 pixels, where open_clip keeps their shape"
+    ]
+    assert towers_module._squared({"vision_cfg": {"timm_model_name": "test_vit"}}) == []

@@ -226,7 +226,16 @@ def _named(name: str) -> Origin:
         if name and Path(name).exists():
             raise UserError(f"model '{name}' is a path: write {FOLDER}{name}, or the name of an architecture")
         raise UserError(unknown_name("model", name, open_clip.list_models()))
+    _refuse_other_kinds(architecture, f"model '{name}'")
     return Origin(architecture)
+
+
+def _refuse_other_kinds(architecture: Mapping[str, Any], what: str) -> None:
+    """Raise UserError for architectures of open_clip that are not an image and a text tower (since open_clip 4)."""
+    if any(key.startswith("gen") and key.endswith("_cfg") for key in architecture):
+        raise UserError(f"{what} generates captions: it has no text tower that images could be contrasted with")
+    if "vision_cfg" not in architecture:
+        raise UserError(f"{what} has no image tower (it has {listed(sorted(architecture), 8)})")
 
 
 def _place(name: str) -> Origin:
@@ -403,6 +412,7 @@ def _architecture(table: Any, path: Path) -> dict[str, Any]:
     kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
     if not isinstance(table, dict) or not all(isinstance(table.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: no architecture of open_clip (embed_dim, vision_cfg, text_cfg)")
+    _refuse_other_kinds(table, str(path))
     return copy.deepcopy(table)
 
 

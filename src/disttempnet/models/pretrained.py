@@ -69,6 +69,9 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in arch_dict:
         raise UserError(f"{source}: a text tower of kind '{config.model_type}'; known: {', '.join(arch_dict)}")
+    text_cfg = architecture["text_cfg"]
+    for name, value in (text_cfg.get("hf_model_config") or {}).items():
+        setattr(config, name, value)
     for name in NO_DROPOUT:
         if hasattr(config, name):
             setattr(config, name, 0.0)
@@ -76,7 +79,6 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
     # Build the image tower. CustomTextCLIP always builds a text tower too: the smallest one, to be replaced.
     wanted = copy.deepcopy(architecture)
     wanted.pop("custom_text", None)
-    text_cfg = wanted["text_cfg"]
     wanted["vision_cfg"]["timm_model_pretrained"] = False
     wanted["text_cfg"] = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
     module = CustomTextCLIP(**wanted)
@@ -95,8 +97,8 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
     pooled = text_cfg.get("hf_pooler_type") == "cls_pooler"
     if with_weights:
         module.text.transformer = _encoder(transformers, source, config, pooled)
-    if getattr(config, "is_encoder_decoder", False):
-        module.text.transformer = module.text.transformer.encoder
+    if getattr(config, "is_encoder_decoder", False):  # open_clip itself takes the encoder since version 4
+        module.text.transformer = getattr(module.text.transformer, "encoder", module.text.transformer)
     if not pooled and hasattr(module.text.transformer, "pooler"):
         module.text.transformer.pooler = None
     return module
@@ -155,10 +157,19 @@ def hf_tokenizer(source: str, module: CustomTextCLIP) -> HFTokenizer:
     import_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism; it warns of forks
     with _code_named(source):
-        tokenizer = HFTokenizer(source, context_length=module.context_length, trust_remote_code=False)
+        tokenizer = pad_right(HFTokenizer(source, context_length=module.context_length, trust_remote_code=False))
     pad, expected = tokenizer.tokenizer.pad_token_id, module.text.config.pad_token_id
     if pad != expected:
         raise UserError(f"{source}: its tokenizer pads with token {pad}, its model expects {expected}")
+    return tokenizer
+
+
+def pad_right(tokenizer: HFTokenizer) -> HFTokenizer:
+    """Let a tokenizer pad after the text, in place, as open_clip itself does since version 4.
+
+    The towers pool at the first token, the last or the end of text; tokenizers of decoders pad in front of it.
+    """
+    tokenizer.tokenizer.padding_side = "right"
     return tokenizer
 
 

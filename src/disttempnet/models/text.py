@@ -129,7 +129,7 @@ def accept_trimmed(module: nn.Module) -> None:
     text: Any = getattr(module, "text", module)
     text.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
     if isinstance(module, open_clip.CLIP):  # the other cuts its positions itself
-        module.encode_text = MethodType(_encode_text, module)
+        setattr(module, _encoder_of(module), MethodType(_encode_text, module))
 
 
 def _cut_mask(_: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
@@ -148,5 +148,12 @@ class _FirstPositions:
         return getattr(self._module, name)
 
 
+def _encoder_of(module: open_clip.CLIP) -> str:
+    """Return the method that computes: since open_clip 4 `encode_text` and `forward` only call `_encode_text`."""
+    return "_encode_text" if hasattr(type(module), "_encode_text") else "encode_text"
+
+
 def _encode_text(module: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
-    return type(module).encode_text(_FirstPositions(module, text.shape[1]), text, normalize=normalize)
+    computes = getattr(type(module), _encoder_of(module))
+    features: Tensor = computes(_FirstPositions(module, text.shape[1]), text, normalize=normalize)
+    return features

@@ -171,6 +171,7 @@ def load_model(
         notes = [*origin.notes, *(["QuickGELU, as OpenAI's weights expect"] if "quick_gelu" in changes else [])]
         if origin.weights is not None:
             notes += _fill(module, name, origin.weights, state, resize_positions)
+            notes += _squared(architecture)
         own = parts.load_image_tower(module, image_pretrained) if image_pretrained else {}
     except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
         named = {"weights": pretrained, "image weights": image_pretrained, "text weights": text_pretrained}
@@ -235,7 +236,10 @@ def _build(name: str, architecture: dict, origin: Origin, text_pretrained: str) 
         raise UserError(f"model '{name}' has no Hugging Face text tower, which model.text_pretrained is for")
     wanted = deepcopy(architecture)
     wanted["vision_cfg"].pop("timm_model_pretrained", None)
-    kind = open_clip.CustomTextCLIP if wanted.pop("custom_text", False) else open_clip.CLIP
+    text_cfg = wanted["text_cfg"]
+    # as open_clip's factory: these texts need a tower of their own, whatever the config says of it
+    apart = text_cfg.get("text_arch") == "modern" or bool(text_cfg.get("variable_text"))
+    kind = open_clip.CustomTextCLIP if wanted.pop("custom_text", False) or apart else open_clip.CLIP
     try:
         module = (open_clip.CoCa if "multimodal_cfg" in wanted else kind)(**wanted)
     except (TypeError, AttributeError, KeyError, AssertionError, ZeroDivisionError) as error:
@@ -247,16 +251,49 @@ def _tokenizer(name: str, text_cfg: dict, folder: Path | None) -> Tokenizer:
     """Return the tokenizer of one of open_clip's own text towers: captions → int64 tokens [b, L]."""
     if text_cfg.get("hf_tokenizer_name"):
         parts.import_transformers()
-        return HFTokenizer(
-            str(folder) if folder and (folder / "tokenizer_config.json").is_file() else text_cfg["hf_tokenizer_name"],
-            context_length=text_cfg.get("context_length", 77),
-            tokenizer_mode=text_cfg.get("tokenizer_mode"),
-            **{**text_cfg.get("tokenizer_kwargs", {}), "trust_remote_code": False},
+        return parts.pad_right(
+            HFTokenizer(
+                str(folder)
+                if folder and (folder / "tokenizer_config.json").is_file()
+                else text_cfg["hf_tokenizer_name"],
+                context_length=text_cfg.get("context_length", 77),
+                tokenizer_mode=text_cfg.get("tokenizer_mode"),
+                **{**text_cfg.get("tokenizer_kwargs", {}), "trust_remote_code": False},
+            )
         )
+    kwargs = text_cfg.get("tokenizer_kwargs", {})
+    if kind := text_cfg.get("tokenizer_type"):
+        return _tokenizer_of_kind(kind, text_cfg, kwargs)
     if name in open_clip.list_models():
         return wordwise(open_clip.get_tokenizer(name))
-    kwargs = text_cfg.get("tokenizer_kwargs", {})
     return wordwise(open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length", 77), **kwargs))
+
+
+def _squared(architecture: dict) -> list[str]:
+    """Return the note on a tower that was trained on images of any shape (NaFlex, since open_clip 4)."""
+    vision = architecture["vision_cfg"]
+    if not str(vision.get("timm_model_name", "")).startswith("naflex"):
+        return []
+    return [f"NaFlex: images are squares of {vision.get('image_size', 224)} pixels, where open_clip keeps their shape"]
+
+
+def _tokenizer_of_kind(kind: str, text_cfg: dict, kwargs: dict) -> Tokenizer:
+    """Return a tokenizer of a `tokenizer_type`, which configs name since open_clip 4.
+
+    Raises:
+        UserError: it is another one than tiktoken's, or tiktoken is not installed.
+    """
+    if kind != "tiktoken":
+        raise UserError(f"a text tower of tokenizer_type '{kind}'; known: tiktoken")
+    if importlib.util.find_spec("tiktoken") is None:
+        raise UserError("its tokenizer needs tiktoken: python -m pip install tiktoken")
+    # An open_clip that builds such a text tower has this class.
+    made: Tokenizer = open_clip.tokenizer.TikTokenTokenizer(
+        encoding_name=text_cfg.get("tiktoken_name", "cl100k_base"),
+        context_length=text_cfg.get("context_length", 77),
+        **{key: value for key, value in kwargs.items() if key in ("add_bos", "add_eos", "clean")},
+    )
+    return made
 
 
 def _fill(module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor], resize: bool) -> list[str]:
