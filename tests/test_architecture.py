@@ -360,3 +360,16 @@ def test_tests_mirror_the_sources() -> None:
             wrong.append(f"{source} has tests/{own}: take it out of TESTED_ELSEWHERE")
     assert not wrong, "\n".join(wrong)
     assert [source for source in TESTED_ELSEWHERE if not (ROOT / source).is_file()] == []
+
+
+def test_every_room_says_what_is_where() -> None:
+    """The docstring of a folder names each of its modules and folders, a line each."""
+    for init in sorted(ROOT.rglob("__init__.py")):
+        room = init.parent
+        if room == ROOT:  # docs/architecture.md has its map
+            continue
+        inside = {path.name for path in room.glob("*.py")} - {"__init__.py", "__main__.py"}
+        inside |= {f"{path.parent.name}/" for path in room.glob("*/__init__.py")}
+        described = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+        named = {line.split()[0] for line in described.splitlines() if line.strip()}
+        assert inside <= named, f"{init}: a line for {', '.join(sorted(inside - named))}"

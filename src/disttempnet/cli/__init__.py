@@ -1,8 +1,16 @@
 """The command line; heavy imports only inside a command.
 
-main.py       demo · train · objectives · compare · report · temperature
-data.py       data index · shard · verify · preview · download;  task.py: data task
-evaluate.py   evaluate;  export.py: export
-migrate.py    migrate · import
-launch.py     launch;  slurm.py: the batch script from one template, slurm.sbatch
+main.py        demo, train, objectives, compare, report, temperature
+data.py        data index, shard, verify, preview, download
+task.py        data task
+evaluate.py    evaluate
+embed.py       embed
+search.py      search, classify
+export.py      export
+push.py        push
+migrate.py     migrate, import
+launch.py      launch
+slurm.py       the batch script of launch, from slurm.sbatch
+model.py       flags that name a model
+source.py      flags that name a data set
 """

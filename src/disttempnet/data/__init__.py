@@ -4,9 +4,18 @@
     source.py       what training asks of data: samples with dense ids
     mixture.py      several sources as one, each with a weight
     epoch_plan.py   exactly once an epoch: seeded, world-size independent, resumable
-    loader.py       samples, batches, the loader;  images.py: encoded images → pixels;  augment.py: augmentations
-    shards/         tars and their index;  listings/: JSON, CSV, Parquet, folders
-    builtin/        emoji and scenes;  tools/: what `disttempnet data` does
+    loader.py       samples, batches, the loader
+    images.py       encoded images → pixels
+    augment.py      augmentations
+    shards/         tars and their index
+    listings/       JSON, CSV, Parquet, folders
+    builtin/        emoji and scenes
+    tools/          what `disttempnet data` does
+    folder.py       a folder of images at any depth, without captions
+    headers.py      format and size of an image from its first bytes
+    held_out.py     a source without its validation samples
+    icons/          the icon data set and how it is built
+    workers.py      limits and failures of loader workers
 
 The public names are imported on first use: what needs no torch, such as downloading, starts without it.
 """

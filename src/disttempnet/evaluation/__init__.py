@@ -1,14 +1,23 @@
 """Zero-shot evaluation: tasks are rows of tasks.toml, protocols are code.
 
 tasks.py            the rows of tasks.toml, and samples
-evaluator.py        towers on tasks, over ranks;  outputs.py: results in files;  command.py: the command;  progress.py
-encoder.py          images and texts → features;  class_features.py: class texts, cached;  loader.py: decoded ahead
+evaluator.py        towers on tasks, over ranks
+outputs.py          results in files
+command.py          the command
+progress.py         one line about many tasks
+encoder.py          images and texts → features
+class_features.py   class texts, cached
+loader.py           decoded ahead
 cached.py           tasks on cached features of locked towers
-score.py            one pass over the images;  protocols.py metrics.py scores.py: from features to scores
+score.py            one pass over the images
+protocols.py        from features to metrics, by the kind of task
+metrics.py          ranking metrics, with chance levels
+scores.py           scores as JSON, and over runs
 embed.py            features of samples and captions that belong to no task
 validation.py       samples of a run's own data that it was not trained on
 tars.py             the walk through a task's tar
-datasets/           the layouts that people have;  results/: records, averages, tables, exports
+datasets/           the layouts that people have
+results/            records, averages, tables, exports
 """
 
 from disttempnet.evaluation.embed import embed_captions, embed_samples

@@ -13,6 +13,7 @@
     normaliser/             predicted normalisers, in place of a table
     normaliser_error.py     the error of normalisers, measured over a sample
     minibatch/              siglip, cyclip, vicreg, onlineclr, amorlip
+    own_parameters.py       an objective's parameters, in any loop
 
 The mathematics: docs/objectives.md.
 """

@@ -1,17 +1,18 @@
 """The two towers.
 
-towers.py        by an open_clip name, from checkpoints and into checkpoints that open_clip opens
-origin.py        names → architecture and file of weights
-weights.py       files of weights → state dicts, without running code from them
-transformers_clip.py  CLIPModel folders of transformers under open_clip's names
-efficientnet.py  efficientnet-pytorch's names of weights → timm's
-pretrained.py    a timm image tower, a Hugging Face text tower, from checkpoints of their own
-package.py       weights inside an installed Python package
-text.py          captions → features, short sequences cut
-locks.py         locked layers
-depth.py         layers below and above each parameter
-batch_norm.py    BatchNorm with the statistics of the global batch, or frozen
-architectures/   the package's own, one JSON each
+towers.py              by an open_clip name, from checkpoints and into checkpoints that open_clip opens
+origin.py              names → architecture and file of weights
+weights.py             files of weights → state dicts, without running code from them
+transformers_clip.py   CLIPModel folders of transformers under open_clip's names
+efficientnet.py        efficientnet-pytorch's names of weights → timm's
+pretrained.py          a timm image tower, a Hugging Face text tower, from checkpoints of their own
+package.py             weights inside an installed Python package
+text.py                captions → features, short sequences cut
+locks.py               locked layers
+depth.py               layers below and above each parameter
+batch_norm.py          BatchNorm with the statistics of the global batch, or frozen
+architectures/         the package's own, one JSON each
+trunk.py               the locked trunk of a tower and its head
 """
 
 from disttempnet.models.towers import (

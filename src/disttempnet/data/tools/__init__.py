@@ -3,7 +3,8 @@
 write.py        any source → webdataset shards
 verify.py       reads samples and shards, and lists broken ones
 download.py     CC3M and CC12M from their public lists of URLs
-preview.py      random samples with captions;  sheet.py: drawn on one picture
+preview.py      random samples with captions
+sheet.py        drawn on one picture
 unreadable.py   broken samples: table by reason, list in a file
 summary.py      statistics of an index in tables
 """

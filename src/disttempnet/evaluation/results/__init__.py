@@ -6,4 +6,5 @@ averages.py   averages over groups of tasks, with their coverage
 summary.py    summary.json: what was evaluated, with what
 tables.py     tables for the terminal
 export.py     CLIP_benchmark's JSON, open_clip's CSV
+file.py       results.json: scores of one checkpoint
 """
