@@ -86,6 +86,12 @@ def test_parts_that_are_known_only_elsewhere_are_to_be_filled_in() -> None:
     assert tomllib.loads(result.text)["data"]["train"] == "$DATA/a.tar"
 
 
+def test_flags_that_a_function_is_called_with_are_to_be_filled_in() -> None:
+    result = migrate(f'run() {{\n {MAIN} a.tar "$@" $MORE\n}}\nrun --lr 1e-3', "s.sh")
+    assert [what for what, _ in result.settings.fill_in] == ["$@", "$MORE"]
+    assert all("its flags are not read" in why for _, why in result.settings.fill_in)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
