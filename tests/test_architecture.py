@@ -186,7 +186,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"script", "settings"},
         {"flags", "launcher"},
         {"first_code"},
-        {"open_clip"},
+        {"checkpoint", "open_clip"},
         {"command"},
     ],
     "models": [

@@ -314,7 +314,7 @@ def test_values_out_of_range_are_named(name: str, argument: str, value: float) -
     ("argument", "choices"),
     [
         ("tau_gradient", ("fcco", "batch")),
-        ("network", ("icml24", "dist", "mlp")),
+        ("network", ("icml24", "dist", "dist-clamped", "mlp")),
         ("tau_start", ("epoch", "ahead")),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,22 @@ examples:
 """
 
 
+IMPORT = """Reads a .pth file of DistTempNet's first code: ViT-B/32 and its text transformer, or ResNet-50 and
+DistilBERT (needs disttempnet[hf]), with their temperature networks. Writes a run folder that evaluate, search,
+classify, embed and temperature open, and that model.pretrained trains on from.
+
+Arguments of that run come from the file, or from args.json beside it. NAME=VALUE gives those that neither has, by the
+names of that code: rho=9.5 ita_type=isogclr_tempnet. No code in the file is run. Unknown weights are refused.
+
+examples:
+  disttempnet import output/TempNet/checkpoint_best.pth --out runs/tempnet
+  disttempnet evaluate runs/tempnet --data-root /data/datacomp
+  disttempnet import checkpoint_30.pth rho=9.5 --out runs/rn50 --text-encoder /models/distilbert-base-uncased
+"""
+
+
 def add_migrate_commands(commands: Any) -> None:
-    """Add `migrate` to the commands of the program."""
+    """Add `migrate` and `import` to the commands of the program."""
     migrate = commands.add_parser(
         "migrate",
         help="a training script of the first code, FastCLIP or open_clip as a config",
@@ -50,18 +65,29 @@ def add_migrate_commands(commands: Any) -> None:
         help="GPUs of the run (default: as the script says)",
     )
     migrate.set_defaults(run=_migrate)
+    importing = commands.add_parser(
+        "import",
+        help="a checkpoint of the first code as a run folder",
+        description=IMPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    importing.add_argument("checkpoint", type=path_argument, metavar="CHECKPOINT", help="a .pth file of the first code")
+    importing.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="arguments of that run, as rho=9.5")
+    importing.add_argument("--out", type=path_argument, required=True, metavar="RUN", help="the run folder to write")
+    importing.add_argument(
+        "--text-encoder",
+        type=path_argument,
+        metavar="FOLDER",
+        help="config and tokenizer of a Hugging Face text encoder (default: its name, from the hub or its cache)",
+    )
+    importing.set_defaults(run=_import)
 
 
 def _migrate(options: argparse.Namespace) -> int:
     from disttempnet.io.files import refuse_unwritable, write_output
     from disttempnet.migrate.command import migrate, read_text
 
-    given = {}
-    for word in options.overrides:
-        name, equals, value = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"'{word}': variables of the script are given as NAME=VALUE")
-        given[name] = value
+    given = _given(options.overrides)
     out = Path(options.out) if options.out else None
     if out is not None:
         if out.exists():
@@ -86,3 +112,26 @@ def _migrate(options: argparse.Namespace) -> int:
     say()
     say(f"config: {out.resolve()}")
     return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from disttempnet.migrate.checkpoint import import_checkpoint
+
+    result = import_checkpoint(
+        Path(options.checkpoint), Path(options.out), _given(options.overrides), options.text_encoder or ""
+    )
+    for note in result.notes:
+        say(note)
+    say(f"run: {result.folder.resolve()}")
+    return 0
+
+
+def _given(words: Sequence[str]) -> dict[str, str]:
+    """Return NAME → VALUE of words on the command line."""
+    given = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"'{word}' is not of the form NAME=VALUE")
+        given[name] = value
+    return given

@@ -224,8 +224,12 @@ def _say_leftovers(settings: RunSettings, values: Values, script: Script, call: 
     """Add what belongs to no family: unknown flags, repeated ones, the folder, the place of the command."""
     for words in values.unknown:
         if words[0].unset and not words[0].text.startswith("-"):
-            settings.fill_in.append((words[0].text, f"its flags are not read: {values.explain(words[0])}"))
-            continue
+            settings.fill_in += [
+                (word.text, f"its flags are not read: {values.explain(word)}") for word in words if word.unset
+            ]
+            words = tuple(word for word in words if not word.unset)
+            if not words:
+                continue
         settings.dropped.append((" ".join(word.text for word in words), f"{call.family} has no such flag: unknown"))
     for name in values.repeated:
         settings.differs.append(f"{name} is given several times: the last one counts, {values.as_written(name)}")

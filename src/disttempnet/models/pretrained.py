@@ -91,6 +91,8 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
         pooler_type=text_cfg.get("hf_pooler_type"),
         proj_type=text_cfg.get("hf_proj_type", "linear"),
     )
+    if text_cfg.get("hf_proj_bias"):  # open_clip's has none; DistTempNet's first code has one
+        module.text.proj = nn.Linear(module.text.proj.in_features, wanted["embed_dim"])
     module.context_length, module.vocab_size = text_cfg["context_length"], config.vocab_size
 
     # Load the encoder's weights; drop parts that open_clip does not use, as DDP refuses parameters without gradient.

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,6 +61,24 @@ def read_weights(path: str | Path, prefer_ema: bool = False) -> dict[str, Tensor
         except (SafetensorError, OSError, ValueError) as error:
             raise refusal(path, f"it is cut off or damaged ({brief(error)})") from None
     return _state_dict(path, _unpickled(path), (*NESTED_EMA, *NESTED) if prefer_ema else NESTED)
+
+
+def read_training_state(path: str | Path, kept: Mapping[str, type]) -> Any:
+    """Return all that a file of torch.save holds, on the CPU, with records of chosen types.
+
+    Args:
+        path: a trainer's checkpoint.
+        kept: MODULE.NAME of records that are read as what they are, such as `argparse.Namespace`; others of RECORDS are
+            inert.
+
+    Raises:
+        UserError: another kind of file, a damaged one, or other objects in it.
+    """
+    path = Path(path)
+    refuse_other_files(path)
+    if _is_safetensors(path):
+        raise refusal(path, "it is safetensors, which holds weights alone")
+    return _unpickled(path, kept)
 
 
 def refusal(path: str | Path, why: str) -> UserError:
@@ -156,8 +175,8 @@ class _Entries:
         return {}
 
 
-def _unpickled(path: Path) -> Any:
-    """Return the content of a file of torch.save, restricted to tensors and containers.
+def _unpickled(path: Path, kept: Mapping[str, type] = MappingProxyType({})) -> Any:
+    """Return the content of a file of torch.save, restricted to tensors, containers, and records of the types `kept`.
 
     Raises:
         UserError: another file, a damaged one, or objects of other kinds in it.
@@ -167,7 +186,7 @@ def _unpickled(path: Path) -> Any:
         named, protocol = _globals(path)
     except Exception as error:  # foreign bytes: Python's parsers raise all kinds of errors on them
         raise refusal(path, f"it is cut off or damaged, or torch.save did not write it ({brief(error)})") from None
-    inert: list[Any] = [(_Inert, name) for name in named if name.partition(".")[0] in RECORDS]
+    inert: list[Any] = [(kept.get(name, _Inert), name) for name in named if name.partition(".")[0] in RECORDS]
     inert += [(_Entries, "collections.defaultdict"), *((_Inert, f"builtins.{name}") for name in BUILTIN_TYPES)]
 
     # Load with weights_only=True; name the reason if it is refused.

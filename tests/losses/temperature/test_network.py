@@ -139,6 +139,25 @@ def test_dist_form_follows_its_formula() -> None:
             close(actual, expected, rtol=1e-12, atol=0)
 
 
+def test_the_clamped_form_is_the_first_codes() -> None:
+    """max(τ_min, (Linear_1(w ⊙ σ(q)) − Linear_2(σ(q)/M)) / ρ), Linear_1 with its bias; against torch's own layers."""
+    loss = perturbed({**NETWORK, "network": "dist-clamped"}, 2, size=0.2)
+    x, y = pairs(6, 2)
+    tau = loss.temperatures(x, y)
+    free = 0
+    for side, (network, rows) in enumerate(zip(networks(loss), (x, y), strict=True)):
+        p = {name: value.detach() for name, value in network.named_parameters()}
+        f = torch.sigmoid(nn.functional.linear(rows, p["weight"], p["bias"]))
+        q = f @ nn.functional.normalize(p["prototypes"], dim=1).T
+        weights, sims = torch.softmax(q / p["scaler"].exp(), 1), q.sigmoid()
+        first = nn.functional.linear(weights * sims, p["out_weight_1"][None], p["out_bias"][None])
+        second = nn.functional.linear(sims / q.shape[1], p["out_weight_2"][None])
+        expected = ((first - second)[:, 0] / NETWORK["rho"]).clamp(min=BOUNDS[0])
+        close(tau[side], expected, rtol=1e-12, atol=0)
+        free += int((expected > BOUNDS[0]).sum())
+    assert free > 0, "all are clamped: the case says little"
+
+
 def test_mlp_form_follows_its_formula() -> None:
     """o = v · gelu(W x + a) + c, dropout on x, τ = (τ_max − τ_min) σ(o) + τ_min; it starts in the middle."""
     recipe = {**DROPOUT, "network": "mlp"}

@@ -18,7 +18,7 @@ from disttempnet.losses.own_parameters import refuse_second_gradient
 from disttempnet.losses.temperature.lead import Lead, LeadNumbers
 from disttempnet.losses.temperature.scalar import AnchorBatch, Temperature, check_bounds
 
-NetworkForm = Literal["icml24", "dist", "mlp"]
+NetworkForm = Literal["icml24", "dist", "dist-clamped", "mlp"]
 TauStart = Literal["epoch", "ahead"]
 TAU_STARTS: tuple[str, ...] = ("epoch", "ahead")
 
@@ -31,12 +31,13 @@ class NetworkTemperature(Temperature):
 
     Args:
         context: gives D, and the seed of the initial weights and of the dropout masks.
-        network: `icml24` and `dist` are the published forms; `mlp` is a plain one that distinguishes samples better.
+        network: `icml24` and `dist` are the published forms; `dist-clamped` is `dist` as the first code has it, for its
+            checkpoints; `mlp` is a plain one that distinguishes samples better.
         prototypes: M of the published forms; hidden units of the mlp.
         tau_min, tau_max: open bounds of τ.
         tau_initial: τ of every anchor until the mlp learns; 0 = the middle of the bounds. A network keeps it while it
             waits.
-        rho: ρ of the robust objective; only the `dist` form divides by it (in `clip-network` by the default here).
+        rho: ρ of the robust objective; only the `dist` forms divide by it (in `clip-network` by the default here).
         dropout: share of the hidden (mlp: input) units that are dropped in training.
         feature_scale: factor on the unit features; 0 = √D, which gives entries of unit size. At 1, as published, the
             hidden layer hardly varies between samples, and neither does τ.
@@ -325,11 +326,31 @@ class DistNetwork(_PrototypeNetwork):
         self.out_weight_1 = nn.Parameter(torch.ones(prototypes))
         self.out_weight_2 = nn.Parameter(torch.ones(prototypes))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return τ [b] without bounds."""
         w, s = self.attend(x, mask)
         first, second = (w * s) @ self.out_weight_1.to(x.dtype), s @ self.out_weight_2.to(x.dtype) / w.shape[1]
+        return (first - second) / self.rho
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         middle, width = (self.tau_max + self.tau_min) / 2, self.tau_max - self.tau_min
-        return self.bounded(4 * ((first - second) / self.rho - middle) / width)
+        return self.bounded(4 * (self.raw(x, mask) - middle) / width)
+
+
+class ClampedDistNetwork(DistNetwork):
+    """The first multi-node code's network to the letter: Linear_1 has a bias, and τ is clamped at τ_min alone.
+
+    At the clamp its gradient is 0, and there is no upper bound: for checkpoints of that code, not for new runs.
+    """
+
+    def __init__(
+        self, embed_dim: int, prototypes: int, tau_min: float, tau_max: float, rho: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(embed_dim, prototypes, tau_min, tau_max, rho, generator)
+        self.out_bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return (self.raw(x, mask) + self.out_bias.to(x.dtype) / self.rho).clamp(min=self.tau_min)
 
 
 class MlpNetwork(_BoundedNetwork):
@@ -367,5 +388,6 @@ class MlpNetwork(_BoundedNetwork):
 NETWORKS: dict[str, type[_PrototypeNetwork] | type[MlpNetwork]] = {
     "icml24": IcmlNetwork,
     "dist": DistNetwork,
+    "dist-clamped": ClampedDistNetwork,
     "mlp": MlpNetwork,
 }
