@@ -86,7 +86,8 @@ def test_no_flag_is_silent(name: str) -> None:
     flag = FASTCLIP_FLAGS[name]
     choices = {
         "--lr-scheduler": "const", "--precision": "fp32", "--temperature_scheme": "global_constant",
-        "--gamma_schedule": "constant", "--train-data-upsampling-factors": "2", "--model": "ViT-B-32",
+        "--gamma_schedule": "constant",
+        "--opt": "timm/lion", "--optimizer": "lamb", "--train-data-upsampling-factors": "2", "--model": "ViT-B-32",
     }  # fmt: skip
     sample = choices.get(name) or {bool: "", int: "4", float: "0.5", str: "name"}[flag.kind]
     words = [name, sample]
@@ -107,7 +108,14 @@ def test_no_flag_is_silent(name: str) -> None:
         ("--model roberta-ViT-B-32", {"model.text_pretrained": "roberta-base"}),
         ("--model ViT-B-32 --force-quick-gelu", {"model.name": "ViT-B-32-quickgelu"}),
         ("--resume ckpt/epoch_3.pt", {"model.pretrained": "ckpt/epoch_3.pt"}),
-        ("--lr-scheduler const --lr 1e-3", {"optim.lr_end": 1e-3}),
+        ("--lr-scheduler const --lr 1e-3", {"optim.schedule": "constant", "optim.warmup_steps": 10_000}),
+        ("--skip-scheduler", {"optim.schedule": "constant", "optim.warmup_steps": 0}),
+        (
+            "--lr-scheduler const-cooldown --epochs 10 --epochs-cooldown 2 --lr-cooldown-end 1e-5",
+            {"optim.schedule": "wsd", "optim.decay_share": 0.2, "optim.lr_end": 1e-5},
+        ),
+        ("--opt timm/lion --lr 1e-4 --beta1 0.9 --beta2 0.99", {"optim.name": "lion", "optim.beta2": 0.99}),
+        ("--optimizer lamb", {"optim.name": "lamb"}),
         ("--save-frequency 2 --train-num-samples 1000 --batch-size 50", {"train.checkpoint_every": 20}),
         ("--delete-previous-checkpoint", {"train.keep": 1}),
         ("--model RN50 --beta2 0.95", {"optim.beta2": 0.95, "optim.eps": 1e-8}),

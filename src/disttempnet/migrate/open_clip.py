@@ -42,20 +42,20 @@ OPEN_CLIP_FLAGS = table_of(
     Flag("--workers", "data.workers", default=4, kind=int),
     Flag("--batch-size", "data.global_batch", "× processes × --accum-freq", default=64, kind=int),
     Flag("--epochs", "train.epochs", default=32, kind=int),
-    Flag("--epochs-cooldown", "", "of --lr-scheduler const-cooldown", kind=int),
+    Flag("--epochs-cooldown", "optim.decay_share", "÷ --epochs; of --lr-scheduler const-cooldown", kind=int),
     Flag("--lr", "optim.lr", default=5e-4, kind=float),
     Flag("--beta1", "optim.beta1", default=0.9, kind=float),
     Flag("--beta2", "optim.beta2", "left out: .98 for ViT, else .999", kind=float),
     Flag("--eps", "optim.eps", "left out: 1e-6 for ViT, else 1e-8", kind=float),
     Flag("--wd", "optim.weight_decay", default=0.2, kind=float),
-    Flag("--momentum", "", "of timm's optimizers", kind=float),
+    Flag("--momentum", "optim.beta1", "of timm's optimizers", kind=float),
     Flag("--warmup", "optim.warmup_steps", default=10_000, kind=int),
-    Flag("--opt", "", "the towers are trained with AdamW", default="adamw"),
+    Flag("--opt", "optim.name", "timm/NAME: NAME", default="adamw"),
     switch("--use-bn-sync", "model.batch_norm", "global, which is the default"),
-    switch("--skip-scheduler", "", "the rate falls on a cosine: optim.lr_end = optim.lr keeps it, after the warm-up"),
-    Flag("--lr-scheduler", "optim.lr_end", "cosine; const: lr_end = lr, after the warm-up", default="cosine"),
-    Flag("--lr-cooldown-end", "", "of --lr-scheduler const-cooldown", kind=float),
-    Flag("--lr-cooldown-power", "", "of --lr-scheduler const-cooldown", kind=float),
+    switch("--skip-scheduler", "optim.schedule", "constant, without a warm-up"),
+    Flag("--lr-scheduler", "optim.schedule", "cosine; const: constant; const-cooldown: wsd", default="cosine"),
+    Flag("--lr-cooldown-end", "optim.lr_end", "of --lr-scheduler const-cooldown", default=0.0, kind=float),
+    Flag("--lr-cooldown-power", "", "the rate falls on a line, as at its default of 1", default=1.0, kind=float),
     Flag("--save-frequency", "train.checkpoint_every", "epochs × steps, where the script says the samples",
          default=1, kind=int),
     switch("--save-most-recent", "", "always so: a checkpoint continues at its very step"),
@@ -118,7 +118,7 @@ OPEN_CLIP_FLAGS = table_of(
 
 OF_FASTCLIP = table_of(
     switch("--fastclip", "loss.name", "with --temperature_scheme, --multiply_tau and --gamma_schedule"),
-    Flag("--optimizer", "", "the towers are trained with AdamW", default="adamw"),
+    Flag("--optimizer", "optim.name", "adamw or lamb", default="adamw"),
     Flag("--lr_tau", "loss.tau_lr", "below 0: that of the towers", default=-1.0, kind=float),
     Flag("--lr_tau_scheduler", "loss.tau_threshold", "step_thresh: .03; else the rate is constant after the warm-up",
          default="cosine"),
@@ -138,7 +138,8 @@ FASTCLIP_FLAGS = {**OPEN_CLIP_FLAGS, **OF_FASTCLIP}
 _HANDLED = {  # flags that `open_clip_settings` reads; all others are named with the table's reason
     "--train-data", "--train-data-upsampling-factors", "--val-data", "--csv-img-key", "--csv-caption-key",
     "--imagenet-val", "--imagenet-v2", "--logs", "--name", "--workers", "--batch-size", "--epochs", "--lr", "--beta1",
-    "--beta2", "--eps", "--wd", "--warmup", "--opt", "--use-bn-sync", "--skip-scheduler", "--lr-scheduler",
+    "--beta2", "--eps", "--wd", "--warmup", "--opt", "--momentum", "--use-bn-sync", "--skip-scheduler",
+    "--lr-scheduler", "--epochs-cooldown", "--lr-cooldown-end",
     "--save-frequency", "--delete-previous-checkpoint", "--zeroshot-frequency", "--val-frequency", "--resume",
     "--precision", "--model", "--pretrained", "--pretrained-image", "--lock-image", "--lock-image-unlocked-groups",
     "--lock-text", "--lock-text-unlocked-layers", "--force-quick-gelu", "--torchcompile", "--accum-freq", "--seed",
@@ -404,22 +405,11 @@ def _fastclip(settings: RunSettings, values: Values) -> None:
 
 
 def _training(settings: RunSettings, values: Values) -> None:
-    vit = "vit" in values["--model"].lower()
-    settings.set("optim.lr", values["--lr"], origin(values, "--lr"))
-    settings.set("optim.weight_decay", values["--wd"], origin(values, "--wd"))
-    settings.set("optim.beta1", values["--beta1"], origin(values, "--beta1"))
-    for flag, key, of_vit, of_others in (("--beta2", "beta2", 0.98, 0.999), ("--eps", "eps", 1e-6, 1e-8)):
-        own = values[flag]
-        left_out = f"{flag} left out: open_clip's for {'ViT' if vit else 'other towers'}"
-        settings.set(f"optim.{key}", own if own is not None else (of_vit if vit else of_others),
-                     left_out if own is None else values.as_written(flag))  # fmt: skip
+    _optimizer(settings, values)
     settings.set("optim.warmup_steps", values["--warmup"], origin(values, "--warmup"))
     _schedule(settings, values)
     if values["--grad-clip-norm"] is not None:
         settings.set("optim.grad_clip", values["--grad-clip-norm"], origin(values, "--grad-clip-norm"))
-    optimizers = [flag for flag in ("--opt", "--optimizer") if flag in values.table and values[flag].lower() != "adamw"]
-    settings.dropped += [(values.as_written(flag), values.table[flag].about) for flag in optimizers]
-
     settings.set("train.epochs", values["--epochs"], origin(values, "--epochs"))
     settings.set("train.seed", values["--seed"], origin(values, "--seed"))
     precision = values["--precision"]
@@ -437,22 +427,61 @@ def _training(settings: RunSettings, values: Values) -> None:
     _checkpoints(settings, values)
 
 
+def _optimizer(settings: RunSettings, values: Values) -> None:
+    named = next((flag for flag in ("--opt", "--optimizer") if flag in values.table and values.has(flag)), "--opt")
+    name = values[named].lower().removeprefix("timm/")
+    if name != "adamw":
+        settings.set("optim.name", name, values.as_written(named))
+    settings.set("optim.lr", values["--lr"], origin(values, "--lr"))
+    settings.set("optim.weight_decay", values["--wd"], origin(values, "--wd"))
+    if values["--opt"].lower().startswith("timm/"):
+        # there the optimizer's own defaults, which differ from one to the other
+        own = [("--beta1", "beta1"), ("--beta2", "beta2"), ("--eps", "eps"), ("--momentum", "beta1")]
+        for flag, key in own:
+            if values.has(flag):
+                settings.set(f"optim.{key}", values[flag], values.as_written(flag))
+        if not values.has("--beta1") and not values.has("--momentum"):
+            settings.differs.append(f"{values.as_written('--opt')}: beta1 and beta2 are .9 and .98 here, timm's there")
+        return
+    vit = "vit" in values["--model"].lower()
+    settings.set("optim.beta1", values["--beta1"], origin(values, "--beta1"))
+    for flag, key, of_vit, of_others in (("--beta2", "beta2", 0.98, 0.999), ("--eps", "eps", 1e-6, 1e-8)):
+        given = values[flag]
+        left_out = f"{flag} left out: open_clip's for {'ViT' if vit else 'other towers'}"
+        comment = left_out if given is None else values.as_written(flag)
+        settings.set(f"optim.{key}", (of_vit if vit else of_others) if given is None else given, comment)
+    if values.has("--momentum"):
+        settings.dropped.append((values.as_written("--momentum"), "of timm's optimizers: AdamW has none"))
+
+
 def _schedule(settings: RunSettings, values: Values) -> None:
-    kind = values["--lr-scheduler"]
-    kinds = ("cosine", "const", "const-cooldown", *(("step_thresh",) if "--fastclip" in values.table else ()))
+    kind, fastclip = values["--lr-scheduler"], "--fastclip" in values.table
+    kinds = ("cosine", "const", "const-cooldown", *(("step_thresh",) if fastclip else ()))
     if kind not in kinds:
         raise UserError(unknown_name("--lr-scheduler", kind, kinds))
-    lr = values["--lr"]
     if values["--skip-scheduler"]:
-        settings.set("optim.lr_end", lr, "--skip-scheduler: constant, after the warm-up")
-        settings.differs.append("--skip-scheduler: there without a warm-up too: optim.warmup_steps = 0")
+        settings.set("optim.schedule", "constant", "--skip-scheduler")
+        settings.set("optim.warmup_steps", 0, "--skip-scheduler: there is no warm-up either")
     elif kind == "const":
-        settings.set("optim.lr_end", lr, "--lr-scheduler const: constant, after the warm-up")
+        settings.set("optim.schedule", "constant", "--lr-scheduler const")
+        if fastclip:
+            settings.set("optim.warmup_steps", 0, "FastCLIP's --lr-scheduler const has no warm-up")
     elif kind == "const-cooldown":
-        settings.dropped.append((values.as_written("--lr-scheduler"), "the rate falls on a cosine from the warm-up on"))
-        settings.set("optim.lr_end", values["--lr-cooldown-end"] or 0.0, "--lr-cooldown-end")
+        cooldown = values["--epochs-cooldown"]
+        if cooldown is None:
+            raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown, which is not given")
+        share = cooldown / values["--epochs"]
+        settings.set("optim.schedule", "wsd", "--lr-scheduler const-cooldown")
+        settings.set(
+            "optim.decay_share", share, f"{values.as_written('--epochs-cooldown')} of {values['--epochs']} epochs"
+        )
+        settings.set("optim.lr_end", values["--lr-cooldown-end"], origin(values, "--lr-cooldown-end"))
     elif kind == "step_thresh":
         settings.dropped.append((values.as_written("--lr-scheduler"), "of the towers: the rate falls on a cosine"))
+    if kind != "const-cooldown":
+        for flag in ("--epochs-cooldown", "--lr-cooldown-end"):
+            if values.has(flag):
+                settings.dropped.append((values.as_written(flag), "of --lr-scheduler const-cooldown"))
 
 
 def _checkpoints(settings: RunSettings, values: Values) -> None:
