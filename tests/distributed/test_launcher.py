@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from disttempnet.cli.main import main
 from disttempnet.config import CONFIG_FOLDER
+from disttempnet.distributed import collectives
 from disttempnet.distributed.launcher import Launch, first_host, gpu_of, launched, local_processes
 from disttempnet.errors import UserError
 from disttempnet.training.trainer import Trainer
@@ -254,6 +256,22 @@ def test_a_rank_that_is_stuck_is_ended_too(tmp_path: Path) -> None:
     assert [end.code for end in ends] == [2, -9]
     assert ends[0].seconds < SOON
     assert ends[0].printed.splitlines()[-1].startswith("disttempnet: rank 1 on ")
+
+
+def never_gets_out(arguments: list[str]) -> int:
+    """Rank 0 fails, and then hangs where it leaves the group."""
+    collectives.LEAVE_SECONDS = 5.0
+    if is_rank(0):
+        dist.destroy_process_group = lambda: time.sleep(600)
+    return dies_in_step_3(0, "user", arguments)
+
+
+def test_a_failed_rank_that_hangs_at_its_end_is_ended(tmp_path: Path) -> None:
+    with Srun(2, tmp_path, never_gets_out, trained(tmp_path)) as ranks:
+        ends = ranks.wait()
+    assert [end.code for end in ends] == [1, 2]
+    assert ends[1].printed.splitlines()[-1].endswith(REASONS["user"])
+    assert "Timeout" in ends[0].printed, "the stacks say where it hung"
 
 
 def waits_for_ever(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ launcher.py reads the variables of torchrun, mpirun and srun.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from disttempnet.distributed.watchdog import Watch
 from disttempnet.errors import Preempted, UserError
 
 SILENCE = 1 / 5  # of the timeout: a rank without a heartbeat for so long counts as lost (two of ten minutes)
+LEAVE_SECONDS = 120.0  # for a rank that has failed to end; then it is ended, with the stacks of its threads
 NEWS_SECONDS = 5.0  # from a failed collective to the news which rank has failed, at most
 
 _T = TypeVar("_T")
@@ -80,6 +82,7 @@ def session(timeout_minutes: float = 10.0) -> Iterator[torch.device]:
         raise
     except BaseException as error:
         lost = _lost_others(error, watch)
+        faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True)  # teardown has hung where other ranks were gone
         watch.leave(lost or f"{type(error).__name__}: {error}".removeprefix("UserError: ").partition("\n")[0])
         if device.type == "cpu":  # NCCL would wait for ranks that may be gone; the process ends now
             dist.destroy_process_group()
