@@ -236,7 +236,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"command"},
     ],
     "training": [
-        {"atomic_folder", "model", "nan_check", "optim", "run_info", "run_log", "signals"},
+        {"atomic_folder", "model", "nan_check", "optim", "run_info", "run_log", "signals", "weight_average"},
         {"gradients", "run_folder"},
         {"reference"},
         {"checkpoint"},

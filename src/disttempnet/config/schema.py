@@ -333,6 +333,11 @@ class TrainConfig(Section):
         "", description="towers: freeze those of model.pretrained and train the temperature only"
     )
     seed: Annotated[int, SEEDS] = 2024
+    ema: Annotated[float, Range(0, 1, below=True)] = Field(
+        0.0,
+        description="moving average of the towers' weights with this decay a step, such as 0.999: evaluation, "
+        "checkpoints and exports have the average; 0 = none",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
     compile: StrictBool = Field(False, description="torch.compile the towers")
     accumulate: Annotated[int, integers(1, 65_536)] = Field(
@@ -377,6 +382,12 @@ class TrainConfig(Section):
         for key in ("cache_dtype", "cache_folder") if bounded(info) and not self.cache_features else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for cached features: set cache_features = true, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_trained_towers(self) -> TrainConfig:
+        if self.ema and self.freeze:
+            raise ValueError(f'ema averages trained towers: leave it out with freeze = "{self.freeze}"')
         return self
 
     @model_validator(mode="after")

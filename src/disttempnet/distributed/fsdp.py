@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,6 +136,16 @@ def full_module(module: nn.Module, device: torch.device, everywhere: bool = True
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather all rows of a sharded tensor on every rank, without gradient; another is returned as it is."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather named tensors on the CPU of rank 0; other ranks get none of them. Every rank calls this."""
+    found = {}
+    for name, value in state.items():
+        value = full_tensor(value)  # a collective
+        if distributed.is_main():
+            found[name] = value.detach().cpu()
+    return found
 
 
 def is_sharded(tensor: object) -> bool:

@@ -288,7 +288,10 @@ def _described(config: Path) -> Origin:
     architecture = _architecture(table["model_cfg"], config)
     preprocess = _preprocess(table["preprocess_cfg"], config)
     quick = bool(architecture.get("quick_gelu"))
-    return Origin(architecture, folder=config.parent, preprocess=preprocess, quick_gelu=quick)
+    ema = table.get("train_ema")
+    averaged = f"weights '{config.parent}' are a moving average over training steps (train.ema = {ema})"
+    notes = (averaged,) if isinstance(ema, float) else ()
+    return Origin(architecture, folder=config.parent, preprocess=preprocess, quick_gelu=quick, notes=notes)
 
 
 def _of_transformers(config: Path, preprocess: Path | None) -> Origin:

@@ -382,7 +382,9 @@ def _fit_image_positions(
     return [f"{what}, to which they were interpolated"]
 
 
-def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: float | None = None) -> None:
+def save_model(
+    towers: Towers, folder: Path, logit_scale: float, logit_bias: float | None = None, ema: float = 0.0
+) -> None:
     """Write the towers as a folder that open_clip opens.
 
     Args:
@@ -390,6 +392,8 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
         folder: an existing folder; files of the same name are replaced.
         logit_scale: open_clip's zero-shot code multiplies similarities by it: one over τ.
         logit_bias: added to them (SigLIP); None keeps the towers' own, if they have one.
+        ema: decay of the moving average that the weights are (train.ema), which a note says when they are opened; 0 =
+            they are none.
     """
     from safetensors.torch import save_file
 
@@ -414,6 +418,7 @@ def save_model(towers: Towers, folder: Path, logit_scale: float, logit_bias: flo
             "resize_mode": towers.resizing.mode,
         },
     }
+    config |= {"train_ema": ema} if ema else {}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ trainer.py         the loop
 model.py           towers and objective as one module
 gradients.py       the gradient of a step, at once or in chunks
 optim.py           optimizers and learning rates
+weight_average.py  the moving average of the towers' weights
 nan_check.py       losses and gradients that are not finite
 checkpoint.py      what a run saves, and how it continues
 atomic_folder.py   folders that all ranks write together

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-00000042/
         open_clip_model.safetensors, open_clip_config.json     the towers; open_clip opens the folder
+        trained_weights.safetensors                            if those are averages (train.ema): what is trained on
         trainer.pt                                             objective, optimizers, position, config, data digest
         shard-00000-of-00002.pt                                one rank's part of the per-sample state, and its RNG
         moments/                                               of the optimizers, if towers are sharded (train.shard)
@@ -17,14 +18,15 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from disttempnet import distributed
 from disttempnet.config import Config, config_from_table, public_table
@@ -34,6 +36,7 @@ from disttempnet.errors import UserError, notice
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, named_by_rank, reshard_sources
 from disttempnet.models import Towers, load_model, save_model
+from disttempnet.models.weights import read_weights
 from disttempnet.training import atomic_folder
 from disttempnet.training.model import as_trained, build_objective, continued, values_out_of_bounds
 from disttempnet.training.run_folder import (
@@ -43,6 +46,7 @@ from disttempnet.training.run_folder import (
     refuse_damaged,
     write_best,
 )
+from disttempnet.training.weight_average import WeightAverage
 
 CHECKPOINT_FORMAT = 1
 # Types of what trainer.pt and a rank's file must hold; the smallest value of each count.
@@ -54,6 +58,7 @@ RANK_KEYS: dict[str, type] = {"state": dict, "rng": Tensor}
 SMALLEST_COUNTS = {"step": 0, "world_size": 1, "num_samples": 1, "warmup_steps": 0}
 OPTIONAL_KEYS = {"skipped", "warmup_steps"}  # older checkpoints have none
 MOMENTS = "moments"
+TRAINED_NAME = "trained_weights.safetensors"
 
 
 class TrainState(NamedTuple):
@@ -78,6 +83,7 @@ def save_checkpoint(
     towers: Towers,
     loss: Objective,
     optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None,
     config: Config,
     index_digest: str,
     logit_scale: float,
@@ -92,6 +98,7 @@ def save_checkpoint(
     Args:
         run: the run folder.
         towers, loss, optimizers: what is trained, as the trainer holds it.
+        average: of the towers' weights, which is saved as the towers; None = there is none.
         config, index_digest: identity of the run and of its data, compared when it is resumed.
         logit_scale, logit_bias: for open_clip, which reads the towers from here.
         state: position of the run.
@@ -108,9 +115,6 @@ def save_checkpoint(
     # Collect what this rank writes: its rows of the per-sample state [N / K], and its parts of sharded moments.
     own, shared = _split(loss)
     optimizer_states, moments = _split_moments(optimizers)
-
-    # Gather sharded towers into one plain module on rank 0. Other ranks get None.
-    module = fsdp.full_module(towers.module, torch.device("cpu"), everywhere=False)
 
     # Describe the run for trainer.pt.
     warmup_steps = config.optim.warmup_steps if state.warmup_steps is None else state.warmup_steps
@@ -129,7 +133,7 @@ def save_checkpoint(
         "warmup_steps": warmup_steps,
     }
 
-    def write(folder: Path) -> list[Path]:
+    def write(folder: Path, module: nn.Module | None, trained: dict[str, Tensor]) -> list[Path]:
         # Every rank writes its own file; moments come first, as in them every rank fails or none does.
         if moments:
             fsdp.save_parts(moments, folder / MOMENTS)
@@ -139,13 +143,20 @@ def save_checkpoint(
 
         # Rank 0 adds the towers, trainer.pt and the metadata of the moments.
         if module is not None and distributed.is_main():
-            save_model(replace(towers, module=module), folder, logit_scale, logit_bias)
+            save_model(replace(towers, module=module), folder, logit_scale, logit_bias, ema=config.train.ema)
+            if trained:
+                save_file(trained, folder / TRAINED_NAME)
             torch.save(trainer, folder / "trainer.pt")
             written += (folder / MOMENTS).glob(".metadata")
             written += [one for one in folder.iterdir() if one.is_file() and not one.name.startswith("shard-")]
         return written
 
-    atomic_folder.write_folder(target, write)
+    # Gather sharded towers into one plain module on rank 0; other ranks get None. Averaged weights are saved as the
+    # towers', and the trained ones beside them.
+    with average.in_place(towers.module) if average is not None else nullcontext(dict[str, Tensor]()) as weights:
+        module = fsdp.full_module(towers.module, torch.device("cpu"), everywhere=False)
+        trained = fsdp.full_state(weights)
+        atomic_folder.write_folder(target, lambda folder: write(folder, module, trained))
     distributed.together(lambda: _remove_others(run, target, state.best, keep))
     return target
 
@@ -170,6 +181,7 @@ def load_checkpoint(
     towers: Towers,
     loss: Objective,
     optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None,
     config: Config,
     index_digest: str,
 ) -> TrainState:
@@ -179,6 +191,7 @@ def load_checkpoint(
         checkpoint: its folder.
         towers: opened from this checkpoint by `load_model`: they have its weights.
         loss, optimizers: built as for a new run.
+        average: built from the towers, if the run has one: their weights are the average.
         config, index_digest: must be those of the checkpoint, except for MAY_CHANGE_ON_RESUME.
 
     Returns:
@@ -191,6 +204,11 @@ def load_checkpoint(
     _refuse_other_run(checkpoint, trainer, config, index_digest)
     with torch.no_grad(), _misfit_named(checkpoint / "trainer.pt"):
         towers.module.logit_scale.copy_(trainer["logit_scale"])
+    if average is not None:
+        with average.in_place(towers.module) as trained, torch.no_grad(), _misfit_named(checkpoint / TRAINED_NAME):
+            saved = read_weights(checkpoint / TRAINED_NAME)
+            for name, value in trained.items():
+                value.copy_(fsdp.sharded_like(saved[name], value))
     own = _restore_objective(checkpoint, trainer, loss)
     _restore_optimizers(checkpoint, trainer["optimizers"], optimizers)
     if own is not None:

@@ -193,6 +193,8 @@ def refuse_if_nothing_is_trained(config: Config, towers: nn.Module, loss: Object
             'train.freeze = "towers" needs trained towers: set model.pretrained to an open_clip tag, a checkpoint '
             "folder or a run folder"
         )
+    if config.train.ema and not any(p.requires_grad for p in towers.parameters()):
+        raise UserError("train.ema averages the towers' weights, and none of them is trained: leave it out")
     if any(p.requires_grad for part in (towers, loss) for p in part.parameters()):
         return
     if loss.tracked_temperatures() is None:

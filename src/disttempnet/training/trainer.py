@@ -10,6 +10,7 @@ import io
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -55,6 +56,7 @@ from disttempnet.training.model import (
 from disttempnet.training.nan_check import NanCheck
 from disttempnet.training.reference import Reference, open_reference, refuse_reference
 from disttempnet.training.signals import LONGEST_WAIT, StopSignal
+from disttempnet.training.weight_average import WeightAverage
 
 MEMORY = (
     "raise train.accumulate (the same batch in chunks), or lower data.global_batch, data.workers or model.name's size"
@@ -125,11 +127,12 @@ class Trainer:
         else:
             module.to(device)
 
-        # Build the objective with its per-sample state [N], and the optimizers.
+        # Build the objective with its per-sample state [N], the optimizers, and the average of the weights.
         self.loss = build_objective(config, len(self.data.source), self.towers.embed_dim, bounds=False).to(device)
         self.optimizers = optim.build_optimizers(self.towers.module, self.loss, config.optim)
         trained = [p for p in module.parameters() if p.requires_grad]
         self._moves = bool(trained)
+        self.average = WeightAverage(module, config.train.ema) if config.train.ema else None
         self._clipped = trained or [p for p in self.loss.parameters() if p.requires_grad]
 
         # Count the steps.
@@ -257,6 +260,8 @@ class Trainer:
         if self.cache is not None and self.tasks:
             yield self.cache.describe()
         yield from run_info.about_data(run_info.data_facts(self.data.source))
+        if self.average is not None:
+            yield f"train.ema = {self.average.decay:g}: evaluation, checkpoints and exports have averaged weights"
         if line := optim.settings_line(self.optimizers[0], self.config.optim):
             yield line
         if 0 < self.optim.warmup_steps < self.config.optim.warmup_steps:
@@ -343,6 +348,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
+        if self.average is not None and not still:
+            self.average.update(self.towers.module, self.step - self.still_steps)
         self._finite.note(self.step, output, self._norm, batch.ids)
         self._metrics, self.lr = output.metrics, rates[0]
         return output
@@ -421,8 +428,12 @@ class Trainer:
         root = Path(config.data_root) if config.data_root else None
 
         # Ranks embed different numbers of batches, and sharded towers would wait for each other: gather them first.
-        towers = replace(self.towers, module=fsdp.full_module(self.towers.module, self.device))
-        results = evaluate(towers, self.tasks, device=self.device, batch=config.batch, data_root=root, cache=self.cache)
+        module = self.towers.module
+        with self.average.in_place(module) if self.average else nullcontext():
+            towers = replace(self.towers, module=fsdp.full_module(module, self.device))
+            results = evaluate(
+                towers, self.tasks, device=self.device, batch=config.batch, data_root=root, cache=self.cache
+            )
         self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
         if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
             self._save_temperatures(pairs[0])
@@ -485,6 +496,7 @@ class Trainer:
             "towers": self.towers,
             "loss": self.loss,
             "optimizers": self.optimizers,
+            "average": self.average,
             "config": self.config,
             "index_digest": self.data.source.digest,
         }
