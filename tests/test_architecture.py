@@ -191,7 +191,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "models": [
         {"batch_norm", "depth", "package", "text", "transformers_clip", "weights"},
-        {"efficientnet", "locks", "origin"},
+        {"activations", "efficientnet", "locks", "origin"},
         {"pretrained"},
         {"towers"},
         {"trunk"},

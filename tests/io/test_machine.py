@@ -57,6 +57,7 @@ def test_training_says_what_to_lower(
     assert main(["train", "debug", f"out={tmp_path}", "data.limit=64", "eval.tasks=[]"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(
-        "disttempnet: out of GPU memory: raise train.accumulate (the same batch in chunks), or lower "
+        "disttempnet: out of GPU memory: set train.checkpoint_activations=true, raise train.accumulate (the same batch "
+        "in chunks), or lower "
     )
     assert line.endswith("(CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB)")

@@ -1,18 +1,31 @@
-"""Towers from another program's folder: what is damaged is named."""
+"""Towers from another program's folder: what is damaged is named. Texts of another number of tokens."""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from disttempnet.errors import UserError
-from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, encode_images, encode_texts, load_model, save_model
+from disttempnet.models import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    encode_images,
+    encode_texts,
+    load_model,
+    pretrained,
+    save_model,
+)
 from disttempnet.models import towers as towers_module
 from disttempnet.models.towers import open_clip
+from disttempnet.training.checkpoint import load_run
+from disttempnet.training.trainer import train
+from tests import parts
+from tests.training.test_trainer import debug, same_ending
 
 
 def test_pixels_that_are_scaled_already_are_refused() -> None:
@@ -125,3 +138,81 @@ def test_a_tower_for_images_of_any_shape_is_said_to_see_squares() -> None:
         "NaFlex: images are squares of 384 pixels, where open_clip keeps their shape"
     ]
     assert towers_module._squared({"vision_cfg": {"timm_model_name": "test_vit"}}) == []
+
+
+# ---- another number of tokens ----
+
+CAPTIONS = ["a red apple", "two dogs " * 60]
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
+def test_longer_texts_on_weights_of_short_ones(kind: str, tmp_path: Path) -> None:
+    config = open_clip.get_model_config("demo-vit-32")
+    config["custom_text"] = kind == "CustomTextCLIP"
+    (tmp_path / "short.json").write_text(json.dumps(config))
+    short = load_model(str(tmp_path / "short.json"))
+    assert type(short.module).__name__ == kind
+    torch.save(short.module.state_dict(), tmp_path / "weights.pt")
+    long = load_model(str(tmp_path / "short.json"), str(tmp_path / "weights.pt"), context_length=100)
+    key = "text.positional_embedding" if kind == "CustomTextCLIP" else "positional_embedding"
+    before, after = (towers.module.state_dict()[key] for towers in (short, long))
+    # open_clip's interpolation: position i of 100 lies at (i + 0.5) · 20 / 100 − 0.5 of 20
+    place = ((torch.arange(100.0) + 0.5) / 5 - 0.5).clamp(0, 19)
+    low = place.long()
+    expected = before[low].lerp(before[(low + 1).clamp(max=19)], (place - low)[:, None])
+    torch.testing.assert_close(after, expected)
+    assert "have 20 text positions, the model has 100, to which they were interpolated" in long.notes[0]
+    tokens = long.tokenizer(CAPTIONS)
+    assert tokens.shape == (2, 100)
+    assert tokens[1, 98] != short.tokenizer.tokenizer.eot_token_id
+    assert long.module.encode_text(tokens).isfinite().all()
+
+    # What is saved opens with its own number, here and in open_clip, and nothing is interpolated again.
+    save_model(long, tmp_path, logit_scale=10.0)
+    again = load_model(f"local-dir:{tmp_path}")
+    assert again.notes == ()
+    torch.testing.assert_close(again.module.encode_text(tokens), long.module.encode_text(tokens))
+    module, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    torch.testing.assert_close(module.encode_text(tokens), long.module.encode_text(tokens))
+
+
+def test_fewer_tokens_give_short_captions_the_same_features(tmp_path: Path) -> None:
+    full = load_model("demo-vit-32")
+    save_model(full, tmp_path, logit_scale=10.0)
+    few = load_model("demo-vit-32", str(tmp_path), context_length=8)
+    assert "the model has 8: the first ones are kept" in few.notes[0]
+    texts = ["a red apple", "two dogs"]
+    wanted = full.module.encode_text(full.tokenizer(texts))
+    torch.testing.assert_close(few.module.encode_text(few.tokenizer(texts)), wanted)
+
+    config = open_clip.get_model_config("demo-vit-32")
+    config["text_cfg"]["no_causal_mask"] = True
+    config["custom_text"] = True
+    (tmp_path / "ahead.json").write_text(json.dumps(config))
+    torch.save(load_model(str(tmp_path / "ahead.json")).module.state_dict(), tmp_path / "ahead.pt")
+    with pytest.raises(UserError, match="only causal text towers can do with fewer"):
+        load_model(str(tmp_path / "ahead.json"), str(tmp_path / "ahead.pt"), context_length=8)
+
+
+def test_encoders_of_hugging_face_read_as_many_as_they_have_positions(tmp_path: Path) -> None:
+    name = parts.write_architecture(tmp_path)
+    parts.write_text_folder(tmp_path)
+    assert load_model(name, context_length=64).tokenizer(["a cat"]).shape == (1, 64)
+    with pytest.raises(UserError, match=r"'distilbert' with 64 positions cannot read 65 tokens: lower model.con"):
+        load_model(name, context_length=65)
+    roberta = SimpleNamespace(model_type="roberta", max_position_embeddings=514, pad_token_id=1)
+    relative = SimpleNamespace(model_type="t5")
+    assert [pretrained._positions(config) for config in (roberta, relative)] == [512, 0]
+
+
+def test_a_run_reads_longer_captions_and_resumes(tmp_path: Path) -> None:
+    longer = ("model.context_length=100", "eval.tasks=[]")
+    assert train(debug(tmp_path / "a", *longer, "train.stop_after_steps=3"))
+    for stop in (2, 3):
+        assert train(debug(tmp_path / "b", *longer, f"train.stop_after_steps={stop}"), resume="auto")
+    same_ending(tmp_path / "a" / "debug", tmp_path / "b" / "debug")
+    run = load_run(tmp_path / "b" / "debug")
+    assert run.towers.module.positional_embedding.shape[0] == 100
+    assert run.towers.notes == ()
+    with pytest.raises(UserError, match=r"key 'model.context_length'"):
+        debug(tmp_path, "model.context_length=513")

@@ -195,6 +195,11 @@ class ModelConfig(Section):
         False,
         description="accept weights of another image size, and interpolate their position embeddings",
     )
+    context_length: Annotated[int, integers(0, 512)] = Field(
+        0,
+        description="tokens of a text, start and end included; text positions of pretrained weights are interpolated "
+        "to more, or cut to the first ones; 0 = as the architecture says",
+    )
     head: Literal["", "linear", "mlp"] = Field(
         "",
         description="projection on timm and Hugging Face towers: linear, or mlp with a hidden layer; empty = as the "
@@ -345,6 +350,11 @@ class TrainConfig(Section):
         description="embed a process's part of a batch in this many chunks: the gradient of the whole batch with the "
         "memory of a chunk, for a second forward pass of the towers",
     )
+    checkpoint_activations: StrictBool = Field(
+        False,
+        description="keep only the inputs of the towers' blocks for the backward pass and compute the rest again: the "
+        "same gradient with less memory, for about a third more computation",
+    )
     shard: StrictBool = Field(
         False,
         description="shard parameters, gradients and moments of the towers over the processes (FSDP2), for towers that "
@@ -382,6 +392,14 @@ class TrainConfig(Section):
         for key in ("cache_dtype", "cache_folder") if bounded(info) and not self.cache_features else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for cached features: set cache_features = true, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _recomputes_trained_towers(self) -> TrainConfig:
+        if self.checkpoint_activations and self.freeze:
+            raise ValueError(
+                f'checkpoint_activations is for trained towers: leave it out with freeze = "{self.freeze}"'
+            )
         return self
 
     @model_validator(mode="after")

@@ -48,6 +48,11 @@ def prepare_batch_norm(module: nn.Module, config: ModelConfig, chunks: int = 1) 
                 setattr(parent, name, GlobalBatchNorm(child))
 
 
+def keeps_statistics(module: nn.Module) -> bool:
+    """Return whether a BatchNorm has been told to keep its statistics."""
+    return _keep_statistics in module._forward_pre_hooks.values()
+
+
 def _keep_statistics(module: nn.Module, _: Any) -> None:
     """Keep the statistics, whichever mode the towers are put in."""
     module.training = False

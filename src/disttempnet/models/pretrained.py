@@ -76,6 +76,14 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
         if hasattr(config, name):
             setattr(config, name, 0.0)
 
+    # Refuse more tokens than the encoder has positions: indexing would fail, or be wrong, in the middle of training.
+    length = architecture["text_cfg"]["context_length"]
+    if (positions := _positions(config)) and length > positions:
+        raise UserError(
+            f"{source}: a text tower of kind '{config.model_type}' with {positions} positions cannot read "
+            f"{length} tokens: lower model.context_length, or take another tower"
+        )
+
     # Build the image tower. CustomTextCLIP always builds a text tower too: the smallest one, to be replaced.
     wanted = copy.deepcopy(architecture)
     wanted.pop("custom_text", None)
@@ -104,6 +112,14 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
     if not pooled and hasattr(module.text.transformer, "pooler"):
         module.text.transformer.pooler = None
     return module
+
+
+def _positions(config: Any) -> int:
+    """Return how many tokens a Hugging Face encoder reads at most; 0 where its positions are relative."""
+    known = getattr(config, "max_position_embeddings", None) or 0
+    # RoBERTa counts positions from the padding's number on
+    begin = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    return max(0, known - begin)
 
 
 def refuse_unreadable(source: str) -> None:

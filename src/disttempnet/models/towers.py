@@ -55,7 +55,7 @@ _allow_torchvision_without_native_ops()
 
 import open_clip  # noqa: E402
 from open_clip.convert import convert_state_dict, load_big_vision_weights  # noqa: E402
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed  # noqa: E402
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed  # noqa: E402
 from open_clip.tokenizer import HFTokenizer  # noqa: E402
 from timm.layers import resample_abs_pos_embed  # noqa: E402
 
@@ -66,7 +66,7 @@ from disttempnet.models.origin import WEIGHTS_NAME as WEIGHTS_NAME  # noqa: E402
 from disttempnet.models.origin import Origin, find_origin  # noqa: E402
 from disttempnet.models.origin import is_random as is_random  # noqa: E402
 from disttempnet.models.origin import read_target as read_target  # noqa: E402
-from disttempnet.models.text import Tokenizer, accept_trimmed, wordwise  # noqa: E402
+from disttempnet.models.text import Tokenizer, accept_trimmed, trimming, wordwise  # noqa: E402
 
 open_clip.add_model_config(MODEL_FOLDER)
 
@@ -129,6 +129,7 @@ def load_model(
     image_pretrained: str = "",
     text_pretrained: str = "",
     resize_positions: bool = False,
+    context_length: int = 0,
     head: str = "",
 ) -> Towers:
     """Build towers by name, randomly initialised or with pretrained weights.
@@ -144,6 +145,8 @@ def load_model(
         text_pretrained: weights and tokenizer of a Hugging Face text tower alone: a folder, a name on the Hub, or
             `package:MODULE/PATH`.
         resize_positions: accept weights of another image size, and interpolate their position embeddings.
+        context_length: tokens of a text; text positions of weights are interpolated to more, or cut to fewer; 0 = those
+            of the architecture.
         head: projection on timm and Hugging Face towers, `linear` or `mlp`; empty = the architecture's own.
 
     Raises:
@@ -165,12 +168,14 @@ def load_model(
         origin = find_origin(name, pretrained, head)
         state, changes = _state(origin)
         architecture = {**origin.architecture, **changes}
+        if context_length:
+            architecture["text_cfg"] = {**architecture["text_cfg"], "context_length": context_length}
 
         # Build random towers, then fill them with the weights of both, or of the image tower.
         module, tokenizer = _build(name, architecture, origin, text_pretrained)
         notes = [*origin.notes, *(["QuickGELU, as OpenAI's weights expect"] if "quick_gelu" in changes else [])]
         if origin.weights is not None:
-            notes += _fill(module, name, origin.weights, state, resize_positions)
+            notes += _fill(module, name, origin.weights, state, resize_positions, bool(context_length))
             notes += _squared(architecture)
         own = parts.load_image_tower(module, image_pretrained) if image_pretrained else {}
     except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
@@ -265,7 +270,7 @@ def _tokenizer(name: str, text_cfg: dict, folder: Path | None) -> Tokenizer:
     if kind := text_cfg.get("tokenizer_type"):
         return _tokenizer_of_kind(kind, text_cfg, kwargs)
     if name in open_clip.list_models():
-        return wordwise(open_clip.get_tokenizer(name))
+        return wordwise(open_clip.get_tokenizer(name, context_length=text_cfg.get("context_length", 77)))
     return wordwise(open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length", 77), **kwargs))
 
 
@@ -296,7 +301,9 @@ def _tokenizer_of_kind(kind: str, text_cfg: dict, kwargs: dict) -> Tokenizer:
     return made
 
 
-def _fill(module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor], resize: bool) -> list[str]:
+def _fill(
+    module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor], resize: bool, other_length: bool
+) -> list[str]:
     """Load the weights of a file into a module, in place; returns notes on changes to them.
 
     Args:
@@ -304,19 +311,22 @@ def _fill(module: open_clip.CLIP, name: str, path: Path, state: dict[str, Tensor
         name, path: for messages.
         state: of the file, in open_clip's names or older variants; empty for the arrays of big_vision.
         resize: interpolate image positions to another number of them.
+        other_length: do so with text positions.
 
     Raises:
         UserError: they are of another model.
     """
     if path.suffix == ".npz":
+        if other_length:
+            raise UserError("model.context_length: text positions of big_vision's arrays are not changed: leave it out")
         _fill_from_big_vision(module, name, path)
         return []
     own = module.state_dict()
     state = _as_open_clip(module, without_prefix(path, state, [key for key in own if key.startswith("visual.")]))
     if wrong := misfit(state, own, (*TEXT_POSITIONS, *IMAGE_POSITIONS)):
         raise refusal(path, f"not weights of {name}: {wrong}")
-    _refuse_stretched_positions(path, state, own)
-    notes = _fit_image_positions(module, path, state, own, resize)
+    notes = _fit_text_positions(module, path, state, own, other_length)
+    notes += _fit_image_positions(module, path, state, own, resize)
     module.load_state_dict(state, strict=False)
     return notes
 
@@ -345,17 +355,36 @@ def _as_open_clip(module: open_clip.CLIP, state: dict[str, Tensor]) -> dict[str,
     return {key: value for key, value in state.items() if key not in counters}
 
 
-def _refuse_stretched_positions(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise UserError if weights have another number of text positions.
+def _fit_text_positions(
+    module: open_clip.CLIP, path: Path, state: dict[str, Tensor], own: dict[str, Tensor], wanted: bool
+) -> list[str]:
+    """Bring text positions of weights to the number of the model, in place; refuse another one unless it is wanted.
 
-    open_clip would interpolate them: captions would lie at other positions, and scores would be wrong in silence.
+    More positions are interpolated: every caption lies at other ones than in pretraining. Fewer are the first ones:
+    a causal tower gives short captions the same features with them; in others a caption ends elsewhere.
+
+    Raises:
+        UserError: another number that was not asked for, or fewer positions of a tower that is not causal.
     """
     for key in TEXT_POSITIONS:
-        if key in own and len(state[key]) != len(own[key]):
+        if key not in own or len(state[key]) == len(own[key]):
+            continue
+        before, now = len(state[key]), len(own[key])
+        what = f"weights '{path}' have {before} text positions, the model has {now}"
+        if not wanted:
+            # open_clip would interpolate them, and scores would be wrong in silence
             raise UserError(
-                f"weights '{path}' have {len(state[key])} text positions, the model has {len(own[key])}: name "
-                "the architecture that they were trained with, or open a saved folder as local-dir:FOLDER"
+                f"{what}: name the architecture that they were trained with, open a saved folder as local-dir:FOLDER, "
+                "or train with another number by model.context_length"
             )
+        if now > before:
+            resize_text_pos_embed(state, module)
+            return [f"{what}, to which they were interpolated: train it before captions are embedded"]
+        if trimming(module) is None:
+            raise UserError(f"{what}: only causal text towers can do with fewer: leave model.context_length out")
+        state[key] = state[key][:now]
+        return [f"{what}: the first ones are kept"]
+    return []
 
 
 def _fit_image_positions(
@@ -409,7 +438,7 @@ def save_model(
     # Write what is needed to open them: the text tower's own files, architecture and preprocessing.
     if parts.has_hf_text(architecture):
         parts.save_hf_text(towers.module, towers.tokenizer, folder)
-    config = {
+    config: dict[str, Any] = {
         "model_cfg": architecture,
         "preprocess_cfg": {
             "mean": list(towers.mean),

@@ -83,7 +83,7 @@ def save_checkpoint(
     towers: Towers,
     loss: Objective,
     optimizers: list[torch.optim.Optimizer],
-    average: WeightAverage | None,
+    average: WeightAverage | None = None,
     config: Config,
     index_digest: str,
     logit_scale: float,
@@ -181,7 +181,7 @@ def load_checkpoint(
     towers: Towers,
     loss: Objective,
     optimizers: list[torch.optim.Optimizer],
-    average: WeightAverage | None,
+    average: WeightAverage | None = None,
     config: Config,
     index_digest: str,
 ) -> TrainState:
@@ -262,7 +262,8 @@ def load_run(path: str | Path) -> Run:
     config = _config_of(checkpoint, trainer)
     for fault in values_out_of_bounds(config).values():
         notice(f"{checkpoint}: {fault}: kept, as it was trained with this value")
-    towers = load_model(config.model.name, str(checkpoint), head=config.model.head)
+    wanted = config.model
+    towers = load_model(wanted.name, str(checkpoint), head=wanted.head, context_length=wanted.context_length)
     loss = build_objective(config, trainer["num_samples"], towers.embed_dim, bounds=False)
     _restore_objective(checkpoint, trainer, loss)
     towers.module.eval()

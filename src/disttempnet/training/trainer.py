@@ -37,6 +37,7 @@ from disttempnet.io.files import write_atomically
 from disttempnet.io.machine import memory_named
 from disttempnet.losses import Features, GlobalContrastiveLoss, LossOutput, normaliser_errors
 from disttempnet.models import Towers, load_model
+from disttempnet.models.activations import checkpoint_activations
 from disttempnet.models.locks import prepare_towers
 from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log
 from disttempnet.training.gradients import InChunks, WholeBatch
@@ -59,7 +60,8 @@ from disttempnet.training.signals import LONGEST_WAIT, StopSignal
 from disttempnet.training.weight_average import WeightAverage
 
 MEMORY = (
-    "raise train.accumulate (the same batch in chunks), or lower data.global_batch, data.workers or model.name's size"
+    "set train.checkpoint_activations=true, raise train.accumulate (the same batch in chunks), or lower "
+    "data.global_batch, data.workers or model.name's size"
 )
 
 
@@ -187,13 +189,14 @@ class Trainer:
         """Return the towers of the checkpoint `found`, which also says how pixels are normalised; else of `[model]`."""
         wanted = self.config.model
         if found is not None:
-            return load_model(wanted.name, str(found), head=wanted.head)
+            return load_model(wanted.name, str(found), head=wanted.head, context_length=wanted.context_length)
         return load_model(
             wanted.name,
             pretrained,
             image_pretrained=wanted.image_pretrained,
             text_pretrained=wanted.text_pretrained,
             resize_positions=wanted.resize_positions,
+            context_length=wanted.context_length,
             head=wanted.head,
         )
 
@@ -203,6 +206,8 @@ class Trainer:
         module.train(not self.frozen).requires_grad_(not self.frozen)
         if not self.frozen:
             prepare_towers(module, self.config.model, self.config.train.accumulate)
+        if self.config.train.checkpoint_activations:
+            checkpoint_activations(module)
         # The objective owns temperature and bias; open_clip's own are written at export (save_model).
         for exported in (module.logit_scale, getattr(module, "logit_bias", None)):
             if exported is not None:
