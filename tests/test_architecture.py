@@ -29,6 +29,7 @@ TESTED_ELSEWHERE = {
     "data/source.py": "data/test_old_indexes.py",
     "data/tools/sheet.py": "data/tools/test_preview.py",
     "data/tools/summary.py": "data/listings/test_index.py",
+    "evaluation/embed.py": "evaluation/test_probes.py",
     "evaluation/command.py": "cli/test_evaluate.py",
     "evaluation/results/summary.py": "evaluation/results/test_averages.py",
     "evaluation/score.py": "evaluation/test_evaluator.py",
@@ -120,13 +121,14 @@ FLOORS: dict[str, list[set[str]]] = {
         {"collectives"},
     ],
     "evaluation": [
-        {"encoder", "metrics", "scores", "tars"},
+        {"encoder", "linear_probe", "metrics", "scores", "tars"},
         {"tasks"},
         {"loader", "protocols"},
         {"class_features", "datasets"},
         {"cached", "embed", "progress", "results", "score", "validation"},
         {"evaluator"},
         {"outputs"},
+        {"probes"},
         {"command"},
     ],
     "export": [

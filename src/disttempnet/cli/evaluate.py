@@ -77,6 +77,11 @@ def add_evaluate_command(commands: Any) -> None:
         "--batch", type=BATCH.parse, default=256, metavar="N", help="images a forward pass (default: 256)"
     )
     evaluate.add_argument(
+        "--probe",
+        action="store_true",
+        help="with --data-root: then train a linear probe of each task that has a train split (docs/evaluation.md)",
+    )
+    evaluate.add_argument(
         "--cache-features",
         type=path_argument,
         metavar="DIR",
@@ -121,7 +126,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     # Flags that do not go together.
     if options.target is None:
         raise UserError(f"evaluate what? {TARGETS}")
-    for flag in ("precision", "compat", "workers") if root is None else ():
+    for flag in ("precision", "compat", "workers", "probe") if root is None else ():
         if getattr(options, flag):
             raise UserError(f"--{flag} goes with --data-root")
     if root is not None and VALIDATION_TASK in words:
@@ -138,6 +143,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch=options.batch,
         cache_features=options.cache_features or "",
         workers=options.workers,
+        probe=options.probe,
     )
     check_request(request)
     model = open_target(options.target, options.resize_positions)

@@ -11,6 +11,8 @@ loader.py           decoded ahead
 cached.py           tasks on cached features of locked towers
 score.py            one pass over the images
 protocols.py        from features to metrics, by the kind of task
+linear_probe.py     logistic regression on fixed features
+probes.py           linear probes of tasks with a train split
 metrics.py          ranking metrics, with chance levels
 scores.py           scores as JSON, and over runs
 embed.py            features of samples and captions that belong to no task

@@ -17,8 +17,11 @@ from disttempnet.evaluation.datasets.open import has_data
 from disttempnet.evaluation.encoder import checkpoint_hash, make_encoder
 from disttempnet.evaluation.evaluator import Evaluator
 from disttempnet.evaluation.outputs import ResultsFile, ResultsFolder, ResultsOutput
+from disttempnet.evaluation.probes import ProbeRequest, probe_tasks, skipped_probes
 from disttempnet.evaluation.results.file import default_place
+from disttempnet.evaluation.results.records import PROBE_FILE, RESULTS_FILE, read_records
 from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject
+from disttempnet.evaluation.results.tables import probes_table
 from disttempnet.evaluation.tasks import VALIDATION_TASK, Task, TaskData, all_tasks, find_task
 from disttempnet.evaluation.validation import validation_data
 from disttempnet.features.batches import folder_of
@@ -30,7 +33,7 @@ from disttempnet.losses import Objective
 from disttempnet.models import Towers
 from disttempnet.models.locks import lock_towers
 from disttempnet.models.trunk import TOWER_SIDES, trunk_of
-from disttempnet.terminal import say
+from disttempnet.terminal import console, say
 
 WORKERS_OF_A_GPU = 16  # at most
 CACHE_FLAG = "name another folder with --cache-features, or none"
@@ -75,6 +78,7 @@ class EvaluationRequest:
         precision: "" = bf16 on a GPU, else fp32; without a data root always fp32.
         compat: see `load_task`.
         workers: decoding processes of each rank with a data root; None = a GPU's share of the cores, else threads.
+        probe: train linear probes of the tasks that have a train split, after the zero-shot evaluation.
         cache_features: folder of cached features; "" = as the run's config has it, `NO_CACHE` = towers are run in full.
     """
 
@@ -87,6 +91,7 @@ class EvaluationRequest:
     batch: int = 256
     workers: int | None = None
     cache_features: str = ""
+    probe: bool = False
 
     @property
     def below_root(self) -> Sequence[Task]:
@@ -130,9 +135,13 @@ def run_evaluation(model: OpenedModel, request: EvaluationRequest, stopped: Call
         model.towers.module.to(device)
         cache = _feature_cache(model, request, sink)
         evaluator = _evaluator(model, request, device, sink.subject, cache)
+        probes = _probe_request(sink, request, stopped)
+        probe_failed = False
         try:
             with sink:
                 evaluator.run(tasks, sink.load, sink, sink.progress)
+            if probes is not None:
+                probe_failed = probe_tasks(probes, evaluator)
         except Preempted:
             if not sink.keeps:  # started again it would never end
                 raise UserError(sink.after_stop) from None
@@ -144,7 +153,30 @@ def run_evaluation(model: OpenedModel, request: EvaluationRequest, stopped: Call
         if cache is not None:
             say(cache.describe())
         sink.show(model.title)
-    return int(sink.failed)
+        if probes is not None:
+            _show_probes(probes)
+    return int(sink.failed or probe_failed)
+
+
+def _probe_request(
+    sink: ResultsOutput, request: EvaluationRequest, stopped: Callable[[], object]
+) -> ProbeRequest | None:
+    """Return the linear probes that are wanted; None where none are."""
+    if not request.probe:
+        return None
+    assert isinstance(sink, ResultsFolder)
+    return ProbeRequest(sink.folder, sink.root, sink.subject.compat, sink.tasks, stopped)
+
+
+def _show_probes(probes: ProbeRequest) -> None:
+    """Print the table of all probes in the folder, and which tasks have none."""
+    found = read_records(probes.folder / PROBE_FILE)
+    if found:
+        console().print(probes_table(read_records(probes.folder / RESULTS_FILE), found))
+    for line in skipped_probes(probes.tasks, probes.root):
+        say(line)
+    if found:
+        say(f"linear probes: {probes.folder / PROBE_FILE}")
 
 
 def _feature_cache(model: OpenedModel, request: EvaluationRequest, sink: ResultsOutput) -> FeatureCache | None:

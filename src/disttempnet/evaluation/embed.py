@@ -9,12 +9,58 @@ import torch
 from torch import Tensor
 
 from disttempnet import distributed
-from disttempnet.evaluation.encoder import FeatureEncoder, batches_of_this_rank, evaluation_mode
+from disttempnet.errors import UserError
+from disttempnet.evaluation.encoder import (
+    FeatureEncoder,
+    ProgressCallback,
+    batches_of_this_rank,
+    evaluation_mode,
+)
 from disttempnet.evaluation.loader import DecodeRequest, decoded
 from disttempnet.evaluation.tasks import EvaluationSample
 from disttempnet.models import Towers
 
 AnySample = TypeVar("AnySample", bound=EvaluationSample)
+
+
+def features_of_samples(
+    encoder: FeatureEncoder,
+    samples: Sequence[EvaluationSample],
+    workers: int = 0,
+    progress: ProgressCallback | None = None,
+    name: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Return unit features [n, D] of samples, zeros where one cannot be decoded, and which could be: bool [n].
+
+    Every rank calls this with the same samples and gets the same result.
+
+    Args:
+        workers: processes that decode for a rank; 0 = threads.
+        progress: called with (`name`, batches embedded by this rank, batches of this rank).
+    """
+    # A rank fills its rows of a table of zeros; the sum over ranks is the whole table.
+    images = torch.zeros(len(samples), encoder.width, device=encoder.device)
+    valid = torch.zeros(len(samples), dtype=torch.int64, device=encoder.device)
+    mine = batches_of_this_rank(len(samples), encoder.batch)
+    requests = (DecodeRequest(0, rows.start, samples[rows.start : rows.stop]) for rows in mine)
+
+    def fill() -> None:
+        done = 0
+        for part in decoded(requests, encoder.towers, workers):
+            if not len(part.valid):
+                continue
+            images[part.rows] = encoder.images(part.pixels)
+            valid[part.rows] = part.valid.to(encoder.device, torch.int64)
+            done += 1
+            if progress:
+                progress(name, done, len(mine))
+
+    with evaluation_mode(encoder.towers.module):
+        distributed.together(fill)
+    images, good = distributed.all_sum(images), distributed.all_sum(valid) == 1
+    if not images[good].isfinite().all():
+        raise UserError("the towers give features that are not finite")
+    return images * good.unsqueeze(1), good
 
 
 def embed_samples(
@@ -24,17 +70,7 @@ def embed_samples(
 
     Every rank calls this with the same samples and gets the same result. Nothing is kept in memory.
     """
-    # A rank fills its rows of a table of zeros; the sum over ranks is the whole table.
-    encoder = FeatureEncoder(towers, torch.device(device), batch)
-    images = torch.zeros(len(samples), encoder.width, device=encoder.device)
-    valid = torch.zeros(len(samples), dtype=torch.int64, device=encoder.device)
-    mine = batches_of_this_rank(len(samples), batch)
-    requests = (DecodeRequest(0, rows.start, samples[rows.start : rows.stop]) for rows in mine)
-    with evaluation_mode(towers.module):
-        for part in decoded(requests, towers):
-            images[part.rows] = encoder.images(part.pixels)
-            valid[part.rows] = part.valid.to(encoder.device, torch.int64)
-    images, valid = distributed.all_sum(images), distributed.all_sum(valid) == 1
+    images, valid = features_of_samples(FeatureEncoder(towers, torch.device(device), batch), samples)
 
     # Captions of those that could be decoded.
     kept = [sample for sample, good in zip(samples, valid.tolist(), strict=True) if good]

@@ -289,16 +289,7 @@ class ResultsFile(ResultsOutput):
 def record_of(outcome: TaskOutcome) -> TaskRecord:
     """Return a task's result as a line of eval_results.jsonl; what it lacks is said in `error`."""
     if outcome.error is not None:
-        text = str(outcome.error) if _is_expected(outcome.error) else f"{type(outcome.error).__name__}: {outcome.error}"
-        return TaskRecord(
-            outcome.task.name,
-            outcome.task.display,
-            main_metric_name=outcome.task.main,
-            expected=outcome.task.size or None,
-            seconds=outcome.seconds,
-            complete=False,
-            error=" ".join(text.split()),
-        )
+        return record_of_error(outcome.task, outcome.error, outcome.task.main, outcome.seconds)
     assert outcome.data is not None
     assert outcome.scored is not None
     data, task, scores = outcome.data, outcome.data.task, outcome.scored.scores
@@ -331,6 +322,20 @@ def record_of(outcome: TaskOutcome) -> TaskRecord:
         error=". ".join(wrong),
         notes=data.notes,
         standard_errors={name: error for name, error in scores.errors.items() if name in metrics},
+    )
+
+
+def record_of_error(task: Task, error: Exception, main: str, seconds: float) -> TaskRecord:
+    """Return the record of a task that an error ended; `main` names the metric that it would have had."""
+    text = str(error) if _is_expected(error) else f"{type(error).__name__}: {error}"
+    return TaskRecord(
+        task.name,
+        task.display,
+        main_metric_name=main,
+        expected=task.size or None,
+        seconds=seconds,
+        complete=False,
+        error=" ".join(text.split()),
     )
 
 

@@ -139,6 +139,28 @@ def score_task(
     return ScoredTask(measured, scores, kept.tolist(), tuple(reason for _, reason in unreadable))
 
 
+def score_predictions(data: TaskData, kept: Tensor, prediction: Prediction, classes: int) -> Scores:
+    """Score the predictions of a classifier that is not made of words.
+
+    Args:
+        data: the task.
+        kept: places in its samples of those that are predicted [k], ascending.
+        prediction: of these.
+        classes: number of classes.
+    """
+    labels = torch.tensor(data.labels, dtype=torch.int64, device=kept.device)
+    measured = Measured(
+        predictions=(prediction,),
+        labels=labels[kept],
+        classes=classes,
+        metadata={name: data.metadata[kept.cpu().numpy(), i] for i, name in enumerate(data.task.metadata)},
+    )
+    scores = Scores(samples=len(kept))
+    for protocol in data.task.protocols:
+        PROTOCOLS[protocol].score(measured, scores)
+    return scores
+
+
 def _measured(
     data: TaskData, kept: Tensor, labels: Tensor, places: Tensor, features: Tensor, words: Tensor, classes: list[int]
 ) -> Measured:

@@ -150,4 +150,6 @@ def metric_title(key: str) -> str:
         "acc1_middle": "top-1, middle",
         "acc1_tail": "top-1, tail",
     }
+    if key.startswith("probe_"):
+        return f"linear probe {metric_title(key.removeprefix('probe_')).removeprefix('zero-shot ')}"
     return titles.get(key, key.replace("_to_", " → ").replace("_recall@", " R@").replace("_", " "))

@@ -17,15 +17,20 @@ MOST_GROUPS = 1_000_000  # the largest group number sizes a table
 FACES = ("race", "gender", "age", "toxic")
 
 
-def labelled_data(task: Task, folder: Path, compat: str) -> TaskData:
-    """Read a classification task: its tars, class names and templates."""
+def labelled_data(task: Task, folder: Path, compat: str, tars: Path | None = None) -> TaskData:
+    """Read a classification task: its tars, class names and templates.
+
+    Args:
+        folder: with test/*.tar and the words of the classes.
+        tars: folder of the tars of another split; None = the test split.
+    """
     heads, about_words = _heads(task, folder, compat)
     faces = task.protocols == ("faces",)
     samples: list[EvaluationSample] = []
     labels: list[int] = []
     rows: list[list[int]] = []
     broken: list[str] = []
-    shards, notes = task_tars(folder / "test")
+    shards, notes = task_tars(folder / "test" if tars is None else tars)
     notes += about_words
     # Each sample's image, label and first columns of metadata; what lacks one is named in `broken`.
     for name, shard, members in members_of(shards, broken):

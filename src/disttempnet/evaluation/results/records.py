@@ -18,6 +18,8 @@ from disttempnet.errors import UserError
 from disttempnet.io.files import locked, read_regular, write_atomically
 
 RESULTS_FILE = "eval_results.jsonl"
+PROBE_FILE = "probe_results.jsonl"  # beside it: linear probes, whose metrics begin with
+PROBE_PREFIX = "probe_"
 MAIN = "main_metric"
 
 

@@ -110,6 +110,27 @@ def records_table(title: str, records: Mapping[str, TaskRecord], tags: Mapping[s
     return table
 
 
+def probes_table(zero_shot: Mapping[str, TaskRecord], probes: Mapping[str, TaskRecord]) -> Table:
+    """Return a table with a row a linear probe: its main metric in per cent beside the zero-shot one, and how it was
+    made."""
+    table = Table(title=Text("Linear probes", "bold"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("task", "metric", "zero-shot %", "probe %", "± s.e.", "n", ""):
+        table.add_column(head, justify="right" if head in ("zero-shot %", "probe %", "± s.e.", "n") else "left")
+    for key, record in probes.items():
+        before = zero_shot[key].value if key in zero_shot else None
+        how = record.error or (record.notes[0].removeprefix("linear probe: ") if record.notes else "")
+        table.add_row(
+            Text(record.dataset),
+            Text(metric_title(record.main_metric_name).removeprefix("linear probe "), "dim"),
+            percent(before),
+            Text(percent(record.value), "" if record.counts else "dim"),
+            Text(percent(record.standard_errors.get(record.main_metric_name)), "dim"),
+            f"{record.samples:,}",
+            Text(how, "dim" if record.whole else "red"),
+        )
+    return table
+
+
 def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
     """Return lines about tasks: size, main metric, folder below the data root, and how to get what is missing."""
     rows = [("task", "samples", "main metric", "below the data root", "huggingface.co/datasets/")]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.results.averages import GROUPS, Average, averages, counted_tags
-from disttempnet.evaluation.results.records import RESULTS_FILE, TaskRecord, read_records
+from disttempnet.evaluation.results.records import PROBE_FILE, PROBE_PREFIX, RESULTS_FILE, TaskRecord, read_records
 from disttempnet.evaluation.results.summary import SUMMARY_FILE, Subject, read_subject
 from disttempnet.evaluation.results.tables import notes
 from disttempnet.evaluation.scores import Scores
@@ -28,6 +28,7 @@ from disttempnet.report.seeds.intervals import PairedDifference
 PUBLISHED_FILE = Path(__file__).with_name("published.toml")
 HEADLINES = ("datacomp", "imagenet", "retrieval", "shifts", "vtab")
 DIGITS = 2  # decimals, as published tables have
+PROBE_SECTION = "linear probes"  # stands for a tag
 SECTIONS = {
     "imagenet": "ImageNet & variants",
     "vtab": "VTAB",
@@ -35,6 +36,7 @@ SECTIONS = {
     "retrieval": "Retrieval",
     "wilds": "WILDS",
     "fairness": "Fairness",
+    PROBE_SECTION: "Linear probes",
 }
 
 
@@ -105,7 +107,11 @@ def _read(path: Path) -> EvaluatedModel:
     records = {key: found[key] for key in sorted(found, key=lambda key: places.get(key, len(places)))}
     subject = read_subject(path if path.is_dir() else path.parent)
     every = averages(records, counted_tags())
+    probes = read_records((path if path.is_dir() else path.parent) / PROBE_FILE)
     scores = {key: _scores(key, record) for key, record in records.items() if record.counts}
+    for key, record in probes.items():
+        if record.counts and record.value is not None:
+            scores.setdefault(key, Scores(samples=record.samples)).metrics[record.main_metric_name] = record.value
     complete = {tag: average.mean for tag, average in every.items() if average.complete and average.mean is not None}
     scores[AVERAGES] = Scores(metrics=dict(complete))
     return EvaluatedModel(_result(path, subject, records, scores), subject, records, every)
@@ -178,7 +184,7 @@ def known_columns(every: Sequence[EvaluatedModel]) -> list[Column]:
 
 
 def sections(columns: Iterable[Column]) -> list[tuple[str, list[Column]]]:
-    """Return tasks by kind as (heading, columns), each task once."""
+    """Return tasks by kind as (heading, columns), each task once; linear probes are a kind of their own."""
     members: dict[str, list[Column]] = {tag: [] for tag in SECTIONS}
     for column in columns:
         members[next((tag for tag in SECTIONS if tag in _tags(column)), "")].append(column)
@@ -241,4 +247,6 @@ def read_published() -> tuple[Published, ...]:
 
 
 def _tags(column: Column) -> tuple[str, ...]:
+    if column.metric.startswith(PROBE_PREFIX):
+        return (PROBE_SECTION,)
     return all_tasks()[column.task].tags if column.task in all_tasks() else ()
