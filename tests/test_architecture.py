@@ -238,7 +238,17 @@ FLOORS: dict[str, list[set[str]]] = {
         {"command"},
     ],
     "training": [
-        {"atomic_folder", "model", "nan_check", "optim", "run_info", "run_log", "signals", "weight_average"},
+        {
+            "atomic_folder",
+            "model",
+            "nan_check",
+            "optim",
+            "run_info",
+            "run_log",
+            "signals",
+            "trackers",
+            "weight_average",
+        },
         {"gradients", "run_folder"},
         {"reference"},
         {"checkpoint"},

@@ -371,6 +371,10 @@ class TrainConfig(Section):
     cache_folder: OptionalPath = Field(
         "", description="cached features: folder that they are kept in; empty = the user's cache"
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",), description="where the numbers of metrics.jsonl and eval.jsonl go besides"
+    )
+    tracker_project: str = Field("disttempnet", description="project of wandb and trackio that the run belongs to")
     log_every: Annotated[int, integers(1, 10**6)] = Field(10, description="steps between lines of metrics.jsonl")
     checkpoint_every: Annotated[int, STEPS] = Field(0, description="steps between checkpoints; 0 = once an epoch")
     keep: Annotated[int, integers(1, 10**6)] = Field(2, description="how many of the latest checkpoints to keep")

@@ -11,6 +11,7 @@ atomic_folder.py   folders that all ranks write together
 run_folder.py      checkpoints of a run, and its lock
 run_info.py        run.json
 reference.py       the reference model of drrho
-run_log.py         progress, metrics.jsonl, eval.jsonl, TensorBoard
+run_log.py         progress, metrics.jsonl, eval.jsonl
+trackers.py        TensorBoard, Weights & Biases, trackio
 signals.py         signals that stop a run
 """

@@ -1,11 +1,11 @@
-"""Logs of a run: progress bar, metrics.jsonl, eval.jsonl, TensorBoard."""
+"""Logs of a run: progress bar, metrics.jsonl, eval.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from disttempnet.data import Skip
 from disttempnet.evaluation.scores import Scores, from_record, to_record
 from disttempnet.io.files import read_json_lines, write_atomically
 from disttempnet.io.progress import ProgressDisplay, clock
+from disttempnet.training.trackers import Tracker
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 NAMED_SKIPPED = 20  # unreadable samples that are named one by one
@@ -34,19 +35,26 @@ class RunLog:
         active: whether this rank writes.
         report: replaces the progress bar and all lines on the console: called with (step, steps, metrics) at the start
             and at each logged step.
+        trackers: that get the same numbers; closed with the log.
     """
 
-    def __init__(self, folder: Path, steps: int, start: int, active: bool, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        start: int,
+        active: bool,
+        report: Report | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.active, self.folder, self.steps, self._report = active, folder, steps, report
+        self._trackers = trackers
         self._display = ProgressDisplay(active=active and report is None, elapsed=True)
         if not active:
             return
         for name, check in LOGS.items():
             _cut_after(folder / name, start, check)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
         self._bar = self._display.add(folder.name, steps, start, f"{start}/{steps}")
         self._display.start()
         self._begun, self._start, self._first = time.monotonic(), start, True
@@ -65,8 +73,8 @@ class RunLog:
         line = {"step": step, "epoch": round(epoch, 4), **metrics}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
         if self._report is not None:
             self._report(step, self.steps, metrics)
             return
@@ -83,15 +91,16 @@ class RunLog:
         line = {"step": step, "epoch": round(epoch, 4), **to_record(results)}
         with (self.folder / "eval.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for task, scores in results.items():
-            for name, value in scores.metrics.items():
-                self._board.add_scalar(f"{task}/{name}", value, step)
+        numbers = {f"{task}/{name}": value for task, one in results.items() for name, value in one.metrics.items()}
+        for tracker in self._trackers:
+            tracker.log(numbers, step)
 
     def close(self) -> None:
         if self.active:
             self._display.stop()
             self._metrics.close()
-            self._board.close()
+            for tracker in self._trackers:
+                tracker.close()
 
 
 class Skipped:

@@ -39,7 +39,7 @@ from disttempnet.losses import Features, GlobalContrastiveLoss, LossOutput, norm
 from disttempnet.models import Towers, load_model
 from disttempnet.models.activations import checkpoint_activations
 from disttempnet.models.locks import prepare_towers
-from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log
+from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log, trackers
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
     CachedEncoder,
@@ -88,6 +88,7 @@ class Trainer:
         distributed.together(
             lambda: run_folder.refuse_unwritable_folder(self.folder) if distributed.is_main() else None
         )
+        trackers.refuse_missing(config)
         if config.train.compile:
             refuse_without_compiler(device)
 
@@ -226,7 +227,12 @@ class Trainer:
     def _run(self) -> bool:
         # Write config.toml and run.json, open the logs, print what is ahead.
         self._describe()
-        log = self.log = run_log.RunLog(self.folder, self.last_step, self.step, distributed.is_main(), self.report)
+        main = distributed.is_main()
+        opened = trackers.open_trackers(self.config, self.step) if main else []
+        log = self.log = run_log.RunLog(self.folder, self.last_step, self.step, main, self.report, opened)
+        for tracker in opened:
+            if tracker.place:
+                log.say(tracker.place)
         for line in self._opening_lines():
             log.say(line)
 
