@@ -60,6 +60,19 @@ def test_every_figure_shows_its_results(tmp_path: Path) -> None:
         assert f"]({path.relative_to('docs')})" in PAGE.read_text(encoding="utf-8")
 
 
+def test_the_figure_of_speed_shows_the_benchmarks() -> None:
+    spec = importlib.util.spec_from_file_location("draw_speed", ROOT / "tools" / "draw_speed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    drawn, kept = (
+        re.findall(r"<text[^>]*>([^<]*)", svg)
+        for svg in (tool.speed_svg(tool.ratios()), (ROOT / tool.OUT).read_text("utf-8"))
+    )
+    assert drawn == kept, "run tools/draw_speed.py"
+
+
 def grid_of(results: Path) -> Grid:
     """The grid that makes these results: of the commands in the heads of the shipped grids, the one with their name."""
     for path in GRIDS:

@@ -84,7 +84,8 @@ REPORT = """The ending of --out selects the report:
            several seeds of a config, a folder of run folders, or compact results: a page about groups of seeds
   .md .tex .csv    the table over seeds: mean (standard deviation), and the difference to the baseline, paired by
            seed, with its 95 % confidence interval, in bold where that excludes zero (csv: raw numbers)
-  .svg     a figure of one metric, its differences, and τ over batch sizes, for a page of your own (light and dark)
+  .svg     a figure for a page of your own (light and dark): one metric, its differences, and τ over batch sizes;
+           or the differences of up to four metrics, such as head, middle and tail
   .jsonl   compact results, a line for each run: enough to make all tables again without the run folders
 
 Differences need the same training data, the same evaluation, and two seeds that both runs have.

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from disttempnet.cli.main import main
 from disttempnet.errors import UserError
@@ -88,6 +89,29 @@ def test_without_batches_a_row_for_each_group() -> None:
     assert "global batch" not in words
 
 
-def test_one_metric_is_asked_for() -> None:
-    with pytest.raises(UserError, match=r"an .svg shows one metric: name it with --metrics TASK/METRIC"):
-        figure_svg(compare_groups(runs()))
+def test_several_metrics_are_panels_of_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def errorbar(self: Axes, x: list[float], y: list[int], **how: object) -> None:
+        drawn.append((self.get_title(), x, y, how["markerfacecolor"]))
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    made = [result("clip", s, {TASK: {"acc1_head": 0.5, "acc1_tail": 0.1}}) for s in range(3)]
+    made += [result("x", s, {TASK: {"acc1_head": 0.4, "acc1_tail": 0.1 + 0.1 * s}}, title="X") for s in range(3)]
+    words = texts(figure_svg(compare_groups(made, [f"{TASK}/acc1_head", f"{TASK}/acc1_tail"])))
+    assert {"X", "top-1, head", "top-1, tail"} <= set(words)
+    assert "difference to CLIP in points, 95 % intervals; filled: they exclude 0" in words
+    assert [(pytest.approx(x), y) for _, x, y, _ in drawn] == [([-10.0], [0]), ([10.0], [0])]
+    (head, tail) = (face for *_, face in drawn)
+    assert head is None, "the interval excludes zero: filled"
+    assert tail == "none"
+
+
+def test_a_figure_has_one_to_four_metrics() -> None:
+    names = ("acc1", "acc1_head", "acc1_middle", "acc1_tail", "mean_recall")
+    five = [result("clip", s, {TASK: dict.fromkeys(names, 0.2)}) for s in range(2)]
+    with pytest.raises(UserError, match=r"an .svg shows one to 4 metrics: name them with --metrics TASK/METRIC …"):
+        figure_svg(compare_groups(five))
+    one_seed = [result(loss, 1, {TASK: {"acc1_head": 0.2, "acc1_tail": 0.1}}) for loss in ("clip", "sogclr")]
+    with pytest.raises(UserError, match=r"several metrics shows differences, for which two seeds in common are needed"):
+        figure_svg(compare_groups(one_seed, [f"{TASK}/acc1_head", f"{TASK}/acc1_tail"]))

@@ -1,7 +1,8 @@
-"""A figure of one metric over groups of seeds, an SVG file for a page of your own, in light and dark.
+"""A figure over groups of seeds, an SVG file for a page of your own, in light and dark.
 
-Left the metric, right its difference to the baseline, both with confidence intervals: against the batch size where the
-groups differ in that, else a row for each group. Over batches a third panel shows τ at the end.
+One metric: left the metric, right its difference to the baseline, both with confidence intervals: against the batch
+size where the groups differ in that, else a row for each group. Over batches a third panel shows τ at the end.
+Several metrics, such as head, middle and tail: a panel of differences for each, a row for each group.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT, _ROW = 10.0, 3.8, 0.3  # inches
 _TITLE = 10.0  # points
 _MARKS = "osD^vP"
+MOST_PANELS = 4
 
 
 class Point(NamedTuple):
@@ -37,10 +39,15 @@ def figure_svg(comparison: GroupComparison) -> str:
     """Return the figure as the text of an SVG file. Its colours follow the reader's light or dark scheme.
 
     Raises:
-        UserError: the table has not exactly one column.
+        UserError: the table has no column or too many, or several and no differences.
     """
-    if len(comparison.columns) != 1:
-        raise UserError("an .svg shows one metric: name it with --metrics TASK/METRIC")
+    n = len(comparison.columns)
+    if not 1 <= n <= MOST_PANELS:
+        raise UserError(f"an .svg shows one to {MOST_PANELS} metrics: name them with --metrics TASK/METRIC …")
+    if n > 1:
+        if not comparison.intervals:
+            raise UserError("an .svg of several metrics shows differences, for which two seeds in common are needed")
+        return _differences(comparison)
     same = families(comparison.groups)
     return _over_batches(comparison, same) if same else _rows(comparison)
 
@@ -92,9 +99,39 @@ def _rows(comparison: GroupComparison) -> str:
     return svg_text(figure)
 
 
+@styled
+def _differences(comparison: GroupComparison) -> str:
+    shown = [group for group in comparison.groups if not comparison.is_baseline(group)]
+    columns = comparison.columns
+    figure, ((*axes,),) = grid(1, len(columns), height=1.2 + _ROW * len(shown), width=_WIDTH, sharey=True)
+    for c, (axis, column) in enumerate(zip(axes, columns, strict=True)):
+        for place, group in enumerate(shown):
+            point = _difference(comparison, group, c)
+            if point is not None:
+                clear = point.interval is not None and not point.interval.low <= 0 <= point.interval.high
+                axis.errorbar(
+                    [point.value], [place], xerr=None if point.interval is None else _reach([point]),
+                    color=RUN_COLOURS[0], marker="o", markerfacecolor=None if clear else "none", capsize=3,
+                )  # fmt: skip
+        axis.axvline(0, color=FAINT, linewidth=1.1)
+        axis.set_title(f"{task_title(column.task)}\n{column.head}", fontsize=_TITLE)
+    lows, highs = zip(*(axis.get_xlim() for axis in axes), strict=True)
+    for axis in axes:  # one scale
+        axis.set_xlim(min(lows), max(highs))
+    axes[0].set_yticks(range(len(shown)), [group.title for group in shown], color=INK)
+    axes[0].set_ylim(len(shown) - 0.5, -0.5)
+    base, level = _baseline_title(comparison), f"{100 * CONFIDENCE:g} %"
+    figure.supxlabel(f"difference to {base} in points, {level} intervals; filled: they exclude 0", fontsize=_TITLE)
+    return svg_text(figure)
+
+
+def _baseline_title(comparison: GroupComparison) -> str:
+    return next((group.run_title for group in comparison.groups if comparison.is_baseline(group)), "")
+
+
 def _titles(axes: Sequence[Axes], comparison: GroupComparison) -> None:
     column = comparison.columns[0]
-    base = next((group.run_title for group in comparison.groups if comparison.is_baseline(group)), "")
+    base = _baseline_title(comparison)
     axes[0].set_title(f"{task_title(column.task)}\n{column.head}, %", fontsize=_TITLE)
     axes[1].set_title(f"difference to {base}\npoints, {100 * CONFIDENCE:g} % intervals", fontsize=_TITLE)
 
@@ -128,10 +165,10 @@ def _score(group: SeedGroup, column: Column) -> Point | None:
     return Point(float(np.mean(values)), mean_interval(values)) if values else None
 
 
-def _difference(comparison: GroupComparison, group: SeedGroup) -> Point | None:
+def _difference(comparison: GroupComparison, group: SeedGroup, column: int = 0) -> Point | None:
     if comparison.is_baseline(group):
         return Point(0.0, None)
-    (one,) = comparison.differences[comparison.groups.index(group)]
+    one = comparison.differences[comparison.groups.index(group)][column]
     if one is None:
         return None
     return Point(100 * one.mean, one.interval and Interval(100 * one.interval.low, 100 * one.interval.high))
