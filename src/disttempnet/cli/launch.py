@@ -19,8 +19,8 @@ The job has one process for each GPU. Two minutes before the time limit it saves
 from its last checkpoint. With --seeds it is a job array with a run NAME--seed-SEED for each seed.
 
 examples:
-  disttempnet launch configs/cc12m_vitb32_v1_corrected.toml --nodes 4 --gpus 2 --partition gpu --time 24:00:00
-  disttempnet launch configs/demo.toml name=mine train.epochs=20 --nodes 1 --gpus 1 --seeds 1 2 3 --dry-run
+  disttempnet launch cc12m_vitb32_v1_corrected --nodes 4 --gpus 2 --partition gpu --time 24:00:00
+  disttempnet launch demo name=mine train.epochs=20 --nodes 1 --gpus 1 --seeds 1 2 3 --dry-run
 """
 
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from disttempnet.cli.completion import add_completion_command
 from disttempnet.cli.data import add_data_commands
 from disttempnet.cli.embed import add_embed_command
+from disttempnet.cli.environment import add_env_command
 from disttempnet.cli.evaluate import add_evaluate_command
 from disttempnet.cli.export import add_export_command
 from disttempnet.cli.launch import add_launch_command
@@ -31,12 +33,12 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train CLIP models with robust global contrastive losses and per-sample temperatures."
 EXAMPLES = """examples:
   disttempnet demo                                        train CLIP and other objectives on emoji, compare, report
-  disttempnet train configs/demo.toml name=mine train.epochs=20 loss.rho=3
-  disttempnet train configs/demo.toml --resume auto       resume after an interruption
-  torchrun --nproc_per_node 2 -m disttempnet train configs/demo.toml
-  disttempnet launch configs/demo.toml --nodes 4 --gpus 2 --dry-run     the same as a SLURM job
+  disttempnet train demo name=mine train.epochs=20 loss.rho=3
+  disttempnet train demo --resume auto                    resume after an interruption
+  torchrun --nproc_per_node 2 -m disttempnet train demo
+  disttempnet launch demo --nodes 4 --gpus 2 --dry-run    the same as a SLURM job
   disttempnet objectives                                  values of [loss] name
-  disttempnet compare configs/compare.toml --jobs 2       objectives x seeds, a table over seeds, a report
+  disttempnet compare compare --jobs 2                    objectives x seeds, a table over seeds, a report
   disttempnet evaluate runs/demo
   disttempnet search runs/demo photos "a red apple"       the nearest images; classify: classes of your own
   disttempnet report runs/demo runs/demo-clip --out report.html
@@ -66,9 +68,9 @@ each run; `disttempnet report` reads it without the run folders). OUT/tuning.jso
 With [vary], the baseline has the same varied values.
 
 examples:
-  disttempnet compare configs/compare.toml --list
-  disttempnet compare configs/compare.toml --jobs 4
-  disttempnet compare configs/compare.toml seeds=[1] train.epochs=2 out=runs/quick
+  disttempnet compare compare --list
+  disttempnet compare compare --jobs 4
+  disttempnet compare compare seeds=[1] train.epochs=2 out=runs/quick
 """
 
 TRAIN = """Any config key can be given as section.key=value. A file with config = "BASE.toml" (a path relative to it, or
@@ -161,6 +163,8 @@ def build_parser() -> Parser:
     add_data_commands(commands)
     add_launch_command(commands)
     add_migrate_commands(commands)
+    add_env_command(commands)
+    add_completion_command(commands, parser)
     return parser
 
 

@@ -174,7 +174,7 @@ class ModelConfig(Section):
 
     name: PathOrName = Field(
         description="an open_clip architecture, one of the package's own, a JSON file with one, or one with its "
-        "weights: hf-hub:ORG/NAME, local-dir:FOLDER"
+        "weights: open_clip:NAME/TAG, hf-hub:ORG/NAME, local-dir:FOLDER"
     )
     pretrained: OptionalPath = Field(
         "",
@@ -220,6 +220,18 @@ class ModelConfig(Section):
         description="global: BatchNorm takes the statistics of the global batch, at any world size; "
         "frozen: those of the initial weights",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_with_its_tag(cls, given: Any) -> Any:
+        """Take `open_clip:NAME/TAG` as `evaluate` does: it is name and pretrained."""
+        name = given.get("name") if isinstance(given, dict) else None
+        if not (isinstance(name, str) and name.startswith("open_clip:")):
+            return given
+        architecture, _, tag = name.removeprefix("open_clip:").partition("/")
+        if tag and given.get("pretrained"):
+            raise ValueError(f"name = {name!r} has weights already: leave pretrained out, or the tag")
+        return {**given, "name": architecture, **({"pretrained": tag} if tag else {})}
 
     @model_validator(mode="after")
     def _one_origin_of_weights(self) -> ModelConfig:

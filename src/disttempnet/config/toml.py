@@ -24,11 +24,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_config(name: str | Path) -> Path:
-    """Return the file that a command's argument names: a path, or a shipped config, with or without .toml."""
+    """Return the file that a command's argument names: a path, or a shipped config.
+
+    A shipped config is named with or without .toml, or as in a checkout, `configs/NAME.toml`, where no such file is.
+    """
     path = _at_home(str(name))
     shipped = CONFIG_FOLDER / f"{path.name.removesuffix('.toml')}.toml"
-    bare = str(name) == path.name and not path.is_file()
-    return shipped if bare and shipped.is_file() else path
+    named = str(name) == path.name or path.parent == Path("configs")
+    return shipped if named and not path.is_file() and shipped.is_file() else path
 
 
 def read_run_table(path: str | Path) -> dict[str, Any]:

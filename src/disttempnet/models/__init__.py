@@ -2,6 +2,7 @@
 
 towers.py              by an open_clip name, from checkpoints and into checkpoints that open_clip opens
 origin.py              names → architecture and file of weights
+hub.py                 whether the Hugging Face Hub can be reached
 weights.py             files of weights → state dicts, without running code from them
 transformers_clip.py   CLIPModel folders of transformers under open_clip's names
 efficientnet.py        efficientnet-pytorch's names of weights → timm's

@@ -20,6 +20,7 @@ from disttempnet.config import flat
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.io.files import read_regular
 from disttempnet.models import transformers_clip
+from disttempnet.models.hub import hub_fault
 from disttempnet.models.weights import WEIGHT_SUFFIXES, listed, refusal
 from disttempnet.sanitize import brief
 
@@ -359,12 +360,12 @@ def _repository(name: str) -> Origin:
 
 def _downloaded(repository: str, *files: str) -> tuple[Path | None, str]:
     """Return the first of the files that a repository has; else None and the reason."""
-    why = ""
+    fault, why = hub_fault(), ""
     for file in files:
         try:
             return Path(download_pretrained_from_hf(repository, file)), ""
         except (OSError, ValueError) as error:
-            why = brief(str(error).rpartition("Last error:")[2], 160)
+            why = fault or brief(str(error).rpartition("Last error:")[2], 160)
     return None, why
 
 
@@ -399,10 +400,12 @@ def _tagged(pretrained: str, name: str) -> Origin:
         if not tags:
             raise UserError(f"'{pretrained}' is no file or folder, and open_clip has no weights of {name}")
         raise UserError(f"{name}: {unknown_name('weights', pretrained, tags)}")
+    fault = hub_fault() if known.get("hf_hub") else ""
     try:
         weights = Path(download_pretrained(known))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"weights '{name}/{pretrained}' cannot be downloaded: {brief(error)}") from None
+        why = f"{fault}, and they are not in the cache" if fault else brief(error)
+        raise UserError(f"weights '{name}/{pretrained}' cannot be downloaded: {why}") from None
     return Origin(weights=weights, preprocess=_preprocess(known, name), quick_gelu=bool(known.get("quick_gelu")))
 
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from disttempnet.errors import UserError
 from disttempnet.models.efficientnet import with_timm_names
+from disttempnet.models.hub import hub_fault
 from disttempnet.models.weights import WEIGHT_SUFFIXES, listed, misfit, read_weights, refuse_other_files, without_prefix
 
 NO_DROPOUT = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -65,6 +66,8 @@ def build_with_hf_text(architecture: dict[str, Any], source: str, with_weights: 
     # Read the encoder's config, and switch its dropout off.
     transformers = import_transformers()
     refuse_unreadable(source)
+    if not Path(source).is_dir():
+        hub_fault()  # without a network only the cache is read, at once
     with _code_named(source):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in arch_dict:
@@ -223,6 +226,7 @@ def load_image_tower(module: nn.Module, source: str) -> dict[str, Any]:
         weights = with_timm_names(source, known["architecture"], read_weights(source, prefer_ema=True), own)
         weights = without_prefix(source, weights, own)
     else:
+        hub_fault()  # without a network only the cache is read, at once
         model = timm.create_model(source, pretrained=True)
         weights, known = model.state_dict(), model.pretrained_cfg
 
