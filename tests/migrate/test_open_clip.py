@@ -116,6 +116,8 @@ def test_no_flag_is_silent(name: str) -> None:
         ),
         ("--opt timm/lion --lr 1e-4 --beta1 0.9 --beta2 0.99", {"optim.name": "lion", "optim.beta2": 0.99}),
         ("--optimizer lamb", {"optim.name": "lamb"}),
+        ("--grad-checkpointing", {"train.checkpoint_activations": True}),
+        ("--force-context-length 128", {"model.context_length": 128}),
         ("--save-frequency 2 --train-num-samples 1000 --batch-size 50", {"train.checkpoint_every": 20}),
         ("--delete-previous-checkpoint", {"train.keep": 1}),
         ("--model RN50 --beta2 0.95", {"optim.beta2": 0.95, "optim.eps": 1e-8}),

@@ -38,9 +38,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
 )
 def test_missing_weights_are_said_within_seconds(name: str, pretrained: str, online: list[tuple]) -> None:
     begun = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"hub\.invalid cannot be reached .*Name or service not known"
-    ) as caught:
+    with pytest.raises(UserError, match=r"hub\.invalid cannot be reached .*Name or service not known") as caught:
         load_model(name, pretrained)
     assert time.monotonic() - begun < 20
     assert "cache" in str(caught.value)

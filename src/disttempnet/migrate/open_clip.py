@@ -78,11 +78,11 @@ OPEN_CLIP_FLAGS = table_of(
     Flag("--image-interpolation", "", OWN_ARCHITECTURE),
     Flag("--image-resize-mode", "", OWN_ARCHITECTURE),
     Flag("--aug-cfg", "data.transform", "four augmentations by name; others in data/augment.py", words=SEVERAL),
-    switch("--grad-checkpointing", "train.accumulate", "no key of its own: chunks save memory"),
+    switch("--grad-checkpointing", "train.checkpoint_activations"),
     switch("--local-loss", "", ALWAYS),
     switch("--gather-with-grad", "", ALWAYS),
     Flag("--loss-dist-impl", "", ALWAYS),
-    Flag("--force-context-length", "", OWN_ARCHITECTURE, kind=int),
+    Flag("--force-context-length", "model.context_length", kind=int),
     Flag("--force-image-size", "", OWN_ARCHITECTURE, kind=int, words=SEVERAL),
     switch("--force-quick-gelu", "model.name", "NAME-quickgelu, where open_clip has it"),
     Flag("--force-patch-dropout", "", OWN_ARCHITECTURE, kind=float),
@@ -143,7 +143,7 @@ _HANDLED = {  # flags that `open_clip_settings` reads; all others are named with
     "--save-frequency", "--delete-previous-checkpoint", "--zeroshot-frequency", "--val-frequency", "--resume",
     "--precision", "--model", "--pretrained", "--pretrained-image", "--lock-image", "--lock-image-unlocked-groups",
     "--lock-text", "--lock-text-unlocked-layers", "--force-quick-gelu", "--torchcompile", "--accum-freq", "--seed",
-    "--grad-clip-norm", "--log-every-n-steps", "--siglip", "--fastclip", "--optimizer", "--lr_tau",
+    "--grad-clip-norm", "--grad-checkpointing", "--force-context-length", "--log-every-n-steps", "--siglip", "--fastclip", "--optimizer", "--lr_tau",
     "--lr_tau_scheduler", "--temperature_scheme", "--temperature", "--multiply_tau", "--gamma", "--gamma_schedule",
     "--gamma_decay_epochs", "--rho", "--fastclip_eps",
 }  # fmt: skip
@@ -277,6 +277,9 @@ def _model(settings: RunSettings, values: Values) -> dict[str, Any]:
     architecture = _architecture(name)
     place = name.startswith(("hf-hub:", "local-dir:"))
     settings.set("model.name", name, comment)
+    if values.has("--force-context-length"):
+        length = values["--force-context-length"]
+        settings.set("model.context_length", length, values.as_written("--force-context-length"))
     note_unset(settings, values, {"--model": "model.name"})
     if not architecture and not place:
         settings.fill_in.append(("model.name", f"the installed open_clip has no '{name}': a JSON file with it"))
@@ -419,6 +422,8 @@ def _training(settings: RunSettings, values: Values) -> None:
         raise UserError(unknown_name("--precision", precision, kinds))
     note = "bf16 autocast on a GPU; parameters are float32" if kinds[precision] != "fp32" else ""
     settings.set("train.precision", kinds[precision], origin(values, "--precision", note=note))
+    if values["--grad-checkpointing"]:
+        settings.set("train.checkpoint_activations", True, "--grad-checkpointing")
     if values["--torchcompile"]:
         settings.set("train.compile", True, "--torchcompile")
     if values["--accum-freq"] > 1:
