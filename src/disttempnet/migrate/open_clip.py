@@ -143,7 +143,8 @@ _HANDLED = {  # flags that `open_clip_settings` reads; all others are named with
     "--save-frequency", "--delete-previous-checkpoint", "--zeroshot-frequency", "--val-frequency", "--resume",
     "--precision", "--model", "--pretrained", "--pretrained-image", "--lock-image", "--lock-image-unlocked-groups",
     "--lock-text", "--lock-text-unlocked-layers", "--force-quick-gelu", "--torchcompile", "--accum-freq", "--seed",
-    "--grad-clip-norm", "--grad-checkpointing", "--force-context-length", "--log-every-n-steps", "--siglip", "--fastclip", "--optimizer", "--lr_tau",
+    "--grad-clip-norm", "--grad-checkpointing",
+    "--force-context-length", "--log-every-n-steps", "--siglip", "--fastclip", "--optimizer", "--lr_tau",
     "--lr_tau_scheduler", "--temperature_scheme", "--temperature", "--multiply_tau", "--gamma", "--gamma_schedule",
     "--gamma_decay_epochs", "--rho", "--fastclip_eps",
 }  # fmt: skip
