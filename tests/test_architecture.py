@@ -193,7 +193,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "models": [
         {"batch_norm", "depth", "hub", "package", "text", "transformers_clip", "weights"},
-        {"activations", "efficientnet", "locks", "origin"},
+        {"activations", "efficientnet", "locks", "lora", "origin"},
         {"pretrained"},
         {"towers"},
         {"trunk"},

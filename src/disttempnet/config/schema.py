@@ -251,6 +251,29 @@ class ModelConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """LoRA adapters on locked towers (arXiv 2106.09685), through peft."""
+
+    rank: Annotated[int, integers(0, 1024)] = Field(
+        0, description="rank of the adapters, the only part of the towers that is trained; 0 = none"
+    )
+    alpha: Annotated[float, Range(0, 10_000)] = Field(0.0, description="adapters are scaled by alpha / rank; 0 = rank")
+    towers: tuple[Literal["image", "text"], ...] = Field(("image", "text"), description="towers with adapters")
+    targets: tuple[str, ...] = Field(
+        (),
+        description="last names of the modules with adapters (attn, c_fc, qkv, q_lin, …); empty = all linear maps and "
+        "attentions between embeddings and heads",
+    )
+
+    @model_validator(mode="after")
+    def _describes_adapters(self) -> LoraConfig:
+        if not self.rank and (self.alpha or self.targets):
+            raise ValueError("alpha and targets are of adapters: set rank too")
+        if self.rank and not self.towers:
+            raise ValueError('towers names none: give "image", "text" or both')
+        return self
+
+
 class LossConfig(BaseModel):
     """`name` and the arguments of that objective; `disttempnet.losses.build_loss` checks them."""
 
@@ -463,6 +486,7 @@ class Config(Section):
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
 
     @property
     def cached_sides(self) -> tuple[str, ...]:
@@ -494,6 +518,23 @@ class Config(Section):
             )
         if bounded(info) and self.train.compile and len(sides) == 2:
             raise ValueError("train.compile has nothing to compile where both towers are cached: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_pretrained_towers(self) -> Config:
+        if not self.lora.rank:
+            return self
+        model = self.model
+        if not (model.pretrained or ":" in model.name or (model.image_pretrained and model.text_pretrained)):
+            raise ValueError("lora.rank would adapt random weights: set model.pretrained")
+        for key, why in {
+            "freeze": "adapters are trained",
+            "shard": "peft replaces the weights of attentions while they compute, and FSDP2 gathers them",
+            "compile": "peft replaces the weights of attentions while they compute",
+            "cache_features": "features change with the adapters",
+        }.items():
+            if getattr(self.train, key):
+                raise ValueError(f"lora and train.{key} do not go together ({why}): leave one of them out")
         return self
 
     @field_validator("name")

@@ -10,6 +10,7 @@ pretrained.py          a timm image tower, a Hugging Face text tower, from check
 package.py             weights inside an installed Python package
 text.py                captions → features, short sequences cut
 locks.py               locked layers
+lora.py                adapters of low rank, merged in checkpoints
 activations.py         blocks that are computed again in the backward pass
 depth.py               layers below and above each parameter
 batch_norm.py          BatchNorm with the statistics of the global batch, or frozen

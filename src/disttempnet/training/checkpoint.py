@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-00000042/
         open_clip_model.safetensors, open_clip_config.json     the towers; open_clip opens the folder
+        lora.safetensors                                       adapters that are merged in those (lora.rank)
         trained_weights.safetensors                            if those are averages (train.ema): what is trained on
         trainer.pt                                             objective, optimizers, position, config, data digest
         shard-00000-of-00002.pt                                one rank's part of the per-sample state, and its RNG
@@ -36,6 +37,7 @@ from disttempnet.errors import UserError, notice
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, named_by_rank, reshard_sources
 from disttempnet.models import Towers, load_model, save_model
+from disttempnet.models.lora import LORA_NAME, Adapters
 from disttempnet.models.weights import read_weights
 from disttempnet.training import atomic_folder
 from disttempnet.training.model import as_trained, build_objective, continued, values_out_of_bounds
@@ -84,6 +86,7 @@ def save_checkpoint(
     loss: Objective,
     optimizers: list[torch.optim.Optimizer],
     average: WeightAverage | None = None,
+    adapters: Adapters | None = None,
     config: Config,
     index_digest: str,
     logit_scale: float,
@@ -99,6 +102,7 @@ def save_checkpoint(
         run: the run folder.
         towers, loss, optimizers: what is trained, as the trainer holds it.
         average: of the towers' weights, which is saved as the towers; None = there is none.
+        adapters: on the towers, which are saved with them merged; None = there are none.
         config, index_digest: identity of the run and of its data, compared when it is resumed.
         logit_scale, logit_bias: for open_clip, which reads the towers from here.
         state: position of the run.
@@ -144,6 +148,8 @@ def save_checkpoint(
         # Rank 0 adds the towers, trainer.pt and the metadata of the moments.
         if module is not None and distributed.is_main():
             save_model(replace(towers, module=module), folder, logit_scale, logit_bias, ema=config.train.ema)
+            if adapters is not None:
+                save_file(adapters.state(), folder / LORA_NAME)
             if trained:
                 save_file(trained, folder / TRAINED_NAME)
             torch.save(trainer, folder / "trainer.pt")
@@ -154,7 +160,10 @@ def save_checkpoint(
     # Gather sharded towers into one plain module on rank 0; other ranks get None. Averaged weights are saved as the
     # towers', and the trained ones beside them.
     with average.in_place(towers.module) if average is not None else nullcontext(dict[str, Tensor]()) as weights:
-        module = fsdp.full_module(towers.module, torch.device("cpu"), everywhere=False)
+        if adapters is not None:
+            module: nn.Module | None = adapters.merged() if distributed.is_main() else None
+        else:
+            module = fsdp.full_module(towers.module, torch.device("cpu"), everywhere=False)
         trained = fsdp.full_state(weights)
         atomic_folder.write_folder(target, lambda folder: write(folder, module, trained))
     distributed.together(lambda: _remove_others(run, target, state.best, keep))

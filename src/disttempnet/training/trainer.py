@@ -39,6 +39,7 @@ from disttempnet.losses import Features, GlobalContrastiveLoss, LossOutput, norm
 from disttempnet.models import Towers, load_model
 from disttempnet.models.activations import checkpoint_activations
 from disttempnet.models.locks import prepare_towers
+from disttempnet.models.lora import Adapters
 from disttempnet.training import atomic_folder, checkpoint, optim, run_folder, run_info, run_log, trackers
 from disttempnet.training.gradients import InChunks, WholeBatch
 from disttempnet.training.model import (
@@ -107,7 +108,7 @@ class Trainer:
         load_tasks(config.eval.tasks, data_root)  # checks that they exist
         self.towers = self._load_towers(found, pretrained)
         self.frozen = config.train.freeze == "towers"
-        self._lock_towers()
+        self._lock_towers(found)
         module = self.towers.module
         objective = build_objective(config, 1, self.towers.embed_dim, bounds=False)
         refuse_if_nothing_is_trained(config, module, objective)
@@ -201,12 +202,15 @@ class Trainer:
             head=wanted.head,
         )
 
-    def _lock_towers(self) -> None:
-        """Freeze or lock the towers, in place."""
+    def _lock_towers(self, found: Path | None) -> None:
+        """Freeze or lock the towers, in place, and put adapters on them, new or those of the checkpoint `found`."""
         module = self.towers.module
         module.train(not self.frozen).requires_grad_(not self.frozen)
         if not self.frozen:
-            prepare_towers(module, self.config.model, self.config.train.accumulate)
+            wanted, adapted = self.config.model, bool(self.config.lora.rank)
+            locks = wanted.model_copy(update={"lock_image": True, "lock_text": True}) if adapted else wanted
+            prepare_towers(module, locks, self.config.train.accumulate)
+        self.adapters = Adapters(module, self.config.lora, found) if self.config.lora.rank else None
         if self.config.train.checkpoint_activations:
             checkpoint_activations(module)
         # The objective owns temperature and bias; open_clip's own are written at export (save_model).
@@ -271,6 +275,8 @@ class Trainer:
         if self.cache is not None and self.tasks:
             yield self.cache.describe()
         yield from run_info.about_data(run_info.data_facts(self.data.source))
+        if self.adapters is not None:
+            yield self.adapters.describe()
         if self.average is not None:
             yield f"train.ema = {self.average.decay:g}: evaluation, checkpoints and exports have averaged weights"
         if line := optim.settings_line(self.optimizers[0], self.config.optim):
@@ -488,6 +494,7 @@ class Trainer:
             logit_bias=self._logit_bias(),
             state=checkpoint.TrainState(self.step, self.best, self.skipped.by_reason(), self.optim.warmup_steps),
             keep=self.config.train.keep,
+            adapters=self.adapters,
             **self._restorable(),
         )
 

@@ -1,0 +1,116 @@
+"""LoRA adapters on locked towers, through peft: low-rank updates of the linear maps and attentions in their blocks.
+
+A checkpoint holds the towers with the adapters merged, which open_clip opens. Beside them lies what training goes on
+with: the adapters, and the weights under them, as a merged weight cannot be taken apart to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from disttempnet.config import LoraConfig
+from disttempnet.errors import UserError, unknown_name
+from disttempnet.models.depth import depths
+from disttempnet.models.weights import misfit, read_weights
+
+LORA_NAME = "lora.safetensors"
+UNMERGED = (".base_layer.", ".lora_")  # in names of a module with adapters: what its merged form does not have
+
+
+class Adapters:
+    """The adapters of both towers, in place; everything that was locked before stays locked.
+
+    Args:
+        module: open_clip's model, locked.
+        config: `[lora]`, with a rank.
+        checkpoint: folder of a checkpoint to take them from; None = new ones, which change nothing yet.
+
+    Raises:
+        UserError: peft is not installed, a target that no block has, or a checkpoint's file that does not fit.
+    """
+
+    def __init__(self, module: open_clip.CLIP, config: LoraConfig, checkpoint: Path | None = None) -> None:
+        peft = _import_peft()
+        trained = [p for p in module.parameters() if p.requires_grad]
+        alpha = config.alpha or config.rank
+        # a pattern: peft takes names for endings of names, and text blocks are called as the ends of image blocks
+        pattern = "|".join(map(re.escape, _targets(module, config)))
+        wanted = peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=pattern, bias="none")
+        self._tuner = peft.LoraModel(module, wanted, "default")  # the modules of `module` are replaced
+        for p in trained:  # heads, which peft has locked
+            p.requires_grad_(True)
+        if checkpoint is not None:
+            self._load(module, checkpoint / LORA_NAME)
+
+    def describe(self) -> str:
+        """Return in one line what is trained of the towers, and what is saved."""
+        parts = [p for p in self._tuner.model.parameters() if p.requires_grad]
+        everything = sum(p.numel() for p in self._tuner.model.parameters())
+        return (
+            f"lora.rank = {self._tuner.peft_config['default'].r}: {sum(p.numel() for p in parts):,} of {everything:,} "
+            "parameters of the towers are trained; checkpoints have the adapters merged"
+        )
+
+    def merged(self) -> nn.Module:
+        """Return a copy of the towers with the adapters merged into their weights, under open_clip's names."""
+        result: nn.Module = copy.deepcopy(self._tuner).merge_and_unload(progressbar=False)
+        return result
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the adapters and the weights under them, which `merged` does not have."""
+        return {
+            name: value.detach().cpu().contiguous()
+            for name, value in self._tuner.model.state_dict().items()
+            if any(part in name for part in UNMERGED)
+        }
+
+    @staticmethod
+    def _load(module: nn.Module, path: Path) -> None:
+        own = {name: value for name, value in module.state_dict().items() if any(part in name for part in UNMERGED)}
+        state = read_weights(path)
+        if wrong := misfit(state, own):
+            raise UserError(f"{path}: not the adapters of this run: {wrong}")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(state[name])
+
+
+def _import_peft() -> ModuleType:
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("[lora] needs peft: python -m pip install 'disttempnet[lora]'")
+    import peft
+
+    return peft
+
+
+def _targets(module: open_clip.CLIP, config: LoraConfig) -> list[str]:
+    """Return the names of the modules that get adapters: between embeddings and heads of the towers that are named.
+
+    Raises:
+        UserError: a target that none of them is called.
+    """
+    place = depths(module)
+    found = []
+    for name, part in module.named_modules():
+        weight: dict[Any, str] = {nn.Linear: "weight", nn.MultiheadAttention: "out_proj.weight"}
+        if type(part) not in weight or 0 in place[f"{name}.{weight[type(part)]}"]:
+            continue
+        if ("image" if name.startswith("visual.") else "text") in config.towers:
+            found.append(name)
+    known = {name.rpartition(".")[2] for name in found}
+    for target in config.targets:
+        if target not in known:
+            raise UserError(f"[lora] {unknown_name('target', target, known)}")
+    chosen = [name for name in found if not config.targets or name.rpartition(".")[2] in config.targets]
+    if not chosen:
+        raise UserError("[lora] the towers have no linear maps between embeddings and heads: leave it out")
+    return chosen
