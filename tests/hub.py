@@ -1,10 +1,11 @@
-"""A local stand-in for the HTTP API of the Hugging Face Hub, as huggingface_hub speaks it: commits and LFS uploads."""
+"""A local stand-in for the HTTP API of the Hugging Face Hub: commits, LFS uploads, downloads of data sets."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 TOKEN = "hf_secret"
+REVISION = "5" * 40  # of every data set
 
 
 class Hub(ThreadingHTTPServer):
@@ -23,6 +25,9 @@ class Hub(ThreadingHTTPServer):
         files: ORG/NAME → path → content, of everything that was committed.
         created: bodies of the requests that made a repository.
         commits: summaries of commits.
+        failures: how many of the next downloads are answered with 503.
+        cut: how many of the next downloads end in the middle.
+        sent: bytes of files that were sent.
         broken: whether uploads of large files are refused.
     """
 
@@ -34,6 +39,7 @@ class Hub(ThreadingHTTPServer):
         self.created: list[dict[str, Any]] = []
         self.commits: list[str] = []
         self.broken = False
+        self.failures = self.cut = self.sent = 0
         self.objects: dict[str, bytes] = {}  # LFS: sha256 → content
 
     @property
@@ -57,6 +63,55 @@ class HubHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self._get(body=False)
+
+    def do_GET(self) -> None:
+        self._get(body=True)
+
+    def _get(self, body: bool) -> None:
+        """Answer about a data set: the commit, its files, and their content with ranges."""
+        path = self.path.partition("?")[0]
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
+            self._answer({"id": found[1], "sha": REVISION}, 200 if found[1] in self.server.files else 404)
+        elif found := re.fullmatch(rf"/api/datasets/([^/]+/[^/]+)/tree/{REVISION}", path):
+            self._answer([self._entry(name, content) for name, content in self.server.files[found[1]].items()])
+        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{REVISION}/(.+)", path):
+            self._send_file(self.server.files[found[1]][found[2]], body)
+        else:
+            self._answer({"error": f"no such place: {path}"}, 404)
+
+    def _entry(self, name: str, content: bytes) -> dict[str, Any]:
+        lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+        return entry | ({"lfs": lfs} if name.endswith(".tar") else {})
+
+    def _send_file(self, content: bytes, body: bool) -> None:
+        server, start = self.server, 0
+        if body and server.failures:
+            server.failures -= 1
+            self._answer({"error": "busy"}, 503)
+            return
+        if given := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(given[1])
+        self.send_response(206 if start else 200)
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if not body:
+            return
+        part = content[start:]
+        if server.cut:
+            server.cut -= 1
+            part = part[: len(part) // 2]
+            self.close_connection = True
+        server.sent += len(part)
+        self.wfile.write(part)
 
     def do_PUT(self) -> None:
         content = self._body()
@@ -125,6 +180,7 @@ def serving_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")

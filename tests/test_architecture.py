@@ -113,7 +113,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"open"},
     ],
     "data/tools": [
-        {"download", "sheet", "summary", "unreadable"},
+        {"download", "hub_shards", "sheet", "summary", "unreadable"},
         {"preview", "verify", "write"},
     ],
     "distributed": [

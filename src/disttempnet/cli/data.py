@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +60,17 @@ examples:
 """
 
 DOWNLOAD_HELP = """\
-Downloads the images of a public list of captions and URLs with img2dataset (pip install 'disttempnet[download]').
-Larger images are resized to a shorter side of --image-size, JPEG quality 95, 10,000 per shard. After a kill, run it
-again: it resumes after the complete shards. Many URLs of these lists are dead.
+--from hub downloads the shards that lie ready on the Hugging Face Hub (pixparse/cc3m-wds, pixparse/cc12m-wds), of the
+train split: cc3m-train-0000.tar and so on. Each is compared with the hub's sha256.
+
+--from links, the default, downloads the images of a public list of captions and URLs with img2dataset (pip install
+'disttempnet[download]'). Larger images are resized to a shorter side of --image-size, JPEG quality 95, 10,000 per
+shard. Many URLs of these lists are dead.
+
+After a kill, run the same command again: it resumes.
 
 examples:
+  disttempnet data download cc3m --from hub --out /cc3m
   disttempnet data download cc12m --tsv cc12m.tsv --out /cc12m --processes 16 --threads 64
   disttempnet data download cc3m --out /cc3m --dry-run
 """
@@ -272,27 +279,29 @@ def _shard(options: argparse.Namespace) -> int:
 def _add_download(parts: Any) -> None:
     download = parts.add_parser(
         "download",
-        help="download CC3M or CC12M from their public lists with img2dataset",
+        help="download CC3M or CC12M, as ready shards or from their lists of URLs",
         description=DOWNLOAD_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     download.add_argument("name", choices=("cc3m", "cc12m"), help="the data set")
     download.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="folder for the shards")
     download.add_argument(
+        "--from", dest="origin", choices=("links", "hub"), default="links", help="where from (default: links)"
+    )
+    download.add_argument(
         "--tsv", type=path_argument, metavar="FILE", help="list of URLs (default: its public name, in this folder)"
     )
     download.add_argument("--processes", type=integers(1, 1024).parse, metavar="N", help="default: one per core")
     download.add_argument(
-        "--threads", type=integers(1, 1024).parse, default=64, metavar="N", help="threads of each process (default: 64)"
+        "--threads", type=integers(1, 1024).parse, metavar="N", help="threads of each process (default: 64)"
     )
     download.add_argument(
         "--image-size",
         type=integers(1, 65_535).parse,
-        default=256,
         metavar="PIXELS",
         help="resize larger images to this shorter side (default: 256)",
     )
-    download.add_argument("--dry-run", action="store_true", help="only print the img2dataset command")
+    download.add_argument("--dry-run", action="store_true", help="only print what would be done")
     download.set_defaults(run=_download)
 
 
@@ -308,8 +317,10 @@ def _download(options: argparse.Namespace) -> int:
     )
 
     processes = cores() if options.processes is None else options.processes
+    if options.origin == "hub":
+        return _download_from_hub(options, processes)
     tsv, out = Path(options.tsv or LISTS[options.name].file), Path(options.out)
-    job = Download(options.name, tsv, out, processes, options.threads, options.image_size)
+    job = Download(options.name, tsv, out, processes, options.threads or 64, options.image_size or 256)
     check_list(job)
     say(as_typed(job.command))
     if options.dry_run:
@@ -328,6 +339,40 @@ def _download(options: argparse.Namespace) -> int:
         say(f"  {count:>10,}  {reason}")
     if code:
         raise UserError(f"img2dataset ended with exit code {code}; run the same command again to resume")
+    say(f"train on it: data.train={out.resolve()}")
+    return 0
+
+
+def _download_from_hub(options: argparse.Namespace, processes: int) -> int:
+    from disttempnet.data.tools.hub_shards import (
+        check_space,
+        fetch_shard,
+        list_hub_shards,
+        missing_shards,
+        note_checked,
+    )
+    from disttempnet.io.jobs import run_jobs, stopped_by_sigterm
+    from disttempnet.io.progress import Meter
+
+    for flag in ("tsv", "threads", "image_size"):
+        if getattr(options, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')} goes with --from links: the hub's shards are as they are")
+    out = Path(options.out)
+    listed = list_hub_shards(options.name)
+    wanted = missing_shards(listed, out)
+    there = listed.bytes - sum(shard.size for shard in wanted)
+    say(
+        f"{listed.repository} at {listed.revision[:12]}: {len(listed.shards):,} shards, {listed.bytes / 1e9:,.1f} GB; "
+        f"{len(listed.shards) - len(wanted):,} of them are in {out.resolve()}"
+    )
+    if options.dry_run:
+        return 0
+    check_space(listed, wanted, out)
+    with stopped_by_sigterm(), Meter("downloading", listed.bytes, there, sizes=True) as meter:
+        for shard, _ in run_jobs(partial(fetch_shard, listed, out), wanted, min(processes, len(wanted)) or 1):
+            note_checked(out, shard)
+            meter.advance(shard.size)
+    say(f"{out.resolve()}: {len(listed.shards):,} shards, each with the hub's sha256")
     say(f"train on it: data.train={out.resolve()}")
     return 0
 
