@@ -76,7 +76,8 @@ def test_a_script_of_open_clip(tmp_path: Path) -> None:
     assert config.eval.tasks == ("folder:/data/cc12m/imagenet/validation/",)
     assert config.eval.every_epochs == 3
     flat = " ".join(result.text.replace("#", "").split())
-    assert "--report-to wandb: TensorBoard" in flat
+    assert (config.train.trackers, config.train.tracker_project) == (("wandb",), "open-clip")
+    assert "--gather-with-grad: always so here" in flat
     assert "the script changes to open_clip/src: relative paths begin there" in flat
     assert result.settings.commands == ["torchrun --nproc_per_node 4 -m disttempnet train run.toml"]
 
@@ -116,6 +117,8 @@ def test_no_flag_is_silent(name: str) -> None:
         ),
         ("--opt timm/lion --lr 1e-4 --beta1 0.9 --beta2 0.99", {"optim.name": "lion", "optim.beta2": 0.99}),
         ("--optimizer lamb", {"optim.name": "lamb"}),
+        ("--report-to wandb,tensorboard", {"train.trackers": ("tensorboard", "wandb")}),
+        ("--report-to none", {"train.trackers": ()}),
         ("--grad-checkpointing", {"train.checkpoint_activations": True}),
         ("--force-context-length 128", {"model.context_length": 128}),
         ("--save-frequency 2 --train-num-samples 1000 --batch-size 50", {"train.checkpoint_every": 20}),

@@ -94,9 +94,9 @@ OPEN_CLIP_FLAGS = table_of(
     Flag("--device", "", "a GPU where there is one", default="cuda"),
     Flag("--dist-url", "", LAUNCHERS),
     Flag("--dist-backend", "", LAUNCHERS),
-    Flag("--report-to", "", "TensorBoard and metrics.jsonl are always written", default=""),
-    Flag("--wandb-notes", "", "TensorBoard and metrics.jsonl are always written"),
-    Flag("--wandb-project-name", "", "TensorBoard and metrics.jsonl are always written"),
+    Flag("--report-to", "train.trackers", "tensorboard, wandb; metrics.jsonl is always written", default=""),
+    Flag("--wandb-notes", "", "the config and run.json say what the run is"),
+    Flag("--wandb-project-name", "train.tracker_project", "with --report-to wandb", default="open-clip"),
     switch("--debug", "", "run.json and metrics.jsonl have it all"),
     switch("--copy-codebase", "", "run.json has the git revision and the versions"),
     switch("--horovod", "", LAUNCHERS),
@@ -144,6 +144,7 @@ _HANDLED = {  # flags that `open_clip_settings` reads; all others are named with
     "--precision", "--model", "--pretrained", "--pretrained-image", "--lock-image", "--lock-image-unlocked-groups",
     "--lock-text", "--lock-text-unlocked-layers", "--force-quick-gelu", "--torchcompile", "--accum-freq", "--seed",
     "--grad-clip-norm", "--grad-checkpointing",
+    "--report-to", "--wandb-project-name",
     "--force-context-length", "--log-every-n-steps", "--siglip", "--fastclip", "--optimizer", "--lr_tau",
     "--lr_tau_scheduler", "--temperature_scheme", "--temperature", "--multiply_tau", "--gamma", "--gamma_schedule",
     "--gamma_decay_epochs", "--rho", "--fastclip_eps",
@@ -430,7 +431,22 @@ def _training(settings: RunSettings, values: Values) -> None:
     if values["--accum-freq"] > 1:
         settings.set("train.accumulate", values["--accum-freq"], "--accum-freq: the whole batch is contrasted")
     settings.set("train.log_every", values["--log-every-n-steps"], origin(values, "--log-every-n-steps"))
+    _trackers(settings, values)
     _checkpoints(settings, values)
+
+
+def _trackers(settings: RunSettings, values: Values) -> None:
+    asked = values["--report-to"].lower()
+    trackers = [one for one in ("tensorboard", "wandb") if one in asked or "all" in asked]
+    if values.has("--report-to"):
+        settings.set("train.trackers", trackers, values.as_written("--report-to"))
+    if "wandb" in trackers:
+        project = values["--wandb-project-name"]
+        settings.set("train.tracker_project", project, origin(values, "--wandb-project-name"))
+    elif values.has("--wandb-project-name"):
+        settings.dropped.append(
+            (values.as_written("--wandb-project-name"), "without --report-to wandb it has no effect")
+        )
 
 
 def _optimizer(settings: RunSettings, values: Values) -> None:
