@@ -199,7 +199,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"trunk"},
     ],
     "report": [
-        {"bins", "items", "page", "read"},
+        {"accuracy_by_tau", "bins", "items", "page", "read"},
         {"compact", "runs"},
         {"seeds"},
         {"evaluations"},

@@ -4,6 +4,7 @@ write.py       the report that a file's ending asks for
 read.py        run folders
 compact.py     compact results: one JSON line a run
 bins.py        τ against another number of the items, in bins
+accuracy_by_tau.py   zero-shot accuracy in bins of τ
 items.py       pairs, images and captions whose τ is computed
 page.py        shared parts of pages: templates, provenance, differences
 runs/          the page about single runs

@@ -22,6 +22,7 @@ from torch import Tensor
 from disttempnet.evaluation import TaskResult, embed_samples, evaluate
 from disttempnet.evaluation.datasets.open import load_task
 from disttempnet.evaluation.tasks import EvaluationSample, find_task
+from disttempnet.report.accuracy_by_tau import AccuracyBin, accuracy_by_tau
 from disttempnet.report.bins import evenly_spread
 from disttempnet.report.items import training_pairs
 from disttempnet.report.read import RunRecord
@@ -124,6 +125,22 @@ def zero_shot_examples(results: Sequence[TaskResult], task: str, per_group: int)
     similarities = [(r.image_features @ r.class_features.T).cpu() for r in results]
     right = torch.stack([s.argmax(1) == truth for s in similarities], 1)
     return _groups(right, per_group, lambda i: query(i, [s[i] for s in similarities]))
+
+
+def accuracy_bins(run: Run, result: TaskResult) -> dict[str, list[AccuracyBin]]:
+    """Return zero-shot accuracy by τ of the images and of their captions: side → bins; empty where τ does not vary."""
+    if not len(result.class_features):
+        return {}
+    tau = run.loss.temperatures(result.image_features, result.text_features, None)
+    if tau is None:
+        return {}
+    similarities = result.image_features @ result.class_features.T
+    right = (similarities.argmax(1) == result.labels.to(similarities.device)).cpu().numpy()
+    found = {
+        side: accuracy_by_tau(of_side, right)
+        for side, of_side in zip(("image", "text"), tau.cpu().numpy(), strict=True)
+    }
+    return {side: bins for side, bins in found.items() if bins}
 
 
 def retrieval_examples(results: Sequence[TaskResult], task: str, to_text: bool, per_group: int) -> list[QueryGroup]:

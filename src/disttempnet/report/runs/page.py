@@ -168,8 +168,13 @@ def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence
     known = [task for task in tasks_of([run.final for run in runs]) if task in all_tasks and has_data(all_tasks[task])]
     shared = [task for task in known if all(task in model.config.eval.tasks for _, model in opened)]
     if not opened or not shared:
-        return {"titles": [], "steps": [], "tasks": []}
+        return {"titles": [], "steps": [], "tasks": [], "accuracy_chart": "", "by_tau": []}
     results = examples.evaluate_models([model for _, model in opened], shared, runs[0].config.eval.batch)
+    by_tau = []
+    for task in shared:
+        for (title, model), result in zip(opened, results, strict=True):
+            if sides := examples.accuracy_bins(model, result[task]):
+                by_tau.append((f"{task_title(task)}: {title}", sides, result[task].chance.get("acc1", 0.0)))
     tasks = []
     for task in shared:
         of_task = [result[task] for result in results]
@@ -187,6 +192,8 @@ def _examples(runs: Sequence[RunRecord], titles: Sequence[str], models: Sequence
         "colours": [plots.page_colour(titles.index(title)) for title, _ in opened],
         "steps": [model.step for _, model in opened],
         "tasks": tasks,
+        "accuracy_chart": plots.accuracy_chart(by_tau) if by_tau else "",
+        "by_tau": by_tau,
     }
 
 

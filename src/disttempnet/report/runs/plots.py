@@ -17,6 +17,7 @@ import numpy as np
 
 from disttempnet.evaluation.scores import metric_title, tasks_of
 from disttempnet.evaluation.tasks import task_title
+from disttempnet.report.accuracy_by_tau import AccuracyBin
 from disttempnet.report.bins import evenly_spread
 from disttempnet.report.page import TEMPLATES
 from disttempnet.report.read import RunRecord, Temperatures
@@ -207,6 +208,45 @@ def ridge_chart(snapshots: Sequence[Temperatures]) -> str:
         axis.locator_params(axis="x", nbins=6)
         axis.spines["left"].set_visible(False)
         axis.grid(visible=False, axis="y")
+    return svg(figure)
+
+
+@styled
+def accuracy_chart(panels: Sequence[tuple[str, Mapping[str, Sequence[AccuracyBin]], float]]) -> str:
+    """Draw zero-shot top-1 of images in order of τ: a panel for each run and task, a line for each side, chance dotted.
+
+    The axis is the place in that order and not τ itself, whose distribution may be so skewed that bins lie on each
+    other.
+
+    Args:
+        panels: (title, side → bins, chance) each.
+    """
+    columns = min(len(panels), 2)
+    figure, cells = grid(-(-len(panels) // columns), columns, height=2.8)
+    axes = [axis for row in cells for axis in row]
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
+    for axis, (title, sides, chance) in zip(axes, panels, strict=False):
+        for side, bins in sides.items():
+            ends = np.cumsum([one.images for one in bins])
+            centres = 100 * (ends - np.array([one.images for one in bins]) / 2) / ends[-1]
+            reach = [[100 * abs(one.accuracy - one.interval[end]) for one in bins] for end in (0, 1)]
+            axis.errorbar(
+                centres,
+                [100 * one.accuracy for one in bins],
+                yerr=reach,
+                color=SIDE_COLOURS[side],
+                linestyle="-" if side == "image" else "--",
+                label=f"by τ of the {side}",
+                marker="o",
+                markersize=3.5,
+                capsize=2,
+                linewidth=1.4,
+            )
+        axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.2, label="chance")
+        axis.set(title=title, xlabel="images from the lowest to the highest τ, %", ylabel="top-1, %", xlim=(0, 100))
+        axis.set_ylim(bottom=0)
+    _legend(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])))
     return svg(figure)
 
 
