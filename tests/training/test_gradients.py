@@ -167,3 +167,23 @@ def test_what_cannot_be_in_chunks_is_refused(tmp_path: Path) -> None:
         Trainer(debug(tmp_path, "train.accumulate=33"), CPU)
     with pytest.raises(UserError, match="has BatchNorm, and a chunk's statistics are not those of the batch"):
         Trainer(debug(tmp_path, "train.accumulate=2", "model.name=RN50"), CPU)
+
+
+def towers_gradients(chunks: int, half: bool) -> dict[str, Tensor]:
+    """Of this rank after a step in float32."""
+    model, batch = small_model(EVERY["sogclr"]).float(), stream(1)[0]
+    kind = WholeBatch(model, CPU, half) if chunks == 1 else InChunks(model, CPU, chunks, half)
+    kind(*(local_rows(rows) for rows in (batch.x.float(), batch.y.float(), batch.ids)))
+    return {name: p.grad for name, p in model.encoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_gradients_are_exchanged_in_bf16(gloo: Pools, chunks: int) -> None:
+    """Float32 numbers that bf16 holds, the same on both ranks, within its rounding of the exact ones."""
+    exact, rounded = (gloo(2, towers_gradients, chunks, half) for half in (False, True))
+    assert rounded[0].keys() == exact[0].keys()
+    for name, gradient in rounded[0].items():
+        assert torch.equal(gradient, rounded[1][name]), name
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, gradient.bfloat16().float()), name
+        assert 0 < (gradient - exact[0][name]).norm() < 2**-7 * exact[0][name].norm(), name

@@ -10,7 +10,7 @@ NO_EFFECT_ON_RESULT = {
     "name", "out", "data.workers", "train.trackers", "train.tracker_project", "train.log_every",
     "train.checkpoint_every", "train.keep",
     "train.timeout_minutes", "train.compile", "train.accumulate", "train.checkpoint_activations", "train.shard",
-    "train.cache_folder", "eval.batch", "eval.data_root", "reference.cache_folder",
+    "train.ring", "train.cache_folder", "eval.batch", "eval.data_root", "reference.cache_folder",
     "data.index",  # of runs before sources had indexes of their own
 }  # fmt: skip
 # Keys that may also change when a run is resumed: the data may have moved (its digest is compared).

@@ -395,6 +395,16 @@ class TrainConfig(Section):
         description="shard parameters, gradients and moments of the towers over the processes (FSDP2), for towers that "
         "outgrow a GPU: less memory, 1.5 times the communication",
     )
+    ring: StrictBool = Field(
+        False,
+        description="hand the features round the processes, in place of gathering those of all on each: the same "
+        "gradients with 1/K of the memory, for large global batches; not for objectives that need all features at once",
+    )
+    exchange: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="gradients of the towers between processes: bf16 moves half the bytes, and rounds them before they "
+        "are summed",
+    )
     cache_features: StrictBool = Field(
         False,
         description="compute the features of locked towers (model.lock_image, model.lock_text, freeze) once, and read "
@@ -453,6 +463,10 @@ class TrainConfig(Section):
             raise ValueError(f'shard is for trained towers: leave it out with freeze = "{self.freeze}"')
         if self.shard and self.compile:
             raise ValueError("shard and compile do not go together: leave one of them out")
+        if self.exchange == "bf16" and self.shard:
+            raise ValueError('exchange = "bf16" is for DDP, shard exchanges with FSDP2: leave one of them out')
+        if self.exchange == "bf16" and self.freeze:
+            raise ValueError(f'exchange is for trained towers: leave it out with freeze = "{self.freeze}"')
         if self.shard and self.cache_features:
             raise ValueError("shard and cache_features do not go together: leave one of them out")
         return self

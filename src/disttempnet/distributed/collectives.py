@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.tensor import DTensor
 
 from disttempnet.distributed.launcher import Launch, gpu_of, launched
@@ -180,6 +181,41 @@ def all_gather(local: Tensor) -> Tensor:
     return gathered
 
 
+def ring(local: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (rank, rows [b, ...]) of every rank, this one's first; equal shapes on all ranks, no gradient.
+
+    The next rows are on their way while the last ones are used. Every rank takes all of them, in its own order: rank r
+    sees r, r − 1, …, r − K + 1. Rows are overwritten two steps later; besides `local` two blocks are held at most.
+    """
+    size, own = world_size(), rank()
+    held, spare = local.detach().contiguous(), None
+    if size > 1:
+        _count_collective()
+    for step in range(size - 1):
+        arriving = torch.empty_like(held) if spare is None else spare
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, held, (own + 1) % size),
+                dist.P2POp(dist.irecv, arriving, (own - 1) % size),
+            ]
+        )
+        yield (own - step) % size, held
+        for work in works:
+            work.wait()
+        spare = None if step == 0 else held  # the caller's own rows are not overwritten
+        held = arriving
+    yield (own + 1) % size, held
+
+
+def first_rows(local: Tensor, count: int) -> Tensor:
+    """Return the first `count` rows of the global batch, on every rank; no more than that is exchanged."""
+    start = rank() * len(local)
+    rows = local.new_zeros(count, *local.shape[1:])
+    own = local.detach()[: max(0, count - start)]
+    rows[start : start + len(own)] = own
+    return all_sum(rows)
+
+
 def all_sum(local: Tensor) -> Tensor:
     """Return the sum over ranks, without gradient; the input is not changed."""
     total = local.detach().clone()
@@ -280,11 +316,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+def data_parallel(module: nn.Module, device: torch.device, half: bool = False) -> nn.Module:
     """Wrap a module in DDP over all ranks.
 
     It is returned as it is in one process, if it has no parameter to train (DDP refuses that), and if its parameters
     are sharded: FSDP2 exchanges their gradients.
+
+    Args:
+        module: the towers.
+        device: of this rank.
+        half: exchange gradients in bf16: half the bytes. They are rounded before they are summed, and kept in float32.
     """
     if world_size() == 1:
         return module
@@ -295,6 +336,9 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
+        if half:
+            # by its name DDP takes its own hook on GPUs only, and gloo sums bf16 too
+            module.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     # its forward pass begins with torch's own collectives: buffers of rank 0, or shards of parameters
     module.register_forward_pre_hook(lambda *_: _count_collective())
     return module

@@ -66,6 +66,8 @@ def distill(pairs: BatchPairs, reference: BatchPairs, tau: Tensor) -> Distilled:
     # Σ_j P/τ column, and Σ_j T/τ column of each side's anchors alone: its product with the anchor is Σ_j T s/τ
     nothing = torch.zeros_like(positive[pairs.local])
     image, text = feature_gradients(pairs, *_sides(student), nothing, [])
+    assert pairs.all_image is not None
+    assert pairs.all_text is not None
     target = reference._replace(pulled=(pairs.all_image, pairs.all_text))
     first, second = _sides(teacher)
     silent = Anchors(torch.zeros_like(positive), torch.full_like(positive, EXCLUDED))
@@ -96,7 +98,7 @@ class _Statistics(NamedTuple):
 
 def _statistics(pairs: BatchPairs, tau: Tensor) -> _Statistics:
     positive = (pairs.image * pairs.text).sum(1)
-    count = torch.full_like(positive, len(pairs.all_image))
+    count = torch.full_like(positive, pairs.size)
     sides, _ = anchor_statistics(pairs, positive, tau, count, moments=True, keep=False)
     return _Statistics(
         torch.stack([side.log_mean for side in sides]), torch.stack([side.mean_exponent for side in sides]), positive

@@ -19,7 +19,8 @@ Shapes: b local rows, B global rows, D width, N samples, K ranks.
 
 The backward pass has no collective: with the weights p detached, the gradient of this rank's rows needs this rank's
 rows × all columns and five gathered numbers a sample, seven where τ is learned. The mean of the parameter gradients
-over ranks (what DDP takes) is the gradient of the estimator above, for towers and temperatures.
+over ranks (what DDP takes) is the gradient of the estimator above, for towers and temperatures. With `ring` no rank
+holds all columns: they come round once for the statistics, and once more in the backward pass.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class FeatureGradientInputs(NamedTuple):
 
     Attributes:
         all_image, all_text: what is compared, of all ranks [B, D + R]: features, and behind them those of a
-            reference, or popularities; None where these are the local features.
+            reference, or popularities; None where these are the local features, or come round.
         ids: int64 [B]; None where every column counts.
         anchors: weights of image and text anchors [2, B].
         positive_weight: r, weight of the positive pair [b].
@@ -187,6 +188,8 @@ class GlobalContrastiveLoss(Objective):
         self.eps, self.margin = eps, margin
         self.referenced, self.distillation = referenced, distillation
         self.popularity = popularity
+        whole = (predicted, popularity, referenced or None, temperature.reads_all or None)
+        self.ring = context.ring and whole == (None,) * 4
         self.drift = Drift(drift) if drift else None
         self.state = None
         if gamma is not None and not isinstance(gamma, NoMemory):
@@ -259,20 +262,22 @@ class GlobalContrastiveLoss(Objective):
         if self.training:
             self.follow_epoch(b * distributed.world_size())
 
-        # features and ids: x, y [b, D] of this rank; all_image, all_text [B, D] and all_ids [B] of all ranks; and what
-        # is compared, which with a reference is [b, D + R] and [B, D + R]
+        # features and ids: x, y [b, D] of this rank; all_image, all_text [B, D], in the dtype that they were sent in,
+        # and all_ids [B] of all ranks; and what is compared, which with a reference is [b, D + R] and [B, D + R]
         sent = [rounded(side, kernel) for side in self.compared(features)]
-        compared = [distributed.all_gather(side).to(dtype) for side in sent]
+        in_ring = self.ring and distributed.world_size() > 1
+        compared = [] if in_ring else [distributed.all_gather(side) for side in sent]
         own = [side.to(dtype) for side in sent]
         all_ids = distributed.all_gather(ids)
         width = image.shape[1]
         zeta: Tensor | None = None
         if self.popularity is not None:
             zeta = self.popularity.read(all_ids, dtype, self.training)
-            compared = list(_with_popularity(compared, zeta))
+            compared = list(_with_popularity([side.to(dtype) for side in compared], zeta))
             first_row = distributed.rank() * b
             own = [side[first_row : first_row + b] for side in compared]
-        all_image, all_text = (side[:, :width] for side in compared)
+        everyone = (None, None) if in_ring else (compared[0], compared[1])
+        all_image, all_text = (None if side is None else side[:, :width] for side in everyone)
         x, y = (side[:, :width] for side in own)
         rho = self.rho if self.robust and learns else 0.0
         if rho:
@@ -285,7 +290,7 @@ class GlobalContrastiveLoss(Objective):
 
         # statistics of this rank's anchors over all columns: ℓ and m, each [b] a side; n of all anchors [B]
         counted_ids = all_ids if self.gamma is not None else None
-        pairs, negatives = BatchPairs.of((own[0], own[1]), (compared[0], compared[1]), counted_ids, kernel, self.margin)
+        pairs, negatives = BatchPairs.of((own[0], own[1]), everyone, counted_ids, kernel, self.margin)
         positive = (own[0] * own[1]).sum(1)
         exponent_zero = positive if zeta is None else positive + zeta.flip(0)[:, pairs.local]
         keep = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
@@ -305,9 +310,10 @@ class GlobalContrastiveLoss(Objective):
         log_eps = None if self.popularity is None or zeta is None else self.popularity.log_eps(zeta, tau)
         gamma: Tensor | None = None
         if self.predicted is not None and self.training:
-            log_v = log_u = self.predicted(
-                torch.stack([all_image, all_text]), all_positive, tau, self.with_eps(log_g), has_negatives
-            )
+            assert all_image is not None
+            assert all_text is not None
+            both = torch.stack([all_image, all_text]).to(dtype)
+            log_v = log_u = self.predicted(both, all_positive, tau, self.with_eps(log_g), has_negatives)
         else:
             log_u, gamma = self._track(all_ids, log_g, pairs.distinct)
             log_v = self.with_eps(log_u) if log_eps is None else torch.logaddexp(log_u, log_eps)
@@ -330,10 +336,10 @@ class GlobalContrastiveLoss(Objective):
             r = r * torch.stack([side.mean_pull for side in sides if side.mean_pull is not None])
         shift = all_positive if self.margin is None else torch.zeros_like(all_positive)
         shift = shift if zeta is None else shift + zeta.flip(0)
-        wide = compared[0].shape[1] > width
+        from_local = pairs.single_rank and own[0].shape[1] == width
         inputs = FeatureGradientInputs(
-            all_image=None if pairs.single_rank and not wide else compared[0],
-            all_text=None if pairs.single_rank and not wide else compared[1],
+            all_image=None if from_local else everyone[0],
+            all_text=None if from_local else everyone[1],
             ids=pairs.ids,
             anchors=Anchors.of(tau, shift, log_v - share.log(), negatives),
             positive_weight=r.sum(0),
@@ -566,7 +572,7 @@ def _with_popularity(compared: Sequence[Tensor], zeta: Tensor) -> tuple[Tensor, 
 
 def _popular(pairs: BatchPairs, anchors: Anchors) -> Tensor:
     """Return the weights of images and texts as negatives, summed over all anchors of the other side [2, B]."""
-    ones = torch.ones_like(pairs.all_image[:, :1])
+    ones = pairs.image.new_ones(pairs.size, 1)
     summed = pairs._replace(pulled=(ones, ones), kernel=False)
     nothing = torch.zeros_like(pairs.image[:, 0])
     silent = Anchors(torch.zeros_like(anchors.slope[0]), torch.full_like(anchors.offset[0], EXCLUDED))
@@ -605,12 +611,19 @@ class _WithFeatureGradient(torch.autograd.Function):
         refuse_second_gradient()
         image, text, all_image, all_text, ids, slope, offset, r, positive, *similarities = ctx.saved_tensors
         with exact_arithmetic(image.device):
-            if all_image is None:
-                all_image, all_text = (rounded(side, ctx.kernel).to(r.dtype) for side in (image, text))
             local, width = slice(ctx.first_row, ctx.first_row + len(image)), image.shape[1]
+            pulled = None
+            if all_image is None:
+                own = [rounded(side, ctx.kernel).to(r.dtype) for side in (image, text)]
+                if distributed.world_size() == 1:
+                    all_image, all_text = own
+            else:
+                own = [side[local].to(r.dtype) for side in (all_image, all_text)]
+                if all_image.shape[1] > width:
+                    pulled = all_image[:, :width], all_text[:, :width]
             pairs = BatchPairs(
-                all_image[local],
-                all_text[local],
+                own[0],
+                own[1],
                 all_image,
                 all_text,
                 ctx.first_row,
@@ -619,7 +632,7 @@ class _WithFeatureGradient(torch.autograd.Function):
                 ctx.kernel,
                 ctx.margin,
                 positive,
-                None if all_image.shape[1] == width else (all_image[:, :width], all_text[:, :width]),
+                pulled,
             )
             image_anchors, text_anchors = Anchors(slope[0], offset[0]), Anchors(slope[1], offset[1])
             image_gradient, text_gradient = feature_gradients(pairs, image_anchors, text_anchors, r, similarities)

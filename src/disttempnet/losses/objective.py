@@ -88,12 +88,14 @@ class ObjectiveContext(NamedTuple):
         embed_dim: D, width of the features.
         seed: seed of the run.
         shard_state: whether each rank holds the per-sample state of its own samples only.
+        ring: whether the ranks hand their features round, in place of gathering all of them.
     """
 
     num_samples: int
     embed_dim: int
     seed: int = 0
     shard_state: bool = False
+    ring: bool = False
 
 
 class LossOutput(NamedTuple):
@@ -115,11 +117,13 @@ class Objective(Learner):
         arguments: the arguments that it was built with, as text; equal on all ranks.
         steps_per_epoch: training steps of an epoch; 0 = the loop calls `set_epoch`.
         num_samples: N, where the objective has schedules.
+        ring: whether the ranks hand their features round, in place of gathering all of them.
     """
 
     arguments = ""
     steps_per_epoch = 0
     num_samples = 0
+    ring = False
     step = 0  # training steps so far, where the objective counts them
     epoch = 0.0
     _is_accelerate_prepared = False

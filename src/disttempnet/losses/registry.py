@@ -349,6 +349,7 @@ def build_loss(
     seed: int = 0,
     steps_per_epoch: int = 0,
     shard_state: bool = False,
+    ring: bool = False,
     **arguments: Any,
 ) -> Objective:
     """Build an objective by name, after torch.distributed is initialised.
@@ -362,6 +363,8 @@ def build_loss(
             `set_epoch(epoch)` at the start of every epoch.
         shard_state: true: each rank holds the per-sample state of its own N / K samples, and `gather_state` collects
             it. False: every rank holds all of it, and any rank may save `state_dict()`.
+        ring: true: the ranks hand their features round, forward and backward, and none holds those of all. The same
+            loss and gradients, for the objectives of the family that look at one block of columns at a time.
         arguments: the objective's own; see `OBJECTIVES[name].arguments`.
 
     Returns:
@@ -389,11 +392,18 @@ def build_loss(
         ValueError: unknown objective 'siglib'. Did you mean 'siglip'? Known: ...
     """
     sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": steps_per_epoch}
-    return _build(name, sizes, shard_state, arguments, bounds=True)
+    return _build(name, sizes, shard_state, ring, arguments, bounds=True)
 
 
 def rebuild_loss(
-    name: str, *, num_samples: int, embed_dim: int, seed: int, shard_state: bool, arguments: dict[str, Any]
+    name: str,
+    *,
+    num_samples: int,
+    embed_dim: int,
+    seed: int,
+    shard_state: bool,
+    arguments: dict[str, Any],
+    ring: bool = False,
 ) -> Objective:
     """Build the objective of an older run, whose arguments may lie outside their ranges but not be of another kind.
 
@@ -401,7 +411,7 @@ def rebuild_loss(
         ValueError: unknown name or argument, a value of another kind, or one that the objective cannot work with.
     """
     sizes = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": seed, "steps_per_epoch": 0}
-    return _build(name, sizes, shard_state, dict(arguments), bounds=False)
+    return _build(name, sizes, shard_state, ring, dict(arguments), bounds=False)
 
 
 def with_later_arguments(name: str, arguments: dict[str, Any], global_batch: int) -> dict[str, Any]:
@@ -422,7 +432,7 @@ def with_later_arguments(name: str, arguments: dict[str, Any], global_batch: int
 
 
 def _build(
-    name: str, sizes: dict[str, int], shard_state: bool, arguments: dict[str, Any], *, bounds: bool
+    name: str, sizes: dict[str, int], shard_state: bool, ring: bool, arguments: dict[str, Any], *, bounds: bool
 ) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(unknown_name("objective", name, OBJECTIVES))
@@ -442,15 +452,18 @@ def _build(
     # the objective; its parts compare arguments between ranks (CyCLIP's CLIP does)
     try:
         objective = spec.build(
-            ObjectiveContext(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state),
+            ObjectiveContext(sizes["num_samples"], sizes["embed_dim"], sizes["seed"], shard_state, ring),
             **{**spec.arguments, **arguments},
         )
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
+    if ring and not objective.ring:
+        what = " with shuffle" if arguments.get("shuffle") else ""
+        raise ValueError(f"objective {name}: it needs the features of all ranks at once{what}: leave ring out")
     for part in objective.modules():
         if isinstance(part, Objective):
             part.steps_per_epoch = sizes["steps_per_epoch"]
-            part.arguments = f"{name} {sizes} {arguments} shard_state={shard_state}"
+            part.arguments = f"{name} {sizes} {arguments} shard_state={shard_state} ring={ring}"
     _mark_for_accelerate(objective)
     return objective
 

@@ -27,11 +27,17 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 class WholeBatch:
-    """The gradient of this rank's rows in one pass; called with images, tokens, ids, and a reference's embeddings."""
+    """The gradient of this rank's rows in one pass; called with images, tokens, ids, and a reference's embeddings.
 
-    def __init__(self, model: ContrastiveModel, device: torch.device) -> None:
+    Args:
+        model: encoder and objective.
+        device: of this rank.
+        half: exchange the towers' gradients in bf16.
+    """
+
+    def __init__(self, model: ContrastiveModel, device: torch.device, half: bool = False) -> None:
         # DDP or FSDP2 averages the towers' gradients; the objective averages its own
-        self.model = ContrastiveModel(distributed.data_parallel(model.encoder, device), model.contrast)
+        self.model = ContrastiveModel(distributed.data_parallel(model.encoder, device, half), model.contrast)
 
     def __call__(
         self, images: Tensor, tokens: Tensor, ids: Tensor, reference: tuple[Tensor, Tensor] | None = None
@@ -49,11 +55,13 @@ class InChunks:
         model: encoder and objective.
         device: of this rank.
         chunks: how many, of equal size up to one row.
+        half: exchange the towers' gradients in bf16.
     """
 
-    def __init__(self, model: ContrastiveModel, device: torch.device, chunks: int) -> None:
+    def __init__(self, model: ContrastiveModel, device: torch.device, chunks: int, half: bool = False) -> None:
         self.model, self.device, self.chunks = model, device, chunks
-        self.encoder = distributed.data_parallel(model.encoder, device)  # the objective averages its own gradients
+        # the objective averages its own gradients
+        self.encoder = distributed.data_parallel(model.encoder, device, half)
 
     def __call__(
         self, images: Tensor, tokens: Tensor, ids: Tensor, reference: tuple[Tensor, Tensor] | None = None

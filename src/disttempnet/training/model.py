@@ -124,9 +124,10 @@ def build_objective(config: Config, num_samples: int, embed_dim: int, bounds: bo
             if row is not None and name not in row.arguments:
                 raise ValueError(unknown_name(f"argument of objective {config.loss.name}:", name, row.arguments))
         sizes: dict[str, Any] = {"num_samples": num_samples, "embed_dim": embed_dim, "seed": config.train.seed}
+        sizes |= {"shard_state": True, "ring": config.train.ring}
         if bounds:
-            return build_loss(config.loss.name, **sizes, shard_state=True, **config.loss.arguments)
-        return rebuild_loss(config.loss.name, **sizes, shard_state=True, arguments=config.loss.arguments)
+            return build_loss(config.loss.name, **sizes, **config.loss.arguments)
+        return rebuild_loss(config.loss.name, **sizes, arguments=config.loss.arguments)
     except ValueError as error:
         raise UserError(f"[loss] {error}") from None
 

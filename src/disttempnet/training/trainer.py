@@ -177,8 +177,8 @@ class Trainer:
         if config.train.compile:
             compile_towers(self.towers)
         model = ContrastiveModel(encoder, Contrast(self.loss, self._autocast()))
-        chunks = config.train.accumulate
-        self.gradients = WholeBatch(model, device) if chunks == 1 else InChunks(model, device, chunks)
+        chunks, half = config.train.accumulate, config.train.exchange == "bf16"
+        self.gradients = WholeBatch(model, device, half) if chunks == 1 else InChunks(model, device, chunks, half)
 
         # Start the bookkeeping of the loop.
         self._unnamed: list[Skip] = []

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from disttempnet import Features, build_loss
+from disttempnet import Features, build_loss, distributed
 from disttempnet.errors import UserError
 from disttempnet.losses.contrast import backend
 from disttempnet.losses.contrast.backend import anchor_statistics, feature_gradients
@@ -89,6 +89,38 @@ def test_statistics_and_gradients(kernels: ModuleType, case: str, own: slice) ->
         feature_gradients(low, image, text, push, []), feature_gradients(exact, *high, push.double(), []), strict=True
     ):
         assert (a.double() - e).norm() < 2**-7 * e.norm()  # the interpreter rounds bf16 down, GPUs to nearest
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["every column counts", "repeated"])
+def test_columns_that_come_round_are_those_that_were_gathered(
+    kernels: ModuleType, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three ranks, whose blocks come in the ring's order, as bf16."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 15, (36,), generator=generator) if case == "repeated" else None
+    x, y = (side.bfloat16().float() for side in pairs(36, width=WIDTH))
+    own = slice(12, 24)
+    gathered = BatchPairs(x[own], y[own], x.bfloat16(), y.bfloat16(), 12, ids, kernel=True)
+    handed = torch.stack([x, y]).view(2, 3, 12, WIDTH).bfloat16()
+    sent: list[Tensor] = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "ring", lambda rows: sent.append(rows) or ((k, handed[:, k]) for k in (1, 0, 2)))
+    in_ring = gathered._replace(all_image=None, all_text=None)
+    taus = torch.rand(2, 12, generator=generator) * 0.2 + 0.01
+    image, text = (Anchors(20 * torch.rand(36, generator=generator), torch.rand(36, generator=generator) - 3)
+                   for _ in range(2))  # fmt: skip
+    found, expected = [], []
+    for results, batch in ((found, in_ring), (expected, gathered)):
+        positive, count = (x * y).sum(1)[own], torch.full((12,), 30.0)
+        sides, _ = anchor_statistics(batch, positive, taus, count, moments=True, keep=False)
+        results += [side.log_mean for side in sides] + [side.mean_exponent for side in sides]
+        results += feature_gradients(batch, image, text, torch.linspace(-1, 1, 12), [])
+    close(found[:4], expected[:4], rtol=1e-5, atol=1e-5)
+    for a, e in zip(found[4:], expected[4:], strict=True):
+        assert (a - e).norm() < 1e-5 * e.norm()
+    assert [rows.dtype for rows in sent] == [torch.bfloat16] * 2
+    assert torch.equal(sent[0], handed[:, 1])
 
 
 @interpreted

@@ -76,9 +76,9 @@ def anchor_statistics(
     sides = [
         blocks.RunningStatistics(tau, moments, own) for tau, own in zip(taus, positive.expand_as(taus), strict=True)
     ]
-    features = (pairs.image, pairs.all_text), (pairs.text, pairs.all_image)
-    for side, (rows, columns) in zip(sides, features, strict=False):
-        side.largest, side.total, side.moment = triton.row_statistics(rows, columns, side.slope, pairs)
+    for columns in pairs.columns():
+        for side, rows, other in zip(sides, (pairs.image, pairs.text), (columns.text, columns.image), strict=False):
+            side.merge(*triton.row_statistics(rows, other, side.slope, columns.start, pairs))
     return [side.result(negatives) for side in sides], []
 
 
@@ -98,7 +98,7 @@ def feature_gradients(
     # the pair's own weight nearly cancels: bf16 would lose it
     if pairs.kernel and pairs.ids is None and pairs.pulled is None:
         positive_weight = positive_weight - _own_weight(pairs, image) - _own_weight(pairs, text)
-    images, texts = (side[pairs.local] for side in pairs.pull)
+    images, texts = pairs.own_pull
     gradients = texts * -positive_weight[:, None], images * -positive_weight[:, None]
     if not pairs.kernel:
         blocks.add_block_gradients(pairs, image, text, *gradients, similarities)
@@ -109,8 +109,15 @@ def feature_gradients(
         return by_image[:, :width], by_text[:, :width]
     from disttempnet.losses.contrast import triton
 
-    triton.add_kernel_gradients(pairs.image, pairs.all_text, image.rows(pairs.local), text, pairs, gradients[0])
-    triton.add_kernel_gradients(pairs.text, pairs.all_image, text.rows(pairs.local), image, pairs, gradients[1])
+    own = image.rows(pairs.local), text.rows(pairs.local)
+    for columns in pairs.columns():
+        at = slice(columns.start, columns.start + len(columns.image))
+        triton.add_kernel_gradients(
+            pairs.image, columns.text, own[0], text.rows(at), columns.start, pairs, gradients[0]
+        )
+        triton.add_kernel_gradients(
+            pairs.text, columns.image, own[1], image.rows(at), columns.start, pairs, gradients[1]
+        )
     return gradients
 
 

@@ -4,7 +4,8 @@ Only blocks of the b × B similarities exist at a time, so memory grows with the
 of them fit into `KEPT_BYTES` they are kept for the gradient. Autograd records nothing here: the gradient is a formula.
 
 With one rank the columns are the other side's anchors, and both sides share one block: 8·B²·D FLOP a step, 6·B²·D with
-kept similarities. With more ranks each side has blocks of its own: 12·b·B·D FLOP a rank, 8·b·B·D with kept ones.
+kept similarities. With more ranks each side has blocks of its own: 12·b·B·D FLOP a rank, 8·b·B·D with kept ones. The
+columns of all ranks are there at once, or come round rank by rank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, BatchPairs, Statistics
+from disttempnet.losses.contrast.pairs import EXCLUDED, LOG2E, Anchors, BatchPairs, Columns, Statistics
 
 BLOCKS = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows and columns: what a core's cache holds, what fills a GPU
 KEPT_BYTES = 64 << 20  # of similarities that are kept for the gradient rather than computed again
@@ -34,19 +35,20 @@ def block_statistics(
     # similarities are kept where the matrix, or both of them, fit
     kept: list[Tensor] = []
     matrices = 1 if single_rank else 2
-    size = matrices * pairs.image.element_size() * len(pairs.image) * len(pairs.all_image)
+    size = matrices * pairs.image.element_size() * len(pairs.image) * pairs.size
     keep_in = kept if keep and size <= KEPT_BYTES else None
 
-    # blocks of images × texts: rows are image anchors, and with one rank columns are text anchors
-    for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, [], keep_in):
-        sides[0].add(s, 1, r, scratch)
-        if single_rank and len(sides) == 2:
-            sides[1].add(s, 0, c, scratch)
+    for columns in pairs.columns():
+        # blocks of images × texts: rows are image anchors, and with one rank columns are text anchors
+        for r, c, s in _similarities(pairs.image, columns.text, columns, pairs, None, keep_in):
+            sides[0].add(s, 1, r, scratch)
+            if single_rank and len(sides) == 2:
+                sides[1].add(s, 0, c, scratch)
 
-    # with more ranks, blocks of texts × images for the text anchors
-    if not single_rank and len(sides) == 2:
-        for r, _, s in _similarities(pairs.text, pairs.all_image, pairs, [], keep_in):
-            sides[1].add(s, 1, r, scratch)
+        # with more ranks, blocks of texts × images for the text anchors
+        if not single_rank and len(sides) == 2:
+            for r, _, s in _similarities(pairs.text, columns.image, columns, pairs, None, keep_in):
+                sides[1].add(s, 1, r, scratch)
     return [side.result(negatives) for side in sides], kept
 
 
@@ -56,19 +58,22 @@ def add_block_gradients(
     """Add Σ_j (p_ij + p'_ji) column_j of every local row to both sides' gradients [b, D]."""
     single_rank = pairs.single_rank
     scratch = [_block_memory(pairs) for _ in range(2 if pairs.margin is None else 3)]
-    half = len(kept) // (1 if single_rank else 2)
-    own = image.rows(pairs.local)
-    images, texts = pairs.pull
-    for r, c, s in _similarities(pairs.image, pairs.all_text, pairs, kept[:half], None):
-        weight = _weights(s, own.rows(r), text.rows(c), pairs, r, c, scratch)
-        image_gradient[r].addmm_(weight, texts[c])
+    similarities = iter(kept) if kept else None  # in the order in which they were computed
+    own_image, own_text = image.rows(pairs.local), text.rows(pairs.local)
+    for columns in pairs.columns():
+        images, texts = (columns.image, columns.text) if pairs.pulled is None else pairs.pulled
+        for r, c, s in _similarities(pairs.image, columns.text, columns, pairs, similarities, None):
+            at = columns.rows(c)
+            weight = _weights(s, own_image.rows(r), text.rows(at), pairs, r, at, scratch)
+            image_gradient[r].addmm_(weight, texts[c].to(weight.dtype))
+            if single_rank:
+                text_gradient[c].addmm_(weight.T, images[r].to(weight.dtype))
         if single_rank:
-            text_gradient[c].addmm_(weight.T, images[r])
-    if not single_rank:
-        own = text.rows(pairs.local)
-        for r, c, s in _similarities(pairs.text, pairs.all_image, pairs, kept[half:], None):
-            weight = _weights(s, own.rows(r), image.rows(c), pairs, r, c, scratch)
-            text_gradient[r].addmm_(weight, images[c])
+            continue
+        for r, c, s in _similarities(pairs.text, columns.image, columns, pairs, similarities, None):
+            at = columns.rows(c)
+            weight = _weights(s, own_text.rows(r), image.rows(at), pairs, r, at, scratch)
+            text_gradient[r].addmm_(weight, images[c].to(weight.dtype))
 
 
 def block_slices(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -82,28 +87,42 @@ def block_slices(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]
 def _block_memory(pairs: BatchPairs) -> Tensor:
     """Return memory for the largest block, uninitialised."""
     high, wide = BLOCKS.get(pairs.image.device.type, BLOCKS["cuda"])
-    return pairs.image.new_empty(min(high, len(pairs.image)) * min(wide, len(pairs.all_image)))
+    return pairs.image.new_empty(min(high, len(pairs.image)) * min(wide, pairs.size))
 
 
 def _similarities(
-    rows: Tensor, columns: Tensor, pairs: BatchPairs, kept: list[Tensor], keep_in: list[Tensor] | None
+    rows: Tensor,
+    other: Tensor,
+    columns: Columns,
+    pairs: BatchPairs,
+    kept: Iterator[Tensor] | None,
+    keep_in: list[Tensor] | None,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield blocks of s with their rows and columns; excluded pairs are at EXCLUDED.
+    """Yield blocks of s with their rows and their place among the columns; excluded pairs are at EXCLUDED.
 
-    Blocks are read from `kept` where there are any, else computed: into memory of their own and appended to `keep_in`,
+    Blocks are taken from `kept` where it is given, else computed: into memory of their own and appended to `keep_in`,
     or all into the same memory.
+
+    Args:
+        rows: of this rank [b, D].
+        other: the side of the columns that they meet [n, D].
+        columns: where these stand in the global batch.
+        pairs: which pairs count.
+        kept: blocks of an earlier call.
+        keep_in: list to keep them in.
     """
-    memory = None if kept or keep_in is not None else _block_memory(pairs)
-    for number, (r, c) in enumerate(block_slices(rows, columns)):
-        if kept:
-            yield r, c, kept[number]
+    memory = None if kept is not None or keep_in is not None else _block_memory(pairs)
+    for r, c in block_slices(rows, other):
+        if kept is not None:
+            yield r, c, next(kept)
             continue
         out = None if memory is None else _shaped(memory, r, c)
-        s = torch.mm(rows[r], columns[c].T, out=out)
+        s = torch.mm(rows[r], other[c].to(rows.dtype).T, out=out)
+        at = columns.rows(c)
         if pairs.ids is not None and pairs.distinct:
-            s.diagonal(pairs.first_row + r.start - c.start).fill_(EXCLUDED)
+            s.diagonal(pairs.first_row + r.start - at.start).fill_(EXCLUDED)
         elif pairs.ids is not None:
-            s.masked_fill_(pairs.ids[pairs.local][r, None] == pairs.ids[c], EXCLUDED)
+            s.masked_fill_(pairs.ids[pairs.local][r, None] == pairs.ids[at], EXCLUDED)
         if keep_in is not None:
             keep_in.append(s)
         yield r, c, s
@@ -177,6 +196,14 @@ class RunningStatistics:
             self.moment[piece] = shifted + weight.mul_(exponent).sum(dim)
         self.total[piece] = factor * total + added
         self.largest[piece] = largest
+
+    def merge(self, largest: Tensor, total: Tensor, moment: Tensor) -> None:
+        """Add the sums of other columns of all anchors, which are relative to their own maximum."""
+        before = self.largest
+        self.largest = torch.maximum(before, largest)
+        own, new = (before - self.largest) * self.slope, (largest - self.largest) * self.slope
+        self.moment = own.exp2() * (self.moment + own * self.total) + new.exp2() * (moment + new * total)
+        self.total = own.exp2() * self.total + new.exp2() * total
 
     def result(self, negatives: Tensor) -> Statistics:
         """Return ℓ, m and the mean pull from n; −inf and 0 for anchors without negatives."""

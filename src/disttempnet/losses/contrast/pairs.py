@@ -8,6 +8,7 @@ are e_ij = [d_ij + m]₊² / τ_i, and a weight p_ij pulls with 2 [d_ij + m]₊ 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,10 +57,27 @@ class Anchors(NamedTuple):
         return Anchors(self.slope[piece], self.offset[piece])
 
 
+class Columns(NamedTuple):
+    """Consecutive columns of the global batch: features of both sides [n, D], and the index of the first.
+
+    They are of the dtype that they were sent in; a block of them is converted where it is multiplied.
+    """
+
+    image: Tensor
+    text: Tensor
+    start: int = 0
+
+    def rows(self, piece: slice) -> slice:
+        """Return the rows of the global batch that a slice of these columns stands for."""
+        return slice(self.start + piece.start, self.start + piece.stop)
+
+
 class BatchPairs(NamedTuple):
-    """Unit features of this rank [b, D] and of all ranks [B, D], of one dtype, and the pairs that count.
+    """Unit features of this rank [b, D] and of all ranks [B, D], and the pairs that count.
 
     Attributes:
+        image, text: of this rank.
+        all_image, all_text: of all ranks; None where they come round block by block (`columns`).
         first_row: index of the first local row in the global batch.
         ids: int64 [B], of the global batch. Columns whose id equals the row's are no negatives and are left out;
             None: all columns count.
@@ -73,8 +91,8 @@ class BatchPairs(NamedTuple):
 
     image: Tensor
     text: Tensor
-    all_image: Tensor
-    all_text: Tensor
+    all_image: Tensor | None
+    all_text: Tensor | None
     first_row: int = 0
     ids: Tensor | None = None
     distinct: bool = False
@@ -87,14 +105,22 @@ class BatchPairs(NamedTuple):
     def of(
         cls,
         local: tuple[Tensor, Tensor],
-        everyone: tuple[Tensor, Tensor],
+        everyone: tuple[Tensor | None, Tensor | None],
         ids: Tensor | None,
         kernel: bool,
         margin: float | None = None,
     ) -> tuple[BatchPairs, Tensor]:
-        """Return the pairs of this rank's and all ranks' (image, text), and n of every row of the global batch [B]."""
-        size, first_row = len(everyone[0]), distributed.rank() * len(local[0])
-        columns = everyone[0].new_full((size,), size)
+        """Return the pairs of this rank's and all ranks' (image, text), and n of every row of the global batch [B].
+
+        Args:
+            local: this rank's features.
+            everyone: those of all ranks; (None, None): the ranks hand them round.
+            ids, kernel, margin: as the attributes.
+        """
+        gathered = everyone[0]
+        size = distributed.world_size() * len(local[0]) if gathered is None else len(gathered)
+        first_row = distributed.rank() * len(local[0])
+        columns = local[0].new_full((size,), size)
         if ids is None:
             return cls(*local, *everyone, first_row, kernel=kernel, margin=margin), columns
         times = multiplicity(ids)
@@ -108,14 +134,30 @@ class BatchPairs(NamedTuple):
         return slice(self.first_row, self.first_row + len(self.image))
 
     @property
-    def pull(self) -> tuple[Tensor, Tensor]:
-        """Images and texts of all ranks that the weights multiply in the gradient."""
-        return self.pulled if self.pulled is not None else (self.all_image, self.all_text)
+    def own_pull(self) -> tuple[Tensor, Tensor]:
+        """Images and texts of this rank that the weights multiply in the gradient."""
+        if self.pulled is None:
+            return self.image, self.text
+        image, text = (side[self.local].to(self.image.dtype) for side in self.pulled)
+        return image, text
+
+    @property
+    def size(self) -> int:
+        """B, the rows of the global batch."""
+        return distributed.world_size() * len(self.image) if self.all_image is None else len(self.all_image)
 
     @property
     def single_rank(self) -> bool:
         """True where the local rows are the global batch."""
-        return len(self.image) == len(self.all_image)
+        return len(self.image) == self.size
+
+    def columns(self) -> Iterator[Columns]:
+        """Yield all columns: at once where they were gathered, else each rank's in turn, which every rank asks for."""
+        if self.all_image is not None and self.all_text is not None:
+            yield Columns(self.all_image, self.all_text)
+            return
+        for rank, (image, text) in distributed.ring(rounded(torch.stack([self.image, self.text]), self.kernel)):
+            yield Columns(image, text, rank * len(self.image))
 
 
 def rounded(features: Tensor, kernel: bool) -> Tensor:

@@ -129,18 +129,22 @@ def unusable(features: Tensor) -> str:
     return ""
 
 
-def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor]:
+def row_statistics(
+    rows: Tensor, columns: Tensor, slope: Tensor, start: int, pairs: BatchPairs
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return largest s, Σ exp2(e), Σ exp2(e) e of every row, each [b], with e = (s − largest) · slope.
 
     Args:
-        rows, columns: features [b, D] of one modality and [B, D] of the other.
+        rows, columns: features [b, D] of one modality and [n, D] of the other.
         slope: log2(e)/τ [b].
+        start: row of the global batch that the first column is.
+        pairs: which pairs count.
     """
     grid, share, splits = _grid(rows, columns)
     sums = [slope.new_empty(splits, len(rows)) for _ in range(3)]
     with torch.cuda.device_of(rows):  # Triton starts kernels on the current GPU, wherever the tensors are
         _statistics_kernel[grid](
-            *_operands(rows, columns, pairs), slope.contiguous(), *sums, *_sizes(rows, columns), share,
+            *_operands(rows, columns, start, pairs), slope.contiguous(), *sums, *_sizes(rows, columns), share,
             EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
         )  # fmt: skip
     largest = sums[0].amax(0)
@@ -151,9 +155,21 @@ def row_statistics(rows: Tensor, columns: Tensor, slope: Tensor, pairs: BatchPai
 
 
 def add_kernel_gradients(
-    rows: Tensor, columns: Tensor, row_anchors: Anchors, column_anchors: Anchors, pairs: BatchPairs, result: Tensor
+    rows: Tensor,
+    columns: Tensor,
+    row_anchors: Anchors,
+    column_anchors: Anchors,
+    start: int,
+    pairs: BatchPairs,
+    result: Tensor,
 ) -> None:
-    """Add Σ_j (p_ij + p'_ji) column_j without the row's own pair to `result` [b, D], float32."""
+    """Add Σ_j (p_ij + p'_ji) column_j without the row's own pair to `result` [b, D], float32.
+
+    Args:
+        rows, columns, start, pairs: as of `row_statistics`.
+        row_anchors, column_anchors: of these rows and columns.
+        result: changed in place.
+    """
     (blocks, splits), share, _ = _grid(rows, columns)
     D = rows.shape[1]
     width = min(GRADIENT_WIDTH, triton.next_power_of_2(D))
@@ -161,7 +177,8 @@ def add_kernel_gradients(
     anchors = [(LOG2E * part).contiguous() for part in (*row_anchors, *column_anchors)]
     with torch.cuda.device_of(rows):
         _gradient_kernel[(blocks, splits, triton.cdiv(D, width))](
-            *_operands(rows, columns, pairs), *anchors, out, *_sizes(rows, columns), share, pairs.first_row,
+            *_operands(rows, columns, start, pairs), *anchors, out, *_sizes(rows, columns), share,
+            pairs.first_row - start,
             EXCLUDE=pairs.ids is not None, NOTHING=EXCLUDED, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
             WIDTH=max(width, 16), num_warps=8, num_stages=2,
         )  # fmt: skip
@@ -181,14 +198,14 @@ def _grid(rows: Tensor, columns: Tensor) -> tuple[tuple[int, int], int, int]:
     return (blocks, splits), share, splits
 
 
-def _operands(rows: Tensor, columns: Tensor, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _operands(rows: Tensor, columns: Tensor, start: int, pairs: BatchPairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return features in bf16, and ids of rows and columns (empty where all columns count)."""
     ids = pairs.ids if pairs.ids is not None else torch.empty(0, dtype=torch.int64, device=rows.device)
     row_ids = ids[pairs.local] if pairs.ids is not None else ids
     features = [side.bfloat16().contiguous() for side in (rows, columns)]
     if not rows.is_cuda:  # Triton's interpreter multiplies bf16 as integers: pass the same numbers in float32
         features = [side.float() for side in features]
-    return features[0], features[1], row_ids.contiguous(), ids.contiguous()
+    return features[0], features[1], row_ids.contiguous(), ids[start : start + len(columns)].contiguous()
 
 
 def _sizes(rows: Tensor, columns: Tensor) -> tuple[int, int, int]:

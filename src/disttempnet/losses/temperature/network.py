@@ -96,6 +96,7 @@ class NetworkTemperature(Temperature):
         if feature_scale < 0:
             raise ValueError(f"feature_scale must not be negative, got {feature_scale}")
         self.dropout, self.shuffle, self.seed = dropout, shuffle, context.seed
+        self.reads_all = shuffle
         self.width = context.embed_dim
         self.feature_scale = feature_scale or math.sqrt(context.embed_dim)
         if tau_start_epoch < 0:
@@ -145,7 +146,9 @@ class NetworkTemperature(Temperature):
             self._start_prototypes(batch)
             if self.shuffle:
                 others = self._others(batch)
-                image, text = batch.all_image[others], batch.all_text[others]
+                assert batch.all_image is not None
+                assert batch.all_text is not None
+                image, text = (side[others].to(image.dtype) for side in (batch.all_image, batch.all_text))
         return (
             self._in_chunks(self.image, image, self._mask(batch, side=0)),
             self._in_chunks(self.text, text, self._mask(batch, side=1)),
@@ -181,18 +184,23 @@ class NetworkTemperature(Temperature):
             return None
         seed = (self.seed * 1_000_003 + batch.step * 2 + side) % (1 << 62)
         generator = torch.Generator(batch.image.device).manual_seed(seed)
-        kept = torch.empty(batch.all_image.shape, dtype=torch.bool, device=batch.image.device)
-        for rows in kept.split(CHUNK_ROWS):
-            # float32 draws whatever the features' type: the same mask at every precision
-            torch.ge(torch.rand(rows.shape, generator=generator, device=rows.device), self.dropout, out=rows)
-        return kept[batch.local]
+        kept = torch.empty(batch.image.shape, dtype=torch.bool, device=batch.image.device)
+        own, size, width = batch.local, len(batch.all_ids), batch.image.shape[1]
+        for top in range(0, size, CHUNK_ROWS):
+            # numbers of all rows are drawn, and those of this rank used: float32, the same mask at every precision
+            end = min(top + CHUNK_ROWS, size)
+            drawn = torch.rand(end - top, width, generator=generator, device=kept.device)
+            first, last = max(top, own.start), min(end, own.stop)
+            if first < last:
+                torch.ge(drawn[first - top : last - top], self.dropout, out=kept[first - own.start : last - own.start])
+        return kept
 
     def _others(self, batch: AnchorBatch) -> Tensor:
         """Return the rows of the global batch that replace this rank's under `shuffle`: a random permutation."""
         device = batch.image.device
         seed = (self.seed * 1_000_003 + batch.step) % (1 << 62) + (1 << 62)  # another stream than the masks'
         generator = torch.Generator(device).manual_seed(seed)
-        return torch.randperm(len(batch.all_image), generator=generator, device=device)[batch.local]
+        return torch.randperm(len(batch.all_ids), generator=generator, device=device)[batch.local]
 
     @torch.no_grad()
     def _start_prototypes(self, batch: AnchorBatch) -> None:
@@ -202,11 +210,12 @@ class NetworkTemperature(Temperature):
         independent, and the rows are the same at every world size. A row that is not finite keeps its random start.
         """
         start = self.prototypes_started
-        count = min(self.prototypes_wanted - start, len(batch.all_image))
+        count = min(self.prototypes_wanted - start, len(batch.all_ids))
         if count == 0:
             return
-        for network, other in ((self.image, batch.all_text), (self.text, batch.all_image)):
-            rows, first = network.get_parameter("prototypes")[start : start + count], other[:count]
+        images, texts = batch.first(count)
+        for network, first in ((self.image, texts), (self.text, images)):
+            rows = network.get_parameter("prototypes")[start : start + count]
             rows.copy_(torch.where(first.isfinite().all(1, keepdim=True), first.to(rows.dtype), rows))
         self.prototypes_started = start + count
 

@@ -27,15 +27,15 @@ class AnchorBatch(NamedTuple):
 
     Attributes:
         image, text: detached unit features of this rank [b, D].
-        all_image, all_text: those of all ranks in rank order [B, D].
+        all_image, all_text: those of all ranks in rank order [B, D]; None where they are never gathered.
         all_ids: int64 [B].
         step: training step.
     """
 
     image: Tensor
     text: Tensor
-    all_image: Tensor
-    all_text: Tensor
+    all_image: Tensor | None
+    all_text: Tensor | None
     all_ids: Tensor
     step: int
 
@@ -45,6 +45,12 @@ class AnchorBatch(NamedTuple):
         start = distributed.rank() * len(self.image)
         return slice(start, start + len(self.image))
 
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first images and texts of the global batch [count, D]; every rank calls this."""
+        if self.all_image is not None and self.all_text is not None:
+            return self.all_image[:count], self.all_text[:count]
+        return distributed.first_rows(self.image, count), distributed.first_rows(self.text, count)
+
 
 class Temperature(nn.Module):
     """Base class of temperatures: τ of every anchor of a batch.
@@ -53,11 +59,13 @@ class Temperature(nn.Module):
         kind: name for lists.
         learns: true where τ is learned; the objective then computes its gradient.
         tau_lr: learning rate of its own parameters; 0 = it has none, or they are trained at the towers' rate.
+        reads_all: true where it takes rows of other ranks in every step.
     """
 
     kind = ""
     learns = True
     tau_lr = 0.0
+    reads_all = False
 
     def forward(self, batch: AnchorBatch) -> tuple[Tensor, Tensor]:
         """Return τ of this rank's image and text anchors, each [b]; differentiable in the parameters."""
