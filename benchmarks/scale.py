@@ -91,7 +91,7 @@ def on_paper(model: str, rows: int, options: argparse.Namespace) -> dict[str, fl
         "their time, beside the backward pass": gradients / link,
         "step": step,
         "of it the towers, %": 100 * towers / step,
-        "columns kept in float32, MB": 2 * 4 * size * width / 1e6,
+        "columns kept in bf16, MB": 2 * 2 * size * width / 1e6,
         "images/s a GPU": images,
         "loader cores a GPU": images / options.core,
         "read from storage, GB/s a node": read * options.node,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,18 @@ def test_steps_in_chunks_are_measured() -> None:
     assert whole["MB"] >= 0
     rounds = [{"MB": 2.04, "seconds": 3.0, "loss": 0.5}, {"MB": 4.0, "seconds": 1.0, "loss": 0.5}]
     assert accumulate.summary(rounds) == {"MB": 2.0, "seconds": 1.0, "loss": 0.5}
+
+
+def test_both_ways_of_the_columns_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "ring.py"), "--ranks", "2", "--rows", "16", "--rounds", "1"]
+    subprocess.run([*command, "--out", str(tmp_path / "ring.json")], check=True, capture_output=True)
+    ring = benchmark("ring")
+    (found,) = json.loads((tmp_path / "ring.json").read_text(encoding="utf-8"))["sizes"]
+    assert min(found[way]["seconds"] for way in ring.WAYS) > 0
+    assert found["times_as_long"] > 0
+    ring.show(json.loads((ROOT / "benchmarks" / "results" / "ring.json").read_text(encoding="utf-8")))
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert [row for row in capsys.readouterr().out.splitlines() if row not in page] == []
 
 
 def test_a_run_at_scale_is_computed_and_simulated() -> None:

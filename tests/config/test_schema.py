@@ -110,3 +110,19 @@ def test_a_model_with_its_tag_is_name_and_pretrained() -> None:
     assert load_config(DEBUG, ["model.name=open_clip:RN50", "model.pretrained=openai"]).model.pretrained == "openai"
     with pytest.raises(UserError, match="has weights already"):
         load_config(DEBUG, ["model.name=open_clip:ViT-B-32/openai", "model.pretrained=laion400m_e31"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.exchange=bf16", "train.shard=true"], 'exchange = "bf16" is for DDP, shard exchanges with FSDP2'),
+        (
+            ["train.exchange=bf16", "train.freeze=towers", "model.pretrained=x"],
+            'exchange is for trained towers: leave it out with freeze = "towers"',
+        ),
+    ],
+)
+def test_what_cannot_be_exchanged_in_bf16_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(DEBUG, overrides)
+    assert load_config(DEBUG, ["train.exchange=bf16"]).train.exchange == "bf16"
