@@ -100,8 +100,12 @@ def what_it_depends_on(config: dict[str, Any]) -> dict[str, Any]:
     if "rho" in arguments:  # of a share of log(B − 1), as some were
         arguments["rho"] = round(arguments["rho"], 4)
     config = {**config, "loss": {"name": loss.name, **arguments}}
-    table = {key: value for key, value in flat(config).items() if key not in NO_EFFECT_ON_RESULT}
-    return {**{key: value for key, value in defaults().items() if key not in NO_EFFECT_ON_RESULT}, **table}
+    table = {**defaults(), **flat(config)}
+    return {
+        key: list(value) if isinstance(value, tuple) else value  # as JSON has it
+        for key, value in table.items()
+        if key not in NO_EFFECT_ON_RESULT
+    }
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
