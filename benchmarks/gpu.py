@@ -3,8 +3,10 @@
     pip install triton inf-cl        # triton comes with torch for CUDA; inf-cl is only compared with
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
-Some thirty processes one after the other: what one cannot do (out of memory, a peer that is not installed) is a line of
-the result. The file is written after each, and the tables at the end are in Markdown.
+Some thirty processes one after the other, the most important first, within --minutes: what one cannot do (out of
+memory, a peer that is not installed) is a line of the result. The file is written after every row, so that a run that
+is cut off leaves what it had. The same command goes on from there: rows that were measured with the same device,
+versions and setting are kept, those that failed or were not reached are measured. Tables at the end are in Markdown.
 
 Steps: the trainer's own step (towers in bf16, DistTempNet-v1, clipping, optimizers) on one batch that lies on the GPU:
 random pixels, and captions that are --tokens long with start and end of text. Times are medians between CUDA events.
@@ -20,6 +22,9 @@ ClipLoss, `inf-cl`. Memory is what a step takes beside the features.
 Agreement: value and gradient of two steps by the kernels, on features that are rounded to bf16 already, against the
 plain path in float64. Limits: 1e-5 of the value, 2⁻⁷ of the norm of the gradient, whose weights are rounded to bf16.
 
+Runs: `golden` is the smallest run in float32 on the device and on the CPU; `group` a process group of one rank
+(collectives, DDP with bf16 gradients, FSDP2); `demo` the time of `disttempnet demo`.
+
 Without a GPU, to see that it runs:
     python benchmarks/gpu.py --device cpu --model demo-vit-32 --tokens 12 --batches 16 --loss-batches 128 --steps 2
 """
@@ -28,11 +33,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,17 +72,34 @@ PEERS = {  # case → what its time and memory are compared with
     "clip": ("clip torch", "open_clip", "inf-cl"),
     "rank": ("rank torch",),
 }
+FIRST_LOSSES = ("rank", "core", "clip", "inf-cl", "open_clip", "dense", "network")
 # --- one process a case -----------------------------------------------------------------------------------------------
 
 
-def in_a_process(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pieces that a process of its own finds: one that dies leaves those that it had."""
+def in_a_process(case: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield the pieces that a process of its own finds, as it finds them: one that dies leaves those that it had.
+
+    Args:
+        case: for `measure`.
+        seconds: after which the process, and all that it started, is ended.
+    """
     command = [sys.executable, __file__, "--measure", json.dumps(case)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    pieces = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-    if process.returncode:
-        pieces.append({"failed": f"the process ended with exit code {process.returncode}"})
-    return pieces
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout
+    late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+    late.start()
+    try:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        code = process.wait()
+    finally:
+        ended_in_time = late.is_alive()
+        late.cancel()
+        process.stdout.close()
+    if code:
+        why = f"the process ended with exit code {code}" if ended_in_time else f"not done after {seconds:.0f} s"
+        yield {"failed": why}
 
 
 def about(device: str) -> dict[str, Any]:
@@ -138,6 +164,12 @@ def show(results: dict[str, Any]) -> None:
             print(f"{row['case']}, {row.get('batch', 'all')}: {reason(row)}")
     for row in results["agreement"]:
         print(f"kernels, {row.get('objective', 'all')}: {reason(row) or agreement(row)}")
+    for row in results["runs"]:
+        name = ", ".join(str(row[key]) for key in ("run", "checked", "backend") if key in row)
+        found = (f"{key} {cell(row[key])}" for key in ("largest_difference", "gradient_error", "seconds") if key in row)
+        print(f"{name}: {reason(row) or ', '.join([*found, *verdict(row)])}")
+    for case in results["not_reached"]:
+        print(f"not reached: {case}")
 
 
 def steps_table(rows: list[dict[str, Any]]) -> None:
@@ -167,6 +199,10 @@ def agreement(row: dict[str, Any]) -> str:
     return f"{'agree' if row['agree'] else 'DO NOT AGREE'} ({errors})"
 
 
+def verdict(row: dict[str, Any]) -> list[str]:
+    return [] if "agree" not in row else ["agrees" if row["agree"] else "DOES NOT AGREE"]
+
+
 def reason(row: dict[str, Any]) -> str:
     return str(row.get("skipped") or row.get("failed") or "")
 
@@ -181,15 +217,17 @@ def cell(value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure everything; 1 where something failed or does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="*", default=[512, 1024, 2048, 4096], help="of whole steps")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[77, 32], help="of the longest caption of a batch")
+    parser.add_argument("--minutes", type=float, default=10, help="after which no case is begun, and one is ended")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1024, 512, 4096], help="of whole steps")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[77, 20], help="of the longest caption of a batch")
     parser.add_argument("--compile", choices=("on", "off", "both"), default="both", help="torch.compile of the towers")
     parser.add_argument("--model", default="ViT-B-32", help="an open_clip name")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the towers")
-    parser.add_argument("--loss-batches", type=int, nargs="*", default=[1024, 4096, 8192, 16384, 32768])
+    parser.add_argument("--loss-batches", type=int, nargs="*", default=[32768, 4096, 16384, 8192])
     parser.add_argument("--loss-cases", nargs="+", default=list(LOSS_CASES), choices=LOSS_CASES, metavar="CASE")
-    parser.add_argument("--steps", type=int, default=20, help="that are timed, of each case")
-    parser.add_argument("--warm", type=int, default=5, help="steps before that, not timed")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS, help="whole runs")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed, of each case")
+    parser.add_argument("--warm", type=int, default=3, help="steps before that, not timed")
     parser.add_argument("--tflops", type=float, help="peak of the GPU in bf16, where its name is not in the table")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="file for the result, JSON")
@@ -210,32 +248,91 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not results["tflops"]:
         print(f"the peak of {results['device']} is not known: no MFU; give it with --tflops", file=sys.stderr)
     setting = {key: getattr(options, key) for key in ("model", "precision", "steps", "warm", "device")}
-    results |= {"setting": setting, "steps": [], "loss": [], "agreement": []}
+    results |= {"setting": setting} | kept_rows(options.out, {**results, "setting": setting})
+    end = time.monotonic() + 60 * options.minutes
     for kind, case in cases(options):
-        print(f"{kind}: {', '.join(f'{key} {value}' for key, value in case.items())}", file=sys.stderr, flush=True)
-        pieces = in_a_process({"what": WHAT[kind], "tflops": results["tflops"], **setting, **case})
-        known = {key: value for key, value in case.items() if key != "batches"}
-        results[kind] += [{**known, **piece} for piece in pieces]
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        left = missing(results[kind], case)
+        named = ", ".join([kind, *(f"{key} {value}" for key, value in (left or case).items())])
+        if left is None:
+            print(f"{named}: known", file=sys.stderr, flush=True)
+            continue
+        if time.monotonic() > end:
+            results["not_reached"].append(named)
+            continue
+        print(named, file=sys.stderr, flush=True)
+        known = {key: value for key, value in left.items() if key != "batches"}
+        what = {"what": case.get("run") or WHAT[kind], "tflops": results["tflops"], **setting, **left}
+        for piece in in_a_process(what, max(1.0, end - time.monotonic())):
+            results[kind].append({**known, **piece})
+            write(options.out, results)
+    write(options.out, results)
     show(results)
-    rows = [*results["steps"], *results["loss"], *results["agreement"]]
-    return int(any("failed" in row or row.get("agree") is False for row in rows))
+    rows = [row for kind in ROWS for row in results[kind]]
+    return int(bool(results["not_reached"]) or any("failed" in row or row.get("agree") is False for row in rows))
 
 
 WHAT = {"steps": "step", "loss": "loss", "agreement": "agreement"}  # list of the result → its measure
+RUNS = ("golden", "group", "demo")  # these are measures themselves
+ROWS = ("agreement", "loss", "steps", "runs")  # lists of the result
+
+
+def write(out: Path | None, results: dict[str, Any]) -> None:
+    """Replace the file of the result as a whole: a run that is cut off leaves the one before."""
+    if out:
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        part.replace(out)
+
+
+def kept_rows(out: Path | None, facts: dict[str, Any]) -> dict[str, list[Any]]:
+    """The rows of an earlier run that need not be measured again: those that did not fail.
+
+    Args:
+        out: its file.
+        facts: device, versions and setting, which must be the same.
+    """
+    rows: dict[str, list[Any]] = {kind: [] for kind in (*ROWS, "not_reached")}
+    if out is None or not out.exists():
+        return rows
+    before = json.loads(out.read_text(encoding="utf-8"))
+    differing = [key for key, value in facts.items() if before.get(key) != value]
+    if differing:
+        told = "; ".join(f"{key} was {before.get(key)!r}, is {facts[key]!r}" for key in differing)
+        raise SystemExit(f"{out}: {told}: take another file")
+    return rows | {kind: [row for row in before.get(kind, []) if "failed" not in row] for kind in ROWS}
+
+
+def missing(rows: list[dict[str, Any]], case: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a case that no row has yet; None where all of it is known."""
+    told = {key: value for key, value in case.items() if key != "batches"}
+    own = [row for row in rows if told.items() <= row.items()]
+    if "batches" not in case:
+        return None if own else case
+    known = {row.get("batch") for row in own}
+    batches = [batch for batch in case["batches"] if batch not in known and None not in known]
+    return {**case, "batches": batches} if batches else None
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is measured, a process each: the list of the result that it goes to, and what tells it from others there."""
+    """What is measured, a process each: the list of the result that it goes to, and what tells it from others there.
+
+    The most important first: agreement, the loss at the largest batch, steps at their first batch and captions, runs;
+    then the rest.
+    """
+    compiled = {"on": [True], "off": [False], "both": [True, False]}[options.compile]
     if options.loss_batches:
         yield "agreement", {}
-        for name in options.loss_cases:
+        first = [name for name in FIRST_LOSSES if name in options.loss_cases]
+        for name in (*first, *(name for name in options.loss_cases if name not in first)):
             yield "loss", {"case": name, "batches": options.loss_batches}
-    for tokens in options.tokens:
-        for compiled in {"on": [True], "off": [False], "both": [False, True]}[options.compile]:
-            for batch in options.batches:
-                yield "steps", {"batch": batch, "tokens": tokens, "compile": compiled}
+    steps = [(batch, tokens, on) for tokens in options.tokens for on in compiled for batch in options.batches]
+    first_steps = [one for one in steps if one[0] == options.batches[0] or one[1:] == (options.tokens[0], compiled[0])]
+    for group in (first_steps, [one for one in steps if one not in first_steps]):
+        for batch, tokens, on in group:
+            yield "steps", {"batch": batch, "tokens": tokens, "compile": on}
+        if group is first_steps:
+            for run in options.runs:
+                yield "runs", {"run": run}
 
 
 if __name__ == "__main__":

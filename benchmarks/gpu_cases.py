@@ -320,6 +320,116 @@ def measure_agreement(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"objective": name, "value_error": value, "gradient_error": gradient, "agree": agree}
 
 
+# --- whole runs, and what ranks exchange ------------------------------------------------------------------------------
+
+GOLDEN_LIMIT = 2e-3  # what the suite's golden test allows between processors (tests/training/test_trainer.py)
+
+
+def measure_golden(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The losses of the smallest run in float32, without dropout, on the CPU and on the device."""
+    import torch
+
+    from disttempnet.config import CONFIG_FOLDER, load_config
+    from disttempnet.training.trainer import Trainer
+
+    losses = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, device in enumerate(("cpu", case["device"])):
+            overrides = [f"out={json.dumps(folder)}", f"name=golden-{number}", "loss.dropout=0.0", "eval.tasks=[]"]
+            config = load_config(CONFIG_FOLDER / "debug.toml", [*overrides, "train.precision=fp32"])
+            Trainer(config, torch.device(device)).run()
+            lines = (Path(folder) / config.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            losses.append([json.loads(line)["loss"] for line in lines])
+    difference = max(abs(one - two) / abs(one) for one, two in zip(*losses, strict=True))
+    yield {"steps": len(losses[0]), "largest_difference": difference, "agree": difference < GOLDEN_LIMIT}
+
+
+def measure_group(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A process group of one rank: collectives, DDP with its bf16 exchange, FSDP2; gradients beside the plain ones."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device(case["device"])
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            for what, check in {"collectives": _collectives, "DDP, bf16": _ddp, "FSDP2": _fsdp}.items():
+                yield {"backend": backend, "checked": what, **attempt(lambda check=check: check(device))}
+        finally:
+            dist.destroy_process_group()
+
+
+def _collectives(device: torch.device) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    rows = torch.randn(64, D, device=device).bfloat16()
+    gathered, summed = torch.empty_like(rows), rows.float()
+    dist.all_gather_into_tensor(gathered, rows)
+    dist.all_reduce(summed)
+    return {"agree": bool(torch.equal(gathered, rows) and torch.equal(summed, rows.float()))}
+
+
+def _ddp(device: torch.device) -> dict[str, Any]:
+    import torch
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    def wrap(layers: torch.nn.Module) -> torch.nn.Module:
+        wrapped = torch.nn.parallel.DistributedDataParallel(layers, gradient_as_bucket_view=True)
+        wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        return wrapped
+
+    return _gradients_agree(wrap, device, limit=2**-7)
+
+
+def _fsdp(device: torch.device) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (1,))
+
+    def wrap(layers: torch.nn.Module) -> torch.nn.Module:
+        for part in (*layers, layers):
+            sharded = fully_shard(part, mesh=mesh)
+            if device.type == "cpu":
+                sharded.set_force_sum_reduction_for_comms(True)
+        return layers
+
+    return _gradients_agree(wrap, device, limit=1e-5)
+
+
+def _gradients_agree(wrap: Callable[[Any], Any], device: torch.device, limit: float) -> dict[str, Any]:
+    """Whether the gradients of small layers are the same wrapped and alone."""
+    import torch
+
+    found = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Linear(64, 8)).to(device)
+        model = wrap(layers) if wrapped else layers
+        model(torch.randn(16, 32, device=device)).square().sum().backward()
+        gradients = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    return {"gradient_error": error, "agree": error < limit}
+
+
+def measure_demo(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Seconds of the demo as a user runs it."""
+    import subprocess
+
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "disttempnet", "demo", "--out", folder]
+        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode:
+        last = (process.stdout.strip().splitlines() or [""])[-1]
+        yield {"failed": f"exit code {process.returncode}: {last[:200]}"}
+        return
+    yield {"seconds": round(time.perf_counter() - begin, 1)}
+
+
 # --- a case -----------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +448,14 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
-MEASURES = {"step": measure_step, "loss": measure_loss, "agreement": measure_agreement}
+MEASURES = {
+    "step": measure_step,
+    "loss": measure_loss,
+    "agreement": measure_agreement,
+    "golden": measure_golden,
+    "group": measure_group,
+    "demo": measure_demo,
+}
 
 
 def measure(case: dict[str, Any]) -> Iterator[dict[str, Any]]:

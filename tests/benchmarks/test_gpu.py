@@ -130,18 +130,25 @@ def test_all_of_it(
 ) -> None:
     """What is written and shown, of processes that find, refuse, fail and die."""
 
-    def answers(case: dict[str, Any]) -> list[dict[str, Any]]:
+    asked: list[str] = []
+
+    def answers(case: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+        assert 0 < seconds <= 600
+        asked.append(case["what"])
         if case["what"] == "agreement":
             return [{"objective": "clip", "value_error": 0.1, "gradient_error": 0.2, "agree": False}]
         if case["what"] == "step":
             return [{"skipped": "out of memory"}] if case["batch"] > 8 else list(gpu.measure(STEP))
+        if case["what"] == "golden":
+            return [{"steps": 20, "largest_difference": 1e-5, "agree": True}]
         ms = {"core": 2.0, "dense": 5.0}.get(case["case"])
         return [{"batch": 64, "ms": ms, "peak_mib": 1.0} if ms else {"failed": "RuntimeError: no"}]
 
     monkeypatch.setattr(gpu, "in_a_process", answers)
     out = tmp_path / "gpu.json"
     arguments = "--device cpu --model demo-vit-32 --tokens 12 --batches 8 16 --compile off --loss-batches 64"
-    assert gpu.main([*arguments.split(), "--loss-cases", "core", "dense", "inf-cl", "--out", str(out)]) == 1
+    whole = [*arguments.split(), "--loss-cases", "core", "dense", "inf-cl", "--runs", "golden", "--out", str(out)]
+    assert gpu.main(whole) == 1
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["torch"] == torch.__version__
     assert result["tflops"] is None
@@ -153,15 +160,72 @@ def test_all_of_it(
         "| core than dense | 2.5 |",
         "inf-cl, all: RuntimeError: no",
         "kernels, clip: DO NOT AGREE (value 1.0e-01, gradient 2.0e-01 from float64)",
+        "golden: largest_difference 1e-05, agrees",
     ):
         assert line in shown.splitlines()
+
+    # the same command again: only what failed is measured
+    assert asked == ["agreement", "loss", "loss", "loss", "step", "step", "golden"]
+    asked.clear()
+    assert gpu.main(whole) == 1
+    assert asked == ["loss"]
+    again = json.loads(out.read_text(encoding="utf-8"))
+    assert sorted(map(str, again.pop("loss"))) == sorted(map(str, result.pop("loss")))
+    assert again == result
+    with pytest.raises(SystemExit, match=r"setting was .*: take another file"):
+        gpu.main([*whole, "--steps", "7"])
+
+
+def test_what_no_time_was_left_for_is_named(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "in_a_process", lambda *_: pytest.fail("no time is left"))
+    arguments = ["--device", "cpu", "--minutes", "0", "--batches", "8", "--tokens", "12", "--compile", "off"]
+    assert gpu.main([*arguments, "--loss-batches", "64", "--loss-cases", "core", "--out", str(out)]) == 1
+    wanted = ["agreement", "loss, case core, batches [64]", "steps, batch 8, tokens 12, compile False"]
+    wanted += [f"runs, run {run}" for run in gpu.RUNS]
+    assert json.loads(out.read_text(encoding="utf-8"))["not_reached"] == wanted
+    assert "not reached: runs, run demo" in capsys.readouterr().out.splitlines()
+
+
+def test_the_most_important_comes_first(gpu: ModuleType) -> None:
+    from argparse import Namespace
+
+    options = Namespace(
+        loss_batches=[32768], loss_cases=["core torch", "inf-cl", "rank"], compile="both", tokens=[77, 20],
+        batches=[1024, 512], runs=["golden", "demo"],
+    )  # fmt: skip
+    plan = [(kind, *case.values()) for kind, case in gpu.cases(options)]
+    assert plan[:4] == [("agreement",), *(("loss", name, [32768]) for name in ("rank", "inf-cl", "core torch"))]
+    steps = [entry[1:] for entry in plan if entry[0] == "steps"]
+    assert steps[:2] == [(1024, 77, True), (512, 77, True)]
+    assert len(steps) == len(set(steps)) == 8
+    assert plan.index(("runs", "golden")) == 4 + 5, "after the steps at the first batch or the first setting"
+
+
+@pytest.mark.slow
+def test_runs_and_a_group_of_one_rank(cases: ModuleType) -> None:
+    (golden,) = cases.measure({"what": "golden", "device": "cpu"})
+    assert golden == {"steps": 20, "largest_difference": 0.0, "agree": True}
+    found = list(cases.measure({"what": "group", "device": "cpu"}))
+    assert [row["checked"] for row in found] == ["collectives", "DDP, bf16", "FSDP2"]
+    assert all(row["agree"] for row in found)
+
+
+def test_a_process_that_takes_too_long_is_ended(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    script = tmp_path / "sleeps.py"
+    script.write_text("import json, time\nprint(json.dumps({'batch': 1}), flush=True)\ntime.sleep(600)\n", "utf-8")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    found = list(gpu.in_a_process({}, 8.0))
+    assert found[-1] == {"failed": "not done after 8 s"}
 
 
 def test_a_process_that_dies_leaves_what_it_had(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     script = tmp_path / "dies.py"
     script.write_text("import os, json\nprint(json.dumps({'batch': 1}), flush=True)\nos._exit(3)\n", encoding="utf-8")
     monkeypatch.setattr(gpu, "__file__", str(script))
-    assert gpu.in_a_process({}) == [{"batch": 1}, {"failed": "the process ended with exit code 3"}]
+    assert list(gpu.in_a_process({}, 300.0)) == [{"batch": 1}, {"failed": "the process ended with exit code 3"}]
 
 
 @pytest.mark.parametrize(
