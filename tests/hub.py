@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         files: ORG/NAME → path → content, of everything that was committed.
         created: bodies of the requests that made a repository.
+        private: repositories that were made private.
         commits: summaries of commits.
         failures: how many of the next downloads are answered with 503.
         cut: how many of the next downloads end in the middle.
@@ -37,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.created: list[dict[str, Any]] = []
+        self.private: set[str] = set()
         self.commits: list[str] = []
         self.broken = False
         self.failures = self.cut = self.sent = 0
@@ -71,10 +73,13 @@ class HubHandler(BaseHTTPRequestHandler):
         self._get(body=True)
 
     def _get(self, body: bool) -> None:
-        """Answer about a data set: the commit, its files, and their content with ranges."""
+        """Answer about a model, or a data set: the commit, its files, and their content with ranges."""
         path = self.path.partition("?")[0]
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
             self._answer({"id": found[1], "sha": REVISION}, 200 if found[1] in self.server.files else 404)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            known = found[1] in self.server.files
+            self._answer({"id": found[1], "private": found[1] in self.server.private}, 200 if known else 404)
         elif found := re.fullmatch(rf"/api/datasets/([^/]+/[^/]+)/tree/{REVISION}", path):
             self._answer([self._entry(name, content) for name, content in self.server.files[found[1]].items()])
         elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{REVISION}/(.+)", path):
@@ -156,6 +161,8 @@ class HubHandler(BaseHTTPRequestHandler):
         self.server.created.append(wanted)
         new = name not in self.server.files
         self.server.files.setdefault(name, {})
+        if new and wanted.get("visibility") == "private":  # one that exists stays as it is
+            self.server.private.add(name)
         self._answer({"url": f"{self.server.url}/{name}", "name": name, "id": name}, 200 if new else 409)
 
     def _commit(self, name: str, body: bytes) -> None:

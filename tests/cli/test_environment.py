@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 
 from disttempnet import __version__
+from disttempnet.cli import environment
 from disttempnet.cli.main import main
 
 
@@ -18,9 +20,14 @@ def test_env_prints_versions_devices_and_settings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcdef")
-    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@example.org")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:sentinel-of-endpoint@example.org")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("MY_DIARY", "private")
+    monkeypatch.setenv("MY_DIARY", "sentinel-of-diary")
+    monkeypatch.setenv("SLURM_JWT", "sentinel-of-jwt")
+    monkeypatch.setenv("SLURM_JOB_ACCOUNT", "sentinel-of-account")
+    monkeypatch.setenv("SLURM_JOB_ID", "12345")
+    for name in ("HF_JWT", "NCCL_AUTH", "TORCH_CREDENTIALS", "OMPI_COMM_WORLD_PASS", "HF_SECRET"):
+        monkeypatch.setenv(name, f"sentinel-of-{name}")
     assert main(["env", "--json"]) == 0
     text = capsys.readouterr().out
     found = json.loads(text)
@@ -32,12 +39,33 @@ def test_env_prints_versions_devices_and_settings(
     assert found["devices"]["torch built for"]
     assert found["settings"]["OMP_NUM_THREADS"] == "1"
     assert found["settings"]["HF_TOKEN"] == "***"
-    assert not any(secret in text for secret in ("hf_abcdef", "secret", "private"))
+    assert found["settings"]["SLURM_JOB_ID"] == "12345"
+    assert found["settings"]["HF_JWT"] == "***"
+    assert not any(secret in text for secret in ("hf_abcdef", "sentinel-of-"))
 
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["versions:", "machine:", "devices:", "settings:"]
     assert any(line.split() == ["torch", torch.__version__] for line in lines)
+
+
+def test_env_of_a_source_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name == "disttempnet":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    # requires() and version() ask it as well
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(environment, "distribution", distribution)
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["disttempnet"].startswith("not installed")
+    assert found["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -9,7 +9,7 @@ import pytest
 from disttempnet.cli.main import main
 from disttempnet.compare.grid import load_grid
 from disttempnet.config import CONFIG_FOLDER, load_config
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, UserNotice
 
 DEBUG = CONFIG_FOLDER / "debug.toml"
 
@@ -78,8 +78,12 @@ def test_a_bare_name_means_a_shipped_config(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cc12m_vitb32_v1").mkdir()  # a folder is no config
-    for name in ("cc12m_vitb32_v1", "cc12m_vitb32_v1.toml", "configs/cc12m_vitb32_v1.toml", "configs/cc12m_vitb32_v1"):
-        assert load_config(name) == load_config(CONFIG_FOLDER / "cc12m_vitb32_v1.toml")
+    shipped = CONFIG_FOLDER / "cc12m_vitb32_v1.toml"
+    for name in ("cc12m_vitb32_v1", "cc12m_vitb32_v1.toml"):
+        assert load_config(name) == load_config(shipped)
+    for name in ("configs/cc12m_vitb32_v1.toml", "configs/cc12m_vitb32_v1"):
+        with pytest.warns(UserNotice, match=f"^{name}: no such file here; .*: {shipped}$"):
+            assert load_config(name) == load_config(shipped)
     assert load_grid("compare") == load_grid(CONFIG_FOLDER / "compare.toml")
     assert main(["launch", "demo", "--nodes", "1", "--gpus", "1", "--dry-run"]) == 0
     assert "train demo" in capsys.readouterr().out

@@ -39,3 +39,28 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message), export_folder(out):
             pytest.fail("entered")
     assert (tmp_path / "mine.txt").is_file()
+
+
+def test_what_was_there_is_put_back_if_the_new_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original, broken = tmp_path / "out", Path.rename, {"new"}
+    with export_folder(out) as folder:
+        (folder / "good").touch()
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name in broken:
+            raise OSError(5, "Input/output error")
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="cannot be written: Input/output error"), export_folder(out):
+        pass
+    assert (out / "good").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    # if that fails too, it is kept where it is, and the message says where
+    broken.add("old")
+    with pytest.raises(UserError, match="cannot be put back") as caught, export_folder(out):
+        pass
+    assert (Path(str(caught.value).partition("it is in ")[2]) / "good").is_file()

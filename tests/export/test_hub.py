@@ -12,7 +12,7 @@ import disttempnet.models  # first: it lets torchvision load beside a CPU-only t
 from disttempnet.cli.main import main
 from disttempnet.errors import UserError
 from disttempnet.export.hub import checked_repository, upload, write_hub_folder
-from disttempnet.models import encode_images, encode_texts, load_model
+from disttempnet.models import encode_images, encode_texts, hub, load_model
 from disttempnet.models.towers import open_clip
 from tests import parts
 from tests.export.models import small_towers
@@ -45,6 +45,12 @@ def test_open_clip_opens_the_folder_with_equal_features(tmp_path: Path) -> None:
     assert ids[0] == [token for token in tokens[0].tolist() if token]
 
 
+def test_an_average_says_so_in_the_config(tmp_path: Path) -> None:
+    write_hub_folder(small_towers(tmp_path / "made"), tmp_path, "org/tiny", "", ema=0.5)
+    assert json.loads((tmp_path / "open_clip_config.json").read_text())["train_ema"] == 0.5
+    assert "train.ema = 0.5" in load_model(f"local-dir:{tmp_path}").notes[0]
+
+
 def test_folders_of_this_machine_are_not_in_the_config(tmp_path: Path) -> None:
     name = parts.write_architecture(tmp_path / "architecture")
     text = parts.write_text_folder(tmp_path / "secret" / "distilbert")
@@ -73,13 +79,13 @@ def test_the_command_against_a_hub(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "demo", "name=mine", *QUICK]) == 0
     capsys.readouterr()
-    with serving_hub(monkeypatch) as hub:
+    with serving_hub(monkeypatch) as server:
         assert main(["push", "runs/mine", "org/tiny", "--dry-run", "--license", "MIT", "--data", "Emoji"]) == 0
         shown = capsys.readouterr().out
         assert "# tiny" in shown
         assert "license: mit" in shown
         assert "nothing was uploaded" in shown
-        assert hub.created == []
+        assert server.created == []
         assert str(tmp_path) not in shown.partition("dry run:")[0]
 
         # without a token nothing is made, and the message says what to do
@@ -87,28 +93,33 @@ def test_the_command_against_a_hub(
         error = capsys.readouterr().err
         assert "hf auth login" in error
         assert error.count("\n") == 1
-        assert hub.files == {}
+        assert server.files == {}
 
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         assert main(["push", "runs/mine", "org/tiny", "--private", "--out", "folder"]) == 0
-        assert f"pushed: {hub.url}/org/tiny" in capsys.readouterr().out
-        assert hub.created[-1]["visibility"] == "private"
+        assert f"pushed: {server.url}/org/tiny" in capsys.readouterr().out
+        assert server.created[-1]["visibility"] == "private"
         written = {path.name: path.read_bytes() for path in Path("folder").iterdir() if path.name[0] != "."}
-        assert hub.files["org/tiny"] == written
+        assert server.files["org/tiny"] == written
         assert {"README.md", "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"} <= set(written)
         assert not any(TOKEN.encode() in content for content in written.values())
 
         # an upload that breaks off is one line
-        hub.broken = True
+        server.broken = True
         assert main(["push", "runs/mine", "org/other", "--out", "folder"]) == 2
         error = capsys.readouterr().err
         assert "org/other: not uploaded: " in error
         assert error.count("\n") == 1
-        hub.broken = False
+        server.broken = False
+
+        # a public repository does not become private: nothing is uploaded to it
+        assert main(["push", "runs/mine", "org/other", "--private", "--out", "folder"]) == 2
+        assert "org/other: --private, but this repository exists and is public" in capsys.readouterr().err
+        assert server.files["org/other"] == {}
 
         # a second push is a second commit of the same repository
         assert main(["push", "runs/mine", "org/tiny", "--out", "folder"]) == 0
-        assert len(hub.commits) == 2
+        assert len(server.commits) == 2
 
 
 def test_only_runs_have_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,5 +136,10 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_OFFLINE", [])
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        upload(tmp_path, "org/tiny", False, "x")
+    # the process itself turned the network off, as the Hub could not be reached
+    monkeypatch.setattr(hub, "_OFFLINE", ["hub.invalid cannot be reached"])
+    with pytest.raises(UserError, match=r"nothing was uploaded: hub\.invalid cannot be reached; the folder is"):
         upload(tmp_path, "org/tiny", False, "x")

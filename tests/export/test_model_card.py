@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_results_have_intervals_over_seeds(tmp_path: Path, towers: Towers) -> No
     assert f"| Unseen renderings | zero-shot top-1 | 46.0 | 1.0 | {interval} |" in card
     assert "Over seeds 1, 2, 5: mean" in card
     assert "One seed" not in card
+
+
+def test_notes_lose_places_not_facts(tmp_path: Path, towers: Towers) -> None:
+    notes = ("weights '/home/me/runs/x/step-1' are a moving average over training steps (train.ema = 0.5)", "/only/x")
+    card = card_of(seeded(tmp_path, 1, 0.4), replace(towers, notes=notes))
+    assert "\n- Weights are a moving average over training steps (train.ema = 0.5).\n" in card
+    assert "/home" not in card
+    assert "/only" not in card
 
 
 def test_one_seed_says_so(tmp_path: Path, towers: Towers) -> None:

@@ -28,7 +28,7 @@ def test_clip_from_the_command_line(
     monkeypatch.chdir(tmp_path)
     towers = small_towers(tmp_path / "made", {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]})
     Path("model").mkdir()
-    save_model(towers, Path("model"), logit_scale=20.0)
+    save_model(towers, Path("model"), logit_scale=20.0, logit_bias=-7.5)
     assert main(["export", "model", "--to", "onnx"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in shown] == ["checked", "export"], "the exporter itself is silent"
@@ -36,7 +36,7 @@ def test_clip_from_the_command_line(
     assert {path.name for path in out.iterdir()} == {"image.onnx", "text.onnx", "about.json", ".export"}
     about = json.loads((out / "about.json").read_text())
     assert (about["image_size"], about["context_length"], about["embed_dim"]) == (32, 16, 24)
-    assert about["logit_scale"] == pytest.approx(20.0)
+    assert (about["logit_scale"], about["logit_bias"]) == pytest.approx((20.0, -7.5))
 
     # files of the same name in another process's hands: plain numpy in, features out
     pixels = np.random.default_rng(3).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)

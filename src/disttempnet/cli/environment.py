@@ -22,10 +22,19 @@ change what commands do. Credentials in them are hidden. Nothing is sent anywher
 # Variables that this package, torch, the hub or a launcher read.
 _PREFIXES = (
     "CUDA_", "DISTTEMPNET_", "HF_", "MASTER_", "MKL_", "NCCL_", "OMP_", "OMPI_COMM_WORLD_", "PMI_", "PYTORCH_",
-    "SLURM_", "TORCH_", "TRANSFORMERS_", "TRITON_",
+    "TORCH_", "TRANSFORMERS_", "TRITON_",
 )  # fmt: skip
+# Of a SLURM job only what says where and how wide it runs: others hold its token, its user, its account.
+_SLURM = {
+    f"SLURM_{name}"
+    for name in (
+        "ARRAY_TASK_ID", "CPUS_PER_TASK", "GPUS", "GPUS_ON_NODE", "GPUS_PER_NODE", "GPUS_PER_TASK", "JOB_ID",
+        "JOB_NODELIST", "JOB_NUM_NODES", "LOCALID", "NNODES", "NODEID", "NTASKS", "NTASKS_PER_NODE", "PROCID",
+        "STEP_GPUS", "STEP_ID", "STEP_NODELIST", "STEP_NUM_NODES", "STEP_NUM_TASKS",
+    )
+}  # fmt: skip
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "XDG_CACHE_HOME", "PYTHONPATH", "FORCE_COLOR", "NO_COLOR")
-_SECRET = ("TOKEN", "KEY", "_SECRET", "PASSWORD")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "JWT", "AUTH", "CRED")
 
 
 def add_env_command(commands: Any) -> None:
@@ -70,7 +79,10 @@ def _versions() -> Iterator[tuple[str, str]]:
     known = process_provenance()
     yield "disttempnet", f"{known['versions']['disttempnet']}{_origin(known['git'])}"
     yield "python", f"{platform.python_version()} ({platform.python_implementation()}, {sys.executable})"
-    names = {_bare(requirement) for requirement in requires("disttempnet") or ()}
+    try:
+        names = {_bare(requirement) for requirement in requires("disttempnet") or ()}
+    except PackageNotFoundError:  # run from its source, by PYTHONPATH alone
+        names = known["versions"].keys() - {"python"}
     for name in sorted(names - {"disttempnet"}, key=str.lower):
         try:
             yield name, version(name)
@@ -85,10 +97,14 @@ def _bare(requirement: str) -> str:
 
 
 def _origin(revision: str) -> str:
-    """Return where the package runs from: a checkout with its revision, or an installation."""
-    editable = (distribution("disttempnet").read_text("direct_url.json") or "").find('"editable": true') >= 0
-    how = f", git {revision}" if revision else ""
-    return f" ({'editable' if editable else 'installed'}{how})"
+    """Return where the package runs from, with the revision of a checkout; empty for a source that has none."""
+    try:
+        record = distribution("disttempnet").read_text("direct_url.json") or ""
+        how = ["editable" if '"editable": true' in record else "installed"]
+    except PackageNotFoundError:  # its version is "not installed"
+        how = []
+    how += [f"git {revision}"] if revision else []
+    return f" ({', '.join(how)})" if how else ""
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -129,6 +145,6 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _settings() -> Iterator[tuple[str, str]]:
     """Yield the variables of the environment that change what commands do."""
     for name in sorted(os.environ):
-        if name in _NAMES or name.startswith(_PREFIXES):
+        if name in _NAMES or name in _SLURM or name.startswith(_PREFIXES):
             hidden = any(word in name.upper() for word in _SECRET)
             yield name, "***" if hidden and os.environ[name] else redacted(os.environ[name])

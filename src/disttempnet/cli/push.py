@@ -40,7 +40,7 @@ def add_push_command(commands: Any) -> None:
     push.add_argument("--dry-run", action="store_true", help="write the folder and print the card; upload nothing")
     push.add_argument("--license", default="", metavar="ID", help="of the weights, as the Hub names it: mit, cc-by-4.0")
     push.add_argument("--data", default="", metavar="TEXT", help="what the training data is, in your words")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--private", action="store_true", help="make the repository private; refuse a public one")
     push.add_argument("--out", type=path_argument, metavar="DIR", help="the folder (default: RUN/export/STEP-hub)")
     push.set_defaults(run=_push)
 
@@ -73,7 +73,7 @@ def _push(options: argparse.Namespace) -> int:
     # Write the folder, then upload it.
     out = Path(options.out) if options.out else model.folder / "export" / f"{model.name}-hub"
     with export_folder(out) as folder:
-        lines = write_hub_folder(model.towers, folder, repository, card)
+        lines = write_hub_folder(model.towers, folder, repository, card, model.config.train.ema)
     for line in lines:
         say(line)
     if licence == UNKNOWN_LICENCE:

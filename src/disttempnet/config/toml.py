@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from disttempnet.errors import UserError
+from disttempnet.errors import UserError, notice
 from disttempnet.io.paths import expand_home
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
@@ -26,12 +26,17 @@ def _first_line(error: BaseException) -> str:
 def find_config(name: str | Path) -> Path:
     """Return the file that a command's argument names: a path, or a shipped config.
 
-    A shipped config is named with or without .toml, or as in a checkout, `configs/NAME.toml`, where no such file is.
+    A shipped config is named with or without .toml, or as in a checkout, `configs/NAME.toml`. Where no such file is,
+    a notice says that the shipped one is taken.
     """
     path = _at_home(str(name))
     shipped = CONFIG_FOLDER / f"{path.name.removesuffix('.toml')}.toml"
-    named = str(name) == path.name or path.parent == Path("configs")
-    return shipped if named and not path.is_file() and shipped.is_file() else path
+    bare, in_checkout = str(name) == path.name, path.parent == Path("configs")
+    if not (bare or in_checkout) or path.is_file() or not shipped.is_file():
+        return path
+    if in_checkout:
+        notice(f"{path}: no such file here; taking the one that the package ships: {shipped}")
+    return shipped
 
 
 def read_run_table(path: str | Path) -> dict[str, Any]:

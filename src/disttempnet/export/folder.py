@@ -18,7 +18,7 @@ EXPORT_MARK = ".export"  # in a folder that an export wrote, which a later one m
 def export_folder(out: Path) -> Iterator[Path]:
     """Give an empty folder to write to; it becomes `out` when the block ends without an error.
 
-    A folder that an earlier export wrote is replaced. After an error nothing is left behind.
+    A folder that an earlier export wrote is replaced. After an error it is as before, and nothing else is left.
 
     Raises:
         UserError: `out` cannot be written, is a file, or holds other files.
@@ -30,6 +30,7 @@ def export_folder(out: Path) -> Iterator[Path]:
     with unwritable_named(out):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    old = temporary / "old"
     try:
         content = temporary / "new"
         content.mkdir()
@@ -40,7 +41,12 @@ def export_folder(out: Path) -> Iterator[Path]:
                 if path.is_file():
                     follow_umask(path)
             if out.exists():
-                out.rename(temporary / "old")
+                out.rename(old)
             content.rename(out)
     finally:
+        if old.exists() and not out.exists():  # the new one did not take its place
+            try:
+                old.rename(out)
+            except OSError as error:  # then it is not removed either
+                raise UserError(f"{out}: cannot be put back ({error.strerror or error}); it is in {old}") from None
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,6 +12,7 @@ from disttempnet.errors import UserError
 from disttempnet.export.check import expected_features, largest_difference, sample_pixels
 from disttempnet.export.clip_model import clip_tokenizer
 from disttempnet.models import CONFIG_NAME, Towers, encode_images, load_model, save_model
+from disttempnet.models.hub import hub_fault
 from disttempnet.models.transformers_clip import VOCABULARY
 from disttempnet.sanitize import brief
 
@@ -36,7 +37,7 @@ def checked_repository(name: str) -> str:
     return name
 
 
-def write_hub_folder(towers: Towers, folder: Path, repository: str, card: str) -> list[str]:
+def write_hub_folder(towers: Towers, folder: Path, repository: str, card: str, ema: float = 0.0) -> list[str]:
     """Write what open_clip opens as `hf-hub:ORG/NAME`, and compare the features of the written weights.
 
     Args:
@@ -44,6 +45,7 @@ def write_hub_folder(towers: Towers, folder: Path, repository: str, card: str) -
         folder: an existing, empty one.
         repository: ORG/NAME, which replaces names of local folders in the architecture.
         card: the text of README.md.
+        ema: decay of the moving average that the weights are (train.ema); 0 = they are none.
 
     Returns:
         Lines for the reader: what was checked, what is left out.
@@ -52,7 +54,7 @@ def write_hub_folder(towers: Towers, folder: Path, repository: str, card: str) -
         UserError: features differ.
     """
     lines = []
-    save_model(towers, folder, float(towers.module.logit_scale.detach().exp()))
+    save_model(towers, folder, float(towers.module.logit_scale.detach().exp()), ema=ema)
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["model_cfg"] = _without_places(config["model_cfg"], repository)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -87,7 +89,7 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
     """Make the repository where it is missing, upload the folder as one commit, and return its URL.
 
     Raises:
-        UserError: nobody is logged in, or the Hub refuses.
+        UserError: nobody is logged in, or the Hub refuses; the repository is public, and `private` is set.
     """
     from huggingface_hub import HfApi, errors
 
@@ -97,6 +99,12 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
     api = HfApi(library_name="disttempnet")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
+        # One that was there before stays as it is, and everybody would read what is uploaded.
+        if private and not api.repo_info(repository).private:
+            raise UserError(
+                f"{repository}: --private, but this repository exists and is public: nothing was uploaded; make it "
+                f"private in its settings, or name another one; the folder is {folder}"
+            )
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -104,7 +112,8 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
             ignore_patterns=[".*"],
         )
     except errors.OfflineModeIsEnabled:
-        raise UserError(f"{repository}: HF_HUB_OFFLINE is set: nothing was uploaded; the folder is {folder}") from None
+        why = hub_fault() or "the Hub's client is offline"
+        raise UserError(f"{repository}: nothing was uploaded: {why}; the folder is {folder}") from None
     except (network, OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a file, with its cause
         status = getattr(getattr(error, "response", None), "status_code", 0)
         hint = "; log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else ""

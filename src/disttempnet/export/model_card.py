@@ -273,7 +273,9 @@ def _limits(card: CardFacts) -> list[str]:
         lines.append("- One seed was trained, or only one lay beside it.")
     if card.run.config.train.stop_after_steps or not card.run.finished:
         lines.append(f"- Training was not at its end: the weights are of step {card.step:,}.")
-    return lines + [f"- {one_line(str(note))}." for note in card.towers.notes if not re.search(r"[/\\]", str(note))]
+    # A note names the place of the weights; what is left without it says enough.
+    notes = [re.sub(r" '[^']*[/\\][^']*'", "", one_line(str(note))) for note in card.towers.notes]
+    return lines + [f"- {note[:1].upper()}{note[1:]}." for note in notes if not re.search(r"[/\\]", note)]
 
 
 def _licence(card: CardFacts) -> list[str]:

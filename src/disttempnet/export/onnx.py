@@ -2,7 +2,7 @@
 
   image.onnx   pixels [batch, 3, s, s], uint8 from 0 to 255 → features [batch, D], of unit length
   text.onnx    tokens [batch, L], int64 → features [batch, D], of unit length
-  about.json   sizes, resizing, mean and std (which image.onnx applies itself), logit scale
+  about.json   sizes, resizing, mean and std (which image.onnx applies itself), logit scale and bias
 
 Scaling and normalisation of pixels are inside, so that a caller only decodes, resizes and crops.
 """
@@ -85,6 +85,7 @@ def write_onnx(towers: Towers, folder: Path, logit_scale: float) -> str:
 
     # Say what a caller has to know, and write the tokenizer's files where there are any.
     text = towers.architecture["text_cfg"]
+    bias = getattr(towers.module, "logit_bias", None)  # of SigLIP alone
     about = {
         "model": towers.name,
         "embed_dim": towers.embed_dim,
@@ -96,6 +97,7 @@ def write_onnx(towers: Towers, folder: Path, logit_scale: float) -> str:
         "context_length": tokens.shape[1],
         "vocab_size": text.get("vocab_size"),
         "logit_scale": logit_scale,
+        "logit_bias": 0.0 if bias is None else float(bias.detach()),
     }
     if has_hf_text(towers.architecture):
         towers.tokenizer.save_pretrained(str(folder))  # type: ignore[attr-defined]

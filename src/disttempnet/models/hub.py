@@ -21,7 +21,7 @@ def hub_fault() -> str:
     Where that fails, the client reads its cache alone from then on.
     """
     if constants.HF_HUB_OFFLINE:
-        return _found_offline() or "HF_HUB_OFFLINE is set: nothing is downloaded"
+        return _found_offline() or "HF_HUB_OFFLINE is set, so that the hub is not asked"
     if why := _unreachable(constants.ENDPOINT):
         constants.HF_HUB_OFFLINE = True
         _OFFLINE.append(why)
