@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -67,6 +68,38 @@ def test_merged_towers_give_the_same_features(kind: str, tmp_path: Path) -> None
     assert set(merged.state_dict()) == names
     torch.testing.assert_close(features(towers, merged), after, rtol=0, atol=1e-12)
     torch.testing.assert_close(features(towers, module), after, rtol=0, atol=1e-12)  # and they are not merged by it
+
+
+def test_locked_weights_of_attentions_stay_equal_to_the_bit() -> None:
+    """Passes with and without gradients, one that fails, and one in a copy."""
+    towers = load_model("demo-vit-32")
+    module = towers.module
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    adapted(towers, LoraConfig(rank=2, alpha=4))
+    torch.manual_seed(3)
+    for name, p in module.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(p, 0, 0.1)
+
+    def changed(one: torch.nn.Module) -> list[str]:
+        own = {re.sub(r"\.base_layer", "", name): value for name, value in one.state_dict().items()}
+        return [name for name, value in before.items() if not torch.equal(own[name], value)]
+
+    first = features(towers, module)
+    for number in range(50):
+        with torch.set_grad_enabled(number % 2 == 0):
+            found = features(towers, module)
+        if number % 2 == 0:
+            assert torch.equal(found, first)
+            found.square().sum().backward()
+    assert changed(module) == []
+
+    attention = module.visual.transformer.resblocks[0].attn
+    with pytest.raises(AssertionError, match="embedding dimension"):
+        attention(*[torch.zeros(1, 1, 3)] * 3)
+    twin = copy.deepcopy(module)
+    assert torch.equal(features(towers, twin), first)
+    assert changed(module) == changed(twin) == []
 
 
 def test_targets_are_names_of_maps_between_embeddings_and_heads() -> None:
@@ -143,6 +176,15 @@ def test_two_processes_train_alike(own: list[str], gloo: Pools, tmp_path: Path) 
         (["model.pretrained=openai", "lora.rank=2", "train.freeze=towers"], r"lora and train\.freeze do not go"),
         (["lora.alpha=2"], r"\[lora\] alpha and targets are of adapters: set rank too"),
         (["lora={rank=2, towers=[]}"], r"\[lora\] towers names none"),
+        (["lora.towers=['text']"], r"\[lora\] towers is of adapters: set rank too, or leave it out"),
+        (
+            ["model.pretrained=openai", "lora.rank=2", "model.lock_image=true", "model.unlocked_image_groups=1"],
+            r"lora\.rank and model\.unlocked_image_groups do not go together",
+        ),
+        (
+            ["model.pretrained=openai", "lora.rank=2", "model.lock_text=true", "model.unlocked_text_layers=1"],
+            r"lora\.rank and model\.unlocked_text_layers do not go together",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(keys: list[str], message: str, tmp_path: Path) -> None:

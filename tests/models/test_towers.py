@@ -216,3 +216,7 @@ def test_a_run_reads_longer_captions_and_resumes(tmp_path: Path) -> None:
     assert run.towers.notes == ()
     with pytest.raises(UserError, match=r"key 'model.context_length'"):
         debug(tmp_path, "model.context_length=513")
+    for none in (1, 2):
+        with pytest.raises(UserError, match=r"key 'model.context_length': must be at least 3 \(start, a token of the"):
+            debug(tmp_path, f"model.context_length={none}")
+    assert debug(tmp_path, "model.context_length=3").model.context_length == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,8 @@ def test_constant_and_warm_up_stable_decay() -> None:
     ("keys", "message"),
     [
         ("{lr=1, warmup_steps=3, warmup_share=0.1}", "give warmup_steps or warmup_share, not both"),
-        ("{lr=1, schedule='constant', lr_end=0.1}", "lr_end is for a schedule that falls"),
-        ("{lr=1, decay_share=0.5}", "decay_share is for schedule"),
+        ("{lr=1, schedule='constant', lr_end=0.1}", "lr_end is for a schedule that falls.*, or set optim.lr_end=0$"),
+        ("{lr=1, decay_share=0.5}", "decay_share is for schedule.*, or set optim.decay_share=0.2$"),
         ("{lr=1, schedule='wsd', decay_share=0.5, warmup_share=0.6}", "more than the run together"),
         ("{lr=1, schedule='linear'}", r"key 'optim.schedule'.*'cosine', 'constant' or 'wsd'"),
     ],
@@ -73,6 +74,24 @@ def test_constant_and_warm_up_stable_decay() -> None:
 def test_keys_that_contradict_each_other_are_refused(keys: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         debug(tmp_path, f"optim={keys}")
+
+
+def test_layer_decay_of_frozen_towers_is_refused(tmp_path: Path) -> None:
+    frozen = ["train.freeze=towers", "model.pretrained=openai"]
+    with pytest.raises(
+        UserError, match=r'optim.layer_decay is for trained towers: leave it out with train.freeze = "to'
+    ):
+        debug(tmp_path, *frozen, "optim.layer_decay=0.9")
+    assert debug(tmp_path, *frozen, "optim.layer_decay=1.0").train.freeze == "towers"
+
+
+def test_documented_commands_have_settings_that_go_together() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    commands = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("disttempnet train ")]
+    assert any("optim.name=lion" in command for command in commands)
+    for path, *overrides in commands:
+        config = load_config(Path(path).stem, [one for one in overrides if "=" in one])
+        refuse_unusable(config.optim, config.train.shard)
 
 
 def test_a_warm_up_as_a_share_of_the_run(tmp_path: Path) -> None:
@@ -338,7 +357,10 @@ def test_muon_leaves_embeddings_and_heads_to_adamw() -> None:
         (["optim.name=adahessian"], "cannot be used: it differentiates the gradient again"),
         (["optim.name=bnbadamw8bit"], "cannot be used: it belongs to bitsandbytes, which is not supported"),
         (["optim.name=clion", "train.shard=true"], "'clion' cannot step sharded parameters: leave train.shard out"),
-        (["optim.name=lion", "optim.eps=1e-8"], "optim.eps has no effect on lion"),
+        (
+            ["optim.name=lion", "optim.eps=1e-8"],
+            "optim.eps has no effect on lion.*, or set optim.eps=1e-06, its default",
+        ),
         (["optim.name=sgd", "optim.beta2=0.95"], "optim.beta2 has no effect on sgd"),
         (["optim.name=adan", "optim.beta1=0.95"], "optim.beta1 has no effect on adan"),
     ],

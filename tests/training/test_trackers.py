@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from disttempnet import distributed
 from disttempnet.errors import UserError
 from disttempnet.training import trackers
 from disttempnet.training.trainer import train
@@ -97,6 +98,30 @@ def test_rank_0_alone_tracks(gloo: Pools, tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "debug" / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2]
     assert len(list((tmp_path / "debug" / "tensorboard").iterdir())) == 1
+
+
+def without_a_tracker(lacking: int, out: str) -> str:
+    missing = trackers.LIBRARIES | ({"tensorboard": "no_such_module"} if distributed.rank() == lacking else {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trackers, "LIBRARIES", missing)
+        try:
+            train(debug(Path(out), "train.stop_after_steps=1", "eval.tasks=[]"))
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_rank_0_alone_needs_a_tracker_and_tells_the_others(gloo: Pools, tmp_path: Path) -> None:
+    assert gloo(2, without_a_tracker, 1, str(tmp_path)) == ["", ""]
+    first, second = gloo(2, without_a_tracker, 0, str(tmp_path / "none"))
+    assert first.startswith("UserError: train.trackers: tensorboard is not installed")
+    assert second.startswith("OtherRankFailed: rank 0: train.trackers: tensorboard is not installed")
+
+
+def test_a_project_without_a_tracker_that_has_projects_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tracker_project is of wandb and trackio: name one in trackers, or leave it"):
+        debug(tmp_path, "train.tracker_project=clip")
+    debug(tmp_path, "train.tracker_project=disttempnet")
 
 
 def test_runs_of_one_name_in_two_folders_are_two_runs(tmp_path: Path) -> None:

@@ -233,6 +233,13 @@ class ModelConfig(Section):
             raise ValueError(f"name = {name!r} has weights already: leave pretrained out, or the tag")
         return {**given, "name": architecture, **({"pretrained": tag} if tag else {})}
 
+    @field_validator("context_length")
+    @classmethod
+    def _leaves_words(cls, length: int, info: ValidationInfo) -> int:
+        if bounded(info) and length in (1, 2):
+            raise PydanticCustomError("words", "must be at least 3 (start, a token of the text, end), or 0")
+        return length
+
     @model_validator(mode="after")
     def _one_origin_of_weights(self) -> ModelConfig:
         if self.pretrained and (self.image_pretrained or self.text_pretrained):
@@ -266,9 +273,11 @@ class LoraConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _describes_adapters(self) -> LoraConfig:
+    def _describes_adapters(self, info: ValidationInfo) -> LoraConfig:
         if not self.rank and (self.alpha or self.targets):
             raise ValueError("alpha and targets are of adapters: set rank too")
+        if bounded(info) and not self.rank and self.towers != type(self).model_fields["towers"].default:
+            raise ValueError("towers is of adapters: set rank too, or leave it out")
         if self.rank and not self.towers:
             raise ValueError('towers names none: give "image", "text" or both')
         return self
@@ -352,9 +361,14 @@ class OptimConfig(Section):
         if self.warmup_steps and self.warmup_share:
             raise ValueError("give warmup_steps or warmup_share, not both: set the other one to 0")
         if self.schedule == "constant" and self.lr_end:
-            raise ValueError('lr_end is for a schedule that falls: leave it out with schedule = "constant"')
+            raise ValueError(
+                'lr_end is for a schedule that falls: leave it out with schedule = "constant", or set optim.lr_end=0'
+            )
         if self.schedule != "wsd" and self.decay_share != type(self).model_fields["decay_share"].default:
-            raise ValueError('decay_share is for schedule = "wsd": set that, or leave decay_share out')
+            default = type(self).model_fields["decay_share"].default
+            raise ValueError(
+                f'decay_share is for schedule = "wsd": set that, or leave it out, or set optim.decay_share={default}'
+            )
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ValueError("warmup_share and decay_share are more than the run together: lower one of them")
         return self
@@ -441,6 +455,13 @@ class TrainConfig(Section):
         for key in ("cache_dtype", "cache_folder") if bounded(info) and not self.cache_features else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for cached features: set cache_features = true, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _names_the_project_of_a_tracker(self, info: ValidationInfo) -> TrainConfig:
+        default = type(self).model_fields["tracker_project"].default
+        if bounded(info) and self.tracker_project != default and not {"wandb", "trackio"} & set(self.trackers):
+            raise ValueError("tracker_project is of wandb and trackio: name one in trackers, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -535,10 +556,23 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _adapts_pretrained_towers(self) -> Config:
+    def _decays_the_rate_of_trained_layers(self, info: ValidationInfo) -> Config:
+        if bounded(info) and self.train.freeze and self.optim.layer_decay != 1:
+            raise ValueError(
+                f'optim.layer_decay is for trained towers: leave it out with train.freeze = "{self.train.freeze}"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_pretrained_towers(self, info: ValidationInfo) -> Config:
         if not self.lora.rank:
             return self
         model = self.model
+        for key in ("unlocked_image_groups", "unlocked_text_layers") if bounded(info) else ():
+            if getattr(model, key):
+                raise ValueError(
+                    f"lora.rank and model.{key} do not go together (adapters are for locked layers): leave one out"
+                )
         if not (model.pretrained or ":" in model.name or (model.image_pretrained and model.text_pretrained)):
             raise ValueError("lora.rank would adapt random weights: set model.pretrained")
         for key, why in {

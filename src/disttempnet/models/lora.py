@@ -48,6 +48,10 @@ class Adapters:
         self._tuner = peft.LoraModel(module, wanted, "default")  # the modules of `module` are replaced
         for p in trained:  # heads, which peft has locked
             p.requires_grad_(True)
+        for part in module.modules():
+            if isinstance(part, peft.tuners.lora.layer.MultiheadAttention):
+                part.register_forward_pre_hook(_remember_weights)
+                part.register_forward_hook(_put_weights_back, always_call=True)
         if checkpoint is not None:
             self._load(module, checkpoint / LORA_NAME)
 
@@ -82,6 +86,19 @@ class Adapters:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
+
+
+def _remember_weights(attention: Any, _: object) -> None:
+    """Keep the locked weights of an attention of peft, which forgets them while it computes."""
+    base = attention.base_layer
+    attention.weights_before = (base.in_proj_weight, base.out_proj.base_layer.weight)
+
+
+def _put_weights_back(attention: Any, _: object, __: object) -> None:
+    """Give an attention of peft its locked weights back: peft's own are (W + Δ) − Δ, a rounding off at every pass."""
+    base = attention.base_layer
+    base.in_proj_weight, base.out_proj.base_layer.weight = attention.weights_before
+    del attention.weights_before
 
 
 def _import_peft() -> ModuleType:

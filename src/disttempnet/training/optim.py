@@ -53,8 +53,12 @@ def refuse_unusable(config: OptimConfig, shard: bool = False) -> None:
     takes = _parameters(name)
     unused = {"eps": "eps" not in takes, "beta2": "betas" not in takes, "beta1": not takes & {"betas", "momentum"}}
     for key, missing in unused.items():
-        if missing and getattr(config, key) != OptimConfig.model_fields[key].default:
-            raise UserError(f"optim.{key} has no effect on {name}, which has no such parameter: leave it out")
+        default = OptimConfig.model_fields[key].default
+        if missing and getattr(config, key) != default:
+            raise UserError(
+                f"optim.{key} has no effect on {name}, which has no such parameter: leave it out, or set "
+                f"optim.{key}={default}, its default, where a config sets another"
+            )
 
 
 def _why_refused(name: str) -> str | None:

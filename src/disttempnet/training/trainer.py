@@ -86,10 +86,7 @@ class Trainer:
         # Check what fails fast: the config, the folder, the compiler.
         given, config = config, resolved(config, bounds=resume == "never")
         self.device, self.folder, self.report = device, config.folder, report
-        distributed.together(
-            lambda: run_folder.refuse_unwritable_folder(self.folder) if distributed.is_main() else None
-        )
-        trackers.refuse_missing(config)
+        distributed.together(lambda: self._refuse_unusable_outputs(config) if distributed.is_main() else None)
         if config.train.compile:
             refuse_without_compiler(device)
 
@@ -186,6 +183,11 @@ class Trainer:
         self._finite, self._norm = NanCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
+
+    def _refuse_unusable_outputs(self, config: Config) -> None:
+        """Raise UserError if the folder cannot be written, or a tracker is not installed. Only rank 0 calls this."""
+        run_folder.refuse_unwritable_folder(self.folder)
+        trackers.refuse_missing(config)
 
     def _load_towers(self, found: Path | None, pretrained: str) -> Towers:
         """Return the towers of the checkpoint `found`, which also says how pixels are normalised; else of `[model]`."""
