@@ -40,7 +40,7 @@ from tests.losses.scenario import (
 from tests.losses.twin_network import MODES, twin_taus, weights_of
 
 GAMMAS = (1.0, 0.8, 0.2)
-COSINE = {**NETWORK, "name": "disttempnet-v1", "gamma_min": 0.2, "gamma_decay_epochs": 2}
+COSINE = {**NETWORK, "name": "disttempnet-v1", "tau_initial": 0, "gamma_min": 0.2, "gamma_decay_epochs": 2}
 del COSINE["gamma"]
 close = torch.testing.assert_close
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}

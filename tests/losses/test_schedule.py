@@ -12,7 +12,7 @@ from disttempnet.losses.schedule import ConstantGamma, CosineGamma
 from tests.losses.oracle import inner_rate
 from tests.losses.scenario import CONSTANT, NETWORK, make, step, unique_batch
 
-V1 = {key: value for key, value in NETWORK.items() if key != "gamma"} | {"name": "disttempnet-v1"}
+V1 = {key: value for key, value in NETWORK.items() if key != "gamma"} | {"name": "disttempnet-v1", "tau_initial": 0}
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def _rows(comparison: GroupComparison) -> str:
 def _differences(comparison: GroupComparison) -> str:
     shown = [group for group in comparison.groups if not comparison.is_baseline(group)]
     columns = comparison.columns
-    figure, ((*axes,),) = grid(1, len(columns), height=1.2 + _ROW * len(shown), width=_WIDTH, sharey=True)
+    figure, ((*axes,),) = grid(1, len(columns), height=max(2.4, 1.2 + _ROW * len(shown)), width=_WIDTH, sharey=True)
     for c, (axis, column) in enumerate(zip(axes, columns, strict=True)):
         for place, group in enumerate(shown):
             point = _difference(comparison, group, c)
