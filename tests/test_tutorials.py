@@ -18,7 +18,7 @@ from tests.evaluation.toy import write_shard
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
-INSTALLS = ("make ", "source ")  # lines of the first page that set the package up
+INSTALLS = ("make ", "source ", "pip install ", "disttempnet completion ")  # lines of the first page that set up
 # Keys that make runs small, in place of a page's own values.
 SMALL = {
     "data.limit": "64",
@@ -68,7 +68,7 @@ FILES: dict[str, Callable[[Path], None]] = {
 
 def small(command: str, page: str) -> list[str]:
     """Return the words of a command, with the keys that make its runs small."""
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     if TRAINED.match(command):
         keys = SMALL | SMALL_OF.get(page, {})
         words = [word for word in words if word.partition("=")[0] not in keys]

@@ -29,10 +29,11 @@ def test_the_files_are_what_the_template_gives(command: str) -> None:
 
 def test_examples_name_the_corrected_config_where_there_is_one() -> None:
     """The published ρ keeps every τ near its lower bound."""
-    named = re.findall(r"configs/(\w+\.toml)", "".join([LAUNCH, published("train"), published("evaluate")]))
+    named = re.findall(r"configs/(\w+)\.toml", "".join([published("train"), published("evaluate")]))
+    named += re.findall(r"disttempnet launch (?!runs/)(\w+)", LAUNCH)  # shipped configs by their bare names
     assert len(named) > 2
-    for name in named:
-        assert (CONFIG_FOLDER / name).is_file()
+    for name in (f"{one}.toml" for one in named if one != "evaluate"):
+        assert (CONFIG_FOLDER / name).is_file(), name
         assert not (CONFIG_FOLDER / name.replace(".toml", "_corrected.toml")).exists(), name
 
 

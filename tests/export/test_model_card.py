@@ -94,6 +94,13 @@ def test_the_runs_facts(tmp_path: Path, towers: Towers) -> None:
     assert "Nobody has said" in card_of(run, towers, licence="unknown")
 
 
+def test_defaults_are_no_settings_of_the_run(tmp_path: Path, towers: Towers) -> None:
+    """Lists among them, such as `lora.towers` of a run without LoRA."""
+    card = card_of(seeded(tmp_path, 1, 0.4), towers)
+    assert "| `loss.rho` |" in card
+    assert "`lora." not in card
+
+
 def test_no_place_of_this_machine(tmp_path: Path, towers: Towers) -> None:
     secret = tmp_path / "secret disk" / "{00000..00331}.tar"
     run = seeded(tmp_path, 1, 0.4, train=str(secret))

@@ -375,7 +375,7 @@ def test_gamma_one_is_autograd_of_the_objective_network(name: str, mode: str) ->
     recipe = {**NETWORK, "name": name, "gamma": 1.0, "tau_gradient": mode, "rho": 1.4}
     if name == "disttempnet-v1":
         del recipe["gamma"]
-        recipe.update(gamma_min=0.2, gamma_decay_epochs=3)  # γ(0) = 1
+        recipe.update(gamma_min=0.2, gamma_decay_epochs=3, tau_initial=0)  # γ(0) = 1
     loss, batch = make(recipe), unique_batch(9)
     step(loss, unique_batch(10))
     actual, parameters = step(loss, batch), weights_of(loss)

@@ -100,7 +100,10 @@ def test_a_loss_built_for_another_world_size_says_so(monkeypatch: pytest.MonkeyP
 
 def test_the_epoch_is_part_of_the_state() -> None:
     """A resumed loss uses the γ it was saved at, before anyone calls set_epoch."""
-    recipe = {key: value for key, value in NETWORK.items() if key != "gamma"} | {"name": "disttempnet-v1", "tau_initial": 0}
+    recipe = {key: value for key, value in NETWORK.items() if key != "gamma"} | {
+        "name": "disttempnet-v1",
+        "tau_initial": 0,
+    }
     loss, other = (make(recipe, gamma_min=0.2, gamma_decay_epochs=4) for _ in range(2))
     loss.set_epoch(3)
     other.load_state_dict(loss.state_dict())

@@ -170,6 +170,7 @@ def _training(card: CardFacts) -> list[str]:
 
     # Settings that are not the defaults, in the names of `disttempnet train`.
     known = defaults() | {f"loss.{key}": value for key, value in spec.arguments.items()}
+    known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}  # as in `table`
     own = {key: value for key, value in flat(table).items() if key not in NOT_SHOWN and known.get(key) != value}
     lines += ["", "Settings other than the defaults:", "", "| key | value |", "|---|---|"]
     return lines + [f"| `{key}` | {_code(public_value(value))} |" for key, value in own.items()]
