@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disttempnet.config import Config, load_config
+from disttempnet.config import Config, config_from_table, load_config
 from disttempnet.config.schema import flat
 from disttempnet.errors import UserError
 from disttempnet.losses import OBJECTIVES
@@ -114,6 +114,17 @@ def test_what_the_code_hard_codes_and_leaves_out_is_said(tmp_path: Path) -> None
     assert "--lr left out: 0.0002 there" in text
     assert tomllib.loads(text)["train"]["precision"] == "auto"
     assert read(result, tmp_path).optim.warmup_steps == 2000
+
+
+def test_the_advice_for_v1_is_a_config_that_trains(tmp_path: Path) -> None:
+    result = call("--ita_type", "isogclr_tempnet", VIT)
+    (advice,) = (line for line in result.settings.differs if line.startswith("v1 of the code"))
+    assert all(part in advice for part in ("gamma_min in place of gamma", "gamma_decay_epochs = 20.0"))
+    table = tomllib.loads(result.text)
+    loss = table["loss"]
+    loss |= {"name": "disttempnet-v1", "gamma_min": loss.pop("gamma"), "gamma_decay_epochs": 20.0}
+    loss |= {"tau_initial": 0} if "tau_initial = 0" in advice else {}
+    resolved(config_from_table(table, "advice"))
 
 
 def test_another_size_or_width_than_the_architecture_has_is_said() -> None:

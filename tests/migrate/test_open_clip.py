@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+import disttempnet.models  # noqa: F401  first: it lets torchvision load beside a CPU-only torch
 from disttempnet.config import Config, load_config
 from disttempnet.errors import UserError
 from disttempnet.migrate.command import Migration, migrate
 from disttempnet.migrate.flags import SEVERAL
 from disttempnet.migrate.open_clip import FASTCLIP_FLAGS, OPEN_CLIP_FLAGS
+from disttempnet.training.optim import refuse_unusable
 from tests.migrate.scripts import FASTCLIP, OPEN_CLIP
 from tests.migrate.test_first_code import MINE, keys
 
@@ -137,6 +139,30 @@ def test_flags_become_keys(words: str, expected: dict[str, Any], tmp_path: Path)
     assert {key: found[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "kept", "dropped", "differs"),
+    [
+        ("--opt timm/lion --eps 1e-8", {"name": "lion"}, ["--eps 1e-8"], "beta1 = 0.9, beta2 = 0.98 here"),
+        ("--opt timm/sgd --beta2 0.5 --momentum 0.8", {"name": "sgd", "beta1": 0.8}, ["--beta2 0.5"], ""),
+        ("--opt timm/sgd", {"name": "sgd"}, [], "timm/sgd: beta1 = 0.9 here"),
+        ("--opt timm/lamb --beta1 0.8 --beta2 0.9", {"beta1": 0.8, "beta2": 0.9}, [], "timm/lamb: eps = 1e-06 here"),
+        ("--model RN50 --optimizer lion --eps 1e-8", {"beta2": 0.999}, ["--eps 1e-8"], ""),
+    ],
+)  # fmt: skip
+def test_flags_that_an_optimizer_has_no_parameter_for_are_said(
+    words: str, kept: dict[str, Any], dropped: list[str], differs: str, tmp_path: Path
+) -> None:
+    result = call(words)
+    config = read(result, tmp_path)
+    refuse_unusable(config.optim)  # the trainer takes it
+    assert {key: getattr(config.optim, key) for key in kept} == kept
+    settings = result.settings
+    assert [what for what, why in settings.dropped if "no such parameter" in why] == dropped
+    said = [line for line in settings.differs if line.startswith("--opt ")]
+    assert len(said) == bool(differs)
+    assert not differs or differs in said[0]
+
+
 def test_sources_with_weights_and_tables(tmp_path: Path) -> None:
     two = migrate("python -m training.main --train-data a.tar::b.tar --train-data-upsampling-factors 1::2.5", "s")
     assert [(one.path, one.weight) for one in read(two, tmp_path).data.sources] == [("a.tar", 1.0), ("b.tar", 2.5)]
@@ -156,6 +182,8 @@ def test_sources_with_weights_and_tables(tmp_path: Path) -> None:
         ("--fastclip --temperature_scheme individual_constant", "unknown --temperature_scheme"),
         ("--train-data-upsampling-factors 1::2", "2 for 1 sources"),
         ("--batch-size 0", "cannot be shared"),
+        ("--opt timm/nosuch", "unknown name 'nosuch'"),
+        ("--opt timm/madgrad", "cannot be used"),
     ],
 )
 def test_faults_are_one_line(words: str, message: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from disttempnet.config import Config
 from disttempnet.errors import UserError
 from disttempnet.migrate import first_code, open_clip
 from disttempnet.migrate.flags import Values, read_flags
@@ -213,6 +214,7 @@ def _migrated(script: Script, call: TrainingCall, source: str, given_processes: 
     # The config must be one that a run takes, keys and values, objective and all.
     config = settings.checked("the config of this script")
     _refuse_wrong_objective(config.loss.name, config.loss.arguments)
+    _refuse_wrong_optimizer(config)
     heading = [
         f"Written by `disttempnet migrate {source}` from line {call.line}, {call.program} of {call.family}.",
         f"{count} process{'es' if count > 1 else ''} ({said}).",
@@ -263,3 +265,10 @@ def _refuse_wrong_objective(name: str, arguments: dict[str, Any]) -> None:
         build_loss(name, num_samples=1, embed_dim=8, **arguments)
     except ValueError as error:
         raise UserError(f"[loss] {error}") from None
+
+
+def _refuse_wrong_optimizer(config: Config) -> None:
+    import disttempnet.models  # noqa: F401  first: it lets torchvision load beside a CPU-only torch
+    from disttempnet.training.optim import refuse_unusable  # imports torch
+
+    refuse_unusable(config.optim, config.train.shard)

@@ -287,8 +287,8 @@ def _tempnet(settings: RunSettings, values: Values) -> None:
     settings.set("loss.tau_gradient", "fcco", "")
     settings.set("loss.tau_gradient_limit", 0.0, "nothing is clamped in the code")
     settings.differs.append(
-        'v1 of the code is no flag: for it write loss.name = "disttempnet-v1", gamma_min in place of gamma, and '
-        "gamma_decay_epochs = 20.0"
+        'v1 of the code is no flag: for it write loss.name = "disttempnet-v1", gamma_min in place of gamma, '
+        "gamma_decay_epochs = 20.0, and tau_initial = 0"
     )
 
 

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from disttempnet.config import OptimConfig
 from disttempnet.errors import UserError, unknown_name
 from disttempnet.migrate.first_code import note_unset, origin, run_name, set_batch
 from disttempnet.migrate.flags import SEVERAL, Flag, Values, switch, table_of
@@ -452,28 +453,58 @@ def _trackers(settings: RunSettings, values: Values) -> None:
 def _optimizer(settings: RunSettings, values: Values) -> None:
     named = next((flag for flag in ("--opt", "--optimizer") if flag in values.table and values.has(flag)), "--opt")
     name = values[named].lower().removeprefix("timm/")
+    takes = _keys_of(name)
     if name != "adamw":
         settings.set("optim.name", name, values.as_written(named))
     settings.set("optim.lr", values["--lr"], origin(values, "--lr"))
     settings.set("optim.weight_decay", values["--wd"], origin(values, "--wd"))
     if values["--opt"].lower().startswith("timm/"):
         # there the optimizer's own defaults, which differ from one to the other
-        own = [("--beta1", "beta1"), ("--beta2", "beta2"), ("--eps", "eps"), ("--momentum", "beta1")]
-        for flag, key in own:
-            if values.has(flag):
-                settings.set(f"optim.{key}", values[flag], values.as_written(flag))
-        if not values.has("--beta1") and not values.has("--momentum"):
-            settings.differs.append(f"{values.as_written('--opt')}: beta1 and beta2 are .9 and .98 here, timm's there")
+        for flag in ("--beta1", "--beta2", "--eps", "--momentum"):
+            if not values.has(flag):
+                continue
+            if flag in takes:
+                settings.set(f"optim.{takes[flag]}", values[flag], values.as_written(flag))
+            else:
+                settings.dropped.append((values.as_written(flag), f"{name} has no such parameter"))
+        if left := [key for key in dict.fromkeys(takes.values()) if f"optim.{key}" not in settings.table]:
+            here = ", ".join(f"{key} = {OptimConfig.model_fields[key].default:g}" for key in left)
+            settings.differs.append(f"{values.as_written('--opt')}: {here} here; timm's own default there")
         return
     vit = "vit" in values["--model"].lower()
-    settings.set("optim.beta1", values["--beta1"], origin(values, "--beta1"))
+    if "--beta1" in takes:
+        settings.set("optim.beta1", values["--beta1"], origin(values, "--beta1"))
     for flag, key, of_vit, of_others in (("--beta2", "beta2", 0.98, 0.999), ("--eps", "eps", 1e-6, 1e-8)):
+        if flag not in takes:
+            continue
         given = values[flag]
         left_out = f"{flag} left out: open_clip's for {'ViT' if vit else 'other towers'}"
         comment = left_out if given is None else values.as_written(flag)
         settings.set(f"optim.{key}", (of_vit if vit else of_others) if given is None else given, comment)
+    for flag in ("--beta1", "--beta2", "--eps"):
+        if values.has(flag) and flag not in takes:
+            settings.dropped.append((values.as_written(flag), f"{name} has no such parameter"))
     if values.has("--momentum"):
-        settings.dropped.append((values.as_written("--momentum"), "of timm's optimizers: AdamW has none"))
+        settings.dropped.append((values.as_written("--momentum"), f"of timm's optimizers: {name} is none there"))
+
+
+def _keys_of(name: str) -> dict[str, str]:
+    """Return the flags that set parameters of an optimizer, with their keys in `[optim]`.
+
+    Raises:
+        UserError: an unknown optimizer, or one that no run can use.
+    """
+    import disttempnet.models  # noqa: F401  first: it lets torchvision load beside a CPU-only torch
+    from disttempnet.training.optim import optimizer_parameters, refuse_unusable  # imports torch
+
+    refuse_unusable(OptimConfig(name=name, lr=1.0))
+    keys = {
+        "betas": {"--beta1": "beta1", "--beta2": "beta2"},
+        "eps": {"--eps": "eps"},
+        "momentum": {"--momentum": "beta1"},
+    }
+    takes = optimizer_parameters(name)
+    return {flag: key for parameter, flags in keys.items() if parameter in takes for flag, key in flags.items()}
 
 
 def _schedule(settings: RunSettings, values: Values) -> None:

@@ -50,7 +50,7 @@ def refuse_unusable(config: OptimConfig, shard: bool = False) -> None:
             f"optim.name = '{name}' cannot step sharded parameters: leave train.shard out, or take one of "
             f"{', '.join(sorted(SHARDED))}"
         )
-    takes = _parameters(name)
+    takes = optimizer_parameters(name)
     unused = {"eps": "eps" not in takes, "beta2": "betas" not in takes, "beta1": not takes & {"betas", "momentum"}}
     for key, missing in unused.items():
         default = OptimConfig.model_fields[key].default
@@ -69,7 +69,7 @@ def _why_refused(name: str) -> str | None:
     return next((why for start, why in REFUSED.items() if name.startswith(start)), None)
 
 
-def _parameters(name: str) -> set[str]:
+def optimizer_parameters(name: str) -> set[str]:
     """Return which of eps, betas and momentum an optimizer takes; one with three betas has its own defaults."""
     info = get_optimizer_info(name)
     has = {"eps": info.has_eps, "betas": info.has_betas and info.num_betas == 2, "momentum": info.has_momentum}
@@ -96,7 +96,7 @@ def build_optimizers(towers: nn.Module, loss: Objective, config: OptimConfig) ->
         towers_optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     else:
         given = {"eps": config.eps, "betas": betas, "momentum": config.beta1}
-        taken = {key: given[key] for key in _parameters(config.name)}
+        taken = {key: given[key] for key in optimizer_parameters(config.name)}
         towers_optimizer = create_optimizer_v2(groups, config.name, lr=config.lr, **taken)
     return [towers_optimizer, *([torch.optim.Adam(own, fused=True)] if own else [])]
 
