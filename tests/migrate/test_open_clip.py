@@ -123,7 +123,7 @@ def test_no_flag_is_silent(name: str) -> None:
         ("--report-to none", {"train.trackers": ()}),
         ("--grad-checkpointing", {"train.checkpoint_activations": True}),
         ("--force-context-length 128", {"model.context_length": 128}),
-        ("--save-frequency 2 --train-num-samples 1000 --batch-size 50", {"train.checkpoint_every": 20}),
+        ("--save-frequency 2", {"train.checkpoint_epochs": 2}),
         ("--delete-previous-checkpoint", {"train.keep": 1}),
         ("--model RN50 --beta2 0.95", {"optim.beta2": 0.95, "optim.eps": 1e-8}),
         ("--val-data v.csv --val-frequency 2", {"data.validation": "v.csv", "eval.every_epochs": 2}),

@@ -277,6 +277,19 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get going")
 
 
+def test_checkpoints_every_so_many_epochs_and_of_the_last_and_the_best(tmp_path: Path) -> None:
+    words = ("train.keep=99", "train.epochs=5", "train.checkpoint_epochs=2")
+    assert train(debug(tmp_path / "plain", "eval.tasks=[]", *words))
+    steps = int(list_checkpoints(tmp_path / "plain" / "debug")[-1].name.removeprefix("step-")) // 5
+    saved = [int(folder.name.removeprefix("step-")) for folder in list_checkpoints(tmp_path / "plain" / "debug")]
+    assert saved == [2 * steps, 4 * steps, 5 * steps]
+
+    # The first evaluation, of the third epoch, is the best until then.
+    assert train(debug(tmp_path / "scored", "eval.every_epochs=3", *words))
+    saved = [int(folder.name.removeprefix("step-")) for folder in list_checkpoints(tmp_path / "scored" / "debug")]
+    assert saved == [2 * steps, 3 * steps, 4 * steps, 5 * steps]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_killed_run_ends_with_the_same_weights(number: signal.Signals, straight: Path, tmp_path: Path) -> None:
     # As a scheduler or a terminal does it: the whole process group gets the signal, loader workers too.

@@ -8,7 +8,7 @@ from typing import Any
 # Keys that change a result by rounding at most: runs that differ in these alone are the same run.
 NO_EFFECT_ON_RESULT = {
     "name", "out", "data.workers", "train.trackers", "train.tracker_project", "train.log_every",
-    "train.checkpoint_every", "train.keep",
+    "train.checkpoint_epochs", "train.checkpoint_every", "train.keep",
     "train.timeout_minutes", "train.compile", "train.accumulate", "train.checkpoint_activations", "train.shard",
     "train.ring", "train.cache_folder", "eval.batch", "eval.data_root", "reference.cache_folder",
     "data.index",  # of runs before sources had indexes of their own

@@ -435,7 +435,10 @@ class TrainConfig(Section):
     )
     tracker_project: str = Field("disttempnet", description="project of wandb and trackio that the run belongs to")
     log_every: Annotated[int, integers(1, 10**6)] = Field(10, description="steps between lines of metrics.jsonl")
-    checkpoint_every: Annotated[int, STEPS] = Field(0, description="steps between checkpoints; 0 = once an epoch")
+    checkpoint_epochs: Annotated[int, integers(1, 10**6)] = Field(
+        1, description="epochs between checkpoints; the last epoch, the best one and a stop are saved always"
+    )
+    checkpoint_every: Annotated[int, STEPS] = Field(0, description="steps between further checkpoints; 0 = none")
     keep: Annotated[int, integers(1, 10**6)] = Field(2, description="how many of the latest checkpoints to keep")
     stop_after_steps: Annotated[int, STEPS] = Field(
         0, description="end early at this step, schedules unchanged; 0 = full length"

@@ -354,15 +354,19 @@ class _Embedding:
     @torch.inference_mode()
     def embed(self, inputs: Tensor) -> Tensor:
         """A batch of images or tokens → features, float32 [b, F] on the CPU."""
-        count = len(inputs)
+        return self.run(filled(inputs))[: len(inputs)].float().cpu()
+
+    @torch.inference_mode()
+    def run(self, inputs: Tensor) -> Tensor:
+        """A batch as it is → features [b, F] on the device, in the dtype of the arithmetic."""
         with torch.autocast(self.how.device.type, dtype=self.how.autocast, enabled=self.how.autocast is not None):
-            features = self.trunk(filled(inputs).to(self.how.device, non_blocking=True))
+            features = self.trunk(inputs.to(self.how.device, non_blocking=True))
         if features.ndim != 2:
             raise UserError(
                 f"the features of the {self.trunk.side} tower cannot be cached: its head pools a map of them, "
                 f"{list(features.shape[1:])} a sample"
             )
-        return features[:count].float().cpu()
+        return features
 
 
 def width_of(trunk: Trunk, how: Build[Samples]) -> int:
@@ -372,7 +376,7 @@ def width_of(trunk: Trunk, how: Build[Samples]) -> int:
     if trunk.side == "text":
         inputs = trunk.towers.tokenizer(["a"])
     with in_evaluation_mode(trunk):
-        return int(_Embedding(trunk, how, None, 0).embed(inputs).shape[1])
+        return _Embedding(trunk, how, None, 0).run(inputs).shape[1]
 
 
 class _Decoder(Dataset[Part]):

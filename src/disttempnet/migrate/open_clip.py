@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
 import shlex
 from pathlib import Path
@@ -57,8 +56,7 @@ OPEN_CLIP_FLAGS = table_of(
     Flag("--lr-scheduler", "optim.schedule", "cosine; const: constant; const-cooldown: wsd", default="cosine"),
     Flag("--lr-cooldown-end", "optim.lr_end", "of --lr-scheduler const-cooldown", default=0.0, kind=float),
     Flag("--lr-cooldown-power", "", "the rate falls on a line, as at its default of 1", default=1.0, kind=float),
-    Flag("--save-frequency", "train.checkpoint_every", "epochs × steps, where the script says the samples",
-         default=1, kind=int),
+    Flag("--save-frequency", "train.checkpoint_epochs", default=1, kind=int),
     switch("--save-most-recent", "", "always so: a checkpoint continues at its very step"),
     switch("--delete-previous-checkpoint", "train.keep", "1; else open_clip keeps all"),
     Flag("--zeroshot-frequency", "eval.every_epochs", default=2, kind=int),
@@ -538,18 +536,11 @@ def _schedule(settings: RunSettings, values: Values) -> None:
 
 
 def _checkpoints(settings: RunSettings, values: Values) -> None:
-    epochs, samples = values["--save-frequency"], values["--train-num-samples"]
+    epochs = values["--save-frequency"]
     if epochs == 0:
         settings.differs.append("--save-frequency 0: here every epoch is saved, which an interruption needs")
-    elif epochs > 1 and samples:
-        steps = math.ceil(samples / settings.table["data.global_batch"]) * epochs
-        settings.set(
-            "train.checkpoint_every", steps, f"--save-frequency {epochs} epochs of --train-num-samples {samples}"
-        )
-    elif epochs == 1 and values.has("--save-frequency"):
-        settings.set("train.checkpoint_every", 0, "--save-frequency 1: once an epoch")
-    elif epochs > 1:
-        settings.dropped.append((values.as_written("--save-frequency"), "every epoch: train.checkpoint_every = STEPS"))
+    elif values.has("--save-frequency"):
+        settings.set("train.checkpoint_epochs", epochs, origin(values, "--save-frequency"))
     if values["--delete-previous-checkpoint"]:
         settings.set("train.keep", 1, "--delete-previous-checkpoint; the best one stays too")
     else:

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Trunk:
         """All that the features of a sample depend on, apart from the sample: plain values, for JSON."""
         towers = self.towers
         cfg = dict(towers.architecture["vision_cfg" if self.side == "image" else "text_cfg"])
-        facts: dict[str, Any] = {"side": self.side, "weights": self._weights_digest()}
+        facts: dict[str, Any] = {"side": self.side, "weights": self._weights_digest}
         if self.head_name:
             cfg = {key: value for key, value in cfg.items() if key not in HEAD_KEYS}
         else:
@@ -100,9 +101,15 @@ class Trunk:
             config = self.owner.config.to_dict()
             facts["encoder"] = {key: config[key] for key in ENCODER_KEYS if key in config}
             facts["pooler"] = type(self.owner.pooler).__name__
-        facts["tokenizer"] = tokenizer_digest(towers.tokenizer)
+        facts["tokenizer"] = self._tokenizer_digest
         return facts
 
+    # Training and evaluation ask for both, and neither changes while this trunk is in use.
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.towers.tokenizer)
+
+    @cached_property
     def _weights_digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for name, value in sorted(_weights_of(self).items()):

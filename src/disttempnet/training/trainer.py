@@ -315,8 +315,8 @@ class Trainer:
             # Evaluate and save at the end of an epoch, save every so many steps within it.
             save_due = bool(every) and self.step % every == 0
             if epoch_ends or self.step == self.last_step:
-                self._end_epoch(epoch + 1, evaluated=epoch_ends)
-            elif save_due:
+                save_due = self._end_epoch(epoch + 1, evaluated=epoch_ends) or save_due
+            if save_due:
                 self._save()
             if self.step == self.last_step:
                 return True
@@ -324,7 +324,7 @@ class Trainer:
             # Stop where any rank was asked to.
             self._stopped = self._agreed_stop(stop)
             if self._stopped:
-                if not (epoch_ends or save_due):
+                if not save_due:
                     self._save()
                 return False
             if epoch_ends:
@@ -427,15 +427,16 @@ class Trainer:
         for line in self.skipped.add(chain.from_iterable(unnamed)):
             self.log.say(line)
 
-    def _end_epoch(self, epochs_done: int, evaluated: bool) -> None:
-        """Evaluate if it is due and the epoch is complete (`evaluated`), then save."""
+    def _end_epoch(self, epochs_done: int, evaluated: bool) -> bool:
+        """Evaluate if it is due and the epoch is complete (`evaluated`); return True where a checkpoint is due."""
         self._finite.look()
         self._name_skipped()
         if self.skipped.total:
             self.log.say(self.skipped.summary())
         if self.tasks and evaluated and self._due(epochs_done):
             self._evaluate(epochs_done)
-        self._save()
+        saved = epochs_done % self.config.train.checkpoint_epochs == 0
+        return saved or self.step == self.last_step or self.best.get("step") == self.step
 
     def _due(self, epochs_done: int) -> bool:
         """Return True where an evaluation follows an epoch."""
