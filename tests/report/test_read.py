@@ -77,4 +77,11 @@ def test_titles_are_distinct(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, title)) for name, title in (("a", "X"), ("b", "X"), ("c", "Y"))]
     assert distinct_titles(runs) == ["X (a)", "X (b)", "Y"]
     again = read_run(write_run(tmp_path / "other" / "a", "X"))
-    assert len(set(distinct_titles([*runs, again]))) == 4
+    assert distinct_titles([*runs, again]) == [f"X ({tmp_path.name}/a)", "X (b)", "Y", "X (other/a)"]
+    assert distinct_titles([runs[0], runs[0], runs[0]]) == ["X (a)", "X (a, again)", "X (a, 3)"]
+
+
+def test_titles_are_as_short_as_they_can_be(tmp_path: Path) -> None:
+    deep = tmp_path / ("long" * 20) / "x"
+    runs = [read_run(write_run(deep / place, "X")) for place in ("one/seed/a", "two/seed/a")]
+    assert distinct_titles(runs) == ["X (one/seed/a)", "X (two/seed/a)"]

@@ -119,17 +119,39 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def distinct_titles(runs: Sequence[RunRecord]) -> list[str]:
-    """Return a title for each run; its name is added where objectives repeat."""
+    """Return a title for each run, different from all others.
+
+    Where objectives repeat, the run's name is added. Where names repeat too, it is the end of the run's path that no
+    other of them has.
+    """
     counts = Counter(run.title for run in runs)
-    names = Counter((run.title, run.config.name) for run in runs)
+    named = [run.title if counts[run.title] == 1 else f"{run.title} ({run.config.name})" for run in runs]
+    same: dict[str, list[int]] = {}
+    for place, title in enumerate(named):
+        same.setdefault(title, []).append(place)
+    for places in same.values():
+        if len(places) > 1:
+            ends = _distinct_ends([runs[place].folder for place in places])
+            for place, end in zip(places, ends, strict=True):
+                named[place] = f"{runs[place].title} ({end})"
+    return named
 
-    def title(run: RunRecord) -> str:
-        if counts[run.title] == 1:
-            return run.title
-        own = run.config.name if names[run.title, run.config.name] == 1 else str(run.folder)
-        return f"{run.title} ({own})"
 
-    return [title(run) for run in runs]
+def _distinct_ends(folders: Sequence[Path]) -> list[str]:
+    """Return the last parts of each path, as few as tell all of them apart; equal paths are numbered."""
+    parts = [folder.absolute().parts for folder in folders]
+    longest = max(map(len, parts))
+    ends = ["/".join(own).replace("//", "/") for own in parts]
+    for length in range(1, longest):
+        cut = ["/".join(own[-length:]) for own in parts]
+        if len(set(cut)) == len(set(parts)):
+            ends = cut
+            break
+    seen: Counter[str] = Counter()
+    for place, end in enumerate(ends):
+        seen[end] += 1
+        ends[place] = f"{end}, again" if seen[end] == 2 else f"{end}, {seen[end]}" if seen[end] > 2 else end
+    return ends
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

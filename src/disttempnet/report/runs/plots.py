@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
@@ -46,6 +47,9 @@ TRAINING_CURVES = {
 }
 SIGNED_CURVES = {"tau_gradient/image_mean", "tau_gradient/text_mean"}
 PAGE_WIDTH = 11.0  # inches of a chart that fills the page
+CHARACTER, LINE = 0.085, 0.22  # inches: a wide character, and a line of text, of 10 points
+ROW_LABEL = 44  # characters of a line beside a row
+LEGEND_LABEL, LEGEND_HANDLE = 44, 0.65  # characters of a line, inches of its mark and the gaps
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 10.0,
@@ -111,7 +115,7 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
             epoch_axis(axis, f"{task_title(task)}: {metric_title(metric)}")
             axis.set_ylabel("%")
             axis.set_ylim(bottom=0)
-    _legend(figure, axes[0][0])
+    legend(figure, axes[0][0])
     return svg(figure)
 
 
@@ -127,7 +131,7 @@ def training_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
         unused.set_visible(False)
     for i, (run, title, axis) in enumerate(zip(runs, titles, axes, strict=False)):
         _line(axis, *run.series("loss"), i, title)
-        epoch_axis(axis, f"loss: {title}")
+        epoch_axis(axis, fitted(f"loss: {title}", _characters(columns)))
     for axis, (key, name) in zip(axes[len(runs) :], known, strict=False):
         for i, (run, title) in enumerate(zip(runs, titles, strict=True)):
             _line(axis, *_curve(run, key), i, title)
@@ -160,11 +164,11 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
             if len(low) == len(mean) == len(high):
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.22, linewidth=0)
             axis.plot(epochs, mean, color=colour, linestyle="-" if side == "image" else "--", label=f"{side} side")
-        epoch_axis(axis, f"τ: {title}")
+        epoch_axis(axis, fitted(f"τ: {title}", _characters(len(runs)), lines=3))
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("τ")
     tau_bounds(axes[0], [run.config.loss.arguments for run in runs])
-    _legend(figure, axes[0][0])
+    legend(figure, axes[0][0])
     return svg(figure)
 
 
@@ -244,9 +248,10 @@ def accuracy_chart(panels: Sequence[tuple[str, Mapping[str, Sequence[AccuracyBin
                 linewidth=1.4,
             )
         axis.axhline(100 * chance, color=FAINT, linestyle=":", linewidth=1.2, label="chance")
-        axis.set(title=title, xlabel="images from the lowest to the highest τ, %", ylabel="top-1, %", xlim=(0, 100))
+        axis.set(title=fitted(title, _characters(columns)), xlim=(0, 100))
+        axis.set(xlabel="images from the lowest to the highest τ, %", ylabel="top-1, %")
         axis.set_ylim(bottom=0)
-    _legend(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])))
+    legend(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])))
     return svg(figure)
 
 
@@ -284,10 +289,37 @@ def _line(axis: Axes, x: Any, y: Any, i: int, label: str, marker: str = "") -> N
         axis.plot(x, y, color=run_colour(i), linestyle=style, marker=marker, markersize=4, linewidth=1.7, label=label)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
+def legend(figure: Figure, axis: Axes, loc: str = "outside upper left", most: int = 0) -> None:
+    """Put the legend of an axis outside of all axes: as many columns as fit beside each other, and room for its rows.
+
+    Args:
+        loc: as matplotlib has it.
+        most: columns at most; 0 = no limit.
+    """
     handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10)
+    if not handles:
+        return
+    width, height = figure.get_size_inches()
+    labels = [fitted(label, LEGEND_LABEL) for label in labels]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = min(len(labels), most or len(labels), max(1, int(width / (LEGEND_HANDLE + CHARACTER * longest))))
+    lines = -(-len(labels) // columns) * max(label.count("\n") + 1 for label in labels)
+    figure.set_size_inches(width, height + LINE * (lines - 1))
+    figure.legend(handles, labels, loc=loc, ncols=columns, frameon=False, fontsize=10)
+
+
+def fitted(title: str, width: int, lines: int = 2) -> str:
+    """Return a title in lines of `width` characters; what is too long for them is left out in its middle."""
+    text, kept = fill(title, width), width * lines
+    while text.count("\n") >= lines:
+        kept -= 1
+        text = fill(f"{title[: kept // 2]}…{title[-(kept // 2) :]}", width)
+    return text
+
+
+def _characters(columns: int) -> int:
+    """Return the characters of a title that fit above one of so many panels beside each other."""
+    return max(8, int((PAGE_WIDTH / columns - 0.4) / CHARACTER))
 
 
 def _padded_range(values: np.ndarray) -> tuple[float, float]:

@@ -14,7 +14,18 @@ import numpy as np
 
 from disttempnet.errors import UserError
 from disttempnet.evaluation.tasks import task_title
-from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, RUN_STYLES, grid, styled, svg_text
+from disttempnet.report.runs.plots import (
+    FAINT,
+    INK,
+    ROW_LABEL,
+    RUN_COLOURS,
+    RUN_STYLES,
+    fitted,
+    grid,
+    legend,
+    styled,
+    svg_text,
+)
 from disttempnet.report.seeds.comparison import GroupComparison
 from disttempnet.report.seeds.groups import Column, SeedGroup, families
 from disttempnet.report.seeds.intervals import CONFIDENCE, Interval, mean_interval
@@ -78,8 +89,7 @@ def _over_batches(comparison: GroupComparison, same: Sequence[Sequence[SeedGroup
     if has_tau:
         axes[2].set_title("τ\nat the end of training", fontsize=_TITLE)
         axes[2].set_ylim(bottom=0)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    legend(figure, axes[0], "outside lower center", most=4)
     return svg_text(figure)
 
 
@@ -92,7 +102,7 @@ def _rows(comparison: GroupComparison) -> str:
             if point is not None:
                 reach = None if point.interval is None else _reach([point])
                 axis.errorbar([point.value], [place], xerr=reach, color=RUN_COLOURS[0], marker="o", capsize=3)
-    axes[0].set_yticks(range(len(groups)), [group.title for group in groups], color=INK)
+    axes[0].set_yticks(range(len(groups)), [fitted(group.title, ROW_LABEL) for group in groups], color=INK)
     axes[0].set_ylim(len(groups) - 0.5, -0.5)
     _titles(axes, comparison)
     axes[1].axvline(0, color=FAINT, linewidth=1.1)
@@ -118,7 +128,7 @@ def _differences(comparison: GroupComparison) -> str:
     lows, highs = zip(*(axis.get_xlim() for axis in axes), strict=True)
     for axis in axes:  # one scale
         axis.set_xlim(min(lows), max(highs))
-    axes[0].set_yticks(range(len(shown)), [group.title for group in shown], color=INK)
+    axes[0].set_yticks(range(len(shown)), [fitted(group.title, ROW_LABEL) for group in shown], color=INK)
     axes[0].set_ylim(len(shown) - 0.5, -0.5)
     base, level = _baseline_title(comparison), f"{100 * CONFIDENCE:g} %"
     figure.supxlabel(f"difference to {base} in points, {level} intervals; filled: they exclude 0", fontsize=_TITLE)
@@ -126,7 +136,8 @@ def _differences(comparison: GroupComparison) -> str:
 
 
 def _baseline_title(comparison: GroupComparison) -> str:
-    return next((group.run_title for group in comparison.groups if comparison.is_baseline(group)), "")
+    title = next((group.run_title for group in comparison.groups if comparison.is_baseline(group)), "")
+    return fitted(title, ROW_LABEL, lines=1)
 
 
 def _titles(axes: Sequence[Axes], comparison: GroupComparison) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,9 +11,11 @@ from disttempnet.report.runs.plots import (
     FAINT,
     INK,
     PALETTE,
+    ROW_LABEL,
     RUN_COLOURS,
     SIDE_COLOURS,
     epoch_axis,
+    fitted,
     grid,
     styled,
     svg,
@@ -153,7 +154,7 @@ def parts_chart(comparison: GroupComparison) -> str:
             linestyle="",
             label=name,
         )
-    axis.set_yticks(order, [group.title for group in comparison.groups], color=INK)
+    axis.set_yticks(order, [fitted(group.title, ROW_LABEL) for group in comparison.groups], color=INK)
     axis.set_ylim(len(order) - 0.5, -0.5)
     _between(axis.set_xlim, highest)
     axis.set(xlabel="zero-shot top-1, %")
@@ -179,7 +180,7 @@ def difference_panels(comparison: GroupComparison) -> str:
         axis.set(xlabel="points")
         axis.locator_params(axis="x", nbins=5)
     titles = [comparison.groups[g].title for g in rows]
-    cells[0][0].set_yticks(range(len(rows)), [shorten(title, 44, placeholder=" …") for title in titles], color=INK)
+    cells[0][0].set_yticks(range(len(rows)), [fitted(title, ROW_LABEL) for title in titles], color=INK)
     cells[0][0].set_ylim(len(rows) - 0.5, -0.5)
     return svg(figure)
 
@@ -237,7 +238,7 @@ def _from_zero(axes: Sequence[Axes]) -> None:
 
 
 def _heading(axis: Axes, title: str) -> None:
-    axis.set_title(fill(title, 26), fontsize=9.0)
+    axis.set_title(fitted(title, 26, lines=3), fontsize=9.0)
 
 
 def _tau_panel(axis: Axes, group: SeedGroup) -> None:
