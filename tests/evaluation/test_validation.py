@@ -141,8 +141,17 @@ def test_a_run_is_measured_on_what_it_never_saw(
     run = tmp_path / "debug"
     held = source_of(photos / "photos", 0.2).held_out
     said = "".join(capsys.readouterr())
-    assert f"{len(held)} samples are held out for validation and not trained on (data.validation = 0.2)" in said
-    assert "Validation: mean recall" in said
+    share = f"{len(held)} of {IMAGES} ({100 * len(held) / IMAGES:.1f} %)"
+    assert f"data.validation = 0.2 holds out {share}: each image is drawn by a hash" in said
+    chance = np.mean([min(k / len(held), 1) for k in (1, 5, 10)])  # k of N: every caption is another one
+    assert f"(chance {chance:.3f})" in said
+    assert f"{IMAGES} samples: {IMAGES - len(held)} to train on, {len(held)} held out for validation\n" in said
+    assert "weights of both towers: random" in said
+    assert f"among the nearest 1, 5, 10 of {len(held)} in " in said
+    assert f"by chance {100 * chance:.1f} %" in said
+    assert f"  checkpoint: {max((run / 'checkpoints').glob('step-*'))}" in said
+    for command in (f"report {run} --out {run}/report.html", f"evaluate {run}", f"search {run} {photos / 'photos'} "):
+        assert f"disttempnet {command}" in said
     logged = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert [set(line["results"]) for line in logged] == [{"validation"}] * 2
     assert logged[-1]["samples"]["validation"] == len(held)

@@ -87,6 +87,20 @@ def test_a_repository_brings_its_own_architecture(hub: Path, towers: Towers) -> 
     assert (found.mean, found.resizing.mode) == ((0.1, 0.2, 0.3), "squash")
 
 
+def test_where_weights_came_from_is_said(hub: Path, towers: Towers, tagged: None, tmp_path: Path) -> None:
+    """The name, the file with its size, and the digest where the hub's cache has it in the name."""
+    assert towers.weights == ()
+    blob = hub / ("a1" * 32)
+    (hub / WEIGHTS_NAME).rename(blob)
+    (hub / WEIGHTS_NAME).symlink_to(blob)
+    (line,) = load_model("hf-hub:acme/CLIP-tiny-good").weights
+    assert line.startswith(f"weights of both towers: hf-hub:acme/CLIP-tiny-good: {hub / WEIGHTS_NAME} (")
+    assert line.endswith(f"B, sha256 {'a1' * 32})")
+    size = f"{(tmp_path / 'tagged.pt').stat().st_size / 1000:.1f} kB"
+    (line,) = load_model(NAME, "laion").weights
+    assert line == f"weights of both towers: {NAME}, laion: {tmp_path / 'tagged.pt'} ({size})"
+
+
 def test_a_repository_without_weights_is_no_model(hub: Path) -> None:
     (hub / WEIGHTS_NAME).unlink()
     message = refused("hf-hub:acme/CLIP-tiny-good")
@@ -361,7 +375,9 @@ def test_an_evaluation_keeps_the_notes(
 
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", f"{NAME}/openai", "--tasks", "emoji-concepts", "--out", "o.json"]) == 0
-    assert "note: QuickGELU, as the weights 'openai' were trained with" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"weights of both towers: {NAME}, openai: {tmp_path / 'tagged.pt'} (" in said.err
+    assert "note: QuickGELU, as the weights 'openai' were trained with" in said.out
     assert "QuickGELU" in json.loads(Path("o.json").read_text())["notes"][0]
     monkeypatch.setenv("DISTTEMPNET_CACHE", str(tmp_path / "cache"))
     rows = [("red", "red"), ("green", "green")]

@@ -44,7 +44,7 @@ def test_many_damaged_shards_are_told_in_few_lines() -> None:
         "19.tar: cut off",
         "and 980 lines more: disttempnet data index shows all",
     ]
-    assert about_data(facts)[:2] == ["1,234 samples, 7 usable", "0.tar: cut off"]
+    assert about_data(facts)[:2] == ["1,234 samples: 7 to train on, 1,227 unusable", "0.tar: cut off"]
 
 
 def test_damaged_facts_are_skipped_one_by_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disttempnet.errors import UserError
+from disttempnet.terminal import say
 
 if TYPE_CHECKING:
     from disttempnet.evaluation.command import OpenedModel
@@ -74,12 +75,16 @@ def _open_named(target: str, model: str, pretrained: str, resize_positions: bool
     """Return towers that were not trained by a run."""
     import torch
 
+    from disttempnet.distributed.launcher import launched
     from disttempnet.evaluation.command import OpenedModel
     from disttempnet.models import is_random, load_model
     from disttempnet.training.run_info import process_provenance
 
     torch.manual_seed(0)  # random towers are the same every time
     towers = load_model(model, pretrained, resize_positions=resize_positions)
+    launch = launched()
+    for line in towers.weights if launch is None or launch.rank == 0 else ():
+        say(line, error=True)
     notes = (*towers.notes, *((f"random weights: {target} names none",) if is_random(model, pretrained) else ()))
     name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
     versions = process_provenance()["versions"]

@@ -1,6 +1,7 @@
 """Source without the samples that are held out for validation.
 
-A hash of a sample's identity decides whether it is held out; order, seed, epoch and world size do not. In shards the
+A hash of a sample's identity decides whether it is held out; order, seed, epoch and world size do not. So their number
+is random: of 200 samples a tenth is 20 ± 4. In shards the
 identity is the shard's name and the sample's byte offset, in a listing the image that the row names, so that rows of
 one image stay together. Ids, and with them per-sample state, are those of the whole source. Held-out samples are never
 drawn, like unusable ones.
@@ -102,8 +103,10 @@ class HeldOut(Source):
         return "held out for validation" if self._is_held_out[sample] else self.base.reason(sample)
 
     def notes(self) -> list[str]:
-        held = f"{len(self.held_out):,} samples are held out for validation and not trained on"
-        return [*self.base.notes(), f"{held} (data.validation = {self.share:g})"]
+        held, usable = len(self.held_out), int(self.base.usable_counts.sum())
+        how = "each image is drawn by a hash of its own, so that more data move none"
+        share = f"{held:,} of {usable:,} ({100 * held / usable:.1f} %)"
+        return [*self.base.notes(), f"data.validation = {self.share:g} holds out {share}: {how}"]
 
     def problems(self, names: int = 3) -> str:
         return self.base.problems(names)

@@ -184,7 +184,9 @@ def _samples(facts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     total, usable = data.get("samples", facts.get("num_samples")), data.get("usable")
     if not isinstance(total, int):
         return "unknown"
-    return f"{total:,}" + (f", {usable:,} of them usable" if isinstance(usable, int) and usable != total else "")
+    held_out = data.get("held_out", 0)
+    words = f"{total:,}" + (f", {usable:,} of them usable" if isinstance(usable, int) and usable != total else "")
+    return words + (f", {held_out:,} held out for validation" if isinstance(held_out, int) and held_out else "")
 
 
 def _results(card: CardFacts) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import open_clip
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+from rich.filesize import decimal
 
 from disttempnet.config import flat
 from disttempnet.errors import UserError, unknown_name
@@ -191,6 +193,33 @@ def _read_target(target: str, random: bool) -> tuple[str, str] | None:
             f"Hub. For open_clip's NAME/TAG: {unknown_name('model', name, open_clip.list_models())}"
         )
     return None
+
+
+def weights_lines(name: str, pretrained: str, weights: Path | None, image: str, text: str) -> tuple[str, ...]:
+    """Return where the weights of towers came from: a line for both, for the image tower, and for the text tower.
+
+    Args:
+        name, pretrained: as given to `load_model`.
+        weights: the file of both towers; None = random ones.
+        image, text: weights of one tower, as `load_model` resolved them.
+    """
+    lines = []
+    if weights is not None:
+        given = pretrained if pretrained.startswith(PLACES) else name if not pretrained else f"{name}, {pretrained}"
+        lines.append(f"weights of both towers: {given}: {_about_file(weights)}")
+    for side, source in (("image", image), ("text", text)):
+        if source:
+            path = Path(source).expanduser()
+            lines.append(f"weights of the {side} tower: {_about_file(path) if path.exists() else source}")
+    return tuple(lines)
+
+
+def _about_file(path: Path) -> str:
+    """Return the path of a file with its size, and its sha256 where the hub's cache names it so; else the path."""
+    if not path.is_file():
+        return str(path)
+    size, digest = decimal(path.stat().st_size), path.resolve().name
+    return f"{path} ({size}{f', sha256 {digest}' if re.fullmatch('[0-9a-f]{64}', digest) else ''})"
 
 
 def _with_which_weights(name: str, random: bool) -> str:

@@ -63,7 +63,11 @@ from disttempnet.models import pretrained as parts  # noqa: E402 (torchvision is
 from disttempnet.models import transformers_clip  # noqa: E402
 from disttempnet.models.origin import CONFIG_NAME as CONFIG_NAME  # noqa: E402
 from disttempnet.models.origin import WEIGHTS_NAME as WEIGHTS_NAME  # noqa: E402
-from disttempnet.models.origin import Origin, find_origin  # noqa: E402
+from disttempnet.models.origin import (  # noqa: E402
+    Origin,
+    find_origin,
+    weights_lines,
+)
 from disttempnet.models.origin import is_random as is_random  # noqa: E402
 from disttempnet.models.origin import read_target as read_target  # noqa: E402
 from disttempnet.models.text import Tokenizer, accept_trimmed, trimming, wordwise  # noqa: E402
@@ -105,6 +109,7 @@ class Towers:
         mean, std: per channel, of pixels scaled to [0, 1].
         resizing: to that square; many published weights expect another one than CLIP's.
         notes: changes to the architecture or the weights that a reader of scores has to know, in words.
+        weights: a line for each file or name that weights were read from; empty for random towers.
     """
 
     name: str
@@ -116,6 +121,7 @@ class Towers:
     std: tuple[float, float, float]
     resizing: Resizing = AS_CLIP
     notes: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
     @property
     def embed_dim(self) -> int:
@@ -201,6 +207,7 @@ def load_model(
         std=tuple(preprocess["std"]),
         resizing=Resizing(str(mode), str(interpolation)),
         notes=tuple(notes),
+        weights=weights_lines(name, pretrained, origin.weights, image_pretrained, text_pretrained),
     )
 
 

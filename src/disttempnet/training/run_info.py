@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -17,13 +18,17 @@ from typing import Any
 import torch
 
 from disttempnet import distributed
-from disttempnet.config import Config
+from disttempnet.config import Config, SourceConfig
 from disttempnet.data import Source, TrainingData
+from disttempnet.data.held_out import HeldOut
 from disttempnet.errors import notice
+from disttempnet.evaluation.scores import Scores
+from disttempnet.evaluation.tasks import task_title
 from disttempnet.io.files import read_object, write_atomically
 from disttempnet.losses import OBJECTIVES
 from disttempnet.models import Towers
 from disttempnet.sanitize import redacted
+from disttempnet.training.run_folder import list_checkpoints
 
 PROBLEM_LINES = 20  # about samples that are left out
 
@@ -70,6 +75,7 @@ def write_facts(
         "data": data_facts(data.source),
         "parameters": sum(p.numel() for p in towers.module.parameters()),
         "model_notes": list(towers.notes),
+        "weights": list(towers.weights),
     }
     if started:
         facts.setdefault("started", started)  # kept if a run is resumed
@@ -135,19 +141,58 @@ def plan_line(config: Config, data: TrainingData, step: int) -> str:
 def data_facts(source: Source) -> dict[str, Any]:
     """Return facts about the training data for run.json.
 
-    These are: samples, usable samples, a line for each reason why samples are left out, and notes on how the data was
-    read if that had to be guessed.
+    These are: samples, usable samples, those of them that are held out for validation, a line for each reason why
+    samples are left out, and notes on how the data was read if that had to be guessed.
     """
     lines = source.problems().splitlines()
     if len(lines) > PROBLEM_LINES:  # every damaged shard has a line
         lines[PROBLEM_LINES:] = [f"and {len(lines) - PROBLEM_LINES:,} lines more: disttempnet data index shows all"]
-    facts = {"samples": len(source), "usable": int(source.usable_counts.sum()), "left_out": lines}
+    held_out = len(source.held_out) if isinstance(source, HeldOut) else 0
+    usable = int(source.usable_counts.sum()) + held_out
+    facts = {"samples": len(source), "usable": usable, "held_out": held_out, "left_out": lines}
     return facts | ({"read": notes} if (notes := source.notes()) else {})
 
 
 def about_data(facts: Mapping[str, Any]) -> list[str]:
     """Return the facts of `data_facts` as lines for the console."""
-    return [f"{facts['samples']:,} samples, {facts['usable']:,} usable", *facts.get("read", ()), *facts["left_out"]]
+    left_out, held_out = facts["samples"] - facts["usable"], facts["held_out"]
+    parts = [f"{facts['usable'] - held_out:,} to train on"]
+    parts += [f"{held_out:,} held out for validation"] * bool(held_out) + [f"{left_out:,} unusable"] * bool(left_out)
+    return [f"{facts['samples']:,} samples: {', '.join(parts)}", *facts.get("read", ()), *facts["left_out"]]
+
+
+def opening_weights(towers: Towers) -> list[str]:
+    """Return where the weights of the towers came from, as lines for the console."""
+    return [*towers.weights] or ["weights of both towers: random (model.pretrained names others)"]
+
+
+def closing_lines(config: Config, scores: Mapping[str, Scores]) -> list[str]:
+    """Return lines for the console after the last step: where the run is, how to read its scores, what to do next.
+
+    Args:
+        scores: of the last evaluation, by task; may be empty.
+    """
+    run = shlex.quote(str(config.folder))
+    lines = [f"finished: {config.folder}", f"  checkpoint: {list_checkpoints(config.folder)[-1]}"]
+    lines += [f"  {task_title(name)}: {words}" for name, one in scores.items() if (words := _read_recall(one))]
+    lines += [f"  next:  disttempnet report {run} --out {run}/report.html", f"         disttempnet evaluate {run}"]
+    images = next((shlex.quote(one.images or one.path) for one in config.data.sources if _is_folder(one)), "IMAGES")
+    return [*lines, f'         disttempnet search {run} {images} "a red apple"']
+
+
+def _is_folder(source: SourceConfig) -> bool:
+    return Path(source.images or source.path).expanduser().is_dir()
+
+
+def _read_recall(scores: Scores) -> str:
+    """Return what the mean recall of a task says, beside chance; empty where it has none."""
+    value, chance = scores.metrics.get("mean_recall"), scores.chance.get("mean_recall")
+    if value is None or chance is None:
+        return ""
+    return (
+        f"the right partner is among the nearest 1, 5, 10 of {scores.samples:,} in {100 * value:.1f} % on average "
+        f"(mean recall); by chance {100 * chance:.1f} %"
+    )
 
 
 def process_provenance() -> dict[str, Any]:

@@ -182,6 +182,7 @@ class Trainer:
         self._clock = run_info.Clock()
         self._finite, self._norm = NanCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
+        self._scores: dict[str, Scores] = {}  # of the last evaluation in this process
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
 
     def _refuse_unusable_outputs(self, config: Config) -> None:
@@ -258,6 +259,8 @@ class Trainer:
                 )
             elif self.loss.current_rate() == 0 < self.loss.own_rate:
                 log.say("the temperature network never started: its τ stays where it began (docs/objectives.md)")
+            for line in run_info.closing_lines(self.config, self._scores):
+                log.say(line)
         finally:
             log.close()
 
@@ -270,6 +273,7 @@ class Trainer:
         """Lines for the console before the first step: ranks, checkpoint, towers, plan, data, shortened schedules."""
         yield distributed.describe(self.device, self.config.train.timeout_minutes)
         yield from self._passed_over
+        yield from run_info.opening_weights(self.towers)
         yield from self.towers.notes
         yield run_info.plan_line(self.config, self.data, self.step)
         if isinstance(self.data, CachedData):
@@ -455,6 +459,7 @@ class Trainer:
                 towers, self.tasks, device=self.device, batch=config.batch, data_root=root, cache=self.cache
             )
         self.log.evaluation(self.step, self.step / self.steps_per_epoch, results)
+        self._scores = results
         if pairs := [result for result in results.values() if isinstance(result, TaskResult)]:
             self._save_temperatures(pairs[0])
 
@@ -572,6 +577,11 @@ def _one_line(results: dict[str, Scores]) -> str:
     shown = ("acc1", "mean_recall", "mean_recall@1")
     return "  ".join(
         f"{task_title(name)}: "
-        + " ".join(f"{key.replace('_', ' ')} {r.metrics[key]:.3f}" for key in shown if key in r.metrics)
+        + " ".join(
+            f"{key.replace('_', ' ')} {r.metrics[key]:.3f}"
+            + (f" (chance {r.chance[key]:.3f})" if key in r.chance else "")
+            for key in shown
+            if key in r.metrics
+        )
         for name, r in results.items()
     )

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,45 @@ def test_keys_are_named_or_found(tmp_path: Path) -> None:
     other = str(tmp_path / "other.index")
     assert open_one(tmp_path / "a.csv", image_key="photo", index=other).captions(0) == ("first",)
     os.unlink(other)
-    assert "no row has 'fr'; its keys are photo, filepath, title, de; name one of them with caption_key" in refusal(
+    assert "no row has 'fr'; its keys are photo, filepath, title, de; name them" in refusal(
         tmp_path / "a.csv", image_key="photo", caption_key="fr", index=other
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "lacks", "flags"),
+    [
+        ("a.csv", {}, "no row has images (any of image, ", "--image-key picture --caption-key words"),
+        (
+            "a.csv",
+            {"image_key": "picture"},
+            "no row has captions (any of caption, ",
+            "--image-key picture --caption-key words",
+        ),
+        (
+            "a.csv",
+            {"image_key": "x"},
+            "no row has 'x' nor captions (any of ",
+            "--image-key picture --caption-key words",
+        ),
+        ("a.csv", {"caption_key": "words"}, "no row has images (any of ", "--image-key picture --caption-key words"),
+        ("a.jsonl", {}, " nor captions (any of caption, ", "--image-key pic --caption-key KEY"),
+    ],
+)
+def test_all_that_is_missing_is_said_at_once_with_a_command_that_works(
+    name: str, named: dict[str, str], lacks: str, flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my photos").mkdir()
+    write_images(tmp_path / "my photos", "0.png")
+    (tmp_path / "a.csv").write_text("nr,picture,group,words\n7,0.png,b,a red apple\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"pic": "0.png", "n": 3}\n' * 2, encoding="utf-8")
+    said = refusal(tmp_path / name, images=str(tmp_path / "my photos"), **named)
+    assert lacks in said
+    command = said.partition("as in: disttempnet ")[2].partition(" (in data.train")[0]
+    assert command.endswith(flags)
+    if "KEY" not in flags.split():
+        assert main(shlex.split(command)) == 0
+        assert "1, of which 1 usable" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["rows", "start", "first", "status", "about", "header"])

@@ -287,11 +287,15 @@ def test_paths_may_be_absolute_but_not_leave_by_dots(tmp_path: Path) -> None:
         (
             "a.json",
             b'[{"image": "0.png", "alt": "c", "id": 3}]',
-            "no row has any of caption, .*; its keys are image, alt, id;",
+            r"no row has captions \(any of caption, .*; its keys are image, alt, id; .* --caption-key alt ",
         ),
         ("a.json", b'[{"image": "0.png", "caption": 3}]', r"none of its rows can be used \(1: caption is not text\)"),
         ("a.jsonl", b'{"image": "0.png", "caption": "c"}\n{"image": "0', "line 2, column 11: Unterminated string"),
-        ("a.csv", b"photo;de\n0.png;c\n", "no row has any of image, filepath.*; its keys are photo, de; name one"),
+        (
+            "a.csv",
+            b"photo;de\n0.png;c\n",
+            r"images \(any of image, filepath.*; its keys are photo, de; .*--image-key photo --caption-key de ",
+        ),
         ("a.csv", b"0.png\n1.png\n", r"a.csv: line 1: no comma, tab, ';' or '\|' separates image and caption: '0.png'"),
         ("a.csv", b'filepath,title\n0.png;"c\n', "'0.png;\"c' begins a row of 1 cells, not 2"),
         ("a.csv", bytes(40) + b"filepath,title\n0.png,c\n", "is not text: 63% of its first bytes are zero"),

@@ -95,6 +95,23 @@ def test_a_list_is_read_in_pieces_as_it_is_read_whole(items: list, indent: int |
         assert list(rows_module._JsonItems(text, Path("a.json"))) == items
 
 
+def test_a_folder_without_captions_says_which_form_they_have(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    write_images(tmp_path / "photos", "7.png")
+    with pytest.raises(UserError) as raised:
+        open_one(tmp_path / "photos")
+    photos, said = tmp_path / "photos", str(raised.value)
+    assert f"(1: no caption); captions are files beside the images ({photos}/7.png has its caption in" in str(
+        raised.value
+    )
+    assert f"{photos}/7.txt), fields of a .json" in said
+    assert f'data.train=[{{path="captions.csv", images="{photos}"}}]' in said
+    (photos / "7.txt").write_text("seven", encoding="utf-8")
+    assert open_one(photos).captions(0) == ("seven",)
+    with pytest.raises(UserError, match=r"looked for under 'text' in the \.json beside each image"):
+        open_one(photos, caption_key="text", index=str(tmp_path / "other.index"))
+
+
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     write_images(tmp_path, "0.png")
     os.mkfifo(tmp_path / "1.png")

@@ -11,7 +11,7 @@ from disttempnet.report.runs import plots
 from disttempnet.report.runs.plots import fitted, grid, legend
 from tests.report.synthetic import write_run
 
-LONG = [f"DistTempNet-v1 (a-run-with-a-name-that-says-all-of-its-settings/{'and-more/' * 12}seed-{i})" for i in range(4)]
+LONG = [f"DistTempNet-v1 (a-name-that-says-all-of-its-settings/{'and-more/' * 12}seed-{i})" for i in range(4)]
 
 
 @pytest.mark.parametrize(("width", "lines"), [(8, 1), (20, 1), (20, 2), (44, 2), (200, 2)])

@@ -39,6 +39,29 @@ def find_key(keys: Iterable[str], named: str, usual: Sequence[str]) -> str | Non
     return next((plain[key] for key in usual if key in plain), None) if not named else None
 
 
+def likely_keys(rows: Sequence[Fields | None], image: str | None, caption: str | None) -> tuple[str, str]:
+    """Return the keys that hold images and captions by their values, where these are not known; empty = none does.
+
+    Images are values that end like names of images. Captions are the text of most words.
+    """
+    values: dict[str, list[str]] = {}
+    for fields in rows:
+        for key, value in (fields or {}).items():
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, str) and first.strip():
+                values.setdefault(key, []).append(first)
+    images = [
+        key for key, texts in values.items() if key != caption and 2 * sum(map(names_an_image, texts)) >= len(texts)
+    ]
+    found = image or next(iter(images), "")
+    words = {
+        key: sum(len(text.split()) for text in texts) / len(texts)
+        for key, texts in values.items()
+        if key not in (found, *images) and 2 * sum(any(map(str.isalpha, text)) for text in texts) >= len(texts)
+    }
+    return found, caption or max(words, key=lambda key: words[key], default="")
+
+
 def names_an_image(text: Any) -> bool:
     """Tell whether a value ends like the name of an image file."""
     return isinstance(text, str) and _IMAGE_NAME.search(text) is not None

@@ -31,6 +31,7 @@ from disttempnet.data.listings.fields import (
     Fields,
     NoBytes,
     find_key,
+    likely_keys,
     mistaken_for,
 )
 from disttempnet.data.listings.readers import Layout
@@ -306,26 +307,54 @@ def _with_bar(layout: Layout, progress: bool) -> Iterator[Fields | None]:
 
 def _validated(rows: Iterator[Fields | None], layout: Layout, settings: Settings) -> Iterator[ListingRow]:
     head = list(islice(rows, HEAD_ROWS))
-    image_key = layout.image_key or _key(head, layout, "image_key", settings.image_key, IMAGE_KEYS)
-    caption_key = layout.caption_key or _key(head, layout, "caption_key", settings.caption_key, CAPTION_KEYS)
+    image_key, caption_key = _keys(head, layout, settings)
     _refuse_addresses(head, layout, image_key)
     for fields in chain(head, rows):
         yield _validate(fields, image_key, caption_key)
 
 
-def _key(head: Sequence[Fields | None], layout: Layout, setting: str, named: str, usual: Sequence[str]) -> str:
-    """Return the named key, or else the first usual one that the first rows have. Raises UserError."""
+class MissingKeys(UserError):
+    """Rows without a key of image or caption, or of both.
+
+    Attributes:
+        flags: of `disttempnet data index` that name the keys: those that were given or found, else likely ones.
+    """
+
+    def __init__(self, message: str, flags: Sequence[str]) -> None:
+        super().__init__(message)
+        self.flags = flags
+
+
+def _keys(head: Sequence[Fields | None], layout: Layout, settings: Settings) -> tuple[str, str]:
+    """Return the keys of image and caption: the layout's, or the named ones, or the first usual ones of the first rows.
+
+    Raises:
+        MissingKeys: one or both are missing; the message names all that is missing.
+        UserError: no row has named fields, or the file is of a kind without captions.
+    """
     keys = dict.fromkeys(key for fields in head for key in fields or ())
-    if (key := find_key(keys, named, usual)) is not None:
-        return key
+    image = layout.image_key or find_key(keys, settings.image_key, IMAGE_KEYS)
+    caption = layout.caption_key or find_key(keys, settings.caption_key, CAPTION_KEYS)
+    if image is not None and caption is not None:
+        return image, caption
     _refuse_addresses(head, layout, "")
+    named = (settings.image_key if image is None else "") or (settings.caption_key if caption is None else "")
     if not keys:
         hint = f"; {one_line(layout.hint())}" if layout.hint() else ""
         raise UserError(f"{layout.where}: none of its rows can be used: they have no named fields{hint}")
     if not named and (kind := mistaken_for(keys)):
         raise UserError(f"{layout.where}: {kind}")
-    wanted = f"'{named}'" if named else "any of " + ", ".join(usual)
-    raise UserError(f"{layout.where}: no row has {wanted}; its keys are {_some(keys)}; name one of them with {setting}")
+    lacks, flags, likely = [], [], likely_keys(head, image, caption)
+    for flag, found, given, usual, guess in (
+        ("image", image, settings.image_key, IMAGE_KEYS, likely[0]),
+        ("caption", caption, settings.caption_key, CAPTION_KEYS, likely[1]),
+    ):
+        if found is None:
+            lacks.append(f"'{given}'" if given else f"{flag}s (any of {', '.join(usual)})")
+        if found is None or (given and not getattr(layout, f"{flag}_key")):
+            flags += [f"--{flag}-key", found or guess or "KEY"]
+    message = f"{layout.where}: no row has {' nor '.join(lacks)}; its keys are {_some(keys)}"
+    raise MissingKeys(message, flags)
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from disttempnet.config import SourceConfig
-from disttempnet.data.listings.index import build_index, load_columns
+from disttempnet.data.listings.index import MissingKeys, build_index, load_columns
 from disttempnet.data.listings.open import ImageFiles, Images, Listing, images_of, layout_of, settings_of
+from disttempnet.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def read_listing(where: str | Path, images: str = "", image_key: str = "", capti
     layout, settings = layout_of(source), settings_of(source)
     with TemporaryDirectory() as folder:
         path = Path(folder, "rows")
-        build_index(layout, path, settings, progress=False)
+        try:
+            build_index(layout, path, settings, progress=False)
+        except MissingKeys as error:
+            raise UserError(f"{error}; name them with image_key and caption_key") from None
         columns = load_columns(path)  # stays mapped after the file is removed
     listing = Listing(path, layout.where, columns, images_of(layout, columns, images))
     found = tuple(_image(listing, sample) for sample in listing.usable.tolist())

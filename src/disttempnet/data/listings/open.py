@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from disttempnet.data.images import MAX_BYTES, UnreadableImage
 from disttempnet.data.listings.index import (
     ROW_REASONS,
     ListingColumns,
+    MissingKeys,
     Settings,
     build_index,
     leaves_the_folder,
@@ -228,7 +230,10 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
     def build() -> None:
         path = index_file(layout, source.index)
         if distributed.is_main() and not path.is_file():
-            build_index(layout, path, settings, progress)
+            try:
+                build_index(layout, path, settings, progress)
+            except MissingKeys as error:
+                raise UserError(f"{error}; {_naming_keys(source, error.flags)}") from None
 
     def load() -> Listing:
         path = index_file(layout, source.index)
@@ -241,6 +246,13 @@ def open_listing(source: SourceConfig, progress: bool = True) -> Listing:
     if len(set(distributed.gather_objects(listing.digest))) > 1:
         raise UserError(f"{listing.path}: the ranks see different indexes; give every node the same data")
     return listing
+
+
+def _naming_keys(source: SourceConfig, flags: Sequence[str]) -> str:
+    """Return the command that names the keys of a listing, and how training names them."""
+    images = ["--images", source.images] if source.images else []
+    command = shlex.join(["disttempnet", "data", "index", source.path, *images, *flags])
+    return f"name them, as in: {command} (in data.train: image_key and caption_key)"
 
 
 def index_file(layout: Layout, index_path: str) -> Path:

@@ -180,6 +180,10 @@ def image_column(file: ParquetFile, chosen: str, caption_key: str, path: Path) -
     what = f"'{chosen}' is not a column of images" if chosen else f"{len(found) or 'no'} columns of images"
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
     advice = "name one of bytes, or of paths, with image_key" if found or chosen or named else "it holds none"
+    if caption is None:
+        wanted = f"no '{caption_key}'" if caption_key else f"no captions (any of {', '.join(CAPTION_KEYS)})"
+        what += f", and {wanted}"
+        advice += "; the captions' with caption_key"
     raise UserError(f"{path}: {what}; its columns are {columns}; {advice}")
 
 

@@ -293,7 +293,17 @@ class FolderLayout(Layout):
             for name in names
             if (Path(name).suffix.lower() in tables and Path(name).stem not in images) or name == "captions.txt"
         ]
-        return f"it has {found[0]}: name that file if the captions are in it" if found else ""
+        if found:
+            return f"it has {found[0]}: name that file if the captions are in it"
+        if self.from_json:
+            return f"captions are looked for under '{self.caption_key}' in the .json beside each image"
+        image = next(filter(is_image, names), "x.jpg")
+        beside = f"{self.where / image} has its caption in {(self.where / image).with_suffix('.txt')}"
+        table = f'data.train=[{{path="captions.csv", images="{self.where}"}}]'
+        return (
+            f"captions are files beside the images ({beside}), fields of a .json beside them (caption_key), or rows of "
+            f"a table with the columns image and caption ({table})"
+        )
 
     def _rows_in(self, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Fields]:
         status, stamp = self.path(name).stat(), self.stamp(name)

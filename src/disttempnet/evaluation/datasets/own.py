@@ -51,8 +51,7 @@ EVALUATED_SPLITS = ("test", "val")  # of a listing that has splits, best first
 # readers of training data say where a config would be changed
 CONFIG_WORDS = {
     "in data.train = [{path = …, images = FOLDER}]": "after the file's: ?images=FOLDER",
-    "name one of them with image_key": "name one of them: ?image=KEY",
-    "name one of them with caption_key": "name one of them: ?caption=KEY",
+    "name them with image_key and caption_key": "name them: ?image=KEY&caption=KEY",
     "set data.train to": "name",
     "data.train: ": "",
 }

@@ -290,7 +290,8 @@ def _line(axis: Axes, x: Any, y: Any, i: int, label: str, marker: str = "") -> N
 
 
 def legend(figure: Figure, axis: Axes, loc: str = "outside upper left", most: int = 0) -> None:
-    """Put the legend of an axis outside of all axes: as many columns as fit beside each other, and room for its rows.
+    """Put the legend of an axis outside of all axes: as many columns as fit beside each other, and room for
+    its rows from the third on.
 
     Args:
         loc: as matplotlib has it.
@@ -304,7 +305,7 @@ def legend(figure: Figure, axis: Axes, loc: str = "outside upper left", most: in
     longest = max(len(line) for label in labels for line in label.split("\n"))
     columns = min(len(labels), most or len(labels), max(1, int(width / (LEGEND_HANDLE + CHARACTER * longest))))
     lines = -(-len(labels) // columns) * max(label.count("\n") + 1 for label in labels)
-    figure.set_size_inches(width, height + LINE * (lines - 1))
+    figure.set_size_inches(width, height + LINE * max(0, lines - 2))
     figure.legend(handles, labels, loc=loc, ncols=columns, frameon=False, fontsize=10)
 
 
