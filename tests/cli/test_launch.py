@@ -75,3 +75,21 @@ def test_launch_passes_on_why_sbatch_refuses(cluster: Path, capsys: pytest.Captu
     (cluster / "bin" / "sbatch").write_text(f"#!{sys.executable}\n{refusal}", encoding="utf-8")
     assert main(["launch", DEBUG]) == 2
     assert "sbatch refused the script: sbatch: error: invalid partition" in capsys.readouterr().err
+
+
+def test_data_that_is_not_here_is_said(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script is printed all the same: the nodes may have it."""
+    (tmp_path / "here").mkdir()
+    there = [f"data.train={tmp_path}/there/{{00000..00009}}.tar", "eval.data_root=/nowhere/at/all"]
+    there.append("data.validation=s3://b/x.tar")
+    assert main(["launch", DEBUG, *there, "--nodes", "1", "--gpus", "1", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!")
+    assert shown.err.splitlines() == [
+        f"note: data.train = {tmp_path}/there/{{00000..00009}}.tar: not on this machine; the nodes must have it",
+        "note: eval.data_root = /nowhere/at/all: not on this machine; the nodes must have it",
+    ]
+    here = f"data.train={tmp_path}/here/{{00000..00009}}.tar"
+    for train in (here, "data.train=embedded:emoji/train"):
+        assert main(["launch", DEBUG, train, "--nodes", "1", "--gpus", "1", "--dry-run"]) == 0
+        assert capsys.readouterr().err == ""

@@ -20,4 +20,4 @@ source.py      flags that name a data set
 import sys
 
 if sys.platform == "win32":  # before the first import of what only POSIX has
-    raise SystemExit("disttempnet: Windows is not supported; use WSL (Ubuntu), Linux or macOS")
+    raise SystemExit("disttempnet: Windows is not supported; use WSL (Ubuntu) or Linux (macOS should work, not tested)")

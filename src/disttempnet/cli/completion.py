@@ -25,11 +25,16 @@ def add_completion_command(commands: Any, parser: argparse.ArgumentParser) -> No
         description=COMPLETION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    completion.add_argument("shell", choices=SHELLS, help="the shell")
+    completion.add_argument("shell", nargs="?", choices=SHELLS, help="the shell")
     completion.set_defaults(run=lambda options: _completion(options, parser))
 
 
 def _completion(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if options.shell is None:
+        raise UserError(
+            f"completion for which shell? {', '.join(SHELLS[:-1])} or {SHELLS[-1]}, for example: disttempnet completion "
+            "bash > ~/.local/share/bash-completion/completions/disttempnet (zsh: completion --help)"
+        )
     try:
         import shtab
     except ImportError:

@@ -347,6 +347,7 @@ def _download_from_hub(options: argparse.Namespace, processes: int) -> int:
     from disttempnet.data.tools.hub_shards import (
         check_space,
         fetch_shard,
+        free_space,
         list_hub_shards,
         missing_shards,
         note_checked,
@@ -366,6 +367,11 @@ def _download_from_hub(options: argparse.Namespace, processes: int) -> int:
         f"{len(listed.shards) - len(wanted):,} of them are in {out.resolve()}"
     )
     if options.dry_run:
+        for shard in wanted:
+            say(f"  {shard.name}  {shard.size:>15,} bytes")
+        say(
+            f"would download {(listed.bytes - there) / 1e9:,.1f} GB; {free_space(out) / 1e9:,.1f} GB are free for {out}"
+        )
         return 0
     check_space(listed, wanted, out)
     with stopped_by_sigterm(), Meter("downloading", listed.bytes, there, sizes=True) as meter:

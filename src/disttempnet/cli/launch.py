@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disttempnet.errors import UserError
@@ -10,7 +13,7 @@ from disttempnet.io.ranges import SEEDS, integers
 from disttempnet.terminal import say
 
 if TYPE_CHECKING:
-    from disttempnet.config import LossConfig
+    from disttempnet.config import Config, LossConfig
 
 LAUNCH = """Writes a batch script for this run and submits it with sbatch. The config is checked first: mistakes cost no
 time in the queue.
@@ -64,8 +67,24 @@ def run_launch(options: argparse.Namespace) -> int:
     )
     text = script(job, options.config, config, overrides)
     _refuse_wrong_loss(config.loss)
+    for line in _not_here(config):
+        say(f"note: {line}: not on this machine; the nodes must have it", error=True)
     say(text if options.dry_run else submit(text), end="" if options.dry_run else "\n")
     return 0
+
+
+def _not_here(config: Config) -> Iterator[str]:
+    """Yield the local data of a config that does not exist on this machine: key and path, a line each."""
+    paths = [("data.train", one.path) for one in config.data.sources]
+    paths += [("data.train images", one.images) for one in config.data.sources if one.images]
+    paths += [("data.validation", config.data.validation)] if isinstance(config.data.validation, str) else []
+    paths += [("eval.data_root", config.eval.data_root)]
+    for key, path in paths:
+        if path and not re.match(r"\w+:", path):  # embedded:, generated:, s3://
+            fixed = re.split(r"[{*?\[]", path)[0]
+            place = Path(fixed).expanduser()
+            if not (place if fixed == path or fixed.endswith("/") else place.parent).exists():
+                yield f"{key} = {path}"
 
 
 def _seed(word: str) -> int:

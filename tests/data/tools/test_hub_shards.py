@@ -62,7 +62,11 @@ def found() -> dict[str, bytes]:
 
 def test_every_shard_of_the_train_split(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert download("--dry-run") == 0
-    assert "3 shards" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert "3 shards" in plan
+    for name, content in wanted(hub).items():
+        assert f"  {name}  {len(content):>15,} bytes\n" in plan
+    assert "would download 0.0 GB; " in plan
     assert not Path("out").exists()
     assert download() == 0
     shown = capsys.readouterr().out
@@ -122,7 +126,9 @@ def test_messages(hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert error.count("\n") == 1
     monkeypatch.setattr(hub_shards.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     assert download() == 2
-    assert "are missing, and 0.0 GB are free" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "are missing, and 0.0 GB are free: free some space, or name a folder on a larger disk with --out" in error
+    assert hub.sent == 0
     del hub.files[REPOSITORY]["cc3m-train-0000.tar"], hub.files[REPOSITORY]["cc3m-train-0001.tar"]
     del hub.files[REPOSITORY]["cc3m-train-0002.tar"]
     assert download() == 2

@@ -99,11 +99,20 @@ def check_space(listed: HubShards, wanted: Sequence[HubShard], out: Path) -> Non
     """Raise UserError where the disk has too little space for the shards that are wanted."""
     with unwritable_named(out):
         out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out).free
+    free = free_space(out)
     need = sum(shard.size for shard in wanted if not (out / shard.name).exists())
     if need > free:
         missing, whole, left = (f"{size / 1e9:,.1f} GB" for size in (need, listed.bytes, free))
-        raise UserError(f"{out}: {missing} of {whole} are missing, and {left} are free")
+        raise UserError(
+            f"{out}: {missing} of {whole} are missing, and {left} are free: free some space, or name a folder on a larger "
+            "disk with --out (--dry-run lists the shards with their bytes)"
+        )
+
+
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is on, or will be on."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def fetch_shard(listed: HubShards, out: Path, shard: HubShard) -> Iterator[HubShard]:

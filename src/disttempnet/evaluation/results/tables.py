@@ -133,13 +133,15 @@ def probes_table(zero_shot: Mapping[str, TaskRecord], probes: Mapping[str, TaskR
 
 def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
     """Return lines about tasks: size, main metric, folder below the data root, and how to get what is missing."""
-    rows = [("task", "samples", "main metric", "below the data root", "huggingface.co/datasets/")]
+    below = "below the data root" if root is not None else "data"
+    rows = [("task", "samples", "main metric", below, "huggingface.co/datasets/")]
     missing = []
     for task in tasks:
         found = find_data(task, root) if root is not None and task.below_root else None
         ships = "(disttempnet data icons)" if task.is_built else "(ships with the package)"
         elsewhere = "(your own)" if task.name.startswith(OWN_DATA) else ships
-        where = found.name if found else "–" if task.below_root else elsewhere
+        lacks = "–" if root is not None else ""  # without a root nothing was looked for
+        where = found.name if found else lacks if task.below_root else elsewhere
         rows.append((task.name, f"{task.size:,}" if task.size else "", task.main or "–", where, task.source))
         missing += [task] if task.below_root and not found else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -148,7 +150,13 @@ def tasks_list(tasks: Sequence[Task], root: Path | None) -> list[str]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         cells[1] = row[1].rjust(widths[1])
         lines.append("  ".join(cells).rstrip())
-    return lines + _how_to_get(missing, root)
+    lines += _how_to_get(missing, root)
+    if missing and root is None:
+        lines.append("--data-root DIR shows which of them are there")
+    if apart := [task.name for task in tasks if task.below_root and not task.main]:
+        rest = sum(task.below_root for task in tasks) - len(apart)
+        lines += ["", f"{rest} of these count in averages; {' and '.join(apart)} have no main metric, as in DataComp"]
+    return lines
 
 
 def _how_to_get(missing: Sequence[Task], root: Path | None) -> list[str]:
