@@ -32,8 +32,9 @@ def add_completion_command(commands: Any, parser: argparse.ArgumentParser) -> No
 def _completion(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.shell is None:
         raise UserError(
-            f"completion for which shell? {', '.join(SHELLS[:-1])} or {SHELLS[-1]}, for example: disttempnet completion "
-            "bash > ~/.local/share/bash-completion/completions/disttempnet (zsh: completion --help)"
+            f"completion for which shell? {', '.join(SHELLS[:-1])} or {SHELLS[-1]}, for example: "
+            "disttempnet completion bash > ~/.local/share/bash-completion/completions/disttempnet "
+            "(zsh: disttempnet completion --help)"
         )
     try:
         import shtab

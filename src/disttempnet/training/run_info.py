@@ -28,7 +28,6 @@ from disttempnet.io.files import read_object, write_atomically
 from disttempnet.losses import OBJECTIVES
 from disttempnet.models import Towers
 from disttempnet.sanitize import redacted
-from disttempnet.training.run_folder import list_checkpoints
 
 PROBLEM_LINES = 20  # about samples that are left out
 
@@ -166,14 +165,15 @@ def opening_weights(towers: Towers) -> list[str]:
     return [*towers.weights] or ["weights of both towers: random (model.pretrained names others)"]
 
 
-def closing_lines(config: Config, scores: Mapping[str, Scores]) -> list[str]:
+def closing_lines(config: Config, checkpoint: Path, scores: Mapping[str, Scores]) -> list[str]:
     """Return lines for the console after the last step: where the run is, how to read its scores, what to do next.
 
     Args:
+        checkpoint: the last one.
         scores: of the last evaluation, by task; may be empty.
     """
     run = shlex.quote(str(config.folder))
-    lines = [f"finished: {config.folder}", f"  checkpoint: {list_checkpoints(config.folder)[-1]}"]
+    lines = [f"finished: {config.folder}", f"  checkpoint: {checkpoint}"]
     lines += [f"  {task_title(name)}: {words}" for name, one in scores.items() if (words := _read_recall(one))]
     lines += [f"  next:  disttempnet report {run} --out {run}/report.html", f"         disttempnet evaluate {run}"]
     images = next((shlex.quote(one.images or one.path) for one in config.data.sources if _is_folder(one)), "IMAGES")

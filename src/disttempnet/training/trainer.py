@@ -259,8 +259,10 @@ class Trainer:
                 )
             elif self.loss.current_rate() == 0 < self.loss.own_rate:
                 log.say("the temperature network never started: its τ stays where it began (docs/objectives.md)")
-            for line in run_info.closing_lines(self.config, self._scores):
-                log.say(line)
+            if main:
+                last = run_folder.list_checkpoints(self.folder)[-1]
+                for line in run_info.closing_lines(self.config, last, self._scores):
+                    log.say(line)
         finally:
             log.close()
 

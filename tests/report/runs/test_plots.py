@@ -8,7 +8,7 @@ import pytest
 
 from disttempnet.report.read import read_run
 from disttempnet.report.runs import plots
-from disttempnet.report.runs.plots import fitted, grid, legend
+from disttempnet.report.runs.plots import fitted, grid, outer_legend
 from tests.report.synthetic import write_run
 
 LONG = [f"DistTempNet-v1 (a-name-that-says-all-of-its-settings/{'and-more/' * 12}seed-{i})" for i in range(4)]
@@ -29,7 +29,7 @@ def test_a_long_legend_is_inside_the_figure_and_takes_no_room_from_the_axes() ->
     figure, ((axis,),) = grid(1, 1, height=2.5)
     for i, title in enumerate(LONG):
         axis.plot([0, 1], [0, i], label=title)
-    legend(figure, axis)
+    outer_legend(figure, axis)
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.width

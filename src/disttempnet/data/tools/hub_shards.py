@@ -104,8 +104,8 @@ def check_space(listed: HubShards, wanted: Sequence[HubShard], out: Path) -> Non
     if need > free:
         missing, whole, left = (f"{size / 1e9:,.1f} GB" for size in (need, listed.bytes, free))
         raise UserError(
-            f"{out}: {missing} of {whole} are missing, and {left} are free: free some space, or name a folder on a larger "
-            "disk with --out (--dry-run lists the shards with their bytes)"
+            f"{out}: {missing} of {whole} are missing, and {left} are free: free some space, or name a folder on a "
+            "larger disk with --out (--dry-run lists the shards with their bytes)"
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from disttempnet.evaluation.tasks import task_title
 from disttempnet.report.evaluations.compare import Difference
-from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, grid, legend, styled, svg
+from disttempnet.report.runs.plots import FAINT, INK, RUN_COLOURS, grid, outer_legend, styled, svg
 from disttempnet.report.seeds.groups import AVERAGES, Column, SeedGroup
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def task_chart(groups: Sequence[SeedGroup], sections: Sequence[tuple[str, Sequen
     _task_rows(axis, [name for name, _ in rows], [column is None for _, column in rows])
     axis.set_xlim(left=-1)  # a dot at 0 is not cut off
     axis.set(xlabel="main metric, %")
-    legend(figure, axis, most=3)
+    outer_legend(figure, axis, most=3)
     return svg(figure)
 
 

@@ -115,7 +115,7 @@ def quality_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
             epoch_axis(axis, f"{task_title(task)}: {metric_title(metric)}")
             axis.set_ylabel("%")
             axis.set_ylim(bottom=0)
-    legend(figure, axes[0][0])
+    outer_legend(figure, axes[0][0])
     return svg(figure)
 
 
@@ -168,7 +168,7 @@ def temperature_chart(runs: Sequence[RunRecord], titles: Sequence[str]) -> str:
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("τ")
     tau_bounds(axes[0], [run.config.loss.arguments for run in runs])
-    legend(figure, axes[0][0])
+    outer_legend(figure, axes[0][0])
     return svg(figure)
 
 
@@ -251,7 +251,7 @@ def accuracy_chart(panels: Sequence[tuple[str, Mapping[str, Sequence[AccuracyBin
         axis.set(title=fitted(title, _characters(columns)), xlim=(0, 100))
         axis.set(xlabel="images from the lowest to the highest τ, %", ylabel="top-1, %")
         axis.set_ylim(bottom=0)
-    legend(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])))
+    outer_legend(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])))
     return svg(figure)
 
 
@@ -289,7 +289,7 @@ def _line(axis: Axes, x: Any, y: Any, i: int, label: str, marker: str = "") -> N
         axis.plot(x, y, color=run_colour(i), linestyle=style, marker=marker, markersize=4, linewidth=1.7, label=label)
 
 
-def legend(figure: Figure, axis: Axes, loc: str = "outside upper left", most: int = 0) -> None:
+def outer_legend(figure: Figure, axis: Axes, loc: str = "outside upper left", most: int = 0) -> None:
     """Put the legend of an axis outside of all axes: as many columns as fit beside each other, and room for
     its rows from the third on.
 

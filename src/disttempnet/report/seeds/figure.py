@@ -22,7 +22,7 @@ from disttempnet.report.runs.plots import (
     RUN_STYLES,
     fitted,
     grid,
-    legend,
+    outer_legend,
     styled,
     svg_text,
 )
@@ -89,7 +89,7 @@ def _over_batches(comparison: GroupComparison, same: Sequence[Sequence[SeedGroup
     if has_tau:
         axes[2].set_title("τ\nat the end of training", fontsize=_TITLE)
         axes[2].set_ylim(bottom=0)
-    legend(figure, axes[0], "outside lower center", most=4)
+    outer_legend(figure, axes[0], "outside lower center", most=4)
     return svg_text(figure)
 
 
