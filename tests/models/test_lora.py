@@ -70,6 +70,54 @@ def test_merged_towers_give_the_same_features(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(features(towers, module), after, rtol=0, atol=1e-12)  # and they are not merged by it
 
 
+@pytest.mark.parametrize("kind", ["demo-vit-32", "demo-convnext-32"])
+def test_features_and_gradients_are_those_of_weights_with_one_update(kind: str) -> None:
+    """W + α/r · B·A by hand and by autograd, output projections of attentions among them (peft alone adds it twice)."""
+    towers = load_model(kind)
+    plain = copy.deepcopy(towers.module).double()
+    module = towers.module.double()
+    adapted(towers, LoraConfig(rank=2, alpha=6))
+    torch.manual_seed(3)
+    own = {name: p for name, p in module.named_parameters() if ".lora_" in name}
+    for p in own.values():
+        torch.nn.init.normal_(p, 0, 0.3)
+    weights, factors = dict(plain.named_parameters()), {}
+    for name in own:
+        if ".lora_A." in name:
+            a, b = (own[n].detach().requires_grad_() for n in (name, name.replace("lora_A", "lora_B")))
+            factors |= {name: a, name.replace("lora_A", "lora_B"): b}
+            place = name.partition(".lora_A")[0].replace(".base_layer", "")
+            target = f"{place}.weight" if f"{place}.weight" in weights else f"{place}.in_proj_weight"
+            weights[target] = weights[target].detach() + 6 / 2 * b @ a
+    assert factors.keys() == own.keys()
+    assert any("out_proj" in name for name in factors)
+
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)).double()
+    expected = torch.func.functional_call(plain, weights, (images, towers.tokenizer(TEXTS)))
+    found = module(images, towers.tokenizer(TEXTS))
+    probe = [torch.randn_like(side) for side in expected[:2]]
+    for features_, learned in ((expected, factors), (found, own)):
+        sum((side * direction).sum() for side, direction in zip(features_[:2], probe, strict=True)).backward()
+        assert all(p.grad is not None for p in learned.values())
+    for name, p in own.items():
+        torch.testing.assert_close(p.grad, factors[name].grad, rtol=1e-9, atol=1e-11, msg=name)
+    for side, of in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(side, of, rtol=0, atol=1e-12)
+
+
+def test_a_peft_that_merges_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be if its attention left the output projection to the projection's own `merge`."""
+    from peft.tuners.lora import layer
+
+    def merge(self: layer.MultiheadAttention, *_: object, **__: object) -> None:
+        self.base_layer.in_proj_weight.data += self.get_delta_weight("default")
+        self.base_layer.out_proj.merge()
+
+    monkeypatch.setattr(layer.MultiheadAttention, "merge", merge)
+    with pytest.raises(UserError, match=r"\[lora\] peft [\d.]+ merges adapters of attentions in a way"):
+        adapted(load_model("demo-vit-32"), LoraConfig(rank=2))
+
+
 def test_locked_weights_of_attentions_stay_equal_to_the_bit() -> None:
     """Passes with and without gradients, one that fails, and one in a copy."""
     towers = load_model("demo-vit-32")
@@ -95,11 +143,22 @@ def test_locked_weights_of_attentions_stay_equal_to_the_bit() -> None:
     assert changed(module) == []
 
     attention = module.visual.transformer.resblocks[0].attn
-    with pytest.raises(AssertionError, match="embedding dimension"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"embedding dimension|shapes cannot be multiplied"):
         attention(*[torch.zeros(1, 1, 3)] * 3)
     twin = copy.deepcopy(module)
     assert torch.equal(features(towers, twin), first)
     assert changed(module) == changed(twin) == []
+
+
+def test_a_line_says_which_attentions_have_adapters_in_part() -> None:
+    """Those of open_clip's own class, where queries, keys and values are a parameter of no layer."""
+    towers = load_model("demo-vit-32")
+    kinds = [type(block.attn) for block in towers.module.visual.transformer.resblocks]
+    said = adapted(towers, LoraConfig(rank=2)).describe()
+    assert ("queries, keys and values of" in said) == (torch.nn.MultiheadAttention not in kinds)
+    block = (other := load_model("demo-vit-32")).module.visual.transformer.resblocks[0]
+    block.attn = open_clip.transformer.Attention(block.ln_1.weight.numel(), 2)
+    assert "queries, keys and values of" in adapted(other, LoraConfig(rank=2)).describe()
 
 
 def test_targets_are_names_of_maps_between_embeddings_and_heads() -> None:
@@ -109,7 +168,7 @@ def test_targets_are_names_of_maps_between_embeddings_and_heads() -> None:
     assert learned == [
         f"transformer.resblocks.{number}.mlp.c_fc.lora_{letter}.default.weight" for number in (0,) for letter in "AB"
     ]
-    with pytest.raises(UserError, match=r"\[lora\] unknown target 'q_proj'. Did you mean 'c_proj'\? Known: attn, c_fc"):
+    with pytest.raises(UserError, match=r"\[lora\] unknown target 'q_proj'. Did you mean 'c_proj'\? Known: .*c_fc"):
         adapted(load_model("demo-vit-32"), LoraConfig(rank=2, targets=("q_proj",)))
 
 

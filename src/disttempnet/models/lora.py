@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
+from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import open_clip
@@ -50,19 +51,26 @@ class Adapters:
             p.requires_grad_(True)
         for part in module.modules():
             if isinstance(part, peft.tuners.lora.layer.MultiheadAttention):
+                _merge_out_projection_once(part)
                 part.register_forward_pre_hook(_remember_weights)
                 part.register_forward_hook(_put_weights_back, always_call=True)
         if checkpoint is not None:
             self._load(module, checkpoint / LORA_NAME)
+        _refuse_wrong_merge(peft)
 
     def describe(self) -> str:
         """Return in one line what is trained of the towers, and what is saved."""
         parts = [p for p in self._tuner.model.parameters() if p.requires_grad]
         everything = sum(p.numel() for p in self._tuner.model.parameters())
-        return (
+        said = (
             f"lora.rank = {self._tuner.peft_config['default'].r}: {sum(p.numel() for p in parts):,} of {everything:,} "
             "parameters of the towers are trained; checkpoints have the adapters merged"
         )
+        # open_clip's own attention, from 4.0 on, holds queries, keys and values in a parameter that is no layer
+        bare = sum(isinstance(part, open_clip.transformer.Attention) for part in self._tuner.model.modules())
+        if bare:
+            said += f"; queries, keys and values of {bare} attentions have none with open_clip {open_clip.__version__}"
+        return said
 
     def merged(self) -> nn.Module:
         """Return a copy of the towers with the adapters merged into their weights, under open_clip's names."""
@@ -99,6 +107,48 @@ def _put_weights_back(attention: Any, _: object, __: object) -> None:
     base = attention.base_layer
     base.in_proj_weight, base.out_proj.base_layer.weight = attention.weights_before
     del attention.weights_before
+
+
+def _merge_out_projection_once(attention: Any) -> None:
+    """Have an attention of peft add the update of its output projection once.
+
+    peft's attention writes W + Δ there itself, and then asks the projection to merge, which adds Δ again, out of
+    autograd's sight. Here the projection only notes that it is merged.
+    """
+
+    def merge(projection: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        projection.merged_adapters.extend(adapter_names or projection.active_adapters)
+
+    def unmerge(projection: Any) -> None:
+        projection.merged_adapters.clear()
+
+    # bound methods: a copy of the attention gets its own
+    projection = attention.base_layer.out_proj
+    projection.merge, projection.unmerge = MethodType(merge, projection), MethodType(unmerge, projection)
+
+
+def _refuse_wrong_merge(peft: ModuleType) -> None:
+    """Raise UserError if an attention of this peft does not merge to W + Δ: another version may do it another way."""
+    with torch.random.fork_rng(devices=[]):  # an adapter's random start is the run's
+        holder = nn.ModuleDict({"attn": nn.MultiheadAttention(2, 1)})
+        peft.LoraModel(holder, peft.LoraConfig(r=1, target_modules=["attn"]), "default")
+    attention: Any = holder["attn"]
+    _merge_out_projection_once(attention)
+    parts = {"in_proj_weight": attention, "out_proj.weight": attention.base_layer.out_proj}
+    with torch.no_grad():
+        for part in parts.values():
+            part.lora_B["default"].weight.fill_(1.0)
+        expected = {
+            name: part.get_base_layer().get_parameter("in_proj_weight" if part is attention else "weight")
+            + part.scaling["default"] * part.lora_B["default"].weight @ part.lora_A["default"].weight
+            for name, part in parts.items()
+        }
+        merged = attention.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    if not all(torch.allclose(merged.get_parameter(name), value) for name, value in expected.items()):
+        raise UserError(
+            f"[lora] peft {version('peft')} merges adapters of attentions in a way that is not known here: "
+            "python -m pip install 'peft==0.21.2'"
+        )
 
 
 def _import_peft() -> ModuleType:
