@@ -78,6 +78,11 @@ def test_what_cannot_be_compiled_is_one_line() -> None:
         compile_failure_named(),
     ):
         raise InductorError(said)
+    with (
+        pytest.raises(UserError, match=r"with train.checkpoint_activations: .* No such file: leave one of them out"),
+        compile_failure_named(recomputes=True),
+    ):
+        raise InductorError(said)
     with pytest.raises(RuntimeError, match=r"^other$"), compile_failure_named():
         raise RuntimeError("other")
 

@@ -236,8 +236,12 @@ def refuse_without_compiler(device: torch.device) -> None:
 
 
 @contextmanager
-def compile_failure_named() -> Iterator[None]:
-    """Turn a failure of torch.compile, whose own report has a hundred lines, into a UserError of one line."""
+def compile_failure_named(recomputes: bool = False) -> Iterator[None]:
+    """Turn a failure of torch.compile, whose own report has a hundred lines, into a UserError of one line.
+
+    Args:
+        recomputes: train.checkpoint_activations is on, which not every tower can be compiled with.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -245,4 +249,8 @@ def compile_failure_named() -> Iterator[None]:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         what = next((line for line in lines if "error:" in line), lines[0])[:300]
+        if recomputes:
+            raise UserError(
+                f"train.compile failed, with train.checkpoint_activations: {what}: leave one of them out"
+            ) from None
         raise UserError(f"train.compile failed: {what}: fix the compiler, or leave train.compile out") from None

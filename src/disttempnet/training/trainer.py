@@ -569,7 +569,7 @@ def train(config: Config, resume: str = "never", report: run_log.Report | None =
     with (
         distributed.session(config.train.timeout_minutes) as device,
         atomic_folder.full_disk_named(config.folder),
-        compile_failure_named(),
+        compile_failure_named(config.train.checkpoint_activations),
         memory_named(MEMORY),
     ):
         return Trainer(config, device, resume, report).run()
