@@ -96,7 +96,7 @@ def test_where_weights_came_from_is_said(hub: Path, towers: Towers, tagged: None
     (line,) = load_model("hf-hub:acme/CLIP-tiny-good").weights
     assert line.startswith(f"weights of both towers: hf-hub:acme/CLIP-tiny-good: {hub / WEIGHTS_NAME} (")
     assert line.endswith(f"B, sha256 {'a1' * 32})")
-    size = f"{(tmp_path / 'tagged.pt').stat().st_size / 1000:.1f} kB"
+    size = f"{(tmp_path / 'tagged.pt').stat().st_size / 1e6:.1f} MB"
     (line,) = load_model(NAME, "laion").weights
     assert line == f"weights of both towers: {NAME}, laion: {tmp_path / 'tagged.pt'} ({size})"
 

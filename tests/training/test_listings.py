@@ -94,7 +94,7 @@ def test_what_is_left_out_and_skipped_is_told(
     quiet = ("train.log_every=100", "train.checkpoint_every=1")  # steps are logged at the end only
     assert train(debug(cc3m, tmp_path, *quiet, "train.stop_after_steps=4"))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[2:5] == [f"{PAIRS} samples, {PAIRS - 2} usable", *LEFT_OUT]
+    assert lines[3:6] == [f"{PAIRS} samples: {PAIRS - 2} to train on, 2 unusable", *LEFT_OUT]
     missing = [f"skipped cc3m_train.json:cc3m_train/{n:09d}.jpg: No such file or directory" for n in (20, 33)]
     for name in missing:
         assert any(line.startswith(name) for line in lines), lines

@@ -173,7 +173,7 @@ def closing_lines(config: Config, checkpoint: Path, scores: Mapping[str, Scores]
         scores: of the last evaluation, by task; may be empty.
     """
     run = shlex.quote(str(config.folder))
-    lines = [f"finished: {config.folder}", f"  checkpoint: {checkpoint}"]
+    lines = [f"run: {config.folder}", f"  checkpoint: {checkpoint}"]
     lines += [f"  {task_title(name)}: {words}" for name, one in scores.items() if (words := _read_recall(one))]
     lines += [f"  next:  disttempnet report {run} --out {run}/report.html", f"         disttempnet evaluate {run}"]
     images = next((shlex.quote(one.images or one.path) for one in config.data.sources if _is_folder(one)), "IMAGES")
