@@ -76,6 +76,21 @@ def test_values_in_names(tmp_path: Path) -> None:
     assert names == ["a--bias--5.0--tasks-emoji-concepts--seed-1", "a--bias-2--tasks-emoji-concepts--seed-1"]
 
 
+def test_keys_that_vary_together(tmp_path: Path) -> None:
+    text = 'config = "debug.toml"\nseeds = [1]\n[runs]\na.loss = { name = "siglip" }\n[vary]\nloss.bias = [-5.0, 2]\n'
+    text += "together = [{ data.global_batch = 32, train.epochs = 2 }, { train.epochs = 4, data.global_batch = 64 }]\n"
+    found = {
+        config.name: (config.loss.arguments["bias"], config.data.global_batch, config.train.epochs)
+        for config in load_grid(write(tmp_path, text)).configs
+    }
+    assert found == {
+        "a--bias--5.0--global_batch-32--epochs-2--seed-1": (-5.0, 32, 2),
+        "a--bias--5.0--global_batch-64--epochs-4--seed-1": (-5.0, 64, 4),
+        "a--bias-2--global_batch-32--epochs-2--seed-1": (2, 32, 2),
+        "a--bias-2--global_batch-64--epochs-4--seed-1": (2, 64, 4),
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -89,6 +104,10 @@ def test_values_in_names(tmp_path: Path) -> None:
         (GRID.replace("emoji-concepts", "emoji-concept"), r"clip--seed-1: .*Did you mean 'emoji-concepts'"),
         (GRID.replace("data.limit", "train.seed"), r"common: 'train.seed' cannot be set there; it comes from seeds"),
         (GRID + "[vary]\ntrain.epochs = 3", r"vary: 'train.epochs' is not a list"),
+        (GRID + "[vary]\ntogether = 3", r"vary: 'together' is not a list of tables"),
+        (GRID + "[vary]\ntogether = [{train.seed = 3}]", r"vary.together: 'train.seed' cannot be set there"),
+        (GRID + "[vary]\ntogether = [{train.epochs = 3}, {optim.lr = 1.0}]", r"its tables have different keys"),
+        (GRID + "[vary]\noptim.lr = [1.0]\ntogether = [{optim.lr = 1.0}]", r"'optim.lr' is varied alone and in"),
         (GRID + '[runs."v 2"]\n[runs."v-2"]', r"two runs have the name"),
         ("config = 'debug.toml'\nseeds = [1]", r"grid.toml: key 'runs' is missing"),
     ],

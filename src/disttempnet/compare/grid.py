@@ -7,6 +7,7 @@
     [common]                  overrides for every run
     [runs.NAME]               overrides of one run
     [vary]                    "section.key" = [values]: every run at each of them
+                              together = [{ KEY = VALUE, … }, …]: keys that change together, every run at each table
     [tune]                    metric = "TASK/METRIC", by which each run's settings are chosen, for each value of vary
     [tune.values]             "section.key" = [values]: tried for every run
     [runs.NAME.tune]          "section.key" = [values]: tried for this run, beside those
@@ -232,20 +233,17 @@ def _cells(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Gri
     # base, common keys and varied keys, each checked
     base = read_run_table(base_path(path, file.config))
     config_from_table(base, file.config)  # errors of the base name the base
-    common, vary = _nested(file.common), flat(_nested(file.vary))
+    common, choices = _nested(file.common), _varied(path, file)
     _refuse_set_by_grid(f"{path}: common", flat(common))
-    _refuse_set_by_grid(f"{path}: vary", vary)
-    _refuse_no_list(f"{path}: vary", vary)
-    count = len(file.seeds) * len(file.runs) * prod(map(len, vary.values()))
+    count = len(file.seeds) * len(file.runs) * len(choices)
     if count > MOST_RUNS:
         raise UserError(f"{path}: {count:,} runs, over {MOST_RUNS:,}: give fewer seeds, runs or values in vary")
 
     # one cell for each choice of values and run; later layers win
-    for values, (run, own) in product(product(*vary.values()), file.runs.items()):
+    for varied, (run, own) in product(choices, file.runs.items()):
         changes = _nested({key: value for key, value in own.items() if key != "tune"})
         _refuse_set_by_grid(f"{path}: runs.{run}", flat(changes))
         table = copy.deepcopy(base)
-        varied = dict(zip(vary, values, strict=True))
         layers = [common, changes, _nested(varied)]
         if any("loss.name" in flat(layer) for layer in layers):
             table.pop("loss", None)
@@ -253,8 +251,33 @@ def _cells(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Gri
             merge(table, layer)
         for override in overrides:
             apply_override(table, override, is_text)
-        tuned = _tuned(path, file, run, [*vary, *(override.partition("=")[0].strip() for override in overrides)])
+        tuned = _tuned(path, file, run, [*varied, *(override.partition("=")[0].strip() for override in overrides)])
         yield GridCell(_run_name(run, varied), run, varied, table, tuned, str(path))
+
+
+def _varied(path: Path, file: GridFile) -> list[dict[str, Any]]:
+    """Return the choices of varied values, key → value: the product of all lists and the tables of `together`."""
+    where = f"{path}: vary"
+    alone = {key: values for key, values in file.vary.items() if key != "together"}
+    lists = flat(_nested(alone))
+    _refuse_set_by_grid(where, lists)
+    _refuse_no_list(where, lists)
+    if prod(map(len, lists.values())) > MOST_RUNS:
+        raise UserError(f"{where}: over {MOST_RUNS:,} choices: give fewer values")
+    tables = file.vary.get("together", [{}])
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{where}: 'together' is not a list of tables of keys")
+    together = [flat(_nested(table)) for table in tables]
+    for table in together:
+        _refuse_set_by_grid(f"{where}.together", table)
+        if table.keys() != together[0].keys():
+            raise UserError(f"{where}.together: its tables have different keys: {list(together[0])} and {list(table)}")
+        if both := lists.keys() & table.keys():
+            raise UserError(f"{where}: '{min(both)}' is varied alone and in together: leave one of them out")
+    return [
+        dict(zip(lists, values, strict=True)) | {key: table[key] for key in together[0]}
+        for values, table in product(product(*lists.values()), together)
+    ]
 
 
 def _tuned(path: Path, file: GridFile, run: str, given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
