@@ -173,7 +173,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="train objectives and plain CLIP on the embedded data, compare, report",
         description="Trains heads on two small real towers at a batch of 16: plain CLIP and objectives of this "
-        "package, three seeds each. Prints the table of paired differences and writes FOLDER/demo-heads/report.html. "
+        "package, five seeds each. Prints the table of paired differences and writes FOLDER/demo-heads/report.html. "
         "Without the weights of the towers, or with --scratch, trains DistTempNet-v1 and CLIP from scratch and writes "
         "FOLDER/demo-report.html. After an interruption the same command goes on.",
     )
