@@ -366,7 +366,8 @@ def _collectives(device: torch.device) -> dict[str, Any]:
 
     rows = torch.randn(64, D, device=device).bfloat16()
     gathered, summed = torch.empty_like(rows), rows.float()
-    dist.all_gather_into_tensor(gathered, rows)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(gathered, rows)
     dist.all_reduce(summed)
     return {"agree": bool(torch.equal(gathered, rows) and torch.equal(summed, rows.float()))}
 
