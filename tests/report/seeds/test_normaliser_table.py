@@ -19,7 +19,7 @@ def test_errors_of_those_that_measured_them(tmp_path: Path) -> None:
             one,
             normaliser_error={"batch_log_rms": 0.5 + 0.1 * one.seed, "image_mean": -0.25, "image_log_rms": 0.125}
             if one.name.startswith("clip")
-            else {"batch_log_rms": 1.0}
+            else {"batch_log_rms": 1.0, "text_mean": 12.5}
             if one.name.startswith("sogclr")
             else {},
         )
@@ -33,7 +33,7 @@ def test_errors_of_those_that_measured_them(tmp_path: Path) -> None:
     assert [row[0] for row in table.rows] == ["CLIP", "SogCLR"]
     clip, sogclr = (row[1:] for row in table.rows)
     assert clip == ["−25 (0)", "–", "0.12 (0.00)", "–", "0.60 (0.10)"]
-    assert sogclr == ["–", "–", "–", "–", "1.00 (0.00)"]
+    assert sogclr == ["–", "over 1,000", "–", "–", "1.00 (0.00)"]
     assert "| CLIP | −25 (0) | – |" in markdown_table(comparison)
     assert "CLIP & $-$25 (0) & -- &" in latex_table(comparison)
     page = comparison_page(comparison)

@@ -9,6 +9,7 @@ from disttempnet.report.seeds.groups import SeedGroup
 from disttempnet.report.seeds.tau_tables import NotedTable
 
 NOT_MEASURED = "–"
+MOST_PERCENT = 1000  # a mean above it is that of a few samples; the logarithm tells more
 
 
 def normaliser_table(comparison: GroupComparison) -> NotedTable | None:
@@ -37,5 +38,7 @@ def _words(group: SeedGroup, name: str, percent: bool = False) -> str:
     if not found:
         return NOT_MEASURED
     factor, digits = (100, 0) if percent else (1, 2)
+    if percent and factor * mean(found) > MOST_PERCENT:
+        return f"over {MOST_PERCENT:,}"
     spread = f" ({factor * stdev(found):.{digits}f})" if len(found) > 1 else ""
     return f"{factor * mean(found):.{digits}f}{spread}".replace("-", "−")
