@@ -185,7 +185,8 @@ def test_srun_trains_and_only_rank_0_speaks(tmp_path: Path) -> None:
     assert second.printed == ""
     lines = first.printed.splitlines()
     assert lines[0].startswith("2 processes on 1 node (srun), CPU, gloo, timeout 10 minutes; rank 0 is cpu on ")
-    assert lines[1] == "debug: 320 samples an epoch, 2 epochs of 10 steps, global batch 32 = 2 × 16"
+    assert lines[1] == "weights of both towers: random (model.pretrained names others)"
+    assert lines[2] == "debug: 320 samples an epoch, 2 epochs of 10 steps, global batch 32 = 2 × 16"
     assert main(trained(tmp_path / "one", "train.stop_after_steps=3")) == 0
     two, one = ((tmp_path / name / "debug" / "metrics.jsonl").read_text().splitlines() for name in ("two", "one"))
     assert [float(line.split('"loss": ')[1].split(",")[0]) for line in two] == pytest.approx(

@@ -75,15 +75,18 @@ def _open_named(target: str, model: str, pretrained: str, resize_positions: bool
     """Return towers that were not trained by a run."""
     import torch
 
+    from disttempnet.distributed import is_main
     from disttempnet.distributed.launcher import launched
     from disttempnet.evaluation.command import OpenedModel
     from disttempnet.models import is_random, load_model
+    from disttempnet.models.origin import FOLDER
     from disttempnet.training.run_info import process_provenance
 
     torch.manual_seed(0)  # random towers are the same every time
     towers = load_model(model, pretrained, resize_positions=resize_positions)
     launch = launched()
-    for line in towers.weights if launch is None or launch.rank == 0 else ():
+    first = is_main() and (launch is None or launch.rank == 0)  # the group may not be there yet
+    for line in towers.weights if first and not model.startswith(FOLDER) else ():  # a named folder is where they are
         say(line, error=True)
     notes = (*towers.notes, *((f"random weights: {target} names none",) if is_random(model, pretrained) else ()))
     name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{model}-{pretrained}").strip("-")
