@@ -14,15 +14,15 @@ demo: .venv/towers
 # Many tests start real processes that exchange over sockets, and a busy machine can stall one. So a test that fails is
 # run once more. The summary names it (R), and a fault fails twice.
 test: .venv/tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 -rR
 
 # The oldest versions that pyproject.toml declares, each of them; of what these need, the newest.
 test-minimum: .venv-minimum/installed
-	.venv-minimum/bin/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
+	.venv-minimum/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 -rR
 
 # The newest versions that the index has, and open_clip's main branch: from OPEN_CLIP, a URL or a folder.
 test-newest: .venv-newest/installed
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 -rR
 
 test-slow: .venv/slow
 	$(BIN)/python -m pytest -m slow -rs
