@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from disttempnet.config import LoraConfig
@@ -214,6 +214,25 @@ def test_a_run_resumes_exactly_and_open_clip_opens_it(
     with unmerged.average.in_place(unmerged.towers.module), torch.no_grad():
         found = unmerged.towers.module.encode_text(tokens)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_that_an_earlier_version_added_twice_are_refused(tmp_path: Path) -> None:
+    """A file without the mark that has adapters of an attention's output projection: W + 2Δ would become W + Δ."""
+
+    def opened(*targets: str, checkpoint: Path | None = None) -> Adapters:
+        module = load_model("demo-vit-32").module
+        block = module.visual.transformer.resblocks[0]
+        block.attn = torch.nn.MultiheadAttention(block.ln_1.weight.numel(), 2)  # whatever open_clip's version has
+        return Adapters(module, LoraConfig(rank=2, targets=targets), checkpoint)
+
+    for name, targets in (("attention", ("attn",)), ("map", ("c_fc",))):
+        (folder := tmp_path / name).mkdir()
+        opened(*targets).save(folder)
+        opened(*targets, checkpoint=folder)
+        save_file(load_file(folder / LORA_NAME), folder / LORA_NAME)
+    opened("c_fc", checkpoint=tmp_path / "map")
+    with pytest.raises(UserError, match=r"lora\.safetensors: made by an earlier version.*out_proj twice: .*attention$"):
+        opened("attn", checkpoint=tmp_path / "attention")
 
 
 def some_steps(out: str, *own: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -16,6 +17,8 @@ from typing import Any
 
 import open_clip
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disttempnet.config import LoraConfig
@@ -24,6 +27,8 @@ from disttempnet.models.depth import depths
 from disttempnet.models.weights import misfit, read_weights
 
 LORA_NAME = "lora.safetensors"
+MARK = {"out_proj": "1"}  # metadata of the file: how often an attention adds the update of its output projection
+OUT_PROJECTION = ".base_layer.out_proj.lora_"  # in names of adapters: peft's attention, not a linear map of that name
 UNMERGED = (".base_layer.", ".lora_")  # in names of a module with adapters: what its merged form does not have
 
 
@@ -77,13 +82,14 @@ class Adapters:
         result: nn.Module = copy.deepcopy(self._tuner).merge_and_unload(progressbar=False)
         return result
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the adapters and the weights under them, which `merged` does not have."""
-        return {
+    def save(self, checkpoint: Path) -> None:
+        """Write the adapters and the weights under them, which `merged` does not have, into a checkpoint's folder."""
+        state = {
             name: value.detach().cpu().contiguous()
             for name, value in self._tuner.model.state_dict().items()
             if any(part in name for part in UNMERGED)
         }
+        save_file(state, checkpoint / LORA_NAME, metadata=MARK)
 
     @staticmethod
     def _load(module: nn.Module, path: Path) -> None:
@@ -91,9 +97,23 @@ class Adapters:
         state = read_weights(path)
         if wrong := misfit(state, own):
             raise UserError(f"{path}: not the adapters of this run: {wrong}")
+        _refuse_added_twice(path, state)
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
+
+
+def _refuse_added_twice(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a run may have been trained with W + 2Δ in output projections: here it would be W + Δ."""
+    if not any(OUT_PROJECTION in name for name in state):
+        return
+    with safe_open(path, "pt") as file:
+        mark = file.metadata() or {}
+    if mark.get("out_proj") != MARK["out_proj"]:
+        raise UserError(
+            f"{path}: made by an earlier version, which added the adapters of attentions' out_proj twice: resume with "
+            f"that version, or start a new run from its merged towers, model.pretrained={path.parent}"
+        )
 
 
 def _remember_weights(attention: Any, _: object) -> None:

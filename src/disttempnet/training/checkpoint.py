@@ -37,7 +37,7 @@ from disttempnet.errors import UserError, notice
 from disttempnet.losses import Objective
 from disttempnet.losses.sample_state import SampleState, named_by_rank, reshard_sources
 from disttempnet.models import Towers, load_model, save_model
-from disttempnet.models.lora import LORA_NAME, Adapters
+from disttempnet.models.lora import Adapters
 from disttempnet.models.weights import read_weights
 from disttempnet.training import atomic_folder
 from disttempnet.training.model import as_trained, build_objective, continued, values_out_of_bounds
@@ -149,7 +149,7 @@ def save_checkpoint(
         if module is not None and distributed.is_main():
             save_model(replace(towers, module=module), folder, logit_scale, logit_bias, ema=config.train.ema)
             if adapters is not None:
-                save_file(adapters.state(), folder / LORA_NAME)
+                adapters.save(folder)
             if trained:
                 save_file(trained, folder / TRAINED_NAME)
             torch.save(trainer, folder / "trainer.pt")
