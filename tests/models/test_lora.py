@@ -156,9 +156,18 @@ def test_a_line_says_which_attentions_have_adapters_in_part() -> None:
     kinds = [type(block.attn) for block in towers.module.visual.transformer.resblocks]
     said = adapted(towers, LoraConfig(rank=2)).describe()
     assert ("queries, keys and values of" in said) == (torch.nn.MultiheadAttention not in kinds)
-    block = (other := load_model("demo-vit-32")).module.visual.transformer.resblocks[0]
-    block.attn = open_clip.transformer.Attention(block.ln_1.weight.numel(), 2)
-    assert "queries, keys and values of" in adapted(other, LoraConfig(rank=2)).describe()
+
+    def said_of_one(**keys: tuple[str, ...]) -> str:
+        towers = load_model("demo-vit-32")
+        block = towers.module.visual.transformer.resblocks[0]
+        block.attn = open_clip.transformer.Attention(block.ln_1.weight.numel(), 2)
+        return adapted(towers, LoraConfig(rank=2, **keys)).describe()
+
+    one = "; queries, keys and values of 1 attentions have none with open_clip"
+    assert one in said_of_one(towers=("image",))
+    assert one in said_of_one(towers=("image",), targets=("out_proj",))
+    for left_out in ({"towers": ("text",), "targets": ("c_fc",)}, {"targets": ("c_fc",)}):
+        assert "queries" not in said_of_one(**left_out)
 
 
 def test_targets_are_names_of_maps_between_embeddings_and_heads() -> None:

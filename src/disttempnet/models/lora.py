@@ -27,7 +27,7 @@ from disttempnet.models.depth import depths
 from disttempnet.models.weights import misfit, read_weights
 
 LORA_NAME = "lora.safetensors"
-MARK = {"out_proj": "1"}  # metadata of the file: how often an attention adds the update of its output projection
+ADAPTERS_MARK = {"out_proj": "1"}  # in metadata: an attention adds the update of its output projection once
 OUT_PROJECTION = ".base_layer.out_proj.lora_"  # in names of adapters: peft's attention, not a linear map of that name
 UNMERGED = (".base_layer.", ".lora_")  # in names of a module with adapters: what its merged form does not have
 
@@ -71,8 +71,13 @@ class Adapters:
             f"lora.rank = {self._tuner.peft_config['default'].r}: {sum(p.numel() for p in parts):,} of {everything:,} "
             "parameters of the towers are trained; checkpoints have the adapters merged"
         )
-        # open_clip's own attention, from 4.0 on, holds queries, keys and values in a parameter that is no layer
-        bare = sum(isinstance(part, open_clip.transformer.Attention) for part in self._tuner.model.modules())
+        # open_clip's own attention, from 4.0 on, holds queries, keys and values in a parameter that is no layer; one
+        # without any adapter is of a tower or of a target that was left out
+        bare = sum(
+            isinstance(part, open_clip.transformer.Attention)
+            and any(".lora_" in name for name, _ in part.named_parameters())
+            for part in self._tuner.model.modules()
+        )
         if bare:
             said += f"; queries, keys and values of {bare} attentions have none with open_clip {open_clip.__version__}"
         return said
@@ -89,7 +94,7 @@ class Adapters:
             for name, value in self._tuner.model.state_dict().items()
             if any(part in name for part in UNMERGED)
         }
-        save_file(state, checkpoint / LORA_NAME, metadata=MARK)
+        save_file(state, checkpoint / LORA_NAME, metadata=ADAPTERS_MARK)
 
     @staticmethod
     def _load(module: nn.Module, path: Path) -> None:
@@ -109,7 +114,7 @@ def _refuse_added_twice(path: Path, state: Mapping[str, Tensor]) -> None:
         return
     with safe_open(path, "pt") as file:
         mark = file.metadata() or {}
-    if mark.get("out_proj") != MARK["out_proj"]:
+    if mark.get("out_proj") != ADAPTERS_MARK["out_proj"]:
         raise UserError(
             f"{path}: made by an earlier version, which added the adapters of attentions' out_proj twice: resume with "
             f"that version, or start a new run from its merged towers, model.pretrained={path.parent}"
