@@ -91,6 +91,22 @@ def test_keys_that_vary_together(tmp_path: Path) -> None:
     }
 
 
+def test_a_varied_key_is_overridden_in_vary_alone(tmp_path: Path) -> None:
+    """Runs are named after its values; `--epochs-77` with one epoch would be a lie."""
+    steps = CONFIG_FOLDER / "compare-steps-emoji.toml"
+    for override in ("train.epochs=1", "train={epochs=1}"):
+        with pytest.raises(UserError, match=r"^command line: 'train.epochs' is varied: override vary.together instead"):
+            load_grid(steps, [override])
+    for cell in load_grid(steps, ["train.keep=3", "vary.together=[{train.epochs=1, data.global_batch=8}]"]).cells:
+        assert cell.name.endswith("--epochs-1--global_batch-8")
+        assert cell.table["train"]["keep"] == 3
+    path = write(tmp_path, GRID + "[vary]\noptim.lr = [1e-3]\n")
+    with pytest.raises(UserError, match=r"'optim.lr' is varied: override vary.optim.lr instead, or leave optim.lr out"):
+        load_grid(path, ["optim.lr=2e-3"])
+    found = load_grid(path, ["vary.optim.lr=[2e-3]"])
+    assert {config.optim.lr for config in found.configs} == {2e-3}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -12,9 +12,10 @@
     [tune.values]             "section.key" = [values]: tried for every run
     [runs.NAME.tune]          "section.key" = [values]: tried for this run, beside those
 
-Sections may be nested tables or dotted keys. Later wins, key by key: base, common, run, vary, command line. `loss` is
-special, since its arguments belong to an objective: where common, run or vary give `loss.name`, the base's `loss` is
-dropped. The `loss` keys of common apply to every run; an objective that does not know one of them is an error.
+Sections may be nested tables or dotted keys. Later wins, key by key: base, common, run, vary, command line. A varied
+key is overridden in vary alone, as runs are named after its values. `loss` is special, since its arguments belong to an
+objective: where common, run or vary give `loss.name`, the base's `loss` is dropped. The `loss` keys of common apply to
+every run; an objective that does not know one of them is an error.
 """
 
 from __future__ import annotations
@@ -234,6 +235,7 @@ def _cells(path: Path, file: GridFile, overrides: Sequence[str]) -> Iterator[Gri
     base = read_run_table(base_path(path, file.config))
     config_from_table(base, file.config)  # errors of the base name the base
     common, choices = _nested(file.common), _varied(path, file)
+    _refuse_varied(file, flat(_nested(choices[0])), overrides)
     _refuse_set_by_grid(f"{path}: common", flat(common))
     count = len(file.seeds) * len(file.runs) * len(choices)
     if count > MOST_RUNS:
@@ -278,6 +280,17 @@ def _varied(path: Path, file: GridFile) -> list[dict[str, Any]]:
         dict(zip(lists, values, strict=True)) | {key: table[key] for key in together[0]}
         for values, table in product(product(*lists.values()), together)
     ]
+
+
+def _refuse_varied(file: GridFile, varied: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise UserError for an override of a varied key, or of a section with one: names would say another value."""
+    together = {key for table in file.vary.get("together", []) for key in flat(_nested(table))}
+    for override in overrides:
+        given = override.partition("=")[0].strip()
+        for key in varied:
+            if f"{key}.".startswith(f"{given}."):
+                whole = "vary.together" if key in together else f"vary.{key}"
+                raise UserError(f"command line: '{key}' is varied: override {whole} instead, or leave {given} out")
 
 
 def _tuned(path: Path, file: GridFile, run: str, given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
