@@ -351,6 +351,7 @@ def _download_from_hub(options: argparse.Namespace, processes: int) -> int:
         list_hub_shards,
         missing_shards,
         note_checked,
+        to_download,
     )
     from disttempnet.io.jobs import run_jobs, stopped_by_sigterm
     from disttempnet.io.progress import Meter
@@ -367,10 +368,14 @@ def _download_from_hub(options: argparse.Namespace, processes: int) -> int:
         f"{len(listed.shards) - len(wanted):,} of them are in {out.resolve()}"
     )
     if options.dry_run:
+        new, free = to_download(wanted, out), free_space(out)
         for shard in wanted:
-            say(f"  {shard.name}  {shard.size:>15,} bytes")
+            say(f"  {shard.name}  {shard.size:>15,} bytes{'' if shard in new else ', there: to compare'}")
+        need, to_compare = sum(shard.size for shard in new), sum(shard.size for shard in wanted if shard not in new)
         say(
-            f"would download {(listed.bytes - there) / 1e9:,.1f} GB; {free_space(out) / 1e9:,.1f} GB are free for {out}"
+            f"would download {need:,} bytes ({need / 1e9:,.1f} GB), and compare {to_compare:,} bytes that are there "
+            f"with the hub's sha256; {free:,} bytes ({free / 1e9:,.1f} GB) are free for {out}"
+            + (": too little free space" if need > free else "")
         )
         return 0
     check_space(listed, wanted, out)

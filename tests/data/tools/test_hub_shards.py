@@ -66,7 +66,9 @@ def test_every_shard_of_the_train_split(hub: Hub, capsys: pytest.CaptureFixture[
     assert "3 shards" in plan
     for name, content in wanted(hub).items():
         assert f"  {name}  {len(content):>15,} bytes\n" in plan
-    assert "would download 0.0 GB; " in plan
+    whole = sum(map(len, wanted(hub).values()))
+    assert f"would download {whole:,} bytes (0.0 GB), and compare 0 bytes that are there" in plan
+    assert "too little" not in plan
     assert not Path("out").exists()
     assert download() == 0
     shown = capsys.readouterr().out
@@ -115,6 +117,30 @@ def test_shards_that_lie_there_already_are_compared_and_kept(hub: Hub) -> None:
     assert download() == 0
     assert hub.sent == 0
     assert missing_shards(list_hub_shards("cc3m"), Path("out")) == []
+
+
+def test_the_plan_tells_shards_to_compare_from_those_to_download(
+    hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One shard is there unchecked, one is cut off. Free space is needed for the download, not a byte more."""
+    Path("out").mkdir()
+    (first, content), (second, whole), (_, third) = wanted(hub).items()
+    Path("out", first).write_bytes(content)
+    Path("out", second).write_bytes(whole[:100])
+    need = len(whole) + len(third)
+    for free, word in ((need, ""), (need - 1, ": too little free space")):
+        monkeypatch.setattr(hub_shards.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+        assert download("--dry-run") == 0
+        plan = capsys.readouterr().out
+        assert f"  {first}  {len(content):>15,} bytes, there: to compare\n  {second}  {len(whole):>15,} bytes\n" in plan
+        assert f"would download {need:,} bytes (0.0 GB), and compare {len(content):,} bytes that are there" in plan
+        assert plan.endswith(f"; {free:,} bytes (0.0 GB) are free for out{word}\n")
+    assert download() == 2
+    assert "are missing, and 0.0 GB are free" in capsys.readouterr().err
+    assert hub.sent == 0
+    monkeypatch.setattr(hub_shards.shutil, "disk_usage", lambda _: type("Usage", (), {"free": need}))
+    assert download() == 0
+    assert (found(), hub.sent) == (wanted(hub), need)
 
 
 def test_messages(hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

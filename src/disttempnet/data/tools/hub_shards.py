@@ -84,6 +84,11 @@ def missing_shards(listed: HubShards, out: Path) -> list[HubShard]:
     return [shard for shard, now in facts.items() if now is None or checked.get(shard.name) != now]
 
 
+def to_download(wanted: Sequence[HubShard], out: Path) -> list[HubShard]:
+    """Return those of the shards that are not in the folder with the hub's size; the others are to be compared."""
+    return [shard for shard in wanted if _facts(out / shard.name, shard) is None]
+
+
 def _checked_line(line: dict[str, Any]) -> tuple[str, int]:
     return str(line["name"]), int(line["mtime_ns"])
 
@@ -100,7 +105,7 @@ def check_space(listed: HubShards, wanted: Sequence[HubShard], out: Path) -> Non
     with unwritable_named(out):
         out.mkdir(parents=True, exist_ok=True)
     free = free_space(out)
-    need = sum(shard.size for shard in wanted if not (out / shard.name).exists())
+    need = sum(shard.size for shard in to_download(wanted, out))
     if need > free:
         missing, whole, left = (f"{size / 1e9:,.1f} GB" for size in (need, listed.bytes, free))
         raise UserError(
