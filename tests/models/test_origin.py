@@ -15,6 +15,7 @@ from torch import Tensor
 from disttempnet.cli import main as cli
 from disttempnet.errors import UserError
 from disttempnet.models import CONFIG_NAME, WEIGHTS_NAME, Towers, load_model, read_target, save_model
+from disttempnet.models.origin import weights_lines
 from disttempnet.training.checkpoint import load_run
 from tests import parts
 
@@ -423,3 +424,11 @@ def test_open_clips_other_kinds_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "generator.json"
     path.write_text(json.dumps({**sizes, "vision_cfg": {}, "genlip_cfg": {}}), encoding="utf-8")
     assert refused(str(path)).startswith(f"{path} generates captions: it has no text tower")
+
+
+def test_a_tower_without_weights_is_said_to_be_random() -> None:
+    assert weights_lines("EfficientNet-lite0-MiniLM", "", None, "", "package:acme/model") == (
+        "weights of the image tower: random (model.image_pretrained names others)",
+        "weights of the text tower: package:acme/model",
+    )
+    assert weights_lines("ViT-B-32", "", None, "", "") == ()

@@ -44,6 +44,9 @@ def test_many_damaged_shards_are_told_in_few_lines() -> None:
         "19.tar: cut off",
         "and 980 lines more: disttempnet data index shows all",
     ]
+    assert (
+        about_data(data_facts(Damaged(), 5))[0] == "1,234 samples: 5 to train on, 2 beyond data.limit, 1,227 unusable"
+    )
     assert about_data(facts)[:2] == ["1,234 samples: 7 to train on, 1,227 unusable", "0.tar: cut off"]
 
 

@@ -277,6 +277,28 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get going")
 
 
+def test_a_resume_with_no_step_left_ends_and_keeps_where_the_weights_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = debug(tmp_path / "a", "train.stop_after_steps=1", "eval.tasks=[]")
+    assert train(one)
+    said = "".join(capsys.readouterr())
+    assert f"  checkpoint: {tmp_path / 'a' / 'debug' / 'checkpoints' / 'step-00000001'}\n" in said
+    assert "5,133 beyond data.limit" in said
+    first = json.loads((one.folder / "run.json").read_text())
+
+    # In its own folder, then in another one, where there is no checkpoint to name.
+    assert train(one, resume="auto")
+    assert json.loads((one.folder / "run.json").read_text())["weights"] == first["weights"] == []
+    other = debug(tmp_path / "b", "train.stop_after_steps=1", "eval.tasks=[]")
+    capsys.readouterr()
+    assert train(other, resume=str(list_checkpoints(one.folder)[-1]))
+    said = "".join(capsys.readouterr())
+    assert f"run: {other.folder}\n" in said
+    assert "  checkpoint: " not in said
+    assert "finished" in json.loads((other.folder / "run.json").read_text())
+
+
 def test_checkpoints_every_so_many_epochs_and_of_the_last_and_the_best(tmp_path: Path) -> None:
     words = ("train.keep=99", "train.epochs=5", "train.checkpoint_epochs=2")
     assert train(debug(tmp_path / "plain", "eval.tasks=[]", *words))

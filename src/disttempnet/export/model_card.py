@@ -184,9 +184,9 @@ def _samples(facts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     total, usable = data.get("samples", facts.get("num_samples")), data.get("usable")
     if not isinstance(total, int):
         return "unknown"
-    held_out = data.get("held_out", 0)
+    others = (data.get("held_out", 0), "held out for validation"), (data.get("beyond_limit", 0), "beyond data.limit")
     words = f"{total:,}" + (f", {usable:,} of them usable" if isinstance(usable, int) and usable != total else "")
-    return words + (f", {held_out:,} held out for validation" if isinstance(held_out, int) and held_out else "")
+    return words + "".join(f", {count:,} {what}" for count, what in others if isinstance(count, int) and count)
 
 
 def _results(card: CardFacts) -> list[str]:

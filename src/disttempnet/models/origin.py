@@ -211,6 +211,8 @@ def weights_lines(name: str, pretrained: str, weights: Path | None, image: str, 
         if source:
             path = Path(source).expanduser()
             lines.append(f"weights of the {side} tower: {_about_file(path) if path.exists() else source}")
+        elif weights is None and (image or text):
+            lines.append(f"weights of the {side} tower: random (model.{side}_pretrained names others)")
     return tuple(lines)
 
 

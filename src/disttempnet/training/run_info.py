@@ -28,6 +28,7 @@ from disttempnet.io.files import read_object, write_atomically
 from disttempnet.losses import OBJECTIVES
 from disttempnet.models import Towers
 from disttempnet.sanitize import redacted
+from disttempnet.training import run_folder
 
 PROBLEM_LINES = 20  # about samples that are left out
 
@@ -71,10 +72,12 @@ def write_facts(
         "world_size": distributed.world_size(),
         "index_digest": data.source.digest,
         "num_samples": data.plan.samples,
-        "data": data_facts(data.source),
+        "data": data_facts(data.source, config.data.limit),
         "parameters": sum(p.numel() for p in towers.module.parameters()),
         "model_notes": list(towers.notes),
-        "weights": list(towers.weights),
+        "weights": known.get(
+            "weights", list(towers.weights)
+        ),  # a resumed run's own checkpoint is not where they are from
     }
     if started:
         facts.setdefault("started", started)  # kept if a run is resumed
@@ -119,10 +122,14 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 FACTS: dict[str, Callable[[Any], bool]] = {
     "objective": _is_objective, "started": _is_time, "finished": _is_time, "versions": _is_table,
     "world_size": _is_count, "num_samples": _is_count, "parameters": _is_count,
-    "device": _is_text, "git": _is_text, "command": _is_text, "index_digest": _is_text,
+    "weights": _is_texts, "device": _is_text, "git": _is_text, "command": _is_text, "index_digest": _is_text,
 }  # fmt: skip
 
 
@@ -137,26 +144,32 @@ def plan_line(config: Config, data: TrainingData, step: int) -> str:
     )
 
 
-def data_facts(source: Source) -> dict[str, Any]:
+def data_facts(source: Source, limit: int = 0) -> dict[str, Any]:
     """Return facts about the training data for run.json.
 
-    These are: samples, usable samples, those of them that are held out for validation, a line for each reason why
-    samples are left out, and notes on how the data was read if that had to be guessed.
+    These are: samples, usable samples, those of them that are held out for validation and that data.limit leaves out,
+    a line for each reason why samples are left out, and notes on how the data was read if that had to be guessed.
+
+    Args:
+        source: the training data.
+        limit: data.limit; 0 = none.
     """
     lines = source.problems().splitlines()
     if len(lines) > PROBLEM_LINES:  # every damaged shard has a line
         lines[PROBLEM_LINES:] = [f"and {len(lines) - PROBLEM_LINES:,} lines more: disttempnet data index shows all"]
     held_out = len(source.held_out) if isinstance(source, HeldOut) else 0
     usable = int(source.usable_counts.sum()) + held_out
-    facts = {"samples": len(source), "usable": usable, "held_out": held_out, "left_out": lines}
+    beyond = max(0, usable - held_out - limit) if limit else 0
+    facts = {"samples": len(source), "usable": usable, "held_out": held_out, "beyond_limit": beyond, "left_out": lines}
     return facts | ({"read": notes} if (notes := source.notes()) else {})
 
 
 def about_data(facts: Mapping[str, Any]) -> list[str]:
     """Return the facts of `data_facts` as lines for the console."""
-    left_out, held_out = facts["samples"] - facts["usable"], facts["held_out"]
-    parts = [f"{facts['usable'] - held_out:,} to train on"]
-    parts += [f"{held_out:,} held out for validation"] * bool(held_out) + [f"{left_out:,} unusable"] * bool(left_out)
+    unusable, held_out, beyond = facts["samples"] - facts["usable"], facts["held_out"], facts["beyond_limit"]
+    parts = [f"{facts['usable'] - held_out - beyond:,} to train on"]
+    others = (held_out, "held out for validation"), (beyond, "beyond data.limit"), (unusable, "unusable")
+    parts += [f"{count:,} {what}" for count, what in others if count]
     return [f"{facts['samples']:,} samples: {', '.join(parts)}", *facts.get("read", ()), *facts["left_out"]]
 
 
@@ -165,15 +178,21 @@ def opening_weights(towers: Towers) -> list[str]:
     return [*towers.weights] or ["weights of both towers: random (model.pretrained names others)"]
 
 
-def closing_lines(config: Config, checkpoint: Path, scores: Mapping[str, Scores]) -> list[str]:
+def closing_lines(config: Config, step: int, best: Mapping[str, Any], scores: Mapping[str, Scores]) -> list[str]:
     """Return lines for the console after the last step: where the run is, how to read its scores, what to do next.
 
     Args:
-        checkpoint: the last one.
-        scores: of the last evaluation, by task; may be empty.
+        config: the run's.
+        step: the last one.
+        best: step of the best checkpoint, which commands take; may be empty.
+        scores: of the evaluation at this step, by task; may be empty.
     """
     run = shlex.quote(str(config.folder))
-    lines = [f"run: {config.folder}", f"  checkpoint: {checkpoint}"]
+    saved = {int(folder.name.removeprefix("step-")): folder for folder in run_folder.list_checkpoints(config.folder)}
+    lines = [f"run: {config.folder}"]
+    lines += [f"  checkpoint: {saved[step]}"] if step in saved else []
+    if best.get("step", step) != step and best["step"] in saved:
+        lines.append(f"  the best, which commands take: {saved[best['step']]}")
     lines += [f"  {task_title(name)}: {words}" for name, one in scores.items() if (words := _read_recall(one))]
     lines += [f"  next:  disttempnet report {run} --out {run}/report.html", f"         disttempnet evaluate {run}"]
     images = next((shlex.quote(one.images or one.path) for one in config.data.sources if _is_folder(one)), "IMAGES")

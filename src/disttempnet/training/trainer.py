@@ -182,7 +182,7 @@ class Trainer:
         self._clock = run_info.Clock()
         self._finite, self._norm = NanCheck(self.folder), torch.tensor(math.nan)
         self._metrics: dict[str, Tensor] = {}
-        self._scores: dict[str, Scores] = {}  # of the last evaluation in this process
+        self._scores: dict[str, Scores] = {}  # of this step, where it was evaluated
         self._stopped, self._ask_every = 0, 1  # how long a step takes is not known yet
 
     def _refuse_unusable_outputs(self, config: Config) -> None:
@@ -260,8 +260,7 @@ class Trainer:
             elif self.loss.current_rate() == 0 < self.loss.own_rate:
                 log.say("the temperature network never started: its τ stays where it began (docs/objectives.md)")
             if main:
-                last = run_folder.list_checkpoints(self.folder)[-1]
-                for line in run_info.closing_lines(self.config, last, self._scores):
+                for line in run_info.closing_lines(self.config, self.step, self.best, self._scores):
                     log.say(line)
         finally:
             log.close()
@@ -282,7 +281,7 @@ class Trainer:
             yield self.data.describe()
         if self.cache is not None and self.tasks:
             yield self.cache.describe()
-        yield from run_info.about_data(run_info.data_facts(self.data.source))
+        yield from run_info.about_data(run_info.data_facts(self.data.source, self.config.data.limit))
         if self.adapters is not None:
             yield self.adapters.describe()
         if self.average is not None:
@@ -437,12 +436,15 @@ class Trainer:
         """Evaluate if it is due and the epoch is complete (`evaluated`); return True where a checkpoint is due."""
         self._finite.look()
         self._name_skipped()
+        self._scores = {}
         if self.skipped.total:
             self.log.say(self.skipped.summary())
         if self.tasks and evaluated and self._due(epochs_done):
             self._evaluate(epochs_done)
-        saved = epochs_done % self.config.train.checkpoint_epochs == 0
-        return saved or self.step == self.last_step or self.best.get("step") == self.step
+        if epochs_done % self.config.train.checkpoint_epochs == 0 or self.step == self.last_step:
+            return True
+        # Scores may differ between ranks by rounding, and saving is a collective.
+        return bool(distributed.largest(int(self.best.get("step") == self.step), self.device))
 
     def _due(self, epochs_done: int) -> bool:
         """Return True where an evaluation follows an epoch."""
