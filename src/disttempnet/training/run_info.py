@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from disttempnet.io.files import read_object, write_atomically
 from disttempnet.losses import OBJECTIVES
 from disttempnet.models import Towers
 from disttempnet.sanitize import redacted
-from disttempnet.training import run_folder
 
 PROBLEM_LINES = 20  # about samples that are left out
 
@@ -178,17 +177,20 @@ def opening_weights(towers: Towers) -> list[str]:
     return [*towers.weights] or ["weights of both towers: random (model.pretrained names others)"]
 
 
-def closing_lines(config: Config, step: int, best: Mapping[str, Any], scores: Mapping[str, Scores]) -> list[str]:
+def closing_lines(
+    config: Config, step: int, best: Mapping[str, Any], checkpoints: Sequence[Path], scores: Mapping[str, Scores]
+) -> list[str]:
     """Return lines for the console after the last step: where the run is, how to read its scores, what to do next.
 
     Args:
         config: the run's.
         step: the last one.
         best: step of the best checkpoint, which commands take; may be empty.
+        checkpoints: folders of all that are there, `step-N`.
         scores: of the evaluation at this step, by task; may be empty.
     """
     run = shlex.quote(str(config.folder))
-    saved = {int(folder.name.removeprefix("step-")): folder for folder in run_folder.list_checkpoints(config.folder)}
+    saved = {int(folder.name.removeprefix("step-")): folder for folder in checkpoints}
     lines = [f"run: {config.folder}"]
     lines += [f"  checkpoint: {saved[step]}"] if step in saved else []
     if best.get("step", step) != step and best["step"] in saved:

@@ -260,7 +260,8 @@ class Trainer:
             elif self.loss.current_rate() == 0 < self.loss.own_rate:
                 log.say("the temperature network never started: its τ stays where it began (docs/objectives.md)")
             if main:
-                for line in run_info.closing_lines(self.config, self.step, self.best, self._scores):
+                saved = run_folder.list_checkpoints(self.folder)
+                for line in run_info.closing_lines(self.config, self.step, self.best, saved, self._scores):
                     log.say(line)
         finally:
             log.close()
