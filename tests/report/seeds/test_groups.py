@@ -9,8 +9,9 @@ from disttempnet.config import DataConfig, EvalConfig, TrainConfig
 from disttempnet.errors import UserError
 from disttempnet.losses import OBJECTIVES
 from disttempnet.losses.registry import LATER_ARGUMENTS
+from disttempnet.report.compact import CompactResult
 from disttempnet.report.seeds.comparison import compare_groups
-from disttempnet.report.seeds.groups import Cell, cell_of, families
+from disttempnet.report.seeds.groups import Cell, batch_label, cell_of, families
 from tests.report.invented import result
 
 TASK = "emoji-concepts"
@@ -101,6 +102,44 @@ def test_what_varies_is_in_the_title_and_batches_form_families() -> None:
     found = families(groups)
     assert [[group.batch for group in family] for family in found] == [[32, 512], [32, 512]]
     assert [family[0].line for family in found] == ["CLIP, lr 1e-3", "SogCLR, lr 1e-3"]
+
+
+def grid_of(*cells: tuple[int, int, float], loss: str = "clip") -> list[CompactResult]:
+    """Runs of a grid that varies batch, epochs and rate, two seeds each."""
+    runs = []
+    for batch, epochs, lr in cells:
+        for seed in (1, 2):
+            varied = f"--global_batch-{batch}--epochs-{epochs}--lr-{lr}"
+            runs.append(result(loss, seed, scores(0.1), batch=batch, varied=varied, lr=lr))
+            runs[-1].config["train"]["epochs"] = epochs
+    return runs
+
+
+def test_keys_that_change_one_to_one_with_the_batch_join_its_line() -> None:
+    runs = grid_of((16, 5, 0.1), (64, 20, 0.1), (16, 5, 0.2), (64, 20, 0.2), (256, 77, 0.1))
+    runs += grid_of((64, 20, 0.1), (16, 5, 0.1), loss="sogclr")
+    groups = compare_groups(runs).groups
+    assert groups[0].title == "CLIP, batch 16, epochs 5, lr 0.1"
+    assert {group.following for group in groups} == {("train.epochs",)}
+    found = families(groups)
+    assert [(family[0].line, [group.batch for group in family]) for family in found] == [
+        ("CLIP, lr 0.1", [16, 64, 256]),
+        ("CLIP, lr 0.2", [16, 64]),
+        ("SogCLR, lr 0.1", [16, 64]),
+    ]
+    assert batch_label(found) == "global batch (train.epochs with it)"
+
+
+@pytest.mark.parametrize(
+    "cells", [[(16, 5), (16, 20), (64, 5), (64, 20)], [(16, 5), (64, 5)], [(16, 5), (64, 20), (256, 5)]]
+)
+def test_keys_that_change_otherwise_keep_lines_apart(cells: list[tuple[int, int]]) -> None:
+    groups = compare_groups(grid_of(*((batch, epochs, 0.1) for batch, epochs in cells))).groups
+    assert {group.following for group in groups} == {()}
+    for family in families(groups):
+        assert family[0].line == f"CLIP, epochs {family[0].results[0].config['train']['epochs']}, lr 0.1"
+        assert len({group.results[0].config["train"]["epochs"] for group in family}) == 1
+    assert batch_label(families(groups)) == "global batch"
 
 
 def test_nothing_finished_and_a_seed_given_twice_are_errors() -> None:

@@ -27,7 +27,7 @@ from disttempnet.report.runs.plots import (
     svg_text,
 )
 from disttempnet.report.seeds.comparison import GroupComparison
-from disttempnet.report.seeds.groups import Column, SeedGroup, families
+from disttempnet.report.seeds.groups import Column, SeedGroup, batch_label, families
 from disttempnet.report.seeds.intervals import CONFIDENCE, Interval, mean_interval
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _over_batches(comparison: GroupComparison, same: Sequence[Sequence[SeedGroup
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{x:,}" for x in ticks])
         axis.minorticks_off()
-        axis.set(xlabel="global batch")
+        axis.set(xlabel=batch_label(same))
     _titles(axes, comparison)
     if has_tau:
         axes[2].set_title("τ\nat the end of training", fontsize=_TITLE)

@@ -23,6 +23,7 @@ from disttempnet.evaluation.tasks import task_title
 from disttempnet.losses import with_later_arguments
 from disttempnet.report.compact import CompactResult
 
+BATCH_LABEL = "global_batch"  # as names of runs call it
 AVERAGES = "averages"  # stands for a task; its metrics are the tags of averages
 HEAD_TO_TAIL = ("acc1_head", "acc1_middle", "acc1_tail")
 
@@ -66,10 +67,11 @@ class SeedGroup:
 
     Attributes:
         title: the objective, and what distinguishes it from other groups of that objective.
-        line: the title without the batch size.
+        line: the title without the batch size and what follows it.
         run_title: the title without any varied key.
         run: the name of the run in its grid, without seed and varied keys.
         varied: the varied keys as they stand in the name, `lr-1e-3`.
+        following: the keys among them that change one-to-one with the batch: `train.epochs`, for equal steps.
         results: in order of seeds.
     """
 
@@ -78,6 +80,7 @@ class SeedGroup:
     run_title: str
     run: str
     varied: tuple[str, ...]
+    following: tuple[str, ...]
     results: tuple[CompactResult, ...]
 
     @property
@@ -107,11 +110,18 @@ def cell_of(values: Sequence[float]) -> Cell | None:
 
 
 def families(groups: Sequence[SeedGroup]) -> list[list[SeedGroup]]:
-    """Return families of two or more groups that differ only in the global batch, in order of batch."""
-    found: dict[str, list[SeedGroup]] = {}
+    """Return families of two or more groups that differ only in the batch and what follows it, in order of batch."""
+    found: dict[tuple[str, str], list[SeedGroup]] = {}
     for group in groups:
-        found.setdefault(_key(group.results[0], without_batch=True), []).append(group)
+        key = _key(group.results[0], without_batch=True, following=group.following)
+        found.setdefault((key, group.run if group.following else ""), []).append(group)
     return [sorted(family, key=lambda g: g.batch) for family in found.values() if len(family) > 1]
+
+
+def batch_label(found: Sequence[Sequence[SeedGroup]]) -> str:
+    """Return what changes along families: the global batch, and in brackets the keys that follow it."""
+    keys = sorted({key for family in found for group in family for key in group.following})
+    return f"global batch ({', '.join(keys)} with it)" if keys else "global batch"
 
 
 def by_config(results: Sequence[CompactResult]) -> list[list[CompactResult]]:
@@ -145,14 +155,16 @@ def _named(ordered: Sequence[tuple[CompactResult, ...]]) -> list[SeedGroup]:
     names: dict[str, set[str]] = {}
     for result, (run, *_) in zip(firsts, parts, strict=True):
         names.setdefault(result.objective, set()).add(run)
+    follow = _following(firsts)
     groups = []
-    for same, (run, *varied) in zip(ordered, parts, strict=True):
+    for same, (run, *varied), following in zip(ordered, parts, follow, strict=True):
         objective = same[0].objective
         own = f"{objective} ({run})" if len(names[objective]) > 1 else objective
         words = [(part, part.replace("-", " ", 1).replace("global_batch", "batch")) for part in varied]
-        line = ", ".join([own, *(text for part, text in words if not part.startswith("global_batch-"))])
+        left_out = {BATCH_LABEL, *following, *(key.rpartition(".")[2] for key in following)}
+        line = ", ".join([own, *(text for part, text in words if _label(part) not in left_out)])
         title = ", ".join([own, *(text for _, text in words)])
-        groups.append(SeedGroup(title, line, own, run, tuple(varied), same))
+        groups.append(SeedGroup(title, line, own, run, tuple(varied), following, same))
     # one name, two configs: add the folder
     counts = Counter(group.title for group in groups)
     places = [f" [{first.config['out']}/{first.name}]" for first in firsts]
@@ -160,6 +172,34 @@ def _named(ordered: Sequence[tuple[CompactResult, ...]]) -> list[SeedGroup]:
         replace(group, title=group.title + place) if counts[group.title] > 1 else group
         for group, place in zip(groups, places, strict=True)
     ]
+
+
+def _following(firsts: Sequence[CompactResult]) -> list[tuple[str, ...]]:
+    """Return the varied keys that change one-to-one with the batch among the groups of a run in its grid."""
+    forms = []
+    for result in firsts:
+        run, *varied = name_parts(result.name)
+        forms.append((result.objective, run, *map(_label, varied)))
+    grids: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for form, result in zip(forms, firsts, strict=True):
+        values = {key: json.dumps(value, sort_keys=True) for key, value in flat(result.config).items()}
+        grids.setdefault(form, []).append(values)
+
+    def follows(key: str, grid: Sequence[dict[str, str]]) -> bool:
+        pairs = {(values["data.global_batch"], values.get(key, "")) for values in grid}
+        return len(pairs) > 1 and all(len(set(side)) == len(pairs) for side in zip(*pairs, strict=True))
+
+    found = {}
+    for form, grid in grids.items():
+        labels = {label for label in form[2:] if BATCH_LABEL in form[2:] and label != BATCH_LABEL}
+        keys = sorted(key for key in set().union(*grid) if labels & {key, key.rpartition(".")[2]})
+        found[form] = tuple(key for key in keys if follows(key, grid))
+    return [found[form] for form in forms]
+
+
+def _label(part: str) -> str:
+    """Return the varied key in a part of a run's name: `bias` of `bias--0.1`."""
+    return part.partition("-")[0]
 
 
 def name_parts(name: str) -> list[str]:
@@ -170,7 +210,7 @@ def name_parts(name: str) -> list[str]:
     return re.split(r"--(?!\d)", name.partition("--seed-")[0])
 
 
-def _key(result: CompactResult, without_batch: bool = False) -> str:
+def _key(result: CompactResult, without_batch: bool = False, following: Sequence[str] = ()) -> str:
     """Return the keys that affect the result, except the seed, as text.
 
     Keys that an old config lacks are defaults; arguments of its objective are as it was trained. Tuned keys count as
@@ -187,5 +227,5 @@ def _key(result: CompactResult, without_batch: bool = False) -> str:
     if arguments.get("tau_gradient") == "batch":
         left_out.add("loss.tau_gradient_limit")  # it bounds a part that only `fcco` adds
     table = defaults() | flat({**config, "loss": {"name": objective, **arguments}} if objective else config)
-    kept = {key: value for key, value in table.items() if key not in left_out}
+    kept = {key: value for key, value in table.items() if key not in {*left_out, *following}}
     return json.dumps([kept, tuned], sort_keys=True)

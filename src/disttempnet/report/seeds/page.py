@@ -9,7 +9,7 @@ from disttempnet.report.compact import CompactResult
 from disttempnet.report.page import UNKNOWN, differing_keys, open_template, provenance_rows
 from disttempnet.report.seeds import plots
 from disttempnet.report.seeds.comparison import GroupComparison
-from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Column, SeedGroup, families
+from disttempnet.report.seeds.groups import HEAD_TO_TAIL, Column, SeedGroup, batch_label, families
 from disttempnet.report.seeds.normaliser_table import normaliser_table
 from disttempnet.report.seeds.tables import cell_text, difference_row, difference_text, legend, published_cells
 from disttempnet.report.seeds.tau_tables import correlations, final_tau, groups_with_tau
@@ -45,6 +45,7 @@ def comparison_page(comparison: GroupComparison) -> str:
             for column, chance in headlines
             if same_batch
         ],
+        batch_label=batch_label(same_batch),
         parts=[
             (heading, part, plots.parts_chart(part))
             for heading, part, _ in _task_tables(
