@@ -78,7 +78,13 @@ def test_two_epochs_of_all_rows_that_can_be_used(straight: Path) -> None:
     assert np.isfinite(list(measured.values())).all()
     facts = json.loads((straight / "run.json").read_text(encoding="utf-8"))
     assert facts["num_samples"] == PAIRS - 2, "what an epoch reads: the missing images are not known beforehand"
-    assert facts["data"] == {"samples": PAIRS, "usable": PAIRS - 2, "held_out": 0, "left_out": LEFT_OUT}
+    assert facts["data"] == {
+        "samples": PAIRS,
+        "usable": PAIRS - 2,
+        "held_out": 0,
+        "beyond_limit": 0,
+        "left_out": LEFT_OUT,
+    }
 
 
 def test_stop_in_an_epoch_and_resume(cc3m: Path, straight: Path, tmp_path: Path) -> None:
@@ -122,7 +128,7 @@ def test_what_is_left_out_of_shards_and_of_a_mixture(cc3m: Path, tmp_path: Path)
     shards = SourceConfig(path=str(tmp_path))
     expected = "1 samples left out, empty caption: 0.tar:b"
     facts = data_facts(open_source((shards,), progress=False))
-    assert facts == {"samples": 2, "usable": 1, "held_out": 0, "left_out": [expected]}
+    assert facts == {"samples": 2, "usable": 1, "held_out": 0, "beyond_limit": 0, "left_out": [expected]}
     mixed = data_facts(open_source((shards, listing), progress=False))
     assert (mixed["samples"], mixed["usable"]) == (PAIRS + 2, PAIRS - 1)
     assert [line.partition(": ")[2] for line in mixed["left_out"]] == [expected, *LEFT_OUT]
