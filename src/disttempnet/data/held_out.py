@@ -1,10 +1,9 @@
 """Source without the samples that are held out for validation.
 
 A hash of a sample's identity decides whether it is held out; order, seed, epoch and world size do not. So their number
-is random: of 200 samples a tenth is 20 ± 4. In shards the
-identity is the shard's name and the sample's byte offset, in a listing the image that the row names, so that rows of
-one image stay together. Ids, and with them per-sample state, are those of the whole source. Held-out samples are never
-drawn, like unusable ones.
+is random: of 200 samples a tenth is 20 ± 4. In shards the identity is the shard's name and the sample's byte offset, in
+a listing the image that the row names, so that rows of one image stay together. Ids, and with them per-sample state,
+are those of the whole source. Held-out samples are never drawn, like unusable ones.
 """
 
 from __future__ import annotations

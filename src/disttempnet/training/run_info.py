@@ -74,9 +74,8 @@ def write_facts(
         "data": data_facts(data.source, config.data.limit),
         "parameters": sum(p.numel() for p in towers.module.parameters()),
         "model_notes": list(towers.notes),
-        "weights": known.get(
-            "weights", list(towers.weights)
-        ),  # a resumed run's own checkpoint is not where they are from
+        # kept if a run is resumed: its own checkpoint is not where they came from
+        "weights": known.get("weights", list(towers.weights)),
     }
     if started:
         facts.setdefault("started", started)  # kept if a run is resumed
